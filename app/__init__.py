@@ -1,0 +1,1 @@
+"""The face of MACE: the Serve application builder, the command line, HTTP routes and wire schemas."""

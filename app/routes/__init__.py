@@ -1,0 +1,1 @@
+"""Routers that MACE adds to the OpenAI-compatible application of vLLM."""

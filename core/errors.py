@@ -1,0 +1,85 @@
+"""The exception tree of MACE.
+
+::
+
+    MaceError
+    ├── ConfigError               a setting is wrong; raised at start, before anything is loaded
+    │   └── ModelNotFoundError    the model id or path cannot be resolved
+    ├── FeedbackError             a feedback record is refused
+    │   ├── InvalidFeedbackError      malformed, empty, or chosen equals rejected        (HTTP 400/422)
+    │   └── UnknownResponseError      a response id that the response store lacks        (HTTP 404)
+    ├── StoreUnavailableError     the feedback store cannot be written now               (HTTP 503)
+    ├── AdapterError              an adapter directory or version cannot be used
+    │   ├── UnknownVersionError       no such version                                    (HTTP 404)
+    │   └── DamagedAdapterError       files are missing, unreadable or do not fit
+    └── TrainingError             a fine-tune task failed; serving is not affected
+        ├── DivergedError             NaN, infinite or exploding loss or gradient
+        ├── PairTooLongError          a pair does not fit the configured lengths
+        └── UnsupportedModelError     the architecture cannot be trained in slices
+
+Foreign exceptions are mapped to these where they enter, and nowhere else.
+"""
+
+
+class MaceError(Exception):
+    """Base of every error that MACE raises on purpose."""
+
+
+class ConfigError(MaceError):
+    """A setting is wrong; the message says which one and what to do."""
+
+
+class ModelNotFoundError(ConfigError):
+    """The configured model id or path cannot be resolved."""
+
+
+class FeedbackError(MaceError):
+    """A feedback record is refused."""
+
+
+class InvalidFeedbackError(FeedbackError):
+    """The record is malformed, empty, or its two responses are equal."""
+
+    def __init__(self, message: str, param: str | None = None) -> None:
+        super().__init__(message)
+        self.param = param
+
+
+class UnknownResponseError(FeedbackError):
+    """The record names a response id that is not in the response store."""
+
+    def __init__(self, message: str, param: str | None = None) -> None:
+        super().__init__(message)
+        self.param = param
+
+
+class StoreUnavailableError(MaceError):
+    """The feedback store cannot be read or written at the moment."""
+
+
+class AdapterError(MaceError):
+    """An adapter version cannot be used."""
+
+
+class UnknownVersionError(AdapterError):
+    """No adapter version of that name exists."""
+
+
+class DamagedAdapterError(AdapterError):
+    """The adapter directory is incomplete, unreadable or does not fit the model."""
+
+
+class TrainingError(MaceError):
+    """A fine-tune task failed; serving goes on."""
+
+
+class DivergedError(TrainingError):
+    """The loss or a gradient became NaN, infinite or too large; the step was discarded."""
+
+
+class PairTooLongError(TrainingError):
+    """A preference pair does not fit the configured lengths."""
+
+
+class UnsupportedModelError(TrainingError):
+    """The model architecture cannot be trained layer by layer."""

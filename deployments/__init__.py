@@ -1,0 +1,1 @@
+"""Plain classes that become Serve replicas and Ray actors; decorated only in app.main."""

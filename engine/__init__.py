@@ -1,0 +1,1 @@
+"""Everything that touches vLLM, torch or PEFT: hybrid scheduler and worker, the sliced DPO step, adapters."""
