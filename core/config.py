@@ -1,0 +1,163 @@
+"""Configuration: one frozen model per component, nested in `AppArgs`.
+
+`AppArgs` is what stands under `args:` in `serve_config.yaml`. Unknown keys are errors, because Ray Serve itself
+ignores them silently. Times are in seconds, sizes in bytes or tokens; the name says which.
+"""
+
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+TINY_ASSISTANT = "builtin:tiny-assistant"
+
+
+class _Config(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+
+
+class ModelConfig(_Config):
+    """Which model is served and under what name."""
+
+    model_id: str = Field("mace-tiny", pattern=r"^[A-Za-z0-9][A-Za-z0-9._/-]*$")
+    model_source: str = Field(TINY_ASSISTANT, min_length=1)
+    """`builtin:tiny-assistant`, a Hugging Face id, or a local path."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    max_model_len: int | None = Field(None, ge=64)
+    build_seed: int = 0
+    """Seed of the built-in model."""
+
+
+class EngineConfig(_Config):
+    """How the vLLM engine runs."""
+
+    max_num_seqs: int = Field(64, ge=1)
+    max_num_batched_tokens: int = Field(2048, ge=64)
+    kv_cache_memory_bytes: int | None = Field(None, ge=1 << 20)
+    gpu_memory_utilization: float = Field(0.8, gt=0, lt=1)
+    num_threads: int = Field(0, ge=0)
+    """CPU threads of the worker; 0 means every core that this process may use."""
+    share_base_weights: Literal["auto", "always", "never"] = "auto"
+    """`auto`: shared on CUDA; on CPU whichever docs/weights.md measured as better."""
+    start_timeout_s: float = Field(600.0, gt=0)
+    engine_kwargs: dict[str, Any] = Field(default_factory=dict)
+    """Passed to vLLM's AsyncEngineArgs unchanged."""
+
+
+class LoraConfig(_Config):
+    """Shape of every adapter version."""
+
+    rank: int = Field(16, ge=1, le=512)
+    alpha: float = Field(32.0, gt=0)
+    max_loaded: int = Field(4, ge=2)
+    """Adapter versions that may be active in one batch; running requests finish on their own version."""
+
+
+class TrainingConfig(_Config):
+    """The DPO step and when its results go live."""
+
+    enabled: bool = True
+    beta: float = Field(0.1, gt=0)
+    learning_rate: float = Field(1e-4, gt=0)
+    weight_decay: float = Field(0.0, ge=0)
+    max_grad_norm: float = Field(1.0, gt=0)
+    pairs_per_step: int = Field(8, ge=1)
+    max_prompt_tokens: int = Field(512, ge=1)
+    max_length_tokens: int = Field(1024, ge=8)
+    max_slice_tokens: int = Field(1024, ge=16)
+    """Upper bound of tokens that one slice takes through one layer: sets how many pairs go together."""
+    head_chunk_tokens: int = Field(128, ge=1)
+    max_epochs: int = Field(4, ge=1)
+    """A pair is trained at most this many times."""
+    max_age_s: float = Field(20.0, gt=0)
+    """A pair that waited this long is trained even if the batch is not full."""
+    steps_per_candidate: int = Field(8, ge=1)
+    """Optimizer steps between two candidates that are offered to the gate."""
+    max_loss: float = Field(20.0, gt=0)
+    """A step whose loss is above this, or not finite, is discarded."""
+    max_attempts: int = Field(3, ge=1)
+    seed: int = 0
+
+
+class SloConfig(_Config):
+    """Service level objectives of inference."""
+
+    ttft_s: float = Field(1.0, gt=0)
+    tbt_s: float = Field(0.2, gt=0)
+
+
+class SchedulerConfig(_Config):
+    """Priorities and packing (paper, Algorithm 1)."""
+
+    policy: Literal["mace", "inference_only"] = "mace"
+    base_priority_prefill: float = 10.0
+    base_priority_decode: float = 20.0
+    base_priority_finetune: float = 1.0
+    rate_prefill: float = Field(1.0, ge=0)
+    rate_decode: float = Field(1.0, ge=0)
+    rate_finetune: float = Field(0.05, ge=0)
+    gamma: float = Field(1.0, ge=0)
+    """Weight of the DPO loss in a fine-tune task's priority."""
+    max_loss_term: float = Field(5.0, gt=0)
+    """`L_DPO` is clipped here, so that one hostile pair cannot own the device."""
+    retry_decay: float = Field(0.5, gt=0, le=1)
+    lambda_memory: float = Field(0.5, ge=0)
+    lambda_latency: float = Field(0.5, ge=0)
+    slack_fraction: float = Field(0.8, gt=0, le=1)
+    """Share of the predicted slack before the TBT target that slices may use; the rest absorbs noise."""
+
+    @model_validator(mode="after")
+    def _one_weight_counts(self) -> "SchedulerConfig":
+        if self.lambda_memory == 0 and self.lambda_latency == 0:
+            raise ValueError("scheduler.lambda_memory and scheduler.lambda_latency cannot both be 0")
+        return self
+
+
+class FeedbackConfig(_Config):
+    """The feedback store and its bounds."""
+
+    database_url: str | None = None
+    """SQLAlchemy URL; default is SQLite in WAL mode at `state_dir/feedback.db`."""
+    max_text_chars: int = Field(32_768, ge=1)
+    max_items: int = Field(1000, ge=1)
+    max_body_bytes: int = Field(8 << 20, ge=1024)
+    max_responses: int = Field(100_000, ge=1)
+    """Responses kept so that feedback can name them by id; the oldest are dropped first."""
+    holdout_fraction: float = Field(0.15, ge=0, lt=1)
+    """Share of pairs, by a stable hash, that are never trained on and serve as the gate's test set."""
+
+
+class DriftConfig(_Config):
+    """When new preferences call for training."""
+
+    window: int = Field(32, ge=4)
+    min_pairs: int = Field(8, ge=1)
+    """Pairs that must wait before the first training."""
+    min_accuracy: float = Field(0.9, gt=0, le=1)
+    """Below this preference accuracy over the window, drift is reported."""
+    max_loss: float = Field(0.55, gt=0)
+    """Above this mean DPO loss over the window, drift is reported (ln 2 = 0.693 is the untrained loss)."""
+
+
+class GateConfig(_Config):
+    """What a candidate must not lose against the live adapter on held-out pairs."""
+
+    max_accuracy_drop: float = Field(0.0, ge=0, le=1)
+    max_margin_drop: float = Field(0.0, ge=0)
+    max_pairs: int = Field(64, ge=1)
+
+
+class AppArgs(_Config):
+    """Everything under `args:` of `serve_config.yaml`."""
+
+    model: ModelConfig = ModelConfig()
+    engine: EngineConfig = EngineConfig()
+    lora: LoraConfig = LoraConfig()
+    training: TrainingConfig = TrainingConfig()
+    slo: SloConfig = SloConfig()
+    scheduler: SchedulerConfig = SchedulerConfig()
+    feedback: FeedbackConfig = FeedbackConfig()
+    drift: DriftConfig = DriftConfig()
+    gate: GateConfig = GateConfig()
+    state_dir: Path = Path("state")
+    """Feedback, adapters, optimizer state and the built-in model live here."""

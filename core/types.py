@@ -1,0 +1,144 @@
+"""Shared nouns: what travels between the scheduler, the engine and the deployments.
+
+Plain dataclasses of built-in types only, so that they cross process borders as JSON or msgpack
+(`to_wire` / `from_wire`) and the pure packages need no torch.
+"""
+
+from dataclasses import asdict, dataclass, field
+from enum import StrEnum
+from typing import Any
+
+
+class SliceKind(StrEnum):
+    """One uninterruptible piece of a DPO step. The longest slice bounds how long inference can wait."""
+
+    EMBED = "embed"
+    REFERENCE_LAYER = "reference_layer"
+    REFERENCE_HEAD = "reference_head"
+    POLICY_LAYER = "policy_layer"
+    POLICY_HEAD = "policy_head"
+    LOSS = "loss"
+    BACKWARD_LAYER = "backward_layer"
+    OPTIMIZER = "optimizer"
+
+
+class TaskKind(StrEnum):
+    """What a fine-tune task asks of the engine."""
+
+    TRAIN = "train"
+    """One optimizer step on a batch of pairs, applied to the shadow adapter."""
+    EVALUATE = "evaluate"
+    """Score pairs with the shadow adapter against the reference; changes nothing."""
+
+
+@dataclass(frozen=True, slots=True)
+class TokenizedPair:
+    """One preference pair as token ids. `prompt_ids` is shared by both completions."""
+
+    pair_id: str
+    prompt_ids: tuple[int, ...]
+    chosen_ids: tuple[int, ...]
+    rejected_ids: tuple[int, ...]
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of both sequences, prompt counted twice, without padding."""
+        return 2 * len(self.prompt_ids) + len(self.chosen_ids) + len(self.rejected_ids)
+
+
+@dataclass(frozen=True, slots=True)
+class PairScore:
+    """Sequence-level scores of one pair: sums of token log-probabilities over the completion (nats)."""
+
+    pair_id: str
+    policy_chosen_logp: float
+    policy_rejected_logp: float
+    reference_chosen_logp: float
+    reference_rejected_logp: float
+    loss: float
+    margin: float
+    """Implicit reward margin: beta * ((pi_c - ref_c) - (pi_r - ref_r))."""
+
+
+@dataclass(frozen=True, slots=True)
+class StepMetrics:
+    """Means over the pairs of one task."""
+
+    loss: float
+    margin: float
+    accuracy: float
+    """Share of pairs whose margin is above zero."""
+    grad_norm: float | None = None
+    """Before clipping; None for an evaluation."""
+
+
+@dataclass(frozen=True, slots=True)
+class FineTuneTask:
+    """A unit of fine-tune work for one engine: a DPO step or an evaluation."""
+
+    task_id: str
+    kind: TaskKind
+    pairs: tuple[TokenizedPair, ...]
+
+    def to_wire(self) -> dict[str, Any]:
+        """Built-in types only."""
+        return asdict(self)
+
+    @classmethod
+    def from_wire(cls, data: dict[str, Any]) -> "FineTuneTask":
+        """Inverse of `to_wire`; sequences may have become lists on the way."""
+        pairs = tuple(
+            TokenizedPair(p["pair_id"], tuple(p["prompt_ids"]), tuple(p["chosen_ids"]), tuple(p["rejected_ids"]))
+            for p in data["pairs"]
+        )
+        return cls(task_id=data["task_id"], kind=TaskKind(data["kind"]), pairs=pairs)
+
+
+@dataclass(frozen=True, slots=True)
+class TaskResult:
+    """How a fine-tune task ended. Exactly one of `metrics` and `error` is set."""
+
+    task_id: str
+    kind: TaskKind
+    metrics: StepMetrics | None = None
+    scores: tuple[PairScore, ...] = ()
+    error: str | None = None
+    """Name of the error class of core.errors, then a colon and the message."""
+    num_slices: int = 0
+    busy_s: float = 0.0
+    """Device time of all slices."""
+    longest_slice_s: float = 0.0
+    optimizer_steps: int = 0
+    """Steps applied to the shadow adapter since it was last reset, this one included."""
+
+    def to_wire(self) -> dict[str, Any]:
+        """Built-in types only."""
+        return asdict(self)
+
+    @classmethod
+    def from_wire(cls, data: dict[str, Any]) -> "TaskResult":
+        """Inverse of `to_wire`."""
+        fields = dict(data)
+        fields["kind"] = TaskKind(fields["kind"])
+        fields["metrics"] = StepMetrics(**fields["metrics"]) if fields["metrics"] else None
+        fields["scores"] = tuple(PairScore(**score) for score in fields["scores"])
+        return cls(**fields)
+
+
+@dataclass(slots=True)
+class SliceTiming:
+    """Measured time of one executed slice."""
+
+    kind: SliceKind
+    num_tokens: int
+    latency_s: float
+
+
+@dataclass(slots=True)
+class SliceReport:
+    """What the worker did for fine-tuning in one engine iteration."""
+
+    slices: list[SliceTiming] = field(default_factory=list)
+    forward_s: float = 0.0
+    """Time of the inference forward pass in the same iteration."""
+    finished: list[TaskResult] = field(default_factory=list)
