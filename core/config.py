@@ -125,6 +125,8 @@ class FeedbackConfig(_Config):
     """Responses kept so that feedback can name them by id; the oldest are dropped first."""
     holdout_fraction: float = Field(0.15, ge=0, lt=1)
     """Share of pairs, by a stable hash, that are never trained on and serve as the gate's test set."""
+    rating_window_s: float = Field(7 * 86_400.0, gt=0)
+    """A thumb up and a thumb down on the same prompt make a pair if they came within this time of each other."""
 
 
 class DriftConfig(_Config):

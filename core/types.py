@@ -139,6 +139,4 @@ class SliceReport:
     """What the worker did for fine-tuning in one engine iteration."""
 
     slices: list[SliceTiming] = field(default_factory=list)
-    forward_s: float = 0.0
-    """Time of the inference forward pass in the same iteration."""
     finished: list[TaskResult] = field(default_factory=list)
