@@ -9,6 +9,7 @@
     │   ├── InvalidFeedbackError      malformed, empty, or chosen equals rejected        (HTTP 400/422)
     │   └── UnknownResponseError      a response id that the response store lacks        (HTTP 404)
     ├── StoreUnavailableError     the feedback store cannot be written now               (HTTP 503)
+    ├── ControlUnavailableError   Control is down or restarting; serving goes on         (HTTP 503)
     ├── AdapterError              an adapter directory or version cannot be used
     │   ├── UnknownVersionError       no such version                                    (HTTP 404)
     │   └── DamagedAdapterError       files are missing, unreadable or do not fit
@@ -55,6 +56,10 @@ class UnknownResponseError(FeedbackError):
 
 class StoreUnavailableError(MaceError):
     """The feedback store cannot be read or written at the moment."""
+
+
+class ControlUnavailableError(MaceError):
+    """Control is down, restarting or too slow; the call may be repeated."""
 
 
 class AdapterError(MaceError):

@@ -79,6 +79,8 @@ class FineTuneTask:
     task_id: str
     kind: TaskKind
     pairs: tuple[TokenizedPair, ...]
+    on_live: bool = False
+    """Evaluate the live adapter instead of the shadow; not allowed for training."""
 
     def to_wire(self) -> dict[str, Any]:
         """Built-in types only."""
@@ -91,7 +93,7 @@ class FineTuneTask:
             TokenizedPair(p["pair_id"], tuple(p["prompt_ids"]), tuple(p["chosen_ids"]), tuple(p["rejected_ids"]))
             for p in data["pairs"]
         )
-        return cls(task_id=data["task_id"], kind=TaskKind(data["kind"]), pairs=pairs)
+        return cls(data["task_id"], TaskKind(data["kind"]), pairs, bool(data.get("on_live", False)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,6 +110,10 @@ class TaskResult:
     busy_s: float = 0.0
     """Device time of all slices."""
     longest_slice_s: float = 0.0
+    peak_bytes: int = 0
+    """Most memory that the step held between slices: activations and gradients."""
+    free_bytes: int = 0
+    """Free device memory when the task ended; 0 if unknown."""
     optimizer_steps: int = 0
     """Steps applied to the shadow adapter since it was last reset, this one included."""
 

@@ -51,9 +51,13 @@ class SliceEstimator:
         self._recent[kind, num_tokens.bit_length()].append(latency_s)
 
     def predict(self, kind: SliceKind, num_tokens: int) -> float | None:
-        """Seconds; None for a kind and size that was never measured."""
-        recent = self._recent.get((kind, num_tokens.bit_length()))
-        return max(recent) if recent else None
+        """Seconds, from the nearest measured size of that kind scaled by tokens; None if the kind is unknown."""
+        bucket = num_tokens.bit_length()
+        sizes = [size for known, size in self._recent if known is kind]
+        if not sizes:
+            return None
+        nearest = min(sizes, key=lambda size: (abs(size - bucket), -size))
+        return max(self._recent[kind, nearest]) * 2.0 ** max(0, bucket - nearest)
 
     def relax(self, kind: SliceKind, num_tokens: int) -> None:
         """Forget the slowest measurement after the estimate kept a slice out: outliers must not starve it."""

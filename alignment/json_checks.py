@@ -1,0 +1,79 @@
+"""Is a decoded JSON value safe to keep? One iterative walk, before any model looks at it.
+
+Python's `json` lets through what a database, a tokenizer or a recursive encoder chokes on later: NaN, lone
+surrogates, NUL characters, integers of any size, nesting of any depth. All of them are refused here, once, with
+their place.
+"""
+
+import json
+import math
+import re
+
+from core.errors import InvalidFeedbackError
+
+MAX_DEPTH = 32
+"""The deepest legal record, a tool call inside an OpenAI row, has 7 levels."""
+_MAX_INT = 2**63 - 1
+_BAD_CHARACTER = re.compile("[\x00\ud800-\udfff]")
+
+
+def check_json(value: object) -> None:
+    """Refuse anything that is not plain, finite, storable JSON.
+
+    Raises:
+        InvalidFeedbackError: `param` is the dotted path of the offending value.
+    """
+    stack: list[tuple[object, str, int]] = [(value, "", 0)]
+    while stack:
+        node, path, depth = stack.pop()
+        if isinstance(node, dict | list) and depth >= MAX_DEPTH:
+            raise InvalidFeedbackError(f"nesting is deeper than {MAX_DEPTH} levels", _shown(path))
+        if isinstance(node, dict):
+            for key, child in node.items():
+                _check_key(key, path)
+                stack.append((child, f"{path}.{key}" if path else key, depth + 1))
+        elif isinstance(node, list):
+            stack.extend((child, f"{path}.{index}", depth + 1) for index, child in enumerate(node))
+        else:
+            _check_scalar(node, path)
+
+
+def is_storable(text: str) -> bool:
+    """Could any database hold this text? What could not be stored need not be looked up."""
+    return _BAD_CHARACTER.search(text) is None
+
+
+def canonical_json(value: object) -> str:
+    """The one text of a JSON value: sorted keys, no spaces. Equal values give equal texts on every machine."""
+    return json.dumps(value, sort_keys=True, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
+
+
+def _check_key(key: object, path: str) -> None:
+    if not isinstance(key, str):
+        raise InvalidFeedbackError("keys of a JSON object must be strings", _shown(path))
+    if _BAD_CHARACTER.search(key):
+        raise InvalidFeedbackError("a key holds a NUL character or a lone surrogate", _shown(path))
+
+
+def _check_scalar(node: object, path: str) -> None:
+    if isinstance(node, str):
+        found = _BAD_CHARACTER.search(node)
+        if found:
+            what = "a NUL character" if found.group() == "\x00" else "a lone surrogate"
+            message = f"the text holds {what} at character {found.start()}, which cannot be stored"
+            raise InvalidFeedbackError(message, _shown(path))
+    elif node is None or isinstance(node, bool):
+        return
+    elif isinstance(node, int):
+        if abs(node) > _MAX_INT:
+            raise InvalidFeedbackError("the integer does not fit in 64 bits", _shown(path))
+    elif isinstance(node, float):
+        if not math.isfinite(node):
+            raise InvalidFeedbackError("the number must be finite", _shown(path))
+    else:
+        raise InvalidFeedbackError(f"a value of type {type(node).__name__} is not JSON", _shown(path))
+
+
+def _shown(path: str) -> str | None:
+    """A path short and clean enough for an error answer."""
+    return path[:200] or None

@@ -1,0 +1,76 @@
+"""`mace demo`: prefer one style, then another, on a running server, and see it follow."""
+
+import asyncio
+import json
+from typing import Annotated, Any
+
+import typer
+from openai import APIConnectionError, OpenAIError
+from rich.console import Console
+from rich.table import Table
+
+from app.commands.connection import URL_OPTION
+from engine.tiny.styles import Style
+
+
+def demo(
+    url: URL_OPTION = "http://127.0.0.1:8000",
+    first: Annotated[Style, typer.Option(help="Style to prefer first")] = Style.POLITE,
+    second: Annotated[Style, typer.Option(help="Style to prefer then")] = Style.TERSE,
+    preferences: Annotated[int, typer.Option(min=1, help="Preferences to post for each style")] = 60,
+    samples: Annotated[int, typer.Option(min=1, help="Answers to sample for each held-out question")] = 8,
+    timeout_s: Annotated[float, typer.Option(help="Seconds to wait for each lesson")] = 300.0,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON")] = False,
+) -> None:
+    """Teach the built-in model a style, then another one, while a background client measures TTFT and TBT."""
+    from app.demo.run import DemoOptions, LearningTimeoutError, run_demo
+
+    options = DemoOptions(url, first, second, preferences, samples=samples, timeout_s=timeout_s)
+    console = Console(stderr=as_json)
+    try:
+        report = asyncio.run(run_demo(options, lambda line: console.print(line, highlight=False)))
+    except APIConnectionError as error:
+        typer.secho(f"mace: no server at {url}; start one with `make serve`", fg="red", err=True)
+        raise typer.Exit(1) from error
+    except (OpenAIError, LearningTimeoutError) as error:
+        typer.secho(f"mace: {error}", fg="red", err=True)
+        raise typer.Exit(1) from error
+    if as_json:
+        typer.echo(json.dumps(report, indent=2))
+    else:
+        _show(report, console)
+
+
+def _show(report: dict[str, Any], console: Console) -> None:
+    table = Table(title="What 60 preferences did" if len(report["phases"]) == 2 else None)
+    for heading in (
+        "preferred style",
+        "share before",
+        "after",
+        "right before",
+        "after",
+        "live version",
+        "learnt in",
+    ):
+        table.add_column(heading, justify="right")
+    for phase in report["phases"]:
+        table.add_row(
+            phase["style"],
+            f"{phase['share_before']:.0%}",
+            f"{phase['share_after']:.0%}",
+            f"{phase['before']['right']:.1%}",
+            f"{phase['after']['right']:.1%}",
+            f"{phase['live_before']} -> {phase['live_after']}",
+            f"{phase['learnt_after_s']:.0f} s",
+        )
+    console.print(table)
+    latency = Table(title="Background client (ms)")
+    for heading in ("", "requests", "failed", "TTFT p50", "p99", "TBT p50", "p99", "max"):
+        latency.add_column(heading, justify="right")
+    rows = [("not learning", report["without_learning"])]
+    rows += [(f"learning {phase['style']}", phase["while_learning"]) for phase in report["phases"]]
+    for name, timings in rows:
+        ttft, tbt = timings["ttft_ms"], timings["tbt_ms"]
+        cells = [ttft["p50"], ttft["p99"], tbt["p50"], tbt["p99"], tbt["max"]]
+        latency.add_row(name, str(timings["requests"]), str(timings["failed"]), *map(str, cells))
+    console.print(latency)

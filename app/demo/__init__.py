@@ -1,0 +1,1 @@
+"""`mace demo`: watch a running server learn a preference."""

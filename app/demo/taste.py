@@ -1,0 +1,123 @@
+"""A user with a taste: asks questions, tells how often the answers are right and in the style it likes, and says so.
+
+Works with the built-in model, whose replies a program can judge (engine.tiny.styles).
+"""
+
+import asyncio
+from collections import Counter
+from dataclasses import dataclass
+from typing import Any
+
+from openai import AsyncOpenAI
+
+from engine.tiny.knowledge import Question
+from engine.tiny.styles import Style, judge, render
+
+_CONCURRENCY = 16
+
+
+@dataclass(frozen=True, slots=True)
+class Survey:
+    """How the model answers a set of questions, sampled at temperature 1."""
+
+    num_replies: int
+    right_share: float
+    style_shares: dict[str, float]
+
+    def share(self, style: Style) -> float:
+        """Share of replies in that style."""
+        return self.style_shares[style.value]
+
+    def to_wire(self) -> dict[str, Any]:
+        """Shares rounded to three digits."""
+        styles = {name: round(share, 3) for name, share in self.style_shares.items()}
+        return {"replies": self.num_replies, "right": round(self.right_share, 3), "styles": styles}
+
+
+@dataclass(frozen=True, slots=True)
+class _Asked:
+    question: Question
+    response_id: str
+    texts: list[str]
+
+
+async def survey(client: AsyncOpenAI, model: str, questions: list[Question], samples: int) -> Survey:
+    """Ask every question `samples` times and judge the replies."""
+    asked = await _ask_all(client, model, questions, samples)
+    judged = [judge(one.question, text) for one in asked for text in one.texts]
+    counts = Counter(judgement.style for judgement in judged)
+    return Survey(
+        num_replies=len(judged),
+        right_share=sum(judgement.is_right for judgement in judged) / len(judged),
+        style_shares={style.value: counts[style] / len(judged) for style in Style},
+    )
+
+
+async def prefer(client: AsyncOpenAI, model: str, questions: list[Question], style: Style) -> list[str]:
+    """Post one preference for `style` on each question; returns the ids of the feedback records.
+
+    Where the model gave a right answer in that style, it is chosen over another of its own answers; where it did not,
+    one of its answers is corrected to that style.
+    """
+    asked = await _ask_all(client, model, questions, samples=8)
+    items = [_feedback_on(one, style) for one in asked]
+    reply = await client.post("/feedback", body={"items": items}, cast_to=object)
+    outcomes = reply["data"]  # type: ignore[index]
+    refused = [outcome for outcome in outcomes if outcome["status"] == "error"]
+    if refused:
+        raise RuntimeError(f"{len(refused)} preferences were refused, the first: {refused[0]}")
+    return [outcome["id"] for outcome in outcomes]
+
+
+def _feedback_on(asked: _Asked, style: Style) -> dict[str, Any]:
+    liked, disliked = None, 0
+    for index, text in enumerate(asked.texts):
+        judgement = judge(asked.question, text)
+        if judgement.style is style and judgement.is_right:
+            liked = index
+        elif judgement.style is not style:
+            disliked = index
+    common = {"source": "demo", "user": "demo"}
+    is_all_liked = all(judge(asked.question, text).style is style for text in asked.texts)
+    if liked is not None and not is_all_liked:
+        return {
+            "type": "preference",
+            "chosen_id": asked.response_id,
+            "chosen_choice_index": liked,
+            "rejected_id": asked.response_id,
+            "rejected_choice_index": disliked,
+            **common,
+        }
+    if is_all_liked:  # nothing to dislike: an answer in another style is the worse one
+        other = next(one for one in Style if one is not style)
+        prompt = [{"role": "user", "content": asked.question.text}]
+        return {
+            "prompt": prompt,
+            "chosen": render(asked.question, style),
+            "rejected": render(asked.question, other),
+            **common,
+        }
+    return {
+        "type": "correction",
+        "response_id": asked.response_id,
+        "choice_index": disliked,
+        "value": render(asked.question, style),
+        **common,
+    }
+
+
+async def _ask_all(client: AsyncOpenAI, model: str, questions: list[Question], samples: int) -> list[_Asked]:
+    room = asyncio.Semaphore(_CONCURRENCY)
+
+    async def ask(question: Question) -> _Asked:
+        async with room:
+            reply = await client.chat.completions.create(
+                model=model,
+                messages=[{"role": "user", "content": question.text}],
+                n=samples,
+                temperature=1.0,
+                max_tokens=64,
+            )
+        return _Asked(question, reply.id, [choice.message.content or "" for choice in reply.choices])
+
+    return list(await asyncio.gather(*map(ask, questions)))

@@ -1,0 +1,69 @@
+"""Our errors as OpenAI-shaped JSON: `{"error": {"message", "type", "param", "code"}}`."""
+
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.responses import JSONResponse
+
+from core.errors import (
+    AdapterError,
+    ControlUnavailableError,
+    DamagedAdapterError,
+    FeedbackError,
+    InvalidFeedbackError,
+    MaceError,
+    StoreUnavailableError,
+    UnknownResponseError,
+    UnknownVersionError,
+)
+
+_STATUS: dict[type[MaceError], int] = {
+    InvalidFeedbackError: 422,
+    UnknownResponseError: 404,
+    FeedbackError: 400,
+    StoreUnavailableError: 503,
+    ControlUnavailableError: 503,
+    UnknownVersionError: 404,
+    DamagedAdapterError: 409,
+    AdapterError: 503,
+}
+_RETRY_AFTER_S = 2
+
+
+class BadRequestError(MaceError):
+    """The request itself is wrong, whatever it is about."""
+
+    def __init__(self, message: str, param: str | None = None, status: int = 400) -> None:
+        super().__init__(message)
+        self.param = param
+        self.status = status
+
+
+def status_of(error: MaceError) -> int:
+    """HTTP status of one of our errors: the entry of its nearest class."""
+    if isinstance(error, BadRequestError):
+        return error.status
+    return next((_STATUS[kind] for kind in type(error).__mro__ if kind in _STATUS), 500)
+
+
+def error_body(message: str, kind: str, status: int, param: str | None = None) -> dict[str, Any]:
+    """The JSON that OpenAI clients understand."""
+    return {"error": {"message": message, "type": kind, "param": param, "code": status}}
+
+
+def error_response(error: MaceError) -> JSONResponse:
+    """The response for one of our errors; 503 says when to try again."""
+    status = status_of(error)
+    body = error_body(str(error), type(error).__name__, status, getattr(error, "param", None))
+    headers = {"Retry-After": str(_RETRY_AFTER_S)} if status == 503 else None
+    return JSONResponse(body, status, headers)
+
+
+def install_error_handlers(app: FastAPI) -> None:
+    """Answer every `MaceError` that a route raises."""
+
+    async def answer(_: Request, error: Exception) -> JSONResponse:
+        assert isinstance(error, MaceError)
+        return error_response(error)
+
+    app.add_exception_handler(MaceError, answer)

@@ -1,0 +1,71 @@
+"""Wiring: the only place where deployments are decorated and bound.
+
+`serve_config.yaml` names `app.main:build_app`. No `from __future__ import annotations` here: Ray would then pass an
+unvalidated dict instead of `AppArgs`.
+"""
+
+from typing import Any
+
+from pydantic import ValidationError
+from ray import serve
+from ray.serve import Application
+
+from app.http import attach_routes
+from core.config import AppArgs
+from core.errors import ConfigError
+from deployments.control import Control
+from deployments.executor import Executor
+
+_MAX_QUEUED = 1024
+
+
+def parse_args(raw: Any) -> AppArgs:
+    """Validate what stands under `args:`; relative paths become absolute, since replicas have another directory.
+
+    Raises:
+        ConfigError: naming every wrong key.
+    """
+    try:
+        args = AppArgs.model_validate(raw.model_dump() if isinstance(raw, AppArgs) else raw)
+    except ValidationError as error:
+        lines = [f"  {'.'.join(map(str, issue['loc']))}: {issue['msg']}" for issue in error.errors()]
+        raise ConfigError("args of serve_config.yaml are wrong:\n" + "\n".join(lines)) from error
+    state_dir = args.state_dir.expanduser()
+    return args.model_copy(update={"state_dir": state_dir if state_dir.is_absolute() else state_dir.absolute()})
+
+
+def build_app(args: AppArgs) -> Application:
+    """The Serve application: one Executor replica for each device, one Control replica.
+
+    Raises:
+        ConfigError: see `parse_args`.
+    """
+    return bind_deployments(args, {})
+
+
+def bind_deployments(args: Any, overrides: dict[str, dict[str, Any]]) -> Application:
+    """`build_app` with deployment options by deployment name, for callers that read the config file themselves."""
+    config = parse_args(args)
+    wire = config.model_dump(mode="json")
+    control = serve.deployment(
+        **{
+            "name": "Control",
+            "num_replicas": 1,
+            "max_ongoing_requests": 256,
+            "ray_actor_options": {"num_cpus": 0},
+            **overrides.get("Control", {}),
+        }
+    )(Control)
+    executor = serve.deployment(
+        **{
+            "name": "Executor",
+            "num_replicas": 1,
+            "max_ongoing_requests": _MAX_QUEUED,
+            "max_queued_requests": _MAX_QUEUED,
+            "ray_actor_options": {"num_cpus": 1},
+            "health_check_period_s": 5,
+            "graceful_shutdown_timeout_s": 10,
+            **overrides.get("Executor", {}),
+        }
+    )(serve.ingress()(Executor))
+    return executor.bind(wire, control.bind(wire), attach_routes)

@@ -1,0 +1,59 @@
+"""What crosses a Ray handle: built-in types in frozen dataclasses, cheap to pickle, no behaviour."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from core.types import PairScore, StepMetrics
+
+Prompt = str | list[dict[str, Any]]
+"""Plain text for completions, chat messages otherwise."""
+
+
+@dataclass(frozen=True, slots=True)
+class TrainingPair:
+    """A preference pair on its way from the store to an executor."""
+
+    pair_id: str
+    prompt: Prompt
+    chosen: str
+    rejected: str
+    dpo_loss: float | None = None
+    """From the last time it was scored; None if never."""
+    times_trained: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class TrainingBatch:
+    """One DPO step's worth of pairs, leased to one executor."""
+
+    task_id: str
+    pairs: tuple[TrainingPair, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Headroom:
+    """What an executor has left for fine-tuning; its bin in the best-fit packing."""
+
+    executor_id: str
+    memory_bytes: float
+    latency_s: float
+    """Device seconds that inference is expected to leave free within the next `HORIZON_S`."""
+
+
+@dataclass(frozen=True, slots=True)
+class BatchOutcome:
+    """How a leased batch ended on its executor."""
+
+    task_id: str
+    executor_id: str
+    scores: tuple[PairScore, ...] = ()
+    metrics: StepMetrics | None = None
+    error: str | None = None
+    busy_s: float = 0.0
+    peak_bytes: int = 0
+    unusable: tuple[tuple[str, str], ...] = ()
+    """Pairs left out, with the reason (too long for the model, say); they are parked, not retried."""
+
+
+HORIZON_S = 10.0
+"""Window over which executors report their free device time."""

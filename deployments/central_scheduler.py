@@ -1,0 +1,168 @@
+"""CentralScheduler: the global fine-tune queue and which executor gets what.
+
+The queue holds preference pairs, ordered by `P_ft(t) + γ·L_DPO`. When an executor asks for work, the top pairs
+become one batch, and best-fit packing over the executors' reported headroom says whether this executor is the one.
+A leased batch that is not heard of again returns to the queue.
+
+Everything here can be rebuilt: the DriftMonitor owns the durable state and streams pairs again after a restart.
+`now_s` comes from the clock that is passed in, so the class is plain and testable; app.main makes it a Ray actor.
+"""
+
+import itertools
+import time
+import uuid
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from core.config import AppArgs
+from core.messages import HORIZON_S, BatchOutcome, Headroom, TrainingBatch, TrainingPair
+from deployments.metrics import Meter
+from scheduler.packing import Bin, Demand, best_fit
+from scheduler.task_queue import QueuedTask, TaskQueue
+
+LEASE_S = 600.0
+"""A batch not reported within this time is given to another executor."""
+
+_HEADROOM_TTL_S = 5.0
+_SMOOTHING = 0.2
+
+
+@dataclass(frozen=True, slots=True)
+class _Lease:
+    batch: TrainingBatch
+    executor_id: str
+    expires_s: float
+    attempts: int
+
+
+class CentralScheduler:
+    """Queue, leases and packing. All methods are quick and run one at a time (a Ray actor's default)."""
+
+    def __init__(self, args: dict[str, Any], clock: Callable[[], float] = time.monotonic) -> None:
+        config = AppArgs.model_validate(args)
+        self._config = config
+        self._clock = clock
+        self._queue: TaskQueue[TrainingPair] = TaskQueue(config.scheduler)
+        self._leases: dict[str, _Lease] = {}
+        self._headrooms: dict[str, tuple[float, Headroom]] = {}
+        self._busy_s_per_pair = 0.0
+        self._bytes_per_pair = 0.0
+        self._meter = Meter("central_scheduler")
+
+    def enqueue(self, pairs: list[TrainingPair]) -> None:
+        """Add pairs; those already queued or leased are left as they are."""
+        now_s = self._clock()
+        leased = self._leased_ids()
+        for pair in pairs:
+            if pair.pair_id not in self._queue and pair.pair_id not in leased:
+                self._queue.push(QueuedTask(pair.pair_id, pair, now_s, pair.dpo_loss))
+        self._meter.set_gauge("finetune_queue_pairs", len(self._queue))
+
+    def known_pair_ids(self) -> list[str]:
+        """Ids of all pairs that are queued or leased."""
+        self._expire_leases()
+        return [*self._queue.ids(), *self._leased_ids()]
+
+    def poll(self, headroom: Headroom) -> TrainingBatch | None:
+        """Work for an executor, or None: nothing is due, or another executor fits better."""
+        now_s = self._clock()
+        self._headrooms[headroom.executor_id] = (now_s, headroom)
+        self._expire_leases()
+        if any(lease.executor_id == headroom.executor_id for lease in self._leases.values()):
+            self._release_executor(headroom.executor_id)  # it restarted and forgot
+        size = min(len(self._queue), self._config.training.pairs_per_step)
+        if not self._is_due(size, now_s) or not self._is_best_fit(headroom, size, now_s):
+            return None
+        return self._lease(headroom.executor_id, size, now_s)
+
+    def failed_for_good(self, outcome: BatchOutcome) -> list[str]:
+        """Ids of the batch's pairs that failed as often as allowed and must be parked. Changes nothing."""
+        lease = self._leases.get(outcome.task_id)
+        if lease is None or outcome.error is None or lease.attempts + 1 < self._config.training.max_attempts:
+            return []
+        return [pair.pair_id for pair in lease.batch.pairs]
+
+    def complete(self, outcome: BatchOutcome) -> None:
+        """Close a lease. A failed batch goes back with one more attempt, which lowers its priority."""
+        failed_for_good = set(self.failed_for_good(outcome))
+        lease = self._leases.pop(outcome.task_id, None)
+        self._meter.count("finetune_batches", outcome="failed" if outcome.error else "trained")
+        if lease is None:
+            return
+        if outcome.error is None:
+            num_pairs = len(lease.batch.pairs)
+            self._busy_s_per_pair = _smooth(self._busy_s_per_pair, outcome.busy_s / num_pairs)
+            self._bytes_per_pair = _smooth(self._bytes_per_pair, outcome.peak_bytes / num_pairs)
+            return
+        unusable = failed_for_good | {pair_id for pair_id, _ in outcome.unusable}
+        self._requeue([pair for pair in lease.batch.pairs if pair.pair_id not in unusable], lease.attempts + 1)
+
+    def stats(self) -> dict[str, Any]:
+        """Queue length, leases and executors, for `/v1/training`."""
+        top = self._queue.peek()
+        return {
+            "queued_pairs": len(self._queue),
+            "leased_batches": len(self._leases),
+            "executors": sorted(self._headrooms),
+            "top_priority": None if top is None else top.priority_at(self._clock(), self._config.scheduler),
+        }
+
+    def _is_due(self, size: int, now_s: float) -> bool:
+        if size == 0:
+            return False
+        if size >= self._config.training.pairs_per_step:
+            return True
+        top = self._queue.peek()
+        assert top is not None  # size > 0
+        return top.payload.times_trained > 0 or now_s - top.arrived_s >= self._config.training.max_age_s
+
+    def _is_best_fit(self, headroom: Headroom, size: int, now_s: float) -> bool:
+        demand = Demand(self._bytes_per_pair * size, min(self._busy_s_per_pair * size, HORIZON_S / 2))
+        fresh = [
+            room
+            for seen_s, room in self._headrooms.values()
+            if now_s - seen_s <= _HEADROOM_TTL_S and not self._has_lease(room.executor_id)
+        ]
+        bins = [Bin(room.executor_id, room.memory_bytes, room.latency_s) for room in fresh]
+        chosen = best_fit(demand, bins, self._config.scheduler)
+        return chosen is not None and chosen.bin_id == headroom.executor_id
+
+    def _lease(self, executor_id: str, size: int, now_s: float) -> TrainingBatch:
+        tasks = [task for task in (self._queue.pop() for _ in range(size)) if task is not None]
+        batch = TrainingBatch(f"ft-{uuid.uuid4().hex[:12]}", tuple(task.payload for task in tasks))
+        attempts = max(task.attempts for task in tasks)
+        self._leases[batch.task_id] = _Lease(batch, executor_id, now_s + LEASE_S, attempts)
+        self._meter.set_gauge("finetune_queue_pairs", len(self._queue))
+        return batch
+
+    def _has_lease(self, executor_id: str) -> bool:
+        return any(lease.executor_id == executor_id for lease in self._leases.values())
+
+    def _leased_ids(self) -> set[str]:
+        return set(
+            itertools.chain.from_iterable(
+                (p.pair_id for p in lease.batch.pairs) for lease in self._leases.values()
+            )
+        )
+
+    def _expire_leases(self) -> None:
+        now_s = self._clock()
+        for task_id, lease in list(self._leases.items()):
+            if lease.expires_s <= now_s:
+                del self._leases[task_id]
+                self._requeue(list(lease.batch.pairs), lease.attempts)
+
+    def _release_executor(self, executor_id: str) -> None:
+        for task_id, lease in list(self._leases.items()):
+            if lease.executor_id == executor_id:
+                del self._leases[task_id]
+                self._requeue(list(lease.batch.pairs), lease.attempts)
+
+    def _requeue(self, pairs: list[TrainingPair], attempts: int) -> None:
+        for pair in pairs:
+            self._queue.push(QueuedTask(pair.pair_id, pair, self._clock(), pair.dpo_loss, attempts))
+
+
+def _smooth(mean: float, value: float) -> float:
+    return value if mean == 0.0 else mean + _SMOOTHING * (value - mean)

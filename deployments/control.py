@@ -1,0 +1,87 @@
+"""Control: the one-replica deployment that hosts the CentralScheduler and DriftMonitor actors.
+
+Serve restarts it when it dies; its actors die with it and are made anew, from the store on disk. Nothing here is
+on the token path: executors serve on while Control is away, and repeat their calls.
+"""
+
+from typing import Any
+
+import ray
+
+from alignment.formats import ExportFormat
+from alignment.pairs import StoredResponse
+from core.messages import BatchOutcome, Headroom, TrainingBatch, TrainingPair
+from deployments.central_scheduler import CentralScheduler
+from deployments.drift_monitor import DriftMonitor
+
+_MONITOR_THREADS = 8
+
+
+class _QueueProxy:
+    """The scheduler actor as the monitor sees it: blocking calls."""
+
+    def __init__(self, actor: Any) -> None:
+        self._actor = actor
+
+    def known_pair_ids(self) -> list[str]:
+        return list(ray.get(self._actor.known_pair_ids.remote(), timeout=30))
+
+    def enqueue(self, pairs: list[TrainingPair]) -> None:
+        ray.get(self._actor.enqueue.remote(pairs), timeout=30)
+
+
+class Control:
+    """Owner of the two actors; forwards calls to them."""
+
+    def __init__(self, args: dict[str, Any]) -> None:
+        options = {"num_cpus": 0, "max_restarts": -1, "max_task_retries": 0}
+        self._scheduler = ray.remote(CentralScheduler).options(**options).remote(args)
+        self._monitor = (
+            ray.remote(DriftMonitor)
+            .options(**options, max_concurrency=_MONITOR_THREADS)
+            .remote(args, _QueueProxy(self._scheduler))
+        )
+
+    async def check_health(self) -> None:
+        """Fails if an actor cannot be restarted; Serve then replaces the replica."""
+        await self._monitor.ping.remote()
+
+    async def add_feedback(self, items: list[object], idempotency_key: str | None) -> list[dict[str, Any]]:
+        """See `DriftMonitor.add_feedback`."""
+        return await self._monitor.add_feedback.remote(items, idempotency_key)
+
+    async def import_feedback(self, body: bytes) -> dict[str, Any]:
+        """See `DriftMonitor.import_feedback`."""
+        return await self._monitor.import_feedback.remote(body)
+
+    async def feedback_page(self, after: str | None, limit: int, kind: str | None) -> dict[str, Any]:
+        """See `DriftMonitor.feedback_page`."""
+        return await self._monitor.feedback_page.remote(after, limit, kind)
+
+    async def export_chunk(self, format: ExportFormat, after: int) -> tuple[list[dict[str, Any]], int | None]:
+        """See `DriftMonitor.export_chunk`."""
+        return await self._monitor.export_chunk.remote(format, after)
+
+    async def put_responses(self, responses: list[StoredResponse]) -> int:
+        """See `DriftMonitor.put_responses`."""
+        return await self._monitor.put_responses.remote(responses)
+
+    async def held_out_pairs(self) -> list[TrainingPair]:
+        """See `DriftMonitor.held_out_pairs`."""
+        return await self._monitor.held_out_pairs.remote()
+
+    async def poll(self, headroom: Headroom) -> TrainingBatch | None:
+        """See `CentralScheduler.poll`."""
+        return await self._scheduler.poll.remote(headroom)
+
+    async def complete(self, outcome: BatchOutcome, version: str | None) -> None:
+        """Record what became of a batch: first durably, then in the queue, so that no pair is streamed twice."""
+        failed = await self._scheduler.failed_for_good.remote(outcome)
+        await self._monitor.record.remote(outcome, failed, version)
+        await self._scheduler.complete.remote(outcome)
+
+    async def stats(self) -> dict[str, Any]:
+        """Queue, store and drift."""
+        queue = self._scheduler.stats.remote()
+        monitor = self._monitor.stats.remote()
+        return {"queue": await queue, **await monitor}

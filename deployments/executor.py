@@ -1,0 +1,96 @@
+"""Executor: one Serve replica, one device, one engine, one HTTP application.
+
+The replica is its own HTTP ingress: vLLM's OpenAI application with our routes added, so a token makes no extra hop.
+Routes come from `attach_routes`, which app.main passes in: deployments know nothing of HTTP schemas.
+"""
+
+import asyncio
+import logging
+import uuid
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from alignment.registry import AdapterRegistry
+from core.config import AppArgs
+from deployments.control_client import ControlClient
+from deployments.learner import Learner
+from deployments.response_log import ResponseLog
+from deployments.versions import AdapterVersions
+from engine.hybrid_engine import HybridEngine
+from engine.model_source import base_model_name, resolve_model
+from engine.pair_tokens import PairTokenizer
+from engine.vllm_compat import configure_environment
+
+logger = logging.getLogger(__name__)
+
+AttachRoutes = Callable[[Any, "Executor"], Any]
+
+
+class Executor:
+    """Serving and learning on one device. Cheap to construct; `__serve_build_asgi_app__` starts everything."""
+
+    def __init__(self, args: dict[str, Any], control: Any, attach_routes: AttachRoutes) -> None:
+        self.args = AppArgs.model_validate(args)
+        self.control = ControlClient(control)
+        self.responses = ResponseLog(self.control)
+        self._attach_routes = attach_routes
+        self._background: list[asyncio.Task[None]] = []
+        self.engine: HybridEngine
+        self.versions: AdapterVersions
+        self.learner: Learner | None = None
+        self.is_ready = False
+
+    async def __serve_build_asgi_app__(self) -> Any:
+        """Start the engine, restore the live adapter, begin learning; returns the ASGI application.
+
+        Raises:
+            ConfigError: the model cannot be found or the settings do not fit it.
+        """
+        configure_environment(self.args)
+        state_dir = self.args.state_dir
+        model_dir = await asyncio.to_thread(resolve_model, self.args.model, state_dir)
+        self.engine = await HybridEngine.start(self.args, str(model_dir))
+        base_model = base_model_name(self.args.model, model_dir)
+        registry = await asyncio.to_thread(AdapterRegistry.open, state_dir / "adapters", base_model)
+        self.versions = AdapterVersions(self.engine, registry, self.args.model.model_id)
+        app = await self.engine.build_openai_app(self.versions.base_names)
+        await self.versions.attach(app.state.openai_serving_models.lora_requests)
+        if self.args.training.enabled:
+            await self._start_learning(model_dir, registry)
+        self._background.append(asyncio.create_task(self.responses.run()))
+        self.is_ready = True
+        return self._attach_routes(app, self)
+
+    async def check_health(self) -> None:
+        """Fails when the engine is dead; Serve then replaces the replica."""
+        if self.is_ready:
+            await self.engine.check_health()
+
+    async def status(self) -> dict[str, Any]:
+        """What this executor knows of its training."""
+        return {} if self.learner is None else self.learner.status_to_wire()
+
+    def __del__(self) -> None:
+        """Serve deletes the replica's object on a graceful stop: end the engine's processes with it."""
+        for task in self._background:
+            task.cancel()
+        if getattr(self, "engine", None) is not None:
+            self.engine.shutdown()
+
+    async def _start_learning(self, model_dir: Path, registry: AdapterRegistry) -> None:
+        tokenizer = await asyncio.to_thread(
+            PairTokenizer.load, str(model_dir), self.args.training.max_length_tokens
+        )
+        self.learner = Learner(
+            executor_id=f"executor-{uuid.uuid4().hex[:8]}",
+            engine=self.engine,
+            control=self.control,
+            versions=self.versions,
+            registry=registry,
+            tokenizer=tokenizer,
+            args=self.args,
+            base_model=base_model_name(self.args.model, model_dir),
+        )
+        await self.learner.restore()
+        self._background.append(asyncio.create_task(self.learner.run()))

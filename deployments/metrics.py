@@ -1,0 +1,75 @@
+"""Counters and gauges of the Ray side: one name, exported through Ray's metrics and Prometheus' registry.
+
+Ray exports them as `ray_mace_<name>` on every node; the replica's own `GET /metrics` shows `mace_<name>`, so that
+a single machine needs no Ray discovery. Ray drops a gauge that is not set again for about 20 s, and its
+histograms invent `_sum`: hence counters of seconds instead of histograms, and `refresh` for gauges.
+"""
+
+from typing import Any
+
+import prometheus_client
+from ray.util import metrics as ray_metrics
+
+_DESCRIPTIONS = {
+    "finetune_queue_pairs": "Preference pairs that wait in the central fine-tune queue",
+    "finetune_batches": "Batches that executors reported, by outcome",
+    "feedback_received": "Feedback items by type and status",
+    "responses_dropped": "Responses dropped because Control was away too long",
+    "responses_stored": "Responses kept so that feedback can name them",
+    "drift_detected": "1 while the drift window calls for training",
+    "drift_accuracy": "Preference accuracy over the drift window",
+    "pairs_trained": "Pairs that went through an optimizer step, counted each time",
+    "train_steps": "Optimizer steps, by outcome",
+    "train_busy_seconds": "Device time of fine-tune slices",
+    "train_longest_slice_seconds": "Longest slice of the last step",
+    "dpo_loss": "Mean DPO loss of the last step",
+    "dpo_margin": "Mean implicit reward margin of the last step",
+    "dpo_accuracy": "Preference accuracy of the last step",
+    "adapter_version": "Number of the live adapter version, 0 for the bare base model",
+    "adapter_candidates": "Candidates by what the gate said",
+    "requests_refused": "Requests that MACE itself refused, by reason",
+    "control_unreachable": "Calls to Control that failed",
+}
+
+_PROMETHEUS: dict[str, Any] = {}
+"""Prometheus wants each name registered once a process; several meters may live in one."""
+
+
+class Meter:
+    """Metrics of one component. Names and meanings are those of `_DESCRIPTIONS`; labels are strings."""
+
+    def __init__(self, component: str) -> None:
+        self._component = component
+        self._ray: dict[str, Any] = {}
+        self._gauges: dict[tuple[str, tuple[tuple[str, str], ...]], float] = {}
+
+    def count(self, name: str, amount: float = 1.0, **labels: str) -> None:
+        """Add to a counter."""
+        if amount <= 0:
+            return
+        labels = {"component": self._component, **labels}
+        self._metric(ray_metrics.Counter, name, labels).inc(amount, tags=labels)
+        _prometheus(prometheus_client.Counter, name, labels).labels(**labels).inc(amount)
+
+    def set_gauge(self, name: str, value: float, **labels: str) -> None:
+        """Set a gauge."""
+        labels = {"component": self._component, **labels}
+        self._gauges[name, tuple(labels.items())] = value
+        self._metric(ray_metrics.Gauge, name, labels).set(value, tags=labels)
+        _prometheus(prometheus_client.Gauge, name, labels).labels(**labels).set(value)
+
+    def refresh(self) -> None:
+        """Set every gauge again; call at least every ten seconds."""
+        for (name, labels), value in self._gauges.items():
+            self._metric(ray_metrics.Gauge, name, dict(labels)).set(value, tags=dict(labels))
+
+    def _metric(self, kind: Any, name: str, labels: dict[str, str]) -> Any:
+        if name not in self._ray:
+            self._ray[name] = kind(f"mace_{name}", description=_DESCRIPTIONS[name], tag_keys=tuple(labels))
+        return self._ray[name]
+
+
+def _prometheus(kind: Any, name: str, labels: dict[str, str]) -> Any:
+    if name not in _PROMETHEUS:
+        _PROMETHEUS[name] = kind(f"mace_{name}", _DESCRIPTIONS[name], tuple(labels))
+    return _PROMETHEUS[name]

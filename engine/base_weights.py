@@ -1,0 +1,92 @@
+"""One copy of the base weights: the trainer's linear weights are views of vLLM's.
+
+vLLM fuses q, k, v into `qkv_proj` and gate, up into `gate_up_proj` by concatenating rows, so each Hugging Face weight
+is a slice of rows of a fused one and needs no copy. On CUDA this is always so. On CPU vLLM packs linear weights for
+its kernels and drops the originals; sharing there means to leave them unpacked, which costs decode speed
+(docs/weights.md), so `share_base_weights: auto` gives the trainer its own copy on CPU.
+"""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+from vllm.model_executor.layers.linear import UnquantizedLinearMethod
+
+from core.config import EngineConfig
+from core.errors import UnsupportedModelError
+
+WeightViews = Mapping[str, torch.Tensor]
+
+
+def is_shared(config: EngineConfig, device_type: str) -> bool:
+    """Whether the trainer uses vLLM's tensors, by the setting and the device."""
+    if config.share_base_weights == "auto":
+        return device_type == "cuda"
+    return config.share_base_weights == "always"
+
+
+@contextmanager
+def unpacked_cpu_weights() -> Iterator[None]:
+    """While it lasts, linear layers are created so that vLLM's CPU backend leaves their weights unpacked."""
+    create_weights = UnquantizedLinearMethod.create_weights
+
+    def create_unpacked(self: Any, layer: nn.Module, *args: Any, **kwargs: Any) -> None:
+        create_weights(self, layer, *args, **kwargs)
+        setattr(layer, "_cpu_skip_gemm_dispatch", True)  # noqa: B010 - read by vLLM's process_weights_after_loading
+
+    UnquantizedLinearMethod.create_weights = create_unpacked
+    try:
+        yield
+    finally:
+        UnquantizedLinearMethod.create_weights = create_weights
+
+
+def huggingface_views(model: nn.Module, hf_config: Any) -> dict[str, torch.Tensor]:
+    """Views of a loaded vLLM decoder's parameters under their Hugging Face names.
+
+    Args:
+        model: vLLM's model, with or without LoRA wrappers (llama, qwen2, qwen3 and mistral shapes).
+        hf_config: its Hugging Face text configuration.
+
+    Raises:
+        UnsupportedModelError: a fused weight has unexpected rows (quantized, sharded or another architecture).
+    """
+    views: dict[str, torch.Tensor] = {}
+    for name, parameter in model.named_parameters():
+        plain_name = name.replace(".base_layer", "")
+        views.update(_split(plain_name, parameter.detach(), hf_config))
+    return views
+
+
+def _split(name: str, tensor: torch.Tensor, hf_config: Any) -> dict[str, torch.Tensor]:
+    head_dim = getattr(hf_config, "head_dim", None) or hf_config.hidden_size // hf_config.num_attention_heads
+    query_rows = hf_config.num_attention_heads * head_dim
+    key_rows = hf_config.num_key_value_heads * head_dim
+    fused = {
+        "qkv_proj": (("q_proj", query_rows), ("k_proj", key_rows), ("v_proj", key_rows)),
+        "gate_up_proj": (("gate_proj", hf_config.intermediate_size), ("up_proj", hf_config.intermediate_size)),
+    }
+    for fused_name, parts in fused.items():
+        if f".{fused_name}." in name:
+            return _split_rows(name, tensor, fused_name, parts)
+    if "embed_tokens" in name or "lm_head" in name:
+        return {name: tensor[: hf_config.vocab_size]}  # vLLM pads the vocabulary
+    return {name: tensor}
+
+
+def _split_rows(
+    name: str, tensor: torch.Tensor, fused_name: str, parts: tuple[tuple[str, int], ...]
+) -> dict[str, torch.Tensor]:
+    expected_rows = sum(rows for _, rows in parts)
+    if tensor.shape[0] != expected_rows:
+        raise UnsupportedModelError(
+            f"{name} has {tensor.shape[0]} rows, expected {expected_rows}: "
+            "quantized or sharded weights cannot be shared with the trainer"
+        )
+    views, start = {}, 0
+    for part_name, rows in parts:
+        views[name.replace(fused_name, part_name)] = tensor[start : start + rows]
+        start += rows
+    return views

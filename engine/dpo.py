@@ -1,0 +1,276 @@
+"""One DPO step on a LoRA as a resumable sequence of slices.
+
+Per micro-batch: embed, reference layers (adapter off), reference head chunks, embed, policy layers (each layer's
+input is kept), policy head chunks, loss, backward layers (each recomputed from its kept input). After the last
+micro-batch one optimizer slice. Nothing but the object itself is needed between two slices, so the same thread may
+run inference in between; parameters change in the optimizer slice only.
+
+Each head chunk computes d logp_t / d hidden_t at once. The loss's derivative is one scalar per sequence, known
+only after the last chunk; the loss slice multiplies it in. So the head, the widest matrix, runs once, not twice.
+"""
+
+from collections import deque
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from functools import partial
+
+import torch
+
+from core.config import TrainingConfig
+from core.errors import DivergedError, TrainingError
+from core.types import FineTuneTask, PairScore, SliceKind, StepMetrics, TaskKind
+from engine.dpo_batch import MicroBatch, cut_pair, make_micro_batches
+from engine.dpo_loss import sigmoid_dpo, sum_per_row, token_log_probs, token_log_probs_and_grad
+from engine.shadow import ShadowAdapter
+from engine.trainable import TrainableModel, training_mode
+
+
+@dataclass(frozen=True, slots=True)
+class SliceSpec:
+    """What a slice will do."""
+
+    kind: SliceKind
+    num_tokens: int
+    """Padded tokens for embedding and layers, completion tokens for head and loss, 0 for the optimizer."""
+
+
+@dataclass(slots=True)
+class _Work:
+    """What is alive of one micro-batch. Shapes as in `MicroBatch`; hidden states in the model's dtype."""
+
+    batch: MicroBatch
+    hidden: torch.Tensor | None = None
+    """[2n, T, H]; after a last layer only the scored positions [C, H]; in backward the gradient [2n, T, H]."""
+    inputs: list[torch.Tensor] = field(default_factory=list)
+    """Kept layer inputs, popped by backward."""
+    reference: list[torch.Tensor] = field(default_factory=list)
+    """Token log-probabilities per head chunk."""
+    policy: list[torch.Tensor] = field(default_factory=list)
+    head_grads: list[torch.Tensor] = field(default_factory=list)
+    """d logp / d hidden per head chunk, [c, H]."""
+
+    def state(self) -> torch.Tensor:
+        """The hidden state that the slice before has left."""
+        if self.hidden is None:
+            raise TrainingError("slices ran out of order")
+        return self.hidden
+
+    def num_bytes(self) -> int:
+        held = [*self.inputs, *self.reference, *self.policy, *self.head_grads]
+        return sum(tensor.nbytes for tensor in held) + (0 if self.hidden is None else self.hidden.nbytes)
+
+    def clear(self) -> None:
+        self.hidden = None
+        for held in (self.inputs, self.reference, self.policy, self.head_grads):
+            held.clear()
+
+
+_Program = deque[tuple[SliceSpec, Callable[[], None]]]
+
+
+class DpoStep:
+    """A task's slices and their state. TRAIN ends with an optimizer step, EVALUATE only scores.
+
+    Raises (constructor):
+        PairTooLongError: A pair does not fit the configured lengths.
+        ConfigError: The configured length exceeds the model's sliding window.
+        TrainingError: No pairs, or a token id outside the vocabulary.
+    """
+
+    def __init__(
+        self, model: TrainableModel, shadow: ShadowAdapter, task: FineTuneTask, config: TrainingConfig
+    ) -> None:
+        model.check_lengths(config)
+        self.task = task
+        self._model, self._shadow, self._config = model, shadow, config
+        self._trains = task.kind is TaskKind.TRAIN
+        max_length = min(config.max_length_tokens, model.context_tokens)
+        pairs = [cut_pair(pair, config.max_prompt_tokens, max_length) for pair in task.pairs]
+        with training_mode(model.device):
+            batches = make_micro_batches(
+                pairs,
+                max_slice_tokens=config.max_slice_tokens,
+                vocab_size=model.vocab_size,
+                device=model.device,
+            )
+        self._work = [_Work(batch) for batch in batches]
+        self._program: _Program = deque(self._plan())
+        self._gradients: torch.Tensor | None = None
+        self._gradient_views: list[list[torch.Tensor]] = []
+        self._scores: dict[int, PairScore] = {}
+        self._grad_norm: float | None = None
+        self._discarded = False
+
+    @property
+    def next_slice(self) -> SliceSpec | None:
+        """The slice that `run_slice` will run, or None at the end."""
+        return self._program[0][0] if self._program else None
+
+    @property
+    def pending(self) -> tuple[SliceSpec, ...]:
+        """All slices that are still to run, in order."""
+        return tuple(spec for spec, _ in self._program)
+
+    @property
+    def done(self) -> bool:
+        """Every slice has run and there is a result."""
+        return not self._program and not self._discarded
+
+    @property
+    def activation_bytes(self) -> int:
+        """Device memory held between slices now: hidden states, kept inputs, head and LoRA gradients."""
+        gradients = 0 if self._gradients is None else self._gradients.nbytes
+        return gradients + sum(work.num_bytes() for work in self._work)
+
+    def run_slice(self) -> SliceKind:
+        """Run the next slice to its end, in a grad mode of its own.
+
+        Raises:
+            DivergedError: Loss or gradient not finite, or a training loss above `max_loss`.
+            TrainingError: Nothing is left to run, or the device is out of memory.
+            After any error the step is discarded: parameters and optimizer are as before the step.
+        """
+        if not self._program:
+            raise TrainingError(f"task {self.task.task_id} has no slice left to run")
+        spec, run = self._program[0]
+        try:
+            with training_mode(self._model.device):
+                run()
+        except torch.OutOfMemoryError as error:
+            self.discard()
+            raise TrainingError(f"out of device memory in a {spec.kind} slice: {error}") from error
+        except BaseException:
+            self.discard()
+            raise
+        self._program.popleft()
+        return spec.kind
+
+    def discard(self) -> None:
+        """Drop gradients and activations; parameters stay as they were before the step."""
+        self._discarded = not self.done or self._discarded
+        self._program.clear()
+        self._gradients = None
+        self._gradient_views = []
+        self._work = []
+
+    def result(self) -> tuple[StepMetrics, tuple[PairScore, ...]]:
+        """Means over the task and the scores in the task's order of pairs.
+
+        Raises:
+            TrainingError: The step is not done.
+        """
+        if not self.done:
+            raise TrainingError(f"task {self.task.task_id} is not done")
+        scores = tuple(self._scores[i] for i in range(len(self.task.pairs)))
+        count = len(scores)
+        metrics = StepMetrics(
+            loss=sum(score.loss for score in scores) / count,
+            margin=sum(score.margin for score in scores) / count,
+            accuracy=sum(score.margin > 0 for score in scores) / count,
+            grad_norm=self._grad_norm,
+        )
+        return metrics, scores
+
+    def gradients(self) -> dict[str, torch.Tensor]:
+        """LoRA gradients gathered so far, by PEFT name (views); empty before the first backward slice."""
+        return {} if self._gradients is None else self._shadow.named_views(self._gradients)
+
+    def _plan(self) -> Iterator[tuple[SliceSpec, Callable[[], None]]]:
+        """The slices in order; layers and head chunks differ in the adapter only."""
+        layers = range(self._model.num_layers)
+        for work in self._work:
+            tokens, targets = work.batch.num_tokens, work.batch.num_targets
+            starts = range(0, targets, self._config.head_chunk_tokens)
+            chunks = [slice(start, min(start + starts.step, targets)) for start in starts]
+            for is_policy in (False, True):
+                layer_kind = SliceKind.POLICY_LAYER if is_policy else SliceKind.REFERENCE_LAYER
+                head_kind = SliceKind.POLICY_HEAD if is_policy else SliceKind.REFERENCE_HEAD
+                run_layer = self._policy_layer if is_policy else self._reference_layer
+                run_head = self._policy_head if is_policy else self._reference_head
+                yield SliceSpec(SliceKind.EMBED, tokens), partial(self._embed, work)
+                for i in layers:
+                    yield SliceSpec(layer_kind, tokens), partial(run_layer, work, i)
+                for chunk in chunks:
+                    yield SliceSpec(head_kind, chunk.stop - chunk.start), partial(run_head, work, chunk)
+            yield SliceSpec(SliceKind.LOSS, targets), partial(self._loss, work)
+            for i in reversed(layers) if self._trains else ():
+                yield SliceSpec(SliceKind.BACKWARD_LAYER, tokens), partial(self._backward_layer, work, i)
+        if self._trains:
+            yield SliceSpec(SliceKind.OPTIMIZER, 0), self._optimize
+
+    def _embed(self, work: _Work) -> None:
+        work.hidden = self._model.embed(work.batch.ids)
+
+    def _forward_layer(self, work: _Work, i: int) -> None:
+        """One layer; after the last only the positions that are scored stay alive."""
+        hidden = self._model.run_layer(i, work.state(), self._model.rotary(work.batch.ids.shape[1]))
+        last = i == self._model.num_layers - 1
+        work.hidden = hidden.flatten(0, 1)[work.batch.positions] if last else hidden
+
+    def _reference_layer(self, work: _Work, i: int) -> None:
+        with self._model.adapter_disabled(i):
+            self._forward_layer(work, i)
+
+    def _policy_layer(self, work: _Work, i: int) -> None:
+        if self._trains:
+            work.inputs.append(work.state())
+        self._forward_layer(work, i)
+
+    def _reference_head(self, work: _Work, chunk: slice) -> None:
+        work.reference.append(token_log_probs(self._model, work.state()[chunk], work.batch.targets[chunk]))
+
+    def _policy_head(self, work: _Work, chunk: slice) -> None:
+        hidden, targets = work.state()[chunk], work.batch.targets[chunk]
+        if self._trains:
+            log_probs, grad = token_log_probs_and_grad(self._model, hidden, targets)
+            work.head_grads.append(grad)
+        else:
+            log_probs = token_log_probs(self._model, hidden, targets)
+        work.policy.append(log_probs)
+
+    def _loss(self, work: _Work) -> None:
+        batch, num_rows = work.batch, 2 * work.batch.num_pairs
+        policy, reference = (
+            sum_per_row(torch.cat(parts), batch.rows, num_rows) for parts in (work.policy, work.reference)
+        )
+        terms = sigmoid_dpo(policy, reference, self._config.beta)
+        columns = zip(*terms.table.tolist(), strict=True)  # The only wait for the device before the optimizer.
+        for index, values in zip(batch.pair_indices, columns, strict=True):
+            self._scores[index] = PairScore(self.task.pairs[index].pair_id, *values)
+        self._check_loss(not bool(torch.isfinite(terms.table).all()))
+        head_grads = work.head_grads and torch.cat(work.head_grads)
+        for held in (work.reference, work.policy, work.head_grads):
+            held.clear()
+        work.hidden = None
+        if isinstance(head_grads, torch.Tensor):
+            scaled = (head_grads * terms.coefficients[batch.rows].unsqueeze(1)).to(self._model.dtype)
+            grad = scaled.new_zeros(batch.num_tokens, scaled.shape[1])
+            work.hidden = grad.index_copy_(0, batch.positions, scaled).view(num_rows, -1, scaled.shape[1])
+
+    def _check_loss(self, not_finite: bool) -> None:
+        """Losses are not negative, so a partial sum above the bound already condemns the step."""
+        mean = sum(score.loss for score in self._scores.values()) / len(self.task.pairs)
+        if not_finite or (self._trains and mean > self._config.max_loss):
+            raise DivergedError(f"DPO loss is {mean}, allowed is a finite loss up to {self._config.max_loss}")
+
+    def _backward_layer(self, work: _Work, i: int) -> None:
+        """Recompute layer i with a graph and add its LoRA gradients; embeddings get none, so layer 0 is a leaf."""
+        if self._gradients is None:
+            self._gradients, self._gradient_views = self._shadow.new_gradients()
+        leaf = work.inputs.pop().detach().requires_grad_(i > 0)
+        wanted: list[torch.Tensor] = [*self._model.layer_parameters(i)]
+        if i > 0:
+            wanted.append(leaf)
+        with torch.enable_grad():
+            output = self._model.run_layer(i, leaf, self._model.rotary(work.batch.ids.shape[1]))
+        grads = list(torch.autograd.grad(output, wanted, work.state()))
+        work.hidden = grads.pop() if i > 0 else None
+        scale = self._config.beta / len(self.task.pairs)
+        torch._foreach_add_(self._gradient_views[i], grads, alpha=scale)
+
+    def _optimize(self) -> None:
+        if self._gradients is None:
+            raise TrainingError("slices ran out of order")
+        self._grad_norm = self._shadow.apply(self._gradients)
+        self._gradients = None
+        self._gradient_views = []

@@ -1,0 +1,263 @@
+"""Runs fine-tune tasks slice by slice inside the worker process. Knows torch, not vLLM.
+
+Tasks run one at a time, in order of arrival (the central scheduler has ordered them). Invariants: `run` never
+raises because of a task, an error is that task's result; it never starts a slice whose upper estimate does not
+fit into the rest of the budget, beyond `min_slices`.
+"""
+
+import logging
+import sys
+import time
+from collections import deque
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+
+from core.config import AppArgs
+from core.errors import ConfigError, DamagedAdapterError
+from core.types import FineTuneTask, SliceReport, SliceTiming, TaskKind, TaskResult, TokenizedPair
+from engine.base_weights import WeightViews
+from engine.dpo import DpoStep, SliceSpec
+from engine.shadow import ShadowAdapter
+from engine.trainable import TrainableModel
+from scheduler.estimator import SliceEstimator
+
+logger = logging.getLogger(__name__)
+
+_WARM_UP_TOKENS = 16
+_BLOCKED_BEFORE_RELAX = 8
+"""Iterations in which an estimate keeps a slice out before its slowest measurement is forgotten."""
+
+
+class FineTuneRunner:
+    """Owner of the trainable model, the shadow adapter and the task in progress."""
+
+    REMOTE_METHODS = frozenset(
+        {"save_adapter", "load_adapter", "set_live", "save_training_state", "load_training_state"}
+    )
+
+    def __init__(self, model: TrainableModel, shadow: ShadowAdapter, args: AppArgs) -> None:
+        self._model = model
+        self._shadow = shadow
+        self._config = args.training
+        self._estimator = SliceEstimator()
+        self._waiting: deque[FineTuneTask] = deque()
+        self._running: _Running | None = None
+        self._live = shadow.zeros()
+        self._blocked = 0
+
+    @classmethod
+    def build(
+        cls,
+        *,
+        model_dir: str,
+        args: AppArgs,
+        dtype: torch.dtype,
+        device: torch.device,
+        weights: WeightViews | None,
+    ) -> "FineTuneRunner":
+        """Build the trainable model and measure every kind of slice once.
+
+        Raises:
+            UnsupportedModelError, ConfigError: see `TrainableModel.build`.
+        """
+        model = TrainableModel.build(
+            model_dir, args.lora, dtype=dtype, device=device, seed=args.training.seed, weights=weights
+        )
+        runner = cls(model, ShadowAdapter(model, args.training), args)
+        runner._warm_up()
+        return runner
+
+    def submit(self, task: dict[str, Any]) -> None:
+        """Queue a task given as `FineTuneTask.to_wire()`."""
+        self._waiting.append(FineTuneTask.from_wire(task))
+
+    def abort(self, task_id: str) -> None:
+        """Drop a task; parameters are as before it. Unknown ids are ignored."""
+        self._waiting = deque(task for task in self._waiting if task.task_id != task_id)
+        if self._running is not None and self._running.task.task_id == task_id:
+            self._running.step.discard()
+            self._stop()
+
+    def run(self, budget_s: float, min_slices: int) -> SliceReport:
+        """Run slices for at most `budget_s` seconds, but at least `min_slices` if there is work."""
+        report = SliceReport()
+        started_s = time.perf_counter()
+        if budget_s <= 0 and min_slices == 0:
+            return report
+        _synchronize(self._model.device)
+        while (running := self._current(report)) is not None:
+            spec = running.step.next_slice
+            assert spec is not None  # _current finishes steps that are done
+            left_s = budget_s - (time.perf_counter() - started_s)
+            if len(report.slices) >= min_slices and not self._fits(spec, left_s, first=not report.slices):
+                break
+            self._run_slice(running, spec, report)
+        return report
+
+    def save_adapter(self, directory: str, base_model: str) -> None:
+        """Write the shadow adapter in PEFT format.
+
+        Raises:
+            AdapterError: the directory cannot be written.
+        """
+        self._shadow.save(directory, base_model)
+
+    def load_adapter(self, directory: str | None) -> None:
+        """Set the shadow adapter to a saved version, or to the seeded start; the optimizer starts afresh.
+
+        Raises:
+            DamagedAdapterError: the directory is unreadable or does not fit; the adapter is unchanged.
+        """
+        if directory is None:
+            self._shadow.reset()
+        else:
+            self._shadow.load(directory)
+
+    def set_live(self, directory: str | None) -> None:
+        """Remember a version (None: the bare base) as the one that `on_live` evaluations score.
+
+        Raises:
+            DamagedAdapterError: the directory is unreadable or does not fit.
+        """
+        self._live = self._shadow.zeros() if directory is None else self._shadow.read(directory)
+
+    def save_training_state(self, path: str) -> None:
+        """Write shadow adapter and optimizer state atomically."""
+        self._shadow.save_training_state(path)
+
+    def load_training_state(self, path: str) -> bool:
+        """Restore shadow adapter and optimizer; False if the file is absent or damaged (logged)."""
+        if not Path(path).exists():
+            return False
+        try:
+            self._shadow.load_training_state(path)
+        except DamagedAdapterError as error:
+            logger.warning("training state ignored: %s", error)
+            return False
+        return True
+
+    def _current(self, report: SliceReport) -> "_Running | None":
+        """The step with a slice to run; ends finished steps and starts waiting tasks on the way."""
+        while True:
+            if self._running is not None and self._running.step.next_slice is not None:
+                return self._running
+            if self._running is not None:
+                self._finish(self._running, report)
+            if not self._waiting:
+                return None
+            self._start(self._waiting.popleft(), report)
+
+    def _start(self, task: FineTuneTask, report: SliceReport) -> None:
+        try:
+            if task.on_live and task.kind is TaskKind.TRAIN:
+                raise ConfigError("the live adapter is never trained in place")
+            step = DpoStep(self._model, self._shadow, task, self._config)
+        except Exception as error:  # noqa: BLE001 - any failure is the task's result; serving goes on
+            report.finished.append(_failure(task, error))
+            return
+        if task.on_live:
+            self._shadow.exchange(self._live)
+        self._running = _Running(task, step)
+
+    def _finish(self, running: "_Running", report: SliceReport) -> None:
+        metrics, scores = running.step.result()
+        self._stop()
+        report.finished.append(
+            TaskResult(
+                task_id=running.task.task_id,
+                kind=running.task.kind,
+                metrics=metrics,
+                scores=scores,
+                num_slices=running.num_slices,
+                busy_s=running.busy_s,
+                longest_slice_s=running.longest_slice_s,
+                peak_bytes=running.peak_bytes,
+                free_bytes=free_memory_bytes(self._model.device),
+                optimizer_steps=self._shadow.num_steps,
+            )
+        )
+
+    def _stop(self) -> None:
+        """Forget the running step, and put the shadow back if the live adapter stood in for it."""
+        if self._running is not None and self._running.task.on_live:
+            self._shadow.exchange(self._live)
+        self._running = None
+
+    def _run_slice(self, running: "_Running", spec: SliceSpec, report: SliceReport) -> None:
+        started_s = time.perf_counter()
+        try:
+            running.step.run_slice()
+        except Exception as error:  # noqa: BLE001 - any failure is the task's result; serving goes on
+            self._stop()
+            report.finished.append(_failure(running.task, error))
+        _synchronize(self._model.device)
+        latency_s = time.perf_counter() - started_s
+        running.count(latency_s, running.step.activation_bytes)
+        self._estimator.observe(spec.kind, spec.num_tokens, latency_s)
+        report.slices.append(SliceTiming(spec.kind, spec.num_tokens, latency_s))
+
+    def _fits(self, spec: SliceSpec, left_s: float, *, first: bool) -> bool:
+        predicted_s = self._estimator.predict(spec.kind, spec.num_tokens)
+        fits = predicted_s is not None and predicted_s <= left_s
+        if fits:
+            self._blocked = 0
+        elif first:
+            self._blocked += 1
+            if self._blocked % _BLOCKED_BEFORE_RELAX == 0:
+                self._estimator.relax(spec.kind, spec.num_tokens)
+        return fits
+
+    def _warm_up(self) -> None:
+        """Run one step of a made-up pair, so that no kind of slice is unknown; leaves no trace in the adapter."""
+        half = min(_WARM_UP_TOKENS, self._config.max_prompt_tokens, self._config.max_length_tokens // 2)
+        prompt = (0,) * half
+        pair = TokenizedPair("warm-up", prompt, (0,) * half, (1,) * half)
+        for _ in range(2):  # the first pass pays for lazy set-up inside torch
+            self._estimator = SliceEstimator()
+            self.submit(FineTuneTask("warm-up", TaskKind.TRAIN, (pair,)).to_wire())
+            result = self.run(float("inf"), sys.maxsize).finished[0]
+            self._shadow.reset()
+            if result.error is not None:
+                logger.warning("warm-up step failed: %s", result.error)
+
+
+class _Running:
+    """The step in progress and what it has cost so far."""
+
+    __slots__ = ("busy_s", "longest_slice_s", "num_slices", "peak_bytes", "step", "task")
+
+    def __init__(self, task: FineTuneTask, step: DpoStep) -> None:
+        self.task = task
+        self.step = step
+        self.num_slices = 0
+        self.busy_s = 0.0
+        self.longest_slice_s = 0.0
+        self.peak_bytes = 0
+
+    def count(self, latency_s: float, held_bytes: int) -> None:
+        """Add one slice and the memory that is held after it."""
+        self.num_slices += 1
+        self.busy_s += latency_s
+        self.longest_slice_s = max(self.longest_slice_s, latency_s)
+        self.peak_bytes = max(self.peak_bytes, held_bytes)
+
+
+def _failure(task: FineTuneTask, error: Exception) -> TaskResult:
+    logger.warning("fine-tune task %s failed: %s", task.task_id, error, exc_info=error)
+    return TaskResult(task.task_id, task.kind, error=f"{type(error).__name__}: {error}")
+
+
+def free_memory_bytes(device: torch.device) -> int:
+    """Memory that the device could still give."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    return int(psutil.virtual_memory().available)
+
+
+def _synchronize(device: torch.device) -> None:
+    """Wait for the device, so that the clock measures slices and not their launches."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

@@ -1,0 +1,119 @@
+"""The engine as the rest of MACE sees it: a vLLM `AsyncLLM` that also takes fine-tune tasks."""
+
+import uuid
+from pathlib import Path
+from typing import Any
+
+import core.errors
+from core.config import AppArgs
+from core.errors import MaceError, TrainingError
+from core.types import FineTuneTask, TaskResult
+from engine import vllm_compat
+from engine.messages import TASK_KEY
+
+
+class HybridEngine:
+    """Serving and fine-tuning on one device. Start with `HybridEngine.start`."""
+
+    def __init__(self, client: Any, args: AppArgs) -> None:
+        self.client = client
+        """vLLM's `AsyncLLM`."""
+        self._args = args
+        self.free_memory_bytes = float("inf")
+        """Free device memory as the worker saw it last; infinite before the first report."""
+
+    @classmethod
+    async def start(cls, args: AppArgs, model_dir: str, stat_loggers: list[Any] | None = None) -> "HybridEngine":
+        """Start the engine processes; returns when the model is loaded."""
+        return cls(await vllm_compat.start_engine(args, model_dir, stat_loggers), args)
+
+    async def run_task(self, task: FineTuneTask) -> TaskResult:
+        """Run a fine-tune task to its end, slice by slice between inference. Cancelling aborts it.
+
+        Raises:
+            TrainingError: the engine ended the task without a result (it is shutting down).
+        """
+        request_id = f"finetune-{task.task_id}-{uuid.uuid4().hex[:8]}"
+        prompt, params = vllm_compat.make_task_request(task.to_wire(), TASK_KEY)
+        final = None
+        async for output in self.client.generate(prompt, params, request_id):
+            final = output
+        if final is None or not final.kv_transfer_params:
+            raise TrainingError(f"task {task.task_id} was aborted by the engine")
+        result = TaskResult.from_wire({**final.kv_transfer_params, "task_id": task.task_id})
+        self.free_memory_bytes = result.free_bytes or self.free_memory_bytes
+        return result
+
+    async def save_adapter(self, directory: Path, base_model: str) -> None:
+        """Write the shadow adapter to `directory` in PEFT format.
+
+        Raises:
+            AdapterError: the directory cannot be written.
+        """
+        await self._call_runner("save_adapter", str(directory), base_model)
+
+    async def load_adapter(self, directory: Path | None) -> None:
+        """Set the shadow adapter to a saved version, or to its initial state; optimizer state is reset.
+
+        Raises:
+            DamagedAdapterError: the directory is unreadable or does not fit; nothing changed.
+        """
+        await self._call_runner("load_adapter", _text(directory))
+
+    async def set_live(self, directory: Path | None) -> None:
+        """Tell the trainer which version `on_live` evaluations score; None is the bare base model.
+
+        Raises:
+            DamagedAdapterError: the directory is unreadable or does not fit; nothing changed.
+        """
+        if self._args.training.enabled:
+            await self._call_runner("set_live", _text(directory))
+
+    async def save_training_state(self, path: Path) -> None:
+        """Write optimizer state and shadow adapter so that training can go on after a restart."""
+        await self._call_runner("save_training_state", str(path))
+
+    async def load_training_state(self, path: Path) -> bool:
+        """Restore what `save_training_state` wrote; False if there is none."""
+        return bool(await self._call_runner("load_training_state", str(path)))
+
+    async def load_version(self, handle: Any) -> None:
+        """Load an adapter version into the inference side ahead of its first request."""
+        await self.client.add_lora(handle)
+
+    def version_handle(self, name: str, number: int, path: Path) -> Any:
+        """vLLM's handle of an adapter version; name and number must be unique to it."""
+        return vllm_compat.make_lora_request(name, number, path)
+
+    async def build_openai_app(self, base_names: list[str]) -> Any:
+        """vLLM's own FastAPI application on this engine; the first name is what the base model reports."""
+        return await vllm_compat.build_openai_app(self.client, base_names)
+
+    @property
+    def max_model_len(self) -> int:
+        """Longest sequence, prompt and answer together, in tokens."""
+        return int(self.client.model_config.max_model_len)
+
+    def num_unfinished_requests(self) -> int:
+        """Requests in the engine, fine-tune tasks included."""
+        return int(self.client.output_processor.get_num_unfinished_requests())
+
+    async def check_health(self) -> None:
+        """Raise if the engine died."""
+        await self.client.check_health()
+
+    def shutdown(self) -> None:
+        """Stop the engine processes."""
+        self.client.shutdown()
+
+    async def _call_runner(self, method: str, *args: Any) -> Any:
+        """Between two iterations, in the worker. Errors of our tree come back as they were raised there."""
+        reply = (await self.client.collective_rpc("mace_call", args=(method, *args)))[0]
+        if "error" in reply:
+            kind = getattr(core.errors, reply["error"], MaceError)
+            raise kind(reply["message"])
+        return reply["value"]
+
+
+def _text(directory: Path | None) -> str | None:
+    return None if directory is None else str(directory)

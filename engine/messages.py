@@ -1,0 +1,36 @@
+"""What the hybrid scheduler and worker say to each other inside an engine.
+
+Both ride as attributes on vLLM's own objects, which are plain dataclasses and are pickled whole between the
+two processes: a `Directive` on `SchedulerOutput`, an `IterationReport` on a copy of `ModelRunnerOutput`.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from core.types import SliceReport
+
+TASK_KEY = "mace_finetune_task"
+"""Key in `SamplingParams.extra_args` that carries a task. Only code inside the replica may set it."""
+
+DIRECTIVE_ATTRIBUTE = "mace_directive"
+REPORT_ATTRIBUTE = "mace_report"
+
+
+@dataclass(slots=True)
+class Directive:
+    """Scheduler to worker, once per iteration."""
+
+    finetune_budget_s: float = 0.0
+    min_slices: int = 0
+    new_tasks: list[dict[str, Any]] = field(default_factory=list)
+    """`FineTuneTask.to_wire()` of tasks that entered since the last iteration."""
+    aborted_task_ids: list[str] = field(default_factory=list)
+
+
+@dataclass(slots=True)
+class IterationReport:
+    """Worker to scheduler, once per iteration."""
+
+    finetune: SliceReport
+    forward_s: float
+    """Inference forward pass and sampling."""

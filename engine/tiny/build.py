@@ -1,0 +1,103 @@
+"""Builds the tiny assistant once and keeps it as an ordinary Hugging Face model directory."""
+
+import fcntl
+import hashlib
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from transformers import GenerationConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from engine.tiny import corpus, tokenizer
+from engine.tiny.train import Recipe, train_model
+
+RECIPE_VERSION = 1
+"""Raise it when the code changes in a way that the fingerprint below cannot see."""
+
+
+def ensure_tiny_assistant(state_dir: Path, seed: int = 0, show_progress: bool = True) -> Path:
+    """Return the model directory, building it first where it is missing.
+
+    Takes about 45 s on two CPU cores the first time. Safe to call from several processes at once: one builds, the
+    others wait for it.
+    """
+    return build(state_dir, seed, Recipe(), show_progress)
+
+
+def build(state_dir: Path, seed: int, recipe: Recipe, show_progress: bool) -> Path:
+    """As `ensure_tiny_assistant`, with another recipe; every recipe has a directory of its own."""
+    models_dir = state_dir / "models"
+    target = models_dir / f"tiny-assistant-v{RECIPE_VERSION}-{_fingerprint(recipe)}-seed{seed}"
+    if target.is_dir():
+        return target
+    models_dir.mkdir(parents=True, exist_ok=True)
+    with _locked(models_dir / f".{target.name}.lock"):
+        if not target.is_dir():
+            _build_into(target, seed, recipe, show_progress)
+    return target
+
+
+def _build_into(target: Path, seed: int, recipe: Recipe, show_progress: bool) -> None:
+    """Write everything beside the target, then rename: the target is never seen half written."""
+    staging = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    try:
+        words = tokenizer.train_tokenizer()
+        model = _train_with_progress(words, recipe, seed, show_progress)
+        _save(staging, model, words)
+        staging.chmod(0o755)
+        staging.rename(target)
+    except BaseException:
+        shutil.rmtree(staging, ignore_errors=True)
+        raise
+
+
+def _train_with_progress(
+    words: PreTrainedTokenizerFast, recipe: Recipe, seed: int, show_progress: bool
+) -> LlamaForCausalLM:
+    columns = (
+        TextColumn("[bold]{task.description}"),
+        BarColumn(),
+        TextColumn("{task.completed}/{task.total} steps, loss {task.fields[loss]:.2f}"),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=Console(stderr=True), disable=not show_progress) as progress:
+        bar = progress.add_task("Training the tiny assistant", total=recipe.steps, loss=float("nan"))
+        return train_model(words, recipe, seed, lambda step, loss: progress.update(bar, completed=step, loss=loss))
+
+
+def _save(directory: Path, model: LlamaForCausalLM, words: PreTrainedTokenizerFast) -> None:
+    model.generation_config = GenerationConfig(
+        do_sample=True,
+        temperature=1.0,
+        top_k=0,
+        top_p=1.0,
+        eos_token_id=words.eos_token_id,
+        pad_token_id=words.pad_token_id,
+    )
+    model.save_pretrained(directory)
+    words.save_pretrained(directory, save_jinja_files=False)
+    for path in directory.iterdir():
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+
+
+def _fingerprint(recipe: Recipe) -> str:
+    """Changes with the recipe, the knowledge, the wording of the styles and the chat format."""
+    digest = hashlib.sha256()
+    content = (recipe, list(corpus.texts()), tokenizer.CHAT_TEMPLATE, tokenizer.VOCAB_SIZE)
+    digest.update(repr(content).encode())
+    return digest.hexdigest()[:8]
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """Hold an exclusive lock between processes; the kernel drops it if the holder dies."""
+    with path.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield

@@ -1,0 +1,300 @@
+"""A Hugging Face decoder with a LoRA, addressable one layer at a time.
+
+The base weights are either views of another owner's storage (vLLM's, on CUDA) or an own copy read from the model
+directory. They are adopted, never copied, and need no gradient; only the LoRA matrices do. Those are fp32,
+whatever the base is, and live on all seven linear layers of every decoder layer, not on the LM head.
+
+Shapes: B sequences, T tokens, H hidden size, V vocabulary. Sequences are padded on the right: under causal
+attention no real token sees a pad, so no mask is needed.
+"""
+
+import math
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import peft
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from core.config import LoraConfig, TrainingConfig
+from core.errors import ConfigError, ModelNotFoundError, UnsupportedModelError
+
+SUPPORTED_MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
+TARGET_MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+ADAPTER_NAME = "shadow"
+PEFT_PREFIX = "base_model.model."
+
+Rotary = tuple[torch.Tensor, torch.Tensor]
+
+
+@contextmanager
+def training_mode(device: torch.device, *, grad: bool = False) -> Iterator[None]:
+    """Normal tensors, no autocast, the given grad mode: whatever mode the caller (vLLM's worker) is in."""
+    with torch.inference_mode(False), torch.set_grad_enabled(grad), torch.autocast(device.type, enabled=False):
+        yield
+
+
+class TrainableModel:
+    """A decoder-only model split into embedding, layers and head. Make one with `TrainableModel.build`.
+
+    Callers set the grad mode (`training_mode`); nothing here does, so that one layer function serves the reference
+    pass, the policy pass and the recomputation for backward.
+    """
+
+    def __init__(self, causal_lm: nn.Module, lora: LoraConfig, lora_config: peft.LoraConfig) -> None:
+        self.causal_lm = causal_lm
+        self.lora = lora
+        self.lora_config = lora_config
+        self.hf_config: Any = causal_lm.config
+        decoder: Any = causal_lm.model
+        self._embed_tokens: nn.Embedding = decoder.embed_tokens
+        self._layers: list[nn.Module] = list(decoder.layers)
+        self._norm: nn.Module = decoder.norm
+        self._rotary_emb: nn.Module = decoder.rotary_emb
+        self._lm_head: Any = causal_lm.lm_head
+        self._rotary_cache: Rotary | None = None
+        self._lora_modules = [
+            [module for module in layer.modules() if isinstance(module, peft.tuners.lora.LoraLayer)]
+            for layer in self._layers
+        ]
+        self._lora_parameters = [_lora_parameters(layer, i) for i, layer in enumerate(self._layers)]
+        weight = self._embed_tokens.weight
+        self.device, self.dtype = weight.device, weight.dtype
+
+    @classmethod
+    def build(
+        cls,
+        model_dir: str,
+        lora: LoraConfig,
+        *,
+        dtype: torch.dtype,
+        device: torch.device | str,
+        seed: int,
+        weights: Mapping[str, torch.Tensor] | None = None,
+    ) -> "TrainableModel":
+        """Make the skeleton, adopt the base weights, add a fresh LoRA.
+
+        Args:
+            model_dir: Local directory with `config.json` (and safetensors, if `weights` is None).
+            lora: Rank and alpha.
+            dtype: Of the base weights and of the activations.
+            device: Where the model runs.
+            seed: Of the LoRA's A matrices; B is zero.
+            weights: Hugging Face parameter name to tensor; adopted without a copy, inference tensors too.
+                `lm_head.weight` may be missing if it is tied to the embedding.
+
+        Raises:
+            UnsupportedModelError: The architecture is not one of `SUPPORTED_MODEL_TYPES`.
+            ModelNotFoundError: The directory has no readable config or weights.
+            ConfigError: A weight is missing or has another shape, dtype or device.
+        """
+        device = torch.device(device)
+        config = _read_config(model_dir)
+        with training_mode(device):
+            causal_lm = _skeleton(config, device)
+            names = [name for name, _ in causal_lm.named_parameters(remove_duplicate=False)]
+            if weights is None:
+                weights = _read_weights(Path(model_dir), set(names), dtype, device)
+            _adopt_weights(causal_lm, weights, dtype, device)
+            lora_config = _peft_config(lora)
+            peft.inject_adapter_in_model(lora_config, causal_lm, adapter_name=ADAPTER_NAME)
+            causal_lm.eval()
+            model = cls(causal_lm, lora, lora_config)
+            for parameter in model.lora_parameters().values():
+                parameter.data = parameter.data.to(device=device, dtype=torch.float32)
+            model.reset_lora(seed)
+        return model
+
+    @property
+    def num_layers(self) -> int:
+        """Number of decoder layers."""
+        return len(self._layers)
+
+    @property
+    def vocab_size(self) -> int:
+        """V, the number of rows of the embedding."""
+        return self._embed_tokens.num_embeddings
+
+    @property
+    def context_tokens(self) -> int:
+        """Longest sequence that the position embeddings were made for."""
+        return int(self.hf_config.max_position_embeddings)
+
+    def check_lengths(self, config: TrainingConfig) -> None:
+        """Raise ConfigError if a sequence could exceed the sliding window, which the layers here do not apply."""
+        window = getattr(self.hf_config, "sliding_window", None)
+        if window is not None and min(config.max_length_tokens, self.context_tokens) > window:
+            raise ConfigError(
+                f"training.max_length_tokens is {config.max_length_tokens}, but the model attends to a sliding "
+                f"window of {window} tokens; set it to at most {window}"
+            )
+
+    def embed(self, ids: torch.Tensor) -> torch.Tensor:
+        """Token ids [B, T] to hidden states [B, T, H]."""
+        hidden: torch.Tensor = self._embed_tokens(ids)
+        return hidden
+
+    def rotary(self, num_tokens: int) -> Rotary:
+        """Cosine and sine [1, T, head_dim] of positions 0..T-1; cached, so a slice pays for a slice only."""
+        if self._rotary_cache is None or self._rotary_cache[0].shape[1] < num_tokens:
+            size = min(max(64, 1 << (num_tokens - 1).bit_length()), max(self.context_tokens, num_tokens))
+            with training_mode(self.device):
+                positions = torch.arange(size, device=self.device).unsqueeze(0)
+                like = torch.empty(0, dtype=self.dtype, device=self.device)
+                self._rotary_cache = self._rotary_emb(like, positions)
+        cos, sin = self._rotary_cache
+        return cos[:, :num_tokens], sin[:, :num_tokens]
+
+    def run_layer(self, i: int, hidden: torch.Tensor, rotary: Rotary) -> torch.Tensor:
+        """Decoder layer i on hidden states [B, T, H], causal, no padding mask."""
+        output: torch.Tensor = self._layers[i](hidden, attention_mask=None, position_embeddings=rotary)
+        return output
+
+    def final_norm(self, hidden: torch.Tensor) -> torch.Tensor:
+        """The norm before the LM head, [n, H] to [n, H]."""
+        normed: torch.Tensor = self._norm(hidden)
+        return normed
+
+    @property
+    def head_weight(self) -> torch.Tensor:
+        """The LM head's matrix [V, H]."""
+        weight: torch.Tensor = self._lm_head.weight
+        return weight
+
+    def head(self, hidden_chunk: torch.Tensor) -> torch.Tensor:
+        """Final norm and LM head, [n, H] to logits [n, V] in the model's dtype."""
+        return nn.functional.linear(self.final_norm(hidden_chunk), self.head_weight)
+
+    @contextmanager
+    def adapter_disabled(self, layer: int | None = None) -> Iterator[None]:
+        """Run as the base model, in one layer or in all: the DPO reference needs no second model.
+
+        Sets PEFT's flag itself: `LoraLayer.enable_adapters` also toggles `requires_grad`, which is slow.
+        """
+        groups = self._lora_modules if layer is None else [self._lora_modules[layer]]
+        try:
+            self._set_disabled(groups, True)
+            yield
+        finally:
+            self._set_disabled(groups, False)
+
+    @staticmethod
+    def _set_disabled(groups: list[list[Any]], value: bool) -> None:
+        for group in groups:
+            for module in group:
+                module._disable_adapters = value
+
+    def lora_parameters(self) -> dict[str, nn.Parameter]:
+        """All LoRA matrices, layer after layer, by their names in a saved PEFT adapter."""
+        return {name: parameter for layer in self._lora_parameters for name, parameter in layer.items()}
+
+    def layer_parameters(self, i: int) -> list[nn.Parameter]:
+        """The LoRA matrices of layer i, in the order of `lora_parameters`."""
+        return list(self._lora_parameters[i].values())
+
+    @torch.no_grad()
+    def reset_lora(self, seed: int) -> None:
+        """A as PEFT draws it (Kaiming uniform), B zero. Drawn on the CPU: the same on every device."""
+        generator = torch.Generator("cpu").manual_seed(seed)
+        for name, parameter in self.lora_parameters().items():
+            values = torch.zeros(parameter.shape, dtype=torch.float32, device="cpu")
+            if ".lora_A." in name:
+                nn.init.kaiming_uniform_(values, a=math.sqrt(5), generator=generator)
+            parameter.copy_(values)
+
+
+def _read_config(model_dir: str) -> Any:
+    """The model's configuration, refused if the architecture is not supported."""
+    try:
+        config = AutoConfig.from_pretrained(model_dir, local_files_only=True)
+    except (OSError, ValueError) as error:
+        raise ModelNotFoundError(f"no usable model configuration in {model_dir}: {error}") from error
+    architectures = config.architectures or []
+    causal = all(name.endswith("ForCausalLM") for name in architectures)
+    if config.model_type not in SUPPORTED_MODEL_TYPES or not causal:
+        raise UnsupportedModelError(
+            f"cannot train {config.model_type} ({', '.join(architectures) or 'no architecture named'}) layer by "
+            f"layer; supported: causal language models of type {', '.join(SUPPORTED_MODEL_TYPES)}"
+        )
+    return config
+
+
+def _skeleton(config: Any, device: torch.device) -> Any:
+    """The module tree with parameters on meta and a real rotary embedding, its only buffers."""
+    with torch.device("meta"):
+        causal_lm = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa")
+    with torch.device(device):
+        causal_lm.model.rotary_emb = type(causal_lm.model.rotary_emb)(config=causal_lm.config)
+    return causal_lm
+
+
+def _peft_config(lora: LoraConfig) -> peft.LoraConfig:
+    return peft.LoraConfig(
+        r=lora.rank,
+        lora_alpha=int(lora.alpha) if float(lora.alpha).is_integer() else lora.alpha,
+        target_modules=list(TARGET_MODULES),
+        lora_dropout=0.0,
+        bias="none",
+        task_type="CAUSAL_LM",
+    )
+
+
+def _lora_parameters(layer: nn.Module, i: int) -> dict[str, nn.Parameter]:
+    """LoRA matrices of layer i by their names in a saved PEFT adapter, which leave the adapter's own name out."""
+    return {
+        f"{PEFT_PREFIX}model.layers.{i}.{name.replace(f'.{ADAPTER_NAME}.', '.')}": parameter
+        for name, parameter in layer.named_parameters()
+        if ".lora_" in name
+    }
+
+
+def _read_weights(
+    directory: Path, names: set[str], dtype: torch.dtype, device: torch.device
+) -> dict[str, torch.Tensor]:
+    """An own copy of the named parameters from the directory's safetensors files, not its unaligned file pages."""
+    files = sorted(directory.glob("*.safetensors"))
+    if not files:
+        raise ModelNotFoundError(f"{directory} has no .safetensors file")
+    weights: dict[str, torch.Tensor] = {}
+    for path in files:
+        try:
+            with safe_open(path, framework="pt") as file:
+                for name in names.intersection(file.keys()):
+                    weights[name] = file.get_tensor(name).to(device=device, dtype=dtype, copy=True)
+        except (OSError, SafetensorError) as error:
+            raise ModelNotFoundError(f"{path} cannot be read: {error}") from error
+    return weights
+
+
+def _adopt_weights(
+    causal_lm: Any, weights: Mapping[str, torch.Tensor], dtype: torch.dtype, device: torch.device
+) -> None:
+    """Put every tensor in its parameter's place without a copy."""
+    tied = bool(causal_lm.config.tie_word_embeddings)
+    for name, skeleton in list(causal_lm.named_parameters(remove_duplicate=False)):
+        source = "model.embed_tokens.weight" if tied and name == "lm_head.weight" else name
+        tensor = weights.get(source)
+        if tensor is None:
+            raise ConfigError(f"the base model has no weight {source}")
+        if tensor.shape != skeleton.shape or tensor.dtype != dtype or tensor.device.type != device.type:
+            raise ConfigError(
+                f"weight {source} is {tuple(tensor.shape)} {tensor.dtype} on {tensor.device}, "
+                f"wanted {tuple(skeleton.shape)} {dtype} on {device}"
+            )
+        parameter = nn.Parameter(_without_inference_flag(tensor), requires_grad=False)
+        if parameter.data_ptr() != tensor.data_ptr():
+            raise ConfigError(f"weight {source} could not be adopted without a copy")
+        owner, _, leaf = name.rpartition(".")
+        setattr(causal_lm.get_submodule(owner), leaf, parameter)
+
+
+def _without_inference_flag(tensor: torch.Tensor) -> torch.Tensor:
+    """The same storage as a normal tensor: autograd refuses to save a tensor that was made in inference mode."""
+    if not tensor.is_inference():
+        return tensor.detach()
+    alias = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
+    return alias.set_(tensor.untyped_storage(), tensor.storage_offset(), tensor.size(), tensor.stride())

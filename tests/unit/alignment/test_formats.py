@@ -1,0 +1,62 @@
+"""Preference files: line numbers, format detection, export rows."""
+
+import json
+
+from alignment.formats import MAX_REPORTED_ERRORS, export_row, import_jsonl, read_jsonl
+from alignment.pairs import PairDraft
+from alignment.store import FeedbackStore
+from core.config import FeedbackConfig
+
+USER = {"role": "user", "content": "Hi?"}
+
+
+def says(text):
+    return {"role": "assistant", "content": text}
+
+
+LINES = [
+    "\ufeff" + json.dumps({"prompt": "p", "chosen": "a", "rejected": "b"}),
+    "",
+    json.dumps({"chosen": [USER, says("a")], "rejected": [USER, says("b")]}).encode(),
+    json.dumps(
+        {"input": {"messages": [USER]}, "preferred_output": [says("a")], "non_preferred_output": [says("b")]}
+    ),
+    "{broken",
+    b"\xff\xfe",
+    "[1]",
+    '{"prompt": NaN}',
+    "[" * 100_000,
+    '{"prompt": "p", "chosen": "a", "rejected": "a"}',
+    '{"type": "comment", "value": "x"}\r\n',
+]
+
+
+def test_each_line_has_its_own_format_and_its_own_error():
+    read = list(read_jsonl(LINES))
+    assert [line.line_number for line in read] == [1, 3, 4, 5, 6, 7, 8, 9, 10, 11]
+    assert [line.format for line in read if line.item] == ["trl", "implicit_prompt", "openai", "trl", "feedback"]
+    assert [line.line_number for line in read if line.error] == [5, 6, 7, 8, 9]
+
+
+def test_an_import_reports_what_happened_by_line(tmp_path):
+    store = FeedbackStore.open(FeedbackConfig(), tmp_path)
+    report = import_jsonl(LINES, store.add, batch_items=2)
+    assert (report.num_accepted, report.num_duplicates, report.num_errors) == (4, 0, 6)
+    assert sorted(error.line_number for error in report.errors) == [5, 6, 7, 8, 9, 10]
+    [equal] = [error for error in report.errors if error.line_number == 10]
+    assert (equal.param, "same text" in equal.message) == ("rejected", True)
+    assert import_jsonl(LINES, store.add).num_duplicates == 4
+
+
+def test_only_the_first_errors_are_kept_but_all_are_counted():
+    report = import_jsonl(["{"] * (MAX_REPORTED_ERRORS + 5), lambda items: [])
+    assert (report.num_errors, len(report.errors)) == (MAX_REPORTED_ERRORS + 5, MAX_REPORTED_ERRORS)
+
+
+def test_export_rows_hold_the_formats_own_keys_only():
+    chat, text = PairDraft([USER], "a", "b"), PairDraft("p", "a", "b")
+    assert export_row(text, "trl") == {"prompt": "p", "chosen": "a", "rejected": "b"}
+    assert export_row(chat, "trl") == {"prompt": [USER], "chosen": [says("a")], "rejected": [says("b")]}
+    openai = {"preferred_output": [says("a")], "non_preferred_output": [says("b")]}
+    assert export_row(chat, "openai") == {"input": {"messages": [USER]}, **openai}
+    assert export_row(text, "openai") == {"input": {"messages": [{"role": "user", "content": "p"}]}, **openai}

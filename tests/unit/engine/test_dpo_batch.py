@@ -1,0 +1,79 @@
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from core.errors import PairTooLongError, TrainingError
+from core.types import TokenizedPair
+from engine.dpo_batch import cut_pair, make_micro_batches
+
+CPU = torch.device("cpu")
+
+
+def _pair(prompt, chosen, rejected, name="p"):
+    return TokenizedPair(name, tuple(prompt), tuple(chosen), tuple(rejected))
+
+
+def _batches(pairs, max_slice_tokens=64):
+    return make_micro_batches(pairs, max_slice_tokens=max_slice_tokens, vocab_size=100, device=CPU)
+
+
+def test_prompt_keeps_its_end_and_completion_its_start():
+    pair = cut_pair(_pair(range(1, 8), range(10, 20), range(30, 33)), max_prompt_tokens=4, max_length_tokens=9)
+    assert pair.prompt_ids == (4, 5, 6, 7)
+    assert pair.chosen_ids == (10, 11, 12, 13, 14)
+    assert pair.rejected_ids == (30, 31, 32)
+
+
+@pytest.mark.parametrize(
+    ("pair", "limits"),
+    [
+        (_pair([1, 2, 3], [4, 5, 6], [4, 5, 7]), (3, 5)),  # equal once cut
+        (_pair([1, 2, 3], [4], [5]), (3, 3)),  # no room
+        (_pair([1, 2], [4], []), (8, 8)),  # empty completion
+        (_pair([], [4], [5, 6]), (8, 8)),  # a lone first token is predicted by nothing
+    ],
+)
+def test_pairs_that_do_not_fit(pair, limits):
+    with pytest.raises(PairTooLongError, match="pair p: "):
+        cut_pair(pair, *limits)
+
+
+def test_rows_and_targets():
+    (batch,) = _batches([_pair([1, 2], [3, 4], [5], "a"), _pair([6], [7, 8, 9], [10, 11], "b")])
+    assert batch.pair_indices == (0, 1)
+    assert batch.ids.tolist() == [[1, 2, 3], [6, 7, 8], [1, 2, 0], [6, 10, 0]]
+    assert batch.targets.tolist() == [3, 4, 7, 8, 9, 5, 10, 11]
+    assert batch.rows.tolist() == [0, 0, 1, 1, 1, 2, 3, 3]
+    assert batch.positions.tolist() == [1, 2, 3, 4, 5, 7, 9, 10]
+    assert (batch.num_pairs, batch.num_tokens, batch.num_targets) == (2, 12, 8)
+
+
+def test_empty_prompt_scores_from_the_second_token():
+    (batch,) = _batches([_pair([], [3, 4], [5, 6, 7])])
+    assert batch.targets.tolist() == [4, 6, 7]
+    assert batch.positions.tolist() == [0, 2, 3]
+
+
+token_ids = st.lists(st.integers(0, 99), min_size=1, max_size=12).map(tuple)
+
+
+@given(st.lists(st.tuples(token_ids, token_ids, token_ids), min_size=1, max_size=12), st.integers(16, 80))
+def test_every_pair_once_and_within_the_bound(raw, bound):
+    pairs = [TokenizedPair(str(i), *parts) for i, parts in enumerate(raw)]
+    batches = _batches(pairs, bound)
+    assert sorted(i for batch in batches for i in batch.pair_indices) == list(range(len(pairs)))
+    for batch in batches:
+        assert batch.num_pairs == 1 or batch.num_tokens <= bound
+        expected = [t for i in batch.pair_indices for t in pairs[i].chosen_ids]
+        expected += [t for i in batch.pair_indices for t in pairs[i].rejected_ids]
+        assert batch.targets.tolist() == expected
+
+
+def test_bad_ids_never_reach_the_device():
+    with pytest.raises(TrainingError, match=r"pair p: .*vocabulary of 100"):
+        _batches([_pair([1], [2], [100])])
+    with pytest.raises(TrainingError, match="vocabulary"):
+        _batches([_pair([-1], [2], [3])])
+    with pytest.raises(TrainingError, match="at least one pair"):
+        _batches([])

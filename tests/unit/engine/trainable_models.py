@@ -1,0 +1,112 @@
+"""Tiny random decoders and tasks for the tests of the sliced DPO step."""
+
+import random
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    MistralConfig,
+    PreTrainedConfig,
+    Qwen2Config,
+    Qwen3Config,
+)
+
+from core.config import LoraConfig, TrainingConfig
+from core.types import FineTuneTask, TaskKind, TokenizedPair
+from engine.dpo import DpoStep
+from engine.shadow import ShadowAdapter
+from engine.trainable import TrainableModel
+
+VOCAB = 61
+CONFIGS = {"llama": LlamaConfig, "mistral": MistralConfig, "qwen2": Qwen2Config, "qwen3": Qwen3Config}
+
+
+def make_config(kind: str, **changes: Any) -> PreTrainedConfig:
+    fields = {
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+        "vocab_size": VOCAB,
+        "max_position_embeddings": 64,
+        "pad_token_id": 0,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "initializer_range": 0.2,
+    }
+    if kind == "mistral":
+        fields["sliding_window"] = 64
+    return CONFIGS[kind](**(fields | changes))
+
+
+def save_model(directory: Path, kind: str, seed: int = 3, **changes: Any) -> str:
+    """Write a random fp32 model; biases and norms random too, so that a wrong one shows."""
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(make_config(kind, **changes))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "norm" in name or name.endswith("bias"):
+                parameter.add_(0.1 * torch.randn_like(parameter))
+    model.save_pretrained(directory)
+    return str(directory)
+
+
+def build(directory: str, *, rank: int = 4, warm: bool = True, **kwargs: Any) -> TrainableModel:
+    """Build on the CPU in fp32; `warm` sets B to non-zero values, so that policy and reference differ."""
+    options: dict[str, Any] = {"dtype": torch.float32, "device": "cpu", "seed": 5} | kwargs
+    model = TrainableModel.build(directory, LoraConfig(rank=rank, alpha=2.0 * rank), **options)
+    if warm:
+        warm_up(model)
+    return model
+
+
+def warm_up(model: TrainableModel) -> None:
+    generator = torch.Generator().manual_seed(11)
+    with torch.no_grad():
+        for name, parameter in model.lora_parameters().items():
+            if ".lora_B." in name:
+                parameter.copy_(0.1 * torch.randn(parameter.shape, generator=generator))
+
+
+def make_task(num_pairs: int = 4, kind: TaskKind = TaskKind.TRAIN, seed: int = 0) -> FineTuneTask:
+    """Pairs of uneven lengths."""
+    rng = random.Random(seed)
+
+    def tokens(low: int, high: int) -> tuple[int, ...]:
+        return tuple(rng.randrange(3, VOCAB) for _ in range(rng.randint(low, high)))
+
+    pairs = tuple(
+        TokenizedPair(f"p{i}", tokens(2, 6), (*tokens(1, 9), 2), (*tokens(3, 7), 2)) for i in range(num_pairs)
+    )
+    return FineTuneTask(f"{kind}-{seed}", kind, pairs)
+
+
+def make_training(**changes: Any) -> TrainingConfig:
+    fields = {"learning_rate": 1e-2, "weight_decay": 0.01, "seed": 5, "head_chunk_tokens": 7}
+    return TrainingConfig(**(fields | changes))
+
+
+def run_to_loss(step: DpoStep) -> None:
+    """Run all slices but the optimizer's."""
+    while len(step.pending) > 1:
+        step.run_slice()
+
+
+def run(step: DpoStep) -> DpoStep:
+    while step.next_slice is not None:
+        step.run_slice()
+    return step
+
+
+def start(
+    directory: str, task: FineTuneTask, config: TrainingConfig | None = None, **kwargs: Any
+) -> tuple[TrainableModel, ShadowAdapter, DpoStep]:
+    config = config or make_training()
+    model = build(directory, **kwargs)
+    shadow = ShadowAdapter(model, config)
+    return model, shadow, DpoStep(model, shadow, task, config)
