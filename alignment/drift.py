@@ -13,6 +13,9 @@ from typing import Any
 
 from core.config import DriftConfig
 
+_MAX_SCORE = 1e100
+"""Sums of this size cannot overflow."""
+
 
 class DriftWindow:
     """The newest `config.window` scores. Deterministic: the same updates give the same answers."""
@@ -21,11 +24,11 @@ class DriftWindow:
         self._config = config
         self._scores: deque[tuple[float, float]] = deque(maxlen=config.window)
         self.num_ignored = 0
-        """Scores that were not finite; they say something about the adapter, nothing about preferences."""
+        """Scores that were not finite, or absurd; they say something about the adapter, nothing about preferences."""
 
     def update(self, loss: float, margin: float) -> None:
         """Add the score of one new pair: DPO loss (nats) and implicit reward margin."""
-        if math.isfinite(loss) and math.isfinite(margin):
+        if abs(loss) < _MAX_SCORE and abs(margin) < _MAX_SCORE:
             self._scores.append((float(loss), float(margin)))
         else:
             self.num_ignored += 1

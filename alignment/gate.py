@@ -14,6 +14,8 @@ from core.types import PairScore
 
 _TOLERANCE = 1e-9
 """Rounding of the means; far below anything that a preference could move."""
+_MAX_SCORE = 1e100
+"""Larger numbers count as infinite, so that no mean can overflow."""
 _Z95 = 1.959964
 """Two-sided 95 % quantile of the normal distribution."""
 
@@ -115,4 +117,4 @@ def _mean(values: Iterable[float]) -> float:
 
 
 def _is_finite(score: PairScore) -> bool:
-    return math.isfinite(score.loss) and math.isfinite(score.margin)
+    return abs(score.loss) < _MAX_SCORE and abs(score.margin) < _MAX_SCORE

@@ -30,33 +30,42 @@ class GroupCommit(Generic[Job, Result]):
     def __init__(self, commit: Callable[[Sequence[Job]], Sequence[Result]], max_jobs: int = 64) -> None:
         self._commit = commit
         self._max_jobs = max_jobs
-        self._turn = threading.Lock()
-        self._guard = threading.Lock()
+        self._changed = threading.Condition()
+        self._leading = False
         self._waiting: list[_Ticket[Job, Result]] = []
 
     def submit(self, job: Job) -> Result:
         """Return when `job` is committed; raise what `commit` raised for it."""
         ticket: _Ticket[Job, Result] = _Ticket(job)
-        with self._guard:
+        with self._changed:
             self._waiting.append(ticket)
         while not ticket.done:
-            with self._turn:
-                if not ticket.done:
-                    self._lead()
+            batch = self._take_turn(ticket)
+            if batch:
+                self._lead(batch)
         if ticket.error is not None:
             raise ticket.error
         return ticket.result  # type: ignore[return-value]  # set together with done
 
-    def _lead(self) -> None:
-        with self._guard:
+    def _take_turn(self, ticket: _Ticket[Job, Result]) -> list[_Ticket[Job, Result]]:
+        """Wait until `ticket` is done (nothing to do) or until it is this thread's turn to write a batch."""
+        with self._changed:
+            self._changed.wait_for(lambda: ticket.done or not self._leading)
+            if ticket.done:
+                return []
+            self._leading = True
             batch = self._waiting[: self._max_jobs]
             del self._waiting[: self._max_jobs]
+            return batch
+
+    def _lead(self, batch: list[_Ticket[Job, Result]]) -> None:
         try:
             self._run(batch)
         finally:
-            undone = [ticket for ticket in batch if not ticket.done]
-            with self._guard:  # left over by KeyboardInterrupt or the like: the next leader takes them
-                self._waiting[:0] = undone
+            with self._changed:  # undone ones: KeyboardInterrupt or the like; the next leader takes them
+                self._waiting[:0] = [ticket for ticket in batch if not ticket.done]
+                self._leading = False
+                self._changed.notify_all()
 
     def _run(self, batch: list[_Ticket[Job, Result]]) -> None:
         try:

@@ -24,7 +24,7 @@ from sqlalchemy import (
 )
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.engine import URL, Connection, make_url
-from sqlalchemy.exc import ArgumentError, NoSuchModuleError
+from sqlalchemy.exc import ArgumentError, NoSuchModuleError, SQLAlchemyError
 
 from core.errors import ConfigError
 
@@ -164,6 +164,17 @@ def insert_new(
         return set(connection.execute(safe, rows).scalars())
     statement = sqlite.insert(table).on_conflict_do_nothing().returning(returning)
     return set(connection.execute(statement, rows).scalars())
+
+
+def lost_a_race(error: SQLAlchemyError) -> bool:
+    """Did PostgreSQL roll the transaction back only because of another one, so that repeating it is right?
+
+    Serialization failure, deadlock, and the unique violation that two processes creating the tables can see; all
+    inserts of ours that may collide use `insert_new`. SQLite has one writer and no such errors.
+    """
+    cause = getattr(error, "orig", None)
+    code = getattr(cause, "sqlstate", None) or getattr(cause, "pgcode", None)
+    return code in ("40001", "40P01", "23505")
 
 
 def _prepare_sqlite(connection: Any, _record: object) -> None:

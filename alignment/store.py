@@ -26,7 +26,7 @@ from alignment.intake import ItemOutcome, Prepared, prepare, write_items
 from alignment.pair_store import Backlog, StoredPair
 from alignment.pairs import StoredResponse
 from alignment.records import FEEDBACK_TYPES, ResponseRef
-from alignment.schema import SCHEMA_VERSION, WRITE_OPTION, meta, metadata, open_engine
+from alignment.schema import SCHEMA_VERSION, WRITE_OPTION, lost_a_race, meta, metadata, open_engine
 from core.config import FeedbackConfig
 from core.errors import ConfigError, InvalidFeedbackError, StoreUnavailableError
 from core.types import PairScore
@@ -34,6 +34,7 @@ from core.types import PairScore
 T = TypeVar("T")
 _EXPORT_CHUNK = 500
 _MAX_KEY_CHARS = 200
+_MAX_RACES = 3
 MAX_PAGE = 1000
 """Items of one page at most; a larger `limit` is taken as this."""
 
@@ -126,9 +127,21 @@ class FeedbackStore:
 
     def export(self, format: ExportFormat = "trl") -> Iterator[dict[str, Any]]:
         """All pairs as rows of that format, in order of arrival; a few hundred are in memory at a time."""
+        first, position = self.export_chunk(format, 0, _EXPORT_CHUNK)  # here, so that a bad format raises at once
+        return self._chain(format, first, position)
+
+    def export_chunk(
+        self, format: ExportFormat, after: int, limit: int
+    ) -> tuple[list[dict[str, Any]], int | None]:
+        """Up to `limit` rows of the export behind position `after` (0: the beginning), and where to go on.
+
+        Raises:
+            InvalidFeedbackError: no such format.
+        """
         if format not in ("trl", "openai"):
             raise InvalidFeedbackError("format must be 'trl' or 'openai'", "format")
-        return self._export(format)
+        chunk = self._read(lambda c: pair_store.pairs_after(c, after, limit))
+        return [export_row(pair, format) for _, pair in chunk], chunk[-1][0] if chunk else None
 
     def put_responses(self, items: Sequence[StoredResponse]) -> int:
         """Remember responses; returns how many are new. Ids or texts that cannot be stored are skipped."""
@@ -206,11 +219,13 @@ class FeedbackStore:
         outcomes = iter(self._write(lambda c: write_items(c, batch, self._config, self._clock())))
         return [[next(outcomes) for _ in job] for job in jobs]
 
-    def _export(self, format: ExportFormat) -> Iterator[dict[str, Any]]:
-        position = 0
-        while chunk := self._read(lambda c, seq=position: pair_store.pairs_after(c, seq, _EXPORT_CHUNK)):  # type: ignore[misc]
-            yield from (export_row(pair, format) for _, pair in chunk)
-            position = chunk[-1][0]
+    def _chain(
+        self, format: ExportFormat, rows: list[dict[str, Any]], position: int | None
+    ) -> Iterator[dict[str, Any]]:
+        yield from rows
+        while position is not None:
+            rows, position = self.export_chunk(format, position, _EXPORT_CHUNK)
+            yield from rows
 
     def _create_tables(self) -> None:
         def write(connection: Connection) -> str:
@@ -229,8 +244,17 @@ class FeedbackStore:
             return work(connection)
 
     def _write(self, work: Callable[[Connection], T]) -> T:
-        writer = self._engine.execution_options(**{WRITE_OPTION: True})
-        with self._writing, _named_errors(self._engine), writer.begin() as connection:
+        with self._writing, _named_errors(self._engine):
+            for _ in range(_MAX_RACES):
+                try:
+                    return self._write_once(work)
+                except SQLAlchemyError as error:
+                    if not lost_a_race(error):
+                        raise
+            return self._write_once(work)
+
+    def _write_once(self, work: Callable[[Connection], T]) -> T:
+        with self._engine.execution_options(**{WRITE_OPTION: True}).begin() as connection:
             return work(connection)
 
 

@@ -67,3 +67,4 @@ def install_error_handlers(app: FastAPI) -> None:
         return error_response(error)
 
     app.add_exception_handler(MaceError, answer)
+    app.middleware_stack = app.build_middleware_stack()  # vLLM has built it already, without our handler

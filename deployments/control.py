@@ -42,9 +42,11 @@ class Control:
             .remote(args, _QueueProxy(self._scheduler))
         )
 
+        self._monitor.start.remote()
+
     async def check_health(self) -> None:
-        """Fails if an actor cannot be restarted; Serve then replaces the replica."""
-        await self._monitor.ping.remote()
+        """Fails if the monitor cannot be restarted; Serve then replaces the replica. A restarted one streams again."""
+        await self._monitor.start.remote()
 
     async def add_feedback(self, items: list[object], idempotency_key: str | None) -> list[dict[str, Any]]:
         """See `DriftMonitor.add_feedback`."""

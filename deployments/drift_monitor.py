@@ -46,7 +46,7 @@ class FineTuneQueue(Protocol):
 
 
 class DriftMonitor:
-    """See the module docstring. Call `start` once after construction."""
+    """See the module docstring. Call `start` after construction; calling it again is harmless."""
 
     def __init__(self, args: dict[str, Any], queue: FineTuneQueue) -> None:
         self._config = AppArgs.model_validate(args)
@@ -56,14 +56,14 @@ class DriftMonitor:
         self._meter = Meter("drift_monitor")
         self._store: FeedbackStore | None = None
         self._stopped = threading.Event()
+        self._thread: threading.Thread | None = None
 
     def start(self) -> None:
-        """Begin streaming. The store is opened when it is first needed, and again after each failure."""
-        threading.Thread(target=self._stream_forever, name="stream", daemon=True).start()
-
-    def ping(self) -> bool:
-        """For health checks."""
-        return True
+        """Begin streaming, if it has not begun. The store is opened when it is first needed."""
+        with self._lock:
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._stream_forever, name="stream", daemon=True)
+                self._thread.start()
 
     def add_feedback(self, items: Sequence[object], idempotency_key: str | None = None) -> list[dict[str, Any]]:
         """Store items; see `FeedbackStore.add`. Outcomes are committed when this returns.
@@ -85,10 +85,9 @@ class DriftMonitor:
         """A stretch of the stored items, oldest first."""
         return asdict(self._open_store().page(after=after, limit=limit, type=kind))
 
-    def export_chunk(self, format: ExportFormat, start: int) -> list[dict[str, Any]]:
-        """Rows `start` onward of the export, at most a thousand; empty at the end."""
-        rows = self._open_store().export(format)
-        return list(islice(rows, start, start + _EXPORT_CHUNK))
+    def export_chunk(self, format: ExportFormat, after: int) -> tuple[list[dict[str, Any]], int | None]:
+        """Up to a thousand rows of the export after a position, and the next position; None at the end."""
+        return self._open_store().export_chunk(format, after, _EXPORT_CHUNK)
 
     def put_responses(self, responses: list[StoredResponse]) -> int:
         """Remember responses so that feedback can name them."""

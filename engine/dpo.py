@@ -22,7 +22,11 @@ from core.types import FineTuneTask, PairScore, SliceKind, StepMetrics, TaskKind
 from engine.dpo_batch import MicroBatch, cut_pair, make_micro_batches
 from engine.dpo_loss import sigmoid_dpo, sum_per_row, token_log_probs, token_log_probs_and_grad
 from engine.shadow import ShadowAdapter
-from engine.trainable import TrainableModel, training_mode
+from engine.skeleton import training_mode
+from engine.trainable import TrainableModel
+
+_MIN_CHUNK_TOKENS = 16
+"""Below this a head chunk costs the reading of the head's weights, whatever its size."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -180,7 +184,7 @@ class DpoStep:
         layers = range(self._model.num_layers)
         for work in self._work:
             tokens, targets = work.batch.num_tokens, work.batch.num_targets
-            starts = range(0, targets, self._config.head_chunk_tokens)
+            starts = range(0, targets, self._chunk_tokens(tokens))
             chunks = [slice(start, min(start + starts.step, targets)) for start in starts]
             for is_policy in (False, True):
                 layer_kind = SliceKind.POLICY_LAYER if is_policy else SliceKind.REFERENCE_LAYER
@@ -197,6 +201,11 @@ class DpoStep:
                 yield SliceSpec(SliceKind.BACKWARD_LAYER, tokens), partial(self._backward_layer, work, i)
         if self._trains:
             yield SliceSpec(SliceKind.OPTIMIZER, 0), self._optimize
+
+    def _chunk_tokens(self, tokens: int) -> int:
+        """`head_chunk_tokens`, or fewer if that is more work than a layer: with 152k words a head is nine layers."""
+        as_a_layer = tokens * self._model.layer_weights // self._model.head_weight.numel()
+        return min(self._config.head_chunk_tokens, max(as_a_layer, _MIN_CHUNK_TOKENS))
 
     def _embed(self, work: _Work) -> None:
         work.hidden = self._model.embed(work.batch.ids)

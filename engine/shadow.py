@@ -17,7 +17,8 @@ from safetensors.torch import load_file, save_file
 
 from core.config import TrainingConfig
 from core.errors import AdapterError, DamagedAdapterError, DivergedError
-from engine.trainable import TrainableModel, training_mode
+from engine.skeleton import training_mode
+from engine.trainable import TrainableModel
 
 _CONFIG_FILE = "adapter_config.json"
 _WEIGHTS_FILE = "adapter_model.safetensors"

@@ -16,26 +16,17 @@ from typing import Any
 
 import peft
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM
 
 from core.config import LoraConfig, TrainingConfig
-from core.errors import ConfigError, ModelNotFoundError, UnsupportedModelError
+from core.errors import ConfigError
+from engine.skeleton import adopt_weights, make_skeleton, read_config, read_weights, training_mode
 
-SUPPORTED_MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
 TARGET_MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 ADAPTER_NAME = "shadow"
 PEFT_PREFIX = "base_model.model."
 
 Rotary = tuple[torch.Tensor, torch.Tensor]
-
-
-@contextmanager
-def training_mode(device: torch.device, *, grad: bool = False) -> Iterator[None]:
-    """Normal tensors, no autocast, the given grad mode: whatever mode the caller (vLLM's worker) is in."""
-    with torch.inference_mode(False), torch.set_grad_enabled(grad), torch.autocast(device.type, enabled=False):
-        yield
 
 
 class TrainableModel:
@@ -93,13 +84,13 @@ class TrainableModel:
             ConfigError: A weight is missing or has another shape, dtype or device.
         """
         device = torch.device(device)
-        config = _read_config(model_dir)
+        config = read_config(model_dir)
         with training_mode(device):
-            causal_lm = _skeleton(config, device)
+            causal_lm = make_skeleton(config, device)
             names = [name for name, _ in causal_lm.named_parameters(remove_duplicate=False)]
             if weights is None:
-                weights = _read_weights(Path(model_dir), set(names), dtype, device)
-            _adopt_weights(causal_lm, weights, dtype, device)
+                weights = read_weights(Path(model_dir), set(names), dtype, device)
+            adopt_weights(causal_lm, weights, dtype, device)
             lora_config = _peft_config(lora)
             peft.inject_adapter_in_model(lora_config, causal_lm, adapter_name=ADAPTER_NAME)
             causal_lm.eval()
@@ -113,6 +104,11 @@ class TrainableModel:
     def num_layers(self) -> int:
         """Number of decoder layers."""
         return len(self._layers)
+
+    @property
+    def layer_weights(self) -> int:
+        """Base weights of one decoder layer, the measure of its work per token."""
+        return sum(weight.numel() for weight in self._layers[0].parameters() if not weight.requires_grad)
 
     @property
     def vocab_size(self) -> int:
@@ -207,31 +203,6 @@ class TrainableModel:
             parameter.copy_(values)
 
 
-def _read_config(model_dir: str) -> Any:
-    """The model's configuration, refused if the architecture is not supported."""
-    try:
-        config = AutoConfig.from_pretrained(model_dir, local_files_only=True)
-    except (OSError, ValueError) as error:
-        raise ModelNotFoundError(f"no usable model configuration in {model_dir}: {error}") from error
-    architectures = config.architectures or []
-    causal = all(name.endswith("ForCausalLM") for name in architectures)
-    if config.model_type not in SUPPORTED_MODEL_TYPES or not causal:
-        raise UnsupportedModelError(
-            f"cannot train {config.model_type} ({', '.join(architectures) or 'no architecture named'}) layer by "
-            f"layer; supported: causal language models of type {', '.join(SUPPORTED_MODEL_TYPES)}"
-        )
-    return config
-
-
-def _skeleton(config: Any, device: torch.device) -> Any:
-    """The module tree with parameters on meta and a real rotary embedding, its only buffers."""
-    with torch.device("meta"):
-        causal_lm = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa")
-    with torch.device(device):
-        causal_lm.model.rotary_emb = type(causal_lm.model.rotary_emb)(config=causal_lm.config)
-    return causal_lm
-
-
 def _peft_config(lora: LoraConfig) -> peft.LoraConfig:
     return peft.LoraConfig(
         r=lora.rank,
@@ -250,51 +221,3 @@ def _lora_parameters(layer: nn.Module, i: int) -> dict[str, nn.Parameter]:
         for name, parameter in layer.named_parameters()
         if ".lora_" in name
     }
-
-
-def _read_weights(
-    directory: Path, names: set[str], dtype: torch.dtype, device: torch.device
-) -> dict[str, torch.Tensor]:
-    """An own copy of the named parameters from the directory's safetensors files, not its unaligned file pages."""
-    files = sorted(directory.glob("*.safetensors"))
-    if not files:
-        raise ModelNotFoundError(f"{directory} has no .safetensors file")
-    weights: dict[str, torch.Tensor] = {}
-    for path in files:
-        try:
-            with safe_open(path, framework="pt") as file:
-                for name in names.intersection(file.keys()):
-                    weights[name] = file.get_tensor(name).to(device=device, dtype=dtype, copy=True)
-        except (OSError, SafetensorError) as error:
-            raise ModelNotFoundError(f"{path} cannot be read: {error}") from error
-    return weights
-
-
-def _adopt_weights(
-    causal_lm: Any, weights: Mapping[str, torch.Tensor], dtype: torch.dtype, device: torch.device
-) -> None:
-    """Put every tensor in its parameter's place without a copy."""
-    tied = bool(causal_lm.config.tie_word_embeddings)
-    for name, skeleton in list(causal_lm.named_parameters(remove_duplicate=False)):
-        source = "model.embed_tokens.weight" if tied and name == "lm_head.weight" else name
-        tensor = weights.get(source)
-        if tensor is None:
-            raise ConfigError(f"the base model has no weight {source}")
-        if tensor.shape != skeleton.shape or tensor.dtype != dtype or tensor.device.type != device.type:
-            raise ConfigError(
-                f"weight {source} is {tuple(tensor.shape)} {tensor.dtype} on {tensor.device}, "
-                f"wanted {tuple(skeleton.shape)} {dtype} on {device}"
-            )
-        parameter = nn.Parameter(_without_inference_flag(tensor), requires_grad=False)
-        if parameter.data_ptr() != tensor.data_ptr():
-            raise ConfigError(f"weight {source} could not be adopted without a copy")
-        owner, _, leaf = name.rpartition(".")
-        setattr(causal_lm.get_submodule(owner), leaf, parameter)
-
-
-def _without_inference_flag(tensor: torch.Tensor) -> torch.Tensor:
-    """The same storage as a normal tensor: autograd refuses to save a tensor that was made in inference mode."""
-    if not tensor.is_inference():
-        return tensor.detach()
-    alias = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
-    return alias.set_(tensor.untyped_storage(), tensor.storage_offset(), tensor.size(), tensor.stride())

@@ -23,7 +23,7 @@ RECIPE_VERSION = 1
 def ensure_tiny_assistant(state_dir: Path, seed: int = 0, show_progress: bool = True) -> Path:
     """Return the model directory, building it first where it is missing.
 
-    Takes about 45 s on two CPU cores the first time. Safe to call from several processes at once: one builds, the
+    Takes about 40 s of one CPU core the first time. Safe to call from several processes at once: one builds, the
     others wait for it.
     """
     return build(state_dir, seed, Recipe(), show_progress)

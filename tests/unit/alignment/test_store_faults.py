@@ -102,7 +102,7 @@ def test_every_commit_is_flushed_to_the_disk(store):
 
 def test_two_processes_may_write_at_once(tmp_path):
     children = [spawn(tmp_path, name) for name in ("left", "right")]
-    acknowledged = [child.stdout.readline().strip() for _ in range(25) for child in children]
+    acknowledged = [child.stdout.readline().strip() for _ in range(12) for child in children]
     for child in children:
         child.kill()
         acknowledged += child.stdout.read().split()

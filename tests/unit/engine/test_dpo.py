@@ -59,6 +59,15 @@ def test_slices_are_one_layer_or_one_chunk(llama):
     assert step.next_slice is None
 
 
+def test_a_wide_head_is_cut_to_the_work_of_a_layer(tmp_path):
+    directory = save_model(tmp_path, "llama", vocab_size=2000, hidden_size=16)
+    task = make_task(6)
+    _, _, step = start(directory, task, make_training(head_chunk_tokens=1000))
+    chunks = [spec for spec in step.pending if spec.kind is SliceKind.REFERENCE_HEAD]
+    assert max(spec.num_tokens for spec in chunks) == 16
+    assert len(chunks) > 1
+
+
 def _rows(pair):
     return [(*pair.prompt_ids, *ids)[:-1] for ids in (pair.chosen_ids, pair.rejected_ids)]
 
