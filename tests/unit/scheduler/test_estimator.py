@@ -1,0 +1,41 @@
+import pytest
+
+from core.types import SliceKind
+from scheduler.estimator import ForwardEstimator, SliceEstimator
+
+
+def test_an_unmeasured_forward_pass_is_unknown():
+    assert ForwardEstimator().predict(8) is None
+
+
+def test_a_bigger_batch_is_scaled_up_and_a_smaller_one_is_no_cheaper():
+    estimator = ForwardEstimator()
+    estimator.observe(16, 0.01)
+    assert estimator.predict(64) == pytest.approx(0.04)
+    assert estimator.predict(2) == pytest.approx(0.01)
+
+
+def test_a_slice_is_estimated_by_the_slowest_recent_one():
+    estimator = SliceEstimator()
+    for latency_s in (0.01, 0.05, 0.02):
+        estimator.observe(SliceKind.POLICY_LAYER, 128, latency_s)
+    assert estimator.predict(SliceKind.POLICY_LAYER, 128) == 0.05
+    assert estimator.predict(SliceKind.POLICY_LAYER, 512) == pytest.approx(0.2)
+    assert estimator.predict(SliceKind.OPTIMIZER, 0) is None
+
+
+def test_an_outlier_leaves_the_window():
+    estimator = SliceEstimator()
+    estimator.observe(SliceKind.LOSS, 8, 9.0)
+    for _ in range(32):
+        estimator.observe(SliceKind.LOSS, 8, 0.01)
+    assert estimator.predict(SliceKind.LOSS, 8) == 0.01
+
+
+def test_relaxing_forgets_the_slowest_but_never_the_last():
+    estimator = SliceEstimator()
+    estimator.observe(SliceKind.LOSS, 8, 0.5)
+    estimator.observe(SliceKind.LOSS, 8, 0.1)
+    estimator.relax(SliceKind.LOSS, 8)
+    estimator.relax(SliceKind.LOSS, 8)
+    assert estimator.predict(SliceKind.LOSS, 8) == 0.1

@@ -1,0 +1,60 @@
+import math
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from core.config import SchedulerConfig
+from scheduler.priority import TaskType, finetune_priority, priority
+from scheduler.task_queue import QueuedTask, TaskQueue
+
+CONFIG = SchedulerConfig()
+
+
+def test_priority_grows_with_waiting():
+    assert priority(TaskType.PREFILL, 3.0, CONFIG) == CONFIG.base_priority_prefill + 3 * CONFIG.rate_prefill
+    assert priority(TaskType.PREFILL, -3.0, CONFIG) == CONFIG.base_priority_prefill
+
+
+def test_the_loss_term_is_clipped_decays_with_retries_and_defaults_to_ln_2():
+    base = finetune_priority(0.0, 0.0, 0, CONFIG)
+    assert finetune_priority(0.0, 1e9, 0, CONFIG) == base + CONFIG.gamma * CONFIG.max_loss_term
+    assert finetune_priority(0.0, 2.0, 1, CONFIG) == base + CONFIG.gamma * 2.0 * CONFIG.retry_decay
+    assert finetune_priority(0.0, None, 0, CONFIG) == pytest.approx(base + CONFIG.gamma * math.log(2))
+
+
+def test_the_highest_loss_comes_first_and_ties_keep_their_order_of_arrival():
+    queue = TaskQueue(CONFIG)
+    for name, loss in (("a", 0.5), ("b", 2.0), ("c", 0.5)):
+        queue.push(QueuedTask(name, name, 0.0, loss))
+    assert [queue.pop().task_id for _ in range(3)] == ["b", "a", "c"]
+    assert queue.pop() is None
+
+
+def test_an_old_task_overtakes_a_hot_new_one():
+    queue = TaskQueue(CONFIG)
+    queue.push(QueuedTask("hot", None, 1000.0, CONFIG.max_loss_term))
+    queue.push(QueuedTask("old", None, 0.0, 0.0))
+    assert queue.pop().task_id == "old"
+
+
+def test_a_removed_or_replaced_task_is_not_popped_twice():
+    queue = TaskQueue(CONFIG)
+    queue.push(QueuedTask("a", 1, 0.0, 1.0))
+    queue.push(QueuedTask("a", 2, 0.0, 0.1))
+    queue.push(QueuedTask("b", 3, 0.0, 0.5))
+    queue.remove("b")
+    assert len(queue) == 1
+    assert queue.pop().payload == 2
+    assert queue.pop() is None
+
+
+@given(st.lists(st.tuples(st.floats(0, 1e3), st.one_of(st.none(), st.floats(0, 50)), st.integers(0, 3)), max_size=30))
+def test_the_heap_order_is_the_order_of_priorities_at_any_later_time(tasks):
+    queue = TaskQueue(CONFIG)
+    for i, (arrived, loss, attempts) in enumerate(tasks):
+        queue.push(QueuedTask(str(i), i, arrived, loss, attempts))
+    popped = [queue.pop() for _ in tasks]
+    priorities = [task.priority_at(2e3, CONFIG) for task in popped]
+    assert all(a >= b - 1e-6 for a, b in zip(priorities, priorities[1:], strict=False))
+    assert sorted(task.payload for task in popped) == list(range(len(tasks)))
