@@ -118,12 +118,14 @@ class CentralScheduler:
         return top.payload.times_trained > 0 or now_s - top.arrived_s >= self._config.training.max_age_s
 
     def _is_best_fit(self, headroom: Headroom, size: int, now_s: float) -> bool:
-        demand = Demand(self._bytes_per_pair * size, min(self._busy_s_per_pair * size, HORIZON_S / 2))
         fresh = [
             room
             for seen_s, room in self._headrooms.values()
             if now_s - seen_s <= _HEADROOM_TTL_S and not self._has_lease(room.executor_id)
         ]
+        # Memory is a hard limit. Time is not: a step can be interrupted, so it may be longer than any free window.
+        longest_s = max(room.latency_s for room in fresh)
+        demand = Demand(self._bytes_per_pair * size, min(self._busy_s_per_pair * size, longest_s))
         bins = [Bin(room.executor_id, room.memory_bytes, room.latency_s) for room in fresh]
         chosen = best_fit(demand, bins, self._config.scheduler)
         return chosen is not None and chosen.bin_id == headroom.executor_id

@@ -11,7 +11,7 @@ from torch.nn import functional
 from engine.trainable import TrainableModel
 
 _VOCABULARY_BLOCK = 8192
-"""Columns of logits at a time: 4 MiB for 128 tokens. Measured on 152k tokens: up to 45 % faster than all at once."""
+"""Columns of logits at a time: 4 MiB for 128 tokens. One core, 152k words: 40 % faster than all at once in bf16."""
 
 
 def token_log_probs(model: TrainableModel, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:

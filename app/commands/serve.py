@@ -4,12 +4,11 @@ The same as `serve run serve_config.yaml`, plus: settings are checked before any
 built with a progress bar, a failed start ends with the reason instead of hanging, and nothing is left behind.
 """
 
+import logging
 import os
 import signal
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
@@ -35,16 +34,16 @@ def serve(
         typer.secho(f"mace: {error}", fg="red", err=True)
         raise typer.Exit(2) from error
     become_subreaper()
-    with _stopped_by_signals():
-        try:
-            _run(document, started_s)
-        except _DeployError as error:
-            typer.secho(f"mace: the application did not start:\n{error}", fg="red", err=True)
-            raise typer.Exit(1) from error
-        except _StopRequested:
-            raise typer.Exit(0) from None
-        finally:
-            _shut_down()
+    _raise_on_signals()
+    try:
+        _run(document, started_s)
+    except _DeployError as error:
+        typer.secho(f"mace: the application did not start:\n{error}", fg="red", err=True)
+        raise typer.Exit(1) from error
+    except _StopRequested:
+        raise typer.Exit(0) from None
+    finally:
+        _shut_down()
 
 
 class _StopRequested(Exception):
@@ -100,12 +99,14 @@ def _run(document: dict[str, Any], started_s: float) -> NoReturn:
         for options in application.get("deployments", ())
     }
     typer.echo("mace: starting Ray and the engine ...")
+    logging.getLogger("ray.serve").setLevel(logging.WARNING)
     ray.init(log_to_driver=False, logging_level="WARNING")
     ray_serve.start(
         http_options=http,
         proxy_location=document.get("proxy_location"),
         logging_config=document.get("logging_config"),
     )
+    _raise_on_signals()  # again: ray.init has set handlers of its own
     try:
         ray_serve.run(
             bind_deployments(application.get("args", {}), overrides),
@@ -120,9 +121,8 @@ def _run(document: dict[str, Any], started_s: float) -> NoReturn:
         time.sleep(3600)
 
 
-@contextmanager
-def _stopped_by_signals() -> Iterator[None]:
-    """The first SIGINT or SIGTERM raises `_StopRequested` here; further ones do not disturb the clean-up."""
+def _raise_on_signals() -> None:
+    """From now on the first SIGINT or SIGTERM raises `_StopRequested`; further ones do not disturb the clean-up."""
 
     def stop(*_: object) -> None:
         for number in (signal.SIGINT, signal.SIGTERM):
@@ -131,7 +131,6 @@ def _stopped_by_signals() -> Iterator[None]:
 
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, stop)
-    yield
 
 
 def _shut_down() -> None:

@@ -1,0 +1,128 @@
+import pytest
+
+from core.messages import HORIZON_S, BatchOutcome, Headroom, TrainingPair
+from deployments.central_scheduler import LEASE_S, CentralScheduler
+
+BATCH, MAX_AGE_S, ATTEMPTS = 4, 20.0, 3
+
+
+class Clock:
+    def __init__(self):
+        self.now_s = 100.0
+
+    def __call__(self):
+        return self.now_s
+
+
+@pytest.fixture
+def clock():
+    return Clock()
+
+
+@pytest.fixture
+def scheduler(clock):
+    training = {"pairs_per_step": BATCH, "max_age_s": MAX_AGE_S, "max_attempts": ATTEMPTS}
+    return CentralScheduler({"training": training}, clock)
+
+
+def pairs(*names, loss=None, times_trained=0):
+    return [TrainingPair(name, "q", "good", "bad", loss, times_trained) for name in names]
+
+
+def room(executor="e1", memory_bytes=1e9, latency_s=HORIZON_S):
+    return Headroom(executor, memory_bytes, latency_s)
+
+
+def ids(batch):
+    return [pair.pair_id for pair in batch.pairs]
+
+
+def test_a_full_batch_is_given_at_once_highest_loss_first(scheduler):
+    scheduler.enqueue(pairs("a", "b", "c", loss=0.1) + pairs("d", loss=3.0) + pairs("e", loss=0.2))
+    assert ids(scheduler.poll(room())) == ["d", "e", "a", "b"]
+
+
+def test_a_part_of_a_batch_waits_until_it_is_old(scheduler, clock):
+    scheduler.enqueue(pairs("a", "b"))
+    assert scheduler.poll(room()) is None
+    clock.now_s += MAX_AGE_S
+    assert ids(scheduler.poll(room())) == ["a", "b"]
+
+
+def test_pairs_that_were_trained_before_do_not_wait_for_a_full_batch(scheduler):
+    scheduler.enqueue(pairs("a", times_trained=1))
+    assert ids(scheduler.poll(room())) == ["a"]
+
+
+def test_a_pair_is_never_queued_or_leased_twice(scheduler):
+    scheduler.enqueue(pairs(*"abcd"))
+    scheduler.enqueue(pairs(*"abcd"))
+    scheduler.poll(room())
+    scheduler.enqueue(pairs(*"abcd"))
+    assert sorted(scheduler.known_pair_ids()) == list("abcd")
+    assert scheduler.stats()["queued_pairs"] == 0
+
+
+def test_a_completed_batch_is_forgotten(scheduler):
+    scheduler.enqueue(pairs(*"abcd"))
+    batch = scheduler.poll(room())
+    scheduler.complete(BatchOutcome(batch.task_id, "e1", busy_s=1.0, peak_bytes=100))
+    assert scheduler.known_pair_ids() == []
+
+
+def test_a_failed_batch_comes_back_until_its_attempts_are_used_up(scheduler, clock):
+    scheduler.enqueue(pairs(*"abcd"))
+    for attempt in range(1, ATTEMPTS + 1):
+        batch = scheduler.poll(room())
+        outcome = BatchOutcome(batch.task_id, "e1", error="DivergedError: nan")
+        expected = list("abcd") if attempt == ATTEMPTS else []
+        assert sorted(scheduler.failed_for_good(outcome)) == expected
+        scheduler.complete(outcome)
+    assert scheduler.known_pair_ids() == []
+
+
+def test_an_unusable_pair_does_not_come_back(scheduler):
+    scheduler.enqueue(pairs(*"abcd"))
+    batch = scheduler.poll(room())
+    scheduler.complete(BatchOutcome(batch.task_id, "e1", error="x", unusable=(("b", "too long"),)))
+    assert sorted(scheduler.known_pair_ids()) == ["a", "c", "d"]
+
+
+def test_a_lease_that_is_not_heard_of_expires(scheduler, clock):
+    scheduler.enqueue(pairs(*"abcd"))
+    first = scheduler.poll(room("e1"))
+    clock.now_s += LEASE_S
+    second = scheduler.poll(room("e2"))
+    assert ids(second) == ids(first)
+
+
+def test_an_executor_that_asks_again_has_forgotten_its_lease(scheduler):
+    scheduler.enqueue(pairs(*"abcd"))
+    first = scheduler.poll(room())
+    assert ids(scheduler.poll(room())) == ids(first)
+
+
+def test_the_better_fitting_executor_gets_the_batch(scheduler):
+    scheduler.enqueue(pairs(*"abcdefgh"))
+    batch = scheduler.poll(room("warm-up"))
+    scheduler.complete(BatchOutcome(batch.task_id, "warm-up", busy_s=4.0, peak_bytes=800_000))
+    scheduler.poll(room("roomy", memory_bytes=1e9))  # both have reported now
+    scheduler._release_executor("roomy")
+    assert scheduler.poll(room("tight", memory_bytes=1e6, latency_s=5.0)) is not None
+
+
+def test_an_executor_without_memory_for_a_batch_gets_none(scheduler):
+    scheduler.enqueue(pairs(*"abcd"))
+    batch = scheduler.poll(room())
+    scheduler.complete(BatchOutcome(batch.task_id, "e1", busy_s=1.0, peak_bytes=4_000))
+    scheduler.enqueue(pairs(*"efgh"))
+    assert scheduler.poll(room(memory_bytes=3_000)) is None
+    assert scheduler.poll(room(memory_bytes=5_000)) is not None
+
+
+def test_a_busy_executor_that_is_alone_still_trains(scheduler):
+    scheduler.enqueue(pairs(*"abcd"))
+    batch = scheduler.poll(room())
+    scheduler.complete(BatchOutcome(batch.task_id, "e1", busy_s=60.0, peak_bytes=1))
+    scheduler.enqueue(pairs(*"efgh"))
+    assert scheduler.poll(room(latency_s=0.1)) is not None
