@@ -21,7 +21,7 @@ _ATTENTION = "mace_sdpa"
 @contextmanager
 def training_mode(device: torch.device, *, grad: bool = False) -> Iterator[None]:
     """Normal tensors, no autocast, the given grad mode: whatever mode the caller (vLLM's worker) is in."""
-    with torch.inference_mode(False), torch.set_grad_enabled(grad):
+    with torch.inference_mode(False), torch.set_grad_enabled(grad), torch.autocast(device.type, enabled=False):
         yield
 
 

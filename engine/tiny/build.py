@@ -83,6 +83,7 @@ def _save(directory: Path, model: LlamaForCausalLM, words: PreTrainedTokenizerFa
     model.save_pretrained(directory)
     words.save_pretrained(directory, save_jinja_files=False)
     for path in directory.iterdir():
+        path.chmod(0o644)
         with path.open("rb") as file:
             os.fsync(file.fileno())
 

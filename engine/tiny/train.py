@@ -40,7 +40,7 @@ class Recipe:
     muon_rate: float = 0.02
     """Learning rate of the matrices inside the layers; `learning_rate` is that of embeddings and norms."""
     num_iterations: int = 3
-    """Of Newton-Schulz; as accurate as the usual five here, and orthogonalising is a third of the step."""
+    """Of Newton-Schulz; as accurate as four here, and orthogonalising is a third of the step."""
     init_std: float = 0.07
     """Of all matrices; 1/sqrt(hidden_size), where tied embeddings start to tell tokens apart at once."""
     num_threads: int = 1

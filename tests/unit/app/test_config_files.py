@@ -1,0 +1,59 @@
+import json
+import re
+from pathlib import Path
+
+import jsonschema
+import pytest
+import ray.autoscaler
+import yaml
+from ray.serve.schema import ServeDeploySchema
+
+from app.main import parse_args
+from core.errors import ConfigError
+
+ROOT = Path(__file__).parents[3]
+SCHEMA = json.loads((Path(ray.autoscaler.__file__).parent / "ray-schema.json").read_text())
+
+
+def commented_variant(text):
+    """The on-premises variant: the comment lines from `cluster_name` on, uncommented."""
+    block = text[text.index("#   cluster_name: mace-onprem") :]
+    return "\n".join(re.sub(r"^#   ?", "", line) for line in block.splitlines())
+
+
+def test_cluster_yaml_fits_rays_own_schema():
+    jsonschema.validate(yaml.safe_load((ROOT / "cluster.yaml").read_text()), SCHEMA)
+
+
+def test_the_commented_on_premises_variant_fits_it_too():
+    document = yaml.safe_load(commented_variant((ROOT / "cluster.yaml").read_text()))
+    assert document["provider"]["type"] == "local"
+    jsonschema.validate(document, SCHEMA)
+
+
+def test_the_head_node_type_exists_and_gpu_nodes_start():
+    document = yaml.safe_load((ROOT / "cluster.yaml").read_text())
+    types = document["available_node_types"]
+    assert document["head_node_type"] in types
+    assert types["gpu"]["min_workers"] >= 1
+
+
+def test_serve_config_is_valid_for_serve_and_for_us():
+    document = yaml.safe_load((ROOT / "serve_config.yaml").read_text())
+    ServeDeploySchema.model_validate(document)
+    args = parse_args(document["applications"][0]["args"])
+    assert args.state_dir.is_absolute()
+
+
+@pytest.mark.parametrize(
+    ("wrong", "named"),
+    [
+        ({"slo": {"tbt_s": -1}}, "slo.tbt_s"),
+        ({"scheduler": {"lambda_memory": 0, "lambda_latency": 0}}, "cannot both be 0"),
+        ({"trainig": {}}, "trainig"),
+        ({"model": {"model_id": "has space"}}, "model.model_id"),
+    ],
+)
+def test_a_wrong_setting_is_named(wrong, named):
+    with pytest.raises(ConfigError, match=re.escape(named)):
+        parse_args(wrong)
