@@ -1,18 +1,15 @@
-import json
 import re
 from pathlib import Path
 
-import jsonschema
 import pytest
-import ray.autoscaler
 import yaml
+from ray.autoscaler._private.util import prepare_config, validate_config
 from ray.serve.schema import ServeDeploySchema
 
 from app.main import parse_args
 from core.errors import ConfigError
 
 ROOT = Path(__file__).parents[3]
-SCHEMA = json.loads((Path(ray.autoscaler.__file__).parent / "ray-schema.json").read_text())
 
 
 def commented_variant(text):
@@ -22,13 +19,19 @@ def commented_variant(text):
 
 
 def test_cluster_yaml_fits_rays_own_schema():
-    jsonschema.validate(yaml.safe_load((ROOT / "cluster.yaml").read_text()), SCHEMA)
+    validate_config(prepare_config(yaml.safe_load((ROOT / "cluster.yaml").read_text())))
 
 
 def test_the_commented_on_premises_variant_fits_it_too():
     document = yaml.safe_load(commented_variant((ROOT / "cluster.yaml").read_text()))
     assert document["provider"]["type"] == "local"
-    jsonschema.validate(document, SCHEMA)
+    validate_config(prepare_config(document))
+
+
+def test_a_key_that_ray_does_not_know_is_found():
+    document = yaml.safe_load((ROOT / "cluster.yaml").read_text())
+    with pytest.raises(Exception, match="surprise"):
+        validate_config(prepare_config({**document, "surprise": 1}))
 
 
 def test_the_head_node_type_exists_and_gpu_nodes_start():
