@@ -91,10 +91,16 @@ def next_training_pairs(
     return [_from_row(row) for row in found[:limit]]
 
 
-def held_out_pairs(connection: Connection, limit: int) -> list[StoredPair]:
-    """The newest held-out pairs, newest first: what users prefer now."""
-    query = select(pairs).where(pairs.c.split == "heldout", pairs.c.state == PENDING)
-    return [_from_row(row) for row in connection.execute(query.order_by(pairs.c.seq.desc()).limit(limit))]
+def newest_pairs(connection: Connection, split: Split, limit: int) -> list[StoredPair]:
+    """The newest pairs of a split, newest first, only the newest of each prompt: what users prefer now.
+
+    A newer preference on a prompt supersedes older ones; users change their minds. Looks at `4 * limit` pairs.
+    """
+    query = select(pairs).where(pairs.c.split == split, pairs.c.state == PENDING)
+    newest: dict[str, Row[Any]] = {}
+    for row in connection.execute(query.order_by(pairs.c.seq.desc()).limit(4 * limit)):
+        newest.setdefault(row.prompt_key, row)
+    return [_from_row(row) for row in list(newest.values())[:limit]]
 
 
 def unscored_pairs(connection: Connection, limit: int, exclude: Collection[str]) -> list[StoredPair]:

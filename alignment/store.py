@@ -164,8 +164,12 @@ class FeedbackStore:
         return self._read(lambda c: pair_store.next_training_pairs(c, limit, max_epochs, exclude))
 
     def held_out_pairs(self, limit: int) -> list[StoredPair]:
-        """The newest pairs of the gate's test set, newest first."""
-        return self._read(lambda c: pair_store.held_out_pairs(c, limit))
+        """The gate's test set: the newest held-out pairs, newest first, one for each prompt."""
+        return self._read(lambda c: pair_store.newest_pairs(c, "heldout", limit))
+
+    def recent_training_pairs(self, limit: int) -> list[StoredPair]:
+        """The newest pairs that may be trained on, newest first, one for each prompt."""
+        return self._read(lambda c: pair_store.newest_pairs(c, "train", limit))
 
     def unscored_pairs(self, limit: int, *, exclude: Collection[str] = ()) -> list[StoredPair]:
         """Pairs of both splits that were never scored, newest first."""

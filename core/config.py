@@ -58,7 +58,13 @@ class TrainingConfig(_Config):
 
     enabled: bool = True
     beta: float = Field(0.1, gt=0)
-    learning_rate: float = Field(1e-4, gt=0)
+    sft_weight: float = Field(1.0, ge=0)
+    """Weight of the chosen responses' mean token NLL beside the DPO loss (TRL's `loss_type=["sigmoid", "sft"]`).
+
+    Without it DPO may push down both responses; a later change of taste then destroyed the built-in model (34 % right
+    answers after 64 + 96 steps, 99 % with it). 0 is plain DPO.
+    """
+    learning_rate: float = Field(3e-4, gt=0)
     weight_decay: float = Field(0.0, ge=0)
     max_grad_norm: float = Field(1.0, gt=0)
     pairs_per_step: int = Field(8, ge=1)
@@ -67,8 +73,10 @@ class TrainingConfig(_Config):
     max_slice_tokens: int = Field(1024, ge=16)
     """Upper bound of tokens that one slice takes through one layer: sets how many pairs go together."""
     head_chunk_tokens: int = Field(128, ge=1)
-    max_epochs: int = Field(4, ge=1)
-    """A pair is trained at most this many times."""
+    max_epochs: int = Field(6, ge=1)
+    """A pair is trained at most this many times, and more than once only while the drift window complains."""
+    repeat_pairs: int = Field(64, ge=1)
+    """Further passes are made over the newest so many pairs, one for each prompt."""
     max_age_s: float = Field(20.0, gt=0)
     """A pair that waited this long is trained even if the batch is not full."""
     steps_per_candidate: int = Field(8, ge=1)
@@ -146,7 +154,8 @@ class GateConfig(_Config):
 
     max_accuracy_drop: float = Field(0.0, ge=0, le=1)
     max_margin_drop: float = Field(0.0, ge=0)
-    max_pairs: int = Field(64, ge=1)
+    max_pairs: int = Field(16, ge=1)
+    """Newest held-out pairs, one for each prompt, that both adapters are scored on."""
 
 
 class AppArgs(_Config):

@@ -12,7 +12,6 @@ import logging
 import threading
 from collections.abc import Sequence
 from dataclasses import asdict
-from itertools import islice
 from typing import Any, Protocol
 
 from alignment.drift import DriftWindow
@@ -96,14 +95,8 @@ class DriftMonitor:
         return stored
 
     def held_out_pairs(self) -> list[TrainingPair]:
-        """The gate's test set: the newest held-out pairs, the newest of each prompt.
-
-        A newer preference on the same prompt supersedes an older one: users may change their minds.
-        """
-        newest: dict[str, StoredPair] = {}
-        for pair in self._open_store().held_out_pairs(4 * self._config.gate.max_pairs):
-            newest.setdefault(repr(pair.prompt), pair)
-        return [_training_pair(pair) for pair in islice(newest.values(), self._config.gate.max_pairs)]
+        """The gate's test set: the newest held-out pairs, the newest of each prompt."""
+        return [_training_pair(pair) for pair in self._open_store().held_out_pairs(self._config.gate.max_pairs)]
 
     def record(self, outcome: BatchOutcome, failed_ids: list[str], version: str | None) -> None:
         """Write down what became of a batch: scores, counts of training, pairs that must be parked."""
@@ -141,14 +134,21 @@ class DriftMonitor:
         room = ahead - len(known)
         if room <= 0:
             return 0
-        pairs = self._open_store().next_training_pairs(room, self._max_epochs(), exclude=known)
+        pairs = self._open_store().next_training_pairs(room, 1, exclude=known)
+        if len(pairs) < room and self.drift()["drifted"]:
+            pairs += self._repeats(room - len(pairs), known | {pair.pair_id for pair in pairs})
         if pairs:
             self._queue.enqueue([_training_pair(pair) for pair in pairs])
         return len(pairs)
 
-    def _max_epochs(self) -> int:
-        with self._lock:
-            return self._config.training.max_epochs if self._window.drifted else 1
+    def _repeats(self, limit: int, exclude: set[str]) -> list[StoredPair]:
+        """Recent pairs for another pass, least trained first: those that the window complains about."""
+        training = self._config.training
+        recent = self._open_store().recent_training_pairs(training.repeat_pairs)
+        again = [
+            pair for pair in recent if 0 < pair.times_trained < training.max_epochs and pair.pair_id not in exclude
+        ]
+        return sorted(again, key=lambda pair: pair.times_trained)[:limit]
 
     def _open_store(self) -> FeedbackStore:
         with self._lock:

