@@ -35,7 +35,7 @@ class FineTuneRunner:
     """Owner of the trainable model, the shadow adapter and the task in progress."""
 
     REMOTE_METHODS = frozenset(
-        {"save_adapter", "load_adapter", "set_live", "save_training_state", "load_training_state"}
+        {"save_adapter", "load_adapter", "set_live", "save_training_state", "load_training_state", "describe"}
     )
 
     def __init__(self, model: TrainableModel, shadow: ShadowAdapter, args: AppArgs) -> None:
@@ -47,6 +47,7 @@ class FineTuneRunner:
         self._running: _Running | None = None
         self._live = shadow.zeros()
         self._blocked = 0
+        self._shared_pointers: frozenset[int] = frozenset()
 
     @classmethod
     def build(
@@ -67,6 +68,7 @@ class FineTuneRunner:
             model_dir, args.lora, dtype=dtype, device=device, seed=args.training.seed, weights=weights
         )
         runner = cls(model, ShadowAdapter(model, args.training), args)
+        runner._shared_pointers = frozenset(tensor.data_ptr() for tensor in (weights or {}).values())
         runner._warm_up()
         return runner
 
@@ -138,6 +140,12 @@ class FineTuneRunner:
             logger.warning("training state ignored: %s", error)
             return False
         return True
+
+    def describe(self) -> dict[str, int]:
+        """Bytes of base weights that the trainer uses, and how many of them are the inference engine's own."""
+        weights = {p.data_ptr(): p.nbytes for p in self._model.causal_lm.parameters() if not p.requires_grad}
+        shared = sum(size for pointer, size in weights.items() if pointer in self._shared_pointers)
+        return {"base_weight_bytes": sum(weights.values()), "shared_bytes": shared}
 
     def _current(self, report: SliceReport) -> "_Running | None":
         """The step with a slice to run; ends finished steps and starts waiting tasks on the way."""

@@ -77,6 +77,11 @@ class HybridEngine:
         """Restore what `save_training_state` wrote; False if there is none."""
         return bool(await self._call_runner("load_training_state", str(path)))
 
+    async def describe_trainer(self) -> dict[str, int]:
+        """`base_weight_bytes` of the trainer and the `shared_bytes` among them, which are vLLM's own tensors."""
+        description: dict[str, int] = await self._call_runner("describe")
+        return description
+
     async def load_version(self, handle: Any) -> None:
         """Load an adapter version into the inference side ahead of its first request."""
         await self.client.add_lora(handle)

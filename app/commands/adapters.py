@@ -23,8 +23,9 @@ def adapters(
         typer.echo(json.dumps(listing, indent=2))
         return
     table = Table()
-    for heading in ("version", "live", "status", "parent", "pairs", "steps", "accuracy", "margin", "reason"):
-        table.add_column(heading, overflow="fold")
+    for heading in ("version", "live", "status", "parent", "pairs", "steps", "accuracy", "margin"):
+        table.add_column(heading, no_wrap=True)
+    table.add_column("reason", overflow="fold")
     for row in listing["data"]:
         table.add_row(*_cells(row))
     Console().print(table)
@@ -41,7 +42,7 @@ def _cells(row: dict[str, Any]) -> list[str]:
         str(row.get("optimizer_steps", "")),
         _number(metrics.get("candidate_accuracy")),
         _number(metrics.get("candidate_margin")),
-        row.get("reason", ""),
+        "" if row["status"] == "published" else row.get("reason", ""),
     ]
 
 

@@ -9,7 +9,7 @@ from typing import Any
 from openai import AsyncOpenAI
 
 from app.demo.background import BackgroundClient
-from app.demo.taste import Survey, prefer, survey
+from app.demo.taste import Survey, make_preferences, post_preferences, survey
 from engine.tiny.knowledge import held_out_questions, preference_questions
 from engine.tiny.styles import Style
 
@@ -79,9 +79,10 @@ async def _teach(
     say(
         f"{style.value}: {before.share(style):.0%} of answers, {before.right_share:.0%} right; posting preferences"
     )
+    items = await make_preferences(client, model, preference_questions()[: options.preferences], style)
     started_s = time.monotonic()
     async with BackgroundClient(client, model, [question.text for question in asked]) as background:
-        ids = await prefer(client, model, preference_questions()[: options.preferences], style)
+        ids = await post_preferences(client, items)
         training = await _wait_until_learnt(client, options.timeout_s, say)
         learnt_s = time.monotonic() - started_s - _QUIET_S
     after = await survey(client, model, asked, options.samples)

@@ -53,14 +53,23 @@ async def survey(client: AsyncOpenAI, model: str, questions: list[Question], sam
     )
 
 
-async def prefer(client: AsyncOpenAI, model: str, questions: list[Question], style: Style) -> list[str]:
-    """Post one preference for `style` on each question; returns the ids of the feedback records.
+async def make_preferences(
+    client: AsyncOpenAI, model: str, questions: list[Question], style: Style
+) -> list[dict[str, Any]]:
+    """One preference for `style` on each question, as bodies of `POST /v1/feedback`.
 
     Where the model gave a right answer in that style, it is chosen over another of its own answers; where it did not,
     one of its answers is corrected to that style.
     """
-    asked = await _ask_all(client, model, questions, samples=8)
-    items = [_feedback_on(one, style) for one in asked]
+    return [_feedback_on(one, style) for one in await _ask_all(client, model, questions, samples=8)]
+
+
+async def post_preferences(client: AsyncOpenAI, items: list[dict[str, Any]]) -> list[str]:
+    """Post them in one call; returns the ids of the records.
+
+    Raises:
+        RuntimeError: the server refused one of them.
+    """
     reply = await client.post("/feedback", body={"items": items}, cast_to=object)
     outcomes = reply["data"]  # type: ignore[index]
     refused = [outcome for outcome in outcomes if outcome["status"] == "error"]

@@ -1,0 +1,45 @@
+"""A real hybrid engine on an event loop of its own, for synchronous tests."""
+
+import asyncio
+import threading
+from concurrent.futures import Future
+
+from core.config import AppArgs
+from engine.hybrid_engine import HybridEngine
+from engine.vllm_compat import configure_environment
+
+
+class EngineThread:
+    def __init__(self, model_dir, **sections):
+        engine = {"kv_cache_memory_bytes": 128 << 20, "max_num_seqs": 16, **sections.pop("engine", {})}
+        self.args = AppArgs.model_validate({"engine": engine, **sections})
+        configure_environment(self.args)
+        self.loop = asyncio.new_event_loop()
+        threading.Thread(target=self.loop.run_forever, daemon=True).start()
+        self.engine = self.run(HybridEngine.start(self.args, str(model_dir)))
+
+    def start(self, coroutine) -> Future:
+        return asyncio.run_coroutine_threadsafe(coroutine, self.loop)
+
+    def run(self, coroutine, timeout_s=240):
+        return self.start(coroutine).result(timeout_s)
+
+    def close(self):
+        async def shut_down():
+            self.engine.shutdown()
+
+        self.run(shut_down())
+        self.loop.call_soon_threadsafe(self.loop.stop)
+
+    async def generate(self, prompt_ids, request_id, max_tokens=48, lora=None, **params):
+        """Greedy token ids of one request."""
+        from vllm import SamplingParams
+
+        sampling = SamplingParams(max_tokens=max_tokens, temperature=0.0, ignore_eos=True, **params)
+        final = None
+        stream = self.engine.client.generate(
+            {"prompt_token_ids": list(prompt_ids)}, sampling, request_id, lora_request=lora
+        )
+        async for output in stream:
+            final = output
+        return list(final.outputs[0].token_ids)

@@ -1,0 +1,209 @@
+"""Serving and training in one real vLLM engine on CPU."""
+
+import asyncio
+import itertools
+from pathlib import Path
+
+import peft
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from core.errors import DamagedAdapterError
+from core.messages import TrainingPair
+from core.types import FineTuneTask, TaskKind, TokenizedPair
+from engine.pair_tokens import PairTokenizer
+from engine.tiny.knowledge import preference_questions
+from engine.tiny.styles import Style, render
+from tests.integration.engine_thread import EngineThread
+
+pytestmark = pytest.mark.vllm
+
+request_ids = (f"test-{i}" for i in itertools.count())
+
+
+@pytest.fixture(scope="module")
+def engine(tiny_assistant):
+    thread = EngineThread(tiny_assistant, training={"learning_rate": 1e-3})
+    yield thread
+    thread.close()
+
+
+@pytest.fixture(scope="module")
+def pairs(tiny_assistant):
+    """Preferences for politeness, tokenized as the server does."""
+    tokenizer = PairTokenizer.load(str(tiny_assistant), 512)
+    return tuple(
+        tokenizer.tokenize(
+            TrainingPair(
+                f"pair-{i}",
+                [{"role": "user", "content": question.text}],
+                render(question, Style.POLITE),
+                render(question, Style.TERSE),
+            )
+        )
+        for i, question in enumerate(preference_questions()[:16])
+    )
+
+
+@pytest.fixture
+def fresh(engine):
+    """The engine with its shadow adapter at the seeded start."""
+    engine.run(engine.engine.load_adapter(None))
+    return engine
+
+
+def train(engine, pairs, task_id="t"):
+    return engine.run(engine.engine.run_task(FineTuneTask(task_id, TaskKind.TRAIN, pairs)))
+
+
+def saved(engine, directory: Path):
+    engine.run(engine.engine.save_adapter(directory, "test"))
+    return load_file(directory / "adapter_model.safetensors")
+
+
+def test_training_alone_lowers_the_loss(fresh, pairs):
+    results = [train(fresh, pairs[:8]) for _ in range(4)]
+    assert all(result.error is None for result in results)
+    losses = [result.metrics.loss for result in results]
+    assert losses[0] == pytest.approx(0.6931, abs=1e-3)
+    assert losses[-1] < losses[0] - 0.05
+    assert [result.optimizer_steps for result in results] == [1, 2, 3, 4]
+    assert results[0].num_slices > 10
+    assert results[0].peak_bytes > 0
+
+
+def test_a_request_overtakes_a_long_training_task(fresh, pairs):
+    long_task = fresh.start(fresh.engine.run_task(FineTuneTask("long", TaskKind.TRAIN, pairs * 100)))
+    tokens = fresh.run(fresh.generate(pairs[0].prompt_ids, next(request_ids), 8))
+    assert len(tokens) == 8
+    assert not long_task.done()
+    assert long_task.result(240).error is None
+
+
+def test_steps_between_inference_give_bit_equal_adapters(fresh, pairs, tmp_path):
+    for _ in range(3):
+        train(fresh, pairs[:8])
+    alone = saved(fresh, tmp_path / "alone")
+    fresh.run(fresh.engine.load_adapter(None))
+
+    async def train_under_load():
+        tasks = [asyncio.create_task(fresh.generate(p.prompt_ids, next(request_ids), 200)) for p in pairs[:6]]
+        for i in range(3):
+            await fresh.engine.run_task(FineTuneTask(f"busy-{i}", TaskKind.TRAIN, pairs[:8]))
+        return await asyncio.gather(*tasks)
+
+    fresh.run(train_under_load())
+    busy = saved(fresh, tmp_path / "busy")
+    assert alone.keys() == busy.keys()
+    assert all(torch.equal(alone[name], busy[name]) for name in alone)
+
+
+def test_a_version_answers_in_vllm_as_in_peft(fresh, pairs, tmp_path, tiny_assistant):
+    for _ in range(12):
+        train(fresh, pairs[:8])
+    saved(fresh, tmp_path / "v")
+    handle = fresh.engine.version_handle("m@peft", 501, tmp_path / "v")
+    fresh.run(fresh.engine.load_version(handle))
+    base = AutoModelForCausalLM.from_pretrained(tiny_assistant, dtype=torch.float32)
+    model = peft.PeftModel.from_pretrained(base, tmp_path / "v").eval()
+    changed = 0
+    for pair in pairs[:4]:
+        prompt = list(pair.prompt_ids)
+        ours = fresh.run(fresh.generate(prompt, next(request_ids), 12, lora=handle))
+        with torch.no_grad():
+            for token in ours:
+                logits = model(torch.tensor([prompt])).logits[0, -1]
+                assert logits[token] >= logits.max() - 1e-3  # the same choice, up to rounding
+                prompt.append(token)
+        plain = fresh.run(fresh.generate(pair.prompt_ids, next(request_ids), 12))
+        changed += ours != plain
+    assert changed > 0  # the adapter does something
+
+
+def test_publishing_with_requests_in_flight_mixes_no_versions(fresh, pairs, tmp_path):
+    handles = []
+    for number in (601, 602):
+        for _ in range(10):
+            train(fresh, pairs[:8])
+        saved(fresh, tmp_path / str(number))
+        handles.append(fresh.engine.version_handle(f"m@{number}", number, tmp_path / str(number)))
+    prompts = [pair.prompt_ids for pair in pairs[:6]]
+
+    async def all_on(handle):
+        return await asyncio.gather(*[fresh.generate(p, next(request_ids), 100, lora=handle) for p in prompts])
+
+    async def publish_midway():
+        running = asyncio.create_task(all_on(handles[0]))
+        await asyncio.sleep(0.1)
+        await fresh.engine.load_version(handles[1])
+        after = await all_on(handles[1])
+        return await running, after
+
+    during, after = fresh.run(publish_midway())
+    fresh.run(fresh.engine.client.reset_prefix_cache())
+    assert during == fresh.run(all_on(handles[0]))
+    fresh.run(fresh.engine.client.reset_prefix_cache())
+    assert after == fresh.run(all_on(handles[1]))
+    assert during != after
+
+
+def test_evaluating_live_and_shadow_changes_neither(fresh, pairs, tmp_path):
+    for _ in range(3):
+        train(fresh, pairs[:8])
+    before = saved(fresh, tmp_path / "before")
+    score = lambda on_live: fresh.run(  # noqa: E731
+        fresh.engine.run_task(FineTuneTask("e", TaskKind.EVALUATE, pairs[8:], on_live))
+    )
+    assert score(True).metrics.margin == 0.0  # live is the bare base model
+    shadow = score(False).metrics
+    assert shadow.margin > 0
+    fresh.run(fresh.engine.set_live(tmp_path / "before"))
+    assert score(True).metrics == shadow
+    fresh.run(fresh.engine.set_live(None))
+    after = saved(fresh, tmp_path / "after")
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_a_bad_task_is_its_own_result_and_serving_goes_on(fresh, pairs, tmp_path):
+    before = saved(fresh, tmp_path / "before")
+    alien = TokenizedPair("alien", (1, 2), (10**6,), (3,))
+    result = train(fresh, (alien,))
+    assert result.metrics is None
+    assert result.error.startswith("TrainingError: ")
+    on_live = FineTuneTask("x", TaskKind.TRAIN, pairs[:1], on_live=True)
+    assert "never trained in place" in fresh.run(fresh.engine.run_task(on_live)).error
+    assert len(fresh.run(fresh.generate(pairs[0].prompt_ids, next(request_ids), 4))) == 4
+    after = saved(fresh, tmp_path / "after")
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_a_cancelled_task_leaves_no_trace(fresh, pairs, tmp_path):
+    before = saved(fresh, tmp_path / "before")
+
+    async def cancel_soon():
+        task = asyncio.create_task(fresh.engine.run_task(FineTuneTask("gone", TaskKind.TRAIN, pairs * 100)))
+        await asyncio.sleep(0.3)
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+
+    fresh.run(cancel_soon())
+    after = saved(fresh, tmp_path / "after")
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert train(fresh, pairs[:2]).optimizer_steps == 1
+
+
+def test_a_damaged_adapter_is_a_named_error(fresh, tmp_path):
+    with pytest.raises(DamagedAdapterError, match="cannot be read"):
+        fresh.run(fresh.engine.load_adapter(tmp_path / "absent"))
+
+
+def test_training_state_survives(fresh, pairs, tmp_path):
+    train(fresh, pairs[:8])
+    fresh.run(fresh.engine.save_training_state(tmp_path / "state.safetensors"))
+    expected = train(fresh, pairs[:8]).metrics
+    fresh.run(fresh.engine.load_adapter(None))
+    assert fresh.run(fresh.engine.load_training_state(tmp_path / "state.safetensors"))
+    assert train(fresh, pairs[:8]).metrics == expected
+    assert not fresh.run(fresh.engine.load_training_state(tmp_path / "none.safetensors"))
