@@ -25,7 +25,7 @@ request_ids = (f"test-{i}" for i in itertools.count())
 
 @pytest.fixture(scope="module")
 def engine(tiny_assistant):
-    thread = EngineThread(tiny_assistant, training={"learning_rate": 1e-3})
+    thread = EngineThread(tiny_assistant, model={"dtype": "float32"}, training={"learning_rate": 1e-3})
     yield thread
     thread.close()
 
@@ -153,8 +153,10 @@ def test_evaluating_live_and_shadow_changes_neither(fresh, pairs, tmp_path):
     for _ in range(3):
         train(fresh, pairs[:8])
     before = saved(fresh, tmp_path / "before")
-    score = lambda on_live: fresh.run(  # noqa: E731
-        fresh.engine.run_task(FineTuneTask("e", TaskKind.EVALUATE, pairs[8:], on_live))
+    score = (
+        lambda on_live: fresh.run(  # noqa: E731
+            fresh.engine.run_task(FineTuneTask("e", TaskKind.EVALUATE, pairs[8:], on_live))
+        )
     )
     assert score(True).metrics.margin == 0.0  # live is the bare base model
     shadow = score(False).metrics

@@ -1,10 +1,8 @@
 """Training order, splits, scores and failures of stored pairs."""
 
-import sqlite3
 from typing import Any
 
 import pytest
-from sqlalchemy import event
 
 from alignment.store import FeedbackStore
 from core.config import FeedbackConfig

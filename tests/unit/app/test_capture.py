@@ -73,7 +73,9 @@ def test_a_completion_keeps_its_prompt_as_text_without_the_echo(kept):
 
 def test_a_completion_of_token_ids_is_not_kept(kept):
     reply = {"id": "cmpl-1", "model": "m", "choices": [{"index": 0, "text": "x"}]}
-    client_of("/v1/completions", lambda: JSONResponse(reply), kept).post("/v1/completions", json={"prompt": [1, 2]})
+    client_of("/v1/completions", lambda: JSONResponse(reply), kept).post(
+        "/v1/completions", json={"prompt": [1, 2]}
+    )
     assert kept == []
 
 

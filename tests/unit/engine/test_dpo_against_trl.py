@@ -77,7 +77,9 @@ def test_loss_and_gradients_equal_trl(tmp_path, kind, max_slice_tokens, sft_weig
             for i, row in enumerate(rows)
         ),
     )
-    config = make_training(beta=0.3, sft_weight=sft_weight, max_length_tokens=MAX_LENGTH, max_slice_tokens=max_slice_tokens)
+    config = make_training(
+        beta=0.3, sft_weight=sft_weight, max_length_tokens=MAX_LENGTH, max_slice_tokens=max_slice_tokens
+    )
     model, _, step = start(directory, task, config)
     theirs = {
         name.replace(".default.", "."): parameter

@@ -8,7 +8,10 @@ SLO = SloConfig(ttft_s=1.0, tbt_s=0.1)
 
 def state(decode=0, prefill=0, wait=None, work=True):
     return IterationState(
-        num_decode_tokens=decode, num_prefill_tokens=prefill, oldest_first_token_wait_s=wait, has_finetune_work=work
+        num_decode_tokens=decode,
+        num_prefill_tokens=prefill,
+        oldest_first_token_wait_s=wait,
+        has_finetune_work=work,
     )
 
 

@@ -49,7 +49,9 @@ def test_a_removed_or_replaced_task_is_not_popped_twice():
     assert queue.pop() is None
 
 
-@given(st.lists(st.tuples(st.floats(0, 1e3), st.one_of(st.none(), st.floats(0, 50)), st.integers(0, 3)), max_size=30))
+@given(
+    st.lists(st.tuples(st.floats(0, 1e3), st.one_of(st.none(), st.floats(0, 50)), st.integers(0, 3)), max_size=30)
+)
 def test_the_heap_order_is_the_order_of_priorities_at_any_later_time(tasks):
     queue = TaskQueue(CONFIG)
     for i, (arrived, loss, attempts) in enumerate(tasks):

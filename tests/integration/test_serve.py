@@ -1,0 +1,316 @@
+"""The whole system over HTTP: learn a style, turn to another, survive kills, refuse bad input, stop cleanly.
+
+The tests run in order on one server; each leaves it serving.
+"""
+
+import asyncio
+import json
+import signal
+import socket
+import threading
+import time
+
+import httpx
+import psutil
+import pytest
+from openai import NotFoundError, OpenAI
+
+from app.demo.run import DemoOptions, run_demo
+from engine.tiny.styles import Style
+from tests.integration.server import Server
+
+pytestmark = [pytest.mark.vllm, pytest.mark.ray]
+
+
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory, model_cache):
+    directory = tmp_path_factory.mktemp("serve")
+    (directory / "state").mkdir()
+    (directory / "state" / "models").symlink_to(model_cache / "models")
+    server = Server(directory, free_port()).start()
+    yield server
+    if server.process.poll() is None:
+        server.stop(signal.SIGINT)
+
+
+@pytest.fixture(scope="module")
+def client(server):
+    return OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0)
+
+
+def ask(client, model="mace-tiny", text="What is the capital of France?", **kwargs):
+    return client.chat.completions.create(
+        model=model, messages=[{"role": "user", "content": text}], max_tokens=48, **kwargs
+    )
+
+
+def test_the_base_answers_before_anything_was_learnt(server, client):
+    assert [model.id for model in client.models.list()] == ["mace-tiny", "mace-tiny@base"]
+    assert client.models.retrieve("mace-tiny@base").id == "mace-tiny@base"
+    reply = ask(client, temperature=0)
+    assert "Paris" in reply.choices[0].message.content
+    assert reply.model == "mace-tiny@base"
+    assert server.call("GET", "/health").status_code == 200
+    assert server.call("GET", "/ready").json() == {"ready": True, "live": "base"}
+
+
+def test_openai_features_work(server, client):
+    chunks = list(ask(client, stream=True, temperature=0))
+    assert "Paris" in "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices)
+    reply = ask(client, n=3, logprobs=True, top_logprobs=2)
+    assert len(reply.choices) == 3
+    assert len(reply.choices[0].logprobs.content[0].top_logprobs) == 2
+    assert ask(client, stop=["is"], temperature=0).choices[0].finish_reason == "stop"
+    assert client.completions.create(model="mace-tiny", prompt="Paris", max_tokens=4).choices[0].text
+    assert client.responses.create(model="mace-tiny", input="Say hello", max_output_tokens=16).output_text
+    with pytest.raises(NotFoundError, match="does not exist"):
+        ask(client, model="mace-tiny@v0099")
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "status", "words"),
+    [
+        ("/v1/feedback", b"{oops", 400, "no JSON"),
+        ("/v1/feedback", b"[]", 400, "one feedback object"),
+        ("/v1/feedback", {"items": []}, 400, "empty"),
+        ("/v1/feedback", {"prompt": "a", "chosen": "", "rejected": "b"}, 422, "empty"),
+        ("/v1/feedback", {"prompt": "a", "chosen": "b", "rejected": "b "}, 422, "same text"),
+        ("/v1/feedback", {"prompt": "a", "chosen": 3, "rejected": "b"}, 422, "chosen"),
+        ("/v1/feedback", {"prompt": "a", "chosen": "x" * 40_000, "rejected": "b"}, 422, "limit"),
+        ("/v1/feedback", {"type": "rating", "response_id": "chatcmpl-none", "value": True}, 404, "chatcmpl-none"),
+        ("/v1/feedback", {"type": "rating", "response_id": "x", "value": "meh"}, 422, "value"),
+        ("/v1/feedback", b" " * (9 << 20), 413, "larger than"),
+        ("/v1/chat/completions", b"{oops", 400, ""),
+        ("/v1/chat/completions", {"model": "mace-tiny", "messages": "hi"}, 400, ""),
+        (
+            "/v1/chat/completions",
+            {"model": "mace-tiny", "messages": [{"role": "user", "content": "word " * 5000}]},
+            400,
+            "",
+        ),
+        (
+            "/v1/chat/completions",
+            {
+                "model": "mace-tiny",
+                "messages": [{"role": "user", "content": "hi"}],
+                "vllm_xargs": {"mace_finetune_task": "{}"},
+            },
+            400,
+            "internal",
+        ),
+        ("/v1/adapters/v0042/activate", {}, 404, "v0042"),
+        ("/v1/adapters/nonsense/activate", {}, 404, "nonsense"),
+    ],
+)
+def test_bad_input_is_an_openai_shaped_error(server, path, body, status, words):
+    content = body if isinstance(body, bytes) else json.dumps(body).encode()
+    reply = server.call("POST", path, content=content, headers={"Content-Type": "application/json"})
+    assert reply.status_code == status, reply.text
+    error = reply.json()["error"]
+    assert {"message", "type", "param", "code"} <= error.keys()
+    assert words in error["message"]
+
+
+def test_feedback_is_idempotent_listed_and_exported(server):
+    item = {"id": "mine-1", "prompt": "What is 1 + 1?", "chosen": "It is two.", "rejected": "It is three."}
+    first = server.call("POST", "/v1/feedback", json=item)
+    again = server.call("POST", "/v1/feedback", json=item)
+    assert (first.status_code, again.status_code) == (202, 202)
+    assert (first.json()["status"], again.json()["status"]) == ("accepted", "duplicate")
+    assert [entry["id"] for entry in server.call("GET", "/v1/feedback").json()["data"]] == ["mine-1"]
+    [row] = server.call("GET", "/v1/feedback/export?format=trl").text.splitlines()
+    assert json.loads(row) == {"prompt": item["prompt"], "chosen": item["chosen"], "rejected": item["rejected"]}
+    lines = f"{row}\nno json\n".encode()
+    report = server.call("POST", "/v1/feedback/import", content=lines).json()
+    assert (report["num_accepted"] + report["num_duplicates"], report["num_errors"]) == (1, 1)
+    assert report["errors"][0]["line_number"] == 2
+
+
+def test_two_thumbs_on_one_prompt_make_a_pair(server, client):
+    reply = ask(client, text="What is the opposite of cold?", n=8)
+    texts = {choice.message.content: choice.index for choice in reply.choices}
+    first, second = list(texts.values())[:2]
+    rate = lambda index, value: server.call(  # noqa: E731
+        "POST",
+        "/v1/feedback",
+        json={"type": "rating", "response_id": reply.id, "choice_index": index, "value": value},
+    ).json()
+    assert rate(first, True)["pair_id"] is None
+    assert rate(second, False)["pair_id"] is not None
+
+
+def test_it_learns_a_style_and_then_another(server):
+    options = DemoOptions(server.url, Style.POLITE, Style.TERSE, samples=4)
+    report = asyncio.run(run_demo(options, print))
+    first, second = report["phases"]
+    assert report["failed_requests"] == 0
+    assert first["share_before"] < 0.5
+    for phase in (first, second):
+        assert phase["share_after"] >= 0.8
+        assert phase["after"]["right"] >= report["before"]["right"] - 0.03
+        assert phase["live_after"] != phase["live_before"]
+
+
+def test_versions_answer_under_their_own_names_and_roll_back(server, client):
+    adapters = server.call("GET", "/v1/adapters").json()
+    assert adapters["live"] == max(row["version"] for row in adapters["data"] if row["status"] == "published")
+    assert adapters["data"][0]["parent"] is None
+    latest = adapters["live"]
+    assert ask(client, temperature=0).model == f"mace-tiny@{latest}"
+    assert ask(client, model="mace-tiny@v0001", temperature=0).model == "mace-tiny@v0001"
+    assert server.call("POST", "/v1/adapters/base/activate").json() == {"live": "base", "previous": latest}
+    assert ask(client, temperature=0).model == "mace-tiny@base"
+    assert server.call("POST", f"/v1/adapters/{latest}/activate").json()["live"] == latest
+
+
+def test_metrics_count_all_this(server):
+    text = server.call("GET", "/metrics").text
+    assert 'mace_requests_refused_total{component="http",reason="internal_key"} 1.0' in text
+    assert "mace_train_steps_total" in text
+    assert "vllm:generation_tokens_total" in text
+    training = server.call("GET", "/v1/training").json()
+    assert training["executor"]["steps"] > 10
+    assert training["store"]["pairs"]["trained"] > 0
+    assert training["executor"]["last_error"] is None
+
+
+def test_training_pauses_and_resumes(server):
+    assert server.call("POST", "/v1/training/pause").json()["paused"] is True
+    assert server.call("POST", "/v1/training/resume").json()["paused"] is False
+
+
+class Traffic:
+    """Streams without pause from another thread; notes failures and finished replies."""
+
+    def __init__(self, client):
+        self._client = client
+        self._stop = threading.Event()
+        self.finished = 0
+        self.errors = []
+        self._thread = threading.Thread(target=self._run)
+
+    def __enter__(self):
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_):
+        self._stop.set()
+        self._thread.join()
+
+    def _run(self):
+        while not self._stop.is_set():
+            try:
+                list(ask(self._client, stream=True))
+                self.finished += 1
+            except Exception as error:  # noqa: BLE001 - whatever it is, it is a failed request
+                self.errors.append(error)
+
+
+def acknowledged(server, number):
+    item = {"id": f"kill-{number}", "prompt": f"q {number}", "chosen": "good", "rejected": "bad"}
+    try:
+        return server.call("POST", "/v1/feedback", json=item).status_code == 202
+    except httpx.TransportError:
+        return False
+
+
+def is_replaced(server, old):
+    try:
+        return server.process_named("ServeReplica:mace:Control").pid != old.pid
+    except AssertionError:  # neither the old nor the new one
+        return False
+
+
+def test_killing_control_stops_no_token_and_loses_no_feedback(server, client):
+    accepted = {i for i in range(5) if acknowledged(server, i)}
+    control = server.process_named("ServeReplica:mace:Control")
+    with Traffic(client) as traffic:
+        control.kill()
+        number = 5
+        deadline_s = time.monotonic() + 90
+        while not is_replaced(server, control) and time.monotonic() < deadline_s:
+            accepted |= {number} if acknowledged(server, number) else set()
+            number += 1
+            time.sleep(0.1)
+        assert acknowledged(server, number)  # waits for the new one
+        accepted.add(number)
+    assert traffic.errors == []
+    assert traffic.finished > 5
+    stored, after = set(), None
+    while True:
+        parameters = {"limit": 1000, **({"after": after} if after else {})}
+        page = server.call("GET", "/v1/feedback", params=parameters).json()
+        stored |= {entry["id"] for entry in page["data"]}
+        if not page["has_more"]:
+            break
+        after = page["data"][-1]["id"]
+    assert {f"kill-{number}" for number in accepted} <= stored
+
+
+def test_a_killed_executor_comes_back_with_the_live_adapter(server, client):
+    live = server.call("GET", "/ready").json()["live"]
+    assert live != "base"
+    engine = server.process_named("VLLM::EngineCore")
+    server.process_named("ServeReplica:mace:Executor").kill()
+    psutil.wait_procs([engine], timeout=30)
+    assert not engine.is_running()
+    time.sleep(2)
+    server.wait_until_ready()
+    assert server.call("GET", "/ready").json()["live"] == live
+    assert ask(client, temperature=0).model == f"mace-tiny@{live}"
+
+
+def test_a_full_or_read_only_disk_refuses_feedback_and_serves_on(server, client):
+    database = server.directory / "state" / "feedback.db"
+    lock = sqlite_lock(database)
+    try:
+        item = {"prompt": "locked?", "chosen": "good", "rejected": "bad"}
+        reply = server.call("POST", "/v1/feedback", json=item)
+        assert reply.status_code == 503
+        assert reply.headers["Retry-After"]
+        assert reply.json()["error"]["type"] == "StoreUnavailableError"
+        assert "Paris" in ask(client, temperature=0).choices[0].message.content
+    finally:
+        lock.close()
+    assert server.call("POST", "/v1/feedback", json=item).status_code == 202
+
+
+def sqlite_lock(path):
+    """Holds the write lock, as a hanging disk or a backup would."""
+    import sqlite3
+
+    connection = sqlite3.connect(path, isolation_level=None)
+    connection.execute("BEGIN EXCLUSIVE")
+    return connection
+
+
+def test_sigterm_leaves_no_process_behind(server):
+    assert server.stop(signal.SIGTERM) == []
+
+
+def test_a_restart_skips_a_damaged_version_and_keeps_the_rest(server):
+    adapters = server.directory / "state" / "adapters"
+    live = (adapters / "live").read_text().strip()
+    weights = adapters / live / "adapter_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:100])
+    server.start()
+    listing = server.call("GET", "/v1/adapters").json()
+    damaged = [row for row in listing["data"] if row["status"] == "damaged"]
+    assert [row["version"] for row in damaged] == [live]
+    assert listing["live"] not in (live, "base")
+    reply = server.call("POST", f"/v1/adapters/{live}/activate")
+    assert reply.status_code == 409
+    assert reply.json()["error"]["type"] == "DamagedAdapterError"
+    assert server.stop(signal.SIGINT) == []
+
+
+def test_a_wrong_model_fails_at_start_with_a_message(server):
+    broken = Server(server.directory, free_port(), model={"model_source": "/no/such/model"})
+    with pytest.raises(AssertionError, match=r"/no/such/model.* is no directory"):
+        broken.start()
