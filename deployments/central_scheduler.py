@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from core.config import AppArgs
-from core.messages import HORIZON_S, BatchOutcome, Headroom, TrainingBatch, TrainingPair
+from core.messages import BatchOutcome, Headroom, TrainingBatch, TrainingPair
 from deployments.metrics import Meter
 from scheduler.packing import Bin, Demand, best_fit
 from scheduler.task_queue import QueuedTask, TaskQueue

@@ -7,6 +7,7 @@ built with a progress bar, a failed start ends with the reason instead of hangin
 import logging
 import os
 import signal
+import socket
 import sys
 import time
 from pathlib import Path
@@ -29,6 +30,7 @@ def serve(
     started_s = time.monotonic()
     try:
         document = _read(config)
+        _check_port(document.get("http_options", {}))
         _prepare(document["applications"][0])
     except ConfigError as error:
         typer.secho(f"mace: {error}", fg="red", err=True)
@@ -74,6 +76,23 @@ def _read(path: Path) -> dict[str, Any]:
     return dict(document)
 
 
+def _check_port(http: dict[str, Any]) -> None:
+    """Serve's proxy would share a port that another server listens on, and get every other request.
+
+    Raises:
+        ConfigError: the port is taken.
+    """
+    host, port = http.get("host", "127.0.0.1"), int(http.get("port", 8000))
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            raise ConfigError(
+                f"{host}:{port} cannot be used ({error.strerror}); stop what listens there, or set http_options.port"
+            ) from error
+
+
 def _prepare(application: dict[str, Any]) -> None:
     """Validate our settings and make sure that the model is there, before Ray starts."""
     from app.main import parse_args
@@ -100,7 +119,7 @@ def _run(document: dict[str, Any], started_s: float) -> NoReturn:
     }
     typer.echo("mace: starting Ray and the engine ...")
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
-    ray.init(log_to_driver=False, logging_level="WARNING")
+    ray.init(os.environ.get("RAY_ADDRESS", "local"), log_to_driver=False, logging_level="WARNING")
     ray_serve.start(
         http_options=http,
         proxy_location=document.get("proxy_location"),

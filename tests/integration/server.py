@@ -64,13 +64,11 @@ class Server:
         return self.process.children(recursive=True)
 
     def process_named(self, part):
-        for process in self.descendants():
-            try:
-                if part in " ".join(process.cmdline()):
-                    return process
-            except psutil.Error:
-                continue
-        raise AssertionError(f"no process {part!r}")
+        titles = {process: title_of(process) for process in self.descendants()}
+        for process, title in titles.items():
+            if part in title:
+                return process
+        raise AssertionError(f"no process {part!r} among {sorted(titles.values())}")
 
     def stop(self, number=signal.SIGTERM, timeout_s=90):
         """End it by a signal; returns what is left of its processes (should be nothing)."""
@@ -79,3 +77,10 @@ class Server:
         self.process.wait(timeout_s)
         _, alive = psutil.wait_procs(family, timeout=5)
         return alive
+
+
+def title_of(process):
+    try:
+        return " ".join(process.cmdline()).strip()
+    except psutil.Error:  # it ended meanwhile
+        return ""

@@ -153,11 +153,10 @@ def test_evaluating_live_and_shadow_changes_neither(fresh, pairs, tmp_path):
     for _ in range(3):
         train(fresh, pairs[:8])
     before = saved(fresh, tmp_path / "before")
-    score = (
-        lambda on_live: fresh.run(  # noqa: E731
-            fresh.engine.run_task(FineTuneTask("e", TaskKind.EVALUATE, pairs[8:], on_live))
-        )
-    )
+
+    def score(on_live):
+        return fresh.run(fresh.engine.run_task(FineTuneTask("e", TaskKind.EVALUATE, pairs[8:], on_live)))
+
     assert score(True).metrics.margin == 0.0  # live is the bare base model
     shadow = score(False).metrics
     assert shadow.margin > 0

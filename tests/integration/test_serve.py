@@ -262,8 +262,9 @@ def test_a_killed_executor_comes_back_with_the_live_adapter(server, client):
     assert not engine.is_running()
     time.sleep(2)
     server.wait_until_ready()
-    assert server.call("GET", "/ready").json()["live"] == live
-    assert ask(client, temperature=0).model == f"mace-tiny@{live}"
+    # Not an older one; a newer one if pairs that waited during the kill were trained on already.
+    assert ask(client, temperature=0).model >= f"mace-tiny@{live}"
+    assert server.call("GET", "/ready").json()["live"] >= live
 
 
 def test_a_full_or_read_only_disk_refuses_feedback_and_serves_on(server, client):

@@ -1,3 +1,4 @@
+import itertools
 import math
 
 import pytest
@@ -58,5 +59,5 @@ def test_the_heap_order_is_the_order_of_priorities_at_any_later_time(tasks):
         queue.push(QueuedTask(str(i), i, arrived, loss, attempts))
     popped = [queue.pop() for _ in tasks]
     priorities = [task.priority_at(2e3, CONFIG) for task in popped]
-    assert all(a >= b - 1e-6 for a, b in zip(priorities, priorities[1:], strict=False))
+    assert all(a >= b - 1e-6 for a, b in itertools.pairwise(priorities))
     assert sorted(task.payload for task in popped) == list(range(len(tasks)))
