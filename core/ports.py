@@ -1,8 +1,10 @@
 """Seams between packages, as Protocols."""
 
+from pathlib import Path
 from typing import Any, Protocol
 
 from core.messages import BatchOutcome, Headroom, TrainingBatch, TrainingPair
+from core.types import FineTuneTask, TaskResult
 
 
 class ControlPort(Protocol):
@@ -20,6 +22,44 @@ class ControlPort(Protocol):
         """The gate's test set."""
         ...
 
-    async def stats(self) -> dict[str, Any]:
-        """Queue, store and drift."""
+
+class EnginePort(Protocol):
+    """What learning and publishing need of an engine; `engine.hybrid_engine.HybridEngine` is the real one."""
+
+    free_memory_bytes: float
+
+    async def run_task(self, task: FineTuneTask) -> TaskResult:
+        """Run a fine-tune task to its end."""
+        ...
+
+    async def save_adapter(self, directory: Path, base_model: str) -> None:
+        """Write the shadow adapter in PEFT format; AdapterError if that fails."""
+        ...
+
+    async def load_adapter(self, directory: Path | None) -> None:
+        """Set the shadow adapter to a version, or to its start; DamagedAdapterError if that fails."""
+        ...
+
+    async def set_live(self, directory: Path | None) -> None:
+        """Which version `on_live` evaluations score; DamagedAdapterError if it cannot be read."""
+        ...
+
+    async def save_training_state(self, path: Path) -> None:
+        """Write what `load_training_state` needs."""
+        ...
+
+    async def load_training_state(self, path: Path) -> bool:
+        """Restore shadow adapter and optimizer; False if there is nothing to restore."""
+        ...
+
+    async def load_version(self, handle: Any) -> None:
+        """Load a version into the inference side ahead of its first request."""
+        ...
+
+    def version_handle(self, name: str, number: int, path: Path) -> Any:
+        """The inference side's handle of a version."""
+        ...
+
+    def num_unfinished_requests(self) -> int:
+        """Requests in the engine."""
         ...

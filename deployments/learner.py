@@ -18,11 +18,10 @@ from alignment.registry import AdapterRegistry, AdapterVersion
 from core.config import AppArgs
 from core.errors import AdapterError, ControlUnavailableError, TrainingError
 from core.messages import HORIZON_S, BatchOutcome, Headroom, TrainingBatch, TrainingPair
-from core.ports import ControlPort
+from core.ports import ControlPort, EnginePort
 from core.types import FineTuneTask, PairScore, StepMetrics, TaskKind, TaskResult, TokenizedPair
 from deployments.metrics import Meter
 from deployments.versions import BASE, AdapterVersions
-from engine.hybrid_engine import HybridEngine
 from engine.pair_tokens import PairTokenizer
 
 logger = logging.getLogger(__name__)
@@ -64,7 +63,7 @@ class Learner:
         self,
         *,
         executor_id: str,
-        engine: HybridEngine,
+        engine: EnginePort,
         control: ControlPort,
         versions: AdapterVersions,
         registry: AdapterRegistry,

@@ -15,8 +15,8 @@ from typing import Any
 from alignment.adapter_files import version_number
 from alignment.registry import AdapterRegistry, AdapterVersion
 from core.errors import UnknownVersionError
+from core.ports import EnginePort
 from deployments.metrics import Meter
-from engine.hybrid_engine import HybridEngine
 
 logger = logging.getLogger(__name__)
 
@@ -34,7 +34,7 @@ class PublishTiming:
 class AdapterVersions:
     """The served names. Methods run on the replica's event loop; disk work goes to threads."""
 
-    def __init__(self, engine: HybridEngine, registry: AdapterRegistry, model_id: str) -> None:
+    def __init__(self, engine: EnginePort, registry: AdapterRegistry, model_id: str) -> None:
         self._engine = engine
         self._registry = registry
         self._model_id = model_id

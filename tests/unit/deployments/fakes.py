@@ -1,0 +1,88 @@
+"""Stand-ins behind our own ports (`core.ports`)."""
+
+import json
+import struct
+from pathlib import Path
+
+from core.errors import ControlUnavailableError
+from core.types import PairScore, StepMetrics, TaskKind, TaskResult
+
+
+def write_peft(directory: Path):
+    """The smallest files that the registry takes for an adapter."""
+    directory.mkdir(parents=True, exist_ok=True)
+    (directory / "adapter_config.json").write_text(json.dumps({"r": 1}))
+    header = json.dumps({"w": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}}).encode()
+    (directory / "adapter_model.safetensors").write_bytes(struct.pack("<Q", len(header)) + header + b"\0" * 4)
+
+
+class FakeEngine:
+    """Remembers what it was asked; margins of the shadow are `shadow_margin`, of the live adapter `live_margin`."""
+
+    def __init__(self):
+        self.free_memory_bytes = float("inf")
+        self.trained = []
+        self.calls = []
+        self.error = None
+        self.shadow_margin = 1.0
+        self.live_margin = 0.0
+
+    async def run_task(self, task):
+        if task.kind is TaskKind.TRAIN:
+            self.trained.append([pair.pair_id for pair in task.pairs])
+        if self.error is not None and task.kind is TaskKind.TRAIN:
+            return TaskResult(task.task_id, task.kind, error=self.error)
+        margin = self.live_margin if task.on_live else self.shadow_margin
+        scores = tuple(PairScore(p.pair_id, 0.0, 0.0, 0.0, 0.0, 0.5, margin) for p in task.pairs)
+        return TaskResult(task.task_id, task.kind, StepMetrics(0.5, margin, 1.0), scores, busy_s=0.1)
+
+    async def save_adapter(self, directory, base_model):
+        write_peft(directory)
+
+    async def load_adapter(self, directory):
+        self.calls.append(("load_adapter", directory and directory.name))
+
+    async def set_live(self, directory):
+        self.calls.append(("set_live", directory and directory.name))
+
+    async def save_training_state(self, path):
+        self.calls.append(("save_training_state", path.name))
+
+    async def load_training_state(self, path):
+        return False
+
+    async def load_version(self, handle):
+        self.calls.append(("load_version", handle[0]))
+
+    def version_handle(self, name, number, path):
+        return (name, number, path)
+
+    def num_unfinished_requests(self):
+        return 0
+
+
+class FakeControl:
+    """Gives out batches; `down` makes every call fail."""
+
+    def __init__(self, batches, held_out=()):
+        self.batches = list(batches)
+        self.held_out = list(held_out)
+        self.completed = []
+        self.down = 0
+
+    def _answer(self):
+        if self.down:
+            self.down -= 1
+            raise ControlUnavailableError("away")
+
+    async def poll(self, headroom):
+        self._answer()
+        return self.batches.pop(0) if self.batches else None
+
+    async def complete(self, outcome, version):
+        self._answer()
+        self.completed.append((outcome, version))
+
+    async def held_out_pairs(self):
+        self._answer()
+        return self.held_out

@@ -1,0 +1,99 @@
+import asyncio
+
+import pytest
+
+from alignment.adapter_files import AdapterManifest
+from alignment.registry import AdapterRegistry
+from core.errors import DamagedAdapterError, UnknownVersionError
+from deployments.versions import AdapterVersions
+from tests.unit.deployments.fakes import FakeEngine, write_peft
+
+
+@pytest.fixture
+def registry(tmp_path):
+    return AdapterRegistry.open(tmp_path, "b")
+
+
+def commit(registry, status="published"):
+    staging = registry.begin()
+    write_peft(staging)
+    return registry.commit(staging, AdapterManifest(base_model="b", status=status, reason="why"))
+
+
+def attached(registry):
+    versions, names = AdapterVersions(FakeEngine(), registry, "m"), {}
+    asyncio.run(versions.attach(names))
+    return versions, names
+
+
+def test_without_versions_the_name_is_the_base(registry):
+    versions, names = attached(registry)
+    assert versions.live == "base"
+    assert names == {}
+    assert [card["id"] for card in versions.cards()] == ["m", "m@base"]
+
+
+def test_publishing_moves_the_name_and_keeps_the_old_version_reachable(registry):
+    versions, names = attached(registry)
+    for _ in range(2):
+        asyncio.run(versions.publish(commit(registry)))
+    assert names["m"][:2] == ("m@v0002", 2)
+    assert names["m@v0001"][:2] == ("m@v0001", 1)
+    assert versions.cards()[0]["parent"] == "m@v0002"
+
+
+def test_rolling_back_is_remembered(registry):
+    versions, _ = attached(registry)
+    for _ in range(2):
+        asyncio.run(versions.publish(commit(registry)))
+    asyncio.run(versions.activate("v0001"))
+    assert attached(registry)[0].live == "v0001"
+    asyncio.run(versions.activate("base"))
+    again, names = attached(registry)
+    assert again.live == "base"
+    assert "m" not in names
+
+
+@pytest.mark.parametrize("name", ["v0009", "latest", "../v0001", ""])
+def test_an_unknown_version_is_an_error_and_changes_nothing(registry, name):
+    versions, names = attached(registry)
+    asyncio.run(versions.publish(commit(registry)))
+    with pytest.raises(UnknownVersionError):
+        asyncio.run(versions.activate(name))
+    assert names["m"][0] == "m@v0001"
+
+
+def test_a_rejected_version_has_no_name_and_cannot_go_live(registry):
+    rejected = commit(registry, status="rejected")
+    versions, names = attached(registry)
+    assert names == {}
+    with pytest.raises(UnknownVersionError, match="rejected by the gate: why"):
+        asyncio.run(versions.activate(rejected.name))
+
+
+def test_a_version_that_the_engine_cannot_read_does_not_go_live(registry):
+    versions, names = attached(registry)
+    asyncio.run(versions.publish(commit(registry)))
+    second = commit(registry)
+
+    async def refuse(directory):
+        raise DamagedAdapterError("unreadable")
+
+    versions._engine.set_live = refuse
+    with pytest.raises(DamagedAdapterError):
+        asyncio.run(versions.publish(second))
+    assert versions.live == "v0001"
+    assert names["m"][0] == "m@v0001"
+
+
+def test_a_damaged_live_version_gives_way_to_the_one_before(registry):
+    versions, _ = attached(registry)
+    for _ in range(2):
+        asyncio.run(versions.publish(commit(registry)))
+    (registry.root / "v0002" / "adapter_model.safetensors").unlink()
+    again, names = attached(registry)
+    assert again.live == "v0001"
+    assert set(names) == {"m", "m@v0001"}
+    [row] = [row for row in asyncio.run(again.listing()) if row["version"] == "v0002"]
+    assert row["status"] == "damaged"
+    assert "adapter_model" in row["reason"]
