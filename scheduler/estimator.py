@@ -52,15 +52,19 @@ class SliceEstimator:
 
     def predict(self, kind: SliceKind, num_tokens: int) -> float | None:
         """Seconds, from the nearest measured size of that kind scaled by tokens; None if the kind is unknown."""
-        bucket = num_tokens.bit_length()
-        sizes = [size for known, size in self._recent if known is kind]
-        if not sizes:
+        nearest = self._nearest(kind, num_tokens)
+        if nearest is None:
             return None
-        nearest = min(sizes, key=lambda size: (abs(size - bucket), -size))
-        return max(self._recent[kind, nearest]) * 2.0 ** max(0, bucket - nearest)
+        return max(self._recent[kind, nearest]) * 2.0 ** max(0, num_tokens.bit_length() - nearest)
 
     def relax(self, kind: SliceKind, num_tokens: int) -> None:
-        """Forget the slowest measurement after the estimate kept a slice out: outliers must not starve it."""
-        recent = self._recent.get((kind, num_tokens.bit_length()))
-        if recent and len(recent) > 1:
-            recent.remove(max(recent))
+        """Forget the slowest measurement behind an estimate that kept a slice out: outliers must not starve it."""
+        nearest = self._nearest(kind, num_tokens)
+        if nearest is not None and len(self._recent[kind, nearest]) > 1:
+            self._recent[kind, nearest].remove(max(self._recent[kind, nearest]))
+
+    def _nearest(self, kind: SliceKind, num_tokens: int) -> int | None:
+        """The measured power-of-two size closest to `num_tokens`; the larger one if two are as close."""
+        bucket = num_tokens.bit_length()
+        sizes = [size for known, size in self._recent if known is kind]
+        return min(sizes, key=lambda size: (abs(size - bucket), -size)) if sizes else None

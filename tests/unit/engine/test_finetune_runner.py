@@ -1,0 +1,139 @@
+import dataclasses
+
+import pytest
+import torch
+
+from core.config import AppArgs
+from core.types import SliceKind, TaskKind
+from engine.finetune_runner import FineTuneRunner
+from tests.unit.engine.trainable_models import make_task, make_training, save_model
+
+
+@pytest.fixture
+def runner(tmp_path):
+    args = AppArgs(training=make_training(), lora={"rank": 4, "alpha": 8.0})
+    return FineTuneRunner.build(
+        model_dir=save_model(tmp_path / "model", "llama"),
+        args=args,
+        dtype=torch.float32,
+        device=torch.device("cpu"),
+        weights=None,
+    )
+
+
+def finish(runner, max_iterations=500):
+    """Iterations of one slice until a task ends."""
+    for _ in range(max_iterations):
+        report = runner.run(0.0, 1)
+        assert len(report.slices) <= 1
+        if report.finished:
+            return report.finished
+    raise AssertionError("no task ended")
+
+
+def parameters(runner):
+    return runner._shadow.tensors()
+
+
+def test_the_warm_up_leaves_no_trace_and_knows_every_kind_of_slice(runner):
+    assert runner._shadow.num_steps == 0
+    assert all(bool((t == 0).all()) for name, t in parameters(runner).items() if "lora_B" in name)
+    assert all(runner._estimator.predict(kind, 8) is not None for kind in SliceKind)
+
+
+def test_without_work_nothing_runs(runner):
+    report = runner.run(1.0, 1)
+    assert report.slices == []
+    assert report.finished == []
+
+
+def test_without_budget_nothing_runs(runner):
+    runner.submit(make_task().to_wire())
+    assert runner.run(0.0, 0).slices == []
+
+
+def test_a_slice_that_does_not_fit_is_not_started(runner, monkeypatch):
+    runner.submit(make_task().to_wire())
+    monkeypatch.setattr(runner._estimator, "predict", lambda kind, tokens: 5.0)
+    assert runner.run(4.0, 0).slices == []
+    assert len(runner.run(4.0, 1).slices) == 1
+
+
+def test_an_estimate_that_bars_a_slice_is_relaxed_in_the_end(runner):
+    runner.submit(make_task().to_wire())
+    spec = (SliceKind.EMBED, 56)
+    for _ in range(3):
+        runner._estimator.observe(*spec, 30.0)
+    runner._estimator.observe(*spec, 1e-6)
+    runs = [bool(runner.run(0.05, 0).slices) for _ in range(40)]
+    assert not runs[0]
+    assert any(runs)
+
+
+def test_one_slice_at_a_time_equals_all_at_once(runner):
+    wire = make_task().to_wire()
+    runner.submit(wire)
+    [result] = finish(runner)
+    stepwise = parameters(runner)
+    runner.load_adapter(None)
+    runner.submit(wire)
+    [again] = runner.run(60.0, 10_000).finished
+    assert result.metrics == again.metrics
+    assert result.num_slices == again.num_slices
+    assert all(torch.equal(stepwise[name], t) for name, t in parameters(runner).items())
+
+
+def test_tasks_end_in_their_order(runner):
+    for seed in range(3):
+        runner.submit({**make_task(seed=seed).to_wire(), "task_id": str(seed)})
+    ended = [result.task_id for _ in range(3) for result in finish(runner)]
+    assert ended == ["0", "1", "2"]
+
+
+def test_an_aborted_task_leaves_the_adapter_alone_and_the_next_one_runs(runner):
+    before = parameters(runner)
+    runner.submit({**make_task().to_wire(), "task_id": "a"})
+    runner.submit({**make_task().to_wire(), "task_id": "b"})
+    for _ in range(5):
+        runner.run(0.0, 1)
+    runner.abort("a")
+    runner.abort("unknown")
+    assert all(torch.equal(before[name], t) for name, t in parameters(runner).items())
+    [result] = finish(runner)
+    assert result.task_id == "b"
+
+
+def test_an_aborted_evaluation_of_live_gives_the_shadow_back(runner):
+    runner.submit(make_task().to_wire())
+    finish(runner)
+    before = parameters(runner)
+    runner.submit(dataclasses.replace(make_task(kind=TaskKind.EVALUATE), on_live=True).to_wire())
+    runner.run(0.0, 1)
+    assert not all(torch.equal(before[name], t) for name, t in parameters(runner).items())
+    runner.abort(make_task(kind=TaskKind.EVALUATE).task_id)
+    assert all(torch.equal(before[name], t) for name, t in parameters(runner).items())
+
+
+def test_a_diverging_step_is_a_named_result_and_changes_nothing(runner):
+    before = parameters(runner)
+    runner._config = make_training(max_loss=1e-6)
+    runner.submit(make_task().to_wire())
+    [result] = finish(runner)
+    assert result.error.startswith("DivergedError: ")
+    assert result.metrics is None
+    assert all(torch.equal(before[name], t) for name, t in parameters(runner).items())
+
+
+def test_set_live_scores_a_saved_version(runner, tmp_path):
+    runner.submit(make_task().to_wire())
+    finish(runner)
+    runner.save_adapter(str(tmp_path / "v"), "base")
+    evaluate = make_task(kind=TaskKind.EVALUATE)
+    runner.submit(evaluate.to_wire())
+    [shadow] = finish(runner)
+    runner.load_adapter(None)
+    runner.set_live(str(tmp_path / "v"))
+    runner.submit(dataclasses.replace(evaluate, on_live=True).to_wire())
+    [live] = finish(runner)
+    assert live.scores == shadow.scores
+    assert runner.describe()["shared_bytes"] == 0
