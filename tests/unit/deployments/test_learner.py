@@ -23,7 +23,9 @@ class FakeTokenizer:
 
 
 def batch(number, *prompts):
-    pairs = tuple(TrainingPair(f"p{number}-{i}", prompt, "a", "b") for i, prompt in enumerate(prompts or ("q",) * 2))
+    pairs = tuple(
+        TrainingPair(f"p{number}-{i}", prompt, "a", "b") for i, prompt in enumerate(prompts or ("q",) * 2)
+    )
     return TrainingBatch(f"task-{number}", pairs)
 
 

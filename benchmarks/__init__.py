@@ -1,0 +1,1 @@
+"""Measurements that back numbers in docs/. Never imported by the rest."""

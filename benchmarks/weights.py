@@ -1,0 +1,155 @@
+"""One copy of the base weights or two: what sharing costs and saves on this machine.
+
+    python -m benchmarks.weights --json          the built-in model and a 0.5B-shaped one with random weights
+
+Each configuration starts a real engine, in the order own, shared, own, shared, so that drift of a noisy machine
+falls on both. Times are medians; memory is the worker process's.
+"""
+
+import asyncio
+import itertools
+import json
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any
+
+import psutil
+import torch
+import typer
+from transformers import AutoModelForCausalLM, Qwen2Config
+
+from core.config import AppArgs
+from core.types import FineTuneTask, TaskKind, TokenizedPair
+from engine.hybrid_engine import HybridEngine
+from engine.tiny.build import ensure_tiny_assistant
+from engine.vllm_compat import configure_environment
+
+_DECODE_TOKENS = 48
+_STEPS = 4
+_PAIR_TOKENS = 64
+
+
+def main(
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON only")] = False,
+    state_dir: Annotated[Path, typer.Option(help="Where the built-in model is or will be")] = Path("state"),
+    repeats: Annotated[int, typer.Option(min=1, help="Times that each configuration is measured")] = 2,
+    small_only: Annotated[bool, typer.Option(help="Only the built-in model")] = False,
+) -> None:
+    """Measure decode, prefill and a DPO step with and without sharing."""
+    models = {"built-in (1.5M)": ensure_tiny_assistant(state_dir, show_progress=not as_json)}
+    with tempfile.TemporaryDirectory() as directory:
+        if not small_only:
+            models["0.5B shape, random"] = _random_qwen(Path(directory))
+        rows = [row for name, path in models.items() for row in _measure_model(name, path, repeats)]
+    typer.echo(json.dumps(rows, indent=2))
+
+
+def _measure_model(name: str, path: Path, repeats: int) -> Iterator[dict[str, Any]]:
+    runs: dict[str, list[dict[str, float]]] = {"never": [], "always": []}
+    for _ in range(repeats):
+        for setting, results in runs.items():
+            print(f"{name}: share_base_weights={setting}", file=sys.stderr)  # noqa: T201
+            results.append(asyncio.run(_measure(path, setting)))
+    for setting, results in runs.items():
+        medians = {key: round(statistics.median(run[key] for run in results), 3) for key in results[0]}
+        yield {"model": name, "share_base_weights": setting, **medians}
+
+
+async def _measure(path: Path, setting: str) -> dict[str, float]:
+    args = AppArgs.model_validate(
+        {
+            "engine": {
+                "share_base_weights": setting,
+                "kv_cache_memory_bytes": 512 << 20,
+                "max_num_seqs": 32,
+                "engine_kwargs": {"skip_tokenizer_init": True},
+            },
+            "model": {"max_model_len": 2048},
+        }
+    )
+    configure_environment(args)
+    engine = await HybridEngine.start(args, str(path))
+    try:
+        await _decode(engine, 1, "warm-up")
+        results = {
+            "decode_1_ms": 1e3 * await _decode(engine, 1, "one"),
+            "decode_32_ms": 1e3 * await _decode(engine, 32, "many"),
+            "prefill_1024_ms": 1e3 * await _prefill(engine),
+            "dpo_step_ms": 1e3 * await _train(engine),
+            "worker_mib": _worker_bytes() / 2**20,
+        }
+    finally:
+        engine.shutdown()
+    return results
+
+
+async def _decode(engine: HybridEngine, batch: int, name: str) -> float:
+    """Median seconds between tokens of `batch` requests that run together."""
+
+    async def one(number: int) -> list[float]:
+        times = [
+            time.perf_counter() async for _ in _generate(engine, range(8), _DECODE_TOKENS, f"{name}-{number}")
+        ]
+        return [after - before for before, after in itertools.pairwise(times)]
+
+    gaps = await asyncio.gather(*map(one, range(batch)))
+    return statistics.median(gap for row in gaps for gap in row)
+
+
+async def _prefill(engine: HybridEngine) -> float:
+    """Median seconds to the first token of a prompt of 1024 tokens that no cache knows."""
+    times = []
+    for number in range(5):
+        started_s = time.perf_counter()
+        prompt = [(number * 131 + i * 7) % 500 for i in range(1024)]
+        async for _ in _generate(engine, prompt, 1, f"prefill-{number}"):
+            times.append(time.perf_counter() - started_s)
+    return statistics.median(times)
+
+
+async def _train(engine: HybridEngine) -> float:
+    """Median device seconds of one DPO step on one pair of 2 x 64 tokens."""
+    half = _PAIR_TOKENS // 2
+    pair = TokenizedPair("p", tuple(range(half)), tuple(range(half)), tuple(range(1, half + 1)))
+    results = [await engine.run_task(FineTuneTask(f"t{i}", TaskKind.TRAIN, (pair,))) for i in range(_STEPS)]
+    return statistics.median(result.busy_s for result in results[1:])
+
+
+async def _generate(engine: HybridEngine, prompt: Any, max_tokens: int, request_id: str) -> Any:
+    from vllm import SamplingParams
+
+    params = SamplingParams(max_tokens=max_tokens, temperature=0.0, ignore_eos=True)
+    async for output in engine.client.generate({"prompt_token_ids": list(prompt)}, params, request_id):
+        yield output
+
+
+def _worker_bytes() -> int:
+    """Resident memory of this process's vLLM worker."""
+    children = psutil.Process().children(recursive=True)
+    return max(child.memory_info().rss for child in children if "Worker" in " ".join(child.cmdline()))
+
+
+def _random_qwen(directory: Path) -> Path:
+    """Qwen2.5-0.5B's shape with random bf16 weights and the built-in model's tokenizer files left out."""
+    config = Qwen2Config(
+        vocab_size=151_936,
+        hidden_size=896,
+        intermediate_size=4864,
+        num_hidden_layers=24,
+        num_attention_heads=14,
+        num_key_value_heads=2,
+        max_position_embeddings=4096,
+        tie_word_embeddings=True,
+    )
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    model.save_pretrained(directory)
+    return directory
+
+
+if __name__ == "__main__":
+    typer.run(main)
