@@ -155,13 +155,17 @@ class AdapterRegistry:
         except OSError as error:
             raise AdapterError(f"cannot move the live pointer in {self.root}: {error}") from error
 
+    def live_name(self) -> str | None:
+        """Name of the live version, unchecked; None is the bare base model. One small read: made for polling."""
+        return self._read_pointer(_LIVE_FILE) or None
+
     def live(self) -> AdapterVersion | None:
         """The live version; None is the bare base model.
 
         Raises:
             UnknownVersionError, DamagedAdapterError: the pointer names a version that cannot be used.
         """
-        name = self._read_pointer(_LIVE_FILE)
+        name = self.live_name()
         return self.get(name) if name else None
 
     def recover_live(self) -> AdapterVersion | None:

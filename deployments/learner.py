@@ -123,7 +123,7 @@ class Learner:
 
     async def _turn(self) -> None:
         self._meter.refresh()
-        if self._follow:
+        if await self._versions.follow_registry() or self._follow:
             self._follow = False
             self._forget_candidate()
             await self._return_to_live()

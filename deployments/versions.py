@@ -69,6 +69,25 @@ class AdapterVersions:
         self._names[self._name_of(version)] = self._handle(version)
         await self.activate(version.name)
 
+    async def follow_registry(self) -> bool:
+        """Point where the registry points, if another executor on the same state directory moved it.
+
+        Returns:
+            Whether something changed here.
+
+        Raises:
+            AdapterError: the version cannot be loaded; what was live here stays live here.
+        """
+        async with self._changing:
+            name = await asyncio.to_thread(self._registry.live_name)
+            if name == self._live:
+                return False
+            version = None if name is None else await asyncio.to_thread(self._registry.get, name)
+            if version is not None:
+                self._names[self._name_of(version)] = self._handle(version)
+            await self._point_at(version)
+            return True
+
     async def activate(self, name: str) -> None:
         """Point `<name>` at a version, or at `base`.
 

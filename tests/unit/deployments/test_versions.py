@@ -54,6 +54,19 @@ def test_rolling_back_is_remembered(registry):
     assert "m" not in names
 
 
+def test_another_executor_follows_the_live_pointer(registry):
+    ours, _ = attached(registry)
+    theirs, names = attached(registry)
+    asyncio.run(ours.publish(commit(registry)))
+    assert asyncio.run(theirs.follow_registry())
+    assert theirs.live == "v0001"
+    assert set(names) == {"m", "m@v0001"}
+    assert not asyncio.run(theirs.follow_registry())
+    asyncio.run(ours.activate("base"))
+    assert asyncio.run(theirs.follow_registry())
+    assert "m" not in names
+
+
 @pytest.mark.parametrize("name", ["v0009", "latest", "../v0001", ""])
 def test_an_unknown_version_is_an_error_and_changes_nothing(registry, name):
     versions, names = attached(registry)

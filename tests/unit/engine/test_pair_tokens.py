@@ -1,0 +1,45 @@
+"""The trainer must see the tokens that the server would produce for the same messages."""
+
+import pytest
+from transformers import AutoTokenizer
+
+from core.errors import PairTooLongError, TrainingError
+from core.messages import TrainingPair
+from engine.pair_tokens import PairTokenizer
+
+MESSAGES = [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "What is the capital of France?"}]
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tiny_assistant):
+    return PairTokenizer.load(str(tiny_assistant), 128)
+
+
+@pytest.fixture(scope="module")
+def hub_tokenizer(tiny_assistant):
+    return AutoTokenizer.from_pretrained(tiny_assistant)
+
+
+def test_a_chat_pair_is_the_rendered_template_cut_at_the_prompt(tokenizer, hub_tokenizer):
+    pair = tokenizer.tokenize(TrainingPair("p", MESSAGES, "It is Paris.", "Certainly! Paris."))
+    prompt = hub_tokenizer.apply_chat_template(MESSAGES, tokenize=False, add_generation_prompt=True)
+    assert hub_tokenizer.decode(pair.prompt_ids) == prompt
+    assert hub_tokenizer.decode(pair.chosen_ids[:-1]) == "It is Paris."
+    assert pair.chosen_ids[-1] == pair.rejected_ids[-1] == hub_tokenizer.eos_token_id
+
+
+def test_a_plain_text_pair_has_no_template(tokenizer, hub_tokenizer):
+    pair = tokenizer.tokenize(TrainingPair("p", "Once upon", " a time", " a day"))
+    assert hub_tokenizer.decode(pair.prompt_ids) == "Once upon"
+    assert hub_tokenizer.decode(pair.chosen_ids[:-1]) == " a time"
+
+
+def test_pairs_that_differ_only_beyond_the_limit_are_named(tokenizer):
+    long = "word " * 200
+    with pytest.raises(PairTooLongError, match="equal within"):
+        tokenizer.tokenize(TrainingPair("p", "q", long + "a", long + "b"))
+
+
+def test_a_template_that_cannot_render_is_a_named_error(tokenizer):
+    with pytest.raises(TrainingError, match="chat template"):
+        tokenizer.tokenize(TrainingPair("p", [{"content": "no role"}], "a", "b"))
