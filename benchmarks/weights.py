@@ -7,10 +7,10 @@ falls on both. Times are medians; memory is the worker process's.
 """
 
 import asyncio
+import contextlib
 import itertools
 import json
 import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -34,7 +34,9 @@ _PAIR_TOKENS = 64
 
 
 def main(
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON only")] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="No progress bar; the result is JSON either way")
+    ] = False,
     state_dir: Annotated[Path, typer.Option(help="Where the built-in model is or will be")] = Path("state"),
     repeats: Annotated[int, typer.Option(min=1, help="Times that each configuration is measured")] = 2,
     small_only: Annotated[bool, typer.Option(help="Only the built-in model")] = False,
@@ -52,8 +54,8 @@ def _measure_model(name: str, path: Path, repeats: int) -> Iterator[dict[str, An
     runs: dict[str, list[dict[str, float]]] = {"never": [], "always": []}
     for _ in range(repeats):
         for setting, results in runs.items():
-            print(f"{name}: share_base_weights={setting}", file=sys.stderr)  # noqa: T201
             results.append(asyncio.run(_measure(path, setting)))
+            typer.echo(f"{name}: share_base_weights={setting} {results[-1]}", err=True)
     for setting, results in runs.items():
         medians = {key: round(statistics.median(run[key] for run in results), 3) for key in results[0]}
         yield {"model": name, "share_base_weights": setting, **medians}
@@ -91,9 +93,7 @@ async def _decode(engine: HybridEngine, batch: int, name: str) -> float:
     """Median seconds between tokens of `batch` requests that run together."""
 
     async def one(number: int) -> list[float]:
-        times = [
-            time.perf_counter() async for _ in _generate(engine, range(8), _DECODE_TOKENS, f"{name}-{number}")
-        ]
+        times = [time.perf_counter() async for _ in engine.decode(range(8), f"{name}-{number}", _DECODE_TOKENS)]
         return [after - before for before, after in itertools.pairwise(times)]
 
     gaps = await asyncio.gather(*map(one, range(batch)))
@@ -106,8 +106,8 @@ async def _prefill(engine: HybridEngine) -> float:
     for number in range(5):
         started_s = time.perf_counter()
         prompt = [(number * 131 + i * 7) % 500 for i in range(1024)]
-        async for _ in _generate(engine, prompt, 1, f"prefill-{number}"):
-            times.append(time.perf_counter() - started_s)
+        _ = [ids async for ids in engine.decode(prompt, f"prefill-{number}", 1)]
+        times.append(time.perf_counter() - started_s)
     return statistics.median(times)
 
 
@@ -119,18 +119,14 @@ async def _train(engine: HybridEngine) -> float:
     return statistics.median(result.busy_s for result in results[1:])
 
 
-async def _generate(engine: HybridEngine, prompt: Any, max_tokens: int, request_id: str) -> Any:
-    from vllm import SamplingParams
-
-    params = SamplingParams(max_tokens=max_tokens, temperature=0.0, ignore_eos=True)
-    async for output in engine.client.generate({"prompt_token_ids": list(prompt)}, params, request_id):
-        yield output
-
-
 def _worker_bytes() -> int:
     """Resident memory of this process's vLLM worker."""
-    children = psutil.Process().children(recursive=True)
-    return max(child.memory_info().rss for child in children if "Worker" in " ".join(child.cmdline()))
+    sizes = [0]
+    for child in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.Error):  # a zombie of the engine before
+            if "Worker" in " ".join(child.cmdline()):
+                sizes.append(child.memory_info().rss)
+    return max(sizes)
 
 
 def _random_qwen(directory: Path) -> Path:

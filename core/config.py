@@ -42,6 +42,8 @@ class EngineConfig(_Config):
     start_timeout_s: float = Field(600.0, gt=0)
     engine_kwargs: dict[str, Any] = Field(default_factory=dict)
     """Passed to vLLM's AsyncEngineArgs unchanged."""
+    frontend_kwargs: dict[str, Any] = Field(default_factory=dict)
+    """Options of vLLM's OpenAI server, by their names there: `api_key`, `tool_call_parser`, `chat_template`, ..."""
 
 
 class LoraConfig(_Config):

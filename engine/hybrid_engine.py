@@ -1,6 +1,7 @@
 """The engine as the rest of MACE sees it: a vLLM `AsyncLLM` that also takes fine-tune tasks."""
 
 import uuid
+from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -90,9 +91,18 @@ class HybridEngine:
         """vLLM's handle of an adapter version; name and number must be unique to it."""
         return vllm_compat.make_lora_request(name, number, path)
 
+    async def decode(
+        self, prompt_ids: Sequence[int], request_id: str, max_tokens: int, handle: Any = None
+    ) -> AsyncIterator[list[int]]:
+        """Greedy token ids so far, after each token; past end-of-sequence. For measurements and tests."""
+        params = vllm_compat.make_sampling_params(max_tokens)
+        prompt = {"prompt_token_ids": list(prompt_ids)}
+        async for output in self.client.generate(prompt, params, request_id, lora_request=handle):
+            yield list(output.outputs[0].token_ids)
+
     async def build_openai_app(self, base_names: list[str]) -> Any:
         """vLLM's own FastAPI application on this engine; the first name is what the base model reports."""
-        return await vllm_compat.build_openai_app(self.client, base_names)
+        return await vllm_compat.build_openai_app(self.client, base_names, self._args.engine.frontend_kwargs)
 
     @property
     def max_model_len(self) -> int:

@@ -11,6 +11,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from core.config import AppArgs
+from core.errors import ConfigError
 
 CONFIG_KEY = "mace"
 """Our key in vLLM's `additional_config`, which reaches the scheduler and the worker."""
@@ -23,6 +24,7 @@ def configure_environment(args: AppArgs) -> None:
     os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", ",".join(map(str, cores)))
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+    os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")  # stdout belongs to --json
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 
@@ -85,6 +87,13 @@ def make_task_request(payload: dict[str, Any], key: str) -> tuple[Any, Any]:
     return {"prompt_token_ids": [0]}, SamplingParams(max_tokens=1, detokenize=False, extra_args={key: payload})
 
 
+def make_sampling_params(max_tokens: int) -> Any:
+    """Greedy decoding of exactly `max_tokens` tokens: for measurements and tests."""
+    from vllm import SamplingParams
+
+    return SamplingParams(max_tokens=max_tokens, temperature=0.0, ignore_eos=True)
+
+
 def make_lora_request(name: str, number: int, path: Path) -> Any:
     """vLLM's handle of one adapter version. Name and number are unique per version (prefix cache safety)."""
     from vllm.lora.request import LoRARequest
@@ -92,12 +101,16 @@ def make_lora_request(name: str, number: int, path: Path) -> Any:
     return LoRARequest(lora_name=name, lora_int_id=number, lora_path=str(path))
 
 
-async def build_openai_app(engine: Any, base_names: list[str]) -> Any:
+async def build_openai_app(engine: Any, base_names: list[str], options: dict[str, Any]) -> Any:
     """vLLM's own FastAPI application on a running engine.
 
     Args:
         engine: a started `AsyncLLM`.
         base_names: names under which the base model answers; the first is what responses report.
+        options: options of vLLM's server by their names there.
+
+    Raises:
+        ConfigError: an option that vLLM's server does not have.
 
     Returns:
         The FastAPI application; `app.state.openai_serving_models.lora_requests` maps further names to adapters.
@@ -108,6 +121,10 @@ async def build_openai_app(engine: Any, base_names: list[str]) -> Any:
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
     namespace: Namespace = make_arg_parser(FlexibleArgumentParser()).parse_args([])
+    for name, value in options.items():
+        if not hasattr(namespace, name):
+            raise ConfigError(f"engine.frontend_kwargs: vLLM's server has no option {name!r}")
+        setattr(namespace, name, value)
     namespace.model = engine.model_config.model
     namespace.served_model_name = base_names
     namespace.enable_log_requests = False

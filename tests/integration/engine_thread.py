@@ -31,15 +31,6 @@ class EngineThread:
         self.run(shut_down())
         self.loop.call_soon_threadsafe(self.loop.stop)
 
-    async def generate(self, prompt_ids, request_id, max_tokens=48, lora=None, **params):
+    async def generate(self, prompt_ids, request_id, max_tokens=48, lora=None):
         """Greedy token ids of one request."""
-        from vllm import SamplingParams
-
-        sampling = SamplingParams(max_tokens=max_tokens, temperature=0.0, ignore_eos=True, **params)
-        final = None
-        stream = self.engine.client.generate(
-            {"prompt_token_ids": list(prompt_ids)}, sampling, request_id, lora_request=lora
-        )
-        async for output in stream:
-            final = output
-        return list(final.outputs[0].token_ids)
+        return [ids async for ids in self.engine.decode(prompt_ids, request_id, max_tokens, lora)][-1]

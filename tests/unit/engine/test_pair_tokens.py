@@ -7,7 +7,10 @@ from core.errors import PairTooLongError, TrainingError
 from core.messages import TrainingPair
 from engine.pair_tokens import PairTokenizer
 
-MESSAGES = [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "What is the capital of France?"}]
+MESSAGES = [
+    {"role": "system", "content": "Be kind."},
+    {"role": "user", "content": "What is the capital of France?"},
+]
 
 
 @pytest.fixture(scope="module")
