@@ -12,8 +12,6 @@ from alignment.pairs import StoredResponse
 from alignment.store import FeedbackStore
 from core.config import FeedbackConfig
 
-ALL_TRAIN = FeedbackConfig(holdout_fraction=0.0)
-
 WINDOW_S = 100.0
 PROMPTS, ANSWERS, USERS = ("p", "q"), ("a", "b", "c"), (None, "ann", "bob")
 RATING = st.tuples(
@@ -24,26 +22,6 @@ RATING = st.tuples(
     st.sampled_from([0.0, 30.0, 90.0]),
 )
 USER = [{"role": "user", "content": "Hi?"}]
-
-
-class Clock:
-    def __init__(self):
-        self.now = 1000.0
-
-    def __call__(self):
-        return self.now
-
-
-@pytest.fixture
-def clock():
-    return Clock()
-
-
-@pytest.fixture
-def store(tmp_path, clock):
-    store = FeedbackStore.open(ALL_TRAIN, tmp_path, clock)
-    yield store
-    store.close()
 
 
 def answer(store, response_id, text, prompt=USER, choice_index=0, adapter="v0001"):

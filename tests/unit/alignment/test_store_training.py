@@ -2,34 +2,11 @@
 
 from typing import Any
 
-import pytest
-
 from alignment.store import FeedbackStore
 from core.config import FeedbackConfig
 from core.types import PairScore
 
-ALL_TRAIN = FeedbackConfig(holdout_fraction=0.0)
 USER = [{"role": "user", "content": "Hi?"}]
-
-
-class Clock:
-    def __init__(self):
-        self.now = 1000.0
-
-    def __call__(self):
-        return self.now
-
-
-@pytest.fixture
-def clock():
-    return Clock()
-
-
-@pytest.fixture
-def store(tmp_path, clock):
-    store = FeedbackStore.open(ALL_TRAIN, tmp_path, clock)
-    yield store
-    store.close()
 
 
 def row(number: int, **extra: Any) -> dict[str, Any]:
