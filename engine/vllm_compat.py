@@ -20,7 +20,7 @@ CONFIG_KEY = "mace"
 def configure_environment(args: AppArgs) -> None:
     """Set the environment variables that vLLM reads at import; call before any vLLM import."""
     num_threads = args.engine.num_threads or len(os.sched_getaffinity(0))
-    cores = sorted(os.sched_getaffinity(0))[:num_threads]
+    cores = sorted(os.sched_getaffinity(0))[-num_threads:]  # the first ones are where everything else starts
     os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", ",".join(map(str, cores)))
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
