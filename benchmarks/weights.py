@@ -73,7 +73,7 @@ async def _measure(path: Path, setting: str) -> dict[str, float]:
             "model": {"max_model_len": 2048},
         }
     )
-    configure_environment(args)
+    configure_environment(args, path)
     engine = await HybridEngine.start(args, str(path))
     try:
         await _decode(engine, 1, "warm-up")

@@ -34,12 +34,12 @@ class EngineConfig(_Config):
     max_num_seqs: int = Field(64, ge=1)
     max_num_batched_tokens: int = Field(2048, ge=64)
     kv_cache_memory_bytes: int | None = Field(None, ge=1 << 20)
+    """None: vLLM's rule on GPU (`gpu_memory_utilization`); on CPU a tenth of the memory, 256 MiB to 8 GiB."""
     gpu_memory_utilization: float = Field(0.8, gt=0, lt=1)
     num_threads: int = Field(0, ge=0)
-    """CPU threads of the worker; 0 means every core that this process may use."""
+    """CPU threads of the worker. 0: every core that this process may use, or one if the weights are below 64 MiB."""
     share_base_weights: Literal["auto", "always", "never"] = "auto"
     """`auto`: shared on CUDA; on CPU whichever docs/weights.md measured as better."""
-    start_timeout_s: float = Field(600.0, gt=0)
     engine_kwargs: dict[str, Any] = Field(default_factory=dict)
     """Passed to vLLM's AsyncEngineArgs unchanged."""
     frontend_kwargs: dict[str, Any] = Field(default_factory=dict)
@@ -87,6 +87,12 @@ class TrainingConfig(_Config):
     """A step whose loss is above this, or not finite, is discarded."""
     max_attempts: int = Field(3, ge=1)
     seed: int = 0
+
+    @model_validator(mode="after")
+    def _room_for_an_answer(self) -> "TrainingConfig":
+        if self.max_prompt_tokens >= self.max_length_tokens:
+            raise ValueError("training.max_prompt_tokens must be below training.max_length_tokens")
+        return self
 
 
 class SloConfig(_Config):
@@ -144,7 +150,7 @@ class DriftConfig(_Config):
 
     window: int = Field(32, ge=4)
     min_pairs: int = Field(8, ge=1)
-    """Pairs that must wait before the first training."""
+    """Scores in the window before drift is reported."""
     min_accuracy: float = Field(0.9, gt=0, le=1)
     """Below this preference accuracy over the window, drift is reported."""
     max_loss: float = Field(0.55, gt=0)

@@ -68,6 +68,7 @@ class CentralScheduler:
         """Work for an executor, or None: nothing is due, or another executor fits better."""
         now_s = self._clock()
         self._headrooms[headroom.executor_id] = (now_s, headroom)
+        self._meter.refresh()
         self._expire_leases()
         if any(lease.executor_id == headroom.executor_id for lease in self._leases.values()):
             self._release_executor(headroom.executor_id)  # it restarted and forgot

@@ -10,6 +10,7 @@ durable is in the store, so the actor can be killed at any moment.
 
 import logging
 import threading
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any, Protocol
@@ -30,6 +31,8 @@ STREAM_INTERVAL_S = 0.25
 _QUEUE_AHEAD_BATCHES = 4
 """Pairs kept queued ahead of training, in batches: enough to have a choice, few enough to follow new feedback."""
 _EXPORT_CHUNK = 1000
+_IMPORT_BATCH = 500
+_RECORDED_TASKS = 1000
 
 
 class FineTuneQueue(Protocol):
@@ -55,6 +58,7 @@ class DriftMonitor:
         self._meter = Meter("drift_monitor")
         self._store: FeedbackStore | None = None
         self._stopped = threading.Event()
+        self._recorded: deque[str] = deque(maxlen=_RECORDED_TASKS)
         self._thread: threading.Thread | None = None
 
     def start(self) -> None:
@@ -78,7 +82,8 @@ class DriftMonitor:
 
     def import_feedback(self, body: bytes) -> dict[str, Any]:
         """Store a JSONL body line by line; returns the report (counts, errors with line numbers)."""
-        return asdict(import_jsonl(body.splitlines(), self._open_store().add))
+        batch = min(_IMPORT_BATCH, self._config.feedback.max_items)
+        return asdict(import_jsonl(body.splitlines(), self._open_store().add, batch))
 
     def feedback_page(self, after: str | None, limit: int, kind: str | None) -> dict[str, Any]:
         """A stretch of the stored items, oldest first."""
@@ -101,6 +106,8 @@ class DriftMonitor:
     def record(self, outcome: BatchOutcome, failed_ids: list[str], version: str | None) -> None:
         """Write down what became of a batch: scores, counts of training, pairs that must be parked."""
         store = self._open_store()
+        if outcome.task_id in self._recorded:  # a repeat: the first answer got lost on its way
+            return
         if outcome.scores:
             store.mark_trained([score.pair_id for score in outcome.scores], outcome.scores, version)
             with self._lock:
@@ -111,6 +118,7 @@ class DriftMonitor:
             store.park(pair_id, reason)
         for pair_id in failed_ids:
             store.park(pair_id, outcome.error or "failed")
+        self._recorded.append(outcome.task_id)
         self._show_drift()
 
     def drift(self) -> dict[str, Any]:

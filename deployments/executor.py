@@ -47,16 +47,16 @@ class Executor:
         Raises:
             ConfigError: the model cannot be found or the settings do not fit it.
         """
-        configure_environment(self.args)
         state_dir = self.args.state_dir
         model_dir = await asyncio.to_thread(resolve_model, self.args.model, state_dir)
+        configure_environment(self.args, model_dir)
         self.engine = await HybridEngine.start(self.args, str(model_dir))
         base_model = base_model_name(self.args.model, model_dir)
         registry = await asyncio.to_thread(AdapterRegistry.open, state_dir / "adapters", base_model)
         self.versions = AdapterVersions(self.engine, registry, self.args.model.model_id)
         app = await self.engine.build_openai_app(self.versions.base_names)
         await self.versions.attach(app.state.openai_serving_models.lora_requests)
-        if self.args.training.enabled:
+        if self.args.training.enabled and self.args.scheduler.policy != "inference_only":
             await self._start_learning(model_dir, registry)
         self._background.append(asyncio.create_task(self.responses.run()))
         self.is_ready = True
@@ -79,8 +79,10 @@ class Executor:
             self.engine.shutdown()
 
     async def _start_learning(self, model_dir: Path, registry: AdapterRegistry) -> None:
+        training = self.args.training
+        limit = min(training.max_length_tokens, self.engine.max_model_len)
         tokenizer = await asyncio.to_thread(
-            PairTokenizer.load, str(model_dir), self.args.training.max_length_tokens
+            PairTokenizer.load, str(model_dir), training.model_copy(update={"max_length_tokens": limit})
         )
         self.learner = Learner(
             executor_id=f"executor-{uuid.uuid4().hex[:8]}",

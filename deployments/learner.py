@@ -16,7 +16,7 @@ from alignment.adapter_files import AdapterManifest
 from alignment.gate import GateDecision, judge_candidate
 from alignment.registry import AdapterRegistry, AdapterVersion
 from core.config import AppArgs
-from core.errors import AdapterError, ControlUnavailableError, TrainingError
+from core.errors import AdapterError, ControlUnavailableError, StoreUnavailableError, TrainingError
 from core.messages import HORIZON_S, BatchOutcome, Headroom, TrainingBatch, TrainingPair
 from core.ports import ControlPort, EnginePort
 from core.types import FineTuneTask, PairScore, StepMetrics, TaskKind, TaskResult, TokenizedPair
@@ -30,7 +30,8 @@ POLL_INTERVAL_S = 0.25
 _CONTROL_BACKOFF_S = 1.0
 _MAX_FAILURES_IN_A_ROW = 10
 """After as many failed batches in a row, training pauses itself until someone resumes it."""
-STATE_FILE = "training_state.safetensors"
+_DRAINED_POLLS = 4
+"""The queue counts as empty after so many polls without a batch; then what was learnt is offered early."""
 
 
 @dataclass(slots=True)
@@ -79,7 +80,8 @@ class Learner:
         self._tokenizer = tokenizer
         self._args = args
         self._base_model = base_model
-        self._state_path = args.state_dir / "training" / STATE_FILE
+        self._state_dir = args.state_dir / "training"
+        self._idle_polls = 0
         self._meter = Meter("executor")
         self._failures_in_a_row = 0
         self._candidate_pairs: list[str] = []
@@ -103,10 +105,9 @@ class Learner:
         return {**asdict(self.status), "live_version": self._versions.live}
 
     async def restore(self) -> None:
-        """Put the shadow adapter where training left off: saved state, else the live version, else the start."""
-        if await self._engine.load_training_state(self._state_path):
-            return
-        await self._return_to_live()
+        """Put the shadow adapter where training left off: the live version, with its optimizer state if saved."""
+        if self._versions.live == BASE or not await self._engine.load_training_state(self._state_path()):
+            await self._return_to_live()
 
     async def run(self) -> None:
         """The loop. Ends only by cancellation."""
@@ -134,8 +135,10 @@ class Learner:
         batch = await self._control.poll(self._headroom())
         if batch is not None:
             await self._train(batch)
+        self._idle_polls = 0 if batch is not None else self._idle_polls + 1
         due = self.status.steps_since_candidate >= self._args.training.steps_per_candidate
-        if due or (batch is None and self.status.steps_since_candidate > 0):
+        drained = self._idle_polls >= _DRAINED_POLLS and self.status.steps_since_candidate > 0
+        if due or drained:
             await self._offer_candidate()
         if batch is None:
             self.status.phase = "idle"
@@ -175,7 +178,7 @@ class Learner:
         while True:  # the step is done: its record must not be lost to a restart of Control
             try:
                 await self._control.complete(outcome, self._versions.live)
-            except ControlUnavailableError as error:
+            except (ControlUnavailableError, StoreUnavailableError) as error:
                 self.status.last_error = str(error)
                 await asyncio.sleep(_CONTROL_BACKOFF_S)
             else:
@@ -222,10 +225,7 @@ class Learner:
     async def _offer_candidate(self) -> None:
         """Gate the shadow adapter on held-out pairs; publish it or go back to what is live."""
         self.status.phase = "evaluating"
-        held_out, _ = self._tokenize(tuple(await self._control.held_out_pairs()))
-        live = await self._score(held_out, on_live=True)
-        candidate = await self._score(held_out, on_live=False)
-        decision = judge_candidate(candidate, live, self._args.gate)
+        decision = await self._judge()
         self.status.last_decision = decision.reason
         self._meter.count("adapter_candidates", outcome="published" if decision.accepted else "rejected")
         self.status.phase = "publishing"
@@ -233,9 +233,18 @@ class Learner:
         self._forget_candidate()
         if decision.accepted:
             await self._versions.publish(version)
-            await self._engine.save_training_state(self._state_path)
+            await self._save_state()
         else:
             await self._return_to_live()
+
+    async def _judge(self) -> GateDecision:
+        held_out, _ = self._tokenize(tuple(await self._control.held_out_pairs()))
+        try:
+            live = await self._score(held_out, on_live=True)
+            candidate = await self._score(held_out, on_live=False)
+        except TrainingError as error:  # it must not be offered again and again
+            return GateDecision(False, f"it could not be evaluated: {error}")
+        return judge_candidate(candidate, live, self._args.gate)
 
     def _forget_candidate(self) -> None:
         self.status.steps_since_candidate = 0
@@ -283,6 +292,16 @@ class Learner:
     def follow_live(self) -> None:
         """Someone moved the live pointer: training goes on from there, not from what it was rolled back from."""
         self._follow = True
+
+    def _state_path(self) -> Path:
+        """Training state belongs to a version: after a roll-back it must not be mistaken for another one's."""
+        return self._state_dir / f"{self._versions.live}.safetensors"
+
+    async def _save_state(self) -> None:
+        await self._engine.save_training_state(self._state_path())
+        for path in self._state_dir.glob("*.safetensors"):
+            if path != self._state_path():
+                path.unlink(missing_ok=True)
 
     async def _return_to_live(self) -> None:
         """Set the shadow adapter to the live version, so that training goes on from the last good state."""

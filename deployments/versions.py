@@ -38,7 +38,7 @@ class AdapterVersions:
         self._engine = engine
         self._registry = registry
         self._model_id = model_id
-        self._names: dict[str, Any] = {}
+        self._names: dict[str | None, Any] = {}
         self._live: str | None = None
         self._changing = asyncio.Lock()
         self._meter = Meter("executor")
@@ -54,7 +54,7 @@ class AdapterVersions:
         """Names of the base model. `<name>` is one of them until a version is live."""
         return [f"{self._model_id}@{BASE}", self._model_id]
 
-    async def attach(self, names: dict[str, Any]) -> None:
+    async def attach(self, names: dict[str | None, Any]) -> None:
         """Take over vLLM's dict of adapter names; fill in the versions on disk and restore the live one.
 
         A damaged version is left out; if it is the live one, the newest sound one before it takes its place.
@@ -107,13 +107,15 @@ class AdapterVersions:
             await asyncio.to_thread(self._registry.activate, name)
 
     def cards(self) -> list[dict[str, Any]]:
-        """What `/v1/models` lists: live, base, then every version, each with its parent."""
+        """What `/v1/models` lists: live, with the version behind it as parent, base, then every version."""
         base = f"{self._model_id}@{BASE}"
         cards: list[dict[str, Any]] = [
             {"id": self._model_id, "parent": f"{self._model_id}@{self.live}"},
             {"id": base, "parent": None},
         ]
-        cards += [{"id": name, "parent": base} for name in sorted(self._names) if name != self._model_id]
+        cards += [
+            {"id": name, "parent": base} for name in sorted(filter(None, self._names)) if name != self._model_id
+        ]
         return cards
 
     async def listing(self) -> list[dict[str, Any]]:
@@ -122,16 +124,18 @@ class AdapterVersions:
 
     async def _point_at(self, version: AdapterVersion | None) -> None:
         started_s = time.perf_counter()
-        directory = None if version is None else version.path
-        await self._engine.set_live(directory)
         if version is None:
-            self._names.pop(self._model_id, None)
+            await self._engine.set_live(None)
+            for name in (self._model_id, None):
+                self._names.pop(name, None)
             self._live = None
         else:
             handle = self._handle(version)
             await self._engine.load_version(handle)
+            await self._engine.set_live(version.path)
             loaded_s = time.perf_counter()
-            self._names[self._model_id] = handle
+            # vLLM looks up what the request says; a request that names no model (None) gets the live one too.
+            self._names[self._model_id] = self._names[None] = handle
             self._live = version.name
             self.last_publish = PublishTiming(loaded_s - started_s, time.perf_counter() - loaded_s)
         self._meter.set_gauge("adapter_version", 0 if version is None else _number(version))

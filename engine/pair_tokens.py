@@ -6,21 +6,23 @@ the template with and without the assistant's message, as TRL does it.
 
 from typing import Any
 
-from core.errors import PairTooLongError, TrainingError
+from core.config import TrainingConfig
+from core.errors import TrainingError
 from core.messages import Prompt, TrainingPair
 from core.types import TokenizedPair
+from engine.dpo_batch import cut_pair
 
 
 class PairTokenizer:
     """Renders pairs with a model's chat template."""
 
-    def __init__(self, tokenizer: Any, eos_token_ids: set[int], max_length_tokens: int) -> None:
+    def __init__(self, tokenizer: Any, eos_token_ids: set[int], config: TrainingConfig) -> None:
         self._tokenizer = tokenizer
         self._eos_token_ids = eos_token_ids
-        self._max_length_tokens = max_length_tokens
+        self._config = config
 
     @classmethod
-    def load(cls, model_dir: str, max_length_tokens: int) -> "PairTokenizer":
+    def load(cls, model_dir: str, config: TrainingConfig) -> "PairTokenizer":
         """Read tokenizer and end-of-turn tokens from a model directory."""
         from transformers import AutoTokenizer, GenerationConfig
 
@@ -31,21 +33,21 @@ class PairTokenizer:
             eos = None
         ids = set(eos) if isinstance(eos, list) else {eos}
         ids.add(tokenizer.eos_token_id)
-        return cls(tokenizer, {i for i in ids if i is not None}, max_length_tokens)
+        return cls(tokenizer, {i for i in ids if i is not None}, config)
 
     def tokenize(self, pair: TrainingPair) -> TokenizedPair:
         """Token ids of one pair.
 
         Raises:
-            PairTooLongError: even the prompt's kept end and one token do not fit.
+            PairTooLongError: cut to the configured lengths, the completions are empty or equal.
             TrainingError: the chat template cannot render the messages.
         """
         prompt_ids = self._prompt_ids(pair.prompt)
         chosen_ids = self._completion_ids(pair.prompt, prompt_ids, pair.chosen)
         rejected_ids = self._completion_ids(pair.prompt, prompt_ids, pair.rejected)
-        if chosen_ids[: self._max_length_tokens] == rejected_ids[: self._max_length_tokens]:
-            raise PairTooLongError("chosen and rejected are equal within training.max_length_tokens")
-        return TokenizedPair(pair.pair_id, tuple(prompt_ids), tuple(chosen_ids), tuple(rejected_ids))
+        whole = TokenizedPair(pair.pair_id, tuple(prompt_ids), tuple(chosen_ids), tuple(rejected_ids))
+        # As the step would: what does not fit is this pair's error here, not the whole batch's there.
+        return cut_pair(whole, self._config.max_prompt_tokens, self._config.max_length_tokens)
 
     def _prompt_ids(self, prompt: Prompt) -> list[int]:
         if isinstance(prompt, str):

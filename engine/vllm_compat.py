@@ -10,6 +10,8 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import psutil
+
 from core.config import AppArgs
 from core.errors import ConfigError
 
@@ -17,9 +19,18 @@ CONFIG_KEY = "mace"
 """Our key in vLLM's `additional_config`, which reaches the scheduler and the worker."""
 
 
-def configure_environment(args: AppArgs) -> None:
+_SMALL_MODEL_BYTES = 64 << 20
+"""Below this, splitting a layer over threads costs more than it saves (docs/weights.md)."""
+
+_CPU_KV_SHARE = 0.1
+_CPU_KV_BOUNDS = (256 << 20, 8 << 30)
+
+
+def configure_environment(args: AppArgs, model_dir: Path) -> None:
     """Set the environment variables that vLLM reads at import; call before any vLLM import."""
-    num_threads = args.engine.num_threads or len(os.sched_getaffinity(0))
+    weight_bytes = sum(path.stat().st_size for path in model_dir.glob("*.safetensors"))
+    all_threads = 1 if weight_bytes < _SMALL_MODEL_BYTES else len(os.sched_getaffinity(0))
+    num_threads = args.engine.num_threads or all_threads
     cores = sorted(os.sched_getaffinity(0))[-num_threads:]  # the first ones are where everything else starts
     os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", ",".join(map(str, cores)))
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
@@ -51,7 +62,7 @@ def make_engine_args(args: AppArgs, model_dir: str) -> Any:
         "max_num_seqs": args.engine.max_num_seqs,
         "max_num_batched_tokens": args.engine.max_num_batched_tokens,
         "gpu_memory_utilization": args.engine.gpu_memory_utilization,
-        "kv_cache_memory_bytes": args.engine.kv_cache_memory_bytes,
+        "kv_cache_memory_bytes": args.engine.kv_cache_memory_bytes or (_cpu_kv_bytes() if on_cpu else None),
         "enable_prefix_caching": True,
         "enable_lora": True,
         "max_lora_rank": _lora_rank_of_vllm(args.lora.rank),
@@ -66,6 +77,12 @@ def make_engine_args(args: AppArgs, model_dir: str) -> Any:
     }
     kwargs.update(args.engine.engine_kwargs)
     return AsyncEngineArgs(**kwargs)
+
+
+def _cpu_kv_bytes() -> int:
+    """vLLM would take `gpu_memory_utilization` of the main memory, which also holds everything else."""
+    least, most = _CPU_KV_BOUNDS
+    return min(max(int(_CPU_KV_SHARE * psutil.virtual_memory().total), least), most)
 
 
 def _lora_rank_of_vllm(rank: int) -> int:
@@ -121,7 +138,10 @@ async def build_openai_app(engine: Any, base_names: list[str], options: dict[str
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
     namespace: Namespace = make_arg_parser(FlexibleArgumentParser()).parse_args([])
+    namespace.allowed_origins = []  # unlike vLLM: a web page must not be able to teach a local server
     for name, value in options.items():
+        if name == "api_key" and not isinstance(value, list):
+            raise ConfigError("engine.frontend_kwargs: api_key is a list of keys")
         if not hasattr(namespace, name):
             raise ConfigError(f"engine.frontend_kwargs: vLLM's server has no option {name!r}")
         setattr(namespace, name, value)

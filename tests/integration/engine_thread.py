@@ -13,7 +13,7 @@ class EngineThread:
     def __init__(self, model_dir, **sections):
         engine = {"kv_cache_memory_bytes": 128 << 20, "max_num_seqs": 16, **sections.pop("engine", {})}
         self.args = AppArgs.model_validate({"engine": engine, **sections})
-        configure_environment(self.args)
+        configure_environment(self.args, model_dir)
         self.loop = asyncio.new_event_loop()
         threading.Thread(target=self.loop.run_forever, daemon=True).start()
         self.engine = self.run(HybridEngine.start(self.args, str(model_dir)))

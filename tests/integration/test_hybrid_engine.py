@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from core.config import TrainingConfig
 from core.errors import DamagedAdapterError
 from core.messages import TrainingPair
 from core.types import FineTuneTask, TaskKind, TokenizedPair
@@ -33,7 +34,7 @@ def engine(tiny_assistant):
 @pytest.fixture(scope="module")
 def pairs(tiny_assistant):
     """Preferences for politeness, tokenized as the server does."""
-    tokenizer = PairTokenizer.load(str(tiny_assistant), 512)
+    tokenizer = PairTokenizer.load(str(tiny_assistant), TrainingConfig())
     return tuple(
         tokenizer.tokenize(
             TrainingPair(

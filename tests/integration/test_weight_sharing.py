@@ -2,6 +2,7 @@
 
 import pytest
 
+from core.config import TrainingConfig
 from core.messages import TrainingPair
 from core.types import FineTuneTask, TaskKind
 from engine.pair_tokens import PairTokenizer
@@ -24,7 +25,7 @@ def test_every_base_weight_of_the_trainer_is_vllms(engine):
 
 
 def test_training_on_shared_weights_leaves_inference_unchanged(engine, tiny_assistant):
-    tokenizer = PairTokenizer.load(str(tiny_assistant), 512)
+    tokenizer = PairTokenizer.load(str(tiny_assistant), TrainingConfig())
     prompt = [{"role": "user", "content": "What is the capital of France?"}]
     pair = tokenizer.tokenize(TrainingPair("p", prompt, "Certainly! Paris.", "It is Paris."))
     before = engine.run(engine.generate(pair.prompt_ids, "before", 16))

@@ -40,12 +40,16 @@ import sys
 from pathlib import Path
 from alignment.store import FeedbackStore
 from core.config import FeedbackConfig
+from core.errors import StoreUnavailableError
 
 store = FeedbackStore.open(FeedbackConfig(), Path(sys.argv[1]))
 number = 0
 while True:
     item = {"prompt": f"p{number}", "chosen": "a", "rejected": "b", "id": f"{sys.argv[2]}-{number}"}
-    [outcome] = store.add([item])
+    try:
+        [outcome] = store.add([item])
+    except StoreUnavailableError:  # the other writer never pauses; a client would repeat, too
+        continue
     print(outcome.id, flush=True)
     number += 1
 """
