@@ -3,7 +3,8 @@
 Every pair is scored by the adapter in training just before the step that trains on it ("test, then train"; repeats
 count too). Over a sliding window of those scores, drift is a preference accuracy below, or a mean DPO loss above,
 the configured bounds. The interface follows river's drift detectors (`update`, then read a flag), with fixed
-bounds instead of a statistical test: the untrained loss ln 2 and the perfect accuracy 1 are known in advance, so no reference window has to be learned.
+bounds instead of a statistical test: the untrained loss ln 2 and the perfect accuracy 1 are known in advance, so no
+reference window has to be learned.
 """
 
 import math

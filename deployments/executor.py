@@ -39,6 +39,8 @@ class Executor:
         self.engine: HybridEngine
         self.versions: AdapterVersions
         self.learner: Learner | None = None
+        self.base_model = ""
+        """Identity of the served model: a hub id or a directory's name."""
         self.is_ready = False
 
     async def __serve_build_asgi_app__(self) -> Any:
@@ -51,8 +53,8 @@ class Executor:
         model_dir = await asyncio.to_thread(resolve_model, self.args.model, state_dir)
         configure_environment(self.args, model_dir)
         self.engine = await HybridEngine.start(self.args, str(model_dir))
-        base_model = base_model_name(self.args.model, model_dir)
-        registry = await asyncio.to_thread(AdapterRegistry.open, state_dir / "adapters", base_model)
+        self.base_model = base_model_name(self.args.model, model_dir)
+        registry = await asyncio.to_thread(AdapterRegistry.open, state_dir / "adapters", self.base_model)
         self.versions = AdapterVersions(self.engine, registry, self.args.model.model_id)
         app = await self.engine.build_openai_app(self.versions.base_names)
         await self.versions.attach(app.state.openai_serving_models.lora_requests)
@@ -92,7 +94,7 @@ class Executor:
             registry=registry,
             tokenizer=tokenizer,
             args=self.args,
-            base_model=base_model_name(self.args.model, model_dir),
+            base_model=self.base_model,
         )
         await self.learner.restore()
         self._background.append(asyncio.create_task(self.learner.run()))

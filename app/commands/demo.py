@@ -9,7 +9,7 @@ from openai import APIConnectionError, OpenAIError
 from rich.console import Console
 from rich.table import Table
 
-from app.commands.connection import URL_OPTION
+from app.commands.connection import URL_OPTION, api_key
 from engine.tiny.styles import Style
 
 
@@ -23,16 +23,16 @@ def demo(
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON")] = False,
 ) -> None:
     """Teach the built-in model a style, then another one, while a background client measures TTFT and TBT."""
-    from app.demo.run import DemoOptions, LearningTimeoutError, run_demo
+    from app.demo.run import DemoOptions, LearningTimeoutError, WrongModelError, run_demo
 
-    options = DemoOptions(url, first, second, preferences, samples=samples, timeout_s=timeout_s)
+    options = DemoOptions(url, first, second, preferences, samples=samples, timeout_s=timeout_s, api_key=api_key())
     console = Console(stderr=as_json)
     try:
         report = asyncio.run(run_demo(options, lambda line: console.print(line, highlight=False)))
     except APIConnectionError as error:
         typer.secho(f"mace: no server at {url}; start one with `make serve`", fg="red", err=True)
         raise typer.Exit(1) from error
-    except (OpenAIError, LearningTimeoutError) as error:
+    except (OpenAIError, LearningTimeoutError, WrongModelError) as error:
         typer.secho(f"mace: {error}", fg="red", err=True)
         raise typer.Exit(1) from error
     if as_json:
@@ -42,7 +42,7 @@ def demo(
 
 
 def _show(report: dict[str, Any], console: Console) -> None:
-    table = Table(title="What 60 preferences did" if len(report["phases"]) == 2 else None)
+    table = Table(title=f"What {report['phases'][0]['preferences']} preferences did")
     for heading in (
         "preferred style",
         "share before",

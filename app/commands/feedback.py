@@ -5,11 +5,10 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
-import httpx
 import typer
 from rich.progress import track
 
-from app.commands.connection import URL_OPTION, call
+from app.commands.connection import URL_OPTION, call, download
 
 app = typer.Typer(no_args_is_help=True, help="Import, export and list feedback.")
 
@@ -50,11 +49,7 @@ def export_file(
     url: URL_OPTION = "http://127.0.0.1:8000",
 ) -> None:
     """Write all preference pairs as JSONL."""
-    with httpx.stream("GET", f"{url}/v1/feedback/export", params={"format": format.value}, timeout=None) as reply:
-        reply.raise_for_status()
-        with path.open("wb") as file:
-            for chunk in reply.iter_bytes():
-                file.write(chunk)
+    download(url, "/v1/feedback/export", {"format": format.value}, path)
     typer.echo(f"wrote {path}")
 
 

@@ -102,6 +102,12 @@ def _prepare(application: dict[str, Any]) -> None:
     resolve_model(args.model, args.state_dir, show_progress=sys.stderr.isatty())
 
 
+def _check_deployment_names(application: dict[str, Any]) -> None:
+    unknown = {options.get("name") for options in application.get("deployments", ())} - {"Executor", "Control"}
+    if unknown:
+        raise _DeployError(f"deployments: there is no {', '.join(map(repr, unknown))}, only Executor and Control")
+
+
 def _run(document: dict[str, Any], started_s: float) -> NoReturn:
     """Start everything and wait for a signal."""
     os.environ.setdefault("RAY_AUTH_MODE", "disabled")  # a cluster of our own, reachable from this machine only
@@ -113,6 +119,7 @@ def _run(document: dict[str, Any], started_s: float) -> NoReturn:
 
     http = document.get("http_options", {})
     application = document["applications"][0]
+    _check_deployment_names(application)
     overrides = {
         options["name"]: {key: value for key, value in options.items() if key not in _NOT_OPTIONS}
         for options in application.get("deployments", ())

@@ -31,6 +31,11 @@ class DemoOptions:
     questions: int = 60
     samples: int = 8
     timeout_s: float = 300.0
+    api_key: str = "none"
+
+
+class WrongModelError(RuntimeError):
+    """The server does not serve the built-in model."""
 
 
 class LearningTimeoutError(RuntimeError):
@@ -42,11 +47,14 @@ async def run_demo(options: DemoOptions, say: Say) -> dict[str, Any]:
 
     Raises:
         openai.OpenAIError: the server is not there or refuses.
+        WrongModelError: the server does not serve the built-in model.
         LearningTimeoutError: see `DemoOptions.timeout_s`.
     """
-    async with AsyncOpenAI(base_url=f"{options.base_url}/v1", api_key="none", max_retries=0) as client:
-        models = await client.models.list()
-        model = models.data[0].id
+    async with AsyncOpenAI(base_url=f"{options.base_url}/v1", api_key=options.api_key, max_retries=0) as client:
+        card = (await client.models.list()).data[0]
+        model, root = card.id, getattr(card, "root", "")
+        if not str(root).startswith("tiny-assistant"):
+            raise WrongModelError(f"the demo judges the built-in model's answers, but {model} is {root}")
         asked = held_out_questions()[: options.questions]
         say(f"{model}: asking {len(asked)} held-out questions, {options.samples} times each")
         before = await survey(client, model, asked, options.samples)
@@ -116,6 +124,8 @@ async def _wait_until_learnt(client: AsyncOpenAI, timeout_s: float, say: Say) ->
     steps_said = -1
     while time.monotonic() < deadline_s:
         state: Any = await client.get("/training", cast_to=object)
+        if not state["enabled"]:
+            raise LearningTimeoutError("training is disabled on this server")
         executor, queue = state["executor"], state.get("queue", {"queued_pairs": 1, "leased_batches": 0})
         busy = executor["phase"] != "idle" or queue["queued_pairs"] or queue["leased_batches"]
         now_s = time.monotonic()

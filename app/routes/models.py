@@ -31,4 +31,5 @@ async def retrieve_model(executor: ExecutorOf, model_id: str) -> dict[str, Any]:
 def _cards(executor: Executor) -> list[dict[str, Any]]:
     max_model_len = executor.engine.max_model_len
     common = {"object": "model", "created": _STARTED_AT, "owned_by": "mace", "max_model_len": max_model_len}
+    common["root"] = executor.base_model
     return [{**common, **card} for card in executor.versions.cards()]

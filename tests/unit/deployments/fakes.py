@@ -24,6 +24,7 @@ class FakeEngine:
         self.trained = []
         self.calls = []
         self.error = None
+        self.evaluation_error = None
         self.shadow_margin = 1.0
         self.live_margin = 0.0
 
@@ -32,6 +33,8 @@ class FakeEngine:
             self.trained.append([pair.pair_id for pair in task.pairs])
         if self.error is not None and task.kind is TaskKind.TRAIN:
             return TaskResult(task.task_id, task.kind, error=self.error)
+        if self.evaluation_error is not None and task.kind is TaskKind.EVALUATE:
+            return TaskResult(task.task_id, task.kind, error=self.evaluation_error)
         margin = self.live_margin if task.on_live else self.shadow_margin
         scores = tuple(PairScore(p.pair_id, 0.0, 0.0, 0.0, 0.0, 0.5, margin) for p in task.pairs)
         return TaskResult(task.task_id, task.kind, StepMetrics(0.5, margin, 1.0), scores, busy_s=0.1)

@@ -1,3 +1,5 @@
+import itertools
+
 import pytest
 
 from core.messages import BatchOutcome
@@ -43,9 +45,23 @@ def post(monitor, *numbers, prompt="q"):
     return [outcome["pair_id"] for outcome in monitor.add_feedback(items)]
 
 
+task_ids = (f"task-{number}" for number in itertools.count())
+
+
 def trained(monitor, pairs, loss, margin):
     scores = tuple(PairScore(pair.pair_id, 0, 0, 0, 0, loss, margin) for pair in pairs)
-    monitor.record(BatchOutcome("t", "e", scores), [], "v0001")
+    outcome = BatchOutcome(next(task_ids), "e", scores)
+    monitor.record(outcome, [], "v0001")
+    return outcome
+
+
+def test_a_repeated_report_counts_once(monitor, queue):
+    post(monitor, 1, 2)
+    monitor.stream_once()
+    outcome = trained(monitor, queue.take_all(), loss=0.7, margin=-0.1)
+    monitor.record(outcome, [], "v0001")
+    monitor.stream_once()
+    assert {pair.times_trained for pair in queue.pairs.values()} == {1}
 
 
 def test_new_pairs_are_streamed_once_and_not_while_they_are_known(monitor, queue):

@@ -4,7 +4,7 @@ import pytest
 
 from alignment.registry import AdapterRegistry
 from core.config import AppArgs
-from core.errors import PairTooLongError
+from core.errors import PairTooLongError, StoreUnavailableError
 from core.messages import TrainingBatch, TrainingPair
 from core.types import TokenizedPair
 from deployments import learner as learner_module
@@ -79,7 +79,7 @@ def test_a_candidate_is_published_when_the_queue_is_empty(tmp_path):
     manifest = world.registry.get("v0001").manifest
     assert (manifest.parent, manifest.optimizer_steps) == (None, 2)
     assert set(manifest.pair_ids) == {"p1-0", "p1-1", "p2-0", "p2-1"}
-    assert ("save_training_state", "training_state.safetensors") in world.engine.calls
+    assert ("save_training_state", "v0001.safetensors") in world.engine.calls
 
 
 def test_a_candidate_is_offered_every_so_many_steps(tmp_path):
@@ -139,6 +139,32 @@ def test_a_finished_step_is_reported_until_control_is_back(tmp_path):
     status = world.run()
     assert len(control.completed) == 1
     assert status.steps == 1
+
+
+def test_a_finished_step_is_reported_until_the_store_takes_it(tmp_path):
+    control = FakeControl([batch(1)])
+    complete, refusals = control.complete, [StoreUnavailableError("locked")] * 3
+
+    async def refuse_at_first(outcome, version):
+        if refusals:
+            raise refusals.pop()
+        await complete(outcome, version)
+
+    control.complete = refuse_at_first
+    world = World(tmp_path, control)
+    world.run()
+    assert world.engine.trained == [["p1-0", "p1-1"]]
+    assert len(control.completed) == 1
+
+
+def test_a_candidate_that_cannot_be_evaluated_is_rejected_once(tmp_path):
+    world = World(tmp_path, FakeControl([batch(1)], held_out=[TrainingPair("h", "q", "a", "b")]))
+    world.engine.evaluation_error = "DivergedError: nan"
+    status = world.run()
+    [version] = world.registry.list()
+    assert version.manifest.status == "rejected"
+    assert "could not be evaluated" in version.manifest.reason
+    assert status.steps_since_candidate == 0
 
 
 def test_after_a_restart_the_live_version_is_back(tmp_path):

@@ -60,7 +60,7 @@ def test_another_executor_follows_the_live_pointer(registry):
     asyncio.run(ours.publish(commit(registry)))
     assert asyncio.run(theirs.follow_registry())
     assert theirs.live == "v0001"
-    assert set(names) == {"m", "m@v0001"}
+    assert set(names) == {"m", "m@v0001", None}  # None: a request that names no model
     assert not asyncio.run(theirs.follow_registry())
     asyncio.run(ours.activate("base"))
     assert asyncio.run(theirs.follow_registry())
@@ -106,7 +106,7 @@ def test_a_damaged_live_version_gives_way_to_the_one_before(registry):
     (registry.root / "v0002" / "adapter_model.safetensors").unlink()
     again, names = attached(registry)
     assert again.live == "v0001"
-    assert set(names) == {"m", "m@v0001"}
+    assert set(names) == {"m", "m@v0001", None}  # None: a request that names no model
     [row] = [row for row in asyncio.run(again.listing()) if row["version"] == "v0002"]
     assert row["status"] == "damaged"
     assert "adapter_model" in row["reason"]

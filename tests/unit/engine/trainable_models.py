@@ -87,7 +87,9 @@ def make_task(num_pairs: int = 4, kind: TaskKind = TaskKind.TRAIN, seed: int = 0
 
 
 def make_training(**changes: Any) -> TrainingConfig:
-    fields = {"learning_rate": 1e-2, "weight_decay": 0.01, "seed": 5, "head_chunk_tokens": 7}
+    fields: dict[str, Any] = {"learning_rate": 1e-2, "weight_decay": 0.01, "seed": 5, "head_chunk_tokens": 7}
+    if "max_length_tokens" in changes:
+        fields["max_prompt_tokens"] = changes["max_length_tokens"] - 1
     return TrainingConfig(**(fields | changes))
 
 
