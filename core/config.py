@@ -75,7 +75,7 @@ class TrainingConfig(_Config):
     max_slice_tokens: int = Field(1024, ge=16)
     """Upper bound of tokens that one slice takes through one layer: sets how many pairs go together."""
     head_chunk_tokens: int = Field(128, ge=1)
-    max_epochs: int = Field(6, ge=1)
+    max_epochs: int = Field(10, ge=1)
     """A pair is trained at most this many times, and more than once only while the drift window complains."""
     repeat_pairs: int = Field(64, ge=1)
     """Further passes are made over the newest so many pairs, one for each prompt."""

@@ -16,7 +16,7 @@ from engine.tiny.styles import Style
 def demo(
     url: URL_OPTION = "http://127.0.0.1:8000",
     first: Annotated[Style, typer.Option(help="Style to prefer first")] = Style.POLITE,
-    second: Annotated[Style, typer.Option(help="Style to prefer then")] = Style.TERSE,
+    second: Annotated[Style, typer.Option(help="Style to prefer then")] = Style.EXPLAINED,
     preferences: Annotated[int, typer.Option(min=1, help="Preferences to post for each style")] = 60,
     samples: Annotated[int, typer.Option(min=1, help="Answers to sample for each held-out question")] = 8,
     timeout_s: Annotated[float, typer.Option(help="Seconds to wait for each lesson")] = 300.0,

@@ -146,7 +146,7 @@ def test_two_thumbs_on_one_prompt_make_a_pair(server, client):
 
 
 def test_it_learns_a_style_and_then_another(server):
-    options = DemoOptions(server.url, Style.POLITE, Style.TERSE, samples=4)
+    options = DemoOptions(server.url, Style.POLITE, Style.EXPLAINED, samples=6)
     report = asyncio.run(run_demo(options, print))
     first, second = report["phases"]
     assert report["failed_requests"] == 0
