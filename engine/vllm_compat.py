@@ -12,7 +12,7 @@ from typing import Any
 
 import psutil
 
-from core.config import AppArgs
+from core.config import TINY_ASSISTANT, AppArgs, ModelConfig
 from core.errors import ConfigError
 
 CONFIG_KEY = "mace"
@@ -57,7 +57,7 @@ def make_engine_args(args: AppArgs, model_dir: str) -> Any:
     kwargs: dict[str, Any] = {
         "model": model_dir,
         "served_model_name": [args.model.model_id],
-        "dtype": args.model.dtype,
+        "dtype": _dtype(args.model),
         "max_model_len": args.model.max_model_len,
         "max_num_seqs": args.engine.max_num_seqs,
         "max_num_batched_tokens": args.engine.max_num_batched_tokens,
@@ -77,6 +77,11 @@ def make_engine_args(args: AppArgs, model_dir: str) -> Any:
     }
     kwargs.update(args.engine.engine_kwargs)
     return AsyncEngineArgs(**kwargs)
+
+
+def _dtype(model: ModelConfig) -> str:
+    """`auto` is the model's own type; vLLM would halve fp32, which the built-in model is too small to bear."""
+    return "float32" if model.dtype == "auto" and model.model_source == TINY_ASSISTANT else model.dtype
 
 
 def _cpu_kv_bytes() -> int:
