@@ -8,7 +8,7 @@ import asyncio
 import logging
 import math
 import time
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,8 @@ from core.config import AppArgs
 from core.errors import AdapterError, ControlUnavailableError, StoreUnavailableError, TrainingError
 from core.messages import HORIZON_S, BatchOutcome, Headroom, TrainingBatch, TrainingPair
 from core.ports import ControlPort, EnginePort
-from core.types import FineTuneTask, PairScore, StepMetrics, TaskKind, TaskResult, TokenizedPair
+from core.types import FineTuneTask, PairScore, TaskKind, TaskResult, TokenizedPair
+from deployments.learner_status import LearnerStatus
 from deployments.metrics import Meter
 from deployments.versions import BASE, AdapterVersions
 from engine.pair_tokens import PairTokenizer
@@ -32,29 +33,6 @@ _MAX_FAILURES_IN_A_ROW = 10
 """After as many failed batches in a row, training pauses itself until someone resumes it."""
 _DRAINED_POLLS = 4
 """The queue counts as empty after so many polls without a batch; then what was learnt is offered early."""
-
-
-@dataclass(slots=True)
-class LearnerStatus:
-    """What `/v1/training` shows of this executor."""
-
-    phase: str = "idle"
-    """idle, training, evaluating, publishing or paused."""
-    paused: bool = False
-    pause_reason: str | None = None
-    steps: int = 0
-    failed_steps: int = 0
-    pairs: int = 0
-    busy_s: float = 0.0
-    longest_slice_s: float = 0.0
-    last: StepMetrics | None = None
-    last_error: str | None = None
-    last_decision: str | None = None
-    pairs_per_s: float = 0.0
-    """Smoothed over the last steps, from batch to batch while training."""
-    task_id: str | None = None
-    steps_since_candidate: int = 0
-    started_at: float = field(default_factory=time.time)
 
 
 class Learner:
@@ -102,7 +80,8 @@ class Learner:
 
     def status_to_wire(self) -> dict[str, Any]:
         """The status as built-in types."""
-        return {**asdict(self.status), "live_version": self._versions.live}
+        publish = asdict(self._versions.last_publish)
+        return {**asdict(self.status), "live_version": self._versions.live, "last_publish": publish}
 
     async def restore(self) -> None:
         """Put the shadow adapter where training left off: the live version, with its optimizer state if saved."""
