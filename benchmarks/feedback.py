@@ -21,6 +21,7 @@ _BATCH = 500
 
 
 def main(
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON")] = False,
     items: Annotated[int, typer.Option(min=_BATCH, help="Records for each measurement")] = 5000,
 ) -> None:
     """Records per second on SQLite in a temporary directory."""
@@ -30,7 +31,11 @@ def main(
         f"{_THREADS}_threads": _rate(numbers, _from_threads),
         f"batches_of_{_BATCH}": _rate(numbers, _in_batches),
     }
-    typer.echo(json.dumps({"records_per_s": results}, indent=2))
+    if as_json:
+        typer.echo(json.dumps({"records_per_s": results}, indent=2))
+        return
+    for name, rate in results.items():
+        typer.echo(f"{name.replace('_', ' '):>16}: {rate:6d} records/s")
 
 
 def _rate(numbers: list[int], insert: Callable[[FeedbackStore, list[dict[str, Any]]], object]) -> int:
