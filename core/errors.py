@@ -35,23 +35,19 @@ class ModelNotFoundError(ConfigError):
 
 
 class FeedbackError(MaceError):
-    """A feedback record is refused."""
+    """A feedback record is refused; `param` is the key that is wrong, if it is one."""
+
+    def __init__(self, message: str, param: str | None = None) -> None:
+        super().__init__(message)
+        self.param = param
 
 
 class InvalidFeedbackError(FeedbackError):
     """The record is malformed, empty, or its two responses are equal."""
 
-    def __init__(self, message: str, param: str | None = None) -> None:
-        super().__init__(message)
-        self.param = param
-
 
 class UnknownResponseError(FeedbackError):
     """The record names a response id that is not in the response store."""
-
-    def __init__(self, message: str, param: str | None = None) -> None:
-        super().__init__(message)
-        self.param = param
 
 
 class StoreUnavailableError(MaceError):

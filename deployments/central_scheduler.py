@@ -151,14 +151,15 @@ class CentralScheduler:
 
     def _expire_leases(self) -> None:
         now_s = self._clock()
-        for task_id, lease in list(self._leases.items()):
-            if lease.expires_s <= now_s:
-                del self._leases[task_id]
-                self._requeue(list(lease.batch.pairs), lease.attempts)
+        self._return_leases(lambda lease: lease.expires_s <= now_s)
 
     def _release_executor(self, executor_id: str) -> None:
+        self._return_leases(lambda lease: lease.executor_id == executor_id)
+
+    def _return_leases(self, is_over: Callable[[_Lease], bool]) -> None:
+        """Pairs of leases that will not be reported any more go back into the queue."""
         for task_id, lease in list(self._leases.items()):
-            if lease.executor_id == executor_id:
+            if is_over(lease):
                 del self._leases[task_id]
                 self._requeue(list(lease.batch.pairs), lease.attempts)
 

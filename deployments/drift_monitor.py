@@ -19,6 +19,7 @@ from alignment.drift import DriftWindow
 from alignment.formats import ExportFormat, import_jsonl
 from alignment.pair_store import StoredPair
 from alignment.pairs import StoredResponse
+from alignment.records import FEEDBACK_TYPES
 from alignment.store import FeedbackStore
 from core.config import AppArgs
 from core.errors import StoreUnavailableError
@@ -189,4 +190,4 @@ def _training_pair(pair: StoredPair) -> TrainingPair:
 
 def _known_type(kind: object) -> str:
     """A bounded label: never what a client sent."""
-    return kind if isinstance(kind, str) and kind in {"preference", "rating", "correction", "comment"} else "other"
+    return kind if isinstance(kind, str) and kind in FEEDBACK_TYPES else "other"
