@@ -86,6 +86,8 @@ class TrainingConfig(_Config):
     max_loss: float = Field(20.0, gt=0)
     """A step whose loss is above this, or not finite, is discarded."""
     max_attempts: int = Field(3, ge=1)
+    arena_bytes: int | None = Field(None, ge=1 << 20)
+    """Memory for activations and gradients of a step. None: half of what is free on the device once it serves."""
     seed: int = 0
 
     @model_validator(mode="after")
@@ -105,13 +107,25 @@ class SloConfig(_Config):
 class SchedulerConfig(_Config):
     """Priorities and packing (paper, Algorithm 1)."""
 
-    policy: Literal["mace", "inference_only"] = "mace"
+    policy: Literal["mace", "inference_only", "periodic", "continuous"] = "mace"
+    """`periodic` blocks to train after `period_requests` (Ekya-style), `continuous` after each 1/`retrain_rate`."""
+    packing: Literal["best_fit", "first_fit"] = "best_fit"
+    """`first_fit` is the ablation: the first candidate that fits, with no choice of how much."""
+    ageing: bool = True
+    """False is the ablation: waiting raises no priority."""
+    reward_term: bool = True
+    """False is the ablation: no `γ·L_DPO` in the priority."""
     base_priority_prefill: float = 10.0
     base_priority_decode: float = 20.0
     base_priority_finetune: float = 1.0
     rate_prefill: float = Field(1.0, ge=0)
     rate_decode: float = Field(1.0, ge=0)
     rate_finetune: float = Field(0.05, ge=0)
+    base_priority_batch: float = 5.0
+    """Base of a prefill whose request is of class `batch` (`service_tier: flex`, or `priority` above 0)."""
+    rate_batch: float = Field(0.2, ge=0)
+    priority_step: float = Field(1.0, ge=0)
+    """What one unit of a request's `priority` field (lower is sooner) takes from its base."""
     gamma: float = Field(1.0, ge=0)
     """Weight of the DPO loss in a fine-tune task's priority."""
     max_loss_term: float = Field(5.0, gt=0)
@@ -120,13 +134,41 @@ class SchedulerConfig(_Config):
     lambda_memory: float = Field(0.5, ge=0)
     lambda_latency: float = Field(0.5, ge=0)
     slack_fraction: float = Field(0.8, gt=0, le=1)
-    """Share of the predicted slack before the TBT target that slices may use; the rest absorbs noise."""
+    """Share of the TBT target that an iteration is planned to fill; the rest absorbs noise."""
+    tau_mem: float = Field(0.95, gt=0, le=1)
+    """Share of the memory (KV blocks and fine-tune arena) that packing may fill."""
+    min_prefill_tokens: int = Field(32, ge=1)
+    """Prefill tokens that an iteration takes even if the running requests leave no time for them."""
+    retrain_rate: float = Field(0.4, gt=0)
+    """Preference pairs trained for each inference request by the baselines `periodic` and `continuous`."""
+    retrain_rate_floor: float = Field(0.0, ge=0)
+    """Below so many pairs for each request, `mace` runs a slice in every iteration even without slack."""
+    retrain_rate_cap: float | None = Field(None, gt=0)
+    """Above so many pairs for each request, `mace` stops training until requests catch up. None: no cap."""
+    period_requests: int = Field(50, ge=1)
+    """Requests between two training phases of `periodic`."""
 
     @model_validator(mode="after")
     def _one_weight_counts(self) -> "SchedulerConfig":
         if self.lambda_memory == 0 and self.lambda_latency == 0:
             raise ValueError("scheduler.lambda_memory and scheduler.lambda_latency cannot both be 0")
         return self
+
+    @model_validator(mode="after")
+    def _floor_below_cap(self) -> "SchedulerConfig":
+        if self.retrain_rate_cap is not None and self.retrain_rate_floor > self.retrain_rate_cap:
+            raise ValueError("scheduler.retrain_rate_floor must not be above scheduler.retrain_rate_cap")
+        return self
+
+
+class ProfileConfig(_Config):
+    """The latency and memory profile of this device and model."""
+
+    path: Path | None = None
+    """Profile to start from; default is `state_dir/profiles/<device>/<model>.json`."""
+    measure_at_start: bool = True
+    """Measure a profile in the background if there is none."""
+    max_measure_s: float = Field(60.0, gt=0)
 
 
 class FeedbackConfig(_Config):
@@ -175,6 +217,7 @@ class AppArgs(_Config):
     training: TrainingConfig = TrainingConfig()
     slo: SloConfig = SloConfig()
     scheduler: SchedulerConfig = SchedulerConfig()
+    profile: ProfileConfig = ProfileConfig()
     feedback: FeedbackConfig = FeedbackConfig()
     drift: DriftConfig = DriftConfig()
     gate: GateConfig = GateConfig()

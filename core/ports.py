@@ -3,8 +3,9 @@
 from pathlib import Path
 from typing import Any, Protocol
 
+from core.batch import ForwardShape, IterationSample
 from core.messages import BatchOutcome, Headroom, TrainingBatch, TrainingPair
-from core.types import FineTuneTask, TaskResult
+from core.types import FineTuneTask, SliceKind, TaskResult
 
 
 class ControlPort(Protocol):
@@ -62,4 +63,37 @@ class EnginePort(Protocol):
 
     def num_unfinished_requests(self) -> int:
         """Requests in the engine."""
+        ...
+
+
+class LatencyPredictor(Protocol):
+    """What iterations and slices cost; learns from every measured iteration (`profiler.online` is the real one).
+
+    None means "never seen and no profile": callers must take the safe way, never a constant.
+    Called several times an iteration: each call costs a few microseconds.
+    """
+
+    @property
+    def overhead_s(self) -> float:
+        """Expected time of an iteration that is neither forward pass nor slices."""
+        ...
+
+    def forward_s(self, shape: ForwardShape) -> float | None:
+        """Expected latency of a forward pass in seconds; 0 for an empty shape. Monotone in every feature."""
+        ...
+
+    def forward_upper_s(self, shape: ForwardShape) -> float | None:
+        """Latency that about 95 % of such forward passes stay under."""
+        ...
+
+    def slice_s(self, kind: SliceKind, num_tokens: int) -> float | None:
+        """Expected latency of one slice in seconds."""
+        ...
+
+    def slice_upper_s(self, kind: SliceKind, num_tokens: int) -> float | None:
+        """Latency that about 95 % of such slices stay under."""
+        ...
+
+    def observe(self, sample: IterationSample) -> None:
+        """Learn from a measured iteration. Never raises on odd values (zero, NaN, infinite): it ignores them."""
         ...

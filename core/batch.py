@@ -1,0 +1,64 @@
+"""What one engine iteration consists of, and what it was measured to cost. Shared by scheduler, profiler,
+simulator and engine; built-in types only, so that it crosses process borders."""
+
+from dataclasses import dataclass, field
+
+from core.types import SliceKind, SliceTiming
+
+
+@dataclass(slots=True)
+class ForwardShape:
+    """The features of an inference forward pass that decide its latency."""
+
+    num_decode: int = 0
+    """Requests that get one token each."""
+    decode_context: int = 0
+    """Tokens of KV cache that those requests attend to, summed."""
+    num_prefill_tokens: int = 0
+    """Prompt tokens computed in this pass, over all chunks."""
+    prefill_attention: int = 0
+    """Sum over chunks of chunk * (start + chunk / 2): the query-key pairs of causal attention."""
+    num_prefills: int = 0
+    """Chunks."""
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of the forward pass."""
+        return self.num_decode + self.num_prefill_tokens
+
+    def add_chunk(self, num_tokens: int, start: int) -> None:
+        """Add one prefill chunk that begins at position `start` of its prompt."""
+        self.num_prefill_tokens += num_tokens
+        self.prefill_attention += num_tokens * (2 * start + num_tokens) // 2
+        self.num_prefills += 1
+
+
+@dataclass(slots=True)
+class IterationSample:
+    """One measured engine iteration, with what had been predicted for it."""
+
+    shape: ForwardShape
+    forward_s: float
+    """Inference forward pass and sampling; near zero if `shape` is empty."""
+    overhead_s: float = 0.0
+    """Wall time that was neither forward pass nor slices: scheduling, message passing."""
+    slices: list[SliceTiming] = field(default_factory=list)
+    predicted_forward_s: float | None = None
+    finetune_budget_s: float = 0.0
+    held_bytes: int = 0
+    """Arena memory of the step in progress after the iteration."""
+    out_of_memory: bool = False
+    """A slice of this iteration ran out of device memory."""
+
+    @property
+    def slices_s(self) -> float:
+        """Time of all slices."""
+        return sum(timing.latency_s for timing in self.slices)
+
+
+@dataclass(frozen=True, slots=True)
+class SliceWork:
+    """One slice that a fine-tune step will run."""
+
+    kind: SliceKind
+    num_tokens: int
