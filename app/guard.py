@@ -1,4 +1,5 @@
-"""ASGI middleware in front of every route: body size, internal keys, and the parsed body for those behind it.
+"""ASGI middleware in front of every route: body size, internal keys, request class, and the parsed body for those
+behind it.
 
 Fine-tune work enters only from inside: vLLM passes `vllm_xargs` on to `SamplingParams.extra_args`, where our
 scheduler looks for tasks, so a body that carries one of our keys at any depth is refused.
@@ -12,6 +13,7 @@ from fastapi.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from app.errors import BadRequestError, error_response
+from app.request_class import apply_request_class
 
 INTERNAL_PREFIX = "mace_"
 BODY_KEY = "mace.body"
@@ -30,7 +32,7 @@ class RequestGuard:
         self._on_refused = on_refused
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Pass the request on, with its body replayed, or answer 400 or 413."""
+        """Pass the request on, with its body replayed (see `app.request_class`), or answer 400 or 413."""
         if scope["type"] != "http" or scope["method"] not in _METHODS:
             await self._app(scope, receive, send)
             return
@@ -38,8 +40,9 @@ class RequestGuard:
             body = await self._read(scope, receive)
             scope[BODY_KEY] = parsed = _parse(body)
             check_internal_keys(parsed)
+            body = apply_request_class(scope, parsed, body)
         except BadRequestError as error:
-            self._on_refused("body_too_large" if error.status == 413 else "internal_key")
+            self._on_refused(_reason(error))
             response: JSONResponse = error_response(error)
             await response(scope, receive, send)
             return
@@ -64,6 +67,12 @@ class RequestGuard:
 
     def _too_large(self) -> BadRequestError:
         return BadRequestError(f"the request body is larger than {self._max_body_bytes} bytes", status=413)
+
+
+def _reason(error: BadRequestError) -> str:
+    if error.status == 413:
+        return "body_too_large"
+    return "internal_key" if error.param in _ARGUMENT_KEYS else "service_tier"
 
 
 def check_internal_keys(value: Any) -> None:

@@ -9,12 +9,14 @@ from typing import Any
 from pydantic import ValidationError
 from ray import serve
 from ray.serve import Application
+from ray.serve.config import RequestRouterConfig
 
 from app.http import attach_routes
 from core.config import AppArgs
 from core.errors import ConfigError
 from deployments.control import Control
 from deployments.executor import Executor
+from deployments.router import REPORT_PERIOD_S
 
 _MAX_QUEUED = 1024
 
@@ -43,6 +45,15 @@ def build_app(args: AppArgs) -> Application:
     return bind_deployments(args, {})
 
 
+def executor_router(args: AppArgs) -> RequestRouterConfig:
+    """Serve's option that routes requests by what executors report. With one executor it looks at nothing."""
+    return RequestRouterConfig(
+        request_router_class="deployments.router.ExecutorRouter",
+        request_router_kwargs={"scheduler": args.scheduler.model_dump(mode="json")},
+        request_routing_stats_period_s=REPORT_PERIOD_S,
+    )
+
+
 def bind_deployments(args: Any, overrides: dict[str, dict[str, Any]]) -> Application:
     """`build_app` with deployment options by deployment name, for callers that read the config file themselves."""
     config = parse_args(args)
@@ -65,6 +76,7 @@ def bind_deployments(args: Any, overrides: dict[str, dict[str, Any]]) -> Applica
             "ray_actor_options": {"num_cpus": 1},
             "health_check_period_s": 5,
             "graceful_shutdown_timeout_s": 10,
+            "request_router_config": executor_router(config),
             **overrides.get("Executor", {}),
         }
     )(serve.ingress()(Executor))

@@ -10,27 +10,26 @@ import asyncio
 import contextlib
 import itertools
 import json
+import os
 import statistics
-import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
 import psutil
-import torch
 import typer
-from transformers import AutoModelForCausalLM, Qwen2Config
 
+from benchmarks.models import TITLES, ModelName, args_for, model_directories
 from core.config import AppArgs
 from core.types import FineTuneTask, TaskKind, TokenizedPair
 from engine.hybrid_engine import HybridEngine
-from engine.tiny.build import ensure_tiny_assistant
 from engine.vllm_compat import configure_environment
 
 _DECODE_TOKENS = 48
 _STEPS = 4
 _PAIR_TOKENS = 64
+_BINDING = "VLLM_CPU_OMP_THREADS_BIND"
 
 
 def main(
@@ -42,37 +41,47 @@ def main(
     small_only: Annotated[bool, typer.Option(help="Only the built-in model")] = False,
 ) -> None:
     """Measure decode, prefill and a DPO step with and without sharing."""
-    models = {"built-in (1.5M)": ensure_tiny_assistant(state_dir, show_progress=not as_json)}
-    with tempfile.TemporaryDirectory() as directory:
-        if not small_only:
-            models["0.5B shape, random"] = _random_qwen(Path(directory))
-        rows = [row for name, path in models.items() for row in _measure_model(name, path, repeats)]
+    names: list[ModelName] = ["tiny"] if small_only else ["tiny", "half-b"]
+    with model_directories(names, state_dir, show_progress=not as_json) as directories:
+        rows = [row for name in names for row in _measure_model(name, directories[name], repeats)]
     typer.echo(json.dumps(rows, indent=2))
 
 
-def _measure_model(name: str, path: Path, repeats: int) -> Iterator[dict[str, Any]]:
+def _measure_model(name: ModelName, path: Path, repeats: int) -> Iterator[dict[str, Any]]:
     runs: dict[str, list[dict[str, float]]] = {"never": [], "always": []}
     for _ in range(repeats):
         for setting, results in runs.items():
-            results.append(asyncio.run(_measure(path, setting)))
-            typer.echo(f"{name}: share_base_weights={setting} {results[-1]}", err=True)
+            with _own_thread_binding():
+                results.append(asyncio.run(_measure(name, path, setting)))
+            typer.echo(f"{TITLES[name]}: share_base_weights={setting} {results[-1]}", err=True)
     for setting, results in runs.items():
         medians = {key: round(statistics.median(run[key] for run in results), 3) for key in results[0]}
-        yield {"model": name, "share_base_weights": setting, **medians}
+        yield {"model": TITLES[name], "share_base_weights": setting, **medians}
 
 
-async def _measure(path: Path, setting: str) -> dict[str, float]:
+@contextlib.contextmanager
+def _own_thread_binding() -> Iterator[None]:
+    """Undo the default that one model sets in the environment: the next one needs another number of threads."""
+    given = os.environ.get(_BINDING)
+    try:
+        yield
+    finally:
+        if given is None:
+            os.environ.pop(_BINDING, None)
+
+
+async def _measure(name: ModelName, path: Path, setting: str) -> dict[str, float]:
     args = AppArgs.model_validate(
         {
             "engine": {
                 "share_base_weights": setting,
                 "kv_cache_memory_bytes": 512 << 20,
                 "max_num_seqs": 32,
-                "engine_kwargs": {"skip_tokenizer_init": True},
             },
             "model": {"max_model_len": 2048},
         }
     )
+    args = args_for(name, path, args)
     configure_environment(args, path)
     engine = await HybridEngine.start(args, str(path))
     try:
@@ -127,24 +136,6 @@ def _worker_bytes() -> int:
             if "Worker" in " ".join(child.cmdline()):
                 sizes.append(child.memory_info().rss)
     return max(sizes)
-
-
-def _random_qwen(directory: Path) -> Path:
-    """Qwen2.5-0.5B's shape with random bf16 weights and the built-in model's tokenizer files left out."""
-    config = Qwen2Config(
-        vocab_size=151_936,
-        hidden_size=896,
-        intermediate_size=4864,
-        num_hidden_layers=24,
-        num_attention_heads=14,
-        num_key_value_heads=2,
-        max_position_embeddings=4096,
-        tie_word_embeddings=True,
-    )
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
-    model.save_pretrained(directory)
-    return directory
 
 
 if __name__ == "__main__":

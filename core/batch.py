@@ -2,6 +2,7 @@
 simulator and engine; built-in types only, so that it crosses process borders."""
 
 from dataclasses import dataclass, field
+from typing import Any
 
 from core.types import SliceKind, SliceTiming
 
@@ -47,6 +48,8 @@ class IterationSample:
     finetune_budget_s: float = 0.0
     held_bytes: int = 0
     """Arena memory of the step in progress after the iteration."""
+    peak_bytes: int = 0
+    """Most that it held between two slices of the iteration."""
     out_of_memory: bool = False
     """A slice of this iteration ran out of device memory."""
 
@@ -55,10 +58,30 @@ class IterationSample:
         """Time of all slices."""
         return sum(timing.latency_s for timing in self.slices)
 
+    def to_wire(self) -> list[Any]:
+        """Built-in types only, without names: thousands cross process borders while tokens wait."""
+        shape = self.shape
+        return [
+            [
+                shape.num_decode,
+                shape.decode_context,
+                shape.num_prefill_tokens,
+                shape.prefill_attention,
+                shape.num_prefills,
+            ],
+            self.forward_s,
+            self.overhead_s,
+            [(timing.kind.value, timing.num_tokens, timing.latency_s) for timing in self.slices],
+            self.predicted_forward_s,
+            self.finetune_budget_s,
+            self.held_bytes,
+            self.peak_bytes,
+            self.out_of_memory,
+        ]
 
-@dataclass(frozen=True, slots=True)
-class SliceWork:
-    """One slice that a fine-tune step will run."""
-
-    kind: SliceKind
-    num_tokens: int
+    @classmethod
+    def from_wire(cls, data: list[Any]) -> "IterationSample":
+        """Inverse of `to_wire`."""
+        shape, forward_s, overhead_s, slices, *rest = data
+        timings = [SliceTiming(SliceKind(kind), num_tokens, latency_s) for kind, num_tokens, latency_s in slices]
+        return cls(ForwardShape(*shape), forward_s, overhead_s, timings, *rest)

@@ -120,7 +120,7 @@ class SchedulerConfig(_Config):
     base_priority_finetune: float = 1.0
     rate_prefill: float = Field(1.0, ge=0)
     rate_decode: float = Field(1.0, ge=0)
-    rate_finetune: float = Field(0.05, ge=0)
+    rate_finetune: float = Field(0.2, ge=0)
     base_priority_batch: float = 5.0
     """Base of a prefill whose request is of class `batch` (`service_tier: flex`, or `priority` above 0)."""
     rate_batch: float = Field(0.2, ge=0)

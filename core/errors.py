@@ -78,9 +78,21 @@ class DivergedError(TrainingError):
     """The loss or a gradient became NaN, infinite or too large; the step was discarded."""
 
 
+class DeviceMemoryError(TrainingError):
+    """A slice ran out of device memory; the step was discarded."""
+
+
 class PairTooLongError(TrainingError):
     """A preference pair does not fit the configured lengths."""
 
 
 class UnsupportedModelError(TrainingError):
     """The model architecture cannot be trained layer by layer."""
+
+
+class LedgerError(MaceError):
+    """The books of device memory do not balance, or were asked for the impossible."""
+
+
+class ProfileError(MaceError):
+    """A latency and memory profile cannot be read, written or fitted."""

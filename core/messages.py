@@ -31,6 +31,27 @@ class TrainingBatch:
 
 
 @dataclass(frozen=True, slots=True)
+class ExecutorLoad:
+    """What an executor has left for inference; its bin when a request is placed (`scheduler.placement`)."""
+
+    executor_id: str
+    reported_s: float
+    """When it was measured, on the wall clock (`time.time`), so that other machines can judge its age."""
+    free_kv_bytes: float
+    kv_capacity_bytes: float
+    kv_bytes_per_token: float
+    ttft_target_s: float
+    waiting_tokens: int = 0
+    """Prompt tokens of requests without a first token."""
+    num_running: int = 0
+    """Requests that are past their first token."""
+    prompt_token_s: float | None = None
+    """Measured seconds that one more prompt token takes; None before any prompt was measured."""
+    wait_s: float = 0.0
+    """Seconds a prompt waits whatever its length: for the iteration in progress, and its own fixed part."""
+
+
+@dataclass(frozen=True, slots=True)
 class Headroom:
     """What an executor has left for fine-tuning; its bin in the best-fit packing."""
 
@@ -38,6 +59,8 @@ class Headroom:
     memory_bytes: float
     latency_s: float
     """Device seconds that inference is expected to leave free within the next `HORIZON_S`."""
+    load: ExecutorLoad | None = None
+    """Its state as request routers see it; None until it was measured."""
 
 
 @dataclass(frozen=True, slots=True)

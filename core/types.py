@@ -81,6 +81,10 @@ class FineTuneTask:
     pairs: tuple[TokenizedPair, ...]
     on_live: bool = False
     """Evaluate the live adapter instead of the shadow; not allowed for training."""
+    dpo_loss: float | None = None
+    """Mean loss of the pairs when they were scored last, for the priority; None if they never were."""
+    attempts: int = 0
+    """Failed tries before this one; each lowers the loss's part in the priority."""
 
     def to_wire(self) -> dict[str, Any]:
         """Built-in types only."""
@@ -93,7 +97,14 @@ class FineTuneTask:
             TokenizedPair(p["pair_id"], tuple(p["prompt_ids"]), tuple(p["chosen_ids"]), tuple(p["rejected_ids"]))
             for p in data["pairs"]
         )
-        return cls(data["task_id"], TaskKind(data["kind"]), pairs, bool(data.get("on_live", False)))
+        return cls(
+            task_id=data["task_id"],
+            kind=TaskKind(data["kind"]),
+            pairs=pairs,
+            on_live=bool(data.get("on_live", False)),
+            dpo_loss=data.get("dpo_loss"),
+            attempts=data.get("attempts", 0),
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,3 +157,9 @@ class SliceReport:
 
     slices: list[SliceTiming] = field(default_factory=list)
     finished: list[TaskResult] = field(default_factory=list)
+    held_bytes: int = 0
+    """Activations and gradients of the step in progress, after the iteration."""
+    peak_bytes: int = 0
+    """Most that was held between two slices of this iteration."""
+    out_of_memory: bool = False
+    """A slice ran out of device memory; its step starts again with smaller ones, or has failed."""

@@ -4,21 +4,26 @@ The queue holds preference pairs, ordered by `P_ft(t) + γ·L_DPO`. When an exec
 become one batch, and best-fit packing over the executors' reported headroom says whether this executor is the one.
 A leased batch that is not heard of again returns to the queue.
 
+From the same reports `advice` ranks the executors for a prompt. It is there to be looked at: requests are routed by
+`deployments.router`, which has the same numbers and the same function, and goes on when this actor is away.
+
 Everything here can be rebuilt: the DriftMonitor owns the durable state and streams pairs again after a restart.
 `now_s` comes from the clock that is passed in, so the class is plain and testable; app.main makes it a Ray actor.
 """
 
 import itertools
+import math
 import time
 import uuid
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from core.config import AppArgs
 from core.messages import BatchOutcome, Headroom, TrainingBatch, TrainingPair
 from deployments.metrics import Meter
-from scheduler.packing import Bin, Demand, best_fit
+from scheduler.packing import Bin, Demand, best_fit, first_fit
+from scheduler.placement import RankedExecutor, choose_executor
 from scheduler.task_queue import QueuedTask, TaskQueue
 
 LEASE_S = 600.0
@@ -26,6 +31,8 @@ LEASE_S = 600.0
 
 _HEADROOM_TTL_S = 5.0
 _SMOOTHING = 0.2
+_UNKNOWN_MEMORY_BYTES = float(1 << 60)
+"""Stands for the infinite free memory that executors report until they know; f has no value at infinity."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,13 +106,26 @@ class CentralScheduler:
         unusable = failed_for_good | {pair_id for pair_id, _ in outcome.unusable}
         self._requeue([pair for pair in lease.batch.pairs if pair.pair_id not in unusable], lease.attempts + 1)
 
+    def advice(
+        self, prompt_tokens: int, cached_prefix_tokens: Mapping[str, int] | None = None
+    ) -> list[RankedExecutor]:
+        """Executors with a fresh report, the one that fits a prompt best first.
+
+        Args:
+            prompt_tokens: length of the prompt.
+            cached_prefix_tokens: tokens of it in an executor's prefix cache, by executor id.
+        """
+        loads = [room.load for room in self._fresh_headrooms(self._clock()) if room.load is not None]
+        return choose_executor(prompt_tokens, loads, cached_prefix_tokens or {}, self._config.scheduler)
+
     def stats(self) -> dict[str, Any]:
-        """Queue length, leases and executors, for `/v1/training`."""
+        """Queue length, leases, executors, and where a short prompt would go, for `/v1/training`."""
         top = self._queue.peek()
         return {
             "queued_pairs": len(self._queue),
             "leased_batches": len(self._leases),
             "executors": sorted(self._headrooms),
+            "placement": [_to_wire(ranked) for ranked in self.advice(1)],
             "top_priority": None if top is None else top.priority_at(self._clock(), self._config.scheduler),
         }
 
@@ -119,17 +139,23 @@ class CentralScheduler:
         return top.payload.times_trained > 0 or now_s - top.arrived_s >= self._config.training.max_age_s
 
     def _is_best_fit(self, headroom: Headroom, size: int, now_s: float) -> bool:
-        fresh = [
-            room
-            for seen_s, room in self._headrooms.values()
-            if now_s - seen_s <= _HEADROOM_TTL_S and not self._has_lease(room.executor_id)
-        ]
+        free = [room for room in self._fresh_headrooms(now_s) if not self._has_lease(room.executor_id)]
         # Memory is a hard limit. Time is not: a step can be interrupted, so it may be longer than any free window.
-        longest_s = max(room.latency_s for room in fresh)
+        longest_s = max(room.latency_s for room in free)
         demand = Demand(self._bytes_per_pair * size, min(self._busy_s_per_pair * size, longest_s))
-        bins = [Bin(room.executor_id, room.memory_bytes, room.latency_s) for room in fresh]
-        chosen = best_fit(demand, bins, self._config.scheduler)
+        bins = [self._bin(room) for room in free]
+        config = self._config.scheduler
+        chosen = first_fit(demand, bins) if config.packing == "first_fit" else best_fit(demand, bins, config)
         return chosen is not None and chosen.bin_id == headroom.executor_id
+
+    def _fresh_headrooms(self, now_s: float) -> list[Headroom]:
+        """Reports that still count, by executor id."""
+        fresh = [room for seen_s, room in self._headrooms.values() if now_s - seen_s <= _HEADROOM_TTL_S]
+        return sorted(fresh, key=lambda room: room.executor_id)
+
+    def _bin(self, room: Headroom) -> Bin:
+        memory_bytes = min(room.memory_bytes, _UNKNOWN_MEMORY_BYTES)
+        return Bin(room.executor_id, self._config.scheduler.tau_mem * memory_bytes, room.latency_s)
 
     def _lease(self, executor_id: str, size: int, now_s: float) -> TrainingBatch:
         tasks = [task for task in (self._queue.pop() for _ in range(size)) if task is not None]
@@ -166,6 +192,11 @@ class CentralScheduler:
     def _requeue(self, pairs: list[TrainingPair], attempts: int) -> None:
         for pair in pairs:
             self._queue.push(QueuedTask(pair.pair_id, pair, self._clock(), pair.dpo_loss, attempts))
+
+
+def _to_wire(ranked: RankedExecutor) -> dict[str, Any]:
+    known = math.isfinite(ranked.predicted_ttft_s)
+    return {**asdict(ranked), "predicted_ttft_s": ranked.predicted_ttft_s if known else None}
 
 
 def _smooth(mean: float, value: float) -> float:

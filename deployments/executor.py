@@ -8,6 +8,7 @@ import asyncio
 import logging
 import uuid
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,10 @@ from alignment.registry import AdapterRegistry
 from core.config import AppArgs
 from deployments.control_client import ControlClient
 from deployments.learner import Learner
+from deployments.load_meter import LoadMeter
 from deployments.response_log import ResponseLog
 from deployments.versions import AdapterVersions
+from engine.engine_load import read_engine_load
 from engine.hybrid_engine import HybridEngine
 from engine.model_source import base_model_name, resolve_model
 from engine.pair_tokens import PairTokenizer
@@ -32,6 +35,7 @@ class Executor:
 
     def __init__(self, args: dict[str, Any], control: Any, attach_routes: AttachRoutes) -> None:
         self.args = AppArgs.model_validate(args)
+        self.executor_id = f"executor-{uuid.uuid4().hex[:8]}"
         self.control = ControlClient(control)
         self.responses = ResponseLog(self.control)
         self._attach_routes = attach_routes
@@ -39,6 +43,7 @@ class Executor:
         self.engine: HybridEngine
         self.versions: AdapterVersions
         self.learner: Learner | None = None
+        self.load: LoadMeter
         self.base_model = ""
         """Identity of the served model: a hub id or a directory's name."""
         self.is_ready = False
@@ -53,6 +58,12 @@ class Executor:
         model_dir = await asyncio.to_thread(resolve_model, self.args.model, state_dir)
         configure_environment(self.args, model_dir)
         self.engine = await HybridEngine.start(self.args, str(model_dir))
+        self.load = LoadMeter(
+            self.executor_id,
+            self.args.slo.ttft_s,
+            lambda: read_engine_load(self.engine.client),
+            self.engine.iterations,
+        )
         self.base_model = base_model_name(self.args.model, model_dir)
         registry = await asyncio.to_thread(AdapterRegistry.open, state_dir / "adapters", self.base_model)
         self.versions = AdapterVersions(self.engine, registry, self.args.model.model_id)
@@ -68,6 +79,10 @@ class Executor:
         """Fails when the engine is dead; Serve then replaces the replica."""
         if self.is_ready:
             await self.engine.check_health()
+
+    async def record_routing_stats(self) -> dict[str, Any]:
+        """Serve pulls this for `deployments.router`; empty before the engine serves."""
+        return asdict(await self.load.measure()) if self.is_ready else {}
 
     async def status(self) -> dict[str, Any]:
         """What this executor knows of its training."""
@@ -87,7 +102,7 @@ class Executor:
             PairTokenizer.load, str(model_dir), training.model_copy(update={"max_length_tokens": limit})
         )
         self.learner = Learner(
-            executor_id=f"executor-{uuid.uuid4().hex[:8]}",
+            executor_id=self.executor_id,
             engine=self.engine,
             control=self.control,
             versions=self.versions,
@@ -95,6 +110,7 @@ class Executor:
             tokenizer=tokenizer,
             args=self.args,
             base_model=self.base_model,
+            current_load=lambda: self.load.latest,
         )
         await self.learner.restore()
         self._background.append(asyncio.create_task(self.learner.run()))

@@ -8,6 +8,7 @@ import asyncio
 import logging
 import math
 import time
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from alignment.gate import GateDecision, judge_candidate
 from alignment.registry import AdapterRegistry, AdapterVersion
 from core.config import AppArgs
 from core.errors import AdapterError, ControlUnavailableError, StoreUnavailableError, TrainingError
-from core.messages import HORIZON_S, BatchOutcome, Headroom, TrainingBatch, TrainingPair
+from core.messages import HORIZON_S, BatchOutcome, ExecutorLoad, Headroom, TrainingBatch, TrainingPair
 from core.ports import ControlPort, EnginePort
 from core.types import FineTuneTask, PairScore, TaskKind, TaskResult, TokenizedPair
 from deployments.learner_status import LearnerStatus
@@ -49,6 +50,7 @@ class Learner:
         tokenizer: PairTokenizer,
         args: AppArgs,
         base_model: str,
+        current_load: Callable[[], ExecutorLoad | None] = lambda: None,
     ) -> None:
         self._executor_id = executor_id
         self._engine = engine
@@ -58,6 +60,7 @@ class Learner:
         self._tokenizer = tokenizer
         self._args = args
         self._base_model = base_model
+        self._current_load = current_load
         self._state_dir = args.state_dir / "training"
         self._idle_polls = 0
         self._meter = Meter("executor")
@@ -126,7 +129,8 @@ class Learner:
     def _headroom(self) -> Headroom:
         busy = 1.0 if self._engine.num_unfinished_requests() else 0.0
         self._busy_share += 0.1 * (busy - self._busy_share)
-        return Headroom(self._executor_id, self._engine.free_memory_bytes, HORIZON_S * (1.0 - self._busy_share))
+        free_s = HORIZON_S * (1.0 - self._busy_share)
+        return Headroom(self._executor_id, self._engine.free_memory_bytes, free_s, self._current_load())
 
     async def _train(self, batch: TrainingBatch) -> None:
         self.status.phase, self.status.task_id = "training", batch.task_id

@@ -17,7 +17,7 @@ from functools import partial
 import torch
 
 from core.config import TrainingConfig
-from core.errors import DivergedError, TrainingError
+from core.errors import DeviceMemoryError, DivergedError, TrainingError
 from core.types import FineTuneTask, PairScore, SliceKind, StepMetrics, TaskKind
 from engine.dpo_batch import MicroBatch, cut_pair, make_micro_batches
 from engine.dpo_loss import sigmoid_dpo, sum_per_row, token_log_probs, token_log_probs_and_grad
@@ -100,6 +100,8 @@ class DpoStep:
                 device=model.device,
             )
         self._work = [_Work(batch) for batch in batches]
+        self.largest_batch_pairs = max(batch.num_pairs for batch in batches)
+        """Most pairs that go through a slice together."""
         self._program: _Program = deque(self._plan())
         self._gradients: torch.Tensor | None = None
         self._gradient_views: list[list[torch.Tensor]] = []
@@ -133,7 +135,8 @@ class DpoStep:
 
         Raises:
             DivergedError: Loss or gradient not finite, or a training loss above `max_loss`.
-            TrainingError: Nothing is left to run, or the device is out of memory.
+            DeviceMemoryError: The device is out of memory.
+            TrainingError: Nothing is left to run.
             After any error the step is discarded: parameters and optimizer are as before the step.
         """
         if not self._program:
@@ -142,9 +145,11 @@ class DpoStep:
         try:
             with training_mode(self._model.device):
                 run()
-        except torch.OutOfMemoryError as error:
+        except RuntimeError as error:
             self.discard()
-            raise TrainingError(f"out of device memory in a {spec.kind} slice: {error}") from error
+            if not _is_out_of_memory(error):
+                raise
+            raise DeviceMemoryError(f"out of device memory in a {spec.kind} slice: {error}") from error
         except BaseException:
             self.discard()
             raise
@@ -287,3 +292,8 @@ class DpoStep:
         self._grad_norm = self._shadow.apply(self._gradients)
         self._gradients = None
         self._gradient_views = []
+
+
+def _is_out_of_memory(error: RuntimeError) -> bool:
+    """CUDA has a class for it; the CPU allocator only has words."""
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)

@@ -16,19 +16,17 @@ import psutil
 import torch
 
 from core.config import AppArgs
-from core.errors import ConfigError, DamagedAdapterError
+from core.errors import ConfigError, DamagedAdapterError, DeviceMemoryError
 from core.types import FineTuneTask, SliceReport, SliceTiming, TaskKind, TaskResult, TokenizedPair
 from engine.base_weights import WeightViews
 from engine.dpo import DpoStep, SliceSpec
 from engine.shadow import ShadowAdapter
 from engine.trainable import TrainableModel
-from scheduler.estimator import SliceEstimator
+from scheduler.slice_gate import SliceGate
 
 logger = logging.getLogger(__name__)
 
 _WARM_UP_TOKENS = 16
-_BLOCKED_BEFORE_RELAX = 8
-"""Iterations in which an estimate keeps a slice out before its slowest measurement is forgotten."""
 
 
 class FineTuneRunner:
@@ -42,11 +40,13 @@ class FineTuneRunner:
         self._model = model
         self._shadow = shadow
         self._config = args.training
-        self._estimator = SliceEstimator()
+        self._gate = SliceGate()
+        self._slice_tokens = args.training.max_slice_tokens
+        self.warm_up_slices: list[SliceTiming] = []
+        """Every kind of slice, measured once before anything was served."""
         self._waiting: deque[FineTuneTask] = deque()
         self._running: _Running | None = None
         self._live = shadow.zeros()
-        self._blocked = 0
         self._shared_pointers: frozenset[int] = frozenset()
 
     @classmethod
@@ -83,20 +83,33 @@ class FineTuneRunner:
             self._running.step.discard()
             self._stop()
 
+    def set_slice_tokens(self, num_tokens: int) -> None:
+        """Padded tokens of micro-batches of steps that start from now on; 0: as configured."""
+        self._slice_tokens = min(num_tokens or self._config.max_slice_tokens, self._config.max_slice_tokens)
+
     def run(self, budget_s: float, min_slices: int) -> SliceReport:
         """Run slices for at most `budget_s` seconds, but at least `min_slices` if there is work."""
         report = SliceReport()
         started_s = time.perf_counter()
-        if budget_s <= 0 and min_slices == 0:
-            return report
-        _synchronize(self._model.device)
-        while (running := self._current(report)) is not None:
-            spec = running.step.next_slice
-            assert spec is not None  # _current finishes steps that are done
-            left_s = budget_s - (time.perf_counter() - started_s)
-            if len(report.slices) >= min_slices and not self._fits(spec, left_s, first=not report.slices):
-                break
-            self._run_slice(running, spec, report)
+        if budget_s > 0 or min_slices > 0:
+            _synchronize(self._model.device)
+            while (running := self._current(report)) is not None:
+                spec = running.next_spec()
+                left_s = budget_s - (time.perf_counter() - started_s)
+                enough = len(report.slices) >= min_slices
+                if enough and not self._gate.fits(spec.kind, spec.num_tokens, left_s, first=not report.slices):
+                    break
+                self._run_slice(running, spec, report)
+        report.held_bytes = 0 if self._running is None else self._running.step.activation_bytes
+        return report
+
+    def run_step(self) -> SliceReport:
+        """Run the step in progress, or the next one, to its end: the blocking baselines."""
+        report = SliceReport()
+        while (running := self._current(report)) is not None and not report.finished:
+            self._run_slice(running, running.next_spec(), report)
+            if running.step.done:
+                self._finish(running, report)
         return report
 
     def save_adapter(self, directory: str, base_model: str) -> None:
@@ -162,13 +175,17 @@ class FineTuneRunner:
         try:
             if task.on_live and task.kind is TaskKind.TRAIN:
                 raise ConfigError("the live adapter is never trained in place")
-            step = DpoStep(self._model, self._shadow, task, self._config)
+            step = self._new_step(task, self._slice_tokens)
         except Exception as error:  # noqa: BLE001 - any failure is the task's result; serving goes on
             report.finished.append(_failure(task, error))
             return
         if task.on_live:
             self._shadow.exchange(self._live)
-        self._running = _Running(task, step)
+        self._running = _Running(task, step, self._slice_tokens)
+
+    def _new_step(self, task: FineTuneTask, slice_tokens: int) -> DpoStep:
+        config = self._config.model_copy(update={"max_slice_tokens": slice_tokens})
+        return DpoStep(self._model, self._shadow, task, config)
 
     def _finish(self, running: "_Running", report: SliceReport) -> None:
         metrics, scores = running.step.result()
@@ -198,25 +215,33 @@ class FineTuneRunner:
         started_s = time.perf_counter()
         try:
             running.step.run_slice()
+        except DeviceMemoryError as error:
+            report.out_of_memory = True
+            self._shrink(running, error, report)
         except Exception as error:  # noqa: BLE001 - any failure is the task's result; serving goes on
             self._stop()
             report.finished.append(_failure(running.task, error))
         _synchronize(self._model.device)
         latency_s = time.perf_counter() - started_s
-        running.count(latency_s, running.step.activation_bytes)
-        self._estimator.observe(spec.kind, spec.num_tokens, latency_s)
-        report.slices.append(SliceTiming(spec.kind, spec.num_tokens, latency_s))
+        held_bytes = running.step.activation_bytes
+        running.count(latency_s, held_bytes)
+        report.peak_bytes = max(report.peak_bytes, held_bytes)
+        if not report.out_of_memory:  # such a slice did not do its work
+            self._gate.observe(spec.kind, spec.num_tokens, latency_s)
+            report.slices.append(SliceTiming(spec.kind, spec.num_tokens, latency_s))
 
-    def _fits(self, spec: SliceSpec, left_s: float, *, first: bool) -> bool:
-        predicted_s = self._estimator.predict(spec.kind, spec.num_tokens)
-        fits = predicted_s is not None and predicted_s <= left_s
-        if fits:
-            self._blocked = 0
-        elif first:
-            self._blocked += 1
-            if self._blocked % _BLOCKED_BEFORE_RELAX == 0:
-                self._estimator.relax(spec.kind, spec.num_tokens)
-        return fits
+    def _shrink(self, running: "_Running", error: DeviceMemoryError, report: SliceReport) -> None:
+        """Start the step again with micro-batches of half the size; a single pair cannot be halved."""
+        if self._model.device.type == "cuda":
+            torch.cuda.empty_cache()
+        if running.largest_batch_pairs <= 1:
+            self._stop()
+            report.finished.append(_failure(running.task, error))
+            return
+        running.slice_tokens = max(1, running.slice_tokens // 2)
+        self._slice_tokens = min(self._slice_tokens, running.slice_tokens)
+        logger.warning("%s; the step starts again with slices of %d tokens", error, running.slice_tokens)
+        running.step = self._new_step(running.task, running.slice_tokens)
 
     def _warm_up(self) -> None:
         """Run one step of a made-up pair, so that no kind of slice is unknown; leaves no trace in the adapter."""
@@ -224,9 +249,10 @@ class FineTuneRunner:
         prompt = (0,) * half
         pair = TokenizedPair("warm-up", prompt, (0,) * half, (1,) * half)
         for _ in range(2):  # the first pass pays for lazy set-up inside torch
-            self._estimator = SliceEstimator()
+            self._gate = SliceGate()
             self.submit(FineTuneTask("warm-up", TaskKind.TRAIN, (pair,)).to_wire())
-            result = self.run(float("inf"), sys.maxsize).finished[0]
+            report = self.run(float("inf"), sys.maxsize)
+            result, self.warm_up_slices = report.finished[0], report.slices
             self._shadow.reset()
             if result.error is not None:
                 logger.warning("warm-up step failed: %s", result.error)
@@ -235,15 +261,27 @@ class FineTuneRunner:
 class _Running:
     """The step in progress and what it has cost so far."""
 
-    __slots__ = ("busy_s", "longest_slice_s", "num_slices", "peak_bytes", "step", "task")
+    __slots__ = ("busy_s", "longest_slice_s", "num_slices", "peak_bytes", "slice_tokens", "step", "task")
 
-    def __init__(self, task: FineTuneTask, step: DpoStep) -> None:
+    def __init__(self, task: FineTuneTask, step: DpoStep, slice_tokens: int) -> None:
         self.task = task
         self.step = step
+        self.slice_tokens = slice_tokens
         self.num_slices = 0
         self.busy_s = 0.0
         self.longest_slice_s = 0.0
         self.peak_bytes = 0
+
+    def next_spec(self) -> SliceSpec:
+        """The slice to run now; a step that is done was finished before."""
+        spec = self.step.next_slice
+        assert spec is not None
+        return spec
+
+    @property
+    def largest_batch_pairs(self) -> int:
+        """Most pairs that go together through a slice; the work of a discarded step is forgotten, so ask the task."""
+        return self.step.largest_batch_pairs
 
     def count(self, latency_s: float, held_bytes: int) -> None:
         """Add one slice and the memory that is held after it."""

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import core.errors
+from core.batch import IterationSample
 from core.config import AppArgs
 from core.errors import MaceError, TrainingError
 from core.types import FineTuneTask, TaskResult
@@ -83,6 +84,14 @@ class HybridEngine:
         description: dict[str, int] = await self._call_runner("describe")
         return description
 
+    async def iterations(self, after: int = 0) -> tuple[int, list[IterationSample]]:
+        """Measured iterations since number `after`, oldest first, and the number to ask for next.
+
+        The worker keeps the last 4096. `overhead_s` of a sample is the iteration's before it.
+        """
+        reply = (await self.client.collective_rpc("mace_iterations", args=(after,)))[0]
+        return reply["next"], [IterationSample.from_wire(sample) for sample in reply["samples"]]
+
     async def load_version(self, handle: Any) -> None:
         """Load an adapter version into the inference side ahead of its first request."""
         await self.client.add_lora(handle)
@@ -92,12 +101,13 @@ class HybridEngine:
         return vllm_compat.make_lora_request(name, number, path)
 
     async def decode(
-        self, prompt_ids: Sequence[int], request_id: str, max_tokens: int, handle: Any = None
+        self, prompt_ids: Sequence[int], request_id: str, max_tokens: int, handle: Any = None, priority: int = 0
     ) -> AsyncIterator[list[int]]:
         """Greedy token ids so far, after each token; past end-of-sequence. For measurements and tests."""
         params = vllm_compat.make_sampling_params(max_tokens)
         prompt = {"prompt_token_ids": list(prompt_ids)}
-        async for output in self.client.generate(prompt, params, request_id, lora_request=handle):
+        outputs = self.client.generate(prompt, params, request_id, lora_request=handle, priority=priority)
+        async for output in outputs:
             yield list(output.outputs[0].token_ids)
 
     async def build_openai_app(self, base_names: list[str]) -> Any:

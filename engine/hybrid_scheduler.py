@@ -1,9 +1,9 @@
-"""vLLM's scheduler plus fine-tune work: each `SchedulerOutput` carries a `Directive` for the worker.
+"""vLLM's scheduler under our plan: each iteration's token budget, waiting order and fine-tune slices.
 
-Inference scheduling is vLLM's own, unchanged. A request whose `extra_args` hold `TASK_KEY` is a fine-tune task:
-it is taken aside before vLLM queues it, keeps the engine stepping while it is unfinished, and ends as an
-`EngineCoreOutput` whose `kv_transfer_params` carry the `TaskResult`. What an iteration may spend on it is
-decided by `scheduler.iteration`; the slices run in `engine.hybrid_worker`.
+Allocation of KV blocks, preemption and sampling stay vLLM's own. Before it schedules, the planner sets the token
+budget and the longest prefill chunk; after, it says what the iteration may spend on fine-tuning, and a `Directive`
+takes that to the worker. A request whose `extra_args` hold `TASK_KEY` is a fine-tune task: `engine.task_table`
+keeps it aside, and it ends as an `EngineCoreOutput` whose `kv_transfer_params` carry the `TaskResult`.
 
 Invariant: nothing in here may raise because of a fine-tune task; an exception would end the engine.
 """
@@ -20,33 +20,56 @@ from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs, FinishReason
 from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import Request, RequestStatus
 
+from core.batch import ForwardShape, IterationSample
 from core.config import AppArgs
-from core.types import TaskResult
-from engine.messages import DIRECTIVE_ATTRIBUTE, REPORT_ATTRIBUTE, TASK_KEY, Directive, IterationReport
+from core.types import TaskKind, TaskResult
+from engine.iteration_log import sample_of
+from engine.iteration_view import shape_of, view_of
+from engine.messages import (
+    DIRECTIVE_ATTRIBUTE,
+    REPORT_ATTRIBUTE,
+    TASK_KEY,
+    Directive,
+    IterationReport,
+    WorkerFacts,
+)
 from engine.orphan_watch import exit_with_parent
+from engine.planning import build_planner, kv_pool_of
+from engine.task_table import TaskTable
 from engine.vllm_compat import app_args_of
-from scheduler.iteration import IterationPlanner, IterationState
+from engine.waiting_queue import AgeingRequestQueue
+from scheduler.iteration import KV_OWNER
+from scheduler.memory_ledger import Pool
+from scheduler.plan import IterationView, Plan
 
 
 class HybridSchedulerMixin:
-    """Adds fine-tune tasks to a vLLM scheduler; see the module docstring."""
+    """Adds plans and fine-tune tasks to a vLLM scheduler; see the module docstring."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         exit_with_parent()
         config: AppArgs = app_args_of(self.vllm_config)  # type: ignore[attr-defined]
-        self._planner = IterationPlanner(config.scheduler, config.slo)
-        self._tasks: dict[str, Request] = {}
+        self._args = config
+        self._max_tokens: int = self.max_num_scheduled_tokens  # type: ignore[has-type]
+        self._chunk_limit: int = self.scheduler_config.long_prefill_token_threshold  # type: ignore[attr-defined]
+        pool = kv_pool_of(self.kv_cache_config)  # type: ignore[attr-defined]
+        self._usable_blocks, self._block_bytes = pool.num_blocks, pool.block_bytes
+        self._planner = build_planner(config, self, pool)
+        self.waiting = AgeingRequestQueue(config.scheduler)
+        self._tasks = TaskTable()
         self._directive = Directive()
         self._iteration_started_s = 0.0
+        self._overhead_s = 0.0
 
     def add_request(self, request: Request) -> None:
         """Queue a request with vLLM, or take a fine-tune task aside."""
         task = _task_of(request)
         if task is None:
+            self._planner.note_requests()
             super().add_request(request)  # type: ignore[misc]
             return
-        self._tasks[request.request_id] = request
+        self._tasks.add(request, task, time.time())
         self._directive.new_tasks.append({**task, "task_id": request.request_id})
 
     def finish_requests(
@@ -57,10 +80,9 @@ class HybridSchedulerMixin:
             request_ids = (request_ids,)
         ids = None if request_ids is None else list(request_ids)
         ended = []
-        for task_id in list(self._tasks) if ids is None else [i for i in ids if i in self._tasks]:
-            request = self._tasks.pop(task_id)
+        for request in self._tasks.remove(ids):
             request.status = finished_status
-            self._directive.aborted_task_ids.append(task_id)
+            self._directive.aborted_task_ids.append(request.request_id)
             ended.append(request)
         return [*super().finish_requests(ids, finished_status), *ended]  # type: ignore[misc]
 
@@ -73,13 +95,15 @@ class HybridSchedulerMixin:
         return bool(self._tasks or self._directive.aborted_task_ids)
 
     def schedule(self, throttle_prefills: bool = False) -> SchedulerOutput:
-        """vLLM's schedule, with this iteration's fine-tune budget attached."""
+        """vLLM's schedule within the plan's limits, with this iteration's fine-tune part attached."""
         self._iteration_started_s = time.perf_counter()
+        view = self._view(time.time())
+        plan = self._planner.plan(view)
+        self._apply(plan, view)
         output = super().schedule(throttle_prefills)  # type: ignore[misc]
-        plan = self._planner.plan(self._state_of(output))
+        shape = shape_of(output.num_scheduled_tokens, self.requests)  # type: ignore[attr-defined]
+        self._direct(self._planner.settle(plan, view, shape), shape)
         directive, self._directive = self._directive, Directive()
-        directive.finetune_budget_s = plan.finetune_budget_s
-        directive.min_slices = plan.min_slices
         setattr(output, DIRECTIVE_ATTRIBUTE, directive)
         return output
 
@@ -89,20 +113,70 @@ class HybridSchedulerMixin:
         """vLLM's update, plus the results of fine-tune tasks that ended in this iteration."""
         report: IterationReport | None = getattr(model_runner_output, REPORT_ATTRIBUTE, None)
         if report is not None:
-            spent_s = report.forward_s + sum(s.latency_s for s in report.finetune.slices)
-            wall_s = time.perf_counter() - self._iteration_started_s
-            self._planner.observe(
-                scheduler_output.total_num_scheduled_tokens, report.forward_s, max(0.0, wall_s - spent_s)
-            )
+            self._observe(getattr(scheduler_output, DIRECTIVE_ATTRIBUTE), report)
         outputs = super().update_from_output(scheduler_output, model_runner_output)  # type: ignore[misc]
         for result in report.finetune.finished if report is not None else ():
             self._emit(result, outputs)
         return outputs
 
+    def _view(self, now_s: float) -> IterationView:
+        self.waiting.now_s = now_s
+        free_blocks = self.kv_cache_manager.block_pool.get_num_free_blocks()  # type: ignore[attr-defined]
+        used_bytes = max(0, self._usable_blocks - free_blocks) * self._block_bytes
+        self._planner.memory.record(KV_OWNER, Pool.KV, used_bytes)
+        return view_of(
+            now_s,
+            self.running,  # type: ignore[attr-defined]
+            self.waiting,
+            free_seats=max(0, self.max_num_active_reqs - len(self.running)),  # type: ignore[attr-defined]
+            used_kv_bytes=used_bytes,
+            finetune=self._tasks.state(),
+        )
+
+    def _apply(self, plan: Plan, view: IterationView) -> None:
+        """Set vLLM's own limits for this iteration; its configured ones stay the upper bound."""
+        self.max_num_scheduled_tokens = min(self._max_tokens, plan.token_budget)
+        limits = [limit for limit in (plan.max_chunk_tokens, self._chunk_limit) if limit > 0]
+        self.scheduler_config.long_prefill_token_threshold = min(limits, default=0)  # type: ignore[attr-defined]
+        if view.num_decode and view.prefills and view.prefills[0].is_running:
+            # vLLM goes through the running requests in order: a long prompt must not take the tokens of those
+            # that decode. The sort is stable.
+            self.running.sort(key=_is_prefilling)  # type: ignore[attr-defined]
+
+    def _direct(self, plan: Plan, shape: ForwardShape) -> None:
+        directive = self._directive
+        directive.finetune_budget_s = plan.finetune_budget_s
+        directive.min_slices = plan.min_slices
+        directive.slice_tokens = plan.slice_tokens
+        directive.is_blocking = plan.is_blocking
+        directive.shape = shape
+        directive.predicted_forward_s = plan.predicted_forward_s
+        directive.overhead_s = self._overhead_s
+
+    def _observe(self, directive: Directive, report: IterationReport) -> None:
+        if report.facts is not None:
+            self._take_facts(report.facts)
+        slices_s = sum(s.latency_s for s in report.finetune.slices)
+        wall_s = time.perf_counter() - self._iteration_started_s
+        self._overhead_s = max(0.0, wall_s - report.forward_s - slices_s)
+        self._planner.observe(sample_of(directive, report.finetune, report.forward_s, self._overhead_s))
+        self._tasks.note_progress(report.finetune, time.time())
+        if not report.finetune.held_bytes:
+            self._planner.release_arena()
+
+    def _take_facts(self, facts: WorkerFacts) -> None:
+        """The arena's size, and the warm-up slices: no kind is unknown to the planner from here on."""
+        arena_bytes = self._args.training.arena_bytes or facts.free_bytes // 2
+        self._planner.memory.set_capacity(Pool.ARENA, arena_bytes)
+        self._planner.observe(IterationSample(ForwardShape(), 0.0, slices=facts.warm_up))
+
     def _emit(self, result: TaskResult, outputs: dict[int, EngineCoreOutputs]) -> None:
-        request = self._tasks.pop(result.task_id, None)
-        if request is None:  # aborted meanwhile
+        task = self._tasks.pop(result.task_id)
+        if task is None:  # aborted meanwhile
             return
+        if result.kind is TaskKind.TRAIN and result.error is None:
+            self._planner.note_trained(task.num_pairs)
+        request = task.request
         request.status = RequestStatus.FINISHED_STOPPED
         core_outputs = outputs.setdefault(request.client_index, EngineCoreOutputs())
         core_outputs.outputs.append(
@@ -114,31 +188,6 @@ class HybridSchedulerMixin:
             )
         )
 
-    def _state_of(self, output: SchedulerOutput) -> IterationState:
-        num_decode = num_prefill = 0
-        requests: dict[str, Request] = self.requests  # type: ignore[attr-defined]
-        for request_id, num_tokens in output.num_scheduled_tokens.items():
-            if requests[request_id].num_output_tokens > 0:
-                num_decode += num_tokens
-            else:
-                num_prefill += num_tokens
-        return IterationState(
-            num_decode_tokens=num_decode,
-            num_prefill_tokens=num_prefill,
-            oldest_first_token_wait_s=self._oldest_wait_s(),
-            has_finetune_work=bool(self._tasks),
-        )
-
-    def _oldest_wait_s(self) -> float | None:
-        """Seconds that the longest-waiting request without a first token has waited."""
-        arrivals = [
-            request.arrival_time
-            for queue in (self.waiting, self.running)  # type: ignore[attr-defined]
-            for request in queue
-            if request.num_output_tokens == 0
-        ]
-        return max(0.0, time.time() - min(arrivals)) if arrivals else None
-
 
 class HybridScheduler(HybridSchedulerMixin, Scheduler):
     """For engines without async scheduling (CPU)."""
@@ -146,6 +195,10 @@ class HybridScheduler(HybridSchedulerMixin, Scheduler):
 
 class AsyncHybridScheduler(HybridSchedulerMixin, AsyncScheduler):
     """For engines with async scheduling (one GPU); a plain Scheduler subclass would turn it off."""
+
+
+def _is_prefilling(request: Request) -> bool:
+    return request.num_tokens_with_spec + request.num_output_placeholders - request.num_computed_tokens > 1
 
 
 def _task_of(request: Request) -> dict[str, Any] | None:

@@ -6,7 +6,9 @@ that the tokens of this iteration leave as soon as they exist; the time between 
 
 import copy
 import time
+from collections.abc import Callable
 from contextlib import nullcontext
+from functools import partial
 from typing import Any
 
 from vllm.v1.outputs import AsyncModelRunnerOutput, ModelRunnerOutput
@@ -15,8 +17,9 @@ from core.config import AppArgs
 from core.errors import ConfigError, MaceError
 from core.types import SliceReport
 from engine.base_weights import WeightViews, huggingface_views, is_shared, unpacked_cpu_weights
-from engine.finetune_runner import FineTuneRunner
-from engine.messages import DIRECTIVE_ATTRIBUTE, REPORT_ATTRIBUTE, Directive, IterationReport
+from engine.finetune_runner import FineTuneRunner, free_memory_bytes
+from engine.iteration_log import IterationLog
+from engine.messages import DIRECTIVE_ATTRIBUTE, REPORT_ATTRIBUTE, Directive, IterationReport, WorkerFacts
 from engine.orphan_watch import exit_with_parent
 from engine.vllm_compat import app_args_of
 
@@ -25,18 +28,31 @@ class HybridWorkerMixin:
     """Adds a `FineTuneRunner` to a vLLM worker; see the module docstring."""
 
     _runner: FineTuneRunner | None = None
+    _facts: WorkerFacts | None = None
+    """To be sent with the next report."""
+    _log: IterationLog
+    _directive: Directive
     _finetune_report: SliceReport
     _forward_started_s: float
 
     def load_model(self, **kwargs: Any) -> None:
         """Load the inference model, then the trainable model beside it (or on its very weights)."""
         exit_with_parent()
+        self._log = IterationLog()
         args = app_args_of(self.vllm_config)  # type: ignore[attr-defined]
         shared = args.training.enabled and is_shared(args.engine, self.device.type)  # type: ignore[attr-defined]
         with unpacked_cpu_weights() if shared else nullcontext():
             super().load_model(**kwargs)  # type: ignore[misc]
         if args.training.enabled:
             self._runner = self._build_runner(args, shared)
+
+    def compile_or_warm_up_model(self) -> Any:
+        """vLLM's last preparation before it serves; what is free on the device after it, training may use."""
+        result = super().compile_or_warm_up_model()  # type: ignore[misc]
+        if self._runner is not None:
+            free_bytes = free_memory_bytes(self.device)  # type: ignore[attr-defined]
+            self._facts = WorkerFacts(self._runner.warm_up_slices, free_bytes)
+        return result
 
     def _build_runner(self, args: AppArgs, shared: bool) -> FineTuneRunner:
         model_config = self.vllm_config.model_config  # type: ignore[attr-defined]
@@ -53,8 +69,8 @@ class HybridWorkerMixin:
 
     def execute_model(self, scheduler_output: Any) -> Any:
         """Slices, then vLLM's forward pass. Returns None when `sample_tokens` follows."""
-        directive: Directive = getattr(scheduler_output, DIRECTIVE_ATTRIBUTE, None) or Directive()
-        self._finetune_report = self._run_slices(directive)
+        self._directive = getattr(scheduler_output, DIRECTIVE_ATTRIBUTE, None) or Directive()
+        self._finetune_report = self._run_slices(self._directive)
         self._forward_started_s = time.perf_counter()
         return self._finish(super().execute_model(scheduler_output))  # type: ignore[misc]
 
@@ -77,6 +93,10 @@ class HybridWorkerMixin:
         except MaceError as error:
             return _error(error)
 
+    def mace_iterations(self, after: int) -> dict[str, Any]:
+        """Samples of the iterations since number `after`, and the number to ask for next (`IterationLog.since`)."""
+        return self._log.since(after)
+
     def _run_slices(self, directive: Directive) -> SliceReport:
         if self._runner is None:
             return SliceReport()
@@ -84,34 +104,43 @@ class HybridWorkerMixin:
             self._runner.submit(task)
         for task_id in directive.aborted_task_ids:
             self._runner.abort(task_id)
+        if directive.is_blocking:
+            return self._runner.run_step()
+        self._runner.set_slice_tokens(directive.slice_tokens)
         return self._runner.run(directive.finetune_budget_s, directive.min_slices)
 
     def _finish(self, output: Any) -> Any:
         if output is None:
             return None
+        finish = partial(self._with_report, self._directive, self._finetune_report, self._forward_started_s)
         if isinstance(output, AsyncModelRunnerOutput):
-            return _ReportingAsyncOutput(output, self._finetune_report, self._forward_started_s)
-        return _with_report(output, self._finetune_report, self._forward_started_s)
+            return _ReportingAsyncOutput(output, finish)
+        return finish(output)
+
+    def _with_report(
+        self, directive: Directive, finetune: SliceReport, started_s: float, output: ModelRunnerOutput
+    ) -> ModelRunnerOutput:
+        """A copy with the report: vLLM's empty output is one shared constant."""
+        forward_s = time.perf_counter() - started_s
+        self._log.add(directive, finetune, forward_s)
+        facts, self._facts = self._facts, None
+        output = copy.copy(output)
+        setattr(output, REPORT_ATTRIBUTE, IterationReport(finetune, forward_s, facts))
+        return output
 
 
 class _ReportingAsyncOutput(AsyncModelRunnerOutput):
     """Adds the report when the copy to the host is done (async scheduling on GPU)."""
 
-    def __init__(self, inner: AsyncModelRunnerOutput, finetune: SliceReport, forward_started_s: float) -> None:
+    def __init__(
+        self, inner: AsyncModelRunnerOutput, finish: Callable[[ModelRunnerOutput], ModelRunnerOutput]
+    ) -> None:
         self._inner = inner
-        self._finetune = finetune
-        self._forward_started_s = forward_started_s
+        self._finish = finish
 
     def get_output(self) -> ModelRunnerOutput:
-        return _with_report(self._inner.get_output(), self._finetune, self._forward_started_s)
+        return self._finish(self._inner.get_output())
 
 
 def _error(error: MaceError) -> dict[str, Any]:
     return {"error": type(error).__name__, "message": str(error)}
-
-
-def _with_report(output: ModelRunnerOutput, finetune: SliceReport, forward_started_s: float) -> ModelRunnerOutput:
-    """A copy with the report: vLLM's empty output is one shared constant."""
-    output = copy.copy(output)
-    setattr(output, REPORT_ATTRIBUTE, IterationReport(finetune, time.perf_counter() - forward_started_s))
-    return output

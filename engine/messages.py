@@ -7,7 +7,8 @@ two processes: a `Directive` on `SchedulerOutput`, an `IterationReport` on a cop
 from dataclasses import dataclass, field
 from typing import Any
 
-from core.types import SliceReport
+from core.batch import ForwardShape
+from core.types import SliceReport, SliceTiming
 
 TASK_KEY = "mace_finetune_task"
 """Key in `SamplingParams.extra_args` that carries a task. Only code inside the replica may set it."""
@@ -22,9 +23,27 @@ class Directive:
 
     finetune_budget_s: float = 0.0
     min_slices: int = 0
+    slice_tokens: int = 0
+    """Padded tokens of micro-batches of steps that start from now on; 0: as configured."""
+    is_blocking: bool = False
+    """Run the step in progress, or the next one, to its end whatever it takes."""
     new_tasks: list[dict[str, Any]] = field(default_factory=list)
     """`FineTuneTask.to_wire()` of tasks that entered since the last iteration."""
     aborted_task_ids: list[str] = field(default_factory=list)
+    shape: ForwardShape = field(default_factory=ForwardShape)
+    predicted_forward_s: float | None = None
+    overhead_s: float = 0.0
+    """Of the iteration before; the last one is not over when its slices run."""
+
+
+@dataclass(slots=True)
+class WorkerFacts:
+    """What the worker knew before the first iteration."""
+
+    warm_up: list[SliceTiming]
+    """Every kind of slice, measured once."""
+    free_bytes: int
+    """Device memory beside weights and KV cache."""
 
 
 @dataclass(slots=True)
@@ -34,3 +53,5 @@ class IterationReport:
     finetune: SliceReport
     forward_s: float
     """Inference forward pass and sampling."""
+    facts: WorkerFacts | None = None
+    """In the first report only."""

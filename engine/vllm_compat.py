@@ -64,6 +64,7 @@ def make_engine_args(args: AppArgs, model_dir: str) -> Any:
         "gpu_memory_utilization": args.engine.gpu_memory_utilization,
         "kv_cache_memory_bytes": args.engine.kv_cache_memory_bytes or (_cpu_kv_bytes() if on_cpu else None),
         "enable_prefix_caching": True,
+        "scheduling_policy": "priority",  # lets requests carry one; the order is ours (engine.waiting_queue)
         "enable_lora": True,
         "max_lora_rank": _lora_rank_of_vllm(args.lora.rank),
         "max_loras": args.lora.max_loaded,

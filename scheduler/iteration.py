@@ -1,78 +1,241 @@
-"""What one engine iteration may spend on fine-tuning: state in, `Plan` out.
+"""One engine iteration: what the forward pass may take, and what is left for fine-tune slices.
 
-The rule: inference is scheduled first; slices then fill the time that is predicted to be left before the
-TBT target of the running requests and the TTFT target of the waiting ones. The worker runs a slice only if
-its own upper estimate still fits into what is left, so the longest slice bounds the delay of inference.
-Pure: no clock, no device; `observe` feeds measurements back.
+`plan` is asked before inference is scheduled, `settle` after, for what was really scheduled (prefix hits, finished
+and preempted requests make a difference). Tasks are taken in order of priority; decoding is mandatory and counts
+first. Prefill chunks are packed by best fit into the iteration's capacity; slices get the rest of it, within the
+slack before the TTFT targets. One bin is open at a time: a second would let a task wait for a tighter fit in an
+iteration that is planned anew anyway.
+
+Pure: no clock, no device. The engine and the simulator run this same code.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+from core.batch import ForwardShape, IterationSample
 from core.config import SchedulerConfig, SloConfig
-from scheduler.estimator import ForwardEstimator
+from core.ports import LatencyPredictor
+from core.types import SliceKind
+from scheduler.memory_ledger import MemoryLedger, Pool
+from scheduler.packing import Bin, Demand, choose_candidate
+from scheduler.plan import FineTuneState, IterationView, Plan, PrefillTask
+from scheduler.priority import decode_priority, finetune_priority, prefill_priority
+from scheduler.retrain import RetrainMeter
+from scheduler.slice_size import ARENA_OWNER, SliceSizer
+from scheduler.slo_budget import iteration_capacity_s, ttft_slack_s
 
 IDLE_QUANTUM_S = 0.01
 """With nothing to serve, slices run for this long (at least one) before new requests are looked for."""
 
-_OVERHEAD_SMOOTHING = 0.1
+_CHUNK_MULTIPLE = 16
+"""Chunks that do not end a prompt are multiples of this: kernels and KV blocks like it."""
+
+KV_OWNER = "inference"
+"""Owner in the ledger of the KV blocks that vLLM has given out."""
 
 
 @dataclass(frozen=True, slots=True)
-class IterationState:
-    """What the engine is about to run, apart from fine-tuning."""
+class EngineLimits:
+    """What the engine can do at most, whatever the plan says."""
 
-    num_decode_tokens: int
-    num_prefill_tokens: int
-    oldest_first_token_wait_s: float | None
-    """How long the longest-waiting request without a first token has waited; None if there is none."""
-    has_finetune_work: bool
-
-    @property
-    def num_tokens(self) -> int:
-        """Tokens of the inference forward pass."""
-        return self.num_decode_tokens + self.num_prefill_tokens
-
-
-@dataclass(frozen=True, slots=True)
-class Plan:
-    """The fine-tune part of one iteration."""
-
-    finetune_budget_s: float
-    min_slices: int
-    """Slices that run even if their estimate does not fit: one when the engine is idle, else none."""
-    predicted_forward_s: float | None
+    max_tokens: int
+    """Tokens of one forward pass."""
+    max_slice_tokens: int
+    """Padded tokens of one fine-tune micro-batch."""
+    kv_bytes_per_token: float = 0.0
+    arena_bytes_per_token: float = 0.0
+    """From the profile; 0 if unknown (learnt from the first steps)."""
+    can_chunk_prefills: bool = True
+    """False: a prompt is computed in one pass, so its tokens may not be limited."""
+    min_chunk_tokens: int = 0
+    """Smallest chunk that the model's cache layout allows; 0: any."""
 
 
 class IterationPlanner:
-    """Turns SLOs and measured latencies into each iteration's fine-tune budget."""
+    """Turns SLOs, priorities and predictions into each iteration's plan."""
 
-    def __init__(self, config: SchedulerConfig, slo: SloConfig) -> None:
+    def __init__(
+        self,
+        *,
+        config: SchedulerConfig,
+        slo: SloConfig,
+        predictor: LatencyPredictor,
+        limits: EngineLimits,
+        memory: MemoryLedger,
+    ) -> None:
+        self.memory = memory
+        self.predictor = predictor
+        self.retrain = RetrainMeter(config)
         self._config = config
         self._slo = slo
-        self._forward = ForwardEstimator()
-        self._overhead_s = 0.0
+        self._limits = limits
+        self._sizer = SliceSizer(config, predictor, memory, limits.max_slice_tokens, limits.arena_bytes_per_token)
+        self._min_chunk = max(config.min_prefill_tokens, limits.min_chunk_tokens)
 
-    def plan(self, state: IterationState) -> Plan:
-        """Budget in seconds for the slices of this iteration; zero without fine-tune work."""
-        predicted_s = self._forward.predict(state.num_tokens) if state.num_tokens else 0.0
-        if not state.has_finetune_work or self._config.policy == "inference_only":
-            return Plan(0.0, 0, predicted_s)
-        if state.num_tokens == 0:
-            return Plan(IDLE_QUANTUM_S, 1, predicted_s)
-        if predicted_s is None:  # nothing measured yet: measure the forward pass alone first
-            return Plan(0.0, 0, None)
-        return Plan(max(0.0, self._slack_s(state, predicted_s)), 0, predicted_s)
+    def plan(self, view: IterationView) -> Plan:
+        """Token budget and chunk cap for the forward pass, or a blocking training phase of a baseline."""
+        if self.retrain.is_blocking_due(view.finetune is not None):
+            return Plan(0, 0, finetune_budget_s=float("inf"), min_slices=1, is_blocking=True)
+        if not view.prefills or not self._limits.can_chunk_prefills:
+            return Plan(self._limits.max_tokens, 0)
+        shape = ForwardShape(num_decode=view.num_decode, decode_context=view.decode_context)
+        decode_s = self.predictor.forward_upper_s(shape)
+        if decode_s is None:  # nothing known of this device: vLLM's own way
+            return Plan(self._limits.max_tokens, 0)
+        chunks = self._pack_prefills(view, shape, decode_s)
+        budget = min(self._limits.max_tokens, view.num_decode + sum(chunks))
+        return Plan(budget, max(chunks))
 
-    def observe(self, num_tokens: int, forward_s: float, overhead_s: float) -> None:
-        """Feed back one iteration: its forward time and what it spent on neither forward nor slices."""
-        if num_tokens:
-            self._forward.observe(num_tokens, forward_s)
-            self._overhead_s += _OVERHEAD_SMOOTHING * (overhead_s - self._overhead_s)
+    def settle(self, plan: Plan, view: IterationView, shape: ForwardShape) -> Plan:
+        """The plan with its fine-tune part, for the forward pass `shape` that was scheduled under it."""
+        predicted_s = self.predictor.forward_s(shape) if shape.num_tokens else 0.0
+        plan = replace(plan, predicted_forward_s=predicted_s)
+        state = view.finetune
+        if plan.is_blocking or state is None or self._config.policy != "mace" or self.retrain.is_above_cap():
+            return plan
+        plan.slice_tokens = self._slice_tokens(view)
+        if not self._reserve_arena(state, plan.slice_tokens):
+            return plan  # no memory: training waits
+        if shape.num_tokens == 0:
+            plan.finetune_budget_s, plan.min_slices = IDLE_QUANTUM_S, 1
+            return plan
+        upper_s = self.predictor.forward_upper_s(shape)
+        if predicted_s is None or upper_s is None:  # measure the forward pass alone first
+            return plan
+        plan.finetune_budget_s = max(0.0, self._slack_s(view, shape, upper_s))
+        self._sizer.note_budget(plan.finetune_budget_s)
+        if self._must_train(view, state):
+            plan.min_slices = 1
+        return plan
 
-    def _slack_s(self, state: IterationState, predicted_s: float) -> float:
-        busy_s = predicted_s + self._overhead_s
-        slack_s = self._config.slack_fraction * self._slo.tbt_s - busy_s
-        if state.oldest_first_token_wait_s is not None:
-            first_token_s = self._slo.ttft_s - state.oldest_first_token_wait_s - busy_s
+    def observe(self, sample: IterationSample) -> None:
+        """Feed back one measured iteration."""
+        self.predictor.observe(sample)
+        self._sizer.observe(sample)
+        reserved = self.memory.held_bytes(ARENA_OWNER)
+        if sample.out_of_memory and reserved:
+            self.memory.shrink(Pool.ARENA, reserved)  # the arena is no larger than what did not fit
+
+    def note_requests(self, count: int = 1) -> None:
+        """Count arrived inference requests."""
+        self.retrain.note_requests(count)
+
+    def note_trained(self, num_pairs: int) -> None:
+        """Count pairs of finished optimizer steps."""
+        self.retrain.note_trained(num_pairs)
+
+    def release_arena(self) -> None:
+        """No step is in progress any more."""
+        self.memory.release(ARENA_OWNER)
+
+    def _pack_prefills(self, view: IterationView, shape: ForwardShape, decode_s: float) -> list[int]:
+        """Chunk sizes of the prefills seen, in their order; at least one chunk is given."""
+        capacity_s = iteration_capacity_s(self._slo, self._config.slack_fraction, view.num_decode)
+        now = Bin(
+            "now",
+            float(self.memory.capacity_bytes),
+            capacity_s - self.predictor.overhead_s - self._aged_slice_s(view),
+            float(self.memory.used_bytes),
+            decode_s,
+        )
+        seats = view.free_seats
+        chunks: list[int] = []
+        for prefill in view.prefills:
+            if not prefill.is_running:
+                if seats <= 0:
+                    break
+                seats -= 1
+            tokens = self._pack_chunk(prefill, shape, now)
+            if tokens == 0:
+                break  # nobody overtakes
+            chunks.append(tokens)
+            if tokens < prefill.num_tokens:
+                break
+        # Decoding alone may fill the capacity: prompts go on nevertheless, slowly.
+        return chunks or [min(self._min_chunk, view.prefills[0].num_tokens)]
+
+    def _pack_chunk(self, prefill: PrefillTask, shape: ForwardShape, now: Bin) -> int:
+        """Choose how much of the prompt this iteration takes; adds it to shape and bin. 0: none fits."""
+        base_s = self.predictor.forward_upper_s(shape) or 0.0
+        sizes, demands = [], []
+        for size in self._chunk_sizes(prefill, shape, now, base_s):
+            sizes.append(size)
+            demands.append(self._chunk_demand(size, prefill, shape, base_s))
+            if now.fits(demands[-1]):
+                break  # sizes fall: what follows leaves more room
+        chosen = choose_candidate(demands, now, self._config)
+        if chosen is None:
+            return 0
+        now.add(demands[chosen])
+        shape.add_chunk(sizes[chosen], prefill.context_tokens)
+        return sizes[chosen]
+
+    def _chunk_sizes(self, prefill: PrefillTask, shape: ForwardShape, now: Bin, base_s: float) -> list[int]:
+        """Candidates, largest first: the whole prompt, what the time left is predicted to hold, and half of that."""
+        whole = min(prefill.num_tokens, self._limits.max_tokens - shape.num_tokens)
+        least = min(self._min_chunk, whole)
+        if whole <= 0:
+            return []
+        if self._config.packing == "first_fit":
+            return [whole, least]
+        whole_s = self._chunk_demand(whole, prefill, shape, base_s).latency_s
+        left_s = now.latency_capacity_s - now.latency_used_s
+        if whole_s <= left_s or whole_s <= 0:
+            return [whole]
+        # Latency is convex in the chunk, so a proportional share always fits; it is at most a little small.
+        share = int(whole * max(0.0, left_s) / whole_s) // _CHUNK_MULTIPLE * _CHUNK_MULTIPLE
+        half = share // (2 * _CHUNK_MULTIPLE) * _CHUNK_MULTIPLE
+        return [size for size in (whole, share, half) if size >= least]
+
+    def _chunk_demand(self, size: int, prefill: PrefillTask, shape: ForwardShape, base_s: float) -> Demand:
+        with_chunk = replace(shape)
+        with_chunk.add_chunk(size, prefill.context_tokens)
+        latency_s = (self.predictor.forward_upper_s(with_chunk) or 0.0) - base_s
+        return Demand(size * self._limits.kv_bytes_per_token, latency_s)
+
+    def _slack_s(self, view: IterationView, shape: ForwardShape, upper_s: float) -> float:
+        busy_s = upper_s + self.predictor.overhead_s
+        slack_s = iteration_capacity_s(self._slo, self._config.slack_fraction, view.num_decode) - busy_s
+        first_token_s = ttft_slack_s(view, self._slo, busy_s, shape.num_prefill_tokens)
+        if first_token_s is not None:
             slack_s = min(slack_s, self._config.slack_fraction * first_token_s)
         return slack_s
+
+    def _slice_tokens(self, view: IterationView) -> int:
+        lone = ForwardShape(num_decode=1, decode_context=max(1, view.decode_context // max(1, view.num_decode)))
+        lone_s = self.predictor.forward_upper_s(lone)
+        capacity_s = iteration_capacity_s(self._slo, self._config.slack_fraction, 1)
+        return self._sizer.choose(None if lone_s is None else capacity_s - self.predictor.overhead_s - lone_s)
+
+    def _reserve_arena(self, state: FineTuneState, slice_tokens: int) -> bool:
+        """False: the KV cache has taken what the step needs. A pair larger than the whole arena is tried anyway."""
+        wanted = max(self._sizer.arena_bytes(max(slice_tokens, state.max_batch_tokens)), state.held_bytes)
+        return self.memory.reserve(
+            ARENA_OWNER, Pool.ARENA, min(wanted, self.memory.pool_capacity_bytes(Pool.ARENA))
+        )
+
+    def _must_train(self, view: IterationView, state: FineTuneState) -> bool:
+        """Whether a slice runs even without slack: below the rate's floor, or it has waited above all others."""
+        if self.retrain.is_below_floor():
+            return True
+        return self._finetune_priority(view, state) > max(
+            decode_priority(0.0, self._config) if view.num_decode else float("-inf"),
+            self._top_prefill_priority(view),
+        )
+
+    def _aged_slice_s(self, view: IterationView) -> float:
+        """Time kept for one slice if fine-tuning stands before the prefills in the order of priority."""
+        state = view.finetune
+        if state is None or self._config.policy != "mace" or self.retrain.is_above_cap():
+            return 0.0
+        if self._finetune_priority(view, state) <= self._top_prefill_priority(view):
+            return 0.0
+        return self.predictor.slice_upper_s(SliceKind.BACKWARD_LAYER, self._sizer.tokens) or 0.0
+
+    def _finetune_priority(self, view: IterationView, state: FineTuneState) -> float:
+        return finetune_priority(view.now_s - state.last_progress_s, state.dpo_loss, state.attempts, self._config)
+
+    def _top_prefill_priority(self, view: IterationView) -> float:
+        return max(
+            (prefill_priority(view.now_s - p.arrived_s, p.user_priority, self._config) for p in view.prefills),
+            default=float("-inf"),
+        )

@@ -1,10 +1,11 @@
-"""Best fit (paper, Algorithm 1): put a task where it leaves the least unused capacity.
+"""Best fit (paper, Algorithm 1): put a task where, and as large as, it leaves the least unused capacity.
 
 `f = λ1·|memory fit| + λ2·|latency fit|`, both terms normalised by the bin's capacity (the prototype's were in
-MB and ms, so memory decided alone). The lowest score wins; a bin is never filled over its capacity.
+MB and ms, so memory decided alone). The lowest score wins; a bin is never filled over its capacity; a failed try
+changes nothing. A task may come as several candidates of different sizes: the packer then chooses how much of it.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from core.config import SchedulerConfig
@@ -12,13 +13,13 @@ from core.config import SchedulerConfig
 
 @dataclass(frozen=True, slots=True)
 class Demand:
-    """What a task needs."""
+    """What a task, or one size of it, needs."""
 
     memory_bytes: float
     latency_s: float
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Bin:
     """Capacity and use of one iteration, or of one executor."""
 
@@ -35,6 +36,11 @@ class Bin:
             and self.latency_used_s + demand.latency_s <= self.latency_capacity_s
         )
 
+    def add(self, demand: Demand) -> None:
+        """Take the demand's share; call only if it fits."""
+        self.memory_used_bytes += demand.memory_bytes
+        self.latency_used_s += demand.latency_s
+
     def score(self, demand: Demand, config: SchedulerConfig) -> float:
         """The paper's f after placing the demand, both terms in [0, 1]; call only if it fits."""
         memory_left = self.memory_capacity_bytes - self.memory_used_bytes - demand.memory_bytes
@@ -44,9 +50,82 @@ class Bin:
         return config.lambda_memory * memory_fit + config.lambda_latency * latency_fit
 
 
+@dataclass(frozen=True, slots=True)
+class Placement:
+    """Where one task went and which of its candidates was taken."""
+
+    task: int
+    """Index into the tasks that were packed."""
+    bin: int
+    candidate: int
+
+
 def best_fit(demand: Demand, bins: Sequence[Bin], config: SchedulerConfig) -> Bin | None:
     """The bin with the lowest score among those with room; ties by id; None if nothing has room."""
     candidates = [candidate for candidate in bins if candidate.fits(demand)]
     if not candidates:
         return None
     return min(candidates, key=lambda candidate: (candidate.score(demand, config), candidate.bin_id))
+
+
+def first_fit(demand: Demand, bins: Sequence[Bin]) -> Bin | None:
+    """The ablation of `best_fit`: the first bin with room, in the order given."""
+    return next((candidate for candidate in bins if candidate.fits(demand)), None)
+
+
+def choose_candidate(candidates: Sequence[Demand], into: Bin, config: SchedulerConfig) -> int | None:
+    """Index of the candidate to put into one bin; None if none fits. Ties go to the earlier one.
+
+    With `packing: first_fit` the first candidate that fits is taken, whatever room it leaves.
+    """
+    fitting = [i for i, candidate in enumerate(candidates) if into.fits(candidate)]
+    if not fitting:
+        return None
+    if config.packing == "first_fit":
+        return fitting[0]
+    return min(fitting, key=lambda i: (into.score(candidates[i], config), i))
+
+
+def pack(
+    tasks: Sequence[Sequence[Demand]],
+    new_bin: Callable[[int], Bin],
+    config: SchedulerConfig,
+    *,
+    max_bins: int,
+) -> tuple[list[Placement], list[Bin]]:
+    """Algorithm 1: tasks in order of priority into iterations; a new one is opened when no open one has room.
+
+    Args:
+        tasks: for each task its candidates, one of which is placed.
+        new_bin: makes the n-th bin, empty but for what must run there anyway (decoding).
+        config: weights λ1, λ2 and the packing switch.
+        max_bins: bins that may be opened. The first is executed; the others are plans that will be made anew.
+
+    Returns:
+        A placement for each task that found room, in the tasks' order, and the bins. Tasks that fit into no bin,
+        not even a new one, are left out.
+    """
+    bins: list[Bin] = []
+    placements: list[Placement] = []
+    for task, candidates in enumerate(tasks):
+        found = _best_of(candidates, bins, config)
+        if found is None and len(bins) < max_bins:
+            opened = new_bin(len(bins))
+            candidate = choose_candidate(candidates, opened, config)
+            if candidate is not None:
+                bins.append(opened)
+                found = (len(bins) - 1, candidate)
+        if found is not None:
+            bins[found[0]].add(candidates[found[1]])
+            placements.append(Placement(task, *found))
+    return placements, bins
+
+
+def _best_of(candidates: Sequence[Demand], bins: Sequence[Bin], config: SchedulerConfig) -> tuple[int, int] | None:
+    """Bin and candidate of lowest score (or the first that fit), among the open bins."""
+    choices = [(b, c) for b, open_bin in enumerate(bins) for c, d in enumerate(candidates) if open_bin.fits(d)]
+    if not choices:
+        return None
+    if config.packing == "first_fit":
+        return choices[0]
+    return min(choices, key=lambda choice: (bins[choice[0]].score(candidates[choice[1]], config), choice))

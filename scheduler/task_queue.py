@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Generic, TypeVar
 
 from core.config import SchedulerConfig
-from scheduler.priority import finetune_priority
+from scheduler.priority import finetune_priority, finetune_rate
 
 T = TypeVar("T")
 
@@ -48,7 +48,7 @@ class TaskQueue(Generic[T]):
     def push(self, task: QueuedTask[T]) -> None:
         """Add a task, or replace the one of the same id."""
         at_zero = -finetune_priority(0.0, task.dpo_loss, task.attempts, self._config)
-        key = at_zero + self._config.rate_finetune * task.arrived_s
+        key = at_zero + finetune_rate(self._config) * task.arrived_s
         self._sequence += 1
         self._tasks[task.task_id] = task
         self._entry[task.task_id] = self._sequence

@@ -1,6 +1,8 @@
+import json
+
 import pytest
 
-from core.messages import HORIZON_S, BatchOutcome, Headroom, TrainingPair
+from core.messages import HORIZON_S, BatchOutcome, ExecutorLoad, Headroom, TrainingPair
 from deployments.central_scheduler import LEASE_S, CentralScheduler
 
 BATCH, MAX_AGE_S, ATTEMPTS = 4, 20.0, 3
@@ -126,3 +128,92 @@ def test_a_busy_executor_that_is_alone_still_trains(scheduler):
     scheduler.complete(BatchOutcome(batch.task_id, "e1", busy_s=60.0, peak_bytes=1))
     scheduler.enqueue(pairs(*"efgh"))
     assert scheduler.poll(room(latency_s=0.1)) is not None
+
+
+def test_tau_mem_of_an_executors_memory_may_be_filled_and_no_more(clock):
+    args = {"training": {"pairs_per_step": BATCH}, "scheduler": {"tau_mem": 0.5}}
+    scheduler = CentralScheduler(args, clock)
+    scheduler.enqueue(pairs(*"abcd"))
+    batch = scheduler.poll(room())
+    scheduler.complete(BatchOutcome(batch.task_id, "e1", busy_s=1.0, peak_bytes=4_000))
+    scheduler.enqueue(pairs(*"efgh"))
+    assert scheduler.poll(room(memory_bytes=7_999)) is None
+    assert scheduler.poll(room(memory_bytes=8_000)) is not None
+
+
+def fleet_of(packing, clock):
+    """A scheduler that knows a batch to take 400 kB and 4 s, with `a-roomy` and `b-tight` free."""
+    args = {"training": {"pairs_per_step": BATCH}, "scheduler": {"packing": packing}}
+    scheduler = CentralScheduler(args, clock)
+    scheduler.enqueue(pairs(*"abcd"))
+    batch = scheduler.poll(room("b-tight", 1e6, 5.0))
+    scheduler.complete(BatchOutcome(batch.task_id, "b-tight", busy_s=4.0, peak_bytes=400_000))
+    assert scheduler.poll(room("a-roomy")) is None  # nothing to do: only a report
+    scheduler.enqueue(pairs(*"efgh"))
+    return scheduler
+
+
+def test_best_fit_gives_the_batch_to_the_tighter_executor(clock):
+    scheduler = fleet_of("best_fit", clock)
+    assert scheduler.poll(room("a-roomy")) is None
+    assert scheduler.poll(room("b-tight", 1e6, 5.0)) is not None
+
+
+def test_first_fit_gives_it_to_the_first_in_order_of_ids_that_has_room(clock):
+    scheduler = fleet_of("first_fit", clock)
+    assert scheduler.poll(room("b-tight", 1e6, 5.0)) is None
+    assert scheduler.poll(room("a-roomy", memory_bytes=100_000)) is None
+    assert scheduler.poll(room("b-tight", 1e6, 5.0)) is not None
+
+
+def test_executors_that_do_not_know_their_memory_yet_are_ordered_by_id(clock):
+    scheduler = fleet_of("best_fit", clock)
+    scheduler.poll(room("b-tight", float("inf")))
+    scheduler.enqueue(pairs(*"ijkl"))
+    clock.now_s += 1
+    scheduler._release_executor("b-tight")
+    assert scheduler.poll(room("c", float("inf"))) is None
+    assert scheduler.poll(room("a-roomy", float("inf"))) is not None
+
+
+def test_without_the_reward_term_the_loss_orders_nothing(clock):
+    args = {"training": {"pairs_per_step": 1}, "scheduler": {"reward_term": False}}
+    scheduler = CentralScheduler(args, clock)
+    scheduler.enqueue(pairs("first", loss=0.1))
+    clock.now_s += 0.1
+    scheduler.enqueue(pairs("second", loss=5.0))
+    assert ids(scheduler.poll(room())) == ["first"]
+
+
+def load(executor, waiting_tokens=0, prompt_token_s=0.001):
+    return ExecutorLoad(
+        executor, 0.0, 9e8, 1e9, 1000.0, 1.0, waiting_tokens=waiting_tokens, prompt_token_s=prompt_token_s
+    )
+
+
+def report(scheduler, executor, **changes):
+    scheduler.poll(Headroom(executor, 1e9, HORIZON_S, load(executor, **changes)))
+
+
+def advised(scheduler, *args):
+    return [ranked.executor_id for ranked in scheduler.advice(*args)]
+
+
+def test_advice_ranks_the_executors_of_fresh_reports(scheduler, clock):
+    report(scheduler, "busy", waiting_tokens=500)
+    report(scheduler, "free")
+    scheduler.poll(room("silent"))  # reports no load
+    assert advised(scheduler, 100) == ["free", "busy"]
+    assert advised(scheduler, 600, {"busy": 590}) == ["busy", "free"]
+    clock.now_s += 60
+    report(scheduler, "busy", waiting_tokens=500)
+    assert advised(scheduler, 100) == ["busy"]
+
+
+def test_stats_show_where_a_prompt_would_go_and_are_json(scheduler):
+    report(scheduler, "new", prompt_token_s=None)
+    report(scheduler, "known")
+    placement = json.loads(json.dumps(scheduler.stats(), allow_nan=False))["placement"]
+    assert [entry["executor_id"] for entry in placement] == ["known", "new"]
+    assert placement[0]["meets_target"]
+    assert placement[1]["predicted_ttft_s"] is None

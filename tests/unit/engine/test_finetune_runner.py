@@ -6,6 +6,7 @@ import torch
 from core.config import AppArgs
 from core.types import SliceKind, TaskKind
 from engine.finetune_runner import FineTuneRunner
+from engine.trainable import TrainableModel
 from tests.unit.engine.trainable_models import make_task, make_training, save_model
 
 
@@ -38,7 +39,7 @@ def parameters(runner):
 def test_the_warm_up_leaves_no_trace_and_knows_every_kind_of_slice(runner):
     assert runner._shadow.num_steps == 0
     assert all(bool((t == 0).all()) for name, t in parameters(runner).items() if "lora_B" in name)
-    assert all(runner._estimator.predict(kind, 8) is not None for kind in SliceKind)
+    assert all(runner._gate.fits(kind, 8, 60.0, first=True) for kind in SliceKind)
 
 
 def test_without_work_nothing_runs(runner):
@@ -54,7 +55,7 @@ def test_without_budget_nothing_runs(runner):
 
 def test_a_slice_that_does_not_fit_is_not_started(runner, monkeypatch):
     runner.submit(make_task().to_wire())
-    monkeypatch.setattr(runner._estimator, "predict", lambda kind, tokens: 5.0)
+    monkeypatch.setattr(runner._gate._estimator, "predict", lambda kind, tokens: 5.0)
     assert runner.run(4.0, 0).slices == []
     assert len(runner.run(4.0, 1).slices) == 1
 
@@ -63,8 +64,8 @@ def test_an_estimate_that_bars_a_slice_is_relaxed_in_the_end(runner):
     runner.submit(make_task().to_wire())
     spec = (SliceKind.EMBED, 56)
     for _ in range(3):
-        runner._estimator.observe(*spec, 30.0)
-    runner._estimator.observe(*spec, 1e-6)
+        runner._gate.observe(*spec, 30.0)
+    runner._gate.observe(*spec, 1e-6)
     runs = [bool(runner.run(0.05, 0).slices) for _ in range(40)]
     assert not runs[0]
     assert any(runs)
@@ -137,3 +138,61 @@ def test_set_live_scores_a_saved_version(runner, tmp_path):
     [live] = finish(runner)
     assert live.scores == shadow.scores
     assert runner.describe()["shared_bytes"] == 0
+
+
+def fail_slices(monkeypatch, error, *, above_tokens=0, times=1000):
+    """The device has no room for slices of more than `above_tokens` padded tokens, `times` times."""
+    left = [times]
+    run_layer = TrainableModel.run_layer
+
+    def failing(self, i, hidden, rotary):
+        if hidden.shape[0] * hidden.shape[1] > above_tokens and left[0]:
+            left[0] -= 1
+            raise error
+        return run_layer(self, i, hidden, rotary)
+
+    monkeypatch.setattr(TrainableModel, "run_layer", failing)
+
+
+@pytest.mark.parametrize("words", ["CUDA out of memory", "DefaultCPUAllocator: can't allocate memory"])
+def test_running_out_of_memory_starts_the_step_again_with_smaller_slices(runner, monkeypatch, words):
+    task = make_task(num_pairs=4)
+    error = torch.OutOfMemoryError(words) if "CUDA" in words else RuntimeError(words)
+    largest = runner._new_step(task, 10_000).next_slice.num_tokens
+    fail_slices(monkeypatch, error, above_tokens=largest // 2)
+    runner.set_slice_tokens(10_000)
+    runner.submit(task.to_wire())
+    reports = []
+    while not reports or not reports[-1].finished:
+        reports.append(runner.run(0.0, 1))
+    assert any(report.out_of_memory for report in reports)
+    assert reports[-1].finished[0].error is None
+    assert runner._shadow.num_steps == 1
+
+
+def test_a_pair_that_is_too_large_by_itself_is_a_named_failure(runner, monkeypatch):
+    fail_slices(monkeypatch, torch.OutOfMemoryError("no room"))
+    runner.submit(make_task(num_pairs=2).to_wire())
+    reports = [runner.run(0.0, 1) for _ in range(20)]
+    (result,) = [result for report in reports for result in report.finished]
+    assert result.error.startswith("DeviceMemoryError: out of device memory")
+    assert runner._shadow.num_steps == 0
+
+
+def test_a_blocking_step_runs_to_its_end_and_no_further(runner):
+    for name in ("a", "b"):
+        runner.submit(dataclasses.replace(make_task(), task_id=name).to_wire())
+    report = runner.run_step()
+    assert [result.task_id for result in report.finished] == ["a"]
+    assert report.held_bytes == 0
+    assert runner._shadow.num_steps == 1
+
+
+def test_what_a_step_holds_is_reported(runner):
+    runner.submit(make_task().to_wire())
+    reports = []
+    while not reports or not reports[-1].finished:
+        reports.append(runner.run(0.0, 1))
+    assert all(report.held_bytes > 0 for report in reports[:-1])
+    assert reports[-1].held_bytes == 0
+    assert reports[-1].finished[0].peak_bytes == max(report.peak_bytes for report in reports)

@@ -1,70 +1,227 @@
 import pytest
 
-from core.config import SchedulerConfig, SloConfig
-from scheduler.iteration import IDLE_QUANTUM_S, IterationPlanner, IterationState
+from core.batch import ForwardShape, IterationSample
+from core.config import SloConfig
+from core.types import SliceKind, SliceTiming
+from scheduler.iteration import IDLE_QUANTUM_S, EngineLimits
+from scheduler.memory_ledger import Pool
+from scheduler.plan import FineTuneState, IterationView, PrefillTask
+from scheduler.priority import starvation_bound_s
+from scheduler.slice_size import ARENA_OWNER
+from tests.unit.scheduler.device import KnownDevice, UnknownDevice, make_planner
 
-SLO = SloConfig(ttft_s=1.0, tbt_s=0.1)
+
+def work(last_progress_s=0.0, **kwargs):
+    return FineTuneState(num_tasks=1, last_progress_s=last_progress_s, **kwargs)
 
 
-def state(decode=0, prefill=0, wait=None, work=True):
-    return IterationState(
-        num_decode_tokens=decode,
-        num_prefill_tokens=prefill,
-        oldest_first_token_wait_s=wait,
-        has_finetune_work=work,
+def view(decode=0, prefills=(), now_s=0.0, finetune=None, context=0, **kwargs):
+    tasks = [PrefillTask(f"r{i}", arrived_s, tokens) for i, (tokens, arrived_s) in enumerate(prefills)]
+    return IterationView(
+        now_s, num_decode=decode, decode_context=context, prefills=tasks, finetune=finetune, **kwargs
     )
 
 
-def planner(**kwargs):
-    return IterationPlanner(SchedulerConfig(**kwargs), SLO)
+def run(planner, state, shape=None):
+    plan = planner.plan(state)
+    if shape is None:
+        shape = ForwardShape(num_decode=state.num_decode)
+        if plan.token_budget > state.num_decode and state.prefills:
+            shape.add_chunk(min(plan.token_budget - state.num_decode, state.prefills[0].num_tokens), 0)
+    return planner.settle(plan, state, shape)
 
 
 def test_an_idle_engine_trains_for_one_quantum_and_at_least_one_slice():
-    plan = planner().plan(state())
-    assert plan.finetune_budget_s == IDLE_QUANTUM_S
-    assert plan.min_slices == 1
+    plan = run(make_planner(), view(finetune=work()))
+    assert (plan.finetune_budget_s, plan.min_slices) == (IDLE_QUANTUM_S, 1)
 
 
-def test_without_fine_tune_work_the_budget_is_zero():
-    assert planner().plan(state(work=False)).finetune_budget_s == 0
-    assert planner().plan(state(decode=4, work=False)).min_slices == 0
-
-
-def test_nothing_is_spent_before_a_forward_pass_was_measured():
-    assert planner().plan(state(decode=4)).finetune_budget_s == 0
-
-
-def test_the_budget_is_the_slack_before_the_tbt_target():
-    subject = planner(slack_fraction=0.8)
-    subject.observe(4, forward_s=0.03, overhead_s=0.0)
-    assert subject.plan(state(decode=4)).finetune_budget_s == pytest.approx(0.8 * 0.1 - 0.03)
-
-
-def test_a_forward_pass_beyond_the_target_leaves_nothing():
-    subject = planner()
-    subject.observe(4, forward_s=0.5, overhead_s=0.0)
-    plan = subject.plan(state(decode=4))
-    assert plan.finetune_budget_s == 0
-    assert plan.min_slices == 0
-
-
-def test_a_request_close_to_its_ttft_target_takes_the_slack():
-    subject = planner(slack_fraction=1.0)
-    subject.observe(64, forward_s=0.02, overhead_s=0.0)
-    assert subject.plan(state(prefill=64, wait=0.95)).finetune_budget_s == pytest.approx(1.0 - 0.95 - 0.02)
-    assert subject.plan(state(prefill=64, wait=2.0)).finetune_budget_s == 0
-
-
-def test_the_prediction_follows_a_device_that_becomes_slower():
-    subject = planner()
-    for _ in range(20):
-        subject.observe(4, forward_s=0.01, overhead_s=0.0)
-    for _ in range(20):
-        subject.observe(4, forward_s=0.02, overhead_s=0.0)
-    assert subject.plan(state(decode=4)).predicted_forward_s == pytest.approx(0.02, rel=0.05)
+def test_without_fine_tune_work_there_is_no_budget():
+    assert run(make_planner(), view(decode=4)).finetune_budget_s == 0
+    assert run(make_planner(), view()).min_slices == 0
 
 
 def test_inference_only_never_trains():
-    subject = planner(policy="inference_only")
-    assert subject.plan(state()).min_slices == 0
-    assert subject.plan(state()).finetune_budget_s == 0
+    plan = run(make_planner(policy="inference_only"), view(finetune=work()))
+    assert (plan.finetune_budget_s, plan.min_slices) == (0, 0)
+
+
+def test_an_unknown_device_is_measured_before_anything_is_spent_or_limited():
+    planner = make_planner(UnknownDevice())
+    plan = run(planner, view(decode=4, prefills=[(5000, 0.0)], finetune=work()))
+    assert plan.token_budget == 2048
+    assert (plan.finetune_budget_s, plan.predicted_forward_s) == (0, None)
+
+
+def test_the_budget_is_the_slack_before_the_tbt_target():
+    plan = run(make_planner(slack_fraction=0.8), view(decode=4, finetune=work()))
+    assert plan.predicted_forward_s == pytest.approx(0.012)
+    assert plan.finetune_budget_s == pytest.approx(0.8 * 0.1 - 0.012 - 0.001)
+
+
+def test_a_forward_pass_beyond_the_target_leaves_nothing():
+    plan = run(make_planner(), view(decode=400, finetune=work()))
+    assert (plan.finetune_budget_s, plan.min_slices) == (0, 0)
+
+
+def test_a_chunk_fills_what_decoding_leaves_of_the_iteration():
+    planner = make_planner(slack_fraction=1.0)
+    plan = planner.plan(view(decode=10, prefills=[(2000, 0.0)]))
+    chunk = plan.token_budget - 10
+    device = planner.predictor
+    capacity_s = 0.1 - device.overhead_s
+    assert chunk % 16 == 0
+    assert device.forward_s(ForwardShape(num_decode=10, num_prefill_tokens=chunk)) <= capacity_s
+    assert device.forward_s(ForwardShape(num_decode=10, num_prefill_tokens=chunk + 16)) > capacity_s
+
+
+def test_a_short_prompt_goes_whole_and_the_next_one_takes_the_rest():
+    plan = make_planner(slack_fraction=1.0).plan(view(decode=10, prefills=[(20, 0.0), (2000, 0.1)]))
+    assert plan.max_chunk_tokens < 2000
+    assert 20 < plan.token_budget - 10 <= 168
+
+
+def test_prompts_go_on_slowly_when_decoding_alone_fills_the_iteration():
+    plan = make_planner(min_prefill_tokens=32).plan(view(decode=400, prefills=[(2000, 0.0)]))
+    assert plan.token_budget == 432
+
+
+def test_with_nobody_decoding_a_prompt_may_take_half_the_ttft_target():
+    planner = make_planner(slack_fraction=1.0, slo=SloConfig(ttft_s=1.0, tbt_s=0.1))
+    assert planner.plan(view(prefills=[(900, 0.0)])).token_budget == 900
+    assert planner.plan(view(prefills=[(2000, 0.0)])).token_budget == pytest.approx(978, abs=16)
+
+
+def test_no_seat_means_no_chunk_for_waiting_requests_but_the_engine_is_not_stopped():
+    plan = make_planner().plan(view(decode=10, prefills=[(50, 0.0)], free_seats=0))
+    assert plan.token_budget >= 10
+
+
+def test_an_engine_that_cannot_chunk_is_never_limited():
+    limits = EngineLimits(max_tokens=2048, max_slice_tokens=1024, can_chunk_prefills=False)
+    plan = make_planner(limits=limits).plan(view(decode=10, prefills=[(2000, 0.0)]))
+    assert (plan.token_budget, plan.max_chunk_tokens) == (2048, 0)
+
+
+def test_a_request_close_to_its_ttft_target_takes_the_slack():
+    planner = make_planner(slack_fraction=1.0)
+    late = view(prefills=[(64, 0.0)], now_s=0.93, finetune=work())
+    assert run(planner, late).finetune_budget_s == pytest.approx(1.0 - 0.93 - 0.042 - 0.001)
+    too_late = view(prefills=[(64, 0.0)], now_s=2.0, finetune=work(last_progress_s=1.9))
+    assert run(planner, too_late).finetune_budget_s == 0
+
+
+def test_prompts_ahead_in_the_queue_count_against_the_slack():
+    planner = make_planner(slack_fraction=1.0, slo=SloConfig(ttft_s=1.0, tbt_s=10.0))
+    alone = run(planner, view(prefills=[(400, 0.0)], finetune=work()))
+    behind = view(
+        prefills=[(400, 0.0)], finetune=work(), num_waiting_unseen=3, unseen_tokens=1200, oldest_unseen_s=0.0
+    )
+    assert run(planner, behind).finetune_budget_s < alone.finetune_budget_s - 0.3
+
+
+def test_aged_work_gets_a_slice_without_slack_within_the_stated_bound():
+    planner = make_planner()
+    bound_s = starvation_bound_s(planner._config)
+    starved = view(decode=400, now_s=bound_s + 1, finetune=work(dpo_loss=0.0))
+    assert run(planner, starved).min_slices == 1
+    early = view(decode=400, now_s=0.5 * bound_s, finetune=work(dpo_loss=0.0))
+    assert run(planner, early).min_slices == 0
+
+
+def test_a_high_loss_reaches_its_turn_sooner_unless_the_reward_term_is_off():
+    now_s = starvation_bound_s(make_planner()._config) - 10
+    state = view(decode=400, now_s=now_s, finetune=work(dpo_loss=5.0))
+    assert run(make_planner(), state).min_slices == 1
+    assert run(make_planner(reward_term=False), state).min_slices == 0
+
+
+def test_without_ageing_nothing_is_forced():
+    state = view(decode=400, now_s=1e9, finetune=work())
+    assert run(make_planner(ageing=False), state).min_slices == 0
+
+
+def test_the_floor_of_the_retrain_rate_trains_without_slack_and_the_cap_stops_it_with_slack():
+    floor = make_planner(retrain_rate_floor=0.5)
+    floor.note_requests(10)
+    assert run(floor, view(decode=400, finetune=work())).min_slices == 1
+    floor.note_trained(5)
+    assert run(floor, view(decode=400, finetune=work())).min_slices == 0
+    cap = make_planner(retrain_rate_cap=0.5)
+    cap.note_requests(10)
+    assert run(cap, view(decode=1, finetune=work())).finetune_budget_s > 0
+    cap.note_trained(5)
+    assert run(cap, view(decode=1, finetune=work())).finetune_budget_s == 0
+
+
+@pytest.mark.parametrize(("policy", "period"), [("periodic", 50), ("continuous", 2)])
+def test_a_blocking_baseline_stops_inference_until_its_quota_is_trained(policy, period):
+    planner = make_planner(policy=policy, retrain_rate=0.5)
+    state = view(decode=4, finetune=work())
+    planner.note_requests(period - 1)
+    assert run(planner, state).finetune_budget_s == 0  # they never train beside inference
+    planner.note_requests(1)
+    plan = planner.plan(state)
+    assert plan.is_blocking
+    assert plan.token_budget == 0
+    planner.note_trained(period // 2)
+    assert not planner.plan(state).is_blocking
+    planner.note_requests(period - 1)
+    assert not planner.plan(state).is_blocking
+
+
+def test_a_baseline_does_not_block_for_work_that_is_not_there():
+    planner = make_planner(policy="continuous")
+    planner.note_requests(100)
+    assert not planner.plan(view(decode=4)).is_blocking
+
+
+def test_slices_are_as_large_as_the_usual_slack_and_smaller_under_load():
+    planner = make_planner(KnownDevice(slice_token_s=0.0001), limits=EngineLimits(2048, 1024))
+    assert run(planner, view(decode=1, finetune=work())).slice_tokens == 512  # 51 ms of 68
+    for _ in range(100):
+        plan = run(planner, view(decode=100, finetune=work()))  # 79 - 60 = 19 ms left
+    assert plan.slice_tokens == 128
+
+
+def test_first_fit_takes_the_configured_slice_size_whatever_the_slack():
+    planner = make_planner(KnownDevice(slice_token_s=0.001), packing="first_fit", limits=EngineLimits(2048, 1024))
+    assert run(planner, view(decode=1, finetune=work())).slice_tokens == 1024
+
+
+def test_running_out_of_memory_halves_the_slices_and_shrinks_the_arena():
+    planner = make_planner(
+        KnownDevice(slice_token_s=1e-6),
+        limits=EngineLimits(2048, 1024, arena_bytes_per_token=100),
+        arena_bytes=1 << 30,
+    )
+    assert run(planner, view(finetune=work())).slice_tokens == 1024
+    planner.observe(IterationSample(ForwardShape(), 0.0, out_of_memory=True))
+    assert planner.memory.pool_capacity_bytes(Pool.ARENA) == 1024 * 100
+    assert run(planner, view(finetune=work())).slice_tokens == 512
+
+
+def test_what_a_token_holds_is_learnt_from_measured_steps():
+    planner = make_planner(KnownDevice(slice_token_s=1e-6), arena_bytes=100_000, kv_bytes=0, tau_mem=1.0)
+    slices = [SliceTiming(SliceKind.POLICY_LAYER, 100, 0.001)]
+    planner.observe(IterationSample(ForwardShape(), 0.0, slices=slices, peak_bytes=30_000))
+    assert run(planner, view(finetune=work())).slice_tokens == 256  # 300 bytes for each of them
+    assert planner.memory.held_bytes(ARENA_OWNER) == 256 * 300
+
+
+def test_a_kv_cache_that_has_taken_the_memory_makes_training_wait():
+    planner = make_planner(
+        limits=EngineLimits(2048, 1024, arena_bytes_per_token=500),
+        kv_bytes=1_000_000,
+        arena_bytes=100_000,
+        tau_mem=0.95,
+    )
+    planner.memory.record("inference", Pool.KV, 1_000_000)
+    plan = run(planner, view(decode=1, finetune=work(max_batch_tokens=200)))
+    assert (plan.finetune_budget_s, plan.min_slices) == (0, 0)
+    planner.memory.check_integrity()
+
+
+def test_a_pair_larger_than_the_arena_is_tried_rather_than_kept_for_ever():
+    planner = make_planner(limits=EngineLimits(2048, 1024, arena_bytes_per_token=500), arena_bytes=10_000)
+    assert run(planner, view(finetune=work(max_batch_tokens=1000))).min_slices == 1

@@ -6,15 +6,30 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from core.config import SchedulerConfig
-from scheduler.priority import TaskType, finetune_priority, priority
+from scheduler.priority import decode_priority, finetune_priority, prefill_priority
 from scheduler.task_queue import QueuedTask, TaskQueue
 
 CONFIG = SchedulerConfig()
 
 
-def test_priority_grows_with_waiting():
-    assert priority(TaskType.PREFILL, 3.0, CONFIG) == CONFIG.base_priority_prefill + 3 * CONFIG.rate_prefill
-    assert priority(TaskType.PREFILL, -3.0, CONFIG) == CONFIG.base_priority_prefill
+def test_priority_grows_with_waiting_unless_ageing_is_off():
+    assert prefill_priority(3.0, 0, CONFIG) == CONFIG.base_priority_prefill + 3 * CONFIG.rate_prefill
+    assert prefill_priority(-3.0, 0, CONFIG) == CONFIG.base_priority_prefill
+    assert decode_priority(2.0, CONFIG) == CONFIG.base_priority_decode + 2 * CONFIG.rate_decode
+    still = CONFIG.model_copy(update={"ageing": False})
+    assert prefill_priority(3.0, 0, still) == CONFIG.base_priority_prefill
+    assert finetune_priority(1e9, 0.0, 0, still) == CONFIG.base_priority_finetune
+
+
+def test_a_lower_priority_field_is_sooner_and_above_zero_is_class_batch():
+    assert prefill_priority(0.0, -1, CONFIG) > prefill_priority(0.0, 0, CONFIG)
+    assert prefill_priority(0.0, 1, CONFIG) == CONFIG.base_priority_batch - CONFIG.priority_step
+    assert prefill_priority(0.0, 10**9, CONFIG) == prefill_priority(0.0, 10, CONFIG)
+
+
+def test_the_reward_term_can_be_switched_off():
+    plain = CONFIG.model_copy(update={"reward_term": False})
+    assert finetune_priority(1.0, 5.0, 0, plain) == finetune_priority(1.0, 0.0, 0, plain)
 
 
 def test_the_loss_term_is_clipped_decays_with_retries_and_defaults_to_ln_2():

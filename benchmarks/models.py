@@ -1,0 +1,65 @@
+"""The models that are measured: the built-in one, and Qwen2.5-0.5B's shape with random weights."""
+
+import json
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Literal
+
+from core.config import AppArgs
+
+ModelName = Literal["tiny", "half-b"]
+
+TITLES: dict[ModelName, str] = {"tiny": "built-in (1.5M)", "half-b": "0.5B shape, random"}
+
+
+@contextmanager
+def model_directories(
+    names: Sequence[ModelName], state_dir: Path, show_progress: bool
+) -> Iterator[dict[str, Path]]:
+    """Directories of the models by name; a random one is written for as long as the context lasts (1 GB)."""
+    from engine.tiny.build import ensure_tiny_assistant
+
+    with tempfile.TemporaryDirectory(prefix="mace-bench-") as scratch:
+        directories: dict[str, Path] = {}
+        if "tiny" in names:
+            directories["tiny"] = ensure_tiny_assistant(state_dir, show_progress=show_progress).absolute()
+        if "half-b" in names:
+            directories["half-b"] = write_random_qwen(Path(scratch))
+        yield directories
+
+
+def write_random_qwen(directory: Path) -> Path:
+    """Qwen2.5-0.5B's shape with random bf16 weights; no tokenizer files."""
+    import torch
+    from transformers import AutoModelForCausalLM, Qwen2Config
+
+    config = Qwen2Config(
+        vocab_size=151_936,
+        hidden_size=896,
+        intermediate_size=4864,
+        num_hidden_layers=24,
+        num_attention_heads=14,
+        num_key_value_heads=2,
+        max_position_embeddings=4096,
+        tie_word_embeddings=True,
+    )
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    model.save_pretrained(directory)
+    return directory
+
+
+def vocab_size(model_dir: Path) -> int:
+    """Number of token ids of a model directory."""
+    return int(json.loads((model_dir / "config.json").read_text(encoding="utf-8"))["vocab_size"])
+
+
+def args_for(name: ModelName, model_dir: Path, args: AppArgs) -> AppArgs:
+    """Settings for an engine on this model: its own dtype, and no tokenizer, since measurements speak token ids."""
+    model = args.model if name == "tiny" else args.model.model_copy(update={"model_source": str(model_dir)})
+    kwargs = {"skip_tokenizer_init": True, **args.engine.engine_kwargs}
+    return args.model_copy(
+        update={"model": model, "engine": args.engine.model_copy(update={"engine_kwargs": kwargs})}
+    )

@@ -1,0 +1,46 @@
+"""How full an engine is, as the process that talks to it sees it: no call into the engine, no waiting for it."""
+
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True, slots=True)
+class EngineLoad:
+    """KV memory and queue of an engine at one moment."""
+
+    free_kv_bytes: float
+    """A lower bound: blocks that requests share count once for each, and a waiting prompt counts as if computed."""
+    kv_capacity_bytes: float
+    kv_bytes_per_token: float
+    waiting_tokens: int
+    """Prompt tokens of requests without a first token; chunks that are computed already included."""
+    num_running: int
+
+
+def read_engine_load(client: Any) -> EngineLoad:
+    """The load of a started `AsyncLLM`. Fine-tune tasks count as requests of one token."""
+    config = client.vllm_config
+    capacity_tokens = config.cache_config.kv_cache_size_tokens
+    used_tokens = waiting_tokens = num_running = 0
+    for state in list(client.output_processor.request_states.values()):
+        used_tokens += state.prompt_len
+        if state.is_prefilling:
+            waiting_tokens += state.prompt_len
+        else:
+            num_running += 1
+            used_tokens += state.detokenizer.num_output_tokens() if state.detokenizer is not None else 0
+    kv_bytes_per_token = _kv_bytes_per_token(config)
+    return EngineLoad(
+        free_kv_bytes=max(0, capacity_tokens - used_tokens) * kv_bytes_per_token,
+        kv_capacity_bytes=capacity_tokens * kv_bytes_per_token,
+        kv_bytes_per_token=kv_bytes_per_token,
+        waiting_tokens=waiting_tokens,
+        num_running=num_running,
+    )
+
+
+def _kv_bytes_per_token(config: Any) -> int:
+    """Keys and values of one token in all layers, in the model's own precision."""
+    model, parallel = config.model_config, config.parallel_config
+    heads = model.get_num_kv_heads(parallel) * model.get_num_layers(parallel)
+    return int(2 * heads * model.get_head_size() * model.dtype.itemsize)

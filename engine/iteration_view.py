@@ -1,0 +1,89 @@
+"""What the planner sees of vLLM's scheduler: lists of requests in, `IterationView` and `ForwardShape` out."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from core.batch import ForwardShape
+from engine.waiting_queue import AgeingRequestQueue
+from scheduler.plan import MAX_PREFILLS_SEEN, FineTuneState, IterationView, PrefillTask
+
+
+def view_of(
+    now_s: float,
+    running: Sequence[Any],
+    waiting: AgeingRequestQueue,
+    *,
+    free_seats: int,
+    used_kv_bytes: int,
+    finetune: FineTuneState | None,
+) -> IterationView:
+    """The state before an iteration is scheduled.
+
+    Args:
+        now_s: wall clock, like `Request.arrival_time`.
+        running: vLLM's running requests; one with a single token to compute decodes, others prefill.
+        waiting: the waiting queue.
+        free_seats: waiting requests that may still start.
+        used_kv_bytes: KV cache that cannot be given out.
+        finetune: fine-tune work of this engine; None if there is none.
+    """
+    view = IterationView(now_s, free_seats=free_seats, used_kv_bytes=used_kv_bytes, finetune=finetune)
+    for request in running:
+        computed = request.num_computed_tokens
+        left = request.num_tokens_with_spec + request.num_output_placeholders - computed
+        if left <= 1:
+            view.num_decode += 1
+            view.decode_context += computed
+        elif len(view.prefills) < MAX_PREFILLS_SEEN:
+            view.prefills.append(_prefill(request, left, computed, is_running=True))
+        else:
+            _count_unseen(view, left, request.arrival_time)
+    head = waiting.head(MAX_PREFILLS_SEEN - len(view.prefills))
+    for request in head:
+        left = request.num_tokens - request.num_computed_tokens
+        view.prefills.append(_prefill(request, left, request.num_computed_tokens, is_running=False))
+    unseen = len(waiting) - len(head)
+    oldest_s = waiting.oldest_arrival_s()
+    if unseen and oldest_s is not None:
+        # Walking a long queue in every iteration would cost more than the answer is worth: the head stands for it.
+        mean_tokens = sum(p.num_tokens for p in view.prefills) // max(1, len(view.prefills))
+        view.num_waiting_unseen += unseen
+        view.unseen_tokens += unseen * mean_tokens
+        view.oldest_unseen_s = oldest_s if view.oldest_unseen_s is None else min(oldest_s, view.oldest_unseen_s)
+    return view
+
+
+def shape_of(num_scheduled_tokens: Mapping[str, int], requests: Mapping[str, Any]) -> ForwardShape:
+    """The forward pass that vLLM scheduled.
+
+    Args:
+        num_scheduled_tokens: by request id, as in `SchedulerOutput`.
+        requests: vLLM's requests; their `num_computed_tokens` already includes what was scheduled.
+    """
+    shape = ForwardShape()
+    for request_id, num_tokens in num_scheduled_tokens.items():
+        request = requests[request_id]
+        start = max(0, request.num_computed_tokens - num_tokens)
+        if num_tokens == 1:
+            shape.num_decode += 1
+            shape.decode_context += start
+        else:
+            shape.add_chunk(num_tokens, start)
+    return shape
+
+
+def _prefill(request: Any, num_tokens: int, context_tokens: int, *, is_running: bool) -> PrefillTask:
+    return PrefillTask(
+        request.request_id,
+        request.arrival_time,
+        num_tokens,
+        context_tokens,
+        request.priority,
+        is_running,
+    )
+
+
+def _count_unseen(view: IterationView, num_tokens: int, arrived_s: float) -> None:
+    view.num_waiting_unseen += 1
+    view.unseen_tokens += num_tokens
+    view.oldest_unseen_s = arrived_s if view.oldest_unseen_s is None else min(arrived_s, view.oldest_unseen_s)

@@ -1,0 +1,76 @@
+"""Builds the production planner for one engine: its limits, memory, and what is known of the device."""
+
+import logging
+from dataclasses import dataclass
+from typing import Any
+
+from profiler.online import OnlineLatencyModel
+from profiler.profile import Profile
+
+from core.config import AppArgs
+from core.errors import ProfileError
+from scheduler.iteration import EngineLimits, IterationPlanner
+from scheduler.memory_ledger import MemoryLedger
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class KvPool:
+    """vLLM's KV cache as a number of blocks."""
+
+    num_blocks: int
+    """That can be given out; vLLM keeps one more as the null block."""
+    block_bytes: int
+    block_tokens: int
+
+
+def kv_pool_of(kv_cache_config: Any) -> KvPool:
+    """The pool that vLLM has laid out (its `KVCacheConfig`)."""
+    total_bytes = sum(tensor.size for tensor in kv_cache_config.kv_cache_tensors)
+    num_blocks = int(kv_cache_config.num_blocks)
+    block_tokens = min((g.kv_cache_spec.block_size for g in kv_cache_config.kv_cache_groups), default=1)
+    return KvPool(max(1, num_blocks - 1), total_bytes // max(1, num_blocks), block_tokens)
+
+
+def build_planner(args: AppArgs, scheduler: Any, pool: KvPool) -> IterationPlanner:
+    """The planner of one engine.
+
+    Args:
+        args: the application's settings; `profile.path` names the profile to start from, if it exists.
+        scheduler: the vLLM scheduler that will apply the plans.
+        pool: its KV cache.
+    """
+    profile = _load_profile(args)
+    vllm = scheduler.scheduler_config
+    limits = EngineLimits(
+        max_tokens=scheduler.max_num_scheduled_tokens,
+        max_slice_tokens=args.training.max_slice_tokens,
+        kv_bytes_per_token=pool.block_bytes / pool.block_tokens,
+        arena_bytes_per_token=0.0 if profile is None else profile.memory.arena_bytes_per_token,
+        can_chunk_prefills=bool(vllm.enable_chunked_prefill) and not scheduler.need_mamba_block_aligned_split,
+    )
+    memory = MemoryLedger(
+        kv_bytes=pool.num_blocks * pool.block_bytes,
+        arena_bytes=args.training.arena_bytes or 0,  # until the worker says what is free
+        tau_mem=args.scheduler.tau_mem,
+    )
+    return IterationPlanner(
+        config=args.scheduler,
+        slo=args.slo,
+        predictor=OnlineLatencyModel(profile),
+        limits=limits,
+        memory=memory,
+    )
+
+
+def _load_profile(args: AppArgs) -> Profile | None:
+    """The profile to start from. A damaged one is a warning: the engine learns from its own iterations anyway."""
+    path = args.profile.path
+    if path is None or not path.exists():
+        return None
+    try:
+        return Profile.load(path)
+    except ProfileError as error:
+        logger.warning("profile ignored: %s", error)
+        return None

@@ -1,0 +1,78 @@
+"""The fine-tune tasks inside one engine, from the scheduler's side: what is waiting and since when."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from core.types import SliceReport
+from scheduler.plan import FineTuneState
+
+
+@dataclass(slots=True)
+class EngineTask:
+    """A task that vLLM knows as a request."""
+
+    request: Any
+    num_pairs: int
+    max_batch_tokens: int
+    """Padded tokens of its largest pair: both rows."""
+    arrived_s: float
+    dpo_loss: float | None
+    attempts: int
+
+
+class TaskTable:
+    """Tasks in order of arrival, which is the order in which the worker runs them. Times are wall clock."""
+
+    def __init__(self) -> None:
+        self._tasks: dict[str, EngineTask] = {}
+        self._last_progress_s = 0.0
+        self._held_bytes = 0
+
+    def __bool__(self) -> bool:
+        return bool(self._tasks)
+
+    def add(self, request: Any, task: dict[str, Any], now_s: float) -> None:
+        """Take in a task given as `FineTuneTask.to_wire()`."""
+        pairs = task.get("pairs") or []
+        self._tasks[request.request_id] = EngineTask(
+            request=request,
+            num_pairs=len(pairs),
+            max_batch_tokens=max(map(_row_tokens, pairs), default=0),
+            arrived_s=now_s,
+            dpo_loss=task.get("dpo_loss"),
+            attempts=task.get("attempts", 0),
+        )
+
+    def pop(self, task_id: str) -> EngineTask | None:
+        """Take out a task that ended; None if it was aborted before."""
+        return self._tasks.pop(task_id, None)
+
+    def remove(self, task_ids: Iterable[str] | None) -> list[Any]:
+        """Take out aborted tasks (None: all of them); returns their requests."""
+        ids = list(self._tasks) if task_ids is None else [i for i in task_ids if i in self._tasks]
+        return [self._tasks.pop(i).request for i in ids]
+
+    def note_progress(self, report: SliceReport, now_s: float) -> None:
+        """Remember when slices last ran and what their step holds."""
+        if report.slices:
+            self._last_progress_s = now_s
+        self._held_bytes = report.held_bytes
+
+    def state(self) -> FineTuneState | None:
+        """What the planner needs to know; None if there is no task."""
+        if not self._tasks:
+            return None
+        front = next(iter(self._tasks.values()))
+        return FineTuneState(
+            num_tasks=len(self._tasks),
+            last_progress_s=max(front.arrived_s, self._last_progress_s),
+            dpo_loss=front.dpo_loss,
+            attempts=front.attempts,
+            held_bytes=self._held_bytes,
+            max_batch_tokens=front.max_batch_tokens,
+        )
+
+
+def _row_tokens(pair: dict[str, Any]) -> int:
+    return 2 * (len(pair["prompt_ids"]) + max(len(pair["chosen_ids"]), len(pair["rejected_ids"])))

@@ -1,0 +1,66 @@
+"""How much training the retrain rate asks for, and when the blocking baselines train.
+
+The retrain rate is preference pairs trained for each inference request (the prototype's "number of training tasks /
+number of inference tasks", where a task is one pair). `mace` takes what the slack gives, within floor and cap.
+`periodic` (Ekya-style) and `continuous` stop inference to train: after `period_requests`, or after each 1/r.
+"""
+
+from core.config import SchedulerConfig
+
+
+class RetrainMeter:
+    """Counts requests and trained pairs; answers what the policy wants now."""
+
+    def __init__(self, config: SchedulerConfig) -> None:
+        self._config = config
+        self._num_requests = 0
+        self._num_pairs = 0
+        self._requests_at_phase = 0
+        self._is_in_phase = False
+
+    @property
+    def rate(self) -> float:
+        """Pairs trained for each request so far; infinite before the first request if anything was trained."""
+        if self._num_requests == 0:
+            return float("inf") if self._num_pairs else 0.0
+        return self._num_pairs / self._num_requests
+
+    def note_requests(self, count: int = 1) -> None:
+        """Count arrived inference requests."""
+        self._num_requests += count
+
+    def note_trained(self, num_pairs: int) -> None:
+        """Count pairs of finished optimizer steps."""
+        self._num_pairs += num_pairs
+
+    def is_blocking_due(self, has_work: bool) -> bool:
+        """Whether a baseline stops inference now. Call once for each iteration; False for the other policies.
+
+        A phase begins when its requests have arrived and lasts until the quota `requests * retrain_rate` is
+        reached, or there is nothing left to train on.
+        """
+        period = self._period()
+        if period is None:
+            return False
+        if not has_work or self._num_pairs >= self._num_requests * self._config.retrain_rate:
+            self._is_in_phase = False
+            return False
+        if not self._is_in_phase and self._num_requests - self._requests_at_phase >= period:
+            self._is_in_phase = True
+            self._requests_at_phase = self._num_requests
+        return self._is_in_phase
+
+    def is_above_cap(self) -> bool:
+        """Whether `mace` must stop training until requests catch up; an idle server without requests may train."""
+        cap = self._config.retrain_rate_cap
+        return cap is not None and self._num_requests > 0 and self._num_pairs >= cap * self._num_requests
+
+    def is_below_floor(self) -> bool:
+        """Whether `mace` must train even without slack."""
+        return self._num_pairs < self._config.retrain_rate_floor * self._num_requests
+
+    def _period(self) -> int | None:
+        each_pair = max(1, round(1 / self._config.retrain_rate))
+        if self._config.policy == "periodic":
+            return max(each_pair, self._config.period_requests)
+        return each_pair if self._config.policy == "continuous" else None

@@ -1,0 +1,263 @@
+"""One simulated executor: the production planner in virtual time.
+
+An iteration is: view, plan, fill as vLLM fills, settle, slices through the gate, forward pass; it lasts overhead +
+slices + forward pass, and its tokens are out at its end.
+
+While requests only decode, none waits and there is nothing to train, the planner decides nothing: then iterations are
+simulated in a *stretch*, without views and plans, until a request ends or one arrives. Each iteration of a stretch has
+its own latency, noise and sample, so the outcome is the same to the last bit.
+"""
+
+from bisect import bisect_right
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from core.batch import ForwardShape, IterationSample
+from core.errors import MaceError
+from scheduler.iteration import KV_OWNER, IterationPlanner
+from scheduler.memory_ledger import Pool
+from scheduler.plan import Plan
+from simulator.device import Device
+from simulator.requests import Fill, RequestPool
+from simulator.running import SimRequest
+from simulator.statistics import Statistics
+from simulator.token_meter import TokenMeter
+from simulator.trainer import Trained, Trainer
+
+_FIRST_STRETCH = 8
+_LONGEST_STRETCH = 64
+"""Iterations; a longer one would too often be thrown away by an arrival."""
+
+
+@dataclass(slots=True)
+class _Iteration:
+    """An iteration that the planner has planned."""
+
+    end_s: float
+    plan: Plan
+    fill: Fill
+    forward_s: float
+    trained: Trained
+
+
+@dataclass(slots=True)
+class _Stretch:
+    """Iterations of the same decoding requests, one after the other."""
+
+    ends_s: list[float]
+    forwards_s: list[float]
+    context: int
+    """Cached tokens before the first."""
+
+
+class Executor:
+    """See the module docstring. `schedule_end(executor, run, end_s)` is told when the work in progress ends."""
+
+    def __init__(
+        self,
+        index: int,
+        *,
+        planner: IterationPlanner,
+        device: Device,
+        trainer: Trainer,
+        requests: RequestPool,
+        meter: TokenMeter,
+        statistics: Statistics,
+        schedule_end: Callable[[int, int, float], None],
+        observe_every: int = 1,
+        is_fast: bool = True,
+    ) -> None:
+        self.index = index
+        self.trainer = trainer
+        self.requests = requests
+        self.meter = meter
+        self._planner = planner
+        self._device = device
+        self._statistics = statistics
+        self._schedule_end = schedule_end
+        self._observe_every = observe_every
+        self._is_fast = is_fast
+        self._run = 0
+        self._current: _Iteration | _Stretch | None = None
+        self._stretch_limit = _FIRST_STRETCH
+        self._knows_no_work = False
+        """The planner was told in its last view that there is nothing to train: its blocking phases end there."""
+        self._iterations = 0
+
+    def submit(self, request: SimRequest, now_s: float) -> None:
+        """A request arrives.
+
+        Raises:
+            ConfigError: it can never fit the KV cache.
+        """
+        self.requests.running.check(request)
+        self._planner.note_requests()
+        self.requests.enqueue(request)
+        self._wake(now_s)
+
+    def add_task(self, now_s: float) -> None:
+        """Fine-tune work arrives."""
+        self.trainer.add_task(now_s)
+        self._wake(now_s)
+
+    def end(self, run: int, now_s: float) -> None:
+        """Work number `run` is over; nothing happens if it was cut short meanwhile."""
+        if run != self._run:
+            return
+        if isinstance(self._current, _Stretch):
+            self._end_stretch(self._current)
+        elif self._current is not None:
+            self._end_iteration(self._current)
+        self._current = None
+        self.start(now_s)
+
+    def start(self, now_s: float) -> None:
+        """Begin the next iteration, if there is anything to do."""
+        if not self.requests and not self.trainer.has_work:
+            return
+        if self._is_fast and self._may_stretch():
+            self._start_stretch(now_s)
+        else:
+            self._start_iteration(now_s)
+
+    def wait_s(self, now_s: float) -> float:
+        """Until the iteration in progress ends."""
+        current = self._current
+        if current is None:
+            return 0.0
+        if isinstance(current, _Iteration):
+            return current.end_s - now_s
+        return current.ends_s[min(bisect_right(current.ends_s, now_s), len(current.ends_s) - 1)] - now_s
+
+    def kv_tokens_used(self, now_s: float) -> int:
+        """Tokens of KV memory that cannot be given out, with the passes of a stretch that are over by now."""
+        running = self.requests.running
+        if not isinstance(self._current, _Stretch):
+            return running.kv_used
+        return running.kv_used + running.num_decode * bisect_right(self._current.ends_s, now_s)
+
+    def _wake(self, now_s: float) -> None:
+        """Something arrived: a sleeping executor starts, a stretch ends with the iteration in progress."""
+        current = self._current
+        if current is None:
+            self.start(now_s)
+        elif isinstance(current, _Stretch):
+            kept = bisect_right(current.ends_s, now_s) + 1
+            if kept < len(current.ends_s):
+                del current.ends_s[kept:], current.forwards_s[kept:]
+                self._begin(current, current.ends_s[-1])
+
+    def _begin(self, work: _Iteration | _Stretch, end_s: float) -> None:
+        self._current = work
+        self._run += 1
+        self._schedule_end(self.index, self._run, end_s)
+
+    def _may_stretch(self) -> bool:
+        return (
+            self.requests.only_decodes
+            and not self.trainer.has_work
+            and self._knows_no_work
+            and self.requests.running.passes_to_change() > 0
+        )
+
+    def _start_stretch(self, now_s: float) -> None:
+        running, device = self.requests.running, self._device
+        count = min(running.passes_to_change(), self._stretch_limit)
+        shape = ForwardShape(num_decode=running.num_decode, decode_context=running.decode_context)
+        overhead_s, forward_s = device.overhead_s, device.forward_s
+        ends_s: list[float] = []
+        forwards_s: list[float] = []
+        for factor in device.factors(count):
+            latency_s = forward_s(shape, now_s, factor)
+            now_s = now_s + overhead_s + latency_s
+            ends_s.append(now_s)
+            forwards_s.append(latency_s)
+            shape.decode_context += shape.num_decode
+        self._begin(_Stretch(ends_s, forwards_s, running.decode_context), now_s)
+
+    def _end_stretch(self, stretch: _Stretch) -> None:
+        count = len(stretch.ends_s)
+        num_decode, context = self.requests.running.num_decode, stretch.context
+        self._stretch_limit = min(2 * count + 2, _LONGEST_STRETCH)  # what arrivals cut off cost time
+        self._device.take(count)
+        for end_s, forward_s in zip(stretch.ends_s, stretch.forwards_s, strict=True):
+            self.meter.decoded(end_s, num_decode)
+            if self._is_observed():
+                shape = ForwardShape(num_decode=num_decode, decode_context=context)
+                self._planner.observe(IterationSample(shape, forward_s, self._device.overhead_s))
+            context += num_decode
+        self._statistics.iterations += count
+        self._statistics.add_work(stretch.ends_s[-1], sum(stretch.forwards_s), 0.0)
+        self._advance(count)
+
+    def _start_iteration(self, now_s: float) -> None:
+        view = self.requests.view(now_s, self.trainer.state())
+        self._planner.memory.record(KV_OWNER, Pool.KV, view.used_kv_bytes)
+        self._knows_no_work = view.finetune is None
+        plan = self._planner.plan(view)
+        fill = self.requests.fill(plan, now_s)
+        for request in fill.preempted:
+            self.meter.preempted(request)
+        plan = self._planner.settle(plan, view, fill.shape)
+        trained = self.trainer.run(plan, now_s)
+        if not fill.shape.num_tokens and not trained.slices:
+            if self.requests:
+                raise MaceError(f"executor {self.index} makes no progress at {now_s} s with {plan}")
+            return  # nothing is allowed to train: sleep until something arrives
+        forward_s = 0.0
+        if fill.shape.num_tokens:
+            factor = self._device.factors(1)[0]
+            forward_s = self._device.forward_s(fill.shape, now_s + trained.busy_s, factor)
+        end_s = now_s + self._device.overhead_s + forward_s + trained.busy_s
+        self._begin(_Iteration(end_s, plan, fill, forward_s, trained), end_s)
+
+    def _end_iteration(self, iteration: _Iteration) -> None:
+        trained = iteration.trained
+        self._statistics.iterations += 1
+        self._statistics.slices += len(trained.slices)
+        self._statistics.add_work(iteration.end_s, iteration.forward_s, trained.busy_s)
+        if iteration.fill.shape.num_tokens:
+            self._device.take(1)
+            self._end_forward(iteration)
+        if self._is_observed():
+            self._planner.observe(self._sample(iteration))
+        if not self.trainer.held_bytes:
+            self._planner.release_arena()
+        if trained.num_pairs:
+            self._planner.note_trained(trained.num_pairs)
+            self.meter.trained(iteration.end_s, trained.num_pairs)
+
+    def _end_forward(self, iteration: _Iteration) -> None:
+        if self.requests.running.num_decode:
+            self.meter.decoded(iteration.end_s, self.requests.running.num_decode)
+            self._advance(1)
+        num_tokens = 0
+        for request, tokens in iteration.fill.chunks:
+            request.computed += tokens
+            num_tokens += tokens
+            if not request.left:
+                self.meter.prompt_done(request, iteration.end_s)
+                if not self.requests.running.start_decode(request):
+                    self.meter.ended(request)
+        self.meter.computed(iteration.end_s, num_tokens)
+
+    def _advance(self, passes: int) -> None:
+        running = self.requests.running
+        running.advance(passes)
+        for request in running.pop_ended():
+            self.meter.ended(request)
+
+    def _sample(self, iteration: _Iteration) -> IterationSample:
+        return IterationSample(
+            iteration.fill.shape,
+            iteration.forward_s,
+            self._device.overhead_s,
+            iteration.trained.slices,
+            iteration.plan.predicted_forward_s,
+            iteration.plan.finetune_budget_s,
+            self.trainer.held_bytes,
+        )
+
+    def _is_observed(self) -> bool:
+        self._iterations += 1
+        return self._iterations % self._observe_every == 0

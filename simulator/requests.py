@@ -1,0 +1,137 @@
+"""The requests of one executor, waiting and running, and how an iteration is filled with them.
+
+`view` describes them to the planner as `engine.iteration_view` describes vLLM's; `fill` gives out the token budget as
+vLLM does: decodes first, then prompts in progress, then the waiting queue while seats and KV memory last.
+"""
+
+from dataclasses import dataclass, field
+
+from core.batch import ForwardShape
+from scheduler.plan import MAX_PREFILLS_SEEN, FineTuneState, IterationView, Plan, PrefillTask
+from scheduler.waiting import WaitingQueue
+from simulator.running import RunningSet, SimRequest
+
+
+@dataclass(slots=True)
+class Fill:
+    """What a forward pass computes."""
+
+    shape: ForwardShape = field(default_factory=ForwardShape)
+    chunks: list[tuple[SimRequest, int]] = field(default_factory=list)
+    preempted: list[SimRequest] = field(default_factory=list)
+
+    def add_chunk(self, request: SimRequest, left: int, max_chunk_tokens: int) -> int:
+        """Take what the budget allows of a prompt; returns its tokens."""
+        tokens = min(request.left, left, max_chunk_tokens or left)
+        if tokens <= 0:
+            return 0
+        if tokens == 1:  # counts as a decode, as in `engine.iteration_view.shape_of`
+            self.shape.num_decode += 1
+            self.shape.decode_context += request.computed
+        else:
+            self.shape.add_chunk(tokens, request.computed)
+        self.chunks.append((request, tokens))
+        return tokens
+
+
+class RequestPool:
+    """The waiting queue and the seats of one executor."""
+
+    def __init__(
+        self, *, running: RunningSet, waiting: WaitingQueue[SimRequest], kv_bytes_per_token: float
+    ) -> None:
+        self.running = running
+        self.waiting = waiting
+        self.waiting_tokens = 0
+        """Prompt tokens of the waiting queue."""
+        self._kv_bytes_per_token = kv_bytes_per_token
+
+    def __len__(self) -> int:
+        return len(self.waiting) + len(self.running)
+
+    @property
+    def used_kv_bytes(self) -> int:
+        """KV memory that cannot be given out."""
+        return int(self.running.kv_used * self._kv_bytes_per_token)
+
+    @property
+    def only_decodes(self) -> bool:
+        """Every request is past its prompt."""
+        return self.running.num_decode > 0 and not self.running.prefills and not self.waiting
+
+    def enqueue(self, request: SimRequest) -> None:
+        """Into the waiting queue; a preempted request keeps its arrival."""
+        self.waiting.push(request.request_id, request, request.arrival_s, request.user_priority)
+        self.waiting_tokens += request.target
+
+    def view(self, now_s: float, finetune: FineTuneState | None) -> IterationView:
+        """The state before an iteration is planned."""
+        running = self.running
+        view = IterationView(
+            now_s,
+            running.num_decode,
+            running.decode_context,
+            free_seats=running.max_seats - len(running),
+            used_kv_bytes=self.used_kv_bytes,
+            finetune=finetune,
+        )
+        for request in running.prefills:
+            if request.left <= 1:
+                view.num_decode += 1
+                view.decode_context += request.computed
+            elif len(view.prefills) < MAX_PREFILLS_SEEN:
+                view.prefills.append(_task(request, is_running=True))
+            else:
+                _count_unseen(view, 1, request.left, request.arrival_s)
+        if self.waiting:
+            self._view_waiting(view, now_s)
+        return view
+
+    def fill(self, plan: Plan, now_s: float) -> Fill:
+        """Choose what the forward pass computes; preempts if decoding needs the KV memory."""
+        fill = Fill()
+        if plan.token_budget <= 0:
+            return fill
+        running = self.running
+        self._make_room(fill)
+        fill.shape.num_decode, fill.shape.decode_context = running.num_decode, running.decode_context
+        left = plan.token_budget - running.num_decode
+        for request in running.prefills:
+            left -= fill.add_chunk(request, left, plan.max_chunk_tokens)
+        if fill.preempted:
+            return fill  # as in vLLM, nobody is admitted in an iteration that took a seat away
+        while left > 0 and self.waiting and running.admit(self.waiting.peek(now_s)):
+            request = self.waiting.pop(now_s)
+            self.waiting_tokens -= request.target
+            left -= fill.add_chunk(request, left, plan.max_chunk_tokens)
+        return fill
+
+    def _make_room(self, fill: Fill) -> None:
+        """Every decoding request needs room for one more token."""
+        running = self.running
+        while running.kv_used + running.num_decode > running.kv_capacity:
+            request = running.preempt()
+            if request is None:
+                return
+            fill.preempted.append(request)
+            self.enqueue(request)
+
+    def _view_waiting(self, view: IterationView, now_s: float) -> None:
+        head = self.waiting.head(MAX_PREFILLS_SEEN - len(view.prefills), now_s)
+        view.prefills.extend(_task(request, is_running=False) for request in head)
+        unseen, oldest_s = len(self.waiting) - len(head), self.waiting.oldest_arrival_s()
+        if unseen and oldest_s is not None:
+            mean_tokens = sum(p.num_tokens for p in view.prefills) // max(1, len(view.prefills))
+            _count_unseen(view, unseen, unseen * mean_tokens, oldest_s)
+
+
+def _count_unseen(view: IterationView, count: int, num_tokens: int, oldest_s: float) -> None:
+    view.num_waiting_unseen += count
+    view.unseen_tokens += num_tokens
+    view.oldest_unseen_s = oldest_s if view.oldest_unseen_s is None else min(oldest_s, view.oldest_unseen_s)
+
+
+def _task(request: SimRequest, *, is_running: bool) -> PrefillTask:
+    return PrefillTask(
+        request.request_id, request.arrival_s, request.left, request.computed, request.user_priority, is_running
+    )

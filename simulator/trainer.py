@@ -1,0 +1,138 @@
+"""The fine-tune side of a simulated executor: tasks, the step in progress, and the production gate before each slice.
+
+What `engine.finetune_runner` and `engine.task_table` do, with the device's latency model in place of torch.
+"""
+
+from dataclasses import dataclass, field
+
+from core.config import TrainingConfig
+from core.types import SliceTiming
+from scheduler.plan import FineTuneState, Plan
+from scheduler.slice_gate import SliceGate
+from simulator.device import Device
+from simulator.finetune import PairShape, SliceWork, StepModel, step_slices
+
+_WARM_UP_TOKENS = 16
+"""As in `engine.finetune_runner`: every kind of slice runs once, with a made-up pair, before anything is served."""
+
+
+@dataclass(slots=True)
+class Trained:
+    """What slices did in one iteration."""
+
+    slices: list[SliceTiming] = field(default_factory=list)
+    busy_s: float = 0.0
+    num_pairs: int = 0
+    """Pairs of the steps that ended."""
+
+
+class Trainer:
+    """Tasks of equal pairs, in order of arrival. Each is one optimizer step on `training.pairs_per_step` pairs."""
+
+    def __init__(
+        self,
+        *,
+        device: Device,
+        model: StepModel,
+        pair: PairShape,
+        config: TrainingConfig,
+        arena_bytes_per_token: float,
+        has_backlog: bool,
+    ) -> None:
+        self.warm_up: list[SliceTiming] = []
+        self._device = device
+        self._model = model
+        self._pair = pair
+        self._config = config
+        self._arena_bytes_per_token = arena_bytes_per_token
+        self._has_backlog = has_backlog
+        self._gate = SliceGate()
+        self._arrived_s: list[float] = []
+        self._slice_tokens = config.max_slice_tokens
+        self._programs: dict[int, list[SliceWork]] = {}
+        self._program: list[SliceWork] = []
+        self._next = 0
+        self._last_progress_s = 0.0
+
+    @property
+    def has_work(self) -> bool:
+        """A task is waiting or in progress."""
+        return self._has_backlog or bool(self._arrived_s)
+
+    @property
+    def num_tasks(self) -> int:
+        """Tasks in progress and waiting; a backlog that never empties counts as one."""
+        return len(self._arrived_s) + self._has_backlog
+
+    @property
+    def held_bytes(self) -> int:
+        """Arena memory of the step in progress."""
+        tokens = self._program[self._next - 1].batch_tokens if self._next else 0
+        return int(tokens * self._arena_bytes_per_token)
+
+    def add_task(self, now_s: float) -> None:
+        """Take in one more task."""
+        self._arrived_s.append(now_s)
+
+    def state(self) -> FineTuneState | None:
+        """What the planner is told; None if there is no work."""
+        if not self.has_work:
+            return None
+        arrived_s = self._arrived_s[0] if self._arrived_s else 0.0
+        return FineTuneState(
+            num_tasks=self.num_tasks,
+            last_progress_s=max(arrived_s, self._last_progress_s),
+            held_bytes=self.held_bytes,
+            max_batch_tokens=2 * (self._pair.row_tokens + 1),
+        )
+
+    def measure_all_kinds(self) -> None:
+        """Fill the gate as the worker does at its start; the timings are in `warm_up` for the planner."""
+        half = min(_WARM_UP_TOKENS, self._config.max_prompt_tokens, self._config.max_length_tokens // 2)
+        for work in step_slices([PairShape(half, half, half)], self._model, self._config.max_slice_tokens):
+            timing = SliceTiming(work.kind, work.num_tokens, self._device.slice_s(work.kind, work.num_tokens, 0.0))
+            self._gate.observe(timing.kind, timing.num_tokens, timing.latency_s)
+            self.warm_up.append(timing)
+
+    def run(self, plan: Plan, start_s: float) -> Trained:
+        """Run the slices that the plan and the gate allow, from `start_s` on."""
+        done = Trained()
+        if not plan.is_blocking:
+            limit = self._config.max_slice_tokens
+            self._slice_tokens = min(plan.slice_tokens or limit, limit)
+            if plan.finetune_budget_s <= 0 and plan.min_slices == 0:
+                return done
+        while self.has_work and not (plan.is_blocking and done.num_pairs):
+            work = self._next_work()
+            if not plan.is_blocking and not self._may_run(work, plan, done):
+                break
+            latency_s = self._device.slice_s(work.kind, work.num_tokens, start_s + done.busy_s)
+            self._gate.observe(work.kind, work.num_tokens, latency_s)
+            done.slices.append(SliceTiming(work.kind, work.num_tokens, latency_s))
+            done.busy_s += latency_s
+            self._advance(done)
+        if done.slices:
+            self._last_progress_s = start_s + done.busy_s
+        return done
+
+    def _may_run(self, work: SliceWork, plan: Plan, done: Trained) -> bool:
+        left_s = plan.finetune_budget_s - done.busy_s
+        if len(done.slices) < plan.min_slices:
+            return True
+        return self._gate.fits(work.kind, work.num_tokens, left_s, first=not done.slices)
+
+    def _next_work(self) -> SliceWork:
+        if not self._program:
+            pairs = [self._pair] * self._config.pairs_per_step
+            if self._slice_tokens not in self._programs:
+                self._programs[self._slice_tokens] = step_slices(pairs, self._model, self._slice_tokens)
+            self._program = self._programs[self._slice_tokens]
+        return self._program[self._next]
+
+    def _advance(self, done: Trained) -> None:
+        self._next += 1
+        if self._next == len(self._program):
+            self._program, self._next = [], 0
+            done.num_pairs += self._config.pairs_per_step
+            if self._arrived_s:
+                self._arrived_s.pop(0)

@@ -1,0 +1,151 @@
+import asyncio
+
+import pytest
+
+from benchmarks.client import ClientOptions, run_window
+from benchmarks.feeder import BACKLOG_TASKS, FineTuneFeeder, random_pairs
+from core.errors import TrainingError
+from simulator.trace import FineTune, TraceRequest
+from tests.unit.benchmarks.fake_engine import FakeEngine
+
+LOAD = FineTune(prompt_tokens=3, completion_tokens=4)
+
+
+def requests_at(*arrivals_s, tokens=3):
+    return [TraceRequest(f"r{i}", arrival_s, 5, tokens, 1) for i, arrival_s in enumerate(arrivals_s)]
+
+
+def measure(engine, requests, *, window_s=0.3, feeder=None, warm_up=(), drain_s=1.0):
+    options = ClientOptions(window_s, vocab_size=50, drain_s=drain_s, poll_s=0.05)
+    return asyncio.run(run_window(engine, requests, options, feeder, warm_up))
+
+
+def feeder_of(engine, load=LOAD):
+    return FineTuneFeeder(engine, load, pairs_per_step=2, vocab_size=50)
+
+
+def test_requests_are_sent_at_their_arrival_times_however_slow_the_engine_is():
+    engine = FakeEngine(first_s=0.5)
+    run = measure(engine, requests_at(0.0, 0.1, 0.2))
+    sent = [at_s for _, at_s, _, _ in engine.seen]
+    assert sent[1] - sent[0] == pytest.approx(0.1, abs=0.04)
+    assert sent[2] - sent[0] == pytest.approx(0.2, abs=0.04)
+    assert all(record.error is None for record in run.requests)
+
+
+def test_first_token_and_gaps_are_what_the_engine_took():
+    run = measure(FakeEngine(first_s=0.08, gap_s=0.04), requests_at(0.05, tokens=4))
+    (record,) = run.requests
+    assert record.ttft_s == pytest.approx(0.08, abs=0.03)
+    assert record.gaps_s == pytest.approx([0.04] * 3, abs=0.03)
+    assert record.finished_s == pytest.approx(0.05 + 0.08 + 3 * 0.04, abs=0.06)
+
+
+def test_time_to_first_token_counts_the_wait_for_a_place():
+    run = measure(FakeEngine(first_s=0.1, gap_s=0.0, slots=1), requests_at(0.0, 0.0, 0.0, tokens=1))
+    ttfts = sorted(record.ttft_s for record in run.requests)
+    assert ttfts == pytest.approx([0.1, 0.2, 0.3], abs=0.05)
+
+
+def test_tokens_of_one_output_are_one_gap_and_zeros():
+    run = measure(FakeEngine(gap_s=0.05, tokens_per_output=3), requests_at(0.0, tokens=7))
+    (record,) = run.requests
+    assert len(record.gaps_s) == 6
+    assert [gap == 0.0 for gap in record.gaps_s] == [False, True, True, False, True, True]
+    assert record.num_merged_tokens == 4
+
+
+def test_a_failing_request_is_recorded_and_the_others_go_on():
+    engine = FakeEngine()
+    engine.fail_request = lambda request_id: ValueError("no room") if request_id.endswith("r0") else None
+    failed, fine = measure(engine, requests_at(0.0, 0.1)).requests
+    assert failed.error == "ValueError: no room"
+    assert failed.first_token_s is not None
+    assert failed.finished_s is None
+    assert fine.error is None
+
+
+def test_a_request_that_ends_early_is_an_error():
+    engine = FakeEngine()
+    engine.fail_request = lambda _: "cut"
+    (record,) = measure(engine, requests_at(0.0)).requests
+    assert record.error == "ended after 1 of 3 tokens"
+
+
+def test_a_request_that_hangs_is_given_up_after_the_drain():
+    (record,) = measure(FakeEngine(first_s=60), requests_at(0.0), window_s=0.1, drain_s=0.2).requests
+    assert "not finished" in record.error
+    assert record.ttft_s is None
+
+
+def test_priority_reaches_the_engine_and_prompts_differ():
+    engine = FakeEngine()
+    measure(engine, requests_at(0.0, 0.0))
+    (_, _, first, priority), (_, _, second, _) = engine.seen
+    assert priority == 1
+    assert len(first) == len(second) == 5
+    assert first != second
+
+
+def test_warm_up_requests_are_served_first_and_leave_no_record():
+    engine = FakeEngine()
+    run = measure(engine, requests_at(0.0), warm_up=requests_at(0.0, 0.05))
+    assert [request_id for request_id, *_ in engine.seen] == ["warm-up-r0", "warm-up-r1", "window-r0"]
+    assert len(run.requests) == 1
+
+
+def test_the_backlog_never_empties_and_is_withdrawn_at_the_end():
+    engine = FakeEngine(step_s=0.03)
+    run = measure(engine, [], feeder=feeder_of(engine))
+    assert engine.most_running_steps == BACKLOG_TASKS
+    assert engine.running_steps == 0
+    assert engine.aborted_steps == BACKLOG_TASKS
+    ended = [task for task in run.tasks if 0 <= task.finished_s <= run.window_s]
+    assert 8 <= len(ended) <= 20
+    assert all(task.num_pairs == 2 and task.busy_s == 0.03 for task in ended)
+
+
+def test_steps_of_the_warm_up_are_not_counted():
+    engine = FakeEngine(step_s=0.03)
+    run = measure(engine, [], feeder=feeder_of(engine), warm_up=requests_at(0.0, 0.3))
+    assert min(task.finished_s for task in run.tasks) > -0.1
+    assert len(run.iterations.samples) <= len(run.tasks) + BACKLOG_TASKS
+
+
+def test_training_at_a_rate_submits_a_step_for_every_so_many_pairs():
+    engine = FakeEngine(step_s=0.2)
+    run = measure(
+        engine, [], feeder=feeder_of(engine, LOAD.model_copy(update={"pairs_per_s": 20.0})), window_s=0.5
+    )
+    assert 3 <= len(run.tasks) <= 6  # one every 0.1 s, each 0.2 s long, side by side
+    assert engine.most_running_steps >= 2
+
+
+def test_no_pairs_at_rate_zero():
+    engine = FakeEngine()
+    run = measure(engine, [], feeder=feeder_of(engine, LOAD.model_copy(update={"pairs_per_s": 0.0})))
+    assert run.tasks == []
+
+
+def test_an_engine_that_cannot_train_is_reported_before_the_window():
+    engine = FakeEngine()
+    engine.step_error = "UnsupportedModelError: no"
+    with pytest.raises(TrainingError, match="UnsupportedModelError"):
+        measure(engine, [], feeder=feeder_of(engine))
+
+
+def test_forgotten_iterations_are_counted():
+    engine = FakeEngine(step_s=0.005)
+    engine.kept = 2
+    run = measure(engine, [], feeder=feeder_of(engine))
+    log = run.iterations
+    assert log.num_lost > 0
+    assert log.covered_s == pytest.approx(0.3, abs=0.1)
+
+
+def test_pairs_of_the_pool_are_distinct_and_of_the_asked_lengths():
+    pool = random_pairs(LOAD, 50, seed=0)
+    assert len({pair.chosen_ids for pair in pool}) > len(pool) // 2
+    assert {(len(p.prompt_ids), len(p.chosen_ids), len(p.rejected_ids)) for p in pool} == {(3, 4, 4)}
+    assert all(pair.chosen_ids != pair.rejected_ids for pair in pool)
+    assert pool == random_pairs(LOAD, 50, seed=0)

@@ -1,0 +1,90 @@
+import asyncio
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from core.batch import ForwardShape, IterationSample
+from core.types import SliceKind, SliceTiming
+from deployments.load_meter import LoadMeter, PromptSpeed
+from engine.engine_load import EngineLoad
+
+
+def iteration(num_prefill_tokens, wall_s):
+    """Wall time in three parts: what a prompt waits for is all of it."""
+    slices = [SliceTiming(next(iter(SliceKind)), 8, wall_s / 4)]
+    shape = ForwardShape(num_prefill_tokens=num_prefill_tokens)
+    return IterationSample(shape, forward_s=wall_s / 2, overhead_s=wall_s / 4, slices=slices)
+
+
+def speed_of(*iterations):
+    speed = PromptSpeed()
+    for num_tokens, wall_s in iterations:
+        speed.observe(iteration(num_tokens, wall_s))
+    return speed
+
+
+def test_nothing_is_known_before_a_prompt_was_measured():
+    assert PromptSpeed().prompt_token_s is None
+    assert PromptSpeed().fixed_s == 0.0
+    decode_only = speed_of((0, 0.02), (0, 0.02))
+    assert decode_only.prompt_token_s is None
+    assert decode_only.fixed_s == pytest.approx(0.02)
+
+
+@given(
+    st.floats(1e-6, 1e-2),
+    st.floats(0.0, 0.5),
+    st.lists(st.integers(0, 4096), min_size=2, max_size=40).filter(
+        lambda sizes: max(sizes) > 1.2 * min(sizes) + 8
+    ),
+)
+def test_slope_and_intercept_of_exact_measurements_are_found(per_token_s, fixed_s, sizes):
+    speed = speed_of(*((size, fixed_s + per_token_s * size) for size in sizes))
+    assert speed.prompt_token_s == pytest.approx(per_token_s, rel=1e-3)
+    assert speed.fixed_s == pytest.approx(fixed_s, rel=1e-3, abs=1e-4)
+
+
+def test_chunks_of_one_size_are_charged_with_all_the_time():
+    speed = speed_of(*[(100, 0.05)] * 20)
+    assert speed.prompt_token_s == pytest.approx(0.0005)
+    assert speed.fixed_s == pytest.approx(0.0, abs=1e-9)
+
+
+def test_noise_that_makes_longer_prompts_look_cheaper_gives_no_negative_price():
+    speed = speed_of((10, 0.05), (1000, 0.04))
+    assert speed.prompt_token_s > 0
+    assert speed.fixed_s >= 0
+
+
+def test_a_device_that_becomes_slower_is_noticed():
+    before, after = (
+        [(n, 0.01 + n * 1e-4) for n in (10, 200)] * 100,
+        [(n, 0.02 + n * 2e-4) for n in (10, 200)] * 100,
+    )
+    assert speed_of(*before, *after).prompt_token_s == pytest.approx(2e-4, rel=0.05)
+
+
+def test_the_report_joins_queue_and_speed_and_an_idle_engine_has_no_wait():
+    batches = [[iteration(n, 0.01 + n * 1e-4) for n in (10, 200)], []]
+    asked = []
+
+    async def read_iterations(after):
+        asked.append(after)
+        return after + len(batches[0]), batches.pop(0)
+
+    queue = EngineLoad(
+        free_kv_bytes=7.0, kv_capacity_bytes=10.0, kv_bytes_per_token=1.0, waiting_tokens=30, num_running=2
+    )
+    meter = LoadMeter("e1", 0.5, lambda: queue, read_iterations, clock=lambda: 42.0)
+    assert meter.latest is None
+    busy = asyncio.run(meter.measure())
+    assert busy == meter.latest
+    assert (busy.executor_id, busy.reported_s, busy.ttft_target_s) == ("e1", 42.0, 0.5)
+    assert (busy.free_kv_bytes, busy.waiting_tokens, busy.num_running) == (7.0, 30, 2)
+    assert busy.prompt_token_s == pytest.approx(1e-4)
+    assert busy.wait_s == pytest.approx(0.02)
+    idle = asyncio.run(meter.measure())
+    assert idle.wait_s == 0.0
+    assert idle.prompt_token_s == pytest.approx(1e-4)
+    assert asked == [0, 2]

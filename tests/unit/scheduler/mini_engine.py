@@ -1,0 +1,174 @@
+"""The smallest engine that can apply plans: what vLLM and the worker do with them, in virtual time."""
+
+from dataclasses import dataclass
+
+from core.batch import ForwardShape, IterationSample
+from core.config import SloConfig
+from core.types import SliceKind, SliceTiming
+from scheduler.iteration import KV_OWNER, EngineLimits, IterationPlanner
+from scheduler.memory_ledger import MemoryLedger, Pool
+from scheduler.plan import MAX_PREFILLS_SEEN, FineTuneState, IterationView, PrefillTask
+from scheduler.waiting import WaitingQueue
+
+KV_BYTES_PER_TOKEN = 10
+ARENA_BYTES_PER_TOKEN = 20
+SLICE_TOKENS = 64
+
+
+@dataclass
+class Request:
+    request_id: str
+    arrived_s: float
+    num_prompt: int
+    num_output: int
+    user_priority: int = 0
+    computed: int = 0
+    produced: int = 0
+
+    @property
+    def left(self):
+        return max(1, self.num_prompt - self.computed)
+
+
+class MiniEngine:
+    def __init__(self, config, device, *, slo=None, seats=4, kv_tokens=2000, arena_tokens=500, max_tokens=512):
+        self.config, self.device, self.slo = config, device, slo or SloConfig(ttft_s=1.0, tbt_s=0.1)
+        memory = MemoryLedger(
+            kv_bytes=kv_tokens * KV_BYTES_PER_TOKEN,
+            arena_bytes=arena_tokens * ARENA_BYTES_PER_TOKEN,
+            tau_mem=config.tau_mem,
+        )
+        limits = EngineLimits(max_tokens, SLICE_TOKENS, KV_BYTES_PER_TOKEN, ARENA_BYTES_PER_TOKEN)
+        self.planner = IterationPlanner(
+            config=config, slo=self.slo, predictor=device, limits=limits, memory=memory
+        )
+        self.kv_tokens, self.seats, self.now_s = kv_tokens, seats, 0.0
+        self.waiting = WaitingQueue(config)
+        self.running: list[Request] = []
+        self.finished: list[str] = []
+        self.tasks: dict[str, int] = {}
+        self.task_arrived_s: dict[str, float] = {}
+        self.slices_run: dict[str, int] = {}
+        self.last_progress_s = 0.0
+        self.longest_starvation_s = 0.0
+        self.log: list[str] = []
+
+    def arrive(self, request: Request):
+        request.arrived_s = self.now_s
+        self.waiting.push(request.request_id, request, self.now_s, request.user_priority)
+        self.planner.note_requests()
+
+    def add_task(self, task_id: str, num_slices: int):
+        self.tasks[task_id] = num_slices
+        self.task_arrived_s[task_id] = self.now_s
+        self.slices_run[task_id] = 0
+
+    def iterate(self, noise=1.0, out_of_memory=False):
+        view = self._view()
+        plan = self.planner.plan(view)
+        shape, tokens = self._fill(plan)
+        plan = self.planner.settle(plan, view, shape)
+        slices = self._slices(plan)
+        forward_s = self.device.forward_s(shape) * noise
+        sample = IterationSample(
+            shape,
+            forward_s,
+            self.device.overhead_s,
+            slices,
+            plan.predicted_forward_s,
+            plan.finetune_budget_s,
+            peak_bytes=0,
+            out_of_memory=out_of_memory and bool(slices),
+        )
+        self.now_s += self.device.overhead_s + sample.slices_s + forward_s
+        self._deliver(tokens)
+        if slices:
+            self.last_progress_s = self.now_s
+        elif self.tasks:
+            since_s = max(self.last_progress_s, min(self.task_arrived_s[t] for t in self.tasks))
+            self.longest_starvation_s = max(self.longest_starvation_s, self.now_s - since_s)
+        self.planner.observe(sample)
+        if not self.tasks:
+            self.planner.release_arena()
+        self.log.append(f"{self.now_s:.9f} {plan} {shape} {tokens} {len(slices)}")
+        return view, plan, shape, slices
+
+    def used_kv(self):
+        return sum(r.computed for r in self.running)
+
+    def _view(self):
+        self.planner.memory.record(KV_OWNER, Pool.KV, self.used_kv() * KV_BYTES_PER_TOKEN)
+        view = IterationView(self.now_s, free_seats=self.seats - len(self.running))
+        for r in self.running:
+            if r.left == 1 and r.computed >= r.num_prompt:
+                view.num_decode += 1
+                view.decode_context += r.computed
+            else:
+                view.prefills.append(self._prefill(r, is_running=True))
+        for r in self.waiting.head(MAX_PREFILLS_SEEN - len(view.prefills), self.now_s):
+            view.prefills.append(self._prefill(r, is_running=False))
+        if self.tasks:
+            front_s = min(self.task_arrived_s[t] for t in self.tasks)
+            view.finetune = FineTuneState(
+                len(self.tasks), max(front_s, self.last_progress_s), max_batch_tokens=SLICE_TOKENS
+            )
+        return view
+
+    @staticmethod
+    def _prefill(r, *, is_running):
+        return PrefillTask(r.request_id, r.arrived_s, r.left, r.computed, r.user_priority, is_running)
+
+    def _fill(self, plan):
+        """As vLLM does: decodes, prefills in progress, then the waiting while seats, blocks and tokens last."""
+        shape, tokens, budget = ForwardShape(), {}, plan.token_budget
+        decoding = [r for r in self.running if r.computed >= r.num_prompt]
+        for r in [*decoding, *(r for r in self.running if r not in decoding)]:
+            budget -= self._schedule(r, plan, budget, shape, tokens)
+        while budget > 0 and len(self.waiting) and len(self.running) < self.seats:
+            if self.used_kv() + sum(tokens.values()) >= self.kv_tokens - self.seats:
+                break
+            r = self.waiting.pop(self.now_s)
+            self.running.append(r)
+            budget -= self._schedule(r, plan, budget, shape, tokens)
+        return shape, tokens
+
+    def _schedule(self, r, plan, budget, shape, tokens):
+        room = self.kv_tokens - self.used_kv() - sum(tokens.values())
+        take = min(r.left, budget, room, plan.max_chunk_tokens or r.left)
+        if take <= 0:
+            return 0
+        if r.computed >= r.num_prompt:
+            shape.num_decode += 1
+            shape.decode_context += r.computed
+        else:
+            shape.add_chunk(take, r.computed)
+        tokens[r.request_id] = take
+        return take
+
+    def _slices(self, plan):
+        """One kind of slice; the gate is the device's own upper estimate."""
+        slices, left_s = [], plan.finetune_budget_s
+        while self.tasks:
+            task_id = next(iter(self.tasks))
+            latency_s = self.device.slice_upper_s(SliceKind.BACKWARD_LAYER, SLICE_TOKENS)
+            if not plan.is_blocking and len(slices) >= plan.min_slices and latency_s > left_s:
+                break
+            left_s -= latency_s
+            slices.append(SliceTiming(SliceKind.BACKWARD_LAYER, SLICE_TOKENS, latency_s))
+            self.slices_run[task_id] += 1
+            self.tasks[task_id] -= 1
+            if self.tasks[task_id] == 0:
+                del self.tasks[task_id]
+                self.planner.note_trained(1)
+                if plan.is_blocking:
+                    break
+        return slices
+
+    def _deliver(self, tokens):
+        for r in list(self.running):
+            r.computed += tokens.get(r.request_id, 0)
+            if r.request_id in tokens and r.computed >= r.num_prompt:
+                r.produced += 1
+                if r.produced >= r.num_output:
+                    self.running.remove(r)
+                    self.finished.append(r.request_id)

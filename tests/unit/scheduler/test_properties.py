@@ -1,0 +1,198 @@
+"""Invariants of the planner under any order of arrivals, tasks, slow iterations and out-of-memory."""
+
+import itertools
+import random
+
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
+
+from core.config import SchedulerConfig
+from scheduler.memory_ledger import Pool
+from scheduler.packing import Bin, Demand, pack
+from scheduler.priority import starvation_bound_s
+from scheduler.slo_budget import iteration_capacity_s
+from tests.unit.scheduler.device import KnownDevice
+from tests.unit.scheduler.mini_engine import MiniEngine, Request
+
+
+class PlannedEngine(RuleBasedStateMachine):
+    @initialize(
+        policy=st.sampled_from(["mace", "mace", "mace", "inference_only", "periodic", "continuous"]),
+        packing=st.sampled_from(["best_fit", "first_fit"]),
+        base_s=st.sampled_from([0.001, 0.02, 0.09]),
+    )
+    def start(self, policy, packing, base_s):
+        config = SchedulerConfig(
+            policy=policy, packing=packing, retrain_rate=0.5, period_requests=4, min_prefill_tokens=16
+        )
+        self.engine = MiniEngine(config, KnownDevice(base_s=base_s))
+        self.arrived = {}
+        self.tasks = {}
+        self.names = itertools.count()
+
+    @rule(num_prompt=st.integers(1, 900), num_output=st.integers(1, 20), user_priority=st.integers(-2, 2))
+    def arrive(self, num_prompt, num_output, user_priority):
+        request = Request(f"r{next(self.names)}", 0.0, num_prompt, num_output, user_priority)
+        self.arrived[request.request_id] = request
+        self.engine.arrive(request)
+
+    @rule(num_slices=st.integers(1, 12))
+    def add_task(self, num_slices):
+        name = f"t{next(self.names)}"
+        self.tasks[name] = num_slices
+        self.engine.add_task(name, num_slices)
+
+    @rule(count=st.integers(1, 30), noise=st.floats(0.5, 3.0), out_of_memory=st.booleans())
+    def iterate(self, count, noise, out_of_memory):
+        for _ in range(count):
+            self.check_budget(*self.engine.iterate(noise, out_of_memory))
+
+    def check_budget(self, view, plan, shape, slices):
+        engine = self.engine
+        config, device = engine.config, engine.device
+        assert shape.num_tokens <= max(plan.token_budget, 0)
+        if plan.is_blocking:
+            assert shape.num_tokens == 0
+            return
+        if config.policy != "mace":
+            assert not slices
+        capacity_s = iteration_capacity_s(engine.slo, config.slack_fraction, view.num_decode)
+        forward_s = device.forward_s(shape)
+        # Over capacity only by what must go on whatever it takes: decoding, one smallest chunk, one aged slice.
+        if shape.num_prefill_tokens > config.min_prefill_tokens:
+            assert forward_s + device.overhead_s <= capacity_s + 1e-9
+        if len(slices) > plan.min_slices:
+            spent_s = sum(s.latency_s for s in slices)
+            assert spent_s <= plan.finetune_budget_s + 1e-9
+            if shape.num_tokens:
+                assert forward_s + device.overhead_s + spent_s <= capacity_s + 1e-9
+
+    @invariant()
+    def the_books_balance(self):
+        if hasattr(self, "engine"):
+            memory = self.engine.planner.memory
+            memory.check_integrity()
+            assert memory.pool_used_bytes(Pool.KV) <= memory.pool_capacity_bytes(Pool.KV)
+
+    @invariant()
+    def nothing_is_lost_or_run_twice(self):
+        if not hasattr(self, "engine"):
+            return
+        engine = self.engine
+        places = [
+            *(r.request_id for r in engine.waiting.iterate(engine.now_s)),
+            *(r.request_id for r in engine.running),
+            *engine.finished,
+        ]
+        assert sorted(places) == sorted(self.arrived)
+        for name, num_slices in self.tasks.items():
+            assert engine.slices_run[name] + engine.tasks.get(name, 0) == num_slices
+
+    @invariant()
+    def training_does_not_starve(self):
+        if hasattr(self, "engine") and self.engine.config.policy == "mace":
+            engine = self.engine
+            longest_s = 3.0 * (engine.device.base_s + 600 * engine.device.token_s) + 1.0
+            assert engine.longest_starvation_s <= starvation_bound_s(engine.config) + longest_s
+
+    def teardown(self):
+        """Whatever happened, the engine ends with everything served and, if it trains at all, trained."""
+        if not hasattr(self, "engine"):
+            return
+        engine = self.engine
+        for _ in range(20_000):
+            if not (len(engine.waiting) or engine.running):
+                break
+            engine.iterate()
+        assert sorted(engine.finished) == sorted(self.arrived)
+        if engine.config.policy == "mace":
+            for _ in range(2_000):
+                if not engine.tasks:
+                    break
+                engine.iterate()
+            assert not engine.tasks
+
+
+PlannedEngine.TestCase.settings = settings(max_examples=40, stateful_step_count=20, deadline=None)
+TestPlannedEngine = PlannedEngine.TestCase
+
+
+def saturated(config, seconds):
+    """More decoding than the TBT target allows, for ever, and one task."""
+    engine = MiniEngine(config, KnownDevice(base_s=0.2), kv_tokens=10**6)
+    engine.arrive(Request("endless", 0.0, 1, 10**9))
+    engine.iterate()
+    engine.add_task("t", 3)
+    while engine.now_s < seconds:
+        engine.iterate()
+    return engine
+
+
+def test_under_saturation_a_slice_runs_within_the_stated_bound():
+    config = SchedulerConfig()
+    bound_s = starvation_bound_s(config)
+    engine = saturated(config, 2.2 * bound_s)
+    assert engine.slices_run["t"] == 2
+    assert engine.longest_starvation_s <= bound_s + 0.5
+
+
+def test_without_ageing_training_may_starve_for_ever():
+    assert starvation_bound_s(SchedulerConfig(ageing=False)) == float("inf")
+    assert saturated(SchedulerConfig(ageing=False), 200).slices_run["t"] == 0
+
+
+def trace(seed):
+    rng = random.Random(seed)
+    engine = MiniEngine(SchedulerConfig(), KnownDevice(upper=1.1))
+    for i in range(300):
+        if rng.random() < 0.3:
+            engine.arrive(Request(f"r{i}", 0.0, rng.randint(1, 300), rng.randint(1, 20), rng.choice([0, 0, 1])))
+        if rng.random() < 0.1:
+            engine.add_task(f"t{i}", rng.randint(1, 20))
+        engine.iterate(noise=rng.uniform(0.8, 1.5))
+    return "\n".join(engine.log).encode()
+
+
+def test_the_same_seed_and_trace_give_a_byte_equal_log():
+    assert trace(7) == trace(7)
+    assert trace(7) != trace(8)
+
+
+@pytest.mark.parametrize("packing", ["best_fit", "first_fit"])
+def test_packing_several_iterations_equals_brute_force(packing):
+    config = SchedulerConfig(packing=packing)
+    rng = random.Random(0)
+    for _ in range(300):
+        tasks = [
+            [Demand(rng.uniform(0, 70), rng.uniform(0, 70)) for _ in range(rng.randint(1, 3))]
+            for _ in range(rng.randint(1, 5))
+        ]
+        used = [rng.uniform(0, 50) for _ in range(3)]
+        placements, bins = pack(tasks, lambda n, used=used: Bin(str(n), 100, 100, 0, used[n]), config, max_bins=3)
+        assert [(p.task, p.bin, p.candidate) for p in placements] == brute_force(tasks, used, config)
+        assert all(b.memory_used_bytes <= 100 + 1e-9 and b.latency_used_s <= 100 + 1e-9 for b in bins)
+
+
+def brute_force(tasks, used, config):
+    """Every open bin and candidate for each task, by the paper's formula written out."""
+    open_bins, chosen = [], []
+    for number, candidates in enumerate(tasks):
+        options = []
+        for b in [*range(len(open_bins)), *([len(open_bins)] if len(open_bins) < 3 else [])]:
+            memory, latency = open_bins[b] if b < len(open_bins) else (0.0, used[b])
+            for c, demand in enumerate(candidates):
+                if memory + demand.memory_bytes <= 100 and latency + demand.latency_s <= 100:
+                    f = 0.5 * abs(100 - memory - demand.memory_bytes) / 100
+                    f += 0.5 * abs(100 - latency - demand.latency_s) / 100
+                    is_new = b == len(open_bins)
+                    options.append((is_new, 0 if config.packing == "first_fit" else f, b, c))
+        if options:
+            _, _, b, c = min(options)
+            if b == len(open_bins):
+                open_bins.append((0.0, used[b]))
+            memory, latency = open_bins[b]
+            open_bins[b] = (memory + candidates[c].memory_bytes, latency + candidates[c].latency_s)
+            chosen.append((number, b, c))
+    return chosen
