@@ -95,4 +95,4 @@ class LedgerError(MaceError):
 
 
 class ProfileError(MaceError):
-    """A latency and memory profile cannot be read, written or fitted."""
+    """A profile is missing, damaged or of an unknown version, or there are too few samples to fit one."""

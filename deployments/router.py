@@ -12,6 +12,7 @@ Reports are up to a period old, so a router counts what it sent since then; othe
 would go to the same executor. Without a fresh report of every replica: power of two choices.
 """
 
+import logging
 import random
 from collections import OrderedDict, deque
 from dataclasses import replace
@@ -24,6 +25,8 @@ from core.config import SchedulerConfig
 from core.messages import ExecutorLoad
 from scheduler.placement import choose_executor
 
+logger = logging.getLogger(__name__)
+
 BYTES_PER_TOKEN = 4
 """A usual figure for English text; JSON around the prompt makes the estimate a little high, images far too high."""
 
@@ -34,6 +37,8 @@ STALE_S = 10 * REPORT_PERIOD_S
 """A report older than this says nothing; executors answer late while the engine is in a long iteration."""
 
 _MAX_SESSIONS = 65_536
+_MAX_DIGITS = 15
+"""Of a content-length; Python refuses to parse numbers of many thousand digits."""
 
 Candidates = list[RunningReplica]
 
@@ -62,10 +67,13 @@ class ExecutorRouter(RequestRouter):
         if pending_request is None:
             return [_any_two(candidate_replicas)]
         now_s = self._get_curr_time_s()
-        loads = self._loads(candidate_replicas, now_s)
-        if loads is None:
-            return [_any_two(candidate_replicas)]
-        return self._ranked(candidate_replicas, loads, pending_request, now_s)
+        try:
+            loads = self._loads(candidate_replicas, now_s)
+            if loads is not None:
+                return self._ranked(candidate_replicas, loads, pending_request, now_s)
+        except Exception:  # raised from here, it would leave the request without an answer
+            logger.exception("replicas could not be ranked; taking two at random")
+        return [_any_two(candidate_replicas)]
 
     def _ranked(
         self, candidates: Candidates, loads: list[ExecutorLoad], request: PendingRequest, now_s: float
@@ -136,7 +144,7 @@ def prompt_tokens_of(request: PendingRequest) -> int:
     # Bytes that this process pickled itself (Serve's proxy), on their way to the replica.
     scope = cloudpickle.loads(request.args[0]).asgi_scope
     length: bytes = next((value for name, value in scope["headers"] if name == b"content-length"), b"")
-    return max(1, int(length) // BYTES_PER_TOKEN) if length.isdigit() else 1
+    return max(1, int(length) // BYTES_PER_TOKEN) if length.isdigit() and len(length) <= _MAX_DIGITS else 1
 
 
 def _any_two(candidates: Candidates) -> Candidates:

@@ -51,7 +51,7 @@ class HybridSchedulerMixin:
         exit_with_parent()
         config: AppArgs = app_args_of(self.vllm_config)  # type: ignore[attr-defined]
         self._args = config
-        self._max_tokens: int = self.max_num_scheduled_tokens  # type: ignore[has-type]
+        self._max_tokens: int = self.max_num_scheduled_tokens
         self._chunk_limit: int = self.scheduler_config.long_prefill_token_threshold  # type: ignore[attr-defined]
         pool = kv_pool_of(self.kv_cache_config)  # type: ignore[attr-defined]
         self._usable_blocks, self._block_bytes = pool.num_blocks, pool.block_bytes

@@ -1,7 +1,7 @@
 """A whole run: executors, the router before them, and the loop over events.
 
-Everything random comes from the seed, and events are in a total order, so the same trace, profile and seed give the same
-run and the same event log, byte for byte.
+Everything random comes from the seed, and events are in a total order, so the same trace, profile and seed give the
+same run and the same event log, byte for byte.
 """
 
 import json
@@ -96,9 +96,9 @@ class Simulation:
         while (next_s := events.next_time_s()) is not None:
             if self._next_request is None and self._num_ended == self._num_arrived and next_s > duration_s:
                 break
-            now_s, kind, _, executor, run = events.pop()
+            now_s, kind, _, index, work = events.pop()
             if kind == EventKind.ITERATION_END:
-                self._end(self.executors[executor], run, now_s)
+                self._end(self.executors[index], work, now_s)
             elif kind == EventKind.ARRIVAL:
                 self._arrive(now_s)
             else:
@@ -113,8 +113,8 @@ class Simulation:
             statistics=self._statistics,
         )
 
-    def _end(self, executor: Executor, run: int, now_s: float) -> None:
-        executor.end(run, now_s)
+    def _end(self, executor: Executor, work: int, now_s: float) -> None:
+        executor.end(work, now_s)
         if executor.meter.finished:
             for request in executor.meter.finished:
                 self._router.ended(request, executor.index)

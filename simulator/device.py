@@ -1,11 +1,12 @@
 """The device that the simulated executors run on: what iterations really cost, as far as the profile knows.
 
-Noise is a factor drawn from the quantiles of measured over predicted latency in the profile. Iterations and slices draw
-from separate streams of the executor's own, one draw for each, so a run gives the same numbers whether its iterations
-are simulated one by one or in a stretch.
+Noise is drawn from the quantiles in the profile, independently for each iteration and each slice. Iterations and slices
+draw from separate streams of the executor's own, one draw for each, so a run gives the same numbers whether its
+iterations are simulated one by one or in a stretch.
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
@@ -15,29 +16,47 @@ from core.errors import ConfigError
 from core.types import SliceKind
 from simulator.trace import SlowDown
 
-_BLOCK = 4096
+_BLOCK = 1024
+_SMALLEST = 1e-9
+
+
+@dataclass(frozen=True, slots=True)
+class Quantiles:
+    """A distribution: values at levels from 0 to 1."""
+
+    levels: Sequence[float]
+    values: Sequence[float]
+
+    @classmethod
+    def exactly(cls, value: float) -> "Quantiles":
+        """No spread."""
+        return cls((0.0, 1.0), (value, value))
 
 
 class DeviceModel(Protocol):
-    """What a fitted profile says of a device (`simulator.profiled.ProfiledDevice` is the real one)."""
+    """What a profile says of a device (`simulator.profiled.ProfiledDevice` is the real one)."""
 
     @property
     def overhead_s(self) -> float:
-        """Time of an iteration that is neither forward pass nor slices."""
+        """Usual time of an iteration that is neither forward pass nor slices."""
         ...
 
     @property
-    def forward_factors(self) -> Sequence[float]:
-        """Measured over predicted latency of forward passes at evenly spaced quantiles; empty: no noise known."""
+    def overhead_noise(self) -> Quantiles:
+        """Its distribution, in seconds."""
         ...
 
     @property
-    def slice_factors(self) -> Sequence[float]:
-        """The same of slices."""
+    def forward_noise(self) -> Quantiles:
+        """Measured over predicted latency of forward passes."""
+        ...
+
+    def slice_noise(self, kind: SliceKind) -> Quantiles:
+        """Measured over predicted latency of slices of a kind."""
         ...
 
     def forward_s(self, shape: ForwardShape) -> float:
-        """Latency of a forward pass in seconds."""
+        """Latency of a forward pass in seconds; 0 if it is empty."""
         ...
 
     def slice_s(self, kind: SliceKind, num_tokens: int) -> float | None:
@@ -46,32 +65,36 @@ class DeviceModel(Protocol):
 
 
 class NoiseStream:
-    """Factors drawn by inverse transform from quantiles, each used once and in order."""
+    """Values drawn by inverse transform from quantiles, each used once and in order.
 
-    def __init__(self, quantiles: Sequence[float], seed: np.random.SeedSequence) -> None:
-        self._quantiles = np.asarray(quantiles, dtype=np.float64)
-        self._levels = np.linspace(0.0, 1.0, max(len(quantiles), 1))
+    Between two quantiles the logarithm is interpolated: a straight line from the 99th percentile to a single extreme
+    outlier would make the tail far too heavy.
+    """
+
+    def __init__(self, quantiles: Quantiles, seed: np.random.SeedSequence) -> None:
+        self._levels = np.asarray(quantiles.levels, dtype=np.float64)
+        self._logs = np.log(np.maximum(np.asarray(quantiles.values, dtype=np.float64), _SMALLEST))
+        self._constant = quantiles.values[0] if len(set(quantiles.values)) == 1 else None
         self._rng = np.random.default_rng(seed)
-        self._factors: list[float] = []
+        self._drawn: list[float] = []
         self._next = 0
 
     def ahead(self, count: int) -> list[float]:
-        """The next `count` factors, without taking them."""
-        while self._next + count > len(self._factors):
-            self._factors = self._factors[self._next :] + self._draw()
+        """The next `count` values, without taking them."""
+        while self._next + count > len(self._drawn):
+            self._drawn = self._drawn[self._next :] + self._draw()
             self._next = 0
-        return self._factors[self._next : self._next + count]
+        return self._drawn[self._next : self._next + count]
 
     def take(self, count: int = 1) -> None:
-        """Use up the next `count` factors, which `ahead` has shown."""
+        """Use up the next `count` values, which `ahead` has shown."""
         self._next += count
 
     def _draw(self) -> list[float]:
-        if self._quantiles.size < 2:
-            return [1.0] * _BLOCK
-        drawn = np.interp(self._rng.random(_BLOCK), self._levels, self._quantiles)
-        factors: list[float] = drawn.tolist()
-        return factors
+        if self._constant is not None:
+            return [self._constant] * _BLOCK
+        drawn: list[float] = np.exp(np.interp(self._rng.random(_BLOCK), self._levels, self._logs)).tolist()
+        return drawn
 
 
 class Device:
@@ -80,21 +103,31 @@ class Device:
     def __init__(
         self, model: DeviceModel, *, seed: np.random.SeedSequence, noise: bool, slow_down: SlowDown | None
     ) -> None:
-        forward_seed, slice_seed = seed.spawn(2)
+        overhead_seed, forward_seed, *slice_seeds = seed.spawn(2 + len(SliceKind))
         self._model = model
-        self._forward_noise = NoiseStream(model.forward_factors if noise else (), forward_seed)
-        self._slice_noise = NoiseStream(model.slice_factors if noise else (), slice_seed)
+        self._overheads = NoiseStream(
+            model.overhead_noise if noise else Quantiles.exactly(model.overhead_s), overhead_seed
+        )
+        self._factors = NoiseStream(model.forward_noise if noise else Quantiles.exactly(1.0), forward_seed)
+        self._slice_factors = {
+            kind: NoiseStream(model.slice_noise(kind) if noise else Quantiles.exactly(1.0), slice_seed)
+            for kind, slice_seed in zip(SliceKind, slice_seeds, strict=True)
+        }
         self._slow_at_s = float("inf") if slow_down is None else slow_down.at_s
         self._slow_factor = 1.0 if slow_down is None else slow_down.factor
-        self.overhead_s = model.overhead_s
+
+    def overheads_s(self, count: int) -> list[float]:
+        """Overhead of the next `count` iterations, not taken yet."""
+        return self._overheads.ahead(count)
 
     def factors(self, count: int) -> list[float]:
-        """Noise of the next `count` iterations' forward passes, not taken yet."""
-        return self._forward_noise.ahead(count)
+        """Noise of the forward passes of the next `count` iterations, not taken yet."""
+        return self._factors.ahead(count)
 
     def take(self, count: int) -> None:
         """So many iterations have happened."""
-        self._forward_noise.take(count)
+        self._overheads.take(count)
+        self._factors.take(count)
 
     def forward_s(self, shape: ForwardShape, start_s: float, factor: float) -> float:
         """Latency of a forward pass that starts at `start_s`, with a factor from `factors`; 0 if it is empty."""
@@ -110,6 +143,7 @@ class Device:
         latency_s = self._model.slice_s(kind, num_tokens)
         if latency_s is None:
             raise ConfigError(f"the profile knows no {kind} slices; measure it with training enabled")
-        latency_s *= self._slice_noise.ahead(1)[0]
-        self._slice_noise.take()
+        factors = self._slice_factors[kind]
+        latency_s *= factors.ahead(1)[0]
+        factors.take()
         return latency_s * self._slow_factor if start_s >= self._slow_at_s else latency_s

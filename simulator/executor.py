@@ -36,6 +36,7 @@ class _Iteration:
     end_s: float
     plan: Plan
     fill: Fill
+    overhead_s: float
     forward_s: float
     trained: Trained
 
@@ -46,6 +47,7 @@ class _Stretch:
 
     ends_s: list[float]
     forwards_s: list[float]
+    overheads_s: list[float]
     context: int
     """Cached tokens before the first."""
 
@@ -161,30 +163,30 @@ class Executor:
         )
 
     def _start_stretch(self, now_s: float) -> None:
-        running, device = self.requests.running, self._device
+        running, forward_s = self.requests.running, self._device.forward_s
         count = min(running.passes_to_change(), self._stretch_limit)
         shape = ForwardShape(num_decode=running.num_decode, decode_context=running.decode_context)
-        overhead_s, forward_s = device.overhead_s, device.forward_s
+        overheads_s = self._device.overheads_s(count)
         ends_s: list[float] = []
         forwards_s: list[float] = []
-        for factor in device.factors(count):
+        for overhead_s, factor in zip(overheads_s, self._device.factors(count), strict=True):
             latency_s = forward_s(shape, now_s, factor)
             now_s = now_s + overhead_s + latency_s
             ends_s.append(now_s)
             forwards_s.append(latency_s)
             shape.decode_context += shape.num_decode
-        self._begin(_Stretch(ends_s, forwards_s, running.decode_context), now_s)
+        self._begin(_Stretch(ends_s, forwards_s, overheads_s, running.decode_context), now_s)
 
     def _end_stretch(self, stretch: _Stretch) -> None:
         count = len(stretch.ends_s)
         num_decode, context = self.requests.running.num_decode, stretch.context
         self._stretch_limit = min(2 * count + 2, _LONGEST_STRETCH)  # what arrivals cut off cost time
         self._device.take(count)
-        for end_s, forward_s in zip(stretch.ends_s, stretch.forwards_s, strict=True):
+        for i, end_s in enumerate(stretch.ends_s):
             self.meter.decoded(end_s, num_decode)
             if self._is_observed():
                 shape = ForwardShape(num_decode=num_decode, decode_context=context)
-                self._planner.observe(IterationSample(shape, forward_s, self._device.overhead_s))
+                self._planner.observe(IterationSample(shape, stretch.forwards_s[i], stretch.overheads_s[i]))
             context += num_decode
         self._statistics.iterations += count
         self._statistics.add_work(stretch.ends_s[-1], sum(stretch.forwards_s), 0.0)
@@ -208,16 +210,17 @@ class Executor:
         if fill.shape.num_tokens:
             factor = self._device.factors(1)[0]
             forward_s = self._device.forward_s(fill.shape, now_s + trained.busy_s, factor)
-        end_s = now_s + self._device.overhead_s + forward_s + trained.busy_s
-        self._begin(_Iteration(end_s, plan, fill, forward_s, trained), end_s)
+        overhead_s = self._device.overheads_s(1)[0]
+        end_s = now_s + overhead_s + forward_s + trained.busy_s
+        self._begin(_Iteration(end_s, plan, fill, overhead_s, forward_s, trained), end_s)
 
     def _end_iteration(self, iteration: _Iteration) -> None:
         trained = iteration.trained
         self._statistics.iterations += 1
         self._statistics.slices += len(trained.slices)
         self._statistics.add_work(iteration.end_s, iteration.forward_s, trained.busy_s)
+        self._device.take(1)
         if iteration.fill.shape.num_tokens:
-            self._device.take(1)
             self._end_forward(iteration)
         if self._is_observed():
             self._planner.observe(self._sample(iteration))
@@ -251,7 +254,7 @@ class Executor:
         return IterationSample(
             iteration.fill.shape,
             iteration.forward_s,
-            self._device.overhead_s,
+            iteration.overhead_s,
             iteration.trained.slices,
             iteration.plan.predicted_forward_s,
             iteration.plan.finetune_budget_s,

@@ -91,8 +91,11 @@ class RunningSet:
             )
 
     def admit(self, request: SimRequest) -> bool:
-        """Give a seat and room for the whole prompt; False, with nothing changed, if either is missing."""
-        if len(self) >= self.max_seats or self.kv_used + request.target > self.kv_capacity:
+        """Give a seat and room for the whole prompt, beside the next token of each decoding request.
+
+        False, with nothing changed, if either is missing.
+        """
+        if len(self) >= self.max_seats or self.kv_used + self.num_decode + request.target > self.kv_capacity:
             return False
         self.kv_used += request.target
         self.prefills.append(request)

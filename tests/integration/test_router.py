@@ -7,6 +7,7 @@ import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
+from pathlib import Path
 
 import httpx
 import pytest
@@ -16,6 +17,7 @@ from ray import serve
 from app.main import executor_router
 from core.config import AppArgs
 from core.messages import ExecutorLoad
+from deployments.router import REPORT_PERIOD_S
 
 pytestmark = pytest.mark.ray
 
@@ -49,8 +51,7 @@ class Replica:
         return True
 
     def record_routing_stats(self):
-        with open(f"{self._directory}/{self._number}.json") as file:
-            report = json.load(file)
+        report = json.loads((Path(self._directory) / f"{self._number}.json").read_text())
         return {**report, "reported_s": time.time()} if report else {}
 
     async def __call__(self, request):
@@ -68,7 +69,7 @@ def fleet(tmp_path_factory):
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     fleet = Fleet(directory, f"http://127.0.0.1:{port}/")
-    fleet.report({}, {})
+    fleet.report({}, {}, settle_s=0)
     ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False)
     serve.start(http_options={"host": "127.0.0.1", "port": port})
     options = {"num_replicas": 2, "max_ongoing_requests": 4, "ray_actor_options": {"num_cpus": 0}}
@@ -84,11 +85,13 @@ class Fleet:
         self._directory = directory
         self._client = httpx.Client(base_url=url, timeout=20)
 
-    def report(self, *reports):
+    def report(self, *reports, settle_s=2 * REPORT_PERIOD_S):
+        """Let replicas report this, and wait until Serve has asked each of them and told the proxy."""
         for number, report in enumerate(reports):
             path = self._directory / f"{number}.json"
             path.with_suffix(".new").write_text(json.dumps(report))
             path.with_suffix(".new").rename(path)
+        time.sleep(settle_s)
 
     def ask(self, num_tokens=10, sleep_s=0.0, **headers):
         reply = self._client.post("/", params={"sleep_s": sleep_s}, content=b"x" * 4 * num_tokens, headers=headers)
@@ -135,7 +138,6 @@ def test_a_session_stays_with_its_prefix_through_the_proxy(fleet):
 
 def test_a_burst_between_two_reports_is_spread(fleet):
     fleet.report(stats(), stats())
-    time.sleep(2.5)
     with ThreadPoolExecutor(6) as pool:
         seen = Counter(pool.map(lambda _: fleet.ask(300, sleep_s=0.3), range(6)))
     assert seen[0] >= 2

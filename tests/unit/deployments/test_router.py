@@ -64,6 +64,7 @@ def test_the_prompt_is_estimated_from_the_content_length():
     assert prompt_tokens_of(request(250)) == 250
     assert prompt_tokens_of(request(headers=[(b"transfer-encoding", b"chunked")])) == 1
     assert prompt_tokens_of(request(headers=[(b"content-length", b"-7")])) == 1
+    assert prompt_tokens_of(request(headers=[(b"content-length", b"9" * 5000)])) == 1
     call = PendingRequest(["an argument"], {}, RequestMetadata("r", "i"), future=SimpleNamespace())
     assert prompt_tokens_of(call) == 1
 
@@ -123,6 +124,12 @@ def test_a_session_returns_to_the_replica_that_has_its_prefix_unless_that_is_too
     assert ranks(router, fleet, request(400, "s"))[0] == [home]
     same.routing_stats = stats(waiting_tokens=700)
     assert ranks(router, fleet, request(400, "s"))[0] != [home]
+
+
+def test_a_ranking_that_fails_still_gives_the_request_an_executor(router):
+    """Serve drops the exception and would never answer the request."""
+    fleet = [replica("a"), replica("b", waiting_tokens="many")]
+    assert sorted(ranks(router, fleet, request())[0]) == ["a", "b"]
 
 
 def test_the_books_forget_replicas_that_are_gone(router):

@@ -31,7 +31,9 @@ class Request:
 
 
 class MiniEngine:
-    def __init__(self, config, device, *, slo=None, seats=4, kv_tokens=2000, arena_tokens=500, max_tokens=512):
+    """The KV cache holds every seat's longest request: vLLM's preemption is not what is tested here."""
+
+    def __init__(self, config, device, *, slo=None, seats=4, kv_tokens=4000, arena_tokens=500, max_tokens=512):
         self.config, self.device, self.slo = config, device, slo or SloConfig(ttft_s=1.0, tbt_s=0.1)
         memory = MemoryLedger(
             kv_bytes=kv_tokens * KV_BYTES_PER_TOKEN,

@@ -102,7 +102,7 @@ class PlannedEngine(RuleBasedStateMachine):
         if not hasattr(self, "engine"):
             return
         engine = self.engine
-        for _ in range(20_000):
+        for _ in range(4_000):
             if not (len(engine.waiting) or engine.running):
                 break
             engine.iterate()

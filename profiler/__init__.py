@@ -1,0 +1,1 @@
+"""Measure what iterations and slices cost, fit it, predict it, and correct the prediction online."""

@@ -1,0 +1,88 @@
+"""A device that becomes twice as slow in the middle of a trace, with training on and a TBT target close above it."""
+
+import pytest
+
+from core.types import SliceKind
+from simulator.cluster import Options, Simulation
+from simulator.profiled import ModelShape, hardware_of
+from simulator.statistics import Statistics
+from tests.unit.simulator.devices import make_profile, make_trace
+
+_SHAPE = ModelShape(num_layers=3, layer_weights=100_000, head_weights=200_000, kv_values_per_token=256)
+_AT_S = 20.0
+_TBT_S = 0.06
+
+
+class Recorder(Statistics):
+    """Remembers each iteration that brought tokens: its end, its gap and how many requests waited for it."""
+
+    def __init__(self, slo, bucket_s):
+        super().__init__(slo, bucket_s)
+        self.gaps = []
+        self._end_s = 0.0
+
+    def add_work(self, end_s, forward_s, slices_s):
+        self._end_s = end_s  # the backlog keeps iterations single: their work is counted just before their tokens
+        super().add_work(end_s, forward_s, slices_s)
+
+    def add_gap(self, gap_s, weight):
+        self.gaps.append((self._end_s, gap_s, weight))
+        return super().add_gap(gap_s, weight)
+
+
+def attainment(gaps):
+    return sum(weight for _, gap_s, weight in gaps if gap_s <= _TBT_S) / sum(weight for _, _, weight in gaps)
+
+
+def simulate(*, adapt):
+    """Gaps before the slow-down, in the first 50 iterations after it, and later; and pairs trained later."""
+    trace = make_trace(
+        duration_s=60,
+        arrivals={"process": "constant", "rate_per_s": 8.0},
+        prompt_tokens={"kind": "constant", "value": 40},
+        output_tokens={"kind": "constant", "value": 100},
+        slow_down={"at_s": _AT_S, "factor": 2.0},
+        args={
+            "slo": {"ttft_s": 1.0, "tbt_s": _TBT_S},
+            "scheduler": {"slack_fraction": 0.92},
+            "engine": {"kv_cache_memory_bytes": 1 << 26, "max_num_seqs": 256},
+        },
+    )
+    statistics = Recorder(trace.args.slo, 1.0)
+    hardware = hardware_of(make_profile(), _SHAPE, trace.args)
+    Simulation(trace, hardware, Options(adapt=adapt), statistics=statistics).run()
+    before = [gap for gap in statistics.gaps if gap[0] < _AT_S]
+    after = [gap for gap in statistics.gaps if gap[0] >= _AT_S]
+    pairs_later = sum(n for bucket, n in statistics.pairs_per_bucket.items() if bucket > _AT_S + 5)
+    return before, after[:50], after[50:], pairs_later
+
+
+def test_a_stale_profile_heals_within_fifty_iterations():
+    before, first, later, pairs_later = simulate(adapt=True)
+    assert attainment(before) > 0.99
+    assert attainment(first[:5]) < 0.9, "the slow-down must be felt, or this test shows nothing"
+    assert attainment(first[-25:]) > 0.99
+    assert attainment(later) > 0.99
+    assert pairs_later > 0, "training goes on in the time that is left"
+
+
+def test_without_learning_the_targets_are_missed_for_good():
+    before, first, later, _ = simulate(adapt=False)
+    assert attainment(before) > 0.99
+    assert attainment(first) < 0.5
+    assert attainment(later) < 0.5
+
+
+def test_hardware_needs_the_size_of_the_kv_cache():
+    from core.errors import ConfigError
+
+    with pytest.raises(ConfigError, match="kv_cache_memory_bytes"):
+        hardware_of(make_profile(), _SHAPE, make_trace().args)
+
+
+def test_the_profiled_device_is_the_profile():
+    profile = make_profile()
+    trace = make_trace(args={"engine": {"kv_cache_memory_bytes": 1 << 20}})
+    hardware = hardware_of(profile, _SHAPE, trace.args)
+    assert hardware.kv_tokens == (1 << 20) // 512
+    assert hardware.device.slice_s(SliceKind.BACKWARD_LAYER, 512) == pytest.approx(0.0039)
