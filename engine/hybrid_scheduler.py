@@ -87,12 +87,13 @@ class HybridSchedulerMixin:
         return [*super().finish_requests(ids, finished_status), *ended]  # type: ignore[misc]
 
     def has_requests(self) -> bool:
-        """Keeps the engine stepping while fine-tune work is left, or an abort must reach the worker."""
+        """Keeps the engine stepping while fine-tune work may run, or an abort must reach the worker."""
         if super().has_requests():  # type: ignore[misc]
             return True
         if self.pause_state != PauseState.UNPAUSED:  # type: ignore[attr-defined]
             return False
-        return bool(self._tasks or self._directive.aborted_task_ids)
+        may_train = bool(self._tasks) and self._planner.retrain.may_train()
+        return may_train or bool(self._directive.aborted_task_ids)
 
     def schedule(self, throttle_prefills: bool = False) -> SchedulerOutput:
         """vLLM's schedule within the plan's limits, with this iteration's fine-tune part attached."""

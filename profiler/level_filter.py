@@ -5,8 +5,9 @@ is followed within some 15 samples for every shape, those not seen since include
 covariance says it is not known yet: in a direction never observed the sample teaches theta, in a known one it moves
 the level. Errors are relative, so a short pass counts as much as a long one.
 
-Forgetting cannot wind up: instead of growing by 1/lambda, the covariance relaxes towards the prior and so stays below
-it, however often the same batch repeats. Innovations are clipped (Huber), so an outlier moves the level by a tenth.
+Forgetting cannot wind up: instead of growing by 1/lambda, the covariance relaxes towards a bound (what a coefficient may
+drift by, at most the prior), however often the same batch repeats. Level and theta both move by exp(gain * error), so
+noise cannot push one up and the other down. Innovations are clipped (Huber): an outlier moves the level by a tenth.
 """
 
 import math
@@ -16,8 +17,12 @@ _NOISE_VARIANCE = 0.15**2
 """Of a relative error. With the walk below it sets the gain; the true noise only changes how smooth the level is."""
 _LEVEL_WALK = 0.2**2 / 0.8 * _NOISE_VARIANCE
 """Variance that the log level gains with each sample: a steady gain of 0.2, an average over some ten samples."""
-_RELAX = 0.002
-"""Share of the way back to the prior covariance with each sample: theta remembers some 500 samples."""
+_RELAX = 1e-4
+"""Share of the way that the covariance goes towards its bound with each sample: the inverse of theta's memory."""
+_DRIFT_VARIANCE = 0.1**2
+"""Bound of a learnt coefficient's relative variance: shapes change their relative cost slowly and by some 10 %."""
+_DORMANT_SHARE = 1e-3
+"""Of the prior variance, as the bound of a coefficient that was learnt to be zero: it may come back."""
 _CLIP = 0.5
 """Largest relative innovation that a known shape may cause; 2x slower is above it, usual noise is not."""
 _CLIP_SIGMAS = 3.0
@@ -60,22 +65,29 @@ class LevelFilter:
         error = latency_s / predicted_s - 1.0
         bound = max(_CLIP, _CLIP_SIGMAS * math.sqrt(variance))
         step = min(max(error, -bound), bound) / variance
-        self._move([value * step for value in projected])
+        shift = step * (spread - projected[0])  # relative change of theta . x, the level's share taken out
+        self._move(
+            [value * step for value in projected], math.exp(shift) / (1.0 + shift) if abs(shift) < 0.5 else 1.0
+        )
         self._shrink(projected, 1.0 / variance)
 
-    def _move(self, correction: list[float]) -> None:
+    def _move(self, correction: list[float], stretch: float) -> None:
         self._log_level = min(max(self._log_level + correction[0], -_MAX_LOG_LEVEL), _MAX_LOG_LEVEL)
         level = math.exp(self._log_level)
-        self._theta = [max(0.0, t + c) for t, c in zip(self._theta, correction[1:], strict=True)]
+        self._theta = [max(0.0, t + c) * stretch for t, c in zip(self._theta, correction[1:], strict=True)]
         self.coefficients = tuple(level * value for value in self._theta)
 
     def _shrink(self, projected: list[float], precision: float) -> None:
-        """What the sample has told leaves the covariance; then it relaxes towards the prior."""
+        """What the sample has told leaves the covariance; then it relaxes towards its bound."""
         keep = 1.0 - _RELAX
         for i, row in enumerate(self._covariance):
             gain = projected[i] * precision
             self._covariance[i] = row = [keep * (r - gain * p) for r, p in zip(row, projected, strict=True)]
-            row[i] += _LEVEL_WALK if i == 0 else _RELAX * self._prior[i]
+            if i == 0:
+                row[0] += _LEVEL_WALK
+            else:
+                prior = self._prior[i]
+                row[i] += _RELAX * min(prior, _DRIFT_VARIANCE * self._theta[i - 1] ** 2 + _DORMANT_SHARE * prior)
 
 
 def _times(a: float, b: float) -> float:

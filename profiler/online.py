@@ -33,7 +33,7 @@ class OnlineLatencyModel:
         self._forward_ratios = RatioWindow(_UNSEEN_RATIO)
         self._slice_ratios: dict[SliceKind, RatioWindow] = {}
         self._overhead_s: float | None = None
-        self._coefficients = (0.0,) * 6
+        self._coefficients: tuple[float, ...] = (0.0,) * 6
         if profile is not None:
             self._start_from(profile)
 

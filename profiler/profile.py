@@ -70,7 +70,7 @@ class RawSamples(_Model):
 class Profile(_Model):
     """Models, errors and noise of one device and one model."""
 
-    schema_version: Literal[1] = SCHEMA_VERSION
+    schema_version: Literal[1] = 1
     origin: Origin
     latency: LatencyModel
     memory: MemoryModel

@@ -33,19 +33,25 @@ class RetrainMeter:
         """Count pairs of finished optimizer steps."""
         self._num_pairs += num_pairs
 
+    def may_train(self) -> bool:
+        """Whether fine-tune work could run if nothing was to be served now."""
+        policy = self._config.policy
+        if policy == "mace":
+            return not self.is_above_cap()
+        return policy != "inference_only" and self._is_quota_open() and (self._is_in_phase or self._is_period_over())
+
     def is_blocking_due(self, has_work: bool) -> bool:
         """Whether a baseline stops inference now. Call once for each iteration; False for the other policies.
 
         A phase begins when its requests have arrived and lasts until the quota `requests * retrain_rate` is
         reached, or there is nothing left to train on.
         """
-        period = self._period()
-        if period is None:
+        if self._period() is None:
             return False
-        if not has_work or self._num_pairs >= self._num_requests * self._config.retrain_rate:
+        if not has_work or not self._is_quota_open():
             self._is_in_phase = False
             return False
-        if not self._is_in_phase and self._num_requests - self._requests_at_phase >= period:
+        if not self._is_in_phase and self._is_period_over():
             self._is_in_phase = True
             self._requests_at_phase = self._num_requests
         return self._is_in_phase
@@ -58,6 +64,13 @@ class RetrainMeter:
     def is_below_floor(self) -> bool:
         """Whether `mace` must train even without slack."""
         return self._num_pairs < self._config.retrain_rate_floor * self._num_requests
+
+    def _is_quota_open(self) -> bool:
+        return self._num_pairs < self._num_requests * self._config.retrain_rate
+
+    def _is_period_over(self) -> bool:
+        period = self._period()
+        return period is not None and self._num_requests - self._requests_at_phase >= period
 
     def _period(self) -> int | None:
         each_pair = max(1, round(1 / self._config.retrain_rate))

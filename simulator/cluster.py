@@ -33,8 +33,10 @@ from simulator.trainer import Trainer
 
 _NOISE_STREAM = 1
 """Keeps the devices' seeds apart from the trace's."""
-_BUCKETS = 200
+_BUCKETS = 100
 """Points of the series over time."""
+_LARGE_REQUESTS = 200_000
+_LARGE_STEP = 8
 _MOST_RANKED = 8
 """Executors up to which `auto` ranks all of them for each request."""
 
@@ -46,8 +48,9 @@ class Options:
     noise: bool = True
     adapt: bool = True
     """Planners learn from the simulated iterations, as in production."""
-    observe_every: int = 1
-    """Feed every n-th iteration of an executor to its planner: learning costs more than simulating."""
+    observe_every: int | None = None
+    """Feed every n-th iteration of an executor to its planner. None: each one, but every 8th from 200,000 requests
+    on: there learning would cost more than simulating."""
     router: Literal["auto", "placement", "least_loaded"] = "auto"
     """`auto`: `placement` for up to 8 executors."""
     fast: bool = True
@@ -171,7 +174,7 @@ class Simulation:
             meter=TokenMeter(index, self._statistics, None if self._write_log is None else self._log),
             statistics=self._statistics,
             schedule_end=self._schedule_end,
-            observe_every=options.observe_every,
+            observe_every=options.observe_every or _observe_every(trace),
             is_fast=options.fast,
         )
 
@@ -237,7 +240,14 @@ def _check(engine: EngineConfig) -> None:
         )
 
 
+def _observe_every(trace: Trace) -> int:
+    return _LARGE_STEP if _expected_s(trace) * trace.arrivals.rate_per_s >= _LARGE_REQUESTS else 1
+
+
 def _bucket_s(trace: Trace) -> float:
-    """Width of the points over time; a trace of so many requests lasts about as long as they take to arrive."""
-    expected_s = trace.duration_s or (trace.num_requests or 0) / trace.arrivals.rate_per_s
-    return max(expected_s / _BUCKETS, 1e-3)
+    return max(_expected_s(trace) / _BUCKETS, 1e-3)
+
+
+def _expected_s(trace: Trace) -> float:
+    """About how long the requests take to arrive."""
+    return trace.duration_s or (trace.num_requests or 0) / trace.arrivals.rate_per_s

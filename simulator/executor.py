@@ -33,6 +33,7 @@ _LONGEST_STRETCH = 64
 class _Iteration:
     """An iteration that the planner has planned."""
 
+    start_s: float
     end_s: float
     plan: Plan
     fill: Fill
@@ -45,6 +46,7 @@ class _Iteration:
 class _Stretch:
     """Iterations of the same decoding requests, one after the other."""
 
+    start_s: float
     ends_s: list[float]
     forwards_s: list[float]
     overheads_s: list[float]
@@ -167,6 +169,7 @@ class Executor:
         count = min(running.passes_to_change(), self._stretch_limit)
         shape = ForwardShape(num_decode=running.num_decode, decode_context=running.decode_context)
         overheads_s = self._device.overheads_s(count)
+        start_s = now_s
         ends_s: list[float] = []
         forwards_s: list[float] = []
         for overhead_s, factor in zip(overheads_s, self._device.factors(count), strict=True):
@@ -175,7 +178,7 @@ class Executor:
             ends_s.append(now_s)
             forwards_s.append(latency_s)
             shape.decode_context += shape.num_decode
-        self._begin(_Stretch(ends_s, forwards_s, overheads_s, running.decode_context), now_s)
+        self._begin(_Stretch(start_s, ends_s, forwards_s, overheads_s, running.decode_context), now_s)
 
     def _end_stretch(self, stretch: _Stretch) -> None:
         count = len(stretch.ends_s)
@@ -189,7 +192,7 @@ class Executor:
                 self._planner.observe(IterationSample(shape, stretch.forwards_s[i], stretch.overheads_s[i]))
             context += num_decode
         self._statistics.iterations += count
-        self._statistics.add_work(stretch.ends_s[-1], sum(stretch.forwards_s), 0.0)
+        self._statistics.add_work(stretch.start_s, stretch.ends_s[-1], sum(stretch.forwards_s), 0.0)
         self._advance(count)
 
     def _start_iteration(self, now_s: float) -> None:
@@ -212,13 +215,13 @@ class Executor:
             forward_s = self._device.forward_s(fill.shape, now_s + trained.busy_s, factor)
         overhead_s = self._device.overheads_s(1)[0]
         end_s = now_s + overhead_s + forward_s + trained.busy_s
-        self._begin(_Iteration(end_s, plan, fill, overhead_s, forward_s, trained), end_s)
+        self._begin(_Iteration(now_s, end_s, plan, fill, overhead_s, forward_s, trained), end_s)
 
     def _end_iteration(self, iteration: _Iteration) -> None:
         trained = iteration.trained
         self._statistics.iterations += 1
         self._statistics.slices += len(trained.slices)
-        self._statistics.add_work(iteration.end_s, iteration.forward_s, trained.busy_s)
+        self._statistics.add_work(iteration.start_s, iteration.end_s, iteration.forward_s, trained.busy_s)
         self._device.take(1)
         if iteration.fill.shape.num_tokens:
             self._end_forward(iteration)

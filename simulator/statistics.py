@@ -125,14 +125,18 @@ class Statistics:
         if ttft_s <= self._slo.ttft_s and not is_late:
             count.attained += 1
 
-    def add_work(self, end_s: float, forward_s: float, slices_s: float) -> None:
-        """An iteration (or a run of them) that ended at `end_s` kept the device busy for so long."""
+    def add_work(self, start_s: float, end_s: float, forward_s: float, slices_s: float) -> None:
+        """An iteration, or a run of them, kept the device busy for so long between these moments."""
         self.forward_s += forward_s
         self.slices_s += slices_s
-        bucket = int(end_s / self.bucket_s)
-        self.forward_per_bucket[bucket] += forward_s
-        if slices_s:
-            self.slices_per_bucket[bucket] += slices_s
+        first, last = int(start_s / self.bucket_s), int(end_s / self.bucket_s)
+        for bucket in range(first, last + 1):
+            share = 1.0
+            if first != last:
+                inside_s = min(end_s, (bucket + 1) * self.bucket_s) - max(start_s, bucket * self.bucket_s)
+                share = inside_s / (end_s - start_s)
+            self.forward_per_bucket[bucket] += share * forward_s
+            self.slices_per_bucket[bucket] += share * slices_s
 
     def add_pairs(self, end_s: float, num_pairs: int) -> None:
         """An optimizer step ended."""

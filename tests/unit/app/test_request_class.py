@@ -41,7 +41,13 @@ def received(client, path, request):
 @pytest.mark.parametrize("path", FIELD_PATHS)
 @pytest.mark.parametrize("tier", ["flex", "batch"])
 def test_flex_and_batch_become_priority_1_and_everything_else_stays(client, path, tier):
-    request = {"model": "m", "prompt": 'Zoë said "hi" \U0001f600', "seed": 2**60, "stop": None, "service_tier": tier}
+    request = {
+        "model": "m",
+        "prompt": 'Zoë said "hi" \U0001f600',
+        "seed": 2**60,
+        "stop": None,
+        "service_tier": tier,
+    }
     expected = {**request, "service_tier": "flex", "priority": 1}
     assert received(client, path, request) == expected
 

@@ -21,9 +21,9 @@ class Recorder(Statistics):
         self.gaps = []
         self._end_s = 0.0
 
-    def add_work(self, end_s, forward_s, slices_s):
+    def add_work(self, start_s, end_s, forward_s, slices_s):
         self._end_s = end_s  # the backlog keeps iterations single: their work is counted just before their tokens
-        super().add_work(end_s, forward_s, slices_s)
+        super().add_work(start_s, end_s, forward_s, slices_s)
 
     def add_gap(self, gap_s, weight):
         self.gaps.append((self._end_s, gap_s, weight))
