@@ -10,6 +10,7 @@ from rich.table import Table
 
 from benchmarks import feedback, weights
 from benchmarks.models import ModelName, model_directories
+from core.errors import MaceError
 
 bench = typer.Typer(no_args_is_help=True, help=__doc__)
 bench.command("weights")(weights.main)
@@ -60,8 +61,12 @@ def slo(
         busy_share=busy,
     )
     names: list[ModelName] = ["tiny", "half-b"] if model == "both" else [model]
-    with model_directories(names, state_dir, show_progress=not as_json) as directories:
-        reports = [measure_model(name, directories[name], options, run_job, _note) for name in names]
+    try:
+        with model_directories(names, state_dir, show_progress=not as_json) as directories:
+            reports = [measure_model(name, directories[name], options, run_job, _note) for name in names]
+    except MaceError as error:
+        typer.echo(f"mace bench slo: {error}", err=True)
+        raise typer.Exit(1) from error
     if as_json:
         typer.echo(json.dumps(reports, indent=2))
         return

@@ -3,12 +3,13 @@
 A closed loop (send the next request when one ends) would slow down with the engine and hide its queueing. Prompts
 are random ids, so that no prefix is cached, and every request gets exactly the output length of the trace.
 
-A run has three phases. Warm-up: a few seconds of the same load with another seed, and one fine-tune step. Window:
+A run has three phases. Warm-up: a few seconds of the same load with another seed, until a fine-tune step ended. Window:
 the trace's requests and what the engine reports about its iterations. Drain: requests of the window are awaited up
 to a limit, with fine-tuning still going on, so that the last requests meet the same engine as the first.
 """
 
 import asyncio
+import itertools
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ import numpy as np
 from benchmarks.engine_seam import MeasuredEngine
 from benchmarks.feeder import FineTuneFeeder
 from benchmarks.records import IterationLog, RequestRecord, RunRecord
+from core.errors import TrainingError
 from simulator.trace import TraceRequest
 
 _LEAD_S = 0.05
@@ -75,9 +77,8 @@ async def run_window(
     if feeder is not None:
         feeder.start(lambda: clock())  # the clock of the moment: the window has one of its own
     try:
-        await _serve(engine, warm_up, options, clock, tag="warm-up")
+        await _warm_up(engine, warm_up, options, feeder)
         if feeder is not None:
-            await feeder.wait_for_one(10 * options.drain_s)
             feeder.finished.clear()
         prompts = _prompts(requests, options, tag="window")
         watch = IterationWatch(engine)
@@ -91,6 +92,24 @@ async def run_window(
             await feeder.stop()
     tasks = [] if feeder is None else list(feeder.finished)
     return RunRecord(options.window_s, records, tasks, iterations)
+
+
+async def _warm_up(
+    engine: MeasuredEngine, requests: Sequence[TraceRequest], options: ClientOptions, feeder: FineTuneFeeder | None
+) -> None:
+    """Serve these requests, again and again until a fine-tune step has ended: some policies train only after so many.
+
+    Raises:
+        TrainingError: no step ended within ten times the drain's limit, or the first one failed.
+    """
+    give_up_s = time.perf_counter() + 10 * options.drain_s
+    for number in itertools.count():
+        await _serve(engine, requests, options, _Clock(), tag=f"warm-up-{number}")
+        pause_s = 0.0 if requests else options.drain_s
+        if feeder is None or await feeder.wait_for_one(pause_s):
+            return
+        if time.perf_counter() > give_up_s:
+            raise TrainingError(f"no fine-tune step ended within {10 * options.drain_s:.0f} s")
 
 
 async def _serve(

@@ -2,6 +2,7 @@
 
 import asyncio
 import itertools
+import time
 from collections.abc import Callable
 
 import numpy as np
@@ -54,21 +55,20 @@ class FineTuneFeeder:
             worker.cancel()
         await asyncio.gather(*workers, return_exceptions=True)
 
-    async def wait_for_one(self, limit_s: float) -> None:
-        """Until a step has ended since `start`; at once where no step will come.
+    async def wait_for_one(self, limit_s: float) -> bool:
+        """Until a step has ended since `start`, or the limit; whether one has (or none will ever come).
 
         Raises:
-            TrainingError: none ended within the limit, or the first one failed.
+            TrainingError: the first step failed.
         """
         if not self._workers:
-            return
-        deadline = asyncio.get_running_loop().time() + limit_s
-        while not self.finished:
-            if asyncio.get_running_loop().time() > deadline:
-                raise TrainingError(f"no fine-tune step ended within {limit_s:.0f} s")
+            return True
+        deadline_s = time.perf_counter() + limit_s
+        while not self.finished and time.perf_counter() < deadline_s:
             await asyncio.sleep(0.01)
-        if self.finished[0].error is not None:
+        if self.finished and self.finished[0].error is not None:
             raise TrainingError(f"the first fine-tune step failed: {self.finished[0].error}")
+        return bool(self.finished)
 
     def _spawn(self, work: "asyncio._CoroutineLike[None]") -> None:
         task = asyncio.get_running_loop().create_task(work)

@@ -21,6 +21,7 @@ from benchmarks.client import ClientOptions, run_window
 from benchmarks.engine_seam import MeasuredEngine
 from benchmarks.feeder import FineTuneFeeder
 from benchmarks.models import ModelName, args_for, vocab_size
+from benchmarks.profiling import write_profile
 from benchmarks.results import RunMetrics, summarize
 from core.errors import MaceError
 from simulator.trace import Trace, TraceRequest
@@ -42,7 +43,7 @@ class Job(BaseModel):
     model_dir: Path
     trace: Trace
     """Its `args` are the engine's settings."""
-    kind: Literal["serve", "calibrate"] = "serve"
+    kind: Literal["serve", "calibrate", "profile"] = "serve"
     with_requests: bool = True
     """False: training alone."""
     with_training: bool = True
@@ -50,6 +51,8 @@ class Job(BaseModel):
     window_s: float = Field(gt=0)
     warm_up_s: float = Field(5.0, ge=0)
     drain_s: float = Field(30.0, gt=0)
+    profile_out: Path | None = None
+    """Measure a profile on this engine first, and write it here; kind `profile` does nothing else."""
     busy_share: float = Field(0.4, gt=0, lt=1)
     """What `calibrate` looks for."""
 
@@ -57,7 +60,14 @@ class Job(BaseModel):
     def limit_s(self) -> float:
         """Wall time after which the process is ended."""
         windows = 8 if self.kind == "calibrate" else 1
-        return _ENGINE_START_S + self.warm_up_s + 11 * self.drain_s + windows * (self.window_s + self.drain_s)
+        profile_s = 0.0 if self.profile_out is None else 3 * self.trace.args.profile.max_measure_s
+        return (
+            _ENGINE_START_S
+            + profile_s
+            + self.warm_up_s
+            + 11 * self.drain_s
+            + windows * (self.window_s + self.drain_s)
+        )
 
 
 class JobResult(BaseModel):
@@ -131,24 +141,29 @@ def _reason(code: int | None, limit_s: float) -> str:
 
 async def execute(job: Job) -> JobResult:
     """Start the engine, measure, shut down."""
+    # A wrong directory shows here, before imports that take seconds.
+    args, vocabulary = args_for(job.model, job.model_dir, job.trace.args), vocab_size(job.model_dir)
     from engine.hybrid_engine import HybridEngine
     from engine.vllm_compat import configure_environment
 
-    args = args_for(job.model, job.model_dir, job.trace.args)
     configure_environment(args, job.model_dir)
     engine = await HybridEngine.start(args, str(job.model_dir))
     threads = os.environ["VLLM_CPU_OMP_THREADS_BIND"]
     try:
+        if job.profile_out is not None:
+            await write_profile(engine, args, job.model_dir, job.profile_out)
+        if job.kind == "profile":
+            return JobResult(threads=threads)
         if job.kind == "calibrate":
-            rate = await calibrate_rate(engine, job.trace, vocab_size(job.model_dir), job.window_s, job.busy_share)
+            rate = await calibrate_rate(engine, job.trace, vocabulary, job.window_s, job.busy_share)
             return JobResult(rate_per_s=rate, threads=threads)
-        return JobResult(metrics=await _serve(engine, job), threads=threads)
+        return JobResult(metrics=await _serve(engine, job, vocabulary), threads=threads)
     finally:
         engine.shutdown()
 
 
-async def _serve(engine: MeasuredEngine, job: Job) -> RunMetrics:
-    trace, vocabulary = job.trace, vocab_size(job.model_dir)
+async def _serve(engine: MeasuredEngine, job: Job, vocabulary: int) -> RunMetrics:
+    trace = job.trace
     feeder = None
     if job.with_training:
         feeder = FineTuneFeeder(

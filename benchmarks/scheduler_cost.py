@@ -115,11 +115,10 @@ class _PlanningEngine:
     """The scheduler side of an engine: as `engine.hybrid_scheduler`, without vLLM's own scheduling."""
 
     def __init__(self, options: CostOptions) -> None:
-        from profiler.online import OnlineLatencyModel
-
         from engine.iteration_view import shape_of, view_of
         from engine.task_table import TaskTable
         from engine.waiting_queue import AgeingRequestQueue
+        from profiler.online import OnlineLatencyModel
 
         config = SchedulerConfig()
         self._rng = np.random.default_rng(options.seed)

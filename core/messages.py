@@ -1,4 +1,4 @@
-"""What crosses a Ray handle: built-in types in frozen dataclasses, cheap to pickle, no behaviour."""
+"""What crosses a Ray handle: built-in types in frozen dataclasses, cheap to pickle."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -28,6 +28,14 @@ class TrainingBatch:
 
     task_id: str
     pairs: tuple[TrainingPair, ...]
+    attempts: int = 0
+    """Failed tries of its pairs so far."""
+
+    @property
+    def dpo_loss(self) -> float | None:
+        """Mean loss of those pairs that were ever scored; None if none was."""
+        losses = [pair.dpo_loss for pair in self.pairs if pair.dpo_loss is not None]
+        return sum(losses) / len(losses) if losses else None
 
 
 @dataclass(frozen=True, slots=True)

@@ -159,8 +159,9 @@ class CentralScheduler:
 
     def _lease(self, executor_id: str, size: int, now_s: float) -> TrainingBatch:
         tasks = [task for task in (self._queue.pop() for _ in range(size)) if task is not None]
-        batch = TrainingBatch(f"ft-{uuid.uuid4().hex[:12]}", tuple(task.payload for task in tasks))
         attempts = max(task.attempts for task in tasks)
+        pairs = tuple(task.payload for task in tasks)
+        batch = TrainingBatch(f"ft-{uuid.uuid4().hex[:12]}", pairs, attempts)
         self._leases[batch.task_id] = _Lease(batch, executor_id, now_s + LEASE_S, attempts)
         self._meter.set_gauge("finetune_queue_pairs", len(self._queue))
         return batch

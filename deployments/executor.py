@@ -13,10 +13,13 @@ from pathlib import Path
 from typing import Any
 
 from alignment.registry import AdapterRegistry
+from core.batch import IterationSample
 from core.config import AppArgs
 from deployments.control_client import ControlClient
+from deployments.iteration_monitor import IterationMonitor
 from deployments.learner import Learner
 from deployments.load_meter import LoadMeter
+from deployments.profiling import background_profiler, with_profile_path
 from deployments.response_log import ResponseLog
 from deployments.versions import AdapterVersions
 from engine.engine_load import read_engine_load
@@ -24,6 +27,7 @@ from engine.hybrid_engine import HybridEngine
 from engine.model_source import base_model_name, resolve_model
 from engine.pair_tokens import PairTokenizer
 from engine.vllm_compat import configure_environment
+from profiler.background import BackgroundProfiler
 
 logger = logging.getLogger(__name__)
 
@@ -44,6 +48,7 @@ class Executor:
         self.versions: AdapterVersions
         self.learner: Learner | None = None
         self.load: LoadMeter
+        self.iterations = IterationMonitor()
         self.base_model = ""
         """Identity of the served model: a hub id or a directory's name."""
         self.is_ready = False
@@ -57,12 +62,13 @@ class Executor:
         state_dir = self.args.state_dir
         model_dir = await asyncio.to_thread(resolve_model, self.args.model, state_dir)
         configure_environment(self.args, model_dir)
+        self.args = with_profile_path(self.args)
         self.engine = await HybridEngine.start(self.args, str(model_dir))
         self.load = LoadMeter(
             self.executor_id,
             self.args.slo.ttft_s,
             lambda: read_engine_load(self.engine.client),
-            self.engine.iterations,
+            self._read_iterations,
         )
         self.base_model = base_model_name(self.args.model, model_dir)
         registry = await asyncio.to_thread(AdapterRegistry.open, state_dir / "adapters", self.base_model)
@@ -72,6 +78,9 @@ class Executor:
         if self.args.training.enabled and self.args.scheduler.policy != "inference_only":
             await self._start_learning(model_dir, registry)
         self._background.append(asyncio.create_task(self.responses.run()))
+        profiler = background_profiler(self.engine, self.args)
+        if profiler is not None:
+            self._background.append(asyncio.create_task(_measure(profiler)))
         self.is_ready = True
         return self._attach_routes(app, self)
 
@@ -85,8 +94,16 @@ class Executor:
         return asdict(await self.load.measure()) if self.is_ready else {}
 
     async def status(self) -> dict[str, Any]:
-        """What this executor knows of its training."""
-        return {} if self.learner is None else self.learner.status_to_wire()
+        """What this executor knows of its training and its iterations."""
+        learner = {} if self.learner is None else self.learner.status_to_wire()
+        scheduler = {"policy": self.args.scheduler.policy, **self.iterations.summary()}
+        return {**learner, "scheduler": scheduler}
+
+    async def _read_iterations(self, after: int) -> tuple[int, list[IterationSample]]:
+        """The engine's iterations, once for all who want them."""
+        following, samples = await self.engine.iterations(after)
+        self.iterations.observe(samples)
+        return following, samples
 
     def __del__(self) -> None:
         """Serve deletes the replica's object on a graceful stop: end the engine's processes with it."""
@@ -114,3 +131,8 @@ class Executor:
         )
         await self.learner.restore()
         self._background.append(asyncio.create_task(self.learner.run()))
+
+
+async def _measure(profiler: BackgroundProfiler) -> None:
+    """Measure once, for the next start; this engine has learnt from the same iterations already."""
+    await profiler.run()

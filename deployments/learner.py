@@ -6,7 +6,6 @@ slice. Whatever goes wrong here is a counted, named error of a task; requests ne
 
 import asyncio
 import logging
-import math
 import time
 from collections.abc import Callable
 from dataclasses import asdict
@@ -138,7 +137,10 @@ class Learner:
         pairs, unusable = self._tokenize(batch.pairs)
         result: TaskResult | None = None
         if pairs:
-            result = await self._engine.run_task(FineTuneTask(batch.task_id, TaskKind.TRAIN, tuple(pairs)))
+            task = FineTuneTask(
+                batch.task_id, TaskKind.TRAIN, tuple(pairs), dpo_loss=batch.dpo_loss, attempts=batch.attempts
+            )
+            result = await self._engine.run_task(task)
         self._note(result, len(pairs), time.perf_counter() - started_s)
         if result is not None and result.error is None:
             self._candidate_pairs += [pair.pair_id for pair in pairs]
@@ -250,7 +252,7 @@ class Learner:
             reason=decision.reason,
             pair_ids=tuple(dict.fromkeys(self._candidate_pairs)),
             optimizer_steps=self.status.steps_since_candidate,
-            metrics=self._metrics(decision),
+            metrics=self.status.candidate_metrics(decision),
             config={
                 "lora": self._args.lora.model_dump(mode="json"),
                 "training": self._args.training.model_dump(mode="json"),
@@ -263,14 +265,6 @@ class Learner:
         except BaseException:
             await asyncio.to_thread(self._registry.abandon, staging)
             raise
-
-    def _metrics(self, decision: GateDecision) -> dict[str, float | None]:
-        verdict = decision.to_wire()
-        metrics = {name: value for name, value in verdict.items() if isinstance(value, int | float)}
-        metrics.pop("accepted")
-        if self.status.last is not None:
-            metrics |= {"train_loss": self.status.last.loss, "train_margin": self.status.last.margin}
-        return {name: value for name, value in metrics.items() if math.isfinite(value)}
 
     def follow_live(self) -> None:
         """Someone moved the live pointer: training goes on from there, not from what it was rolled back from."""

@@ -1,8 +1,10 @@
 """What an executor's learner is doing and has done: counters for `/v1/training`. Reset by a restart."""
 
+import math
 import time
 from dataclasses import dataclass, field
 
+from alignment.gate import GateDecision
 from core.types import StepMetrics
 
 
@@ -27,3 +29,11 @@ class LearnerStatus:
     task_id: str | None = None
     steps_since_candidate: int = 0
     started_at: float = field(default_factory=time.time)
+
+    def candidate_metrics(self, decision: GateDecision) -> dict[str, float | None]:
+        """What the manifest of a candidate tells: the gate's numbers and those of the last step; finite ones only."""
+        metrics = {name: value for name, value in decision.to_wire().items() if isinstance(value, int | float)}
+        metrics.pop("accepted")
+        if self.last is not None:
+            metrics |= {"train_loss": self.last.loss, "train_margin": self.last.margin}
+        return {name: value for name, value in metrics.items() if math.isfinite(value)}

@@ -14,6 +14,10 @@ from ray.util import metrics as ray_metrics
 _DESCRIPTIONS = {
     "finetune_queue_pairs": "Preference pairs that wait in the central fine-tune queue",
     "finetune_batches": "Batches that executors reported, by outcome",
+    "iterations": "Engine iterations",
+    "forward_seconds": "Device time of inference forward passes",
+    "iteration_overhead_seconds": "Time of iterations that was neither forward pass nor slices",
+    "forward_prediction_error": "Median relative error of the predicted forward latency over the last iterations",
     "feedback_received": "Feedback items by type and status",
     "responses_dropped": "Responses dropped because Control was away too long",
     "responses_stored": "Responses kept so that feedback can name them",

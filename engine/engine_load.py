@@ -29,17 +29,17 @@ def read_engine_load(client: Any) -> EngineLoad:
         else:
             num_running += 1
             used_tokens += state.detokenizer.num_output_tokens() if state.detokenizer is not None else 0
-    kv_bytes_per_token = _kv_bytes_per_token(config)
+    token_bytes = kv_bytes_per_token(config)
     return EngineLoad(
-        free_kv_bytes=max(0, capacity_tokens - used_tokens) * kv_bytes_per_token,
-        kv_capacity_bytes=capacity_tokens * kv_bytes_per_token,
-        kv_bytes_per_token=kv_bytes_per_token,
+        free_kv_bytes=max(0, capacity_tokens - used_tokens) * token_bytes,
+        kv_capacity_bytes=capacity_tokens * token_bytes,
+        kv_bytes_per_token=token_bytes,
         waiting_tokens=waiting_tokens,
         num_running=num_running,
     )
 
 
-def _kv_bytes_per_token(config: Any) -> int:
+def kv_bytes_per_token(config: Any) -> int:
     """Keys and values of one token in all layers, in the model's own precision."""
     model, parallel = config.model_config, config.parallel_config
     heads = model.get_num_kv_heads(parallel) * model.get_num_layers(parallel)

@@ -11,6 +11,7 @@ from core.config import AppArgs
 from core.errors import MaceError, TrainingError
 from core.types import FineTuneTask, TaskResult
 from engine import vllm_compat
+from engine.engine_load import kv_bytes_per_token
 from engine.messages import TASK_KEY
 
 
@@ -118,6 +119,22 @@ class HybridEngine:
     def max_model_len(self) -> int:
         """Longest sequence, prompt and answer together, in tokens."""
         return int(self.client.model_config.max_model_len)
+
+    @property
+    def vocab_size(self) -> int:
+        """Token ids are below this."""
+        return int(self.client.model_config.get_vocab_size())
+
+    @property
+    def kv_cache_tokens(self) -> int | None:
+        """Tokens that the KV cache holds; None if vLLM has not said."""
+        cache = self.client.vllm_config.cache_config
+        return (cache.num_gpu_blocks or 0) * cache.block_size or None
+
+    @property
+    def kv_bytes_per_token(self) -> int:
+        """KV cache of one token over all layers."""
+        return kv_bytes_per_token(self.client.vllm_config)
 
     def num_unfinished_requests(self) -> int:
         """Requests in the engine, fine-tune tasks included."""

@@ -5,8 +5,8 @@ is followed within some 15 samples for every shape, those not seen since include
 covariance says it is not known yet: in a direction never observed the sample teaches theta, in a known one it moves
 the level. Errors are relative, so a short pass counts as much as a long one.
 
-Forgetting cannot wind up: instead of growing by 1/lambda, the covariance relaxes towards a bound (what a coefficient may
-drift by, at most the prior), however often the same batch repeats. Level and theta both move by exp(gain * error), so
+Forgetting cannot wind up: instead of growing by 1/lambda, the covariance relaxes towards a bound (what a coefficient
+may drift by, at most the prior), however often a batch repeats. Level and theta both move by exp(gain * error), so
 noise cannot push one up and the other down. Innovations are clipped (Huber): an outlier moves the level by a tenth.
 """
 

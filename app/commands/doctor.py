@@ -21,7 +21,15 @@ _GIB = 1 << 30
 _MIN_MEMORY_BYTES = 6 * _GIB
 _MIN_DISK_BYTES = 2 * _GIB
 _OWN_PACKAGES = (
-    "benchmarks", "app", "deployments", "engine", "simulator", "alignment", "scheduler", "profiler", "core"
+    "benchmarks",
+    "app",
+    "deployments",
+    "engine",
+    "simulator",
+    "alignment",
+    "scheduler",
+    "profiler",
+    "core",
 )
 
 Status = Literal["ok", "warning", "error"]

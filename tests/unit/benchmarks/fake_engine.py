@@ -9,9 +9,11 @@ from core.types import SliceKind, SliceTiming, StepMetrics, TaskResult
 class FakeEngine:
     """Every request takes `first_s` to its first token and `gap_s` between outputs of `tokens_per_output`."""
 
-    def __init__(self, *, first_s=0.02, gap_s=0.01, tokens_per_output=1, step_s=0.03, slots=1000):
+    def __init__(self, *, first_s=0.02, gap_s=0.01, tokens_per_output=1, step_s=0.03, slots=1000, steps_after=0):
         self.first_s, self.gap_s, self.step_s = first_s, gap_s, step_s
         self.tokens_per_output = tokens_per_output
+        self.steps_after = steps_after
+        """Requests that must have come before a step is run, as with policies that block to train."""
         self.slots = asyncio.Semaphore(slots)
         self.fail_request = lambda request_id: None
         self.step_error = None
@@ -41,6 +43,8 @@ class FakeEngine:
         self.running_steps += 1
         self.most_running_steps = max(self.most_running_steps, self.running_steps)
         try:
+            while len(self.seen) < self.steps_after:
+                await asyncio.sleep(0.005)
             await asyncio.sleep(self.step_s)
         except asyncio.CancelledError:
             self.aborted_steps += 1
