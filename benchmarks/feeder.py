@@ -1,8 +1,8 @@
 """Fine-tune work for a measured engine: a backlog that never empties, or pairs at a fixed rate."""
 
 import asyncio
+import contextlib
 import itertools
-import time
 from collections.abc import Callable
 
 import numpy as np
@@ -36,6 +36,7 @@ class FineTuneFeeder:
         self._numbers = itertools.count()
         self._workers: set[asyncio.Task[None]] = set()
         self._clock: Callable[[], float] = lambda: 0.0
+        self._has_finished = asyncio.Event()
         self.finished: list[TaskRecord] = []
         """Every step that ended since `start`, failed ones too."""
 
@@ -63,9 +64,8 @@ class FineTuneFeeder:
         """
         if not self._workers:
             return True
-        deadline_s = time.perf_counter() + limit_s
-        while not self.finished and time.perf_counter() < deadline_s:
-            await asyncio.sleep(0.01)
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self._has_finished.wait(), limit_s)
         if self.finished and self.finished[0].error is not None:
             raise TrainingError(f"the first fine-tune step failed: {self.finished[0].error}")
         return bool(self.finished)
@@ -100,6 +100,7 @@ class FineTuneFeeder:
             record.error = f"{type(error).__name__}: {error}"
         record.finished_s = self._clock()
         self.finished.append(record)
+        self._has_finished.set()
         if record.error is not None:
             await asyncio.sleep(_ERROR_PAUSE_S)
 

@@ -19,7 +19,7 @@ from deployments.control_client import ControlClient
 from deployments.iteration_monitor import IterationMonitor
 from deployments.learner import Learner
 from deployments.load_meter import LoadMeter
-from deployments.profiling import background_profiler, with_profile_path
+from deployments.profiling import background_profiler, target_warnings, with_profile_path
 from deployments.response_log import ResponseLog
 from deployments.versions import AdapterVersions
 from engine.engine_load import read_engine_load
@@ -62,7 +62,9 @@ class Executor:
         state_dir = self.args.state_dir
         model_dir = await asyncio.to_thread(resolve_model, self.args.model, state_dir)
         configure_environment(self.args, model_dir)
-        self.args = with_profile_path(self.args)
+        self.args = with_profile_path(self.args, model_dir)
+        for warning in target_warnings(self.args):
+            logger.warning(warning)
         self.engine = await HybridEngine.start(self.args, str(model_dir))
         self.load = LoadMeter(
             self.executor_id,

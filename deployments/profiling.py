@@ -2,24 +2,42 @@
 
 import sys
 from datetime import UTC, datetime
+from pathlib import Path
 
 from core.config import AppArgs
+from core.errors import ProfileError
 from engine.hybrid_engine import HybridEngine
+from engine.vllm_compat import worker_binding
 from profiler.background import BackgroundProfiler
 from profiler.device import describe_device, git_commit, software_versions, worker_threads
 from profiler.grid import MeasurePlan
-from profiler.profile import Origin, profile_path
+from profiler.online import OnlineLatencyModel
+from profiler.profile import Origin, Profile, profile_path
+from scheduler.slo_check import slo_warnings
 
 _POINTS_AT_LEAST = 8
 """No point takes more than this part of the measuring time, one second at least."""
 
 
-def with_profile_path(args: AppArgs) -> AppArgs:
-    """The settings with `profile.path` filled in; call after `configure_environment`, which decides the threads."""
+def with_profile_path(args: AppArgs, model_dir: Path) -> AppArgs:
+    """The settings with `profile.path` filled in."""
     if args.profile.path is not None:
         return args
-    path = profile_path(args.state_dir, describe_device(worker_threads()), args.model.model_id)
+    device = describe_device(worker_threads(worker_binding(args, model_dir)))
+    path = profile_path(args.state_dir, device, args.model.model_id)
     return args.model_copy(update={"profile": args.profile.model_copy(update={"path": path})})
+
+
+def target_warnings(args: AppArgs) -> list[str]:
+    """Sentences about SLO targets that the profiled device cannot meet, and about a profile that cannot be read."""
+    path = args.profile.path
+    if path is None or not path.exists():
+        return []
+    try:
+        predictor = OnlineLatencyModel(Profile.load(path))
+    except ProfileError as error:
+        return [f"{error} (serving starts without it)"]
+    return slo_warnings(args.slo, args.scheduler, predictor)
 
 
 def measure_plan(

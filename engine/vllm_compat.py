@@ -22,17 +22,27 @@ CONFIG_KEY = "mace"
 _SMALL_MODEL_BYTES = 64 << 20
 """Below this, splitting a layer over threads costs more than it saves (docs/weights.md)."""
 
+_BINDING_VARIABLE = "VLLM_CPU_OMP_THREADS_BIND"
+
 _CPU_KV_SHARE = 0.1
 _CPU_KV_BOUNDS = (256 << 20, 8 << 30)
 
 
-def configure_environment(args: AppArgs, model_dir: Path) -> None:
-    """Set the environment variables that vLLM reads at import; call before any vLLM import."""
+def worker_binding(args: AppArgs, model_dir: Path) -> str:
+    """Cores of the CPU worker's threads as vLLM writes them, `2,3`; what the environment says already wins."""
+    bound = os.environ.get(_BINDING_VARIABLE)
+    if bound:
+        return bound
     weight_bytes = sum(path.stat().st_size for path in model_dir.glob("*.safetensors"))
     all_threads = 1 if weight_bytes < _SMALL_MODEL_BYTES else len(os.sched_getaffinity(0))
     num_threads = args.engine.num_threads or all_threads
     cores = sorted(os.sched_getaffinity(0))[-num_threads:]  # the first ones are where everything else starts
-    os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", ",".join(map(str, cores)))
+    return ",".join(map(str, cores))
+
+
+def configure_environment(args: AppArgs, model_dir: Path) -> None:
+    """Set the environment variables that vLLM reads at import; call before any vLLM import."""
+    os.environ[_BINDING_VARIABLE] = worker_binding(args, model_dir)
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
     os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")  # stdout belongs to --json

@@ -17,9 +17,9 @@ def describe_device(num_threads: int) -> str:
     return f"{_cpu_name()}, {num_threads} thread{'s' if num_threads > 1 else ''}"
 
 
-def worker_threads() -> int:
-    """CPU threads of the engine's worker, as `configure_environment` bound them."""
-    bound = os.environ.get("VLLM_CPU_OMP_THREADS_BIND", "").split("|")[0]
+def worker_threads(binding: str | None = None) -> int:
+    """CPU threads of the engine's worker, from vLLM's list of cores; None: as `configure_environment` has set it."""
+    bound = (binding or os.environ.get("VLLM_CPU_OMP_THREADS_BIND", "")).split("|")[0]
     count = 0
     for part in filter(None, bound.split(",")):
         first, _, last = part.partition("-")

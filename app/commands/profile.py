@@ -115,7 +115,7 @@ async def _measure(
 
     model_dir = resolve_model(args.model, args.state_dir, show_progress=show_progress)
     configure_environment(args, model_dir)
-    args = with_profile_path(args)
+    args = with_profile_path(args, model_dir)
     origin = origin_of(args, seed=seed)
     engine = await HybridEngine.start(args, str(model_dir))
     try:

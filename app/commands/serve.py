@@ -96,10 +96,13 @@ def _check_port(http: dict[str, Any]) -> None:
 def _prepare(application: dict[str, Any]) -> None:
     """Validate our settings and make sure that the model is there, before Ray starts."""
     from app.main import parse_args
+    from deployments.profiling import target_warnings, with_profile_path
     from engine.model_source import resolve_model
 
     args = parse_args(application.get("args", {}))
-    resolve_model(args.model, args.state_dir, show_progress=sys.stderr.isatty())
+    model_dir = resolve_model(args.model, args.state_dir, show_progress=sys.stderr.isatty())
+    for warning in target_warnings(with_profile_path(args, model_dir)):
+        typer.secho(f"mace: {warning}", fg="yellow", err=True)
 
 
 def _check_deployment_names(application: dict[str, Any]) -> None:

@@ -14,6 +14,9 @@ class FakeEngine:
         self.tokens_per_output = tokens_per_output
         self.steps_after = steps_after
         """Requests that must have come before a step is run, as with policies that block to train."""
+        self.may_train = asyncio.Event()
+        if not steps_after:
+            self.may_train.set()
         self.slots = asyncio.Semaphore(slots)
         self.fail_request = lambda request_id: None
         self.step_error = None
@@ -25,6 +28,8 @@ class FakeEngine:
 
     async def decode(self, prompt_ids, request_id, max_tokens, handle=None, priority=0):
         self.seen.append((request_id, asyncio.get_running_loop().time(), list(prompt_ids), priority))
+        if len(self.seen) >= self.steps_after:
+            self.may_train.set()
         async with self.slots:
             await asyncio.sleep(self.first_s)
             ids = [1]
@@ -43,8 +48,7 @@ class FakeEngine:
         self.running_steps += 1
         self.most_running_steps = max(self.most_running_steps, self.running_steps)
         try:
-            while len(self.seen) < self.steps_after:
-                await asyncio.sleep(0.005)
+            await self.may_train.wait()
             await asyncio.sleep(self.step_s)
         except asyncio.CancelledError:
             self.aborted_steps += 1

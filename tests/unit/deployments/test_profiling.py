@@ -1,0 +1,55 @@
+import pytest
+
+from core.batch import ForwardShape, IterationSample
+from core.config import AppArgs
+from core.types import SliceKind, SliceTiming
+from deployments.profiling import origin_of, target_warnings, with_profile_path
+from profiler.fit import fit_profile
+
+
+@pytest.fixture
+def args(tmp_path, monkeypatch):
+    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0,1")
+    return with_profile_path(AppArgs(state_dir=tmp_path, slo={"tbt_s": 0.05}), tmp_path)
+
+
+def write_profile(args, decode_s):
+    """A device on which every decode step takes that long."""
+    samples = [
+        IterationSample(
+            ForwardShape(num_decode=n % 8 + 1, decode_context=100 * n),
+            decode_s,
+            overhead_s=0.001,
+            slices=[SliceTiming(kind, 64, 0.001) for kind in SliceKind],
+        )
+        for n in range(200)
+    ]
+    fit_profile(samples, origin_of(args)).save(args.profile.path)
+
+
+def test_the_profile_is_looked_for_by_device_threads_and_model(args, tmp_path):
+    assert args.profile.path.parent.parent == tmp_path / "profiles"
+    assert "2-threads" in args.profile.path.parent.name
+    assert args.profile.path.name == "mace-tiny.json"
+
+
+def test_a_path_that_was_given_stays(args, tmp_path):
+    assert with_profile_path(args, tmp_path) is args
+
+
+def test_without_a_profile_nothing_is_warned_of(args):
+    assert target_warnings(args) == []
+
+
+def test_a_target_below_what_the_profiled_device_can_do_is_warned_of(args):
+    write_profile(args, decode_s=0.01)
+    assert target_warnings(args) == []
+    write_profile(args, decode_s=0.2)
+    assert any("slo.tbt_s is 0.05 s" in warning for warning in target_warnings(args))
+
+
+def test_a_damaged_profile_is_a_warning_and_not_the_end(args):
+    args.profile.path.parent.mkdir(parents=True)
+    args.profile.path.write_text('{"schema_version": 1}')
+    (warning,) = target_warnings(args)
+    assert "is damaged" in warning
