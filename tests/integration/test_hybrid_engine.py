@@ -209,3 +209,57 @@ def test_training_state_survives(fresh, pairs, tmp_path):
     assert fresh.run(fresh.engine.load_training_state(tmp_path / "state.safetensors"))
     assert train(fresh, pairs[:8]).metrics == expected
     assert not fresh.run(fresh.engine.load_training_state(tmp_path / "none.safetensors"))
+
+
+def test_every_iteration_is_reported_with_what_was_predicted_for_it(fresh, pairs):
+    following, _ = fresh.run(fresh.engine.iterations(0))
+    fresh.run(fresh.generate(range(40), next(request_ids), max_tokens=8))
+    train(fresh, pairs[:4])
+    _, samples = fresh.run(fresh.engine.iterations(following))
+    prefill = next(s for s in samples if s.shape.num_prefill_tokens)
+    assert (prefill.shape.num_prefill_tokens, prefill.shape.num_prefills) == (40, 1)
+    decodes = [s for s in samples if s.shape.num_decode]
+    assert [s.shape.decode_context for s in decodes] == list(range(40, 47))
+    assert all(s.forward_s > 0 and s.predicted_forward_s > 0 for s in [prefill, *decodes])
+    assert sum(s.slices_s for s in samples) > 0
+    assert max(s.peak_bytes for s in samples) > 0
+
+
+def test_a_batch_request_waits_behind_a_later_interactive_one(fresh):
+    first_tokens = []
+    full = asyncio.Event()
+
+    async def send(name, priority, max_tokens):
+        async for _ in fresh.engine.decode(range(8), f"{name}-{next(request_ids)}", max_tokens, priority=priority):
+            if name not in first_tokens:
+                first_tokens.append(name)
+                if len(first_tokens) == 16:
+                    full.set()
+
+    async def run():
+        seats = [asyncio.create_task(send(f"running-{i}", 0, 60)) for i in range(16)]
+        await full.wait()
+        batch = asyncio.create_task(send("batch", 1, 2))
+        await asyncio.sleep(0.02)
+        await asyncio.gather(batch, send("interactive", 0, 2), *seats)
+
+    fresh.run(run())
+    assert first_tokens[16:] == ["interactive", "batch"]
+
+
+def test_a_long_prompt_is_cut_so_that_running_requests_keep_their_pace(fresh):
+    """With a TBT target far below what one pass over the prompt would take, decoding goes on between its chunks."""
+    following, _ = fresh.run(fresh.engine.iterations(0))
+
+    async def run():
+        decoding = asyncio.create_task(fresh.generate(range(8), next(request_ids), max_tokens=200))
+        await asyncio.sleep(0.1)
+        await fresh.generate(range(500), next(request_ids), max_tokens=2)
+        await decoding
+
+    fresh.run(run())
+    _, samples = fresh.run(fresh.engine.iterations(following))
+    together = [s for s in samples if s.shape.num_decode and s.shape.num_prefill_tokens]
+    assert together
+    limit_s = fresh.args.slo.tbt_s * fresh.args.scheduler.slack_fraction
+    assert all(s.predicted_forward_s <= limit_s for s in together)

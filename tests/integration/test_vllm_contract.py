@@ -101,3 +101,72 @@ def test_adapters_are_cached_by_name_so_each_version_needs_its_own():
     first = LoRARequest(lora_name="m@v0001", lora_int_id=1, lora_path="/a")
     second = LoRARequest(lora_name="m@v0002", lora_int_id=2, lora_path="/b")
     assert first != second
+
+
+def test_the_waiting_queue_has_the_methods_that_we_implement():
+    from vllm.v1.core.sched.request_queue import RequestQueue
+
+    from engine.waiting_queue import AgeingRequestQueue
+
+    assert AgeingRequestQueue.__abstractmethods__ == frozenset()
+    assert RequestQueue.__abstractmethods__ <= set(vars(AgeingRequestQueue))
+
+
+def test_the_limits_that_the_plan_sets_are_read_in_every_iteration():
+    from vllm.config import SchedulerConfig
+    from vllm.v1.core.sched.scheduler import Scheduler
+
+    source = inspect.getsource(Scheduler.schedule)
+    for name in (
+        "token_budget = self.max_num_scheduled_tokens",
+        "self.scheduler_config.long_prefill_token_threshold",
+        "self.max_num_active_reqs",
+    ):
+        assert name in source
+    assert {"long_prefill_token_threshold", "enable_chunked_prefill"} <= set(SchedulerConfig.__dataclass_fields__)
+
+
+def test_the_kv_pool_tells_its_size_and_what_is_free():
+    from vllm.v1.core.block_pool import BlockPool
+    from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheTensor
+
+    assert parameters(BlockPool.get_num_free_blocks) == ["self"]
+    assert {"num_blocks", "kv_cache_tensors", "kv_cache_groups"} <= set(KVCacheConfig.__dataclass_fields__)
+    assert "size" in KVCacheTensor.__dataclass_fields__
+
+
+def test_requests_carry_what_the_planner_looks_at():
+    from vllm import SamplingParams
+    from vllm.v1.request import Request
+
+    request = Request("r", [1, 2, 3], SamplingParams(max_tokens=1), None, arrival_time=5.0, priority=2)
+    assert (request.arrival_time, request.priority, request.num_computed_tokens) == (5.0, 2, 0)
+    assert request.num_tokens == request.num_tokens_with_spec == 3
+    assert request.num_output_placeholders == 0
+
+
+def test_the_worker_ends_its_preparation_with_a_method_that_we_extend():
+    from vllm.v1.worker.cpu_worker import CPUWorker
+    from vllm.v1.worker.gpu_worker import Worker
+
+    assert (
+        parameters(CPUWorker.compile_or_warm_up_model) == parameters(Worker.compile_or_warm_up_model) == ["self"]
+    )
+
+
+def test_every_generating_route_takes_a_priority():
+    from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
+    from vllm.entrypoints.openai.completion.protocol import CompletionRequest
+    from vllm.entrypoints.openai.responses.protocol import ResponsesRequest
+
+    for model in (ChatCompletionRequest, CompletionRequest, ResponsesRequest):
+        assert "priority" in model.model_fields
+
+
+def test_the_front_end_knows_its_requests_and_the_size_of_the_cache():
+    from vllm.config import CacheConfig
+    from vllm.v1.engine.output_processor import OutputProcessor, RequestState
+
+    assert "request_states" in inspect.getsource(OutputProcessor.__init__)
+    assert {"prompt_len", "is_prefilling", "detokenizer"} <= set(RequestState.__init__.__code__.co_names)
+    assert "kv_cache_size_tokens" in CacheConfig.__dataclass_fields__
