@@ -51,8 +51,15 @@ def test_serve_config_is_valid_for_serve_and_for_us():
 @pytest.mark.parametrize(
     ("wrong", "named"),
     [
-        ({"slo": {"tbt_s": -1}}, "slo.tbt_s"),
+        ({"slo": {"ttft_s": -1.0}}, "slo.ttft_s"),
+        ({"slo": {"tbt_s": 0}}, "slo.tbt_s"),
         ({"scheduler": {"lambda_memory": 0, "lambda_latency": 0}}, "cannot both be 0"),
+        ({"scheduler": {"lambda_memory": -0.1}}, "scheduler.lambda_memory"),
+        ({"scheduler": {"tau_mem": 1.01}}, "scheduler.tau_mem"),
+        ({"scheduler": {"policy": "ekya"}}, "scheduler.policy"),
+        ({"scheduler": {"retrain_rate_floor": 0.5, "retrain_rate_cap": 0.4}}, "must not be above"),
+        ({"scheduler": {"tau_mme": 0.9}}, "scheduler.tau_mme"),
+        ({"profile": {"max_measure_s": 0}}, "profile.max_measure_s"),
         ({"trainig": {}}, "trainig"),
         ({"model": {"model_id": "has space"}}, "model.model_id"),
     ],
