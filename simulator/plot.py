@@ -40,13 +40,13 @@ def write_plot(result: Result, slo: SloConfig, path: Path) -> None:
 
 def _title(result: Result) -> str:
     attained = "" if result.slo_attainment is None else f", SLO attainment {result.slo_attainment:.2%}"
-    return (
-        f"{result.name}, {result.policy}: {result.num_requests:,} requests on {result.num_executors} executor(s)"
-        f"{attained}"
-    )
+    executors = "1 executor" if result.num_executors == 1 else f"{result.num_executors:,} executors"
+    return f"{result.name}, {result.policy}: {result.num_requests:,} requests on {executors}{attained}"
 
 
 def _draw_cdf(axes: "Axes", title: str, histogram: Histogram, target_s: float) -> None:
+    from matplotlib.ticker import StrMethodFormatter
+
     ends_s, shares = histogram.cdf()
     axes.set_title(title)
     axes.set_xlabel("ms")
@@ -66,6 +66,7 @@ def _draw_cdf(axes: "Axes", title: str, histogram: Histogram, target_s: float) -
             axes.axvline(1000 * value_s, color="0.4", linestyle=style, linewidth=1, label=label)
     if ends_s[-1] > _LOG_FROM * ends_s[0]:
         axes.set_xscale("log")
+        axes.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
     else:
         axes.set_xlim(left=0)
     axes.legend(fontsize="small")
@@ -89,16 +90,15 @@ def _draw_utilisation(axes: "Axes", result: Result) -> None:
 
 
 def _draw_pairs(axes: "Axes", result: Result) -> None:
-    times_s, _ = _buckets(result)
-    trained, total = [], 0
-    for i in range(len(times_s)):
-        total += result.statistics.pairs_per_bucket[i]
-        trained.append(total)
-    axes.step(times_s, trained, where="post", color="tab:orange")
-    axes.set_title(f"fine-tune pairs, {result.pairs_per_s:.3g}/s")
+    times_s, width_s = _buckets(result)
+    rates = [result.statistics.pairs_per_bucket[i] / width_s for i in range(len(times_s))]
+    axes.bar(times_s, rates, width=width_s, color="tab:orange")
+    axes.axhline(result.pairs_per_s, color="0.3", linestyle="--", linewidth=1, label="mean")
+    axes.set_title(f"fine-tune pairs, {result.pairs_per_s:.3g}/s in all")
     axes.set_xlabel("virtual time, s")
-    axes.set_ylabel("pairs trained")
+    axes.set_ylabel("pairs trained per second")
     axes.grid(alpha=0.3)
+    axes.legend(fontsize="small", loc="lower right")
 
 
 def _buckets(result: Result) -> tuple[list[float], float]:
