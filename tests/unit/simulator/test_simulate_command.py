@@ -1,0 +1,94 @@
+import json
+import re
+
+import pytest
+from typer import Typer
+from typer.testing import CliRunner
+
+from benchmarks.simulate import simulate
+from tests.unit.simulator.devices import make_profile
+
+_TRACE = """
+name: small
+num_requests: 50
+arrivals: {rate_per_s: 20}
+prompt_tokens: {kind: uniform, low: 4, high: 60}
+output_tokens: {kind: uniform, low: 2, high: 20}
+batch_share: 0.3
+args: {engine: {kv_cache_memory_bytes: 16777216}}
+"""
+_MODEL = {
+    "hidden_size": 64,
+    "num_attention_heads": 4,
+    "intermediate_size": 128,
+    "vocab_size": 256,
+    "num_hidden_layers": 2,
+}
+
+
+@pytest.fixture
+def files(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "small.yaml").write_text(_TRACE)
+    (tmp_path / "config.json").write_text(json.dumps(_MODEL))
+    make_profile().save(tmp_path / "profile.json")
+    return tmp_path
+
+
+def run(*arguments):
+    app = Typer()
+    app.command()(simulate)
+    return CliRunner().invoke(app, list(arguments))
+
+
+_DEVICE = ("--profile", "profile.json", "--model-config", "config.json")
+
+
+def test_json_is_the_same_for_the_same_seed_and_draws_nothing(files):
+    results = []
+    for seed in ("3", "3", "4"):
+        outcome = run("small.yaml", *_DEVICE, "--json", "--seed", seed)
+        assert outcome.exit_code == 0, outcome.output
+        results.append(json.loads(outcome.stdout))
+        assert results[-1].pop("wall_s") > 0
+    assert results[0] == results[1] != results[2]
+    assert results[0]["finished"] == 50
+    tokens = results[0]["output_tokens_per_s"] * results[0]["virtual_s"]
+    assert results[0]["tbt"]["count"] == pytest.approx(tokens - 50)
+    assert not list(files.glob("*.png"))
+
+
+def test_a_table_is_printed_and_a_picture_drawn(files):
+    outcome = run("small.yaml", *_DEVICE, "--log", "events.jsonl")
+    assert outcome.exit_code == 0, outcome.output
+    for name in ("TTFT", "TTFT batch", "TBT", "SLO attainment", "fine-tune pairs/s", "utilisation"):
+        assert name in outcome.stdout
+    assert (files / "small.png").read_bytes().startswith(b"\x89PNG")
+    events = [json.loads(line)["event"] for line in (files / "events.jsonl").read_text().splitlines()]
+    assert events.count("arrived") == events.count("first_token") == events.count("finished") == 50
+
+
+def test_the_policy_can_be_overridden(files):
+    outcome = run("small.yaml", *_DEVICE, "--json", "--policy", "inference_only")
+    assert json.loads(outcome.stdout)["pairs"] == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("missing.yaml", *_DEVICE), "missing.yaml cannot be read"),
+        (("config.json", *_DEVICE), "config.json is wrong: name: Field required"),
+        (("small.yaml",), "no profile: measure one"),
+        (("small.yaml", "--profile", "none.json"), "cannot read profile none.json"),
+        (("small.yaml", "--profile", "config.json"), "Measure it again"),
+        (("small.yaml", "--profile", "profile.json", "--model-config", "profile.json"), "lacks a size"),
+        (("small.yaml", *_DEVICE, "--plot", "nowhere/x.png"), "cannot write plot"),
+        (("small.yaml", *_DEVICE, "--plot", "x.nonsense"), "cannot write plot"),
+        (("small.yaml", *_DEVICE, "--log", "nowhere/x"), "cannot write event log"),
+    ],
+)
+def test_what_is_wrong_is_said_in_one_message(files, arguments, message):
+    outcome = run(*arguments)
+    assert outcome.exit_code == 1
+    assert re.search(re.escape(message), outcome.stderr), outcome.stderr
+    assert "Traceback" not in outcome.output
