@@ -57,9 +57,9 @@ def simulate(
             return
         described = _override(Trace.load(Path(trace)), policy=policy, seed=seed, executors=executors)
         options = Options(noise=noise, adapt=adapt, observe_every=adapt_every, router=router)
-        started_s = time.perf_counter()
+        started_s, started_cpu_s = time.perf_counter(), time.process_time()
         result = run_trace(described, profile=profile, model_config=model_config, options=options, log=log)
-        wall_s = time.perf_counter() - started_s
+        wall_s, cpu_s = time.perf_counter() - started_s, time.process_time() - started_cpu_s
         if plot is None and not as_json:
             plot = Path(f"{described.name}.png")
         if plot is not None:
@@ -68,9 +68,9 @@ def simulate(
         typer.echo(f"mace simulate: {error}", err=True)
         raise typer.Exit(1) from error
     if as_json:
-        typer.echo(json.dumps({**result.to_json(), "wall_s": wall_s}, indent=2))
+        typer.echo(json.dumps({**result.to_json(), "wall_s": wall_s, "cpu_s": cpu_s}, indent=2))
         return
-    _show(result.to_json(), described, wall_s)
+    _show(result.to_json(), described, wall_s, cpu_s)
     typer.echo(f"picture: {plot}")
 
 
@@ -128,7 +128,7 @@ def _agreement(as_json: bool) -> None:
     run_agreement(as_json=as_json)
 
 
-def _show(found: dict[str, Any], trace: Trace, wall_s: float) -> None:
+def _show(found: dict[str, Any], trace: Trace, wall_s: float, cpu_s: float) -> None:
     console = Console()
     slo = trace.args.slo
     latencies = Table("", "p50, ms", "p90, ms", "p99, ms", "max, ms", "target, ms", title=found["trace"])
@@ -141,12 +141,12 @@ def _show(found: dict[str, Any], trace: Trace, wall_s: float) -> None:
         latencies.add_row(name, *cells, f"{1000 * target_s:g}")
     console.print(latencies)
     table = Table("", "value", show_header=False)
-    for name, value in _lines(found, wall_s):
+    for name, value in _lines(found, wall_s, cpu_s):
         table.add_row(name, value)
     console.print(table)
 
 
-def _lines(found: dict[str, Any], wall_s: float) -> list[tuple[str, str]]:
+def _lines(found: dict[str, Any], wall_s: float, cpu_s: float) -> list[tuple[str, str]]:
     attained = found["slo_attainment"]
     classes = ", ".join(
         f"{row['requests']:,} {name} ({row['slo_attainment']:.2%})" for name, row in found["classes"].items()
@@ -162,5 +162,5 @@ def _lines(found: dict[str, Any], wall_s: float) -> list[tuple[str, str]]:
         ("output tokens/s", f"{found['output_tokens_per_s']:,.0f}"),
         ("iterations", f"{found['iterations']:,} with {found['slices']:,} slices"),
         ("preemptions", f"{found['preemptions']:,}"),
-        ("time", f"{found['virtual_s']:,.1f} s virtual in {wall_s:.1f} s"),
+        ("time", f"{found['virtual_s']:,.1f} s virtual in {wall_s:.1f} s ({cpu_s:.1f} s of CPU)"),
     ]

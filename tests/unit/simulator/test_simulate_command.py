@@ -51,6 +51,7 @@ def test_json_is_the_same_for_the_same_seed_and_draws_nothing(files):
         assert outcome.exit_code == 0, outcome.output
         results.append(json.loads(outcome.stdout))
         assert results[-1].pop("wall_s") > 0
+        assert results[-1].pop("cpu_s") > 0
     assert results[0] == results[1] != results[2]
     assert results[0]["finished"] == 50
     tokens = results[0]["output_tokens_per_s"] * results[0]["virtual_s"]
