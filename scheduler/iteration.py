@@ -9,7 +9,7 @@ iteration that is planned anew anyway.
 Pure: no clock, no device. The engine and the simulator run this same code.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from core.batch import ForwardShape, IterationSample
 from core.config import SchedulerConfig, SloConfig
@@ -86,9 +86,8 @@ class IterationPlanner:
         return Plan(budget, max(chunks))
 
     def settle(self, plan: Plan, view: IterationView, shape: ForwardShape) -> Plan:
-        """The plan with its fine-tune part, for the forward pass `shape` that was scheduled under it."""
-        predicted_s = self.predictor.forward_s(shape) if shape.num_tokens else 0.0
-        plan = replace(plan, predicted_forward_s=predicted_s)
+        """Complete the plan with its fine-tune part, for the forward pass `shape` that was scheduled under it."""
+        plan.predicted_forward_s = predicted_s = self.predictor.forward_s(shape) if shape.num_tokens else 0.0
         state = view.finetune
         if plan.is_blocking or state is None or self._config.policy != "mace" or self.retrain.is_above_cap():
             return plan
@@ -187,7 +186,13 @@ class IterationPlanner:
         return [size for size in (whole, share, half) if size >= least]
 
     def _chunk_demand(self, size: int, prefill: PrefillTask, shape: ForwardShape, base_s: float) -> Demand:
-        with_chunk = replace(shape)
+        with_chunk = ForwardShape(
+            shape.num_decode,
+            shape.decode_context,
+            shape.num_prefill_tokens,
+            shape.prefill_attention,
+            shape.num_prefills,
+        )
         with_chunk.add_chunk(size, prefill.context_tokens)
         latency_s = (self.predictor.forward_upper_s(with_chunk) or 0.0) - base_s
         return Demand(size * self._limits.kv_bytes_per_token, latency_s)

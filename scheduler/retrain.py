@@ -38,7 +38,9 @@ class RetrainMeter:
         policy = self._config.policy
         if policy == "mace":
             return not self.is_above_cap()
-        return policy != "inference_only" and self._is_quota_open() and (self._is_in_phase or self._is_period_over())
+        return (
+            policy != "inference_only" and self._is_quota_open() and (self._is_in_phase or self._is_period_over())
+        )
 
     def is_blocking_due(self, has_work: bool) -> bool:
         """Whether a baseline stops inference now. Call once for each iteration; False for the other policies.

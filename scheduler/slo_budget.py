@@ -27,9 +27,13 @@ def ttft_slack_s(view: IterationView, slo: SloConfig, iteration_s: float, num_pr
         view: the state that was planned for.
         slo: targets.
         iteration_s: predicted duration of this iteration without fine-tuning; later ones are taken as alike.
-        num_prefill_tokens: prompt tokens that such an iteration computes. 0: nobody could start (no seat, no
-            blocks); then one more iteration is assumed, and the answer is about the deadline alone.
+        num_prefill_tokens: prompt tokens that such an iteration computes.
+
+    A request that cannot start for want of a seat or of KV blocks waits until a running one ends, which nobody can
+    predict and which slices would put off: then the answer is 0.
     """
+    if _is_anyone_shut_out(view, num_prefill_tokens):
+        return 0.0
     slack_s: float | None = None
     tokens_ahead = 0
     for prefill in view.prefills:
@@ -47,7 +51,13 @@ def ttft_slack_s(view: IterationView, slo: SloConfig, iteration_s: float, num_pr
     return slack_s
 
 
+def _is_anyone_shut_out(view: IterationView, num_prefill_tokens: int) -> bool:
+    num_waiting = view.num_waiting_unseen + sum(not prefill.is_running for prefill in view.prefills)
+    return num_waiting > view.free_seats or (num_waiting > 0 and num_prefill_tokens == 0)
+
+
 def _finish_s(tokens_ahead: int, tokens_per_iteration: int, iteration_s: float) -> float:
-    if tokens_per_iteration <= 0:
+    """Time until the last of `tokens_ahead` prompt tokens is computed."""
+    if tokens_per_iteration <= 0:  # prompts in progress that got nothing: no KV blocks
         return iteration_s
     return iteration_s * max(1.0, tokens_ahead / tokens_per_iteration)

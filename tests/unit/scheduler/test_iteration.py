@@ -120,6 +120,26 @@ def test_prompts_ahead_in_the_queue_count_against_the_slack():
     assert run(planner, behind).finetune_budget_s < alone.finetune_budget_s - 0.3
 
 
+def test_while_somebody_waits_for_a_seat_or_for_blocks_nothing_is_spent():
+    """Slices would make the running requests hold their seats longer."""
+    no_seat = view(decode=4, prefills=[(20, 0.0)], free_seats=0, finetune=work())
+    assert run(make_planner(), no_seat, ForwardShape(num_decode=4)).finetune_budget_s == 0
+    more_than_seats = view(
+        decode=4,
+        prefills=[(20, 0.0)],
+        free_seats=3,
+        num_waiting_unseen=3,
+        unseen_tokens=60,
+        oldest_unseen_s=0.0,
+        finetune=work(),
+    )
+    assert run(make_planner(), more_than_seats).finetune_budget_s == 0
+    no_blocks = view(decode=4, prefills=[(20, 0.0)], free_seats=3, finetune=work())
+    assert run(make_planner(), no_blocks, ForwardShape(num_decode=4)).finetune_budget_s == 0
+    started = view(decode=4, prefills=[(20, 0.0)], free_seats=3, finetune=work())
+    assert run(make_planner(), started).finetune_budget_s > 0
+
+
 def test_aged_work_gets_a_slice_without_slack_within_the_stated_bound():
     planner = make_planner()
     bound_s = starvation_bound_s(planner._config)
