@@ -158,7 +158,7 @@ class _PlanningEngine:
             self._waiting,
             free_seats=_FREE_SEATS,
             used_kv_bytes=used_bytes,
-            finetune=self._tasks.state(),
+            finetune=self._tasks.state(self._now_s),
         )
         watch.lap("view")
         plan = self._planner.plan(view)

@@ -100,6 +100,8 @@ class FineTuneRunner:
                 if enough and not self._gate.fits(spec.kind, spec.num_tokens, left_s, first=not report.slices):
                     break
                 self._run_slice(running, spec, report)
+                if report.out_of_memory:  # what failed has cost its time; smaller slices start with a new budget
+                    break
         report.held_bytes = 0 if self._running is None else self._running.step.activation_bytes
         return report
 
@@ -241,7 +243,11 @@ class FineTuneRunner:
         running.slice_tokens = max(1, running.slice_tokens // 2)
         self._slice_tokens = min(self._slice_tokens, running.slice_tokens)
         logger.warning("%s; the step starts again with slices of %d tokens", error, running.slice_tokens)
-        running.step = self._new_step(running.task, running.slice_tokens)
+        try:
+            running.step = self._new_step(running.task, running.slice_tokens)
+        except Exception as again:  # noqa: BLE001 - the device may be full of something else
+            self._stop()
+            report.finished.append(_failure(running.task, again))
 
     def _warm_up(self) -> None:
         """Run one step of a made-up pair, so that no kind of slice is unknown; leaves no trace in the adapter."""

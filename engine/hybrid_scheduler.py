@@ -24,7 +24,7 @@ from core.batch import ForwardShape, IterationSample
 from core.config import AppArgs
 from core.types import TaskKind, TaskResult
 from engine.iteration_log import sample_of
-from engine.iteration_view import shape_of, view_of
+from engine.iteration_view import is_decoding, shape_of, view_of
 from engine.messages import (
     DIRECTIVE_ATTRIBUTE,
     REPORT_ATTRIBUTE,
@@ -59,7 +59,7 @@ class HybridSchedulerMixin:
         self.waiting = AgeingRequestQueue(config.scheduler)
         self._tasks = TaskTable()
         self._directive = Directive()
-        self._iteration_started_s = 0.0
+        self._last_ended_s = 0.0
         self._overhead_s = 0.0
 
     def add_request(self, request: Request) -> None:
@@ -92,12 +92,12 @@ class HybridSchedulerMixin:
             return True
         if self.pause_state != PauseState.UNPAUSED:  # type: ignore[attr-defined]
             return False
-        may_train = bool(self._tasks) and self._planner.retrain.may_train()
+        may_train = self._tasks.is_scoring or (bool(self._tasks) and self._planner.retrain.may_train())
         return may_train or bool(self._directive.aborted_task_ids)
 
     def schedule(self, throttle_prefills: bool = False) -> SchedulerOutput:
         """vLLM's schedule within the plan's limits, with this iteration's fine-tune part attached."""
-        self._iteration_started_s = time.perf_counter()
+        self._directive.started_s = time.perf_counter()
         view = self._view(time.time())
         plan = self._planner.plan(view)
         self._apply(plan, view)
@@ -131,7 +131,8 @@ class HybridSchedulerMixin:
             self.waiting,
             free_seats=max(0, self.max_num_active_reqs - len(self.running)),  # type: ignore[attr-defined]
             used_kv_bytes=used_bytes,
-            finetune=self._tasks.state(),
+            # A paused engine may have its weights asleep; only what vLLM itself still runs goes on.
+            finetune=self._tasks.state(now_s) if self.pause_state == PauseState.UNPAUSED else None,  # type: ignore[attr-defined]
         )
 
     def _apply(self, plan: Plan, view: IterationView) -> None:
@@ -158,7 +159,10 @@ class HybridSchedulerMixin:
         if report.facts is not None:
             self._take_facts(report.facts)
         slices_s = sum(s.latency_s for s in report.finetune.slices)
-        wall_s = time.perf_counter() - self._iteration_started_s
+        now_s = time.perf_counter()
+        # With two iterations in flight the time since the last one ended is this one's.
+        wall_s = now_s - max(directive.started_s, self._last_ended_s)
+        self._last_ended_s = now_s
         self._overhead_s = max(0.0, wall_s - report.forward_s - slices_s)
         self._planner.observe(sample_of(directive, report.finetune, report.forward_s, self._overhead_s))
         self._tasks.note_progress(report.finetune, time.time())
@@ -199,7 +203,7 @@ class AsyncHybridScheduler(HybridSchedulerMixin, AsyncScheduler):
 
 
 def _is_prefilling(request: Request) -> bool:
-    return request.num_tokens_with_spec + request.num_output_placeholders - request.num_computed_tokens > 1
+    return not is_decoding(request, request.num_computed_tokens)
 
 
 def _task_of(request: Request) -> dict[str, Any] | None:

@@ -5,7 +5,6 @@ that the tokens of this iteration leave as soon as they exist; the time between 
 """
 
 import copy
-import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from functools import partial
@@ -18,6 +17,7 @@ from core.errors import ConfigError, MaceError
 from core.types import SliceReport
 from engine.base_weights import WeightViews, huggingface_views, is_shared, unpacked_cpu_weights
 from engine.finetune_runner import FineTuneRunner, free_memory_bytes
+from engine.forward_timer import ForwardTimer
 from engine.iteration_log import IterationLog
 from engine.messages import DIRECTIVE_ATTRIBUTE, REPORT_ATTRIBUTE, Directive, IterationReport, WorkerFacts
 from engine.orphan_watch import exit_with_parent
@@ -33,7 +33,7 @@ class HybridWorkerMixin:
     _log: IterationLog
     _directive: Directive
     _finetune_report: SliceReport
-    _forward_started_s: float
+    _timer: ForwardTimer
 
     def load_model(self, **kwargs: Any) -> None:
         """Load the inference model, then the trainable model beside it (or on its very weights)."""
@@ -71,7 +71,7 @@ class HybridWorkerMixin:
         """Slices, then vLLM's forward pass. Returns None when `sample_tokens` follows."""
         self._directive = getattr(scheduler_output, DIRECTIVE_ATTRIBUTE, None) or Directive()
         self._finetune_report = self._run_slices(self._directive)
-        self._forward_started_s = time.perf_counter()
+        self._timer = ForwardTimer(self.device)  # type: ignore[attr-defined]
         return self._finish(super().execute_model(scheduler_output))  # type: ignore[misc]
 
     def sample_tokens(self, grammar_output: Any) -> Any:
@@ -112,16 +112,17 @@ class HybridWorkerMixin:
     def _finish(self, output: Any) -> Any:
         if output is None:
             return None
-        finish = partial(self._with_report, self._directive, self._finetune_report, self._forward_started_s)
+        self._timer.stop()
+        finish = partial(self._with_report, self._directive, self._finetune_report, self._timer)
         if isinstance(output, AsyncModelRunnerOutput):
             return _ReportingAsyncOutput(output, finish)
         return finish(output)
 
     def _with_report(
-        self, directive: Directive, finetune: SliceReport, started_s: float, output: ModelRunnerOutput
+        self, directive: Directive, finetune: SliceReport, timer: ForwardTimer, output: ModelRunnerOutput
     ) -> ModelRunnerOutput:
         """A copy with the report: vLLM's empty output is one shared constant."""
-        forward_s = time.perf_counter() - started_s
+        forward_s = timer.seconds()
         self._log.add(directive, finetune, forward_s)
         facts, self._facts = self._facts, None
         output = copy.copy(output)

@@ -21,7 +21,7 @@ def view_of(
 
     Args:
         now_s: wall clock, like `Request.arrival_time`.
-        running: vLLM's running requests; one with a single token to compute decodes, others prefill.
+        running: vLLM's running requests, decoding or with prompt tokens left.
         waiting: the waiting queue.
         free_seats: waiting requests that may still start.
         used_kv_bytes: KV cache that cannot be given out.
@@ -31,8 +31,9 @@ def view_of(
     for request in running:
         computed = request.num_computed_tokens
         left = request.num_tokens_with_spec + request.num_output_placeholders - computed
-        if left <= 1:
+        if is_decoding(request, computed):
             view.num_decode += 1
+            view.decode_tokens += left
             view.decode_context += computed
         elif len(view.prefills) < MAX_PREFILLS_SEEN:
             view.prefills.append(_prefill(request, left, computed, is_running=True))
@@ -64,12 +65,17 @@ def shape_of(num_scheduled_tokens: Mapping[str, int], requests: Mapping[str, Any
     for request_id, num_tokens in num_scheduled_tokens.items():
         request = requests[request_id]
         start = max(0, request.num_computed_tokens - num_tokens)
-        if num_tokens == 1:
-            shape.num_decode += 1
+        if num_tokens == 1 or is_decoding(request, start):
+            shape.num_decode += num_tokens
             shape.decode_context += start
         else:
             shape.add_chunk(num_tokens, start)
     return shape
+
+
+def is_decoding(request: Any, num_computed_tokens: int) -> bool:
+    """Whether only the newest token (and drafts after it) is left to compute; a resumed request prefills again."""
+    return num_computed_tokens >= request.num_tokens - 1
 
 
 def _prefill(request: Any, num_tokens: int, context_tokens: int, *, is_running: bool) -> PrefillTask:

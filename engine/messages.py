@@ -32,6 +32,8 @@ class Directive:
     aborted_task_ids: list[str] = field(default_factory=list)
     shape: ForwardShape = field(default_factory=ForwardShape)
     predicted_forward_s: float | None = None
+    started_s: float = 0.0
+    """`time.perf_counter` of the scheduler's process."""
     overhead_s: float = 0.0
     """Of the iteration before; the last one is not over when its slices run."""
 

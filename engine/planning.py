@@ -4,11 +4,10 @@ import logging
 from dataclasses import dataclass
 from typing import Any
 
-from profiler.online import OnlineLatencyModel
-from profiler.profile import Profile
-
 from core.config import AppArgs
 from core.errors import ProfileError
+from profiler.online import OnlineLatencyModel
+from profiler.profile import Profile
 from scheduler.iteration import EngineLimits, IterationPlanner
 from scheduler.memory_ledger import MemoryLedger
 
@@ -48,7 +47,13 @@ def build_planner(args: AppArgs, scheduler: Any, pool: KvPool) -> IterationPlann
         max_slice_tokens=args.training.max_slice_tokens,
         kv_bytes_per_token=pool.block_bytes / pool.block_tokens,
         arena_bytes_per_token=0.0 if profile is None else profile.memory.arena_bytes_per_token,
-        can_chunk_prefills=bool(vllm.enable_chunked_prefill) and not scheduler.need_mamba_block_aligned_split,
+        arena_fixed_bytes=0.0 if profile is None else profile.memory.arena_bytes,
+        # Block-aligned chunks and images that must not be split would never start on a small budget.
+        can_chunk_prefills=(
+            bool(vllm.enable_chunked_prefill)
+            and not vllm.disable_chunked_mm_input
+            and not scheduler.need_mamba_block_aligned_split
+        ),
     )
     memory = MemoryLedger(
         kv_bytes=pool.num_blocks * pool.block_bytes,

@@ -4,7 +4,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from core.types import SliceReport
+from core.types import SliceReport, TaskKind
 from scheduler.plan import FineTuneState
 
 
@@ -19,6 +19,7 @@ class EngineTask:
     arrived_s: float
     dpo_loss: float | None
     attempts: int
+    is_training: bool = True
 
 
 class TaskTable:
@@ -32,6 +33,11 @@ class TaskTable:
     def __bool__(self) -> bool:
         return bool(self._tasks)
 
+    @property
+    def is_scoring(self) -> bool:
+        """The task in front only scores pairs."""
+        return bool(self._tasks) and not next(iter(self._tasks.values())).is_training
+
     def add(self, request: Any, task: dict[str, Any], now_s: float) -> None:
         """Take in a task given as `FineTuneTask.to_wire()`."""
         pairs = task.get("pairs") or []
@@ -42,6 +48,7 @@ class TaskTable:
             arrived_s=now_s,
             dpo_loss=task.get("dpo_loss"),
             attempts=task.get("attempts", 0),
+            is_training=task.get("kind") != TaskKind.EVALUATE,
         )
 
     def pop(self, task_id: str) -> EngineTask | None:
@@ -59,14 +66,18 @@ class TaskTable:
             self._last_progress_s = now_s
         self._held_bytes = report.held_bytes
 
-    def state(self) -> FineTuneState | None:
+    def state(self, now_s: float) -> FineTuneState | None:
         """What the planner needs to know; None if there is no task."""
         if not self._tasks:
             return None
         front = next(iter(self._tasks.values()))
+        # A wall clock that was set back must not stop ageing until it has caught up.
+        front.arrived_s = min(front.arrived_s, now_s)
+        self._last_progress_s = min(self._last_progress_s, now_s)
         return FineTuneState(
             num_tasks=len(self._tasks),
             last_progress_s=max(front.arrived_s, self._last_progress_s),
+            is_training=front.is_training,
             dpo_loss=front.dpo_loss,
             attempts=front.attempts,
             held_bytes=self._held_bytes,

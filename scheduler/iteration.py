@@ -15,6 +15,7 @@ from core.batch import ForwardShape, IterationSample
 from core.config import SchedulerConfig, SloConfig
 from core.ports import LatencyPredictor
 from core.types import SliceKind
+from scheduler.arena import ArenaModel
 from scheduler.memory_ledger import MemoryLedger, Pool
 from scheduler.packing import Bin, Demand, choose_candidate
 from scheduler.plan import FineTuneState, IterationView, Plan, PrefillTask
@@ -25,6 +26,9 @@ from scheduler.slo_budget import iteration_capacity_s, ttft_slack_s
 
 IDLE_QUANTUM_S = 0.01
 """With nothing to serve, slices run for this long (at least one) before new requests are looked for."""
+
+_BLOCKING = frozenset({"periodic", "continuous"})
+"""Policies that stop inference for a step; scoring a candidate is one as well, and is never put off."""
 
 _CHUNK_MULTIPLE = 16
 """Chunks that do not end a prompt are multiples of this: kernels and KV blocks like it."""
@@ -43,11 +47,11 @@ class EngineLimits:
     """Padded tokens of one fine-tune micro-batch."""
     kv_bytes_per_token: float = 0.0
     arena_bytes_per_token: float = 0.0
-    """From the profile; 0 if unknown (learnt from the first steps)."""
+    """Of a micro-batch, from the profile; 0 if unknown (learnt from the first steps)."""
+    arena_fixed_bytes: float = 0.0
+    """What a step holds whatever its micro-batches."""
     can_chunk_prefills: bool = True
     """False: a prompt is computed in one pass, so its tokens may not be limited."""
-    min_chunk_tokens: int = 0
-    """Smallest chunk that the model's cache layout allows; 0: any."""
 
 
 class IterationPlanner:
@@ -68,12 +72,17 @@ class IterationPlanner:
         self._config = config
         self._slo = slo
         self._limits = limits
-        self._sizer = SliceSizer(config, predictor, memory, limits.max_slice_tokens, limits.arena_bytes_per_token)
-        self._min_chunk = max(config.min_prefill_tokens, limits.min_chunk_tokens)
+        arena = ArenaModel(limits.arena_fixed_bytes, limits.arena_bytes_per_token)
+        self._sizer = SliceSizer(config, predictor, memory, limits.max_slice_tokens, arena)
+        self._full_arena_bytes = 0
+        """Before slices ran out of it."""
 
     def plan(self, view: IterationView) -> Plan:
         """Token budget and chunk cap for the forward pass, or a blocking training phase of a baseline."""
-        if self.retrain.is_blocking_due(view.finetune is not None):
+        is_scoring = view.finetune is not None and not view.finetune.is_training
+        if (is_scoring and self._config.policy in _BLOCKING) or self.retrain.is_blocking_due(
+            view.finetune is not None
+        ):
             return Plan(0, 0, finetune_budget_s=float("inf"), min_slices=1, is_blocking=True)
         if not view.prefills or not self._limits.can_chunk_prefills:
             return Plan(self._limits.max_tokens, 0)
@@ -82,17 +91,18 @@ class IterationPlanner:
         if decode_s is None:  # nothing known of this device: vLLM's own way
             return Plan(self._limits.max_tokens, 0)
         chunks = self._pack_prefills(view, shape, decode_s)
-        budget = min(self._limits.max_tokens, view.num_decode + sum(chunks))
+        budget = min(self._limits.max_tokens, max(view.num_decode, view.decode_tokens) + sum(chunks))
         return Plan(budget, max(chunks))
 
     def settle(self, plan: Plan, view: IterationView, shape: ForwardShape) -> Plan:
         """Complete the plan with its fine-tune part, for the forward pass `shape` that was scheduled under it."""
         plan.predicted_forward_s = predicted_s = self.predictor.forward_s(shape) if shape.num_tokens else 0.0
         state = view.finetune
-        if plan.is_blocking or state is None or self._config.policy != "mace" or self.retrain.is_above_cap():
+        if plan.is_blocking or state is None or not self._may_train(state):
             return plan
         plan.slice_tokens = self._slice_tokens(view)
-        if not self._reserve_arena(state, plan.slice_tokens):
+        must_train = self._must_train(view, state)
+        if not self._reserve_arena(state, plan.slice_tokens, is_urgent=must_train or shape.num_tokens == 0):
             return plan  # no memory: training waits
         if shape.num_tokens == 0:
             plan.finetune_budget_s, plan.min_slices = IDLE_QUANTUM_S, 1
@@ -100,19 +110,24 @@ class IterationPlanner:
         upper_s = self.predictor.forward_upper_s(shape)
         if predicted_s is None or upper_s is None:  # measure the forward pass alone first
             return plan
-        plan.finetune_budget_s = max(0.0, self._slack_s(view, shape, upper_s))
+        plan.finetune_budget_s = max(0.0, self._slack_s(plan, view, shape, upper_s))
         self._sizer.note_budget(plan.finetune_budget_s)
-        if self._must_train(view, state):
-            plan.min_slices = 1
+        plan.min_slices = int(must_train)
         return plan
 
     def observe(self, sample: IterationSample) -> None:
         """Feed back one measured iteration."""
         self.predictor.observe(sample)
-        self._sizer.observe(sample)
-        reserved = self.memory.held_bytes(ARENA_OWNER)
-        if sample.out_of_memory and reserved:
-            self.memory.shrink(Pool.ARENA, reserved)  # the arena is no larger than what did not fit
+        has_grown = self._sizer.observe(sample)
+        arena_bytes = self.memory.pool_capacity_bytes(Pool.ARENA)
+        if sample.out_of_memory:
+            # No larger than what did not fit, as far as that is known.
+            self._full_arena_bytes = max(self._full_arena_bytes, arena_bytes)
+            wanted = max(self.memory.held_bytes(ARENA_OWNER), sample.peak_bytes)
+            if wanted:
+                self.memory.shrink(Pool.ARENA, wanted)
+        elif has_grown and arena_bytes < self._full_arena_bytes:
+            self.memory.set_capacity(Pool.ARENA, min(2 * arena_bytes, self._full_arena_bytes))
 
     def note_requests(self, count: int = 1) -> None:
         """Count arrived inference requests."""
@@ -150,7 +165,7 @@ class IterationPlanner:
             if tokens < prefill.num_tokens:
                 break
         # Decoding alone may fill the capacity: prompts go on nevertheless, slowly.
-        return chunks or [min(self._min_chunk, view.prefills[0].num_tokens)]
+        return chunks or [min(self._config.min_prefill_tokens, view.prefills[0].num_tokens)]
 
     def _pack_chunk(self, prefill: PrefillTask, shape: ForwardShape, now: Bin) -> int:
         """Choose how much of the prompt this iteration takes; adds it to shape and bin. 0: none fits."""
@@ -171,7 +186,10 @@ class IterationPlanner:
     def _chunk_sizes(self, prefill: PrefillTask, shape: ForwardShape, now: Bin, base_s: float) -> list[int]:
         """Candidates, largest first: the whole prompt, what the time left is predicted to hold, and half of that."""
         whole = min(prefill.num_tokens, self._limits.max_tokens - shape.num_tokens)
-        least = min(self._min_chunk, whole)
+        if self._limits.kv_bytes_per_token:
+            room = (now.memory_capacity_bytes - now.memory_used_bytes) / self._limits.kv_bytes_per_token
+            whole = min(whole, max(self._config.min_prefill_tokens, int(room)))
+        least = min(self._config.min_prefill_tokens, whole)
         if whole <= 0:
             return []
         if self._config.packing == "first_fit":
@@ -197,10 +215,13 @@ class IterationPlanner:
         latency_s = (self.predictor.forward_upper_s(with_chunk) or 0.0) - base_s
         return Demand(size * self._limits.kv_bytes_per_token, latency_s)
 
-    def _slack_s(self, view: IterationView, shape: ForwardShape, upper_s: float) -> float:
+    def _slack_s(self, plan: Plan, view: IterationView, shape: ForwardShape, upper_s: float) -> float:
         busy_s = upper_s + self.predictor.overhead_s
         slack_s = iteration_capacity_s(self._slo, self._config.slack_fraction, view.num_decode) - busy_s
-        first_token_s = ttft_slack_s(view, self._slo, busy_s, shape.num_prefill_tokens)
+        # A prefix hit or a short last chunk computes less than later iterations may.
+        tokens_each = max(shape.num_prefill_tokens, plan.token_budget - shape.num_decode)
+        is_stuck = shape.num_prefill_tokens == 0
+        first_token_s = ttft_slack_s(view, self._slo, busy_s, 0 if is_stuck else tokens_each)
         if first_token_s is not None:
             slack_s = min(slack_s, self._config.slack_fraction * first_token_s)
         return slack_s
@@ -211,12 +232,22 @@ class IterationPlanner:
         capacity_s = iteration_capacity_s(self._slo, self._config.slack_fraction, 1)
         return self._sizer.choose(None if lone_s is None else capacity_s - self.predictor.overhead_s - lone_s)
 
-    def _reserve_arena(self, state: FineTuneState, slice_tokens: int) -> bool:
-        """False: the KV cache has taken what the step needs. A pair larger than the whole arena is tried anyway."""
+    def _reserve_arena(self, state: FineTuneState, slice_tokens: int, *, is_urgent: bool) -> bool:
+        """False: with the KV cache this full, the step would pass `tau_mem`.
+
+        Urgent work (it has waited too long, or nobody else wants the device) may: the arena is memory of its own.
+        A pair larger than the whole arena is tried anyway, and fails with a name if the device agrees.
+        """
         wanted = max(self._sizer.arena_bytes(max(slice_tokens, state.max_batch_tokens)), state.held_bytes)
-        return self.memory.reserve(
-            ARENA_OWNER, Pool.ARENA, min(wanted, self.memory.pool_capacity_bytes(Pool.ARENA))
-        )
+        wanted = min(wanted, self.memory.pool_capacity_bytes(Pool.ARENA))
+        if self.memory.reserve(ARENA_OWNER, Pool.ARENA, wanted):
+            return True
+        if is_urgent:
+            self.memory.record(ARENA_OWNER, Pool.ARENA, wanted)
+        return is_urgent
+
+    def _may_train(self, state: FineTuneState) -> bool:
+        return self._config.policy == "mace" and not (state.is_training and self.retrain.is_above_cap())
 
     def _must_train(self, view: IterationView, state: FineTuneState) -> bool:
         """Whether a slice runs even without slack: below the rate's floor, or it has waited above all others."""
@@ -230,7 +261,7 @@ class IterationPlanner:
     def _aged_slice_s(self, view: IterationView) -> float:
         """Time kept for one slice if fine-tuning stands before the prefills in the order of priority."""
         state = view.finetune
-        if state is None or self._config.policy != "mace" or self.retrain.is_above_cap():
+        if state is None or not self._may_train(state):
             return 0.0
         if self._finetune_priority(view, state) <= self._top_prefill_priority(view):
             return 0.0

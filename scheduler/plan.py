@@ -32,6 +32,8 @@ class FineTuneState:
     attempts: int = 0
     held_bytes: int = 0
     """Arena memory of the step in progress."""
+    is_training: bool = True
+    """False: the task in front only scores pairs; no retrain rate holds it back."""
     max_batch_tokens: int = 0
     """Padded tokens of the largest pair of the task in front: no micro-batch can be smaller. 0 if unknown."""
 
@@ -42,7 +44,9 @@ class IterationView:
 
     now_s: float
     num_decode: int = 0
-    """Running requests that will get one token."""
+    """Running requests that will get their next token."""
+    decode_tokens: int = 0
+    """Tokens that they take; more than `num_decode` with draft tokens. 0: one each."""
     decode_context: int = 0
     """Their tokens in the KV cache, summed."""
     prefills: list[PrefillTask] = field(default_factory=list)

@@ -11,6 +11,7 @@ from core.batch import IterationSample
 from core.config import SchedulerConfig
 from core.ports import LatencyPredictor
 from core.types import SliceKind
+from scheduler.arena import ArenaModel
 from scheduler.memory_ledger import MemoryLedger, Pool
 from scheduler.packing import Bin, Demand, choose_candidate
 
@@ -35,13 +36,13 @@ class SliceSizer:
         predictor: LatencyPredictor,
         memory: MemoryLedger,
         max_slice_tokens: int,
-        arena_bytes_per_token: float,
+        arena: ArenaModel,
     ) -> None:
         self._config = config
         self._predictor = predictor
         self._memory = memory
         self._max_tokens = self._limit_tokens = max_slice_tokens
-        self._bytes_per_token = arena_bytes_per_token
+        self._arena = arena
         self._budgets: deque[float] = deque(maxlen=_WINDOW)
         self._chosen = 0
         self._age = 0
@@ -52,25 +53,27 @@ class SliceSizer:
         if budget_s > 0:
             self._budgets.append(budget_s)
 
-    def observe(self, sample: IterationSample) -> None:
-        """Learn what the arena holds for each token, and from running out of it."""
+    def observe(self, sample: IterationSample) -> bool:
+        """Learn what micro-batches hold, and from running out of memory. True when the limit is raised again."""
         if sample.out_of_memory:
             self._limit_tokens = max(_SMALLEST_TOKENS, self.tokens // 2)
             self._good_iterations = 0
             self._age = 0
-            return
+            return False
         tokens = max((s.num_tokens for s in sample.slices if s.kind in _LAYER_KINDS), default=0)
         if not tokens:
-            return
-        self._bytes_per_token = max(self._bytes_per_token, sample.peak_bytes / tokens)
+            return False
+        self._arena.observe(tokens, sample.peak_bytes)
         self._good_iterations += 1
-        if self._good_iterations >= _GROW_AFTER:
-            self._good_iterations = 0
-            self._limit_tokens = min(self._max_tokens, 2 * self._limit_tokens)
+        if self._good_iterations < _GROW_AFTER:
+            return False
+        self._good_iterations = 0
+        self._limit_tokens = min(self._max_tokens, 2 * self._limit_tokens)
+        return True
 
     def arena_bytes(self, num_tokens: int) -> int:
         """Predicted arena memory of a micro-batch."""
-        return int(self._bytes_per_token * num_tokens)
+        return self._arena.predict(num_tokens)
 
     @property
     def tokens(self) -> int:

@@ -196,3 +196,29 @@ def test_what_a_step_holds_is_reported(runner):
     assert all(report.held_bytes > 0 for report in reports[:-1])
     assert reports[-1].held_bytes == 0
     assert reports[-1].finished[0].peak_bytes == max(report.peak_bytes for report in reports)
+
+
+def test_running_out_of_memory_ends_the_iteration(runner, monkeypatch):
+    """Inference waits behind it: nothing more may run than was planned."""
+    for name in ("a", "b", "c"):
+        runner.submit(dataclasses.replace(make_task(num_pairs=4), task_id=name).to_wire())
+    fail_slices(monkeypatch, torch.OutOfMemoryError("no room"), times=1)
+    reports = [runner.run(0.0, 1) for _ in range(3)]
+    assert [len(report.slices) for report in reports] == [1, 0, 1]
+    assert [report.out_of_memory for report in reports] == [False, True, False]
+    assert not any(report.finished for report in reports)
+
+
+def test_a_device_too_full_to_start_again_is_a_named_failure(runner, monkeypatch):
+    task = make_task(num_pairs=4)
+    runner.submit(task.to_wire())
+    runner.run(0.0, 1)
+    fail_slices(monkeypatch, torch.OutOfMemoryError("no room"))
+
+    def refuse(*_):
+        raise torch.OutOfMemoryError("still no room")
+
+    monkeypatch.setattr(runner, "_new_step", refuse)
+    (result,) = runner.run(0.0, 1).finished
+    assert "still no room" in result.error
+    assert runner.run(0.0, 1).finished == []

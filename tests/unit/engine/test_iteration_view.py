@@ -96,17 +96,41 @@ def pair(name, prompt, chosen, rejected):
 
 def test_the_task_table_tells_what_is_in_front_and_since_when():
     table = TaskTable()
-    assert table.state() is None
+    assert table.state(4.0) is None
     task = FineTuneTask("t", TaskKind.TRAIN, (pair("a", 4, 2, 3), pair("b", 1, 9, 1)), dpo_loss=0.4, attempts=1)
     table.add(request("t", 1), task.to_wire(), now_s=5.0)
     table.add(request("u", 1), FineTuneTask("u", TaskKind.EVALUATE, ()).to_wire(), now_s=6.0)
-    state = table.state()
+    state = table.state(7.0)
     assert (state.num_tasks, state.last_progress_s, state.dpo_loss, state.attempts) == (2, 5.0, 0.4, 1)
     assert state.max_batch_tokens == 2 * 10
     table.note_progress(SliceReport(slices=[SliceTiming("embed", 1, 0.1)], held_bytes=64), now_s=8.0)
     table.note_progress(SliceReport(held_bytes=64), now_s=9.0)
-    assert (table.state().last_progress_s, table.state().held_bytes) == (8.0, 64)
+    assert (table.state(9.0).last_progress_s, table.state(9.0).held_bytes) == (8.0, 64)
     assert table.pop("t").num_pairs == 2
     assert table.pop("t") is None
     assert [r.request_id for r in table.remove(None)] == ["u"]
     assert not table
+
+
+def test_a_clock_that_was_set_back_does_not_stop_ageing():
+    table = TaskTable()
+    table.add(request("t", 1), FineTuneTask("t", TaskKind.TRAIN, ()).to_wire(), now_s=5000.0)
+    table.note_progress(SliceReport(slices=[SliceTiming("embed", 1, 0.1)]), now_s=5001.0)
+    assert table.state(1000.0).last_progress_s == 1000.0
+    assert table.state(1010.0).last_progress_s == 1000.0
+
+
+def test_a_task_that_only_scores_is_told_apart():
+    table = TaskTable()
+    table.add(request("t", 1), FineTuneTask("t", TaskKind.EVALUATE, ()).to_wire(), now_s=0.0)
+    assert table.is_scoring
+    assert not table.state(1.0).is_training
+
+
+def test_a_decode_with_draft_tokens_is_a_decode_of_several_tokens(waiting):
+    drafting = request("d", 20, computed=24, output=5)
+    drafting.spec_token_ids = [1, 2, 3]
+    view = look([drafting], waiting)
+    assert (view.num_decode, view.decode_tokens, view.prefills) == (1, 4, [])
+    drafting.num_computed_tokens += 4  # as vLLM leaves it when it has scheduled them
+    assert shape_of({"d": 4}, {"d": drafting}).num_decode == 4

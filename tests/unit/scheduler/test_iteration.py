@@ -245,3 +245,88 @@ def test_a_kv_cache_that_has_taken_the_memory_makes_training_wait():
 def test_a_pair_larger_than_the_arena_is_tried_rather_than_kept_for_ever():
     planner = make_planner(limits=EngineLimits(2048, 1024, arena_bytes_per_token=500), arena_bytes=10_000)
     assert run(planner, view(finetune=work(max_batch_tokens=1000))).min_slices == 1
+
+
+def test_the_arena_recovers_after_it_once_was_too_small():
+    limits = EngineLimits(2048, 1024, arena_bytes_per_token=100)
+    planner = make_planner(KnownDevice(slice_token_s=1e-6), limits=limits, arena_bytes=1 << 20)
+    run(planner, view(finetune=work()))
+    planner.observe(IterationSample(ForwardShape(), 0.0, out_of_memory=True))
+    slices = [SliceTiming(SliceKind.POLICY_LAYER, 512, 0.001)]
+    for _ in range(2000):
+        planner.observe(IterationSample(ForwardShape(), 0.0, slices=slices, peak_bytes=51_200))
+    assert planner.memory.pool_capacity_bytes(Pool.ARENA) == 1 << 20
+    sizes = [run(planner, view(finetune=work())).slice_tokens for _ in range(32)]
+    assert sizes[-1] == 1024
+
+
+def test_a_small_micro_batch_with_large_gradients_does_not_shrink_the_large_ones():
+    planner = make_planner(KnownDevice(slice_token_s=1e-6), arena_bytes=512_000_000, kv_bytes=0)
+    for tokens in (1024, 32):
+        slices = [SliceTiming(SliceKind.POLICY_LAYER, tokens, 0.001)]
+        planner.observe(
+            IterationSample(ForwardShape(), 0.0, slices=slices, peak_bytes=35_000_000 + 43_000 * tokens)
+        )
+    assert run(planner, view(finetune=work())).slice_tokens == 1024
+
+
+def test_work_that_waited_too_long_may_pass_tau_but_not_the_arena():
+    planner = make_planner(
+        limits=EngineLimits(2048, 1024, arena_bytes_per_token=500), kv_bytes=1_000_000, arena_bytes=100_000
+    )
+    planner.memory.record("inference", Pool.KV, 1_000_000)
+    state = view(decode=1, now_s=1e6, finetune=work(max_batch_tokens=200))
+    assert run(planner, state).min_slices == 1
+    planner.memory.check_integrity()
+
+
+def test_a_cap_on_training_does_not_hold_back_a_score():
+    planner = make_planner(retrain_rate_cap=0.1)
+    planner.note_requests(10)
+    planner.note_trained(8)
+    assert run(planner, view(finetune=work())).min_slices == 0
+    assert run(planner, view(finetune=work(is_training=False))).min_slices == 1
+
+
+@pytest.mark.parametrize("policy", ["periodic", "continuous"])
+def test_a_baseline_scores_at_once(policy):
+    assert make_planner(policy=policy).plan(view(decode=4, finetune=work(is_training=False))).is_blocking
+
+
+def test_a_prefix_hit_does_not_look_like_a_slow_device():
+    planner = make_planner(slack_fraction=1.0, slo=SloConfig(ttft_s=1.0, tbt_s=0.1))
+    state = view(decode=4, prefills=[(2000, 0.0)], finetune=work())
+    plan = planner.plan(state)
+    shape = ForwardShape(num_decode=4)
+    shape.add_chunk(10, 1990)  # the other 1990 tokens were in the cache
+    assert planner.settle(plan, state, shape).finetune_budget_s > 0.01
+
+
+def test_draft_tokens_of_running_requests_are_in_the_budget():
+    plan = make_planner().plan(view(decode=10, decode_tokens=40, prefills=[(20, 0.0)]))
+    assert plan.token_budget == 60
+
+
+def test_a_prompt_is_cut_to_the_memory_that_is_left():
+    planner = make_planner(
+        slack_fraction=1.0, limits=EngineLimits(4096, 1024, kv_bytes_per_token=10), kv_bytes=2000, arena_bytes=1000
+    )
+    assert planner.plan(view(prefills=[(900, 0.0)])).token_budget == 285  # 0.95 of 3000 bytes
+
+
+def test_the_chunk_cap_is_that_of_the_longest_chunk():
+    assert make_planner().plan(view(prefills=[(20, 0.0), (300, 0.0)])).max_chunk_tokens == 300
+
+
+def test_work_that_stands_before_the_prompts_keeps_time_for_a_slice():
+    fresh = view(decode=4, prefills=[(2000, 1000.0)], now_s=1000.0, finetune=work(last_progress_s=1000.0))
+    aged = view(decode=4, prefills=[(2000, 1000.0)], now_s=1000.0, finetune=work())
+    planner = make_planner(KnownDevice(slice_token_s=0.0001))
+    assert planner.plan(aged).token_budget < planner.plan(fresh).token_budget - 16
+
+
+def test_the_upper_estimate_and_not_the_mean_has_to_fit():
+    certain, noisy = (
+        make_planner(KnownDevice(upper=upper)).plan(view(decode=4, prefills=[(2000, 0.0)])) for upper in (1.0, 1.5)
+    )
+    assert noisy.token_budget < certain.token_budget

@@ -12,7 +12,7 @@ from core.config import SchedulerConfig
 from scheduler.memory_ledger import Pool
 from scheduler.packing import Bin, Demand, pack
 from scheduler.priority import starvation_bound_s
-from scheduler.slo_budget import iteration_capacity_s
+from scheduler.slice_size import ARENA_OWNER
 from tests.unit.scheduler.device import KnownDevice
 from tests.unit.scheduler.mini_engine import MiniEngine, Request
 
@@ -22,12 +22,14 @@ class PlannedEngine(RuleBasedStateMachine):
         policy=st.sampled_from(["mace", "mace", "mace", "inference_only", "periodic", "continuous"]),
         packing=st.sampled_from(["best_fit", "first_fit"]),
         base_s=st.sampled_from([0.001, 0.02, 0.09]),
+        overhead_s=st.sampled_from([0.001, 0.02]),
+        upper=st.sampled_from([1.0, 1.3]),
     )
-    def start(self, policy, packing, base_s):
+    def start(self, policy, packing, base_s, overhead_s, upper):
         config = SchedulerConfig(
             policy=policy, packing=packing, retrain_rate=0.5, period_requests=4, min_prefill_tokens=16
         )
-        self.engine = MiniEngine(config, KnownDevice(base_s=base_s))
+        self.engine = MiniEngine(config, KnownDevice(base_s=base_s, overhead_s=overhead_s, upper=upper))
         self.arrived = {}
         self.tasks = {}
         self.names = itertools.count()
@@ -58,8 +60,12 @@ class PlannedEngine(RuleBasedStateMachine):
             return
         if config.policy != "mace":
             assert not slices
-        capacity_s = iteration_capacity_s(engine.slo, config.slack_fraction, view.num_decode)
-        forward_s = device.forward_s(shape)
+        assert shape.num_decode == view.num_decode  # prompts never take a running request's token
+        self.check_seats(view, plan)
+        capacity_s = (
+            0.8 * 0.1 if view.num_decode else 0.8 * 0.5
+        )  # slack_fraction of TBT, or of half the TTFT target
+        forward_s = device.upper * device.forward_s(shape)
         # Over capacity only by what must go on whatever it takes: decoding, one smallest chunk, one aged slice.
         if shape.num_prefill_tokens > config.min_prefill_tokens:
             assert forward_s + device.overhead_s <= capacity_s + 1e-9
@@ -68,6 +74,20 @@ class PlannedEngine(RuleBasedStateMachine):
             assert spent_s <= plan.finetune_budget_s + 1e-9
             if shape.num_tokens:
                 assert forward_s + device.overhead_s + spent_s <= capacity_s + 1e-9
+
+    def check_seats(self, view, plan):
+        """Nothing is planned for requests that cannot start."""
+        startable = [p.num_tokens for p in view.prefills if p.is_running]
+        startable += [p.num_tokens for p in view.prefills if not p.is_running][: view.free_seats]
+        if view.prefills:
+            assert plan.token_budget <= view.num_decode + max(
+                sum(startable), self.engine.config.min_prefill_tokens
+            )
+
+    @invariant()
+    def nobody_holds_memory_without_work(self):
+        if hasattr(self, "engine") and not self.engine.tasks:
+            assert self.engine.planner.memory.held_bytes(ARENA_OWNER) == 0
 
     @invariant()
     def the_books_balance(self):
