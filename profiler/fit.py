@@ -28,6 +28,9 @@ _MIN_HOLD_OUT_ROWS = 8
 _TRIM_DEVIATIONS = 5.0
 _TRIM_RATIO = 1.5
 _REFITS = 3
+_CLASSES_PER_OCTAVE = 4
+"""Rows are alike if all their features are within about a fifth of each other."""
+_MIN_LIKE_ROWS = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +47,7 @@ class _Fit:
     coefficients: tuple[float, ...]
     error: FitError
     ratios: tuple[float, ...]
+    noise: tuple[float, ...]
 
 
 def fit_profile(
@@ -88,6 +92,8 @@ def fit_raw(raw: RawSamples, origin: Origin, *, kv_bytes_per_token: int | None =
         slice_errors={kind: fit.error for kind, fit in slices.items()},
         forward_ratios=forward.ratios,
         slice_ratios={kind: fit.ratios for kind, fit in slices.items()},
+        forward_noise=forward.noise,
+        slice_noise={kind: fit.noise for kind, fit in slices.items()},
         overhead_s=float(np.median(overheads)),
         overhead_quantiles_s=_quantiles(overheads),
         samples=raw,
@@ -113,7 +119,8 @@ def _fit_slices(rows: Sequence[SliceRow], seed: int) -> _Fit:
     size = tokens[0]
     fit = _fit(np.ones((len(table), 1)), latencies, seed)
     whole = fit.coefficients[0]
-    return _Fit((whole, 0.0) if size == 0 else (whole / 2, whole / 2 / size), fit.error, fit.ratios)
+    halves = (whole, 0.0) if size == 0 else (whole / 2, whole / 2 / size)
+    return _Fit(halves, fit.error, fit.ratios, fit.noise)
 
 
 def _fit(features: "_Array", latencies: "_Array", seed: int) -> _Fit:
@@ -129,7 +136,28 @@ def _fit(features: "_Array", latencies: "_Array", seed: int) -> _Fit:
     rows = held_out if num_held_out else training
     errors = np.abs(predicted[rows] / latencies[rows] - 1.0)
     error = FitError(num_rows=num_held_out, median=float(np.median(errors)), p95=float(np.quantile(errors, 0.95)))
-    return _Fit(tuple(float(value) for value in coefficients), error, _quantiles(latencies / predicted))
+    ratios = latencies / predicted
+    return _Fit(
+        tuple(float(value) for value in coefficients),
+        error,
+        _quantiles(ratios),
+        _quantiles(_noise(features, ratios)),
+    )
+
+
+def _noise(features: "_Array", ratios: "_Array") -> "_Array":
+    """Ratios over the median of rows that are alike; what a linear fit misses is no noise, it comes back each time."""
+    import numpy as np
+
+    like = np.round(_CLASSES_PER_OCTAVE * np.log2(1.0 + features)).astype(int)
+    _, group = np.unique(like, axis=0, return_inverse=True)
+    group = group.ravel()
+    noise = []
+    for number in range(int(group.max()) + 1):
+        members = ratios[group == number]
+        if len(members) >= _MIN_LIKE_ROWS:
+            noise.append(members / np.median(members))
+    return np.concatenate(noise) if noise else ratios
 
 
 def _robust_fit(features: "_Array", latencies: "_Array") -> "_Array":

@@ -79,6 +79,9 @@ class Profile(_Model):
     forward_ratios: _Quantiles
     """Quantiles of measured / predicted at `QUANTILE_LEVELS`: the device's noise and the model's error together."""
     slice_ratios: dict[SliceKind, _Quantiles]
+    forward_noise: _Quantiles
+    """The same, each ratio over the median of its like (rows of nearly equal features): the noise without the error."""
+    slice_noise: dict[SliceKind, _Quantiles]
     overhead_s: _Seconds
     """Median time of an iteration that was neither forward pass nor slices."""
     overhead_quantiles_s: _Quantiles

@@ -79,12 +79,12 @@ class ProfiledDevice:
         self.slice_s = model.slice_s
         self.overhead_s = profile.overhead_s
         self.overhead_noise = Quantiles(QUANTILE_LEVELS, profile.overhead_quantiles_s)
-        self.forward_noise = Quantiles(QUANTILE_LEVELS, profile.forward_ratios)
+        self.forward_noise = Quantiles(QUANTILE_LEVELS, profile.forward_noise)
 
     def slice_noise(self, kind: SliceKind) -> Quantiles:
-        """Measured over predicted latency of slices of a kind."""
-        ratios = self._profile.slice_ratios.get(kind)
-        return Quantiles.exactly(1.0) if ratios is None else Quantiles(QUANTILE_LEVELS, ratios)
+        """Measured latency of slices of a kind over that of their like."""
+        noise = self._profile.slice_noise.get(kind)
+        return Quantiles.exactly(1.0) if noise is None else Quantiles(QUANTILE_LEVELS, noise)
 
     def forward_s(self, shape: ForwardShape) -> float:
         """Latency of a forward pass in seconds; 0 if it is empty."""

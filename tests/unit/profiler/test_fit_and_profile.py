@@ -126,3 +126,16 @@ def test_synthetic_coefficients_have_one_for_each_feature():
     from profiler.models import FORWARD_FEATURES
 
     assert len(FORWARD) == len(FORWARD_FEATURES)
+
+
+def test_what_the_linear_form_misses_is_no_noise():
+    """A device that is 40 % slower on every batch above 16 requests, always by the same."""
+    samples = [
+        IterationSample(ForwardShape(num_decode=batch, decode_context=100 * batch), latency_s, 0.001)
+        for batch in (1, 2, 4, 8, 16, 24, 32, 48, 64)
+        for latency_s in [(0.01 + 0.001 * batch) * (1.4 if batch > 16 else 1.0)] * 20
+    ]
+    fitted = fit_profile(samples, ORIGIN)
+    assert fitted.forward_ratios[-1] / fitted.forward_ratios[0] > 1.1
+    assert fitted.forward_noise[0] == pytest.approx(1.0, abs=1e-6)
+    assert fitted.forward_noise[-1] == pytest.approx(1.0, abs=1e-6)

@@ -101,6 +101,8 @@ def make_profile() -> Profile:
         slice_errors=dict.fromkeys(slices, error),
         forward_ratios=ratios,
         slice_ratios=dict.fromkeys(slices, ratios),
+        forward_noise=ratios,
+        slice_noise=dict.fromkeys(slices, ratios),
         overhead_s=device.overhead_s,
         overhead_quantiles_s=tuple(device.overhead_s * ratio for ratio in ratios),
         samples=RawSamples(),
