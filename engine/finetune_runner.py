@@ -20,6 +20,7 @@ from core.errors import ConfigError, DamagedAdapterError, DeviceMemoryError
 from core.types import FineTuneTask, SliceReport, SliceTiming, TaskKind, TaskResult, TokenizedPair
 from engine.base_weights import WeightViews
 from engine.dpo import DpoStep, SliceSpec
+from engine.running_step import RunningStep, failure
 from engine.shadow import ShadowAdapter
 from engine.trainable import TrainableModel
 from scheduler.slice_gate import SliceGate
@@ -45,7 +46,8 @@ class FineTuneRunner:
         self.warm_up_slices: list[SliceTiming] = []
         """Every kind of slice, measured once before anything was served."""
         self._waiting: deque[FineTuneTask] = deque()
-        self._running: _Running | None = None
+        self._malformed: list[TaskResult] = []
+        self._running: RunningStep | None = None
         self._live = shadow.zeros()
         self._shared_pointers: frozenset[int] = frozenset()
 
@@ -73,8 +75,12 @@ class FineTuneRunner:
         return runner
 
     def submit(self, task: dict[str, Any]) -> None:
-        """Queue a task given as `FineTuneTask.to_wire()`."""
-        self._waiting.append(FineTuneTask.from_wire(task))
+        """Queue a task given as `FineTuneTask.to_wire()`. A malformed one is a failed result of the next `run`."""
+        try:
+            self._waiting.append(FineTuneTask.from_wire(task))
+        except (KeyError, TypeError, ValueError) as error:
+            task_id = str(task.get("task_id"))
+            self._malformed.append(failure(FineTuneTask(task_id, TaskKind.EVALUATE, ()), error))
 
     def abort(self, task_id: str) -> None:
         """Drop a task; parameters are as before it. Unknown ids are ignored."""
@@ -89,7 +95,8 @@ class FineTuneRunner:
 
     def run(self, budget_s: float, min_slices: int) -> SliceReport:
         """Run slices for at most `budget_s` seconds, but at least `min_slices` if there is work."""
-        report = SliceReport()
+        report = SliceReport(finished=self._malformed)
+        self._malformed = []
         started_s = time.perf_counter()
         if budget_s > 0 or min_slices > 0:
             _synchronize(self._model.device)
@@ -107,7 +114,8 @@ class FineTuneRunner:
 
     def run_step(self) -> SliceReport:
         """Run the step in progress, or the next one, to its end: the blocking baselines."""
-        report = SliceReport()
+        report = SliceReport(finished=self._malformed)
+        self._malformed = []
         while (running := self._current(report)) is not None and not report.finished:
             self._run_slice(running, running.next_spec(), report)
             if running.step.done:
@@ -162,7 +170,7 @@ class FineTuneRunner:
         shared = sum(size for pointer, size in weights.items() if pointer in self._shared_pointers)
         return {"base_weight_bytes": sum(weights.values()), "shared_bytes": shared}
 
-    def _current(self, report: SliceReport) -> "_Running | None":
+    def _current(self, report: SliceReport) -> RunningStep | None:
         """The step with a slice to run; ends finished steps and starts waiting tasks on the way."""
         while True:
             if self._running is not None and self._running.step.next_slice is not None:
@@ -179,17 +187,17 @@ class FineTuneRunner:
                 raise ConfigError("the live adapter is never trained in place")
             step = self._new_step(task, self._slice_tokens)
         except Exception as error:  # noqa: BLE001 - any failure is the task's result; serving goes on
-            report.finished.append(_failure(task, error))
+            report.finished.append(failure(task, error))
             return
         if task.on_live:
             self._shadow.exchange(self._live)
-        self._running = _Running(task, step, self._slice_tokens)
+        self._running = RunningStep(task, step, self._slice_tokens)
 
     def _new_step(self, task: FineTuneTask, slice_tokens: int) -> DpoStep:
         config = self._config.model_copy(update={"max_slice_tokens": slice_tokens})
         return DpoStep(self._model, self._shadow, task, config)
 
-    def _finish(self, running: "_Running", report: SliceReport) -> None:
+    def _finish(self, running: RunningStep, report: SliceReport) -> None:
         metrics, scores = running.step.result()
         self._stop()
         report.finished.append(
@@ -213,7 +221,7 @@ class FineTuneRunner:
             self._shadow.exchange(self._live)
         self._running = None
 
-    def _run_slice(self, running: "_Running", spec: SliceSpec, report: SliceReport) -> None:
+    def _run_slice(self, running: RunningStep, spec: SliceSpec, report: SliceReport) -> None:
         started_s = time.perf_counter()
         try:
             running.step.run_slice()
@@ -222,7 +230,7 @@ class FineTuneRunner:
             self._shrink(running, error, report)
         except Exception as error:  # noqa: BLE001 - any failure is the task's result; serving goes on
             self._stop()
-            report.finished.append(_failure(running.task, error))
+            report.finished.append(failure(running.task, error))
         _synchronize(self._model.device)
         latency_s = time.perf_counter() - started_s
         held_bytes = running.step.activation_bytes
@@ -232,13 +240,13 @@ class FineTuneRunner:
             self._gate.observe(spec.kind, spec.num_tokens, latency_s)
             report.slices.append(SliceTiming(spec.kind, spec.num_tokens, latency_s))
 
-    def _shrink(self, running: "_Running", error: DeviceMemoryError, report: SliceReport) -> None:
+    def _shrink(self, running: RunningStep, error: DeviceMemoryError, report: SliceReport) -> None:
         """Start the step again with micro-batches of half the size; a single pair cannot be halved."""
         if self._model.device.type == "cuda":
             torch.cuda.empty_cache()
         if running.largest_batch_pairs <= 1:
             self._stop()
-            report.finished.append(_failure(running.task, error))
+            report.finished.append(failure(running.task, error))
             return
         running.slice_tokens = max(1, running.slice_tokens // 2)
         self._slice_tokens = min(self._slice_tokens, running.slice_tokens)
@@ -247,7 +255,7 @@ class FineTuneRunner:
             running.step = self._new_step(running.task, running.slice_tokens)
         except Exception as again:  # noqa: BLE001 - the device may be full of something else
             self._stop()
-            report.finished.append(_failure(running.task, again))
+            report.finished.append(failure(running.task, again))
 
     def _warm_up(self) -> None:
         """Run one step of a made-up pair, so that no kind of slice is unknown; leaves no trace in the adapter."""
@@ -262,44 +270,6 @@ class FineTuneRunner:
             self._shadow.reset()
             if result.error is not None:
                 logger.warning("warm-up step failed: %s", result.error)
-
-
-class _Running:
-    """The step in progress and what it has cost so far."""
-
-    __slots__ = ("busy_s", "longest_slice_s", "num_slices", "peak_bytes", "slice_tokens", "step", "task")
-
-    def __init__(self, task: FineTuneTask, step: DpoStep, slice_tokens: int) -> None:
-        self.task = task
-        self.step = step
-        self.slice_tokens = slice_tokens
-        self.num_slices = 0
-        self.busy_s = 0.0
-        self.longest_slice_s = 0.0
-        self.peak_bytes = 0
-
-    def next_spec(self) -> SliceSpec:
-        """The slice to run now; a step that is done was finished before."""
-        spec = self.step.next_slice
-        assert spec is not None
-        return spec
-
-    @property
-    def largest_batch_pairs(self) -> int:
-        """Most pairs that go together through a slice; the work of a discarded step is forgotten, so ask the task."""
-        return self.step.largest_batch_pairs
-
-    def count(self, latency_s: float, held_bytes: int) -> None:
-        """Add one slice and the memory that is held after it."""
-        self.num_slices += 1
-        self.busy_s += latency_s
-        self.longest_slice_s = max(self.longest_slice_s, latency_s)
-        self.peak_bytes = max(self.peak_bytes, held_bytes)
-
-
-def _failure(task: FineTuneTask, error: Exception) -> TaskResult:
-    logger.warning("fine-tune task %s failed: %s", task.task_id, error, exc_info=error)
-    return TaskResult(task.task_id, task.kind, error=f"{type(error).__name__}: {error}")
 
 
 def free_memory_bytes(device: torch.device) -> int:

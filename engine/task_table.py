@@ -40,11 +40,11 @@ class TaskTable:
 
     def add(self, request: Any, task: dict[str, Any], now_s: float) -> None:
         """Take in a task given as `FineTuneTask.to_wire()`."""
-        pairs = task.get("pairs") or []
+        pairs = task.get("pairs") or ()
         self._tasks[request.request_id] = EngineTask(
             request=request,
             num_pairs=len(pairs),
-            max_batch_tokens=max(map(_row_tokens, pairs), default=0),
+            max_batch_tokens=_largest_pair(pairs),
             arrived_s=now_s,
             dpo_loss=task.get("dpo_loss"),
             attempts=task.get("attempts", 0),
@@ -85,5 +85,12 @@ class TaskTable:
         )
 
 
-def _row_tokens(pair: dict[str, Any]) -> int:
-    return 2 * (len(pair["prompt_ids"]) + max(len(pair["chosen_ids"]), len(pair["rejected_ids"])))
+def _largest_pair(pairs: Iterable[dict[str, Any]]) -> int:
+    """Padded tokens of the largest pair; 0 for malformed ones, which the worker will name."""
+    try:
+        return max(
+            (2 * (len(p["prompt_ids"]) + max(len(p["chosen_ids"]), len(p["rejected_ids"]))) for p in pairs),
+            default=0,
+        )
+    except (KeyError, TypeError):
+        return 0

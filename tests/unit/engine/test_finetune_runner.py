@@ -1,4 +1,5 @@
 import dataclasses
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -6,6 +7,7 @@ import torch
 from core.config import AppArgs
 from core.types import SliceKind, TaskKind
 from engine.finetune_runner import FineTuneRunner
+from engine.task_table import TaskTable
 from engine.trainable import TrainableModel
 from tests.unit.engine.trainable_models import make_task, make_training, save_model
 
@@ -222,3 +224,17 @@ def test_a_device_too_full_to_start_again_is_a_named_failure(runner, monkeypatch
     (result,) = runner.run(0.0, 1).finished
     assert "still no room" in result.error
     assert runner.run(0.0, 1).finished == []
+
+
+@pytest.mark.parametrize(
+    "broken", [{}, {"kind": "train"}, {"kind": "paint", "pairs": []}, {"kind": "train", "pairs": [1]}]
+)
+def test_a_malformed_task_is_a_failed_result_and_not_the_end_of_the_engine(runner, broken):
+    runner.submit({"task_id": "bad", **broken})
+    runner.submit(make_task().to_wire())
+    first = runner.run(0.0, 1)
+    assert [(result.task_id, result.metrics) for result in first.finished] == [("bad", None)]
+    assert len(first.slices) == 1
+    table = TaskTable()
+    table.add(SimpleNamespace(request_id="bad"), broken, now_s=0.0)
+    assert table.state(1.0).max_batch_tokens == 0
