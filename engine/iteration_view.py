@@ -28,17 +28,19 @@ def view_of(
         finetune: fine-tune work of this engine; None if there is none.
     """
     view = IterationView(now_s, free_seats=free_seats, used_kv_bytes=used_kv_bytes, finetune=finetune)
+    num_decode = decode_tokens = decode_context = 0
     for request in running:
         computed = request.num_computed_tokens
         left = request.num_tokens_with_spec + request.num_output_placeholders - computed
-        if is_decoding(request, computed):
-            view.num_decode += 1
-            view.decode_tokens += left
-            view.decode_context += computed
+        if left == 1 or is_decoding(request, computed):  # the usual case first: this loop runs in every iteration
+            num_decode += 1
+            decode_tokens += left
+            decode_context += computed
         elif len(view.prefills) < MAX_PREFILLS_SEEN:
             view.prefills.append(_prefill(request, left, computed, is_running=True))
         else:
             _count_unseen(view, left, request.arrival_time)
+    view.num_decode, view.decode_tokens, view.decode_context = num_decode, decode_tokens, decode_context
     head = waiting.head(MAX_PREFILLS_SEEN - len(view.prefills))
     for request in head:
         left = request.num_tokens - request.num_computed_tokens
@@ -62,14 +64,16 @@ def shape_of(num_scheduled_tokens: Mapping[str, int], requests: Mapping[str, Any
         requests: vLLM's requests; their `num_computed_tokens` already includes what was scheduled.
     """
     shape = ForwardShape()
+    num_decode = decode_context = 0
     for request_id, num_tokens in num_scheduled_tokens.items():
         request = requests[request_id]
-        start = max(0, request.num_computed_tokens - num_tokens)
+        start = request.num_computed_tokens - num_tokens
         if num_tokens == 1 or is_decoding(request, start):
-            shape.num_decode += num_tokens
-            shape.decode_context += start
+            num_decode += num_tokens
+            decode_context += start
         else:
-            shape.add_chunk(num_tokens, start)
+            shape.add_chunk(num_tokens, max(0, start))
+    shape.num_decode, shape.decode_context = num_decode, max(0, decode_context)
     return shape
 
 
