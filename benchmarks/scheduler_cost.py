@@ -19,8 +19,8 @@ from pydantic import BaseModel, ConfigDict
 from core.batch import ForwardShape, IterationSample
 from core.config import SchedulerConfig, SloConfig
 from core.types import SliceKind, SliceReport, SliceTiming
-from scheduler.iteration import KV_OWNER, EngineLimits, IterationPlanner
-from scheduler.memory_ledger import MemoryLedger, Pool
+from scheduler.iteration import EngineLimits, IterationPlanner
+from scheduler.memory_ledger import MemoryLedger
 from scheduler.plan import IterationView, Plan
 from scheduler.task_queue import QueuedTask, TaskQueue
 
@@ -151,7 +151,6 @@ class _PlanningEngine:
         arriving, task = self._request(prompt_done=False), self._task()
         used_bytes = _KV_BYTES_PER_TOKEN * sum(request.num_computed_tokens for request in self._running)
         watch.resume()
-        self._planner.memory.record(KV_OWNER, Pool.KV, used_bytes)
         view = self._view_of(
             self._now_s,
             self._running,

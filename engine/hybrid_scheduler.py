@@ -38,7 +38,6 @@ from engine.planning import build_planner, kv_pool_of
 from engine.task_table import TaskTable
 from engine.vllm_compat import app_args_of
 from engine.waiting_queue import AgeingRequestQueue
-from scheduler.iteration import KV_OWNER
 from scheduler.memory_ledger import Pool
 from scheduler.plan import IterationView, Plan
 
@@ -92,8 +91,9 @@ class HybridSchedulerMixin:
             return True
         if self.pause_state != PauseState.UNPAUSED:  # type: ignore[attr-defined]
             return False
-        may_train = self._tasks.is_scoring or (bool(self._tasks) and self._planner.retrain.may_train())
-        return may_train or bool(self._directive.aborted_task_ids)
+        if self._directive.aborted_task_ids:
+            return True
+        return self._planner.may_run(self._tasks.state(time.time()))
 
     def schedule(self, throttle_prefills: bool = False) -> SchedulerOutput:
         """vLLM's schedule within the plan's limits, with this iteration's fine-tune part attached."""
@@ -124,7 +124,6 @@ class HybridSchedulerMixin:
         self.waiting.now_s = now_s
         free_blocks = self.kv_cache_manager.block_pool.get_num_free_blocks()  # type: ignore[attr-defined]
         used_bytes = max(0, self._usable_blocks - free_blocks) * self._block_bytes
-        self._planner.memory.record(KV_OWNER, Pool.KV, used_bytes)
         return view_of(
             now_s,
             self.running,  # type: ignore[attr-defined]

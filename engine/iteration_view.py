@@ -5,7 +5,7 @@ from typing import Any
 
 from core.batch import ForwardShape
 from engine.waiting_queue import AgeingRequestQueue
-from scheduler.plan import MAX_PREFILLS_SEEN, FineTuneState, IterationView, PrefillTask
+from scheduler.plan import FineTuneState, IterationView, PrefillTask
 
 
 def view_of(
@@ -36,23 +36,14 @@ def view_of(
             num_decode += 1
             decode_tokens += left
             decode_context += computed
-        elif len(view.prefills) < MAX_PREFILLS_SEEN:
-            view.prefills.append(_prefill(request, left, computed, is_running=True))
         else:
-            _count_unseen(view, left, request.arrival_time)
+            view.add_running(_prefill(request, left, computed, is_running=True))
     view.num_decode, view.decode_tokens, view.decode_context = num_decode, decode_tokens, decode_context
-    head = waiting.head(MAX_PREFILLS_SEEN - len(view.prefills))
-    for request in head:
-        left = request.num_tokens - request.num_computed_tokens
-        view.prefills.append(_prefill(request, left, request.num_computed_tokens, is_running=False))
-    unseen = len(waiting) - len(head)
-    oldest_s = waiting.oldest_arrival_s()
-    if unseen and oldest_s is not None:
-        # Walking a long queue in every iteration would cost more than the answer is worth: the head stands for it.
-        mean_tokens = sum(p.num_tokens for p in view.prefills) // max(1, len(view.prefills))
-        view.num_waiting_unseen += unseen
-        view.unseen_tokens += unseen * mean_tokens
-        view.oldest_unseen_s = oldest_s if view.oldest_unseen_s is None else min(oldest_s, view.oldest_unseen_s)
+    head = [
+        _prefill(r, r.num_tokens - r.num_computed_tokens, r.num_computed_tokens, is_running=False)
+        for r in waiting.head(view.num_unlooked)
+    ]
+    view.add_waiting(head, len(waiting), waiting.oldest_arrival_s())
     return view
 
 
@@ -91,9 +82,3 @@ def _prefill(request: Any, num_tokens: int, context_tokens: int, *, is_running: 
         request.priority,
         is_running,
     )
-
-
-def _count_unseen(view: IterationView, num_tokens: int, arrived_s: float) -> None:
-    view.num_waiting_unseen += 1
-    view.unseen_tokens += num_tokens
-    view.oldest_unseen_s = arrived_s if view.oldest_unseen_s is None else min(arrived_s, view.oldest_unseen_s)

@@ -33,11 +33,6 @@ class TaskTable:
     def __bool__(self) -> bool:
         return bool(self._tasks)
 
-    @property
-    def is_scoring(self) -> bool:
-        """The task in front only scores pairs."""
-        return bool(self._tasks) and not next(iter(self._tasks.values())).is_training
-
     def add(self, request: Any, task: dict[str, Any], now_s: float) -> None:
         """Take in a task given as `FineTuneTask.to_wire()`."""
         pairs = task.get("pairs") or ()
@@ -75,7 +70,6 @@ class TaskTable:
         front.arrived_s = min(front.arrived_s, now_s)
         self._last_progress_s = min(self._last_progress_s, now_s)
         return FineTuneState(
-            num_tasks=len(self._tasks),
             last_progress_s=max(front.arrived_s, self._last_progress_s),
             is_training=front.is_training,
             dpo_loss=front.dpo_loss,

@@ -27,13 +27,10 @@ from scheduler.slo_budget import iteration_capacity_s, ttft_slack_s
 IDLE_QUANTUM_S = 0.01
 """With nothing to serve, slices run for this long (at least one) before new requests are looked for."""
 
-_BLOCKING = frozenset({"periodic", "continuous"})
-"""Policies that stop inference for a step; scoring a candidate is one as well, and is never put off."""
-
 _CHUNK_MULTIPLE = 16
 """Chunks that do not end a prompt are multiples of this: kernels and KV blocks like it."""
 
-KV_OWNER = "inference"
+_KV_OWNER = "inference"
 """Owner in the ledger of the KV blocks that vLLM has given out."""
 
 
@@ -77,12 +74,20 @@ class IterationPlanner:
         self._full_arena_bytes = 0
         """Before slices ran out of it."""
 
+    def may_run(self, state: FineTuneState | None) -> bool:
+        """Whether slices could run if nothing was to be served now. Scoring a candidate is held back by no rate."""
+        if state is None or self._config.policy == "inference_only":
+            return False
+        return not state.is_training or self.retrain.may_train()
+
     def plan(self, view: IterationView) -> Plan:
-        """Token budget and chunk cap for the forward pass, or a blocking training phase of a baseline."""
-        is_scoring = view.finetune is not None and not view.finetune.is_training
-        if (is_scoring and self._config.policy in _BLOCKING) or self.retrain.is_blocking_due(
-            view.finetune is not None
-        ):
+        """Token budget and chunk cap for the forward pass, or a blocking training phase of a baseline.
+
+        Raises:
+            LedgerError: `view.used_kv_bytes` is more than the KV cache has.
+        """
+        self.memory.record(_KV_OWNER, Pool.KV, view.used_kv_bytes)
+        if self._is_blocking_due(view.finetune):
             return Plan(0, 0, finetune_budget_s=float("inf"), min_slices=1, is_blocking=True)
         if not view.prefills or not self._limits.can_chunk_prefills:
             return Plan(self._limits.max_tokens, 0)
@@ -246,8 +251,15 @@ class IterationPlanner:
             self.memory.record(ARENA_OWNER, Pool.ARENA, wanted)
         return is_urgent
 
+    def _is_blocking_due(self, state: FineTuneState | None) -> bool:
+        """A baseline stops inference for a step; scoring a candidate is one as well, and is never put off."""
+        if state is not None and not state.is_training and self.retrain.is_blocking_policy:
+            return True
+        return self.retrain.is_blocking_due(state is not None)
+
     def _may_train(self, state: FineTuneState) -> bool:
-        return self._config.policy == "mace" and not (state.is_training and self.retrain.is_above_cap())
+        """Whether slices may run beside inference."""
+        return self._config.policy == "mace" and self.may_run(state)
 
     def _must_train(self, view: IterationView, state: FineTuneState) -> bool:
         """Whether a slice runs even without slack: below the rate's floor, or it has waited above all others."""

@@ -1,6 +1,10 @@
 """What the iteration planner is told and what it answers. Plain data; units are in the names."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+
+MAX_PREFILLS_SEEN = 8
+"""More prefills than this never share an iteration's budget in a useful way, and looking costs time."""
 
 
 @dataclass(slots=True)
@@ -24,7 +28,6 @@ class PrefillTask:
 class FineTuneState:
     """The fine-tune work inside this engine."""
 
-    num_tasks: int
     last_progress_s: float
     """When a slice last ran, or the oldest task arrived, whichever is later."""
     dpo_loss: float | None = None
@@ -60,11 +63,36 @@ class IterationView:
     free_seats: int = 1 << 30
     """How many waiting requests may still start running."""
     used_kv_bytes: int = 0
+    """KV cache that cannot be given out."""
     finetune: FineTuneState | None = None
 
+    @property
+    def num_unlooked(self) -> int:
+        """Prefills that there is still room for."""
+        return MAX_PREFILLS_SEEN - len(self.prefills)
 
-MAX_PREFILLS_SEEN = 8
-"""More prefills than this never share an iteration's budget in a useful way, and looking costs time."""
+    def add_running(self, prefill: PrefillTask) -> None:
+        """Add a prompt in progress; beyond the bound it is only counted."""
+        if self.num_unlooked > 0:
+            self.prefills.append(prefill)
+        else:
+            self._count_unseen(1, prefill.num_tokens, prefill.arrived_s)
+
+    def add_waiting(self, head: Sequence[PrefillTask], num_waiting: int, oldest_s: float | None) -> None:
+        """Add the waiting queue: its first `num_unlooked` requests, its length and its earliest arrival.
+
+        Walking a long queue in every iteration would cost more than the answer is worth: the head stands for it.
+        """
+        self.prefills.extend(head)
+        unseen = num_waiting - len(head)
+        if unseen and oldest_s is not None:
+            mean_tokens = sum(p.num_tokens for p in self.prefills) // max(1, len(self.prefills))
+            self._count_unseen(unseen, unseen * mean_tokens, oldest_s)
+
+    def _count_unseen(self, count: int, num_tokens: int, oldest_s: float) -> None:
+        self.num_waiting_unseen += count
+        self.unseen_tokens += num_tokens
+        self.oldest_unseen_s = oldest_s if self.oldest_unseen_s is None else min(oldest_s, self.oldest_unseen_s)
 
 
 @dataclass(slots=True)

@@ -19,6 +19,11 @@ class RetrainMeter:
         self._is_in_phase = False
 
     @property
+    def is_blocking_policy(self) -> bool:
+        """Whether training stops inference."""
+        return self._period() is not None
+
+    @property
     def rate(self) -> float:
         """Pairs trained for each request so far; infinite before the first request if anything was trained."""
         if self._num_requests == 0:
@@ -48,7 +53,7 @@ class RetrainMeter:
         A phase begins when its requests have arrived and lasts until the quota `requests * retrain_rate` is
         reached, or there is nothing left to train on.
         """
-        if self._period() is None:
+        if not self.is_blocking_policy:
             return False
         if not has_work or not self._is_quota_open():
             self._is_in_phase = False

@@ -14,8 +14,7 @@ from dataclasses import dataclass
 
 from core.batch import ForwardShape, IterationSample
 from core.errors import MaceError
-from scheduler.iteration import KV_OWNER, IterationPlanner
-from scheduler.memory_ledger import Pool
+from scheduler.iteration import IterationPlanner
 from scheduler.plan import Plan
 from simulator.device import Device
 from simulator.requests import Fill, RequestPool
@@ -197,7 +196,6 @@ class Executor:
 
     def _start_iteration(self, now_s: float) -> None:
         view = self.requests.view(now_s, self.trainer.state())
-        self._planner.memory.record(KV_OWNER, Pool.KV, view.used_kv_bytes)
         self._knows_no_work = view.finetune is None
         plan = self._planner.plan(view)
         fill = self.requests.fill(plan, now_s)

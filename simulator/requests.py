@@ -7,7 +7,7 @@ vLLM does: decodes first, then prompts in progress, then the waiting queue while
 from dataclasses import dataclass, field
 
 from core.batch import ForwardShape
-from scheduler.plan import MAX_PREFILLS_SEEN, FineTuneState, IterationView, Plan, PrefillTask
+from scheduler.plan import FineTuneState, IterationView, Plan, PrefillTask
 from scheduler.waiting import WaitingQueue
 from simulator.running import RunningSet, SimRequest
 
@@ -79,12 +79,11 @@ class RequestPool:
             if request.left <= 1:
                 view.num_decode += 1
                 view.decode_context += request.computed
-            elif len(view.prefills) < MAX_PREFILLS_SEEN:
-                view.prefills.append(_task(request, is_running=True))
             else:
-                _count_unseen(view, 1, request.left, request.arrival_s)
+                view.add_running(_task(request, is_running=True))
         if self.waiting:
-            self._view_waiting(view, now_s)
+            head = [_task(request, is_running=False) for request in self.waiting.head(view.num_unlooked, now_s)]
+            view.add_waiting(head, len(self.waiting), self.waiting.oldest_arrival_s())
         return view
 
     def fill(self, plan: Plan, now_s: float) -> Fill:
@@ -115,20 +114,6 @@ class RequestPool:
                 return
             fill.preempted.append(request)
             self.enqueue(request)
-
-    def _view_waiting(self, view: IterationView, now_s: float) -> None:
-        head = self.waiting.head(MAX_PREFILLS_SEEN - len(view.prefills), now_s)
-        view.prefills.extend(_task(request, is_running=False) for request in head)
-        unseen, oldest_s = len(self.waiting) - len(head), self.waiting.oldest_arrival_s()
-        if unseen and oldest_s is not None:
-            mean_tokens = sum(p.num_tokens for p in view.prefills) // max(1, len(view.prefills))
-            _count_unseen(view, unseen, unseen * mean_tokens, oldest_s)
-
-
-def _count_unseen(view: IterationView, count: int, num_tokens: int, oldest_s: float) -> None:
-    view.num_waiting_unseen += count
-    view.unseen_tokens += num_tokens
-    view.oldest_unseen_s = oldest_s if view.oldest_unseen_s is None else min(oldest_s, view.oldest_unseen_s)
 
 
 def _task(request: SimRequest, *, is_running: bool) -> PrefillTask:

@@ -80,7 +80,6 @@ class Trainer:
             return None
         arrived_s = self._arrived_s[0] if self._arrived_s else 0.0
         return FineTuneState(
-            num_tasks=self.num_tasks,
             last_progress_s=max(arrived_s, self._last_progress_s),
             held_bytes=self.held_bytes,
             max_batch_tokens=2 * (self._pair.row_tokens + 1),

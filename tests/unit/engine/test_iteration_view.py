@@ -101,7 +101,7 @@ def test_the_task_table_tells_what_is_in_front_and_since_when():
     table.add(request("t", 1), task.to_wire(), now_s=5.0)
     table.add(request("u", 1), FineTuneTask("u", TaskKind.EVALUATE, ()).to_wire(), now_s=6.0)
     state = table.state(7.0)
-    assert (state.num_tasks, state.last_progress_s, state.dpo_loss, state.attempts) == (2, 5.0, 0.4, 1)
+    assert (state.last_progress_s, state.dpo_loss, state.attempts) == (5.0, 0.4, 1)
     assert state.max_batch_tokens == 2 * 10
     table.note_progress(SliceReport(slices=[SliceTiming("embed", 1, 0.1)], held_bytes=64), now_s=8.0)
     table.note_progress(SliceReport(held_bytes=64), now_s=9.0)
@@ -123,7 +123,6 @@ def test_a_clock_that_was_set_back_does_not_stop_ageing():
 def test_a_task_that_only_scores_is_told_apart():
     table = TaskTable()
     table.add(request("t", 1), FineTuneTask("t", TaskKind.EVALUATE, ()).to_wire(), now_s=0.0)
-    assert table.is_scoring
     assert not table.state(1.0).is_training
 
 

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from core.batch import ForwardShape, IterationSample
 from core.config import SloConfig
 from core.types import SliceKind, SliceTiming
-from scheduler.iteration import KV_OWNER, EngineLimits, IterationPlanner
-from scheduler.memory_ledger import MemoryLedger, Pool
+from scheduler.iteration import EngineLimits, IterationPlanner
+from scheduler.memory_ledger import MemoryLedger
 from scheduler.plan import MAX_PREFILLS_SEEN, FineTuneState, IterationView, PrefillTask
 from scheduler.waiting import WaitingQueue
 
@@ -99,8 +99,11 @@ class MiniEngine:
         return sum(r.computed for r in self.running)
 
     def _view(self):
-        self.planner.memory.record(KV_OWNER, Pool.KV, self.used_kv() * KV_BYTES_PER_TOKEN)
-        view = IterationView(self.now_s, free_seats=self.seats - len(self.running))
+        view = IterationView(
+            self.now_s,
+            free_seats=self.seats - len(self.running),
+            used_kv_bytes=self.used_kv() * KV_BYTES_PER_TOKEN,
+        )
         for r in self.running:
             if r.left == 1 and r.computed >= r.num_prompt:
                 view.num_decode += 1
@@ -111,9 +114,7 @@ class MiniEngine:
             view.prefills.append(self._prefill(r, is_running=False))
         if self.tasks:
             front_s = min(self.task_arrived_s[t] for t in self.tasks)
-            view.finetune = FineTuneState(
-                len(self.tasks), max(front_s, self.last_progress_s), max_batch_tokens=SLICE_TOKENS
-            )
+            view.finetune = FineTuneState(max(front_s, self.last_progress_s), max_batch_tokens=SLICE_TOKENS)
         return view
 
     @staticmethod

@@ -12,7 +12,7 @@ from tests.unit.scheduler.device import KnownDevice, UnknownDevice, make_planner
 
 
 def work(last_progress_s=0.0, **kwargs):
-    return FineTuneState(num_tasks=1, last_progress_s=last_progress_s, **kwargs)
+    return FineTuneState(last_progress_s=last_progress_s, **kwargs)
 
 
 def view(decode=0, prefills=(), now_s=0.0, finetune=None, context=0, **kwargs):
@@ -236,8 +236,7 @@ def test_a_kv_cache_that_has_taken_the_memory_makes_training_wait():
         arena_bytes=100_000,
         tau_mem=0.95,
     )
-    planner.memory.record("inference", Pool.KV, 1_000_000)
-    plan = run(planner, view(decode=1, finetune=work(max_batch_tokens=200)))
+    plan = run(planner, view(decode=1, finetune=work(max_batch_tokens=200), used_kv_bytes=1_000_000))
     assert (plan.finetune_budget_s, plan.min_slices) == (0, 0)
     planner.memory.check_integrity()
 
@@ -274,8 +273,7 @@ def test_work_that_waited_too_long_may_pass_tau_but_not_the_arena():
     planner = make_planner(
         limits=EngineLimits(2048, 1024, arena_bytes_per_token=500), kv_bytes=1_000_000, arena_bytes=100_000
     )
-    planner.memory.record("inference", Pool.KV, 1_000_000)
-    state = view(decode=1, now_s=1e6, finetune=work(max_batch_tokens=200))
+    state = view(decode=1, now_s=1e6, finetune=work(max_batch_tokens=200), used_kv_bytes=1_000_000)
     assert run(planner, state).min_slices == 1
     planner.memory.check_integrity()
 
@@ -330,3 +328,14 @@ def test_the_upper_estimate_and_not_the_mean_has_to_fit():
         make_planner(KnownDevice(upper=upper)).plan(view(decode=4, prefills=[(2000, 0.0)])) for upper in (1.0, 1.5)
     )
     assert noisy.token_budget < certain.token_budget
+
+
+def test_an_engine_that_may_not_train_sleeps_but_wakes_to_score():
+    capped = make_planner(retrain_rate_cap=0.1)
+    capped.note_requests(1)
+    capped.note_trained(8)
+    assert not capped.may_run(None)
+    assert not capped.may_run(work())
+    assert capped.may_run(work(is_training=False))
+    assert not make_planner(policy="inference_only").may_run(work(is_training=False))
+    assert make_planner(policy="continuous").may_run(work(is_training=False))
