@@ -1,23 +1,22 @@
 """Preference files: JSON lines in, JSON lines out.
 
-Read: TRL rows (text or conversational, explicit or implicit prompt), OpenAI DPO rows, and every other form that
-`alignment.records` knows; the format is found line by line, so mixed files work. Written: TRL or OpenAI rows with
-nothing but the format's own keys, because other tools refuse or mistrust extra ones.
+Read: every format of `alignment.row_formats`, found line by line, so mixed files work. Written: TRL or OpenAI rows
+with nothing but the format's own keys, because other tools refuse or mistrust extra ones.
 """
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, NoReturn, Protocol
 
 from alignment.intake import ItemOutcome
 from alignment.json_checks import canonical_json
 from alignment.pairs import Prompt
+from alignment.row_formats import RowFormat, to_api_row
 from core.errors import InvalidFeedbackError
 
 ExportFormat = Literal["trl", "openai"]
-LineFormat = Literal["trl", "implicit_prompt", "openai", "feedback"]
 
 _UTF8_BOM = "\ufeff"
 
@@ -45,7 +44,8 @@ class ImportedLine:
     line_number: int
     """Counted from 1, blank lines included, as editors do."""
     item: dict[str, Any] | None = None
-    format: LineFormat | None = None
+    """The row as our API takes it."""
+    format: RowFormat | None = None
     error: InvalidFeedbackError | None = None
 
 
@@ -69,35 +69,49 @@ class ImportReport:
     """The first `MAX_REPORTED_ERRORS` of them."""
 
 
-MAX_REPORTED_ERRORS = 100
+MAX_REPORTED_ERRORS = 1000
+"""A client that sends at most so many lines at once hears about each of them."""
 
 
 def read_jsonl(lines: Iterable[str | bytes]) -> Iterator[ImportedLine]:
     """Decode line by line; a bad line becomes an error with its number, and reading goes on."""
     for number, line in enumerate(lines, start=1):
         try:
-            text = (line.decode() if isinstance(line, bytes) else line).removeprefix(_UTF8_BOM).strip()
-            if not text:
-                continue
-            item = json.loads(text, parse_constant=_refuse_constant)
-        except UnicodeDecodeError:
-            yield ImportedLine(number, error=InvalidFeedbackError("the line is not UTF-8"))
-        except (ValueError, RecursionError) as error:  # also: an integer with thousands of digits
-            yield ImportedLine(number, error=InvalidFeedbackError(f"the line is not JSON: {error}"))
+            value = decode_line(line)
+        except InvalidFeedbackError as error:
+            yield ImportedLine(number, error=error)
         else:
-            if isinstance(item, dict):
-                yield ImportedLine(number, item, detect_format(item))
-            else:
-                yield ImportedLine(number, error=InvalidFeedbackError("the line is not a JSON object"))
+            if value is not BLANK:
+                yield _read_row(number, value)
 
 
-def detect_format(item: Mapping[str, Any]) -> LineFormat:
-    """Which kind of row this is, by its keys."""
-    if "input" in item:
-        return "openai"
-    if "chosen" in item and "rejected" in item:
-        return "trl" if item.get("prompt") is not None else "implicit_prompt"
-    return "feedback"
+BLANK = object()
+"""What `decode_line` gives for an empty line."""
+
+
+def decode_line(line: str | bytes) -> object:
+    """The JSON value of one line, or `BLANK`.
+
+    Raises:
+        InvalidFeedbackError: not UTF-8, not JSON, or JSON that only Python takes (NaN, infinity).
+    """
+    try:
+        text = (line.decode() if isinstance(line, bytes) else line).removeprefix(_UTF8_BOM).strip()
+        return json.loads(text, parse_constant=_refuse_constant) if text else BLANK
+    except UnicodeDecodeError as error:
+        raise InvalidFeedbackError("the line is not UTF-8") from error
+    except (ValueError, RecursionError) as error:  # also: an integer with thousands of digits
+        raise InvalidFeedbackError(f"the line is not JSON: {error}") from error
+
+
+def _read_row(number: int, value: object) -> ImportedLine:
+    if not isinstance(value, dict):
+        return ImportedLine(number, error=InvalidFeedbackError("the line is not a JSON object"))
+    try:
+        row = to_api_row(value)
+    except InvalidFeedbackError as error:
+        return ImportedLine(number, error=error)
+    return ImportedLine(number, row.item, row.format)
 
 
 def import_jsonl(
@@ -116,7 +130,7 @@ def import_jsonl(
     batch: list[ImportedLine] = []
     for line in read_jsonl(lines):
         if line.error is not None:
-            _note_error(report, line.line_number, str(line.error), None)
+            _note_error(report, line.line_number, str(line.error), line.error.param)
             continue
         batch.append(line)
         if len(batch) >= batch_items:
@@ -124,6 +138,17 @@ def import_jsonl(
             batch = []
     _import_batch(batch, add, report)
     return report
+
+
+def with_id(item: dict[str, Any]) -> dict[str, Any]:
+    """`item` with an id of its content, unless it has one: the same row is the same record, however often it comes."""
+    if item.get("id") is not None:
+        return item
+    try:
+        digest = hashlib.sha256(canonical_json(item).encode()).hexdigest()
+    except (TypeError, ValueError, RecursionError):  # will be refused with a better message when it is parsed
+        return item
+    return {**item, "id": f"import-{digest[:32]}"}
 
 
 def export_row(pair: PairTexts, format: ExportFormat) -> dict[str, Any]:
@@ -158,7 +183,7 @@ def _import_batch(
 ) -> None:
     if not batch:
         return
-    outcomes = add([_with_id(line.item or {}) for line in batch])
+    outcomes = add([with_id(line.item or {}) for line in batch])
     for line, outcome in zip(batch, outcomes, strict=True):
         if outcome.status == "accepted":
             report.num_accepted += 1
@@ -166,16 +191,6 @@ def _import_batch(
             report.num_duplicates += 1
         else:
             _note_error(report, line.line_number, outcome.message or "", outcome.param)
-
-
-def _with_id(item: dict[str, Any]) -> dict[str, Any]:
-    if item.get("id") is not None:
-        return item
-    try:
-        digest = hashlib.sha256(canonical_json(item).encode()).hexdigest()
-    except (ValueError, RecursionError):  # will be refused with a better message when it is parsed
-        return item
-    return {**item, "id": f"import-{digest[:32]}"}
 
 
 def _note_error(report: ImportReport, line_number: int, message: str, param: str | None) -> None:

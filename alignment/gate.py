@@ -1,15 +1,20 @@
 """The gate: a candidate adapter goes live only if it is no worse than the live one on pairs it never saw.
 
-Both adapters are scored on the same held-out pairs against the same frozen reference. Preference accuracy and mean
-margin are sequence-level; a fall of either by more than the configuration allows refuses the candidate.
+Both adapters are scored on the same held-out pairs against the same frozen reference, in two windows: the newest
+preferences, and a sample of older ones. Measured are preference accuracy (share of pairs with a margin above zero)
+and CLPD, the contrastive log-probability difference of the paper taken over whole sequences: the mean of
+`log π(chosen|x) - log π(rejected|x)` in nats. A fall of either refuses the candidate if it is significant in a paired
+one-sided test (exact McNemar for accuracy, Wilcoxon's signed ranks for CLPD), or larger than the configured bound: with
+few pairs a test has no power, with many a bound would let a sure loss through. No correction for several tests: to
+refuse too often costs a little training, to accept too often costs users.
 """
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from core.config import GateConfig
+from core.alignment_config import GateConfig
 from core.types import PairScore
 
 _TOLERANCE = 1e-9
@@ -21,48 +26,86 @@ _Z95 = 1.959964
 
 
 @dataclass(frozen=True, slots=True)
+class WindowScores:
+    """One window of held-out pairs under both adapters."""
+
+    name: str
+    """`recent` or `old`."""
+    candidate: Sequence[PairScore]
+    live: Sequence[PairScore]
+
+
+@dataclass(frozen=True, slots=True)
+class WindowComparison:
+    """What one window says. Means over `num_pairs` pairs that both adapters were scored on."""
+
+    name: str
+    num_pairs: int
+    candidate_accuracy: float
+    live_accuracy: float
+    candidate_clpd: float
+    """Nats, as `live_clpd`."""
+    live_clpd: float
+    candidate_margin: float
+    live_margin: float
+    candidate_loss: float
+    live_loss: float
+    p_accuracy: float
+    """Chance of so large a fall of accuracy, or a larger one, between two adapters that are equally good."""
+    p_clpd: float
+    """The same for CLPD."""
+    candidate_accuracy_interval: tuple[float, float]
+    """Wilson 95 % interval: with few pairs it is wide, and the decision is worth as much."""
+
+
+@dataclass(frozen=True, slots=True)
 class GateDecision:
     """The verdict on one candidate and the numbers behind it."""
 
     accepted: bool
     reason: str
-    num_pairs: int = 0
-    """Held-out pairs that both adapters were scored on."""
-    candidate_accuracy: float | None = None
-    live_accuracy: float | None = None
-    candidate_margin: float | None = None
-    live_margin: float | None = None
-    candidate_loss: float | None = None
-    live_loss: float | None = None
-    candidate_accuracy_interval: tuple[float, float] | None = None
-    """Wilson 95 % interval: with few pairs it is wide, and the decision is worth as much."""
+    windows: tuple[WindowComparison, ...] = ()
+    generation: dict[str, float] = field(default_factory=dict)
+    """What the generation check measured; empty if it did not run."""
+
+    @property
+    def num_pairs(self) -> int:
+        """Held-out pairs that both adapters were scored on."""
+        return sum(window.num_pairs for window in self.windows)
+
+    def metrics(self) -> dict[str, float]:
+        """Finite numbers for a manifest: the recent window's under their names, the old one's with `old_` before."""
+        numbers: dict[str, float] = {"num_pairs": self.num_pairs, **self.generation}
+        for window in self.windows:
+            prefix = "" if window.name == "recent" else f"{window.name}_"
+            fields = asdict(window)
+            numbers |= {prefix + name: value for name, value in fields.items() if isinstance(value, int | float)}
+            numbers[f"{prefix}num_pairs"] = window.num_pairs
+        return {name: value for name, value in numbers.items() if math.isfinite(value)}
 
     def to_wire(self) -> dict[str, Any]:
         """Built-in types only."""
-        return asdict(self)
+        return {**asdict(self), "num_pairs": self.num_pairs}
 
 
-def judge_candidate(
-    candidate_scores: Iterable[PairScore], live_scores: Iterable[PairScore], config: GateConfig
-) -> GateDecision:
+def judge_candidate(windows: Iterable[WindowScores], config: GateConfig) -> GateDecision:
     """Compare a candidate with the live adapter on the held-out pairs that the live adapter was scored on.
 
     With no such pairs there is nothing to compare, and the candidate is accepted, saying so. A candidate that
     lacks a score, or has one that is not finite, is refused: its evaluation failed where the live one's did not.
     """
-    candidate = {score.pair_id: score for score in candidate_scores}
-    live = [score for score in {score.pair_id: score for score in live_scores}.values() if _is_finite(score)]
-    if not live:
-        return _judge_without_live(list(candidate.values()))
-    same = [candidate[score.pair_id] for score in live if score.pair_id in candidate]
-    if len(same) < len(live):
-        missing = len(live) - len(same)
-        return GateDecision(
-            False, f"the candidate was not scored on {missing} of {len(live)} held-out pairs", len(same)
-        )
-    if not all(_is_finite(score) for score in same):
-        return GateDecision(False, "the candidate has scores that are not finite", len(same))
-    return _compare(same, live, config)
+    compared: list[WindowComparison] = []
+    falls: list[str] = []
+    for window in windows:
+        candidate, live = _pairs_of_both(window)
+        problem = _problem(candidate, live)
+        if problem is not None:
+            return GateDecision(False, f"{problem} ({window.name} pairs)", tuple(compared))
+        if live:
+            comparison = _compare(window.name, [score for score in candidate if score is not None], live)
+            compared.append(comparison)
+            falls += _falls(comparison, config)
+    return GateDecision(not falls, _reason(falls, compared), tuple(compared))
 
 
 def accuracy_interval(num_right: int, num_pairs: int) -> tuple[float, float]:
@@ -76,34 +119,99 @@ def accuracy_interval(num_right: int, num_pairs: int) -> tuple[float, float]:
     return (max(0.0, (centre - spread) / scale), min(1.0, (centre + spread) / scale))
 
 
-def _judge_without_live(candidate: list[PairScore]) -> GateDecision:
-    if not all(_is_finite(score) for score in candidate):
-        return GateDecision(False, "the candidate has scores that are not finite", 0)
-    if candidate:
-        return GateDecision(True, "no held-out pair with a score of the live adapter, nothing to compare", 0)
-    return GateDecision(True, "no held-out pairs yet", 0)
+def clpd(score: PairScore) -> float:
+    """`log π(chosen|x) - log π(rejected|x)` of the whole completions, in nats."""
+    return score.policy_chosen_logp - score.policy_rejected_logp
 
 
-def _compare(candidate: Sequence[PairScore], live: Sequence[PairScore], config: GateConfig) -> GateDecision:
-    accuracy, live_accuracy = _accuracy(candidate), _accuracy(live)
-    margin, live_margin = _mean(s.margin for s in candidate), _mean(s.margin for s in live)
-    falls = []
-    if live_accuracy - accuracy > config.max_accuracy_drop + _TOLERANCE:
-        falls.append(f"preference accuracy fell from {live_accuracy:.3f} to {accuracy:.3f}")
-    if live_margin - margin > config.max_margin_drop + _TOLERANCE:
-        falls.append(f"mean margin fell from {live_margin:.4f} to {margin:.4f}")
-    verdict = " and ".join(falls) or f"accuracy {accuracy:.3f} (live {live_accuracy:.3f})"
-    return GateDecision(
-        accepted=not falls,
-        reason=f"{verdict} on {len(live)} held-out pairs",
+def _pairs_of_both(window: WindowScores) -> tuple[list[PairScore | None], list[PairScore]]:
+    """The candidate's score (or None) for each pair with a usable score of the live adapter; without a live one, all.
+
+    A pair that even the live adapter cannot score says nothing about the candidate.
+    """
+    by_id = {score.pair_id: score for score in window.candidate}
+    unique = {score.pair_id: score for score in window.live}.values()
+    live = [score for score in unique if _is_finite(score)]
+    if not live:
+        return list(by_id.values()), []
+    return [by_id.get(score.pair_id) for score in live], live
+
+
+def _problem(candidate: Sequence[PairScore | None], live: Sequence[PairScore]) -> str | None:
+    missing = sum(score is None for score in candidate)
+    if missing:
+        return f"the candidate was not scored on {missing} of {len(live)} held-out pairs"
+    if not all(_is_finite(score) for score in candidate if score is not None):
+        return "the candidate has scores that are not finite"
+    return None
+
+
+def _compare(name: str, candidate: Sequence[PairScore], live: Sequence[PairScore]) -> WindowComparison:
+    return WindowComparison(
+        name=name,
         num_pairs=len(live),
-        candidate_accuracy=accuracy,
-        live_accuracy=live_accuracy,
-        candidate_margin=margin,
-        live_margin=live_margin,
-        candidate_loss=_mean(s.loss for s in candidate),
-        live_loss=_mean(s.loss for s in live),
+        candidate_accuracy=_accuracy(candidate),
+        live_accuracy=_accuracy(live),
+        candidate_clpd=_mean(map(clpd, candidate)),
+        live_clpd=_mean(map(clpd, live)),
+        candidate_margin=_mean(score.margin for score in candidate),
+        live_margin=_mean(score.margin for score in live),
+        candidate_loss=_mean(score.loss for score in candidate),
+        live_loss=_mean(score.loss for score in live),
+        p_accuracy=_mcnemar_p(candidate, live),
+        p_clpd=_wilcoxon_p([clpd(new) - clpd(old) for new, old in zip(candidate, live, strict=True)]),
         candidate_accuracy_interval=accuracy_interval(sum(s.margin > 0 for s in candidate), len(candidate)),
+    )
+
+
+def _mcnemar_p(candidate: Sequence[PairScore], live: Sequence[PairScore]) -> float:
+    """Exact one-sided McNemar test: of the pairs on which the two differ, as many or more were lost by chance."""
+    both = [(new.margin > 0, old.margin > 0) for new, old in zip(candidate, live, strict=True)]
+    lost = sum(old and not new for new, old in both)
+    won = sum(new and not old for new, old in both)
+    tail = sum(math.comb(lost + won, k) for k in range(lost, lost + won + 1))
+    return float(tail / 2 ** (lost + won))
+
+
+def _wilcoxon_p(differences: Sequence[float]) -> float:
+    """One-sided signed-rank test against a fall; 1 if nothing moved."""
+    moved = [value for value in differences if abs(value) > _TOLERANCE]
+    if not moved:
+        return 1.0
+    from scipy.stats import wilcoxon
+
+    return float(wilcoxon(moved, alternative="less").pvalue)
+
+
+def _falls(window: WindowComparison, config: GateConfig) -> list[str]:
+    """What speaks against the candidate, in words."""
+    alpha = 1.0 - config.confidence
+    measures = (
+        ("preference accuracy", "", window.candidate_accuracy, window.live_accuracy, window.p_accuracy,
+         config.max_accuracy_drop),
+        ("CLPD", " nats", window.candidate_clpd, window.live_clpd, window.p_clpd, config.max_clpd_drop),
+    )  # fmt: skip
+    falls = []
+    for name, unit, candidate, live, p, bound in measures:
+        is_lower = candidate < live - _TOLERANCE
+        if is_lower and (p <= alpha or live - candidate > bound + _TOLERANCE):
+            sure = f"p = {p:.3f}, significant at {config.confidence:.0%}" if p <= alpha else f"p = {p:.3f}"
+            falls.append(
+                f"{name} fell from {live:.3f} to {candidate:.3f}{unit} on {window.num_pairs} {window.name} "
+                f"pairs ({sure}; allowed {bound:g})"
+            )
+    return falls
+
+
+def _reason(falls: Sequence[str], compared: Sequence[WindowComparison]) -> str:
+    if falls:
+        return " and ".join(falls)
+    if not compared:
+        return "no held-out pair with a score of the live adapter, nothing to compare"
+    return "; ".join(
+        f"accuracy {window.candidate_accuracy:.3f} (live {window.live_accuracy:.3f}), CLPD {window.candidate_clpd:.2f} "
+        f"({window.live_clpd:.2f}) on {window.num_pairs} {window.name} held-out pairs"
+        for window in compared
     )
 
 
@@ -117,4 +225,5 @@ def _mean(values: Iterable[float]) -> float:
 
 
 def _is_finite(score: PairScore) -> bool:
-    return abs(score.loss) < _MAX_SCORE and abs(score.margin) < _MAX_SCORE
+    numbers = (score.loss, score.margin, score.policy_chosen_logp, score.policy_rejected_logp)
+    return all(abs(number) < _MAX_SCORE for number in numbers)

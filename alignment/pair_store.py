@@ -1,61 +1,28 @@
-"""Stored pairs and their training state.
-
-Order of training: pairs trained least often first, among those the newest first. A new preference is what drift
-looks like, so it reaches the next step instead of waiting behind the backlog; counting before recency means that
-no pair is seen a second time while another waits for its first, and that a long-running server still works its
-backlog off whenever inflow pauses. Held-out pairs never appear in it.
+"""What training and the quality checks make of stored pairs: scores, counts, weights, parking.
 
 Functions take the connection of the caller's transaction; `alignment.store` owns transactions.
 """
 
-import json
 import math
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
-from sqlalchemy import bindparam, case, delete, func, insert, select, update
-from sqlalchemy.engine import Connection, Row
-from sqlalchemy.sql.elements import ColumnElement
+from sqlalchemy import bindparam, case, delete, func, select, update
+from sqlalchemy.engine import Connection
 
 from alignment.json_checks import canonical_json, is_storable
-from alignment.pairs import PairDraft, Prompt, Split, prompt_key, split_of
-from alignment.records import FeedbackItem
+from alignment.pair_rows import PARKED, PENDING, PairState, StoredPair
 from alignment.response_store import chunked
-from alignment.schema import pairs
-from core.config import FeedbackConfig
+from alignment.schema import TRAINABLE, UNSCORED, pair_bands, pairs
 from core.types import PairScore
 
-PairState = Literal["pending", "parked"]
-PENDING, PARKED = "pending", "parked"
+__all__ = ["Backlog", "PairState", "QualityChange", "StoredPair"]
 
-
-@dataclass(frozen=True, slots=True)
-class StoredPair:
-    """One preference pair and what training did with it so far."""
-
-    pair_id: str
-    origin: str
-    """Type of the feedback item that made it."""
-    prompt: Prompt
-    chosen: str
-    rejected: str
-    weight: float
-    split: Split
-    state: PairState
-    times_trained: int
-    attempts: int
-    """Failed attempts since it was last trained."""
-    created_at: float
-    """Unix seconds at which the server received it."""
-    user: str | None = None
-    chosen_version: str | None = None
-    rejected_version: str | None = None
-    last_loss: float | None = None
-    last_margin: float | None = None
-    scored_version: str | None = None
-    """Adapter version behind `last_loss` and `last_margin`."""
-    park_reason: str | None = None
+QualityChange = tuple[str, float, tuple[str, ...]]
+"""Pair id, quality in 0..1, reasons."""
+MAX_BACKLOG = 1000
+"""The backlog is counted up to here: counting all of it would take longer and longer."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,76 +30,56 @@ class Backlog:
     """Pairs that were never trained on and may be."""
 
     num_pairs: int
+    """At most about `MAX_BACKLOG`; unscored pairs and scored ones are counted up to it each."""
     oldest_created_at: float | None
 
 
-def put_pairs(
+def record_scores(
     connection: Connection,
-    items: Sequence[tuple[str, PairDraft, FeedbackItem]],
-    config: FeedbackConfig,
+    scores: Iterable[PairScore],
+    version: str | None,
+    reference_keys: Mapping[str, str],
     now: float,
 ) -> None:
-    """Insert new pairs (pair id, pair, the item it comes from) and assign each its split for ever."""
-    if items:
-        connection.execute(insert(pairs), [_row(*item, config.holdout_fraction, now) for item in items])
+    """Keep the newest loss and margin of each pair and the adapter version that they come from.
 
-
-def next_training_pairs(
-    connection: Connection, limit: int, max_epochs: int, exclude: Collection[str]
-) -> list[StoredPair]:
-    """The pairs to train on next, best first; see the module's docstring for the order."""
-    query = (
-        select(pairs)
-        .where(pairs.c.split == "train", pairs.c.state == PENDING, pairs.c.times_trained < max_epochs)
-        .order_by(pairs.c.times_trained, pairs.c.seq.desc())
-        .limit(limit + len(exclude))
-    )
-    found = [row for row in connection.execute(query) if row.pair_id not in exclude]
-    return [_from_row(row) for row in found[:limit]]
-
-
-def newest_pairs(connection: Connection, split: Split, limit: int) -> list[StoredPair]:
-    """The newest pairs of a split, newest first, only the newest of each prompt: what users prefer now.
-
-    A newer preference on a prompt supersedes older ones; users change their minds. Looks at `4 * limit` pairs.
+    The reference's log-probabilities are kept for those pairs that `reference_keys` has a key for.
     """
-    query = select(pairs).where(pairs.c.split == split, pairs.c.state == PENDING)
-    newest: dict[str, Row[Any]] = {}
-    for row in connection.execute(query.order_by(pairs.c.seq.desc()).limit(4 * limit)):
-        newest.setdefault(row.prompt_key, row)
-    return [_from_row(row) for row in list(newest.values())[:limit]]
+    plain, with_reference = [], []
+    for score in scores:
+        row = {"id": score.pair_id, "loss": _finite(score.loss), "margin": _finite(score.margin)}
+        reference = (score.reference_chosen_logp, score.reference_rejected_logp)
+        key = reference_keys.get(score.pair_id)
+        if key is not None and all(map(math.isfinite, reference)):
+            row |= {"key": key, "chosen_logp": reference[0], "rejected_logp": reference[1]}
+            with_reference.append(row)
+        else:
+            plain.append(row)
+    score_values: dict[str, Any] = {"last_loss": bindparam("loss"), "last_margin": bindparam("margin")}
+    score_values |= {"scored": True, "scored_version": version, "scored_at": now}
+    reference_values: dict[str, Any] = {
+        "reference_key": bindparam("key"),
+        "reference_chosen_logp": bindparam("chosen_logp"),
+        "reference_rejected_logp": bindparam("rejected_logp"),
+    }
+    statement = update(pairs).where(pairs.c.pair_id == bindparam("id"))
+    if plain:
+        connection.execute(statement.values(**score_values), plain)
+    if with_reference:
+        connection.execute(statement.values(**score_values, **reference_values), with_reference)
 
 
-def unscored_pairs(connection: Connection, limit: int, exclude: Collection[str]) -> list[StoredPair]:
-    """Pairs of both splits that no adapter has scored yet, newest first."""
-    query = select(pairs).where(pairs.c.scored.is_(False), pairs.c.state == PENDING)
-    rows = connection.execute(query.order_by(pairs.c.seq.desc()).limit(limit + len(exclude)))
-    return [_from_row(row) for row in rows if row.pair_id not in exclude][:limit]
-
-
-def find_pairs(connection: Connection, pair_ids: Collection[str]) -> list[StoredPair]:
-    """Those of `pair_ids` that exist, oldest first."""
-    found: list[Row[Any]] = []
-    for chunk in chunked(filter(is_storable, pair_ids)):
-        found += connection.execute(select(pairs).where(pairs.c.pair_id.in_(chunk)))
-    return [_from_row(row) for row in sorted(found, key=lambda row: int(row.seq))]
-
-
-def pairs_after(connection: Connection, seq: int, limit: int) -> list[tuple[int, StoredPair]]:
-    """The next pairs in order of arrival, each with its position."""
-    query = select(pairs).where(pairs.c.seq > seq).order_by(pairs.c.seq).limit(limit)
-    return [(row.seq, _from_row(row)) for row in connection.execute(query)]
-
-
-def record_scores(connection: Connection, scores: Iterable[PairScore], version: str | None) -> None:
-    """Keep the newest loss and margin of each pair, and the adapter version that they come from."""
+def set_quality(connection: Connection, changes: Sequence[QualityChange]) -> None:
+    """Write down what the quality checks left of each pair's weight, and why."""
     rows = [
-        {"key": score.pair_id, "loss": _finite(score.loss), "margin": _finite(score.margin)} for score in scores
+        {"id": pair_id, "value": quality, "reasons": canonical_json(list(reasons)) if reasons else None}
+        for pair_id, quality, reasons in changes
     ]
     if rows:
-        values: dict[str, Any] = {"last_loss": bindparam("loss"), "last_margin": bindparam("margin")}
-        statement = update(pairs).where(pairs.c.pair_id == bindparam("key"))
-        connection.execute(statement.values(scored=True, scored_version=version, **values), rows)
+        statement = update(pairs).where(pairs.c.pair_id == bindparam("id"))
+        connection.execute(
+            statement.values(quality=bindparam("value"), quality_reasons=bindparam("reasons")), rows
+        )
 
 
 def mark_trained(connection: Connection, pair_ids: Collection[str]) -> None:
@@ -165,28 +112,35 @@ def unpark_pairs(connection: Connection, pair_ids: Collection[str]) -> int:
 
 
 def drop_pair(connection: Connection, pair_id: str) -> None:
-    """Forget a pair."""
+    """Forget a pair, and what was derived of its text."""
+    seq = select(pairs.c.seq).where(pairs.c.pair_id == pair_id).scalar_subquery()
+    connection.execute(delete(pair_bands).where(pair_bands.c.pair_seq == seq))
     connection.execute(delete(pairs).where(pairs.c.pair_id == pair_id))
 
 
 def count_backlog(connection: Connection) -> Backlog:
-    """How many pairs wait for their first training, and since when."""
-    waiting: tuple[ColumnElement[bool], ...] = (
-        pairs.c.split == "train",
-        pairs.c.state == PENDING,
-        pairs.c.times_trained == 0,
-    )
-    number = connection.execute(select(func.count()).select_from(pairs).where(*waiting)).scalar_one()
-    oldest = select(pairs.c.created_at).where(*waiting).order_by(pairs.c.seq).limit(1)
-    return Backlog(int(number), connection.execute(oldest).scalar_one_or_none())
+    """How many pairs wait for their first training (up to `MAX_BACKLOG` scored and as many others), and since when."""
+    scored = select(pairs.c.seq, pairs.c.split).where(TRAINABLE, pairs.c.times_trained == 0)
+    number, oldest = 0, []
+    for waiting in (scored, select(pairs.c.seq, pairs.c.split).where(UNSCORED)):
+        some = waiting.order_by(pairs.c.seq).limit(MAX_BACKLOG).subquery()
+        count = select(func.count(), func.min(some.c.seq)).where(some.c.split == "train")
+        num_pairs, first = connection.execute(count).one()
+        number += num_pairs
+        if first is not None:
+            oldest.append(first)
+    created_at = select(pairs.c.created_at).where(pairs.c.seq == min(oldest)) if oldest else None
+    return Backlog(number, None if created_at is None else connection.execute(created_at).scalar_one())
 
 
 def count_pairs(connection: Connection) -> dict[str, int]:
     """Numbers of pairs: train, heldout, parked, trained (at least once)."""
     trained = func.sum(case((pairs.c.times_trained > 0, 1), else_=0))
-    query = select(pairs.c.split, pairs.c.state, func.count(), trained).group_by(pairs.c.split, pairs.c.state)
+    group = (pairs.c.origin, pairs.c.split, pairs.c.state)  # the index's order: grouped without sorting
     counts = {"train": 0, "heldout": 0, "parked": 0, "trained": 0}
-    for split, state, number, num_trained in connection.execute(query):
+    for _, split, state, number, num_trained in connection.execute(
+        select(*group, func.count(), trained).group_by(*group)
+    ):
         counts[PARKED if state == PARKED else split] += number
         counts["trained"] += num_trained
     return counts
@@ -202,45 +156,3 @@ def _set_state(connection: Connection, pair_ids: Collection[str], state: str, re
 
 def _finite(value: float) -> float | None:
     return value if math.isfinite(value) else None
-
-
-def _row(pair_id: str, draft: PairDraft, item: FeedbackItem, fraction: float, now: float) -> dict[str, Any]:
-    key = prompt_key(draft.prompt)
-    return {
-        "pair_id": pair_id,
-        "origin": item.type,
-        "user_id": item.user,
-        "prompt": canonical_json(draft.prompt),
-        "prompt_key": key,
-        "chosen": draft.chosen,
-        "rejected": draft.rejected,
-        "chosen_version": draft.chosen_version,
-        "rejected_version": draft.rejected_version,
-        "weight": item.weight,
-        "split": split_of(key, fraction),
-        "state": PENDING,
-        "created_at": now,
-    }
-
-
-def _from_row(row: Row[Any]) -> StoredPair:
-    return StoredPair(
-        pair_id=row.pair_id,
-        origin=row.origin,
-        prompt=json.loads(row.prompt),
-        chosen=row.chosen,
-        rejected=row.rejected,
-        weight=row.weight,
-        split=row.split,
-        state=row.state,
-        times_trained=row.times_trained,
-        attempts=row.attempts,
-        created_at=row.created_at,
-        user=row.user_id,
-        chosen_version=row.chosen_version,
-        rejected_version=row.rejected_version,
-        last_loss=row.last_loss,
-        last_margin=row.last_margin,
-        scored_version=row.scored_version,
-        park_reason=row.park_reason,
-    )

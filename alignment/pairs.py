@@ -61,6 +61,31 @@ def prompt_key(prompt: Prompt) -> str:
     return hashlib.sha256(canonical_json(normal).encode()).hexdigest()
 
 
+def pair_key(prompt: Prompt, chosen: str, rejected: str) -> str:
+    """Stable hash of the normalised pair: case folded, runs of white space taken as one space.
+
+    Pairs of equal meaning have equal keys. The last character says which of the two answers was chosen, so a pair
+    and its contradiction (see `contrary_key`) differ in that alone, and one index finds both.
+    """
+    sides = [(_folded(answer), answer.strip()) for answer in (chosen, rejected)]
+    first, second = sorted(sides)  # the second part tells answers apart that differ in case or spaces only
+    if isinstance(prompt, str):
+        normal: object = _folded(prompt)
+    else:
+        normal = [{**message, "content": _folded(text_of(message.get("content")))} for message in prompt]
+    digest = hashlib.sha256(canonical_json([normal, first[0], second[0]]).encode()).hexdigest()
+    return digest[:32] + ("a" if sides[0] == first else "b")
+
+
+def contrary_key(key: str) -> str:
+    """The `pair_key` of the same answers preferred the other way round."""
+    return key[:-1] + ("b" if key.endswith("a") else "a")
+
+
+def _folded(text: str) -> str:
+    return " ".join(text.casefold().split())
+
+
 def split_of(key: str, holdout_fraction: float) -> Split:
     """Which side a prompt falls on. All pairs of one prompt fall on the same side, now and after a restart."""
     return "heldout" if int(key[:13], 16) / 16**13 < holdout_fraction else "train"

@@ -23,7 +23,7 @@ from alignment.json_checks import canonical_json
 from alignment.pairs import PairDraft, StoredResponse, checked_pair, prompt_key
 from alignment.records import Rating
 from alignment.schema import ratings
-from core.config import FeedbackConfig
+from core.alignment_config import FeedbackConfig
 from core.errors import InvalidFeedbackError
 
 OPEN, PAIRED, REPLACED, UNUSABLE = "open", "paired", "replaced", "unusable"

@@ -5,22 +5,20 @@
     adapters/
       v0001/  adapter_config.json  adapter_model.safetensors  manifest.json
       v0002/  ...                        rejected candidates are kept too, with the gate's reason
-      live                               name of the live version; missing or empty: the bare base model
+      live, pin, canary, retired, activations.jsonl     what is served: see `alignment.serving_state`
       last                               highest number ever given: none is used twice, even after a deletion,
                                          because vLLM's prefix cache is keyed by adapter name
       .lock                              held while a version is committed or the pointer moves
       .tmp-xxxx/  .tmp-xxxx.lock         a version in the making; the lock is held by the process that makes it
 
-Versions are immutable. A version exists from the moment of one rename: what a crash leaves behind is a temporary
-directory, whose lock died with its process, and the next `open` removes it.
+Versions are immutable. A version exists from the moment of one rename until the moment of another: what a crash leaves
+behind is a temporary directory, whose lock died with its process, and the next `open` removes it.
 """
 
 import fcntl
 import os
 import shutil
 import uuid
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -35,12 +33,11 @@ from alignment.adapter_files import (
     version_number,
     write_durably,
 )
+from alignment.serving_state import LIVE_FILE, ServingState, one_writer
 from core.errors import AdapterError, DamagedAdapterError, UnknownVersionError
 
 _TEMPORARY = ".tmp-"
-_LIVE_FILE = "live"
 _LAST_FILE = "last"
-_LOCK_FILE = ".lock"
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +62,8 @@ class AdapterRegistry:
         self.root = root
         self.damaged: dict[str, DamagedAdapterError] = {}
         """What the last `list` had to skip, by name, and why."""
+        self.serving = ServingState(root, self._check_servable)
+        """What answers for the model: the live version, a pin, a canary."""
         self._base_model = base_model
         self._locks_held: dict[Path, int] = {}
 
@@ -75,6 +74,8 @@ class AdapterRegistry:
         try:
             root.mkdir(parents=True, exist_ok=True)
             registry._remove_leftovers()
+            if any((root / name).exists() for name in (LIVE_FILE, _LAST_FILE)):  # else there is nothing to look at
+                registry.serving.reconcile()
         except OSError as error:
             raise AdapterError(f"cannot open the adapter directory {root}: {error}") from error
         return registry
@@ -99,7 +100,7 @@ class AdapterRegistry:
         """
         check_files(temporary)
         try:
-            with self._one_writer():
+            with one_writer(self.root):
                 version = self._commit(temporary, manifest)
         except OSError as error:
             raise AdapterError(f"cannot commit an adapter version to {self.root}: {error}") from error
@@ -125,6 +126,10 @@ class AdapterRegistry:
         check_files(path)
         return AdapterVersion(name, path, manifest)
 
+    def names(self) -> set[str]:
+        """Every version that has a directory, usable or not."""
+        return {version_name(number) for number in self._numbers()}
+
     def list(self) -> tuple[AdapterVersion, ...]:
         """All usable versions, oldest first; `damaged` then tells which were skipped."""
         usable: Versions = []
@@ -140,24 +145,40 @@ class AdapterRegistry:
         self.damaged = damaged
         return tuple(usable)
 
+    def delete(self, name: str) -> bool:
+        """Remove a retired version; its number is never used again. False if it serves or is not retired (any more).
+
+        Raises:
+            AdapterError: it cannot be removed; it is whole, or gone.
+        """
+        try:
+            with one_writer(self.root):
+                now = self.serving.read()
+                if name not in now.retired or name in (now.live, now.pinned, now.canary):
+                    return False
+                doomed = self.root / f"{_TEMPORARY}{uuid.uuid4().hex}"
+                if (self.root / name).is_dir():
+                    self._remember_number(name)
+                    (self.root / name).rename(doomed)
+                    sync_directory(self.root)
+                self.serving.forget_retired(name)
+        except OSError as error:
+            raise AdapterError(f"cannot delete {name} from {self.root}: {error}") from error
+        shutil.rmtree(doomed, ignore_errors=True)  # what is left of it, the next `open` removes
+        return True
+
     def activate(self, name: str | None) -> None:
-        """Make a published version the live one; None is the bare base model. A pointer move, durable on return.
+        """Make a published version the live one, by the API and without a pin; see `ServingState.activate`.
 
         Raises:
             AdapterError: the version was rejected.
             UnknownVersionError, DamagedAdapterError: see `get`.
         """
-        if name is not None and self.get(name).manifest.status != "published":
-            raise AdapterError(f"{name} was rejected by the gate and cannot go live")
-        try:
-            with self._one_writer():
-                write_durably(self.root / _LIVE_FILE, f"{name or ''}\n")
-        except OSError as error:
-            raise AdapterError(f"cannot move the live pointer in {self.root}: {error}") from error
+        self.serving.activate(name)
 
     def live_name(self) -> str | None:
         """Name of the live version, unchecked; None is the bare base model. One small read: made for polling."""
-        return self._read_pointer(_LIVE_FILE) or None
+        return self.serving.pointer(LIVE_FILE) or None
 
     def live(self) -> AdapterVersion | None:
         """The live version; None is the bare base model.
@@ -173,15 +194,18 @@ class AdapterRegistry:
         try:
             return self.live()
         except AdapterError:
-            limit = version_number(self._read_pointer(_LIVE_FILE))
-        usable = [version for version in self.list() if version.manifest.status == "published"]
+            limit = version_number(self.serving.pointer(LIVE_FILE))
+        failed = self.serving.rolled_back()
+        usable = [one for one in self.list() if one.manifest.status == "published" and one.name not in failed]
         older = [one for one in usable if limit is None or (version_number(one.name) or 0) < limit]
         fallback = older[-1] if older else None
-        self.activate(fallback.name if fallback else None)
+        pinned = self.serving.read().pinned is not None
+        reason = f"{self.serving.pointer(LIVE_FILE)[:50]!r} cannot be used"
+        self.serving.activate(fallback.name if fallback else None, by="recovery", reason=reason, pin=pinned)
         return fallback
 
     def _commit(self, temporary: Path, manifest: AdapterManifest) -> AdapterVersion:
-        name = version_name(1 + max([version_number(self._read_pointer(_LAST_FILE)) or 0, *self._numbers()]))
+        name = version_name(1 + max([version_number(self.serving.pointer(_LAST_FILE)) or 0, *self._numbers()]))
         complete = manifest.model_copy(update={"version": name})
         write_durably(temporary / MANIFEST_FILE, complete.model_dump_json(indent=2) + "\n")
         sync_tree(temporary)
@@ -190,15 +214,15 @@ class AdapterRegistry:
         sync_directory(self.root)
         return AdapterVersion(name, self.root / name, complete)
 
-    @contextmanager
-    def _one_writer(self) -> Iterator[None]:
-        """Among all threads and processes that use this directory; the kernel releases it if the holder dies."""
-        descriptor = os.open(self.root / _LOCK_FILE, os.O_CREAT | os.O_RDWR, 0o644)
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
-            yield
-        finally:
-            os.close(descriptor)
+    def _check_servable(self, name: str) -> None:
+        if self.get(name).manifest.status != "published":
+            raise AdapterError(f"{name} was rejected by the gate and cannot go live")
+
+    def _remember_number(self, name: str) -> None:
+        """The highest number outlives its directory, also one that was copied here by hand."""
+        last = version_number(self.serving.pointer(_LAST_FILE)) or 0
+        if (version_number(name) or 0) > last:
+            write_durably(self.root / _LAST_FILE, f"{name}\n")
 
     def _numbers(self) -> set[int]:
         """Every number that a directory has, damaged ones too."""
@@ -206,14 +230,6 @@ class AdapterRegistry:
             return set()
         numbers = [version_number(path.name) for path in self.root.iterdir()]
         return {number for number in numbers if number is not None}
-
-    def _read_pointer(self, name: str) -> str:
-        try:
-            return (self.root / name).read_text(encoding="utf-8").strip()
-        except FileNotFoundError:
-            return ""
-        except (OSError, UnicodeDecodeError) as error:
-            raise AdapterError(f"cannot read {self.root / name}: {error}") from error
 
     def _release(self, temporary: Path) -> None:
         descriptor = self._locks_held.pop(temporary, None)

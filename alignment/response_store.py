@@ -11,11 +11,12 @@ from typing import Any
 from sqlalchemy import delete, func, select
 from sqlalchemy.engine import Connection, Row
 
+from alignment.database import insert_new
 from alignment.json_checks import canonical_json, check_json, is_storable
 from alignment.messages import MAX_NAME_CHARS
 from alignment.pairs import StoredResponse, plain_prompt
 from alignment.records import ResponseRef
-from alignment.schema import insert_new, responses
+from alignment.schema import responses
 from core.errors import InvalidFeedbackError
 
 _CHUNK = 400

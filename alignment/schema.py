@@ -1,7 +1,10 @@
-"""The tables of the feedback store, and every line that knows which database is behind them.
+"""The tables of the feedback store.
 
-JSON is stored as text, so SQLite and PostgreSQL behave alike. Rows of `pairs` are never rewritten but for their
-training state. Sequence numbers (`seq`) are never reused, so that cursors stay valid after deletions.
+JSON is stored as text, so SQLite and PostgreSQL behave alike. What a user said is never rewritten, only what training
+and the quality checks made of it. Sequence numbers (`seq`) are never reused: cursors stay valid after deletions.
+
+Whoever changes a table here raises `SCHEMA_VERSION` and writes the step from the version before in
+`alignment/migrations.py`; a test compares the result with a new database. New tables need no step.
 """
 
 from typing import Any
@@ -11,7 +14,6 @@ from sqlalchemy import (
     Boolean,
     Column,
     Double,
-    Engine,
     Index,
     Integer,
     MetaData,
@@ -19,19 +21,11 @@ from sqlalchemy import (
     Table,
     Text,
     UniqueConstraint,
-    create_engine,
-    event,
+    text,
 )
-from sqlalchemy.dialects import postgresql, sqlite
-from sqlalchemy.engine import URL, Connection, make_url
-from sqlalchemy.exc import ArgumentError, NoSuchModuleError, SQLAlchemyError
+from sqlalchemy.sql.elements import TextClause
 
-from core.errors import ConfigError
-
-SCHEMA_VERSION = 1
-BUSY_TIMEOUT_S = 5.0
-"""How long a SQLite writer waits for another process's transaction, which take milliseconds."""
-WRITE_OPTION = "mace_write"
+SCHEMA_VERSION = 2
 
 metadata = MetaData()
 
@@ -66,10 +60,8 @@ pairs = Table(
     Column("pair_id", String(64), nullable=False, unique=True),
     Column("origin", String(20), nullable=False),
     Column("user_id", String(255)),
-    Column("prompt", Text, nullable=False),
     Column("prompt_key", String(64), nullable=False),
-    Column("chosen", Text, nullable=False),
-    Column("rejected", Text, nullable=False),
+    Column("pair_key", String(64), nullable=False),
     Column("chosen_version", String(255)),
     Column("rejected_version", String(255)),
     Column("weight", Double, nullable=False),
@@ -80,15 +72,55 @@ pairs = Table(
     Column("attempts", Integer, nullable=False, default=0),
     Column("scored", Boolean, nullable=False, default=False),
     Column("scored_version", String(255)),
+    Column("scored_at", Double),
     Column("last_loss", Double),
     Column("last_margin", Double),
+    Column("reference_key", String(64)),
+    Column("reference_chosen_logp", Double),
+    Column("reference_rejected_logp", Double),
+    Column("quality", Double, nullable=False, server_default=text("1")),
+    Column("quality_reasons", Text),
     Column("created_at", Double, nullable=False),
+    Column("tags", Text),
+    # The long texts last: SQLite walks a chain of pages to whatever stands behind them.
+    Column("prompt", Text, nullable=False),
+    Column("chosen", Text, nullable=False),
+    Column("rejected", Text, nullable=False),
     sqlite_autoincrement=True,
 )
-# Each index is the whole WHERE and ORDER BY of one query in alignment/pair_store.py.
-Index("ix_pairs_next", pairs.c.split, pairs.c.state, pairs.c.times_trained, pairs.c.seq.desc())
-Index("ix_pairs_recent", pairs.c.split, pairs.c.state, pairs.c.seq)
-Index("ix_pairs_unscored", pairs.c.scored, pairs.c.state, pairs.c.seq)
+
+# Each index but the first holds exactly the rows of one kind of query, in its order, so that no query's cost grows with
+# the table. Databases use a partial index only where the query repeats its condition with literals: hence text. They
+# would prefer an index whose first columns the query compares with constants, however badly it fits; so no index
+# begins with `split` or `state`. A test reads SQLite's plans.
+UNSCORED = text("NOT scored AND state = 'pending'")
+SCORED = text("scored AND state = 'pending'")
+HELD_OUT = text("split = 'heldout' AND state = 'pending' AND quality > 0")
+TRAINABLE = text("split = 'train' AND state = 'pending' AND scored AND quality > 0")
+OF_A_USER = text("scored AND user_id IS NOT NULL")
+
+
+def _partial(name: str, where: TextClause, *columns: Any) -> Index:
+    return Index(name, *columns, sqlite_where=where, postgresql_where=where)
+
+
+Index("ix_pairs_counts", pairs.c.origin, pairs.c.split, pairs.c.state, pairs.c.times_trained)
+Index("ix_pairs_key", pairs.c.pair_key, pairs.c.seq)
+_partial("ix_pairs_heldout", HELD_OUT, pairs.c.seq)
+_partial("ix_pairs_unscored", UNSCORED, pairs.c.seq, pairs.c.split)
+_partial("ix_pairs_scored", SCORED, pairs.c.seq, pairs.c.split, pairs.c.scored_version)
+_partial("ix_pairs_level", TRAINABLE, pairs.c.times_trained, pairs.c.seq)
+_partial("ix_pairs_loss", TRAINABLE, pairs.c.times_trained, pairs.c.last_loss)
+_partial("ix_pairs_user", OF_A_USER, pairs.c.user_id, pairs.c.seq)
+
+pair_bands = Table(
+    "pair_bands",
+    metadata,
+    Column("band_key", String(64), primary_key=True),
+    Column("pair_seq", BigInteger().with_variant(Integer, "sqlite"), primary_key=True, index=True),
+    sqlite_with_rowid=False,
+)
+"""Which pairs share a band of their MinHash signatures: candidates for near-duplicates."""
 
 ratings = Table(
     "ratings",
@@ -108,6 +140,7 @@ ratings = Table(
     Column("pair_id", String(64), index=True),
     Column("received_at", Double, nullable=False),
     Index("ix_ratings_partner", "prompt_key", "user_id", "direction", "state", "seq"),
+    Index("ix_ratings_received", "received_at"),
     Index("ix_ratings_response", "response_id", "choice_index", "user_id"),
     sqlite_autoincrement=True,
 )
@@ -127,64 +160,23 @@ responses = Table(
     sqlite_autoincrement=True,
 )
 
+drift_events = Table(
+    "drift_events",
+    metadata,
+    _seq(),
+    Column("at", Double, nullable=False),
+    Column("stream", String(300), nullable=False),
+    Column("kind", String(40), nullable=False),
+    Column("value", Double, nullable=False),
+    Column("detail", Text, nullable=False),
+    Index("ix_drift_events_stream", "stream", "seq"),
+    sqlite_autoincrement=True,
+)
 
-def open_engine(url: str | URL) -> Engine:
-    """An engine whose SQLite connections are durable (WAL, synchronous=FULL) and begin transactions explicitly.
-
-    Raises:
-        ConfigError: the URL is malformed, needs a driver that is not installed, or would keep nothing.
-    """
-    try:
-        parsed = make_url(url)
-        if parsed.get_backend_name() == "sqlite" and parsed.database in (None, "", ":memory:"):
-            raise ConfigError(
-                "feedback.database_url is an in-memory database, which would lose acknowledged feedback"
-            )
-        if parsed.get_backend_name() != "sqlite":
-            return create_engine(parsed, pool_pre_ping=True)
-        engine = create_engine(parsed, pool_timeout=BUSY_TIMEOUT_S)
-    except (ArgumentError, NoSuchModuleError, ImportError) as error:
-        raise ConfigError(f"feedback.database_url cannot be used: {error}") from error
-    event.listen(engine, "connect", _prepare_sqlite)
-    event.listen(engine, "begin", _begin_sqlite)
-    return engine
-
-
-def insert_new(
-    connection: Connection, table: Table, rows: list[dict[str, Any]], returning: Column[Any]
-) -> set[Any]:
-    """Insert the rows that violate no UNIQUE constraint and return their `returning` values.
-
-    SQL has no portable word for this; both databases share the ON CONFLICT clause.
-    """
-    if not rows:
-        return set()
-    if connection.dialect.name == "postgresql":
-        safe = postgresql.insert(table).on_conflict_do_nothing().returning(returning)
-        return set(connection.execute(safe, rows).scalars())
-    statement = sqlite.insert(table).on_conflict_do_nothing().returning(returning)
-    return set(connection.execute(statement, rows).scalars())
-
-
-def lost_a_race(error: SQLAlchemyError) -> bool:
-    """Did PostgreSQL roll the transaction back only because of another one, so that repeating it is right?
-
-    Serialization failure, deadlock, and the unique violation that two processes creating the tables can see; all
-    inserts of ours that may collide use `insert_new`. SQLite has one writer and no such errors.
-    """
-    cause = getattr(error, "orig", None)
-    code = getattr(cause, "sqlstate", None) or getattr(cause, "pgcode", None)
-    return code in ("40001", "40P01", "23505")
-
-
-def _prepare_sqlite(connection: Any, _record: object) -> None:
-    connection.isolation_level = None  # the driver would delay BEGIN until the first write
-    connection.execute(f"PRAGMA busy_timeout = {int(BUSY_TIMEOUT_S * 1000)}")
-    connection.execute("PRAGMA journal_mode = WAL")
-    connection.execute("PRAGMA synchronous = FULL")
-
-
-def _begin_sqlite(connection: Connection) -> None:
-    """Writers take the lock first: a transaction that reads and then writes may fail to get it later."""
-    writes = connection.get_execution_options().get(WRITE_OPTION, False)
-    connection.exec_driver_sql("BEGIN IMMEDIATE" if writes else "BEGIN")
+loop_state = Table(
+    "loop_state",
+    metadata,
+    Column("key", String(100), primary_key=True),
+    Column("value", Text, nullable=False),
+    Column("updated_at", Double, nullable=False),
+)

@@ -6,35 +6,30 @@ idempotency key is one record, whoever races for it, by a UNIQUE constraint. Any
 may be called from several threads, and several processes may share one database.
 """
 
-import threading
 import time
-from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
-from sqlalchemy import insert, select
-from sqlalchemy.engine import URL, Connection, Engine
-from sqlalchemy.exc import SQLAlchemyError
+from sqlalchemy.engine import URL, Engine
 
-from alignment import feedback_log, pair_store, response_store
+from alignment import feedback_log, pair_rows, pair_store, response_store
+from alignment.database import open_engine
 from alignment.feedback_log import FeedbackEntry, FeedbackPage
 from alignment.formats import ExportFormat, export_row
 from alignment.group_commit import GroupCommit
 from alignment.intake import ItemOutcome, Prepared, prepare, write_items
-from alignment.pair_store import Backlog, StoredPair
+from alignment.migrations import prepare_tables
 from alignment.pairs import StoredResponse
+from alignment.rating_counts import rating_counts
 from alignment.records import FEEDBACK_TYPES, ResponseRef
-from alignment.schema import SCHEMA_VERSION, WRITE_OPTION, lost_a_race, meta, metadata, open_engine
-from core.config import FeedbackConfig
-from core.errors import ConfigError, InvalidFeedbackError, StoreUnavailableError
-from core.types import PairScore
+from alignment.training_store import TrainingStore
+from core.alignment_config import FeedbackConfig
+from core.errors import InvalidFeedbackError, StoreUnavailableError
 
-T = TypeVar("T")
 _EXPORT_CHUNK = 500
 _MAX_KEY_CHARS = 200
-_MAX_RACES = 3
 MAX_PAGE = 1000
 """Items of one page at most; a larger `limit` is taken as this."""
 
@@ -50,14 +45,12 @@ class StoreCounts:
     responses: int
 
 
-class FeedbackStore:
+class FeedbackStore(TrainingStore):
     """Everything users said, the pairs made of it, and what training did with them."""
 
     def __init__(self, engine: Engine, config: FeedbackConfig, clock: Callable[[], float] = time.time) -> None:
-        self._engine = engine
+        super().__init__(engine, clock)
         self._config = config
-        self._clock = clock
-        self._writing = threading.Lock()
         self._intake = GroupCommit(self._commit_items)
         self._puts_since_trim = config.max_responses
 
@@ -71,20 +64,14 @@ class FeedbackStore:
             ConfigError: `database_url` cannot be used, or a newer MACE wrote the database.
             StoreUnavailableError: the database cannot be reached or written.
         """
-        url: str | URL | None = config.database_url
-        if url is None:
-            try:
-                state_dir.mkdir(parents=True, exist_ok=True)
-            except OSError as error:
-                raise StoreUnavailableError(f"cannot create {state_dir}: {error}") from error
-            url = URL.create("sqlite", database=str(state_dir / "feedback.db"))
+        url = config.database_url or _local_url(state_dir)
         store = cls(open_engine(url), config, clock)
-        store._create_tables()
+        try:
+            store._write(prepare_tables)
+        except BaseException:
+            store.close()
+            raise
         return store
-
-    def close(self) -> None:
-        """Give all connections back. A later call opens new ones."""
-        self._engine.dispose()
 
     def add(self, items: Sequence[object], *, idempotency_key: str | None = None) -> list[ItemOutcome]:
         """Take in feedback items (decoded JSON); one outcome per item, committed together before this returns.
@@ -140,7 +127,7 @@ class FeedbackStore:
         """
         if format not in ("trl", "openai"):
             raise InvalidFeedbackError("format must be 'trl' or 'openai'", "format")
-        chunk = self._read(lambda c: pair_store.pairs_after(c, after, limit))
+        chunk = self._read(lambda c: pair_rows.pairs_after(c, after, limit))
         return [export_row(pair, format) for _, pair in chunk], chunk[-1][0] if chunk else None
 
     def put_responses(self, items: Sequence[StoredResponse]) -> int:
@@ -157,59 +144,6 @@ class FeedbackStore:
         ref = ResponseRef(response_id, choice_index)
         return self._read(lambda c: response_store.find_responses(c, [ref])).get(ref)
 
-    def next_training_pairs(
-        self, limit: int, max_epochs: int, *, exclude: Collection[str] = ()
-    ) -> list[StoredPair]:
-        """Pairs to train on next: least trained first, then newest. `exclude` are the ids now in training."""
-        return self._read(lambda c: pair_store.next_training_pairs(c, limit, max_epochs, exclude))
-
-    def held_out_pairs(self, limit: int) -> list[StoredPair]:
-        """The gate's test set: the newest held-out pairs, newest first, one for each prompt."""
-        return self._read(lambda c: pair_store.newest_pairs(c, "heldout", limit))
-
-    def recent_training_pairs(self, limit: int) -> list[StoredPair]:
-        """The newest pairs that may be trained on, newest first, one for each prompt."""
-        return self._read(lambda c: pair_store.newest_pairs(c, "train", limit))
-
-    def unscored_pairs(self, limit: int, *, exclude: Collection[str] = ()) -> list[StoredPair]:
-        """Pairs of both splits that were never scored, newest first."""
-        return self._read(lambda c: pair_store.unscored_pairs(c, limit, exclude))
-
-    def find_pairs(self, pair_ids: Collection[str]) -> list[StoredPair]:
-        """The pairs of those ids that exist, oldest first."""
-        return self._read(lambda c: pair_store.find_pairs(c, pair_ids))
-
-    def record_scores(self, scores: Sequence[PairScore], version: str | None = None) -> None:
-        """Keep the latest loss and margin of each pair; `version` names the adapter that gave them."""
-        self._write(lambda c: pair_store.record_scores(c, scores, version))
-
-    def mark_trained(
-        self, pair_ids: Collection[str], scores: Sequence[PairScore] = (), version: str | None = None
-    ) -> None:
-        """One optimizer step used these pairs; `scores` are those of the step."""
-
-        def write(connection: Connection) -> None:
-            pair_store.mark_trained(connection, pair_ids)
-            pair_store.record_scores(connection, scores, version)
-
-        self._write(write)
-
-    def mark_failed(self, pair_ids: Collection[str], reason: str, max_attempts: int) -> list[str]:
-        """A task with these pairs failed; returns the ids that are parked now, after `max_attempts` in a row."""
-        return self._write(lambda c: pair_store.mark_failed(c, pair_ids, reason, max_attempts))
-
-    def park(self, pair_id: str, reason: str) -> bool:
-        """Never use this pair again. False if it is unknown or parked already."""
-        return self._write(lambda c: pair_store.park_pairs(c, [pair_id], reason)) == 1
-
-    def unpark(self, pair_id: str) -> bool:
-        """Use a parked pair again. False if it is not parked."""
-        return self._write(lambda c: pair_store.unpark_pairs(c, [pair_id])) == 1
-
-    def backlog(self) -> Backlog:
-        """Pairs that wait for their first training; reads one index range."""
-        return self._read(pair_store.count_backlog)
-
     def counts(self) -> StoreCounts:
         """All sizes; walks indexes, so call it every few seconds at most."""
         return self._read(
@@ -217,6 +151,10 @@ class FeedbackStore:
                 feedback_log.count_entries(c), pair_store.count_pairs(c), response_store.count_responses(c)
             )
         )
+
+    def rating_counts(self, since_s: float) -> dict[str | None, tuple[int, int]]:
+        """Thumbs up and down received since then (Unix seconds), by adapter version; None is the bare base model."""
+        return self._read(lambda c: rating_counts(c, since_s))
 
     def _commit_items(self, jobs: Sequence[list[Prepared]]) -> list[list[ItemOutcome]]:
         batch = [prepared for job in jobs for prepared in job]
@@ -231,46 +169,18 @@ class FeedbackStore:
             rows, position = self.export_chunk(format, position, _EXPORT_CHUNK)
             yield from rows
 
-    def _create_tables(self) -> None:
-        def write(connection: Connection) -> str:
-            metadata.create_all(connection)
-            version = connection.execute(select(meta.c.value).where(meta.c.key == "schema_version")).scalar()
-            if version is None:
-                connection.execute(insert(meta), {"key": "schema_version", "value": str(SCHEMA_VERSION)})
-            return version or str(SCHEMA_VERSION)
 
-        found = self._write(write)
-        if found != str(SCHEMA_VERSION):
-            raise ConfigError(f"the feedback database has schema {found}, this MACE reads schema {SCHEMA_VERSION}")
-
-    def _read(self, work: Callable[[Connection], T]) -> T:
-        with _named_errors(self._engine), self._engine.connect() as connection, connection.begin():
-            return work(connection)
-
-    def _write(self, work: Callable[[Connection], T]) -> T:
-        with self._writing, _named_errors(self._engine):
-            for _ in range(_MAX_RACES):
-                try:
-                    return self._write_once(work)
-                except SQLAlchemyError as error:
-                    if not lost_a_race(error):
-                        raise
-            return self._write_once(work)
-
-    def _write_once(self, work: Callable[[Connection], T]) -> T:
-        with self._engine.execution_options(**{WRITE_OPTION: True}).begin() as connection:
-            return work(connection)
-
-
-@contextmanager
-def _named_errors(engine: Engine) -> Iterator[None]:
-    """Foreign errors end here. The message keeps the driver's words and drops SQL and parameters: users' texts."""
+def _local_url(state_dir: Path) -> URL:
     try:
-        yield
-    except SQLAlchemyError as error:
-        engine.dispose()
-        cause = getattr(error, "orig", None) or error
-        raise StoreUnavailableError(f"the feedback store is unavailable: {str(cause).splitlines()[0]}") from error
+        state_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise StoreUnavailableError(f"cannot create {state_dir}: {error}") from error
+    return URL.create("sqlite", database=str(database_path(state_dir)))
+
+
+def database_path(state_dir: Path) -> Path:
+    """Where the store is if no `database_url` is set."""
+    return state_dir / "feedback.db"
 
 
 def _item_keys(key: str | None, num_items: int) -> list[str | None]:

@@ -4,13 +4,14 @@ from importlib.metadata import entry_points
 
 import typer
 
-from app.commands import adapters, demo, doctor, feedback, profile, serve, training
+from app.commands import adapters, demo, doctor, drift, feedback, profile, serve, training
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help=__doc__, pretty_exceptions_enable=False)
 
 app.command("serve")(serve.serve)
 app.command("doctor")(doctor.doctor)
-app.command("demo")(demo.demo)
+app.add_typer(demo.app, name="demo")
+app.command("drift")(drift.drift)
 app.command("adapters")(adapters.adapters)
 app.command("training")(training.training)
 app.add_typer(feedback.app, name="feedback")
@@ -19,10 +20,11 @@ app.add_typer(profile.app, name="profile")
 
 def main() -> None:
     """Entry point of the `mace` command."""
-    for entry in entry_points(group="mace.commands"):  # `bench` and `simulate` stand above this package
-        command = entry.load()
-        if isinstance(command, typer.Typer):
-            app.add_typer(command, name=entry.name)
-        else:
-            app.command(entry.name)(command)
+    for group, parent in (("mace.commands", app), ("mace.commands.demo", demo.app)):
+        for entry in entry_points(group=group):  # commands of packages above this one
+            command = entry.load()
+            if isinstance(command, typer.Typer):
+                parent.add_typer(command, name=entry.name)
+            else:
+                parent.command(entry.name)(command)
     app()

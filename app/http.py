@@ -5,10 +5,11 @@ from typing import Any
 from fastapi import FastAPI
 from starlette.types import ASGIApp
 
+from app.canary_router import CanaryRouter
 from app.capture import ResponseCapture
 from app.errors import install_error_handlers
 from app.guard import RequestGuard
-from app.routes import adapters, feedback, health, models, training
+from app.routes import adapters, drift, feedback, health, models, training
 from deployments.executor import Executor
 from deployments.metrics import Meter
 
@@ -31,11 +32,13 @@ def attach_routes(app: FastAPI, executor: Executor) -> ASGIApp:
     ]
     app.state.executor = executor
     install_error_handlers(app)
-    for module in (feedback, adapters, training, models, health):
+    for module in (feedback, adapters, training, drift, models, health):
         app.include_router(module.router)
     meter = Meter("http")
+    capture = ResponseCapture(app, executor.responses.add)
+    canary = CanaryRouter(capture, executor.trial, executor.args.model.model_id)
     return RequestGuard(
-        _Lifespan(ResponseCapture(app, executor.responses.add), app),
+        _Lifespan(canary, app),
         executor.args.feedback.max_body_bytes,
         lambda reason: meter.count("requests_refused", reason=reason),
     )

@@ -7,16 +7,21 @@ ignores them silently. Times are in seconds, sizes in bytes or tokens; the name 
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
+
+from core.alignment_config import (
+    DriftConfig,
+    FeedbackConfig,
+    GateConfig,
+    QualityConfig,
+    Section,
+    VersionsConfig,
+)
 
 TINY_ASSISTANT = "builtin:tiny-assistant"
 
 
-class _Config(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
-
-
-class ModelConfig(_Config):
+class ModelConfig(Section):
     """Which model is served and under what name."""
 
     model_id: str = Field("mace-tiny", pattern=r"^[A-Za-z0-9][A-Za-z0-9._/-]*$")
@@ -28,7 +33,7 @@ class ModelConfig(_Config):
     """Seed of the built-in model."""
 
 
-class EngineConfig(_Config):
+class EngineConfig(Section):
     """How the vLLM engine runs."""
 
     max_num_seqs: int = Field(64, ge=1)
@@ -46,7 +51,7 @@ class EngineConfig(_Config):
     """Options of vLLM's OpenAI server, by their names there: `api_key`, `tool_call_parser`, `chat_template`, ..."""
 
 
-class LoraConfig(_Config):
+class LoraConfig(Section):
     """Shape of every adapter version."""
 
     rank: int = Field(16, ge=1, le=512)
@@ -55,7 +60,7 @@ class LoraConfig(_Config):
     """Adapter versions that may be active in one batch; running requests finish on their own version."""
 
 
-class TrainingConfig(_Config):
+class TrainingConfig(Section):
     """The DPO step and when its results go live."""
 
     enabled: bool = True
@@ -76,9 +81,13 @@ class TrainingConfig(_Config):
     """Upper bound of tokens that one slice takes through one layer: sets how many pairs go together."""
     head_chunk_tokens: int = Field(128, ge=1)
     max_epochs: int = Field(10, ge=1)
-    """A pair is trained at most this many times, and more than once only while the drift window complains."""
-    repeat_pairs: int = Field(64, ge=1)
-    """Further passes are made over the newest so many pairs, one for each prompt."""
+    """A pair is trained at most this many times."""
+    new_share: float = Field(0.5, gt=0, le=1)
+    """Share of a batch for pairs that were never trained. What one share cannot fill, the others may."""
+    hard_share: float = Field(0.25, ge=0, le=1)
+    """Share of a batch for pairs that the live adapter still gets wrong, highest loss first."""
+    replay_share: float = Field(0.25, ge=0, le=1)
+    """Share of a batch for a sample of pairs trained before, so that fixing today does not forget yesterday."""
     max_age_s: float = Field(20.0, gt=0)
     """A pair that waited this long is trained even if the batch is not full."""
     steps_per_candidate: int = Field(8, ge=1)
@@ -86,6 +95,8 @@ class TrainingConfig(_Config):
     max_loss: float = Field(20.0, gt=0)
     """A step whose loss is above this, or not finite, is discarded."""
     max_attempts: int = Field(3, ge=1)
+    failure_backoff_s: float = Field(1.0, ge=0)
+    """Pause after a failed step; doubles with each further failure in a row, up to 60 s."""
     arena_bytes: int | None = Field(None, ge=1 << 20)
     """Memory for activations and gradients of a step. None: half of what is free on the device once it serves."""
     seed: int = 0
@@ -97,14 +108,14 @@ class TrainingConfig(_Config):
         return self
 
 
-class SloConfig(_Config):
+class SloConfig(Section):
     """Service level objectives of inference."""
 
     ttft_s: float = Field(1.0, gt=0)
     tbt_s: float = Field(0.2, gt=0)
 
 
-class SchedulerConfig(_Config):
+class SchedulerConfig(Section):
     """Priorities and packing (paper, Algorithm 1)."""
 
     policy: Literal["mace", "inference_only", "periodic", "continuous"] = "mace"
@@ -161,7 +172,7 @@ class SchedulerConfig(_Config):
         return self
 
 
-class ProfileConfig(_Config):
+class ProfileConfig(Section):
     """The latency and memory profile of this device and model."""
 
     path: Path | None = None
@@ -171,44 +182,7 @@ class ProfileConfig(_Config):
     max_measure_s: float = Field(60.0, gt=0)
 
 
-class FeedbackConfig(_Config):
-    """The feedback store and its bounds."""
-
-    database_url: str | None = None
-    """SQLAlchemy URL; default is SQLite in WAL mode at `state_dir/feedback.db`."""
-    max_text_chars: int = Field(32_768, ge=1)
-    max_items: int = Field(1000, ge=1)
-    max_body_bytes: int = Field(8 << 20, ge=1024)
-    max_responses: int = Field(100_000, ge=1)
-    """Responses kept so that feedback can name them by id; the oldest are dropped first."""
-    holdout_fraction: float = Field(0.15, ge=0, lt=1)
-    """Share of pairs, by a stable hash, that are never trained on and serve as the gate's test set."""
-    rating_window_s: float = Field(7 * 86_400.0, gt=0)
-    """A thumb up and a thumb down on the same prompt make a pair if they came within this time of each other."""
-
-
-class DriftConfig(_Config):
-    """When new preferences call for training."""
-
-    window: int = Field(32, ge=4)
-    min_pairs: int = Field(8, ge=1)
-    """Scores in the window before drift is reported."""
-    min_accuracy: float = Field(0.9, gt=0, le=1)
-    """Below this preference accuracy over the window, drift is reported."""
-    max_loss: float = Field(0.55, gt=0)
-    """Above this mean DPO loss over the window, drift is reported (ln 2 = 0.693 is the untrained loss)."""
-
-
-class GateConfig(_Config):
-    """What a candidate must not lose against the live adapter on held-out pairs."""
-
-    max_accuracy_drop: float = Field(0.0, ge=0, le=1)
-    max_margin_drop: float = Field(0.0, ge=0)
-    max_pairs: int = Field(16, ge=1)
-    """Newest held-out pairs, one for each prompt, that both adapters are scored on."""
-
-
-class AppArgs(_Config):
+class AppArgs(Section):
     """Everything under `args:` of `serve_config.yaml`."""
 
     model: ModelConfig = ModelConfig()
@@ -220,6 +194,8 @@ class AppArgs(_Config):
     profile: ProfileConfig = ProfileConfig()
     feedback: FeedbackConfig = FeedbackConfig()
     drift: DriftConfig = DriftConfig()
+    quality: QualityConfig = QualityConfig()
     gate: GateConfig = GateConfig()
+    versions: VersionsConfig = VersionsConfig()
     state_dir: Path = Path("state")
     """Feedback, adapters, optimizer state and the built-in model live here."""

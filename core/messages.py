@@ -1,12 +1,26 @@
 """What crosses a Ray handle: built-in types in frozen dataclasses, cheap to pickle."""
 
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
-from core.types import PairScore, StepMetrics
+from core.types import PairScore, StepMetrics, TaskKind
 
 Prompt = str | list[dict[str, Any]]
 """Plain text for completions, chat messages otherwise."""
+
+
+PairRole = Literal["new", "hard", "replay"]
+"""Why a pair is trained: never trained before, still wrong, or to keep what was learnt."""
+
+
+@dataclass(frozen=True, slots=True)
+class CachedReference:
+    """Log-probabilities of a pair under the frozen reference model (nats), computed once."""
+
+    key: str
+    """Hash of base model and token ids; worthless for an executor that computes another key for the pair."""
+    chosen_logp: float
+    rejected_logp: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,16 +34,34 @@ class TrainingPair:
     dpo_loss: float | None = None
     """From the last time it was scored; None if never."""
     times_trained: int = 0
+    weight: float = 1.0
+    """The user's weight times what the quality checks left of it."""
+    reference: CachedReference | None = None
+    role: PairRole = "new"
+
+
+@dataclass(frozen=True, slots=True)
+class HeldOutPairs:
+    """The gate's test set: pairs that are never trained on."""
+
+    recent: tuple[TrainingPair, ...] = ()
+    """The newest, one for each prompt."""
+    old: tuple[TrainingPair, ...] = ()
+    """A sample of those before, back to the last change of preferences."""
 
 
 @dataclass(frozen=True, slots=True)
 class TrainingBatch:
-    """One DPO step's worth of pairs, leased to one executor."""
+    """One DPO step's worth of pairs, or pairs to score, leased to one executor."""
 
     task_id: str
     pairs: tuple[TrainingPair, ...]
     attempts: int = 0
     """Failed tries of its pairs so far."""
+    kind: TaskKind = TaskKind.TRAIN
+    """EVALUATE: score them with the live adapter."""
+    gamma: float | None = None
+    """Weight of the loss in the priority now; None: `scheduler.gamma`."""
 
     @property
     def dpo_loss(self) -> float | None:
@@ -69,6 +101,8 @@ class Headroom:
     """Device seconds that inference is expected to leave free within the next `HORIZON_S`."""
     load: ExecutorLoad | None = None
     """Its state as request routers see it; None until it was measured."""
+    may_train: bool = True
+    """False: it takes pairs to score, and none to train."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,6 +118,9 @@ class BatchOutcome:
     peak_bytes: int = 0
     unusable: tuple[tuple[str, str], ...] = ()
     """Pairs left out, with the reason (too long for the model, say); they are parked, not retried."""
+    kind: TaskKind = TaskKind.TRAIN
+    reference_keys: dict[str, str] = field(default_factory=dict)
+    """By pair id: the `CachedReference.key` of the reference log-probabilities in `scores`."""
 
 
 HORIZON_S = 10.0

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from core.batch import ForwardShape, IterationSample
-from core.messages import BatchOutcome, Headroom, TrainingBatch, TrainingPair
+from core.messages import BatchOutcome, Headroom, HeldOutPairs, TrainingBatch
 from core.types import FineTuneTask, SliceKind, TaskResult
 
 
@@ -19,8 +19,12 @@ class ControlPort(Protocol):
         """Report a batch; returns when it is committed."""
         ...
 
-    async def held_out_pairs(self) -> list[TrainingPair]:
+    async def held_out_pairs(self) -> HeldOutPairs:
         """The gate's test set."""
+        ...
+
+    async def note_live(self, version: str) -> None:
+        """Tell which version is live, after a change and at the start: the newest pairs are scored anew."""
         ...
 
 
@@ -45,12 +49,24 @@ class EnginePort(Protocol):
         """Which version `on_live` evaluations score; DamagedAdapterError if it cannot be read."""
         ...
 
-    async def save_training_state(self, path: Path) -> None:
-        """Write what `load_training_state` needs."""
+    async def save_training_state(self, path: Path, progress: dict[str, Any]) -> None:
+        """Write shadow adapter, optimizer and progress now; AdapterError if that fails."""
         ...
 
-    async def load_training_state(self, path: Path) -> bool:
-        """Restore shadow adapter and optimizer; False if there is nothing to restore."""
+    async def load_training_state(self, path: Path) -> dict[str, Any] | None:
+        """Restore shadow adapter and optimizer from a checkpoint and return its progress; None: nothing to restore."""
+        ...
+
+    async def generate(self, handle: Any, prompts: list[list[int]], max_tokens: int) -> list[list[int]]:
+        """Greedy answers (token ids, with the end-of-turn token if one came) of a version to prompts."""
+        ...
+
+    async def unload_version(self, handle: Any) -> None:
+        """Forget a version on the inference side; one that is not loaded is ignored."""
+        ...
+
+    def versions_in_use(self) -> set[str]:
+        """Names of the versions (as in `version_handle`) that unfinished requests use."""
         ...
 
     async def load_version(self, handle: Any) -> None:

@@ -39,6 +39,10 @@ class TokenizedPair:
     prompt_ids: tuple[int, ...]
     chosen_ids: tuple[int, ...]
     rejected_ids: tuple[int, ...]
+    weight: float = 1.0
+    """Factor of the pair's loss; the mean is over the number of pairs, so doubtful batches make small steps."""
+    reference: tuple[float, float] | None = None
+    """Log-probabilities of chosen and rejected under the frozen reference (nats), if they are known already."""
 
     @property
     def num_tokens(self) -> int:
@@ -73,6 +77,15 @@ class StepMetrics:
 
 
 @dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """Where the training state is written after a step, and what its learner must know to go on from there."""
+
+    path: str
+    progress: dict[str, Any]
+    """JSON values; the worker writes them into the file's header and does not look at them."""
+
+
+@dataclass(frozen=True, slots=True)
 class FineTuneTask:
     """A unit of fine-tune work for one engine: a DPO step or an evaluation."""
 
@@ -85,6 +98,10 @@ class FineTuneTask:
     """Mean loss of the pairs when they were scored last, for the priority; None if they never were."""
     attempts: int = 0
     """Failed tries before this one; each lowers the loss's part in the priority."""
+    gamma: float | None = None
+    """Weight of the loss in the priority; None: `scheduler.gamma`."""
+    checkpoint: Checkpoint | None = None
+    """Write the training state after the step; only for training."""
 
     def to_wire(self) -> dict[str, Any]:
         """Built-in types only."""
@@ -93,10 +110,8 @@ class FineTuneTask:
     @classmethod
     def from_wire(cls, data: dict[str, Any]) -> "FineTuneTask":
         """Inverse of `to_wire`; sequences may have become lists on the way."""
-        pairs = tuple(
-            TokenizedPair(p["pair_id"], tuple(p["prompt_ids"]), tuple(p["chosen_ids"]), tuple(p["rejected_ids"]))
-            for p in data["pairs"]
-        )
+        pairs = tuple(_pair_from_wire(pair) for pair in data["pairs"])
+        checkpoint = data.get("checkpoint")
         return cls(
             task_id=data["task_id"],
             kind=TaskKind(data["kind"]),
@@ -104,7 +119,21 @@ class FineTuneTask:
             on_live=bool(data.get("on_live", False)),
             dpo_loss=data.get("dpo_loss"),
             attempts=data.get("attempts", 0),
+            gamma=data.get("gamma"),
+            checkpoint=Checkpoint(checkpoint["path"], checkpoint["progress"]) if checkpoint else None,
         )
+
+
+def _pair_from_wire(data: dict[str, Any]) -> TokenizedPair:
+    reference = data.get("reference")
+    return TokenizedPair(
+        data["pair_id"],
+        tuple(data["prompt_ids"]),
+        tuple(data["chosen_ids"]),
+        tuple(data["rejected_ids"]),
+        weight=data.get("weight", 1.0),
+        reference=(reference[0], reference[1]) if reference else None,
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,6 +156,8 @@ class TaskResult:
     """Free device memory when the task ended; 0 if unknown."""
     optimizer_steps: int = 0
     """Steps applied to the shadow adapter since it was last reset, this one included."""
+    checkpoint_error: str | None = None
+    """Why a checkpoint since the last result could not be written; training and serving went on."""
 
     def to_wire(self) -> dict[str, Any]:
         """Built-in types only."""

@@ -1,8 +1,9 @@
 """CentralScheduler: the global fine-tune queue and which executor gets what.
 
-The queue holds preference pairs, ordered by `P_ft(t) + γ·L_DPO`. When an executor asks for work, the top pairs
-become one batch, and best-fit packing over the executors' reported headroom says whether this executor is the one.
-A leased batch that is not heard of again returns to the queue.
+The queue holds preference pairs in three roles (new, hard, replay), each ordered by `P_ft(t) + γ·L_DPO`. When an
+executor asks for work, its share of each role becomes one batch, and best-fit packing over the executors' reported
+headroom says whether this executor is the one. Pairs that wait for their first scores are handed out in between:
+scoring is cheap, and what is not scored has no `L_DPO` yet. A leased batch that is not heard of again returns.
 
 From the same reports `advice` ranks the executors for a prompt. It is there to be looked at: requests are routed by
 `deployments.router`, which has the same numbers and the same function, and goes on when this actor is away.
@@ -11,7 +12,6 @@ Everything here can be rebuilt: the DriftMonitor owns the durable state and stre
 `now_s` comes from the clock that is passed in, so the class is plain and testable; app.main makes it a Ray actor.
 """
 
-import itertools
 import math
 import time
 import uuid
@@ -21,16 +21,21 @@ from typing import Any
 
 from core.config import AppArgs
 from core.messages import BatchOutcome, Headroom, TrainingBatch, TrainingPair
+from core.types import TaskKind
 from deployments.metrics import Meter
+from scheduler.mixed_queue import MixedQueue
 from scheduler.packing import Bin, Demand, best_fit, first_fit
 from scheduler.placement import RankedExecutor, choose_executor
-from scheduler.task_queue import QueuedTask, TaskQueue
+from scheduler.scoring_queue import ScoringQueue
+from scheduler.task_queue import QueuedTask
 
 LEASE_S = 600.0
 """A batch not reported within this time is given to another executor."""
 
 _HEADROOM_TTL_S = 5.0
 _SMOOTHING = 0.2
+_SCORE_STEPS = 2
+"""A batch to score has at most so many steps' worth of pairs: a forward pass each, about a third of training them."""
 _UNKNOWN_MEMORY_BYTES = float(1 << 60)
 """Stands for the infinite free memory that executors report until they know; f has no value at infinity."""
 
@@ -50,7 +55,12 @@ class CentralScheduler:
         config = AppArgs.model_validate(args)
         self._config = config
         self._clock = clock
-        self._queue: TaskQueue[TrainingPair] = TaskQueue(config.scheduler)
+        training = config.training
+        shares = {"new": training.new_share, "hard": training.hard_share, "replay": training.replay_share}
+        self._queue: MixedQueue[TrainingPair] = MixedQueue(config.scheduler, shares)
+        self._to_score: ScoringQueue[TrainingPair] = ScoringQueue()
+        self._scored_last = False
+        self._gamma = config.scheduler.gamma
         self._leases: dict[str, _Lease] = {}
         self._headrooms: dict[str, tuple[float, Headroom]] = {}
         self._busy_s_per_pair = 0.0
@@ -63,13 +73,30 @@ class CentralScheduler:
         leased = self._leased_ids()
         for pair in pairs:
             if pair.pair_id not in self._queue and pair.pair_id not in leased:
-                self._queue.push(QueuedTask(pair.pair_id, pair, now_s, pair.dpo_loss))
+                self._queue.push(QueuedTask(pair.pair_id, pair, now_s, pair.dpo_loss), pair.role)
         self._meter.set_gauge("finetune_queue_pairs", len(self._queue))
 
-    def known_pair_ids(self) -> list[str]:
-        """Ids of all pairs that are queued or leased."""
+    def enqueue_scoring(self, pairs: list[TrainingPair]) -> None:
+        """Add pairs to be scored by the live adapter; those that wait for it already are left as they are."""
+        leased = self._leased_ids(TaskKind.EVALUATE)
+        for pair in pairs:
+            if pair.pair_id not in leased:
+                self._to_score.push(pair.pair_id, pair)
+
+    def set_gamma(self, gamma: float) -> None:
+        """Weight of the loss in the priority of everything queued, from now on."""
+        if gamma != self._gamma:
+            self._gamma = gamma
+            self._queue.set_gamma(gamma)
+        self._meter.set_gauge("finetune_gamma", gamma)
+
+    def known_pair_ids(self) -> dict[str, list[str]]:
+        """Ids of all pairs that are queued or leased, under `train` and `score`."""
         self._expire_leases()
-        return [*self._queue.ids(), *self._leased_ids()]
+        return {
+            "train": [*self._queue.ids(), *self._leased_ids(TaskKind.TRAIN)],
+            "score": [*self._to_score.ids(), *self._leased_ids(TaskKind.EVALUATE)],
+        }
 
     def poll(self, headroom: Headroom) -> TrainingBatch | None:
         """Work for an executor, or None: nothing is due, or another executor fits better."""
@@ -80,15 +107,18 @@ class CentralScheduler:
         if any(lease.executor_id == headroom.executor_id for lease in self._leases.values()):
             self._release_executor(headroom.executor_id)  # it restarted and forgot
         size = min(len(self._queue), self._config.training.pairs_per_step)
-        if not self._is_due(size, now_s) or not self._is_best_fit(headroom, size, now_s):
-            return None
-        return self._lease(headroom.executor_id, size, now_s)
+        is_due = headroom.may_train and self._is_due(size, now_s) and self._is_best_fit(headroom, size, now_s)
+        if self._to_score and not (is_due and self._scored_last):  # alternately, if both wait
+            return self._lease_scoring(headroom.executor_id, now_s)
+        return self._lease(headroom.executor_id, size, now_s) if is_due else None
 
     def failed_for_good(self, outcome: BatchOutcome) -> list[str]:
         """Ids of the batch's pairs that failed as often as allowed and must be parked. Changes nothing."""
         lease = self._leases.get(outcome.task_id)
         if lease is None or outcome.error is None or lease.attempts + 1 < self._config.training.max_attempts:
             return []
+        if lease.batch.kind is TaskKind.EVALUATE and len(lease.batch.pairs) > 1:
+            return []  # the bad pair of a batch is found by scoring them one by one
         return [pair.pair_id for pair in lease.batch.pairs]
 
     def complete(self, outcome: BatchOutcome) -> None:
@@ -99,12 +129,15 @@ class CentralScheduler:
         if lease is None:
             return
         if outcome.error is None:
+            if lease.batch.kind is TaskKind.EVALUATE:
+                return
             num_pairs = len(lease.batch.pairs)
             self._busy_s_per_pair = _smooth(self._busy_s_per_pair, outcome.busy_s / num_pairs)
             self._bytes_per_pair = _smooth(self._bytes_per_pair, outcome.peak_bytes / num_pairs)
             return
         unusable = failed_for_good | {pair_id for pair_id, _ in outcome.unusable}
-        self._requeue([pair for pair in lease.batch.pairs if pair.pair_id not in unusable], lease.attempts + 1)
+        left = [pair for pair in lease.batch.pairs if pair.pair_id not in unusable]
+        self._requeue(lease.batch.kind, left, lease.attempts + 1)
 
     def advice(
         self, prompt_tokens: int, cached_prefix_tokens: Mapping[str, int] | None = None
@@ -120,13 +153,16 @@ class CentralScheduler:
 
     def stats(self) -> dict[str, Any]:
         """Queue length, leases, executors, and where a short prompt would go, for `/v1/training`."""
-        top = self._queue.peek()
+        top, config = self._queue.peek(), self._config.scheduler
         return {
             "queued_pairs": len(self._queue),
+            "queued_by_role": self._queue.lengths(),
+            "pairs_to_score": len(self._to_score),
+            "gamma": self._gamma,
             "leased_batches": len(self._leases),
             "executors": sorted(self._headrooms),
             "placement": [_to_wire(ranked) for ranked in self.advice(1)],
-            "top_priority": None if top is None else top.priority_at(self._clock(), self._config.scheduler),
+            "top_priority": None if top is None else top.priority_at(self._clock(), config, self._gamma),
         }
 
     def _is_due(self, size: int, now_s: float) -> bool:
@@ -158,23 +194,30 @@ class CentralScheduler:
         return Bin(room.executor_id, self._config.scheduler.tau_mem * memory_bytes, room.latency_s)
 
     def _lease(self, executor_id: str, size: int, now_s: float) -> TrainingBatch:
-        tasks = [task for task in (self._queue.pop() for _ in range(size)) if task is not None]
+        tasks = self._queue.pop_batch(size)
         attempts = max(task.attempts for task in tasks)
         pairs = tuple(task.payload for task in tasks)
-        batch = TrainingBatch(f"ft-{uuid.uuid4().hex[:12]}", pairs, attempts)
+        batch = TrainingBatch(f"ft-{uuid.uuid4().hex[:12]}", pairs, attempts, gamma=self._gamma)
         self._leases[batch.task_id] = _Lease(batch, executor_id, now_s + LEASE_S, attempts)
+        self._scored_last = False
         self._meter.set_gauge("finetune_queue_pairs", len(self._queue))
+        return batch
+
+    def _lease_scoring(self, executor_id: str, now_s: float) -> TrainingBatch:
+        """The pairs that wait longest for their scores."""
+        pairs, attempts = self._to_score.pop_batch(_SCORE_STEPS * self._config.training.pairs_per_step)
+        task_id = f"score-{uuid.uuid4().hex[:12]}"
+        batch = TrainingBatch(task_id, tuple(pairs), attempts, TaskKind.EVALUATE, self._gamma)
+        self._leases[batch.task_id] = _Lease(batch, executor_id, now_s + LEASE_S, attempts)
+        self._scored_last = True
         return batch
 
     def _has_lease(self, executor_id: str) -> bool:
         return any(lease.executor_id == executor_id for lease in self._leases.values())
 
-    def _leased_ids(self) -> set[str]:
-        return set(
-            itertools.chain.from_iterable(
-                (p.pair_id for p in lease.batch.pairs) for lease in self._leases.values()
-            )
-        )
+    def _leased_ids(self, kind: TaskKind = TaskKind.TRAIN) -> set[str]:
+        batches = [lease.batch for lease in self._leases.values() if lease.batch.kind is kind]
+        return {pair.pair_id for batch in batches for pair in batch.pairs}
 
     def _expire_leases(self) -> None:
         now_s = self._clock()
@@ -188,11 +231,15 @@ class CentralScheduler:
         for task_id, lease in list(self._leases.items()):
             if is_over(lease):
                 del self._leases[task_id]
-                self._requeue(list(lease.batch.pairs), lease.attempts)
+                self._requeue(lease.batch.kind, list(lease.batch.pairs), lease.attempts)
 
-    def _requeue(self, pairs: list[TrainingPair], attempts: int) -> None:
+    def _requeue(self, kind: TaskKind, pairs: list[TrainingPair], attempts: int) -> None:
         for pair in pairs:
-            self._queue.push(QueuedTask(pair.pair_id, pair, self._clock(), pair.dpo_loss, attempts))
+            if kind is TaskKind.EVALUATE:
+                self._to_score.push(pair.pair_id, pair, attempts)
+            else:
+                task = QueuedTask(pair.pair_id, pair, self._clock(), pair.dpo_loss, attempts)
+                self._queue.push(task, pair.role)
 
 
 def _to_wire(ranked: RankedExecutor) -> dict[str, Any]:

@@ -10,11 +10,12 @@ import ray
 
 from alignment.formats import ExportFormat
 from alignment.pairs import StoredResponse
-from core.messages import BatchOutcome, Headroom, TrainingBatch, TrainingPair
+from core.messages import BatchOutcome, Headroom, HeldOutPairs, TrainingBatch, TrainingPair
 from deployments.central_scheduler import CentralScheduler
 from deployments.drift_monitor import DriftMonitor
 
 _MONITOR_THREADS = 8
+_TIMEOUT_S = 30.0
 
 
 class _QueueProxy:
@@ -23,11 +24,17 @@ class _QueueProxy:
     def __init__(self, actor: Any) -> None:
         self._actor = actor
 
-    def known_pair_ids(self) -> list[str]:
-        return list(ray.get(self._actor.known_pair_ids.remote(), timeout=30))
+    def known_pair_ids(self) -> dict[str, list[str]]:
+        return dict(ray.get(self._actor.known_pair_ids.remote(), timeout=_TIMEOUT_S))
 
     def enqueue(self, pairs: list[TrainingPair]) -> None:
-        ray.get(self._actor.enqueue.remote(pairs), timeout=30)
+        ray.get(self._actor.enqueue.remote(pairs), timeout=_TIMEOUT_S)
+
+    def enqueue_scoring(self, pairs: list[TrainingPair]) -> None:
+        ray.get(self._actor.enqueue_scoring.remote(pairs), timeout=_TIMEOUT_S)
+
+    def set_gamma(self, gamma: float) -> None:
+        ray.get(self._actor.set_gamma.remote(gamma), timeout=_TIMEOUT_S)
 
 
 class Control:
@@ -68,9 +75,21 @@ class Control:
         """See `DriftMonitor.put_responses`."""
         return await self._monitor.put_responses.remote(responses)
 
-    async def held_out_pairs(self) -> list[TrainingPair]:
+    async def held_out_pairs(self) -> HeldOutPairs:
         """See `DriftMonitor.held_out_pairs`."""
         return await self._monitor.held_out_pairs.remote()
+
+    async def note_live(self, version: str) -> None:
+        """See `DriftMonitor.note_live`."""
+        await self._monitor.note_live.remote(version)
+
+    async def drift(self, limit: int, stream: str | None) -> dict[str, Any]:
+        """See `DriftMonitor.drift`."""
+        return await self._monitor.drift.remote(limit, stream)
+
+    async def rating_counts(self, since_s: float) -> dict[str | None, tuple[int, int]]:
+        """See `DriftMonitor.rating_counts`."""
+        return await self._monitor.rating_counts.remote(since_s)
 
     async def poll(self, headroom: Headroom) -> TrainingBatch | None:
         """See `CentralScheduler.poll`."""

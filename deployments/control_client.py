@@ -7,7 +7,7 @@ import ray.exceptions
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, RayServeException
 
 from core.errors import ControlUnavailableError, MaceError
-from core.messages import BatchOutcome, Headroom, TrainingBatch, TrainingPair
+from core.messages import BatchOutcome, Headroom, HeldOutPairs, TrainingBatch
 from deployments.metrics import Meter
 
 _CALL_TIMEOUT_S = 30.0
@@ -44,9 +44,21 @@ class ControlClient:
         """Remember responses."""
         return await self._call("put_responses", responses)
 
-    async def held_out_pairs(self) -> list[TrainingPair]:
+    async def held_out_pairs(self) -> HeldOutPairs:
         """The gate's test set."""
         return await self._call("held_out_pairs")
+
+    async def note_live(self, version: str) -> None:
+        """Which version is live here."""
+        await self._call("note_live", version)
+
+    async def drift(self, limit: int, stream: str | None) -> dict[str, Any]:
+        """Drift streams, what follows from them, and the newest events."""
+        return await self._call("drift", limit, stream)
+
+    async def rating_counts(self, since_s: float) -> dict[str | None, tuple[int, int]]:
+        """Thumbs up and down by adapter version."""
+        return await self._call("rating_counts", since_s)
 
     async def poll(self, headroom: Headroom) -> TrainingBatch | None:
         """Work for this executor, if any is due."""

@@ -1,10 +1,7 @@
 """DriftMonitor: owns the feedback store, watches for drift, streams pairs into the fine-tune queue.
 
-A new pair is trained on once, which also scores it. Further passes over it (up to `max_epochs`) are made only while
-the drift window says that the model still gets recent preferences wrong. So a quiet stream costs next to
-nothing and a change of taste calls for as much training as it needs.
-
-Runs as a Ray actor with several threads; the store is thread-safe, the rest is guarded by one lock. Everything
+Every new pair is scored by the live adapter first; `ScoreJudge` draws the conclusions, `PairStream` chooses what is
+trained. Runs as a Ray actor with several threads; the store is thread-safe, the rest is guarded by locks. Everything
 durable is in the store, so the actor can be killed at any moment.
 """
 
@@ -12,40 +9,37 @@ import logging
 import threading
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import asdict
-from typing import Any, Protocol
+from dataclasses import asdict, dataclass
+from typing import Any
 
-from alignment.drift import DriftWindow
 from alignment.formats import ExportFormat, import_jsonl
-from alignment.pair_store import StoredPair
 from alignment.pairs import StoredResponse
 from alignment.records import FEEDBACK_TYPES
 from alignment.store import FeedbackStore
 from core.config import AppArgs
 from core.errors import StoreUnavailableError
-from core.messages import BatchOutcome, TrainingPair
+from core.messages import BatchOutcome, HeldOutPairs
+from core.types import TaskKind
 from deployments.metrics import Meter
+from deployments.pair_stream import FineTuneQueue, PairStream, training_pair
+from deployments.score_judge import ScoreJudge, stored_version
 
 logger = logging.getLogger(__name__)
 
 STREAM_INTERVAL_S = 0.25
-_QUEUE_AHEAD_BATCHES = 4
-"""Pairs kept queued ahead of training, in batches: enough to have a choice, few enough to follow new feedback."""
 _EXPORT_CHUNK = 1000
 _IMPORT_BATCH = 500
 _RECORDED_TASKS = 1000
+_MAX_HISTORY = 1000
 
 
-class FineTuneQueue(Protocol):
-    """What the monitor needs of the CentralScheduler."""
+@dataclass(frozen=True, slots=True)
+class _Parts:
+    """What needs the store; made when that can be opened."""
 
-    def known_pair_ids(self) -> list[str]:
-        """Ids that are queued or leased."""
-        ...
-
-    def enqueue(self, pairs: list[TrainingPair]) -> None:
-        """Add pairs to the queue."""
-        ...
+    store: FeedbackStore
+    judge: ScoreJudge
+    stream: PairStream
 
 
 class DriftMonitor:
@@ -54,10 +48,9 @@ class DriftMonitor:
     def __init__(self, args: dict[str, Any], queue: FineTuneQueue) -> None:
         self._config = AppArgs.model_validate(args)
         self._queue = queue
-        self._window = DriftWindow(self._config.drift)
         self._lock = threading.Lock()
         self._meter = Meter("drift_monitor")
-        self._store: FeedbackStore | None = None
+        self._parts: _Parts | None = None
         self._stopped = threading.Event()
         self._recorded: deque[str] = deque(maxlen=_RECORDED_TASKS)
         self._thread: threading.Thread | None = None
@@ -75,7 +68,7 @@ class DriftMonitor:
         Raises:
             StoreUnavailableError, InvalidFeedbackError: see `FeedbackStore.add`.
         """
-        outcomes = self._open_store().add(items, idempotency_key=idempotency_key)
+        outcomes = self._open().store.add(items, idempotency_key=idempotency_key)
         for item, outcome in zip(items, outcomes, strict=True):
             kind = item.get("type", "preference") if isinstance(item, dict) else "malformed"
             self._meter.count("feedback_received", type=_known_type(kind), status=outcome.status)
@@ -84,86 +77,88 @@ class DriftMonitor:
     def import_feedback(self, body: bytes) -> dict[str, Any]:
         """Store a JSONL body line by line; returns the report (counts, errors with line numbers)."""
         batch = min(_IMPORT_BATCH, self._config.feedback.max_items)
-        return asdict(import_jsonl(body.splitlines(), self._open_store().add, batch))
+        return asdict(import_jsonl(body.splitlines(), self._open().store.add, batch))
 
     def feedback_page(self, after: str | None, limit: int, kind: str | None) -> dict[str, Any]:
         """A stretch of the stored items, oldest first."""
-        return asdict(self._open_store().page(after=after, limit=limit, type=kind))
+        return asdict(self._open().store.page(after=after, limit=limit, type=kind))
 
     def export_chunk(self, format: ExportFormat, after: int) -> tuple[list[dict[str, Any]], int | None]:
         """Up to a thousand rows of the export after a position, and the next position; None at the end."""
-        return self._open_store().export_chunk(format, after, _EXPORT_CHUNK)
+        return self._open().store.export_chunk(format, after, _EXPORT_CHUNK)
 
     def put_responses(self, responses: list[StoredResponse]) -> int:
         """Remember responses so that feedback can name them."""
-        stored = self._open_store().put_responses(responses)
+        stored = self._open().store.put_responses(responses)
         self._meter.count("responses_stored", stored)
         return stored
 
-    def held_out_pairs(self) -> list[TrainingPair]:
-        """The gate's test set: the newest held-out pairs, the newest of each prompt."""
-        return [_training_pair(pair) for pair in self._open_store().held_out_pairs(self._config.gate.max_pairs)]
+    def held_out_pairs(self) -> HeldOutPairs:
+        """The gate's test set: the newest held-out pairs, and a sample of those before, back to the last change."""
+        gate, parts = self._config.gate, self._open()
+        recent, old = parts.store.held_out(
+            gate.max_pairs,
+            gate.max_old_pairs,
+            since_seq=parts.judge.last_change_seq,
+            seed=self._config.training.seed,
+        )
+        return HeldOutPairs(tuple(map(training_pair, recent)), tuple(map(training_pair, old)))
+
+    def note_live(self, version: str) -> None:
+        """Which version executors serve; after a change the newest pairs are scored again."""
+        self._open().judge.note_live(version)
 
     def record(self, outcome: BatchOutcome, failed_ids: list[str], version: str | None) -> None:
         """Write down what became of a batch: scores, counts of training, pairs that must be parked."""
-        store = self._open_store()
+        parts = self._open()
         if outcome.task_id in self._recorded:  # a repeat: the first answer got lost on its way
             return
-        if outcome.scores:
-            store.mark_trained([score.pair_id for score in outcome.scores], outcome.scores, version)
-            with self._lock:
-                for score in outcome.scores:
-                    self._window.update(score.loss, score.margin)
+        if outcome.scores and outcome.kind is TaskKind.TRAIN:
+            parts.store.mark_trained(
+                [score.pair_id for score in outcome.scores], outcome.scores, stored_version(version)
+            )
             self._meter.count("pairs_trained", len(outcome.scores))
+        elif outcome.scores:
+            parts.judge.take_scores(outcome, version)
+            self._meter.count("pairs_scored", len(outcome.scores))
         for pair_id, reason in outcome.unusable:
-            store.park(pair_id, reason)
+            parts.store.park(pair_id, reason)
         for pair_id in failed_ids:
-            store.park(pair_id, outcome.error or "failed")
+            parts.store.park(pair_id, outcome.error or "failed")
         self._recorded.append(outcome.task_id)
-        self._show_drift()
+        self._show(parts.judge)
 
-    def drift(self) -> dict[str, Any]:
-        """State of the drift window."""
-        with self._lock:
-            return {
-                "drifted": self._window.drifted,
-                "reason": self._window.reason,
-                "accuracy": self._window.accuracy,
-                "mean_loss": self._window.mean_loss,
-            }
+    def drift(self, limit: int = 50, stream: str | None = None) -> dict[str, Any]:
+        """State of all streams, what follows from it, and the newest events; for `/v1/drift`."""
+        parts = self._open()
+        events = parts.store.drift_events(min(max(limit, 0), _MAX_HISTORY), stream)
+        return {**parts.judge.report(), "history": [asdict(event) for event in events]}
 
     def stats(self) -> dict[str, Any]:
         """Store sizes and drift, for `/v1/training`."""
-        return {"store": asdict(self._open_store().counts()), "drift": self.drift()}
+        parts = self._open()
+        return {"store": asdict(parts.store.counts()), "drift": parts.judge.summary()}
+
+    def rating_counts(self, since_s: float) -> dict[str | None, tuple[int, int]]:
+        """Thumbs up and down since a time (Unix seconds), by the adapter version that was rated."""
+        return self._open().store.rating_counts(since_s)
 
     def stream_once(self) -> int:
-        """Queue pairs that should be trained on; returns how many."""
-        ahead = _QUEUE_AHEAD_BATCHES * self._config.training.pairs_per_step
-        known = set(self._queue.known_pair_ids())
-        room = ahead - len(known)
-        if room <= 0:
-            return 0
-        pairs = self._open_store().next_training_pairs(room, 1, exclude=known)
-        if len(pairs) < room and self.drift()["drifted"]:
-            pairs += self._repeats(room - len(pairs), known | {pair.pair_id for pair in pairs})
-        if pairs:
-            self._queue.enqueue([_training_pair(pair) for pair in pairs])
-        return len(pairs)
+        """Queue pairs that should be scored or trained on; returns how many."""
+        return self._open().stream.stream_once()
 
-    def _repeats(self, limit: int, exclude: set[str]) -> list[StoredPair]:
-        """Recent pairs for another pass, least trained first: those that the window complains about."""
-        training = self._config.training
-        recent = self._open_store().recent_training_pairs(training.repeat_pairs)
-        again = [
-            pair for pair in recent if 0 < pair.times_trained < training.max_epochs and pair.pair_id not in exclude
-        ]
-        return sorted(again, key=lambda pair: pair.times_trained)[:limit]
+    def _open(self) -> _Parts:
+        """The store and what works on it.
 
-    def _open_store(self) -> FeedbackStore:
+        Raises:
+            StoreUnavailableError: it cannot be opened now; the next call tries again.
+        """
         with self._lock:
-            if self._store is None:
-                self._store = FeedbackStore.open(self._config.feedback, self._config.state_dir)
-            return self._store
+            if self._parts is None:
+                store = FeedbackStore.open(self._config.feedback, self._config.state_dir)
+                judge = ScoreJudge(self._config, store)
+                self._parts = _Parts(store, judge, PairStream(self._config, store, judge, self._queue))
+            return self._parts
 
     def _stream_forever(self) -> None:
         while not self._stopped.wait(STREAM_INTERVAL_S):
@@ -177,15 +172,13 @@ class DriftMonitor:
                 logger.exception("streaming pairs failed, will go on")
                 self._stopped.wait(1.0)
 
-    def _show_drift(self) -> None:
-        state = self.drift()
+    def _show(self, judge: ScoreJudge) -> None:
+        state = judge.summary()
         self._meter.set_gauge("drift_detected", float(state["drifted"]))
+        self._meter.set_gauge("drift_level", state["level"])
+        self._meter.set_gauge("retrain_rate", state["retrain_rate"])
         if state["accuracy"] is not None:
             self._meter.set_gauge("drift_accuracy", state["accuracy"])
-
-
-def _training_pair(pair: StoredPair) -> TrainingPair:
-    return TrainingPair(pair.pair_id, pair.prompt, pair.chosen, pair.rejected, pair.last_loss, pair.times_trained)
 
 
 def _known_type(kind: object) -> str:

@@ -15,19 +15,20 @@ from typing import Any
 from alignment.registry import AdapterRegistry
 from core.batch import IterationSample
 from core.config import AppArgs
+from deployments.canary import CanaryTrial
 from deployments.control_client import ControlClient
 from deployments.iteration_monitor import IterationMonitor
 from deployments.learner import Learner
 from deployments.load_meter import LoadMeter
 from deployments.profiling import background_profiler, target_warnings, with_profile_path
 from deployments.response_log import ResponseLog
+from deployments.training_progress import CheckpointSlot
 from deployments.versions import AdapterVersions
 from engine.engine_load import read_engine_load
 from engine.hybrid_engine import HybridEngine
 from engine.model_source import base_model_name, resolve_model
 from engine.pair_tokens import PairTokenizer
 from engine.vllm_compat import configure_environment
-from profiler.background import BackgroundProfiler
 
 logger = logging.getLogger(__name__)
 
@@ -43,10 +44,12 @@ class Executor:
         self.control = ControlClient(control)
         self.responses = ResponseLog(self.control)
         self._attach_routes = attach_routes
-        self._background: list[asyncio.Task[None]] = []
+        self._background: list[asyncio.Task[Any]] = []
+        self._slot = CheckpointSlot(self.args.state_dir / "training")
         self.engine: HybridEngine
         self.versions: AdapterVersions
         self.learner: Learner | None = None
+        self.trial: CanaryTrial
         self.load: LoadMeter
         self.iterations = IterationMonitor()
         self.base_model = ""
@@ -74,15 +77,17 @@ class Executor:
         )
         self.base_model = base_model_name(self.args.model, model_dir)
         registry = await asyncio.to_thread(AdapterRegistry.open, state_dir / "adapters", self.base_model)
-        self.versions = AdapterVersions(self.engine, registry, self.args.model.model_id)
+        self.versions = AdapterVersions(self.engine, registry, self.args.model.model_id, self.args.versions)
+        self.trial = CanaryTrial(self.versions, self.args.versions, self.args.slo, self.control.rating_counts)
         app = await self.engine.build_openai_app(self.versions.base_names)
         await self.versions.attach(app.state.openai_serving_models.lora_requests)
         if self.args.training.enabled and self.args.scheduler.policy != "inference_only":
             await self._start_learning(model_dir, registry)
         self._background.append(asyncio.create_task(self.responses.run()))
+        self._background.append(asyncio.create_task(self.trial.run()))
         profiler = background_profiler(self.engine, self.args)
         if profiler is not None:
-            self._background.append(asyncio.create_task(_measure(profiler)))
+            self._background.append(asyncio.create_task(profiler.run()))
         self.is_ready = True
         return self._attach_routes(app, self)
 
@@ -129,12 +134,8 @@ class Executor:
             tokenizer=tokenizer,
             args=self.args,
             base_model=self.base_model,
+            checkpoint=await asyncio.to_thread(self._slot.claim),
             current_load=lambda: self.load.latest,
         )
         await self.learner.restore()
         self._background.append(asyncio.create_task(self.learner.run()))
-
-
-async def _measure(profiler: BackgroundProfiler) -> None:
-    """Measure once, for the next start; this engine has learnt from the same iterations already."""
-    await profiler.run()

@@ -1,10 +1,8 @@
 """What an executor's learner is doing and has done: counters for `/v1/training`. Reset by a restart."""
 
-import math
 import time
 from dataclasses import dataclass, field
 
-from alignment.gate import GateDecision
 from core.types import StepMetrics
 
 
@@ -13,7 +11,7 @@ class LearnerStatus:
     """What `/v1/training` shows of this executor."""
 
     phase: str = "idle"
-    """idle, training, evaluating, publishing or paused."""
+    """idle, scoring, training, evaluating, publishing, backing off, pinned or paused."""
     paused: bool = False
     pause_reason: str | None = None
     steps: int = 0
@@ -27,13 +25,6 @@ class LearnerStatus:
     pairs_per_s: float = 0.0
     """Smoothed over the last steps, from batch to batch while training."""
     task_id: str | None = None
-    steps_since_candidate: int = 0
+    restored_steps: int = 0
+    """`total_steps` of the checkpoint that this process started from."""
     started_at: float = field(default_factory=time.time)
-
-    def candidate_metrics(self, decision: GateDecision) -> dict[str, float | None]:
-        """What the manifest of a candidate tells: the gate's numbers and those of the last step; finite ones only."""
-        metrics = {name: value for name, value in decision.to_wire().items() if isinstance(value, int | float)}
-        metrics.pop("accepted")
-        if self.last is not None:
-            metrics |= {"train_loss": self.last.loss, "train_margin": self.last.margin}
-        return {name: value for name, value in metrics.items() if math.isfinite(value)}

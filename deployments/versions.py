@@ -4,23 +4,32 @@
 in one dict and keeps the handle it found for the whole request; so publishing is one assignment in that dict, made
 on the event loop: requests see either the old or the new version, and running ones finish on their own.
 Each version has its own name and number inside vLLM, because its prefix cache is keyed by the adapter's name.
+The registry on disk, which several executors share, is the truth; here is its image in this process.
 """
 
 import asyncio
 import logging
 import time
+from collections.abc import Collection
 from dataclasses import dataclass
+from enum import StrEnum
+from pathlib import Path
 from typing import Any
 
+from alignment.activation_log import BASE as BASE
+from alignment.activation_log import Actor
 from alignment.adapter_files import version_number
+from alignment.lineage import is_rollback, lineage_row, lineage_rows
 from alignment.registry import AdapterRegistry, AdapterVersion
-from core.errors import UnknownVersionError
+from alignment.retention import prune
+from alignment.serving_state import Serving
+from core.alignment_config import VersionsConfig
+from core.errors import AdapterError, UnknownVersionError
 from core.ports import EnginePort
 from deployments.metrics import Meter
+from deployments.served_names import ServedNames
 
 logger = logging.getLogger(__name__)
-
-BASE = "base"
 
 
 @dataclass(slots=True)
@@ -31,15 +40,34 @@ class PublishTiming:
     move_s: float = 0.0
 
 
+class Published(StrEnum):
+    """What became of a version that passed the gate."""
+
+    LIVE = "live"
+    CANARY = "canary"
+    """On trial; training goes on from it."""
+    HELD = "held"
+    """A pin or another trial keeps it from the traffic; training goes back to what is live."""
+
+
 class AdapterVersions:
     """The served names. Methods run on the replica's event loop; disk work goes to threads."""
 
-    def __init__(self, engine: EnginePort, registry: AdapterRegistry, model_id: str) -> None:
+    def __init__(
+        self, engine: EnginePort, registry: AdapterRegistry, model_id: str, config: VersionsConfig | None = None
+    ) -> None:
         self._engine = engine
         self._registry = registry
         self._model_id = model_id
-        self._names: dict[str | None, Any] = {}
-        self._live: str | None = None
+        self._config = config or VersionsConfig()
+        self._names = ServedNames(engine, model_id)
+        self._known: set[str] = set()
+        """Versions on disk that have been looked at, usable or not."""
+        self._serving = Serving()
+        self._pointed_at: str | None = None
+        """What `<name>` is here."""
+        self._training_base: str | None = None
+        """As the learner knows it; see `follow_registry`."""
         self._changing = asyncio.Lock()
         self._meter = Meter("executor")
         self.last_publish = PublishTiming()
@@ -47,122 +75,226 @@ class AdapterVersions:
     @property
     def live(self) -> str:
         """Version that `<name>` answers with: `v000N` or `base`."""
-        return self._live or BASE
+        return self._serving.live or BASE
+
+    @property
+    def pinned(self) -> str | None:
+        """What is pinned, `v000N` or `base`; None if publishing is free."""
+        return self._serving.pinned
+
+    @property
+    def canary(self) -> str | None:
+        """The version on trial with a share of the traffic."""
+        return self._serving.canary
+
+    @property
+    def training_base(self) -> str:
+        """What training goes on from: the canary while there is one, else the live version; `v000N` or `base`."""
+        return self._serving.training_base or BASE
+
+    @property
+    def live_handle(self) -> Any:
+        """The inference side's handle of what is live; None is the bare base model."""
+        return self._names.live
 
     @property
     def base_names(self) -> list[str]:
         """Names of the base model. `<name>` is one of them until a version is live."""
-        return [f"{self._model_id}@{BASE}", self._model_id]
+        return [self._names.of(BASE), self._model_id]
+
+    def name_of(self, version: str) -> str:
+        """Model name of a version or of `base`."""
+        return self._names.of(version)
 
     async def attach(self, names: dict[str | None, Any]) -> None:
         """Take over vLLM's dict of adapter names; fill in the versions on disk and restore the live one.
 
         A damaged version is left out; if it is the live one, the newest sound one before it takes its place.
         """
-        self._names = names
-        for version in await asyncio.to_thread(self._published):
-            self._names[self._name_of(version)] = self._handle(version)
-        await self._point_at(await asyncio.to_thread(self._registry.recover_live))
+        self._names.attach(names)
+        await asyncio.to_thread(self._registry.recover_live)
+        await self.refresh()
+        self._training_base = self._serving.training_base
 
-    async def publish(self, version: AdapterVersion) -> None:
-        """Make a committed version known and live."""
-        self._names[self._name_of(version)] = self._handle(version)
-        await self.activate(version.name)
-
-    async def follow_registry(self) -> bool:
-        """Point where the registry points, if another executor on the same state directory moved it.
-
-        Returns:
-            Whether something changed here.
+    async def publish(self, version: AdapterVersion) -> Published:
+        """Take in a version that passed the gate: live at once, on trial first, or held by a pin.
 
         Raises:
-            AdapterError: the version cannot be loaded; what was live here stays live here.
+            AdapterError: it cannot be loaded, or the disk refuses; what was live stays live.
         """
         async with self._changing:
-            name = await asyncio.to_thread(self._registry.live_name)
-            if name == self._live:
-                return False
-            version = None if name is None else await asyncio.to_thread(self._registry.get, name)
-            if version is not None:
-                self._names[self._name_of(version)] = self._handle(version)
-            await self._point_at(version)
-            return True
+            await self._engine.load_version(self._names.add(version))
+            serving, reason = self._registry.serving, version.manifest.reason
+            if self._config.canary_share > 0:
+                started = await asyncio.to_thread(serving.start_canary, version.name, reason)
+                outcome = Published.CANARY if started else Published.HELD
+                self._serving = await asyncio.to_thread(serving.read)
+            else:
+                outcome = Published.LIVE if await self._move(version, "gate", reason) else Published.HELD
+            if outcome is Published.HELD:
+                obstacle = f"{self.pinned} is pinned" if self.pinned else f"{self.canary} is on trial"
+                logger.info("%s passed the gate but is held: %s", version.name, obstacle)
+            else:
+                self._training_base = self._serving.training_base
+            return outcome
 
-    async def activate(self, name: str) -> None:
-        """Point `<name>` at a version, or at `base`.
+    async def activate(self, name: str, *, pin: bool | None = None, reason: str = "") -> None:
+        """Point `<name>` at a version, or at `base`, because someone said so; ends a trial.
+
+        Args:
+            name: `v000N` or `base`.
+            pin: whether the gate may move on from it. None: pinned if it is older than the newest good version.
+            reason: for the lineage.
 
         Raises:
             UnknownVersionError: no such published version.
             DamagedAdapterError: it cannot be loaded; what was live stays live.
         """
         async with self._changing:
-            if name == BASE:
-                await asyncio.to_thread(self._registry.activate, None)
-                await self._point_at(None)
-                return
-            version = await asyncio.to_thread(self._registry.get, name)
-            if version.manifest.status != "published":
+            version = None if name == BASE else await asyncio.to_thread(self._registry.get, name)
+            if version is not None and version.manifest.status != "published":
                 raise UnknownVersionError(f"{name} was rejected by the gate: {version.manifest.reason}")
-            await self._point_at(version)
-            await asyncio.to_thread(self._registry.activate, name)
+            if pin is None:
+                pin = await asyncio.to_thread(is_rollback, self._registry, name)
+            await self._move(version, "api", reason, pin=pin)
+
+    async def release_pin(self, reason: str = "") -> bool:
+        """Let the gate publish again; False if nothing was pinned."""
+        async with self._changing:
+            released = await asyncio.to_thread(self._registry.serving.release_pin, reason)
+            self._serving = await asyncio.to_thread(self._registry.serving.read)
+            return released
+
+    async def promote_canary(self, name: str, reason: str) -> bool:
+        """End a trial well: the canary goes live. False if it is not on trial (any more)."""
+        async with self._changing:
+            return await self._move(await asyncio.to_thread(self._registry.get, name), "canary", reason)
+
+    async def roll_back_canary(self, name: str, reason: str) -> bool:
+        """End a trial badly: the canary gets no more traffic. False if it is not on trial (any more)."""
+        async with self._changing:
+            ended = await asyncio.to_thread(lambda: self._registry.serving.roll_back(name, reason=reason))
+            self._serving = await asyncio.to_thread(self._registry.serving.read)
+            return ended
+
+    async def follow_registry(self) -> bool:
+        """`refresh`, for the learner.
+
+        Returns:
+            Whether `training_base` is another one than at the last call, not counting what `publish` did.
+
+        Raises:
+            AdapterError: the version cannot be loaded; what was live here stays live here.
+        """
+        await self.refresh()
+        changed = self._serving.training_base != self._training_base
+        self._training_base = self._serving.training_base
+        return changed
+
+    async def refresh(self) -> None:
+        """Take over what is on disk: new and deleted versions, and where this or another executor moved the pointers.
+
+        Raises:
+            AdapterError: the live version cannot be loaded; what was live here stays live here.
+        """
+        async with self._changing:
+            serving, new, gone = await asyncio.to_thread(self._look)
+            for version in new:
+                self._names.add(version)
+            await self._forget(serving.retired.keys(), gone)
+            if serving.live != self._pointed_at:
+                await self._follow(serving.live)
+            if serving.canary is not None and serving.canary != self._serving.canary:
+                canary = await asyncio.to_thread(self._registry.get, serving.canary)
+                await self._engine.load_version(self._names.add(canary))
+            self._serving = serving
+
+    async def prune(self) -> list[str]:
+        """Retire versions beyond `versions.keep` and delete retired ones that have rested; returns what was deleted."""
+        async with self._changing:
+            in_use = {name.rpartition("@")[2] for name in self._engine.versions_in_use()}
+            in_use.add(self._training_base or BASE)
+            retired, deleted = await asyncio.to_thread(prune, self._registry, self._config.keep, in_use)
+            await self._forget(retired, deleted)
+            return deleted
 
     def cards(self) -> list[dict[str, Any]]:
         """What `/v1/models` lists: live, with the version behind it as parent, base, then every version."""
-        base = f"{self._model_id}@{BASE}"
-        cards: list[dict[str, Any]] = [
-            {"id": self._model_id, "parent": f"{self._model_id}@{self.live}"},
-            {"id": base, "parent": None},
-        ]
-        cards += [
-            {"id": name, "parent": base} for name in sorted(filter(None, self._names)) if name != self._model_id
-        ]
-        return cards
+        return self._names.cards(self.live)
 
     async def listing(self) -> list[dict[str, Any]]:
-        """What `/v1/adapters` lists: every version on disk with its manifest, damaged ones with their error."""
-        return await asyncio.to_thread(self._listing)
+        """What `/v1/adapters` lists: every version on disk with its lineage, damaged ones with their error."""
+        return await asyncio.to_thread(lineage_rows, self._registry)
 
-    async def _point_at(self, version: AdapterVersion | None) -> None:
-        started_s = time.perf_counter()
-        if version is None:
-            await self._engine.set_live(None)
-            for name in (self._model_id, None):
-                self._names.pop(name, None)
-            self._live = None
-        else:
-            handle = self._handle(version)
-            await self._engine.load_version(handle)
-            await self._engine.set_live(version.path)
-            loaded_s = time.perf_counter()
-            # vLLM looks up what the request says; a request that names no model (None) gets the live one too.
-            self._names[self._model_id] = self._names[None] = handle
-            self._live = version.name
-            self.last_publish = PublishTiming(loaded_s - started_s, time.perf_counter() - loaded_s)
-        self._meter.set_gauge("adapter_version", 0 if version is None else _number(version))
+    async def detail(self, name: str) -> dict[str, Any]:
+        """One version, or `base`, with all that happened to it; UnknownVersionError if there is none."""
+        return await asyncio.to_thread(lineage_row, self._registry, name)
 
-    def _name_of(self, version: AdapterVersion) -> str:
-        return f"{self._model_id}@{version.name}"
+    async def canary_since_s(self) -> float | None:
+        """When the trial began (Unix seconds); None if there is none."""
+        return await asyncio.to_thread(self._registry.serving.canary_since_s)
 
-    def _handle(self, version: AdapterVersion) -> Any:
-        return self._engine.version_handle(self._name_of(version), _number(version), version.path)
-
-    def _published(self) -> list[AdapterVersion]:
-        usable = [version for version in self._registry.list() if version.manifest.status == "published"]
-        for name, error in self._registry.damaged.items():
-            logger.error("adapter version %s is left out: %s", name, error)
-        return usable
-
-    def _listing(self) -> list[dict[str, Any]]:
-        rows: list[dict[str, Any]] = []
-        for version in self._registry.list():
-            manifest = version.manifest.model_dump(mode="json", exclude={"pair_ids", "config"})
-            rows.append(
-                {**manifest, "live": version.name == self.live, "num_pairs": len(version.manifest.pair_ids)}
+    async def _move(self, version: AdapterVersion | None, by: Actor, reason: str, *, pin: bool = False) -> bool:
+        """Engine first, then the pointer on disk, then the name; a failure or a refusal takes the steps back."""
+        before = self._serving.live
+        await self._load(version)
+        name = version.name if version else None
+        try:
+            moved = await asyncio.to_thread(
+                lambda: self._registry.serving.activate(name, by=by, reason=reason, pin=pin)
             )
-        for name, error in self._registry.damaged.items():
-            rows.append({"version": name, "status": "damaged", "live": False, "reason": str(error)})
-        return sorted(rows, key=lambda row: version_number(row["version"]) or 0)
+        except AdapterError:
+            await self._engine.set_live(self._path(before))
+            raise
+        if moved:
+            self._point_at(version)
+        else:
+            await self._engine.set_live(self._path(before))
+        self._serving = await asyncio.to_thread(self._registry.serving.read)
+        return moved
 
+    async def _follow(self, name: str | None) -> None:
+        version = None if name is None else await asyncio.to_thread(self._registry.get, name)
+        await self._load(version)
+        self._point_at(version)
 
-def _number(version: AdapterVersion) -> int:
-    return version_number(version.name) or 0
+    async def _load(self, version: AdapterVersion | None) -> None:
+        """What the engine needs before the first request; instant if it has it already."""
+        started_s = time.perf_counter()
+        if version is not None:
+            await self._engine.load_version(self._names.add(version))
+        await self._engine.set_live(version.path if version else None)
+        self.last_publish.load_s = time.perf_counter() - started_s
+
+    async def _forget(self, retired: Collection[str], deleted: Collection[str]) -> None:
+        for name in {*retired, *deleted}:
+            self._names.drop(name)
+        for name in deleted:
+            self._known.discard(name)
+            await self._names.unload(name, self._registry.root)
+
+    def _point_at(self, version: AdapterVersion | None) -> None:
+        started_s = time.perf_counter()
+        self._names.point_at(version)
+        self.last_publish.move_s = time.perf_counter() - started_s
+        self._pointed_at = version.name if version else None
+        self._meter.set_gauge("adapter_version", (version_number(version.name) or 0) if version else 0)
+
+    def _path(self, name: str | None) -> Path | None:
+        return self._registry.root / name if name else None
+
+    def _look(self) -> tuple[Serving, list[AdapterVersion], set[str]]:
+        """The pointers, what is new on disk and can be served, and what is gone from there."""
+        serving, on_disk = self._registry.serving.read(), self._registry.names()
+        new = []
+        for name in sorted(on_disk - self._known):
+            try:
+                version = self._registry.get(name)
+            except AdapterError as error:
+                logger.error("adapter version %s is left out: %s", name, error)
+            else:
+                if version.manifest.status == "published":
+                    new.append(version)
+        gone = self._known - on_disk
+        self._known = on_disk
+        return serving, new, gone

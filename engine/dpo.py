@@ -2,16 +2,19 @@
 
 Per micro-batch: embed, reference layers (adapter off), reference head chunks, embed, policy layers (each layer's
 input is kept), policy head chunks, loss, backward layers (each recomputed from its kept input). After the last
-micro-batch one optimizer slice. Nothing but the object itself is needed between two slices, so the same thread may
+micro-batch one optimizer slice. If the reference log-probabilities of a micro-batch's pairs are known, everything up
+to the second embed is left out. Nothing but the object itself is needed between two slices, so the same thread may
 run inference in between; parameters change in the optimizer slice only.
 
 Each head chunk computes d logp_t / d hidden_t at once. The loss's derivative is one scalar per sequence, known
 only after the last chunk; the loss slice multiplies it in. So the head, the widest matrix, runs once, not twice.
+
+Loss of n pairs with weights w: `sum(w * dpo) / n`, plus `sft_weight` times the token mean of the chosen responses' NLL,
+in which a pair's tokens count w times, times the mean weight. With weights of 1 these are TRL's `sigmoid` and `sft`.
 """
 
 from collections import deque
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
 from functools import partial
 
 import torch
@@ -19,54 +22,15 @@ import torch
 from core.config import TrainingConfig
 from core.errors import DeviceMemoryError, DivergedError, TrainingError
 from core.types import FineTuneTask, PairScore, SliceKind, StepMetrics, TaskKind
-from engine.dpo_batch import MicroBatch, cut_pair, make_micro_batches
+from engine.dpo_batch import cut_pair, make_micro_batches
 from engine.dpo_loss import sigmoid_dpo, sum_per_row, token_log_probs, token_log_probs_and_grad
+from engine.dpo_work import SliceSpec, Work
 from engine.shadow import ShadowAdapter
 from engine.skeleton import training_mode
 from engine.trainable import TrainableModel
 
 _MIN_CHUNK_TOKENS = 16
 """Below this a head chunk costs the reading of the head's weights, whatever its size."""
-
-
-@dataclass(frozen=True, slots=True)
-class SliceSpec:
-    """What a slice will do."""
-
-    kind: SliceKind
-    num_tokens: int
-    """Padded tokens for embedding and layers, completion tokens for head and loss, 0 for the optimizer."""
-
-
-@dataclass(slots=True)
-class _Work:
-    """What is alive of one micro-batch. Shapes as in `MicroBatch`; hidden states in the model's dtype."""
-
-    batch: MicroBatch
-    hidden: torch.Tensor | None = None
-    """[2n, T, H]; after a last layer only the scored positions [C, H]; in backward the gradient [2n, T, H]."""
-    inputs: list[torch.Tensor] = field(default_factory=list)
-    """Kept layer inputs, popped by backward."""
-    reference: list[torch.Tensor] = field(default_factory=list)
-    """Token log-probabilities per head chunk."""
-    policy: list[torch.Tensor] = field(default_factory=list)
-    head_grads: list[torch.Tensor] = field(default_factory=list)
-    """d logp / d hidden per head chunk, [c, H]."""
-
-    def state(self) -> torch.Tensor:
-        """The hidden state that the slice before has left."""
-        if self.hidden is None:
-            raise TrainingError("slices ran out of order")
-        return self.hidden
-
-    def num_bytes(self) -> int:
-        held = [*self.inputs, *self.reference, *self.policy, *self.head_grads]
-        return sum(tensor.nbytes for tensor in held) + (0 if self.hidden is None else self.hidden.nbytes)
-
-    def clear(self) -> None:
-        self.hidden = None
-        for held in (self.inputs, self.reference, self.policy, self.head_grads):
-            held.clear()
 
 
 _Program = deque[tuple[SliceSpec, Callable[[], None]]]
@@ -90,8 +54,9 @@ class DpoStep:
         self._trains = task.kind is TaskKind.TRAIN
         max_length = min(config.max_length_tokens, model.context_tokens)
         pairs = [cut_pair(pair, config.max_prompt_tokens, max_length) for pair in task.pairs]
-        num_chosen_tokens = sum(len(pair.chosen_ids) for pair in pairs)
-        self._sft_coefficient = config.sft_weight * len(pairs) / (config.beta * max(1, num_chosen_tokens))
+        weighted_tokens = sum(pair.weight * len(pair.chosen_ids) for pair in pairs)
+        sft = config.sft_weight * sum(pair.weight for pair in pairs) / config.beta
+        self._sft_coefficient = sft / weighted_tokens if weighted_tokens else 0.0
         with training_mode(model.device):
             batches = make_micro_batches(
                 pairs,
@@ -99,13 +64,14 @@ class DpoStep:
                 vocab_size=model.vocab_size,
                 device=model.device,
             )
-        self._work = [_Work(batch) for batch in batches]
+        self._work = [Work(batch) for batch in batches]
         self.largest_batch_pairs = max(batch.num_pairs for batch in batches)
         """Most pairs that go through a slice together."""
         self._program: _Program = deque(self._plan())
         self._gradients: torch.Tensor | None = None
         self._gradient_views: list[list[torch.Tensor]] = []
         self._scores: dict[int, PairScore] = {}
+        self._loss_sum = 0.0
         self._grad_norm: float | None = None
         self._discarded = False
 
@@ -165,7 +131,7 @@ class DpoStep:
         self._work = []
 
     def result(self) -> tuple[StepMetrics, tuple[PairScore, ...]]:
-        """Means over the task and the scores in the task's order of pairs.
+        """Means over the task (each pair counts the same) and the scores in the task's order of pairs.
 
         Raises:
             TrainingError: The step is not done.
@@ -193,7 +159,7 @@ class DpoStep:
             tokens, targets = work.batch.num_tokens, work.batch.num_targets
             starts = range(0, targets, self._chunk_tokens(tokens))
             chunks = [slice(start, min(start + starts.step, targets)) for start in starts]
-            for is_policy in (False, True):
+            for is_policy in (False, True) if work.batch.reference is None else (True,):
                 layer_kind = SliceKind.POLICY_LAYER if is_policy else SliceKind.REFERENCE_LAYER
                 head_kind = SliceKind.POLICY_HEAD if is_policy else SliceKind.REFERENCE_HEAD
                 run_layer = self._policy_layer if is_policy else self._reference_layer
@@ -214,28 +180,28 @@ class DpoStep:
         as_a_layer = tokens * self._model.layer_weights // self._model.head_weight.numel()
         return min(self._config.head_chunk_tokens, max(as_a_layer, _MIN_CHUNK_TOKENS))
 
-    def _embed(self, work: _Work) -> None:
+    def _embed(self, work: Work) -> None:
         work.hidden = self._model.embed(work.batch.ids)
 
-    def _forward_layer(self, work: _Work, i: int) -> None:
+    def _forward_layer(self, work: Work, i: int) -> None:
         """One layer; after the last only the positions that are scored stay alive."""
         hidden = self._model.run_layer(i, work.state(), self._model.rotary(work.batch.ids.shape[1]))
         last = i == self._model.num_layers - 1
         work.hidden = hidden.flatten(0, 1)[work.batch.positions] if last else hidden
 
-    def _reference_layer(self, work: _Work, i: int) -> None:
+    def _reference_layer(self, work: Work, i: int) -> None:
         with self._model.adapter_disabled(i):
             self._forward_layer(work, i)
 
-    def _policy_layer(self, work: _Work, i: int) -> None:
+    def _policy_layer(self, work: Work, i: int) -> None:
         if self._trains:
             work.inputs.append(work.state())
         self._forward_layer(work, i)
 
-    def _reference_head(self, work: _Work, chunk: slice) -> None:
+    def _reference_head(self, work: Work, chunk: slice) -> None:
         work.reference.append(token_log_probs(self._model, work.state()[chunk], work.batch.targets[chunk]))
 
-    def _policy_head(self, work: _Work, chunk: slice) -> None:
+    def _policy_head(self, work: Work, chunk: slice) -> None:
         hidden, targets = work.state()[chunk], work.batch.targets[chunk]
         if self._trains:
             log_probs, grad = token_log_probs_and_grad(self._model, hidden, targets)
@@ -244,15 +210,17 @@ class DpoStep:
             log_probs = token_log_probs(self._model, hidden, targets)
         work.policy.append(log_probs)
 
-    def _loss(self, work: _Work) -> None:
+    def _loss(self, work: Work) -> None:
         batch, num_rows = work.batch, 2 * work.batch.num_pairs
-        policy, reference = (
-            sum_per_row(torch.cat(parts), batch.rows, num_rows) for parts in (work.policy, work.reference)
-        )
+        policy, reference = sum_per_row(torch.cat(work.policy), batch.rows, num_rows), batch.reference
+        if reference is None:
+            reference = sum_per_row(torch.cat(work.reference), batch.rows, num_rows)
         terms = sigmoid_dpo(policy, reference, self._config.beta)
         columns = zip(*terms.table.tolist(), strict=True)  # The only wait for the device before the optimizer.
         for index, values in zip(batch.pair_indices, columns, strict=True):
-            self._scores[index] = PairScore(self.task.pairs[index].pair_id, *values)
+            pair = self.task.pairs[index]
+            self._scores[index] = score = PairScore(pair.pair_id, *values)
+            self._loss_sum += pair.weight * score.loss
         self._check_loss(not bool(torch.isfinite(terms.table).all()))
         head_grads = work.head_grads and torch.cat(work.head_grads)
         for held in (work.reference, work.policy, work.head_grads):
@@ -261,17 +229,20 @@ class DpoStep:
         if isinstance(head_grads, torch.Tensor):
             # Each chosen token also counts as a target of the SFT term; rows of chosen come first.
             terms.coefficients[: batch.num_pairs] -= self._sft_coefficient
+            terms.coefficients.mul_(batch.weights.repeat(2))
             scaled = (head_grads * terms.coefficients[batch.rows].unsqueeze(1)).to(self._model.dtype)
             grad = scaled.new_zeros(batch.num_tokens, scaled.shape[1])
             work.hidden = grad.index_copy_(0, batch.positions, scaled).view(num_rows, -1, scaled.shape[1])
 
     def _check_loss(self, not_finite: bool) -> None:
         """Losses are not negative, so a partial sum above the bound already condemns the step."""
-        mean = sum(score.loss for score in self._scores.values()) / len(self.task.pairs)
+        mean = self._loss_sum / len(self.task.pairs)
         if not_finite or (self._trains and mean > self._config.max_loss):
-            raise DivergedError(f"DPO loss is {mean}, allowed is a finite loss up to {self._config.max_loss}")
+            raise DivergedError(
+                f"weighted DPO loss is {mean}, allowed is a finite loss up to {self._config.max_loss}"
+            )
 
-    def _backward_layer(self, work: _Work, i: int) -> None:
+    def _backward_layer(self, work: Work, i: int) -> None:
         """Recompute layer i with a graph and add its LoRA gradients; embeddings get none, so layer 0 is a leaf."""
         if self._gradients is None:
             self._gradients, self._gradient_views = self._shadow.new_gradients()

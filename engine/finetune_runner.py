@@ -9,17 +9,19 @@ import logging
 import sys
 import time
 from collections import deque
-from pathlib import Path
+from dataclasses import replace
 from typing import Any
 
 import psutil
 import torch
 
 from core.config import AppArgs
-from core.errors import ConfigError, DamagedAdapterError, DeviceMemoryError
-from core.types import FineTuneTask, SliceReport, SliceTiming, TaskKind, TaskResult, TokenizedPair
+from core.errors import ConfigError, DeviceMemoryError
+from core.types import FineTuneTask, SliceKind, SliceReport, SliceTiming, TaskKind, TaskResult, TokenizedPair
+from engine.adapter_keeper import AdapterKeeper
 from engine.base_weights import WeightViews
-from engine.dpo import DpoStep, SliceSpec
+from engine.dpo import DpoStep
+from engine.dpo_work import SliceSpec
 from engine.running_step import RunningStep, failure
 from engine.shadow import ShadowAdapter
 from engine.trainable import TrainableModel
@@ -28,14 +30,11 @@ from scheduler.slice_gate import SliceGate
 logger = logging.getLogger(__name__)
 
 _WARM_UP_TOKENS = 16
+_HELD_BACK_WAIT_S = 1e-3
 
 
 class FineTuneRunner:
     """Owner of the trainable model, the shadow adapter and the task in progress."""
-
-    REMOTE_METHODS = frozenset(
-        {"save_adapter", "load_adapter", "set_live", "save_training_state", "load_training_state", "describe"}
-    )
 
     def __init__(self, model: TrainableModel, shadow: ShadowAdapter, args: AppArgs) -> None:
         self._model = model
@@ -48,7 +47,8 @@ class FineTuneRunner:
         self._waiting: deque[FineTuneTask] = deque()
         self._malformed: list[TaskResult] = []
         self._running: RunningStep | None = None
-        self._live = shadow.zeros()
+        self.adapters = AdapterKeeper(shadow)
+        self._checkpoints = self.adapters.checkpoints
         self._shared_pointers: frozenset[int] = frozenset()
 
     @classmethod
@@ -78,7 +78,7 @@ class FineTuneRunner:
         """Queue a task given as `FineTuneTask.to_wire()`. A malformed one is a failed result of the next `run`."""
         try:
             self._waiting.append(FineTuneTask.from_wire(task))
-        except (KeyError, TypeError, ValueError) as error:
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
             task_id = str(task.get("task_id"))
             self._malformed.append(failure(FineTuneTask(task_id, TaskKind.EVALUATE, ()), error))
 
@@ -94,7 +94,11 @@ class FineTuneRunner:
         self._slice_tokens = min(num_tokens or self._config.max_slice_tokens, self._config.max_slice_tokens)
 
     def run(self, budget_s: float, min_slices: int) -> SliceReport:
-        """Run slices for at most `budget_s` seconds, but at least `min_slices` if there is work."""
+        """Run slices for at most `budget_s` seconds, but at least `min_slices` if there is work that may run.
+
+        An optimizer slice is held back while the checkpoint of the step before is on its way to disk, so that a killed
+        process loses one step at most. Nothing else waits for the disk.
+        """
         report = SliceReport(finished=self._malformed)
         self._malformed = []
         started_s = time.perf_counter()
@@ -103,6 +107,10 @@ class FineTuneRunner:
             while (running := self._current(report)) is not None:
                 spec = running.next_spec()
                 left_s = budget_s - (time.perf_counter() - started_s)
+                if self._is_held_back(running, spec):
+                    if not report.slices:  # an idle engine would ask again and again
+                        self._checkpoints.wait(min(max(0.0, left_s), _HELD_BACK_WAIT_S))
+                    break
                 enough = len(report.slices) >= min_slices
                 if enough and not self._gate.fits(spec.kind, spec.num_tokens, left_s, first=not report.slices):
                     break
@@ -122,53 +130,16 @@ class FineTuneRunner:
                 self._finish(running, report)
         return report
 
-    def save_adapter(self, directory: str, base_model: str) -> None:
-        """Write the shadow adapter in PEFT format.
-
-        Raises:
-            AdapterError: the directory cannot be written.
-        """
-        self._shadow.save(directory, base_model)
-
-    def load_adapter(self, directory: str | None) -> None:
-        """Set the shadow adapter to a saved version, or to the seeded start; the optimizer starts afresh.
-
-        Raises:
-            DamagedAdapterError: the directory is unreadable or does not fit; the adapter is unchanged.
-        """
-        if directory is None:
-            self._shadow.reset()
-        else:
-            self._shadow.load(directory)
-
-    def set_live(self, directory: str | None) -> None:
-        """Remember a version (None: the bare base) as the one that `on_live` evaluations score.
-
-        Raises:
-            DamagedAdapterError: the directory is unreadable or does not fit.
-        """
-        self._live = self._shadow.zeros() if directory is None else self._shadow.read(directory)
-
-    def save_training_state(self, path: str) -> None:
-        """Write shadow adapter and optimizer state atomically."""
-        self._shadow.save_training_state(path)
-
-    def load_training_state(self, path: str) -> bool:
-        """Restore shadow adapter and optimizer; False if the file is absent or damaged (logged)."""
-        if not Path(path).exists():
-            return False
-        try:
-            self._shadow.load_training_state(path)
-        except DamagedAdapterError as error:
-            logger.warning("training state ignored: %s", error)
-            return False
-        return True
-
     def describe(self) -> dict[str, int]:
         """Bytes of base weights that the trainer uses, and how many of them are the inference engine's own."""
         weights = {p.data_ptr(): p.nbytes for p in self._model.causal_lm.parameters() if not p.requires_grad}
         shared = sum(size for pointer, size in weights.items() if pointer in self._shared_pointers)
         return {"base_weight_bytes": sum(weights.values()), "shared_bytes": shared}
+
+    def _is_held_back(self, running: RunningStep, spec: SliceSpec) -> bool:
+        if spec.kind is not SliceKind.OPTIMIZER or running.task.checkpoint is None:
+            return False
+        return self._checkpoints.is_behind()
 
     def _current(self, report: SliceReport) -> RunningStep | None:
         """The step with a slice to run; ends finished steps and starts waiting tasks on the way."""
@@ -187,10 +158,10 @@ class FineTuneRunner:
                 raise ConfigError("the live adapter is never trained in place")
             step = self._new_step(task, self._slice_tokens)
         except Exception as error:  # noqa: BLE001 - any failure is the task's result; serving goes on
-            report.finished.append(failure(task, error))
+            self._report_failure(task, error, report)
             return
         if task.on_live:
-            self._shadow.exchange(self._live)
+            self.adapters.put_live_in()
         self._running = RunningStep(task, step, self._slice_tokens)
 
     def _new_step(self, task: FineTuneTask, slice_tokens: int) -> DpoStep:
@@ -212,25 +183,27 @@ class FineTuneRunner:
                 peak_bytes=running.peak_bytes,
                 free_bytes=free_memory_bytes(self._model.device),
                 optimizer_steps=self._shadow.num_steps,
+                checkpoint_error=self._checkpoints.take_error(),
             )
         )
 
     def _stop(self) -> None:
         """Forget the running step, and put the shadow back if the live adapter stood in for it."""
-        if self._running is not None and self._running.task.on_live:
-            self._shadow.exchange(self._live)
+        self.adapters.put_shadow_back()
         self._running = None
 
     def _run_slice(self, running: RunningStep, spec: SliceSpec, report: SliceReport) -> None:
         started_s = time.perf_counter()
         try:
             running.step.run_slice()
+            if spec.kind is SliceKind.OPTIMIZER and running.task.checkpoint is not None:
+                self.adapters.checkpoint(running.task.checkpoint)
         except DeviceMemoryError as error:
             report.out_of_memory = True
             self._shrink(running, error, report)
         except Exception as error:  # noqa: BLE001 - any failure is the task's result; serving goes on
             self._stop()
-            report.finished.append(failure(running.task, error))
+            self._report_failure(running.task, error, report)
         _synchronize(self._model.device)
         latency_s = time.perf_counter() - started_s
         held_bytes = running.step.activation_bytes
@@ -246,7 +219,7 @@ class FineTuneRunner:
             torch.cuda.empty_cache()
         if running.largest_batch_pairs <= 1:
             self._stop()
-            report.finished.append(failure(running.task, error))
+            self._report_failure(running.task, error, report)
             return
         running.slice_tokens = max(1, running.slice_tokens // 2)
         self._slice_tokens = min(self._slice_tokens, running.slice_tokens)
@@ -255,7 +228,11 @@ class FineTuneRunner:
             running.step = self._new_step(running.task, running.slice_tokens)
         except Exception as again:  # noqa: BLE001 - the device may be full of something else
             self._stop()
-            report.finished.append(failure(running.task, again))
+            self._report_failure(running.task, again, report)
+
+    def _report_failure(self, task: FineTuneTask, error: Exception, report: SliceReport) -> None:
+        result = failure(task, error)
+        report.finished.append(replace(result, checkpoint_error=self._checkpoints.take_error()))
 
     def _warm_up(self) -> None:
         """Run one step of a made-up pair, so that no kind of slice is unknown; leaves no trace in the adapter."""

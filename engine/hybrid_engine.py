@@ -1,5 +1,6 @@
 """The engine as the rest of MACE sees it: a vLLM `AsyncLLM` that also takes fine-tune tasks."""
 
+import asyncio
 import uuid
 from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
@@ -13,6 +14,9 @@ from core.types import FineTuneTask, TaskResult
 from engine import vllm_compat
 from engine.engine_load import kv_bytes_per_token
 from engine.messages import TASK_KEY
+
+_BATCH_PRIORITY = 1
+"""Class `batch` (`scheduler.priority`)."""
 
 
 class HybridEngine:
@@ -72,13 +76,21 @@ class HybridEngine:
         if self._args.training.enabled:
             await self._call_runner("set_live", _text(directory))
 
-    async def save_training_state(self, path: Path) -> None:
-        """Write optimizer state and shadow adapter so that training can go on after a restart."""
-        await self._call_runner("save_training_state", str(path))
+    async def save_training_state(self, path: Path, progress: dict[str, Any]) -> None:
+        """Write shadow adapter, optimizer and progress (JSON values) so that training can go on after a restart.
 
-    async def load_training_state(self, path: Path) -> bool:
-        """Restore what `save_training_state` wrote; False if there is none."""
-        return bool(await self._call_runner("load_training_state", str(path)))
+        Raises:
+            AdapterError: the file cannot be written; an older one at `path` is intact.
+        """
+        await self._call_runner("save_training_state", str(path), progress)
+
+    async def load_training_state(self, path: Path) -> dict[str, Any] | None:
+        """Restore what `save_training_state` or a step's checkpoint wrote, and return its progress.
+
+        None if there is no file or it is damaged (logged); nothing changed then.
+        """
+        progress: dict[str, Any] | None = await self._call_runner("load_training_state", str(path))
+        return progress
 
     async def describe_trainer(self) -> dict[str, int]:
         """`base_weight_bytes` of the trainer and the `shared_bytes` among them, which are vLLM's own tensors."""
@@ -97,9 +109,46 @@ class HybridEngine:
         """Load an adapter version into the inference side ahead of its first request."""
         await self.client.add_lora(handle)
 
+    async def unload_version(self, handle: Any) -> None:
+        """Forget an adapter version on the inference side. None of its requests may be running (`versions_in_use`)."""
+        await vllm_compat.remove_lora(self.client, handle)
+
+    def versions_in_use(self) -> set[str]:
+        """Names of the adapter versions of unfinished requests."""
+        return vllm_compat.lora_names_in_use(self.client)
+
     def version_handle(self, name: str, number: int, path: Path) -> Any:
         """vLLM's handle of an adapter version; name and number must be unique to it."""
         return vllm_compat.make_lora_request(name, number, path)
+
+    async def generate(self, handle: Any, prompts: Sequence[Sequence[int]], max_tokens: int) -> list[list[int]]:
+        """Greedy answers of a version (None: the base) to prompts given as token ids, in their order.
+
+        They run together, as class `batch`, so that users come first. Each ends with the end-of-turn token, which is
+        included, or after `max_tokens`. Cancelling aborts them.
+
+        Raises:
+            TrainingError: vLLM refuses a prompt (empty, or too long for the model with `max_tokens`).
+        """
+        params = vllm_compat.make_answer_params(max_tokens)
+        answers = [asyncio.ensure_future(self._answer(handle, prompt, params)) for prompt in prompts]
+        try:
+            return list(await asyncio.gather(*answers))
+        except ValueError as error:
+            raise TrainingError(f"a prompt cannot be answered: {error}") from error
+        finally:
+            for answer in answers:
+                answer.cancel()
+
+    async def _answer(self, handle: Any, prompt: Sequence[int], params: Any) -> list[int]:
+        request_id = f"generate-{uuid.uuid4().hex}"
+        ids: list[int] = []
+        outputs = self.client.generate(
+            {"prompt_token_ids": list(prompt)}, params, request_id, lora_request=handle, priority=_BATCH_PRIORITY
+        )
+        async for output in outputs:
+            ids = list(output.outputs[0].token_ids)
+        return ids
 
     async def decode(
         self, prompt_ids: Sequence[int], request_id: str, max_tokens: int, handle: Any = None, priority: int = 0

@@ -15,6 +15,7 @@ from vllm.v1.outputs import AsyncModelRunnerOutput, ModelRunnerOutput
 from core.config import AppArgs
 from core.errors import ConfigError, MaceError
 from core.types import SliceReport
+from engine.adapter_keeper import AdapterKeeper
 from engine.base_weights import WeightViews, huggingface_views, is_shared, unpacked_cpu_weights
 from engine.finetune_runner import FineTuneRunner, free_memory_bytes
 from engine.forward_timer import ForwardTimer
@@ -79,17 +80,19 @@ class HybridWorkerMixin:
         return self._finish(super().sample_tokens(grammar_output))  # type: ignore[misc]
 
     def mace_call(self, method: str, *args: Any) -> dict[str, Any]:
-        """Call a public method of the runner between two iterations (through `collective_rpc`).
+        """Call a method of `AdapterKeeper`, or `describe`, between two iterations (through `collective_rpc`).
 
         Returns `{"value": ...}`, or `{"error": class name, "message": ...}` for errors of our tree: vLLM would turn
         an exception into text.
         """
         if self._runner is None:
             return _error(ConfigError("training is disabled in this engine (training.enabled: false)"))
-        if method not in FineTuneRunner.REMOTE_METHODS:
+        if method == "describe":
+            return {"value": self._runner.describe()}
+        if method not in AdapterKeeper.REMOTE_METHODS:
             return _error(ConfigError(f"not a remote method of the fine-tune runner: {method}"))
         try:
-            return {"value": getattr(self._runner, method)(*args)}
+            return {"value": getattr(self._runner.adapters, method)(*args)}
         except MaceError as error:
             return _error(error)
 

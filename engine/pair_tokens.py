@@ -1,9 +1,12 @@
 """From the text of a preference pair to token ids, exactly as the server would have tokenized it.
 
 A completion is what follows the rendered prompt up to and including the end-of-turn token: the difference between
-the template with and without the assistant's message, as TRL does it.
+the template with and without the assistant's message, as TRL does it. `reference_key` says when reference
+log-probabilities that were computed once may be used again.
 """
 
+import hashlib
+from array import array
 from typing import Any
 
 from core.config import TrainingConfig
@@ -36,7 +39,7 @@ class PairTokenizer:
         return cls(tokenizer, {i for i in ids if i is not None}, config)
 
     def tokenize(self, pair: TrainingPair) -> TokenizedPair:
-        """Token ids of one pair.
+        """Token ids and weight of one pair. A cached reference is not taken over: see `reference_key`.
 
         Raises:
             PairTooLongError: cut to the configured lengths, the completions are empty or equal.
@@ -45,7 +48,8 @@ class PairTokenizer:
         prompt_ids = self._prompt_ids(pair.prompt)
         chosen_ids = self._completion_ids(pair.prompt, prompt_ids, pair.chosen)
         rejected_ids = self._completion_ids(pair.prompt, prompt_ids, pair.rejected)
-        whole = TokenizedPair(pair.pair_id, tuple(prompt_ids), tuple(chosen_ids), tuple(rejected_ids))
+        ids = (tuple(prompt_ids), tuple(chosen_ids), tuple(rejected_ids))
+        whole = TokenizedPair(pair.pair_id, *ids, weight=pair.weight)
         # As the step would: what does not fit is this pair's error here, not the whole batch's there.
         return cut_pair(whole, self._config.max_prompt_tokens, self._config.max_length_tokens)
 
@@ -76,3 +80,21 @@ class PairTokenizer:
         except Exception as error:  # jinja raises whatever a template wants
             raise TrainingError(f"the chat template cannot render this prompt: {error}") from error
         return list(self._tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+def reference_key(base_model: str, pair: TokenizedPair, dtype: str = "auto") -> str:
+    """Identity of a pair's reference log-probabilities.
+
+    Args:
+        base_model: name of the frozen reference model.
+        pair: as it is trained, that is after cutting; adapter, weight and pair id do not matter.
+        dtype: `model.dtype`, for another precision gives other values.
+
+    Returns:
+        64 hexadecimal digits.
+    """
+    digest = hashlib.sha256(f"{base_model}\0{dtype}".encode())
+    for ids in (pair.prompt_ids, pair.chosen_ids, pair.rejected_ids):
+        digest.update(b"\0%d\0" % len(ids))
+        digest.update(array("q", ids).tobytes())
+    return digest.hexdigest()

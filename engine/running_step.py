@@ -3,7 +3,8 @@
 import logging
 
 from core.types import FineTuneTask, TaskResult
-from engine.dpo import DpoStep, SliceSpec
+from engine.dpo import DpoStep
+from engine.dpo_work import SliceSpec
 
 logger = logging.getLogger(__name__)
 

@@ -5,25 +5,29 @@ snapshots are then one operation each instead of one per matrix (336 of them for
 """
 
 import json
-import os
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from core.config import TrainingConfig
 from core.errors import AdapterError, DamagedAdapterError, DivergedError
 from engine.skeleton import training_mode
+from engine.tensor_files import atomic, check_tensors
 from engine.trainable import TrainableModel
+from engine.training_state import (
+    TrainingState,
+    random_state,
+    read_training_state,
+    set_random_state,
+    write_training_state,
+)
 
 _CONFIG_FILE = "adapter_config.json"
 _WEIGHTS_FILE = "adapter_model.safetensors"
-_STATE_KEYS = ("flat", "exp_avg", "exp_avg_sq", "step")
-_STATE_FORMAT = 1
 
 
 class ShadowAdapter:
@@ -35,6 +39,9 @@ class ShadowAdapter:
         self._parameters = model.lora_parameters()
         self.num_steps = 0
         """Optimizer steps since the last reset or load."""
+        self._copies: list[TrainingState] = []
+        self._latest: TrainingState | None = None
+        """The copy that equals parameters and optimizer as they are, if one does."""
         with training_mode(model.device):
             self._flat = torch.nn.Parameter(torch.cat([p.detach().flatten() for p in self._parameters.values()]))
             for parameter, view in zip(self._parameters.values(), self._views(self._flat.detach()), strict=True):
@@ -46,7 +53,7 @@ class ShadowAdapter:
 
     @property
     def num_parameters(self) -> int:
-        """Trained numbers; training state is 12 bytes each, gradients 4 more while a step runs."""
+        """Trained numbers; training state is 12 bytes each and its copy as many, gradients 4 more in a step."""
         return self._flat.numel()
 
     def tensors(self) -> dict[str, torch.Tensor]:
@@ -74,7 +81,8 @@ class ShadowAdapter:
             The gradient norm before clipping.
 
         Raises:
-            DivergedError: The norm is not finite; parameters and optimizer are as before.
+            DivergedError: The norm is not finite, or a parameter or moment after the step is not.
+            After any error parameters and optimizer are as before.
         """
         with training_mode(self._model.device):
             norm = gradients.norm().item()
@@ -82,11 +90,30 @@ class ShadowAdapter:
                 raise DivergedError(f"gradient norm is {norm}")
             if norm > self._config.max_grad_norm:
                 gradients.mul_(self._config.max_grad_norm / (norm + 1e-6))  # as torch.nn.utils.clip_grad_norm_
-            self._flat.grad = gradients
-            self._optimizer.step()
-            self._flat.grad = None
+            before = self._copy()
+            self._latest = None
+            try:
+                self._flat.grad = gradients
+                self._optimizer.step()
+                self._check_finite()
+            except BaseException:
+                self._put_back(before)
+                raise
+            finally:
+                self._flat.grad = None
         self.num_steps += 1
         return norm
+
+    def checkpoint(self) -> TrainingState:
+        """A copy on the device of everything that `load_training_state` needs.
+
+        It stays as it is while it `is_leased`. The next step uses it as the state to go back to, so that a checkpoint
+        after each step costs no copy more than none.
+        """
+        with training_mode(self._model.device):
+            state = self._copy()
+            state.rng = random_state(self._model.device)
+            return state
 
     def snapshot(self) -> dict[str, torch.Tensor]:
         """Everything that `restore` needs, on the CPU: parameters, AdamW moments, step count."""
@@ -99,7 +126,7 @@ class ShadowAdapter:
         with training_mode(self._model.device):
             for name, tensor in self._state().items():
                 tensor.detach().copy_(snapshot[name])
-        self.num_steps = int(snapshot["num_steps"])
+        self.num_steps, self._latest = int(snapshot["num_steps"]), None
 
     def reset(self) -> None:
         """Back to the seeded start: B is zero, so the model is the base model. The optimizer forgets all."""
@@ -119,9 +146,9 @@ class ShadowAdapter:
         fields |= {"base_model_name_or_path": base_model, "inference_mode": True}
         try:
             directory.mkdir(parents=True, exist_ok=True)
-            with _atomic(directory / _WEIGHTS_FILE) as path:
+            with atomic(directory / _WEIGHTS_FILE) as path:
                 save_file(self.tensors(), path, metadata={"format": "pt"})
-            with _atomic(directory / _CONFIG_FILE) as path:
+            with atomic(directory / _CONFIG_FILE) as path:
                 path.write_text(json.dumps(fields, indent=2, sort_keys=True) + "\n", encoding="utf-8")
         except (OSError, SafetensorError) as error:
             raise AdapterError(f"adapter cannot be written to {directory}: {error}") from error
@@ -155,7 +182,7 @@ class ShadowAdapter:
                 f"adapter {directory.name} has rank {fields.get('r')} and alpha {fields.get('lora_alpha')}, "
                 f"configured are {lora.rank} and {lora.alpha}"
             )
-        _check_shapes(tensors, {name: p.shape for name, p in self._parameters.items()}, directory.name)
+        check_tensors(tensors, {name: p.shape for name, p in self._parameters.items()}, directory.name)
         with training_mode(self._model.device):
             flat = torch.empty_like(self._flat, requires_grad=False)
             for view, name in zip(self._views(flat), self._parameters, strict=True):
@@ -174,38 +201,31 @@ class ShadowAdapter:
             self._flat.detach().copy_(flat)
             flat.copy_(mine)
 
-    def save_training_state(self, path: Path | str) -> None:
-        """Write parameters and optimizer state as one safetensors file with a JSON header, atomically.
+    def save_training_state(self, path: Path | str, progress: dict[str, Any] | None = None) -> None:
+        """Write parameters, optimizer, random numbers and progress atomically, now.
 
         Raises:
             AdapterError: The file cannot be written; an older one at `path` is intact.
         """
-        header = {"format": _STATE_FORMAT, "num_steps": self.num_steps, "shapes": self._layout()}
-        tensors = {name: tensor for name, tensor in self.snapshot().items() if name in _STATE_KEYS}
-        try:
-            Path(path).parent.mkdir(parents=True, exist_ok=True)
-            with _atomic(Path(path)) as partial:
-                save_file(tensors, partial, metadata={"mace": json.dumps(header)})
-        except (OSError, SafetensorError) as error:
-            raise AdapterError(f"training state cannot be written to {path}: {error}") from error
+        with training_mode(self._model.device):
+            random = random_state(self._model.device)
+        state = TrainingState(self._state(), self.num_steps, self._layout(), random)
+        write_training_state(Path(path), state, progress or {})
 
-    def load_training_state(self, path: Path | str) -> None:
-        """Inverse of `save_training_state`; further steps are bit-equal to an uninterrupted run.
+    def load_training_state(self, path: Path | str) -> dict[str, Any]:
+        """Inverse of `save_training_state`, returns the progress; further steps are bit-equal to an uninterrupted run.
 
         Raises:
-            DamagedAdapterError: The file is missing, unreadable, or of another LoRA shape.
+            DamagedAdapterError: The file is missing, unreadable, or of another LoRA shape; nothing changed.
         """
         name = Path(path).name
-        try:
-            with safe_open(path, framework="pt") as file:
-                header = json.loads((file.metadata() or {}).get("mace", "{}"))
-            tensors = load_file(path)
-        except (OSError, ValueError, SafetensorError) as error:
-            raise DamagedAdapterError(f"training state {name} cannot be read: {error}") from error
-        if header.get("format") != _STATE_FORMAT or header.get("shapes") != self._layout():
+        state, progress = read_training_state(Path(path))
+        if state.shapes != self._layout():
             raise DamagedAdapterError(f"training state {name} belongs to another model or LoRA shape")
-        _check_shapes(tensors, {key: tensor.shape for key, tensor in self._state().items()}, name)
-        self.restore({**tensors, "num_steps": torch.tensor(int(header["num_steps"]))})
+        check_tensors(state.tensors, {key: tensor.shape for key, tensor in self._state().items()}, name)
+        self.restore({**state.tensors, "num_steps": torch.tensor(state.num_steps)})
+        set_random_state(state.rng, self._model.device)
+        return progress
 
     def _views(self, flat: torch.Tensor) -> list[torch.Tensor]:
         parts = torch.split(flat, [p.numel() for p in self._parameters.values()])
@@ -215,47 +235,40 @@ class ShadowAdapter:
         return {name: list(parameter.shape) for name, parameter in self._parameters.items()}
 
     def _state(self) -> dict[str, torch.Tensor]:
-        """The live tensors of `_STATE_KEYS`."""
-        return {"flat": self._flat, **self._optimizer.state[self._flat]}
+        """The live tensors of a `TrainingState`."""
+        return {"flat": self._flat.detach(), **self._optimizer.state[self._flat]}
+
+    def _copy(self) -> TrainingState:
+        """A copy that equals parameters and optimizer: the latest one, or a new one in memory that nobody reads."""
+        if self._latest is None:
+            live = self._state()
+            free = next((copy for copy in self._copies if not copy.is_leased), None)
+            if free is None:
+                empty = {name: torch.empty_like(tensor) for name, tensor in live.items()}
+                free = TrainingState(empty, 0, self._layout())
+                self._copies.append(free)
+            for name, tensor in live.items():
+                free.tensors[name].copy_(tensor)
+            free.num_steps = self.num_steps
+            self._latest = free
+        return self._latest
+
+    def _put_back(self, copy: TrainingState) -> None:
+        for name, tensor in self._state().items():
+            tensor.copy_(copy.tensors[name])
+        self._latest = copy
+
+    def _check_finite(self) -> None:
+        """A bound of each tensor is not finite if one of its values is not; one wait for the device."""
+        bounds = [bound for tensor in self._state().values() for bound in tensor.aminmax()]
+        if not bool(torch.stack(bounds).isfinite().all()):
+            raise DivergedError("a parameter or its moments are not finite after the optimizer step")
 
     def _clear_optimizer(self) -> None:
         """Zero moments, made now: the first step then allocates nothing and takes no longer than the others."""
-        self.num_steps = 0
+        self.num_steps, self._latest = 0, None
         self._optimizer.state[self._flat] = {
             "step": torch.zeros((), dtype=torch.float32, device=self._flat.device),
             "exp_avg": torch.zeros_like(self._flat, requires_grad=False),
             "exp_avg_sq": torch.zeros_like(self._flat, requires_grad=False),
         }
-
-
-def _check_shapes(tensors: Mapping[str, torch.Tensor], wanted: Mapping[str, torch.Size], source: str) -> None:
-    """Raise DamagedAdapterError unless names and shapes are exactly the wanted ones, and all values finite."""
-    found = {name: tensor.shape for name, tensor in tensors.items()}
-    if found != dict(wanted):
-        odd = sorted(name for name in found.keys() | wanted.keys() if found.get(name) != wanted.get(name))
-        raise DamagedAdapterError(f"{source}: {len(odd)} tensors are missing, extra or misshapen, first {odd[0]}")
-    for name, tensor in tensors.items():
-        if not bool(torch.isfinite(tensor).all()):
-            raise DamagedAdapterError(f"{source}: {name} holds values that are not finite")
-
-
-@contextmanager
-def _atomic(path: Path) -> Iterator[Path]:
-    """A sibling path to write to; flushed and renamed onto `path` at the end, removed on failure."""
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        yield partial
-        _flush(partial)
-        partial.replace(path)
-        _flush(path.parent)
-    finally:
-        partial.unlink(missing_ok=True)
-
-
-def _flush(path: Path) -> None:
-    """Fsync a file or directory."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -19,6 +19,8 @@ class EngineTask:
     arrived_s: float
     dpo_loss: float | None
     attempts: int
+    gamma: float | None = None
+    """Weight of the loss in the priority; None: the configured one."""
     is_training: bool = True
 
 
@@ -43,6 +45,7 @@ class TaskTable:
             arrived_s=now_s,
             dpo_loss=task.get("dpo_loss"),
             attempts=task.get("attempts", 0),
+            gamma=task.get("gamma"),
             is_training=task.get("kind") != TaskKind.EVALUATE,
         )
 
@@ -74,6 +77,7 @@ class TaskTable:
             is_training=front.is_training,
             dpo_loss=front.dpo_loss,
             attempts=front.attempts,
+            gamma=front.gamma,
             held_bytes=self._held_bytes,
             max_batch_tokens=front.max_batch_tokens,
         )

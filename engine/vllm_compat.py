@@ -127,6 +127,27 @@ def make_sampling_params(max_tokens: int) -> Any:
     return SamplingParams(max_tokens=max_tokens, temperature=0.0, ignore_eos=True)
 
 
+def make_answer_params(max_tokens: int) -> Any:
+    """Greedy decoding up to the end-of-turn token or `max_tokens`; no text, and output only at the end."""
+    from vllm import SamplingParams
+    from vllm.sampling_params import RequestOutputKind
+
+    return SamplingParams(
+        max_tokens=max_tokens, temperature=0.0, detokenize=False, output_kind=RequestOutputKind.FINAL_ONLY
+    )
+
+
+async def remove_lora(client: Any, handle: Any) -> None:
+    """Drop an adapter from the engine's memory; one that is not loaded is ignored."""
+    await client.remove_lora(handle.lora_int_id)
+
+
+def lora_names_in_use(client: Any) -> set[str]:
+    """Adapter names of the requests that the front end has not finished."""
+    states = list(client.output_processor.request_states.values())
+    return {state.lora_name for state in states if state.lora_name is not None}
+
+
 def make_lora_request(name: str, number: int, path: Path) -> Any:
     """vLLM's handle of one adapter version. Name and number are unique per version (prefix cache safety)."""
     from vllm.lora.request import LoRARequest

@@ -280,7 +280,8 @@ class IterationPlanner:
         return self.predictor.slice_upper_s(SliceKind.BACKWARD_LAYER, self._sizer.tokens) or 0.0
 
     def _finetune_priority(self, view: IterationView, state: FineTuneState) -> float:
-        return finetune_priority(view.now_s - state.last_progress_s, state.dpo_loss, state.attempts, self._config)
+        wait_s = view.now_s - state.last_progress_s
+        return finetune_priority(wait_s, state.dpo_loss, state.attempts, self._config, state.gamma)
 
     def _top_prefill_priority(self, view: IterationView) -> float:
         return max(

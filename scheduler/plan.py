@@ -33,6 +33,8 @@ class FineTuneState:
     dpo_loss: float | None = None
     """Of the task in front; None if it was never scored."""
     attempts: int = 0
+    gamma: float | None = None
+    """Weight of the loss in the priority; None: the configured one."""
     held_bytes: int = 0
     """Arena memory of the step in progress."""
     is_training: bool = True

@@ -49,16 +49,19 @@ def finetune_rate(config: SchedulerConfig) -> float:
     return config.rate_finetune if config.ageing else 0.0
 
 
-def finetune_priority(wait_s: float, dpo_loss: float | None, attempts: int, config: SchedulerConfig) -> float:
+def finetune_priority(
+    wait_s: float, dpo_loss: float | None, attempts: int, config: SchedulerConfig, gamma: float | None = None
+) -> float:
     """`P_ft(t) + γ·L_DPO`; the loss is clipped and decays with each retry.
 
-    A loss of None (not scored yet) counts as ln 2, the DPO loss of an adapter that changes nothing.
+    A loss of None (not scored yet) counts as ln 2, the DPO loss of an adapter that changes nothing. A gamma of None is
+    the configured one; a drift monitor raises it while preferences change.
     """
     aged = config.base_priority_finetune + finetune_rate(config) * max(0.0, wait_s)
     if not config.reward_term:
         return aged
     loss = math.log(2) if dpo_loss is None else min(max(dpo_loss, 0.0), config.max_loss_term)
-    return aged + config.gamma * loss * config.retry_decay**attempts
+    return aged + (config.gamma if gamma is None else gamma) * loss * config.retry_decay**attempts
 
 
 def starvation_bound_s(config: SchedulerConfig) -> float:

@@ -60,32 +60,44 @@ class PairShape:
         return self.num_chosen + self.num_rejected - (2 if self.num_prompt == 0 else 0)
 
 
-def step_slices(pairs: Sequence[PairShape], model: StepModel, slice_tokens: int) -> list[SliceWork]:
+def step_slices(
+    pairs: Sequence[PairShape], model: StepModel, slice_tokens: int, num_cached: int = 0
+) -> list[SliceWork]:
     """All slices of one training step, in order.
 
     Args:
         pairs: the step's pairs; sorted by width they are grouped as in `engine.dpo_batch.make_micro_batches`.
         model: shape of the model.
         slice_tokens: padded tokens that a micro-batch may have; a single pair may have more.
+        num_cached: so many of `pairs`, the first ones, have cached reference log-probabilities. They come first, in
+            micro-batches of their own, which have no reference forward pass.
     """
+    slices: list[SliceWork] = []
+    for members, has_reference in ((pairs[:num_cached], True), (pairs[num_cached:], False)):
+        for group in _groups(members, slice_tokens):
+            slices.extend(_micro_batch_slices(group, model, has_reference))
+    return [*slices, SliceWork(SliceKind.OPTIMIZER, 0, 0)]
+
+
+def _groups(pairs: Sequence[PairShape], slice_tokens: int) -> list[list[PairShape]]:
     groups: list[list[PairShape]] = []
     for pair in sorted(pairs, key=lambda pair: pair.row_tokens):
         if groups and 2 * (len(groups[-1]) + 1) * pair.row_tokens <= slice_tokens:
             groups[-1].append(pair)
         else:
             groups.append([pair])
-    slices = [work for group in groups for work in _micro_batch_slices(group, model)]
-    return [*slices, SliceWork(SliceKind.OPTIMIZER, 0, 0)]
+    return groups
 
 
-def _micro_batch_slices(pairs: list[PairShape], model: StepModel) -> Iterator[SliceWork]:
+def _micro_batch_slices(pairs: list[PairShape], model: StepModel, has_reference: bool) -> Iterator[SliceWork]:
     tokens = 2 * len(pairs) * pairs[-1].row_tokens
     targets = sum(pair.num_targets for pair in pairs)
     chunk = model.chunk_tokens(tokens)
-    for layer_kind, head_kind in (
+    passes = [
         (SliceKind.REFERENCE_LAYER, SliceKind.REFERENCE_HEAD),
         (SliceKind.POLICY_LAYER, SliceKind.POLICY_HEAD),
-    ):
+    ]
+    for layer_kind, head_kind in passes[has_reference:]:
         yield SliceWork(SliceKind.EMBED, tokens, tokens)
         for _ in range(model.num_layers):
             yield SliceWork(layer_kind, tokens, tokens)

@@ -27,7 +27,10 @@ class Trained:
 
 
 class Trainer:
-    """Tasks of equal pairs, in order of arrival. Each is one optimizer step on `training.pairs_per_step` pairs."""
+    """Tasks of equal pairs, in order of arrival. Each is one optimizer step on `training.pairs_per_step` pairs.
+
+    `num_cached_pairs` of them have cached reference log-probabilities; with drift monitoring all have.
+    """
 
     def __init__(
         self,
@@ -38,6 +41,7 @@ class Trainer:
         config: TrainingConfig,
         arena_bytes_per_token: float,
         has_backlog: bool,
+        num_cached_pairs: int = 0,
     ) -> None:
         self.warm_up: list[SliceTiming] = []
         self._device = device
@@ -46,6 +50,7 @@ class Trainer:
         self._config = config
         self._arena_bytes_per_token = arena_bytes_per_token
         self._has_backlog = has_backlog
+        self._num_cached_pairs = num_cached_pairs
         self._gate = SliceGate()
         self._arrived_s: list[float] = []
         self._slice_tokens = config.max_slice_tokens
@@ -124,7 +129,8 @@ class Trainer:
         if not self._program:
             pairs = [self._pair] * self._config.pairs_per_step
             if self._slice_tokens not in self._programs:
-                self._programs[self._slice_tokens] = step_slices(pairs, self._model, self._slice_tokens)
+                program = step_slices(pairs, self._model, self._slice_tokens, self._num_cached_pairs)
+                self._programs[self._slice_tokens] = program
             self._program = self._programs[self._slice_tokens]
         return self._program[self._next]
 

@@ -1,50 +1,108 @@
 """`mace adapters`: the lineage, and rolling back or forward."""
 
 import json
+import time
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
+from rich.tree import Tree
 
 from app.commands.connection import URL_OPTION, call
+
+_ROOT = "base"
+_STYLES = {"rejected": "dim", "rolled_back": "yellow", "damaged": "red"}
 
 
 def adapters(
     activate: Annotated[str | None, typer.Option(help="Make this version (or `base`) live")] = None,
+    pin: Annotated[
+        bool | None,
+        typer.Option("--pin/--no-pin", help="With --activate: pin it, or not; default: pin an older version"),
+    ] = None,
+    reason: Annotated[str, typer.Option(help="With --activate: why, for the lineage")] = "",
+    release: Annotated[bool, typer.Option("--release", help="Release the pin")] = False,
+    show: Annotated[str | None, typer.Option(help="Print one version in full, as JSON")] = None,
+    tree: Annotated[bool, typer.Option("--tree", help="Print the lineage as a tree")] = False,
     url: URL_OPTION = "http://127.0.0.1:8000",
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON")] = False,
 ) -> None:
-    """List adapter versions, or make one live."""
+    """List adapter versions, make one live, or release the pin."""
+    if show is not None:
+        typer.echo(json.dumps(call(url, "GET", f"/v1/adapters/{show}").json(), indent=2))
+        return
     if activate is not None:
-        call(url, "POST", f"/v1/adapters/{activate}/activate")
+        call(url, "POST", f"/v1/adapters/{activate}/activate", json={"pin": pin, "reason": reason})
+    if release:
+        call(url, "DELETE", "/v1/adapters/pin")
     listing = call(url, "GET", "/v1/adapters").json()
     if as_json:
         typer.echo(json.dumps(listing, indent=2))
         return
+    console = Console()
+    console.print(_tree(listing) if tree else _table(listing["data"]))
+    console.print(_summary(listing), highlight=False)
+
+
+def _table(rows: list[dict[str, Any]]) -> Table:
     table = Table()
-    for heading in ("version", "live", "status", "parent", "pairs", "steps", "accuracy", "margin"):
+    for heading in ("version", "", "status", "parent", "pairs", "steps", "accuracy", "by", "activated"):
         table.add_column(heading, no_wrap=True)
     table.add_column("reason", overflow="fold")
+    for row in rows:
+        table.add_row(*_cells(row), style=_STYLES.get(row["status"]))
+    return table
+
+
+def _tree(listing: dict[str, Any]) -> Tree:
+    """Versions under their parents; one whose parent was deleted stands under the root."""
+    root = Tree(_ROOT + (" (live)" if listing["live"] == _ROOT else ""))
+    branches = {_ROOT: root}
     for row in listing["data"]:
-        table.add_row(*_cells(row))
-    Console().print(table)
+        parent = branches.get(row.get("parent") or _ROOT, root)
+        words = [row["version"], *_flags(row)]
+        if row["status"] != "published":
+            words.append(row["status"])
+        words.append(f"{row.get('num_pairs', 0)} pairs: {row['reason']}")
+        branches[row["version"]] = parent.add(Text(" ".join(words), style=_STYLES.get(row["status"], "")))
+    return root
+
+
+def _summary(listing: dict[str, Any]) -> str:
+    parts = [f"live {listing['live']}"]
+    if listing["pinned"]:
+        parts.append(f"pinned at {listing['pinned']} until `mace adapters --release`")
+    if trial := listing.get("trial"):
+        parts.append(f"{trial['version']} is on trial with {trial['share']:.0%} of the requests: {trial['state']}")
+    return "; ".join(parts)
 
 
 def _cells(row: dict[str, Any]) -> list[str]:
-    metrics = row.get("metrics", {})
     return [
         row["version"],
-        "*" if row["live"] else "",
+        " ".join(_flags(row)),
         row["status"],
-        row.get("parent") or "base",
+        row.get("parent") or _ROOT,
         str(row.get("num_pairs", "")),
         str(row.get("optimizer_steps", "")),
-        _number(metrics.get("candidate_accuracy")),
-        _number(metrics.get("candidate_margin")),
-        "" if row["status"] == "published" else row.get("reason", ""),
+        _accuracy(row.get("metrics", {})),
+        row.get("activated_by") or "",
+        _time(row.get("activated_at")),
+        row["reason"],
     ]
 
 
-def _number(value: float | None) -> str:
-    return "" if value is None else f"{value:.3f}"
+def _flags(row: dict[str, Any]) -> list[str]:
+    return [flag for flag in ("live", "pinned", "canary", "retired") if row.get(flag)]
+
+
+def _accuracy(metrics: dict[str, Any]) -> str:
+    """The gate's preference accuracy on the newest held-out pairs, and in brackets that of the live version then."""
+    candidate, live = metrics.get("candidate_accuracy"), metrics.get("live_accuracy")
+    return "" if candidate is None else f"{candidate:.2f}" + ("" if live is None else f" ({live:.2f})")
+
+
+def _time(at_s: float | None) -> str:
+    return "" if at_s is None else time.strftime("%m-%d %H:%M:%S", time.localtime(at_s))

@@ -12,8 +12,13 @@ from rich.table import Table
 from app.commands.connection import URL_OPTION, api_key
 from engine.tiny.styles import Style
 
+app = typer.Typer(invoke_without_command=True)
+"""`mace demo` by itself is the demo below; packages above `app` add sub-commands (`app.cli`)."""
 
+
+@app.callback()
 def demo(
+    context: typer.Context,
     url: URL_OPTION = "http://127.0.0.1:8000",
     first: Annotated[Style, typer.Option(help="Style to prefer first")] = Style.POLITE,
     second: Annotated[Style, typer.Option(help="Style to prefer then")] = Style.EXPLAINED,
@@ -23,6 +28,8 @@ def demo(
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON")] = False,
 ) -> None:
     """Teach the built-in model a style, then another one, while a background client measures TTFT and TBT."""
+    if context.invoked_subcommand is not None:
+        return
     from app.demo.run import DemoOptions, LearningTimeoutError, WrongModelError, run_demo
 
     options = DemoOptions(url, first, second, preferences, samples=samples, timeout_s=timeout_s, api_key=api_key())

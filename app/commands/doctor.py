@@ -6,7 +6,6 @@ import json
 import os
 import platform
 import shutil
-import sqlite3
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import Annotated, Literal
 
 import psutil
 import typer
+import yaml
 from rich.console import Console
 from rich.table import Table
 
@@ -46,11 +46,17 @@ class Finding:
 
 
 def doctor(
-    state_dir: Annotated[Path, typer.Option(help="State directory to check")] = Path("state"),
+    state_dir: Annotated[
+        Path | None, typer.Option(help="State directory to check; default is the one of the config file")
+    ] = None,
+    config: Annotated[
+        Path, typer.Option(help="Ray Serve config file that says where the feedback store is")
+    ] = Path("serve_config.yaml"),
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON")] = False,
 ) -> None:
-    """Check Python, packages, threads, memory, GPU and the state directory. Exits with 1 if anything is broken."""
-    findings = examine(state_dir)
+    """Check Python, packages, threads, memory, GPU and the feedback store. Exits with 1 if anything is broken."""
+    configured_dir, database_url = _read_store_settings(config)
+    findings = examine(state_dir or configured_dir, database_url)
     if as_json:
         typer.echo(json.dumps([asdict(finding) for finding in findings], indent=2))
     else:
@@ -58,9 +64,9 @@ def doctor(
     raise typer.Exit(1 if any(finding.status == "error" for finding in findings) else 0)
 
 
-def examine(state_dir: Path) -> list[Finding]:
+def examine(state_dir: Path, database_url: str | None = None) -> list[Finding]:
     """Run every check; a check that fails unexpectedly is itself a finding."""
-    checks: list[Callable[[], Finding]] = [
+    checks: list[Callable[[], Finding | list[Finding]]] = [
         _check_python,
         _check_vllm_owner,
         _check_torch_pairing,
@@ -71,12 +77,13 @@ def examine(state_dir: Path) -> list[Finding]:
         _check_memory,
         _check_gpu,
         lambda: _check_state_dir(state_dir),
-        lambda: _check_feedback_store(state_dir),
+        lambda: _check_feedback_store(state_dir, database_url),
     ]
-    findings = []
+    findings: list[Finding] = []
     for check in checks:
         try:
-            findings.append(check())
+            found = check()
+            findings += found if isinstance(found, list) else [found]
         except Exception as error:  # noqa: BLE001 - the doctor must survive what it examines
             findings.append(Finding(check.__name__.removeprefix("_check_"), "error", f"check failed: {error}"))
     return findings
@@ -190,16 +197,20 @@ def _check_state_dir(state_dir: Path) -> Finding:
     return Finding("state", "ok", found)
 
 
-def _check_feedback_store(state_dir: Path) -> Finding:
-    path = state_dir / "feedback.db"
-    if not path.exists():
-        return Finding("feedback", "ok", "no local store yet")
-    with sqlite3.connect(f"file:{path}?mode=ro", uri=True, timeout=5) as connection:
-        verdict = connection.execute("PRAGMA quick_check(1)").fetchone()[0]
-        count = connection.execute("SELECT count(*) FROM feedback").fetchone()[0] if verdict == "ok" else 0
-    if verdict != "ok":
-        return Finding("feedback", "error", f"{path}: {verdict}", "restore it from a backup, or move it away")
-    return Finding("feedback", "ok", f"{count} records, intact")
+def _read_store_settings(config: Path) -> tuple[Path, str | None]:
+    """`state_dir` and `feedback.database_url` of a config file; their defaults where it says nothing."""
+    try:
+        args = yaml.safe_load(config.read_text(encoding="utf-8"))["applications"][0]["args"]
+        return Path(args.get("state_dir") or "state"), (args.get("feedback") or {}).get("database_url")
+    except (OSError, yaml.YAMLError, LookupError, TypeError, AttributeError):
+        return Path("state"), None  # `mace serve` says what is wrong with the file
+
+
+def _check_feedback_store(state_dir: Path, database_url: str | None) -> list[Finding]:
+    from alignment.store_health import examine_store
+
+    health = examine_store(state_dir, database_url)
+    return [Finding(one.check, one.status, one.found, one.fix) for one in health]
 
 
 def _show(findings: list[Finding]) -> None:

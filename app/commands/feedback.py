@@ -6,13 +6,11 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.progress import track
 
 from app.commands.connection import URL_OPTION, call, download
+from app.commands.feedback_import import import_feedback
 
 app = typer.Typer(no_args_is_help=True, help="Import, export and list feedback.")
-
-_LINES_PER_REQUEST = 500
 
 
 class Format(StrEnum):
@@ -22,24 +20,7 @@ class Format(StrEnum):
     OPENAI = "openai"
 
 
-@app.command("import")
-def import_file(
-    path: Annotated[Path, typer.Argument(exists=True, dir_okay=False, help="JSONL file, TRL or OpenAI DPO rows")],
-    url: URL_OPTION = "http://127.0.0.1:8000",
-    as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON")] = False,
-) -> None:
-    """Import preference pairs; repeating an interrupted import adds nothing twice."""
-    lines = path.read_bytes().splitlines()
-    accepted = duplicates = 0
-    errors: list[dict[str, object]] = []
-    for start in track(range(0, len(lines), _LINES_PER_REQUEST), description="importing", disable=as_json):
-        body = b"\n".join(lines[start : start + _LINES_PER_REQUEST])
-        part = call(url, "POST", "/v1/feedback/import", content=body).json()
-        accepted += part["num_accepted"]
-        duplicates += part["num_duplicates"]
-        errors += [{**error, "line_number": error["line_number"] + start} for error in part["errors"]]
-    report = {"accepted": accepted, "duplicates": duplicates, "errors": errors}
-    typer.echo(json.dumps(report, indent=2))
+app.command("import")(import_feedback)
 
 
 @app.command("export")

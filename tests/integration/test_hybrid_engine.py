@@ -1,6 +1,7 @@
 """Serving and training in one real vLLM engine on CPU."""
 
 import asyncio
+import dataclasses
 import itertools
 from pathlib import Path
 
@@ -8,12 +9,12 @@ import peft
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from core.config import TrainingConfig
-from core.errors import DamagedAdapterError
+from core.errors import DamagedAdapterError, TrainingError
 from core.messages import TrainingPair
-from core.types import FineTuneTask, TaskKind, TokenizedPair
+from core.types import Checkpoint, FineTuneTask, TaskKind, TokenizedPair
 from engine.pair_tokens import PairTokenizer
 from engine.tiny.knowledge import preference_questions
 from engine.tiny.styles import Style, render
@@ -203,12 +204,105 @@ def test_a_damaged_adapter_is_a_named_error(fresh, tmp_path):
 
 def test_training_state_survives(fresh, pairs, tmp_path):
     train(fresh, pairs[:8])
-    fresh.run(fresh.engine.save_training_state(tmp_path / "state.safetensors"))
+    fresh.run(fresh.engine.save_training_state(tmp_path / "state.safetensors", {"live": "v0001"}))
     expected = train(fresh, pairs[:8]).metrics
     fresh.run(fresh.engine.load_adapter(None))
-    assert fresh.run(fresh.engine.load_training_state(tmp_path / "state.safetensors"))
+    assert fresh.run(fresh.engine.load_training_state(tmp_path / "state.safetensors")) == {"live": "v0001"}
     assert train(fresh, pairs[:8]).metrics == expected
-    assert not fresh.run(fresh.engine.load_training_state(tmp_path / "none.safetensors"))
+    assert fresh.run(fresh.engine.load_training_state(tmp_path / "none.safetensors")) is None
+
+
+def test_checkpoints_of_steps_under_load_can_be_gone_on_from(fresh, pairs, tmp_path):
+    path = tmp_path / "checkpoint.safetensors"
+
+    async def train_under_load():
+        answers = [asyncio.create_task(fresh.generate(p.prompt_ids, next(request_ids), 100)) for p in pairs[:4]]
+        results = []
+        for step in (1, 2, 3):
+            checkpoint = Checkpoint(str(path), {"step": step, "candidate": ["a"]})
+            task = FineTuneTask(f"c{step}", TaskKind.TRAIN, pairs[:8], gamma=2.0, checkpoint=checkpoint)
+            results.append(await fresh.engine.run_task(task))
+        await asyncio.gather(*answers)
+        return results
+
+    results = fresh.run(train_under_load())
+    assert [(result.error, result.checkpoint_error) for result in results] == [(None, None)] * 3
+    expected = train(fresh, pairs[8:]).metrics
+    fresh.run(fresh.engine.load_adapter(None))
+    assert fresh.run(fresh.engine.load_training_state(path)) == {"step": 3, "candidate": ["a"]}
+    assert train(fresh, pairs[8:]).metrics == expected
+
+
+def test_references_scored_once_and_weights_travel_with_the_pairs(fresh, pairs):
+    def score(scored):
+        return fresh.run(fresh.engine.run_task(FineTuneTask("e", TaskKind.EVALUATE, tuple(scored))))
+
+    train(fresh, pairs[:8])
+    plain = score(pairs[8:])
+    known = [(score.reference_chosen_logp, score.reference_rejected_logp) for score in plain.scores]
+    cached = [dataclasses.replace(p, reference=values) for p, values in zip(pairs[8:], known, strict=True)]
+    again = score(cached)
+    assert again.scores == plain.scores
+    assert again.num_slices < 0.6 * plain.num_slices
+    light = train(fresh, tuple(dataclasses.replace(pair, weight=0.5) for pair in cached)).metrics
+    assert light.loss == pytest.approx(plain.metrics.loss, abs=1e-5)  # of the pairs, whatever their weight
+
+
+def test_generated_answers_are_greedy_and_end_with_their_turn(fresh, pairs, tiny_assistant):
+    eos = AutoTokenizer.from_pretrained(tiny_assistant).eos_token_id
+    prompts = [list(pair.prompt_ids) for pair in pairs[:6]]
+    answers = fresh.run(fresh.engine.generate(None, prompts, 48))
+    for prompt, answer in zip(prompts, answers, strict=True):
+        assert answer[-1] == eos
+        assert eos not in answer[:-1]
+        assert answer == fresh.run(fresh.generate(prompt, next(request_ids), len(answer)))
+    assert fresh.run(fresh.engine.generate(None, prompts, 2)) == [answer[:2] for answer in answers]
+    assert fresh.run(fresh.engine.generate(None, [], 2)) == []
+    with pytest.raises(TrainingError, match="cannot be answered"):
+        fresh.run(fresh.engine.generate(None, [[5] * 100_000, prompts[0]], 2))
+    assert fresh.engine.num_unfinished_requests() == 0
+
+
+def test_generation_lets_users_pass(fresh, pairs):
+    ended = []
+
+    async def note(name, work):
+        await work
+        ended.append(name)
+
+    async def run():
+        seats = [asyncio.create_task(fresh.generate(range(8), next(request_ids), 40)) for _ in range(16)]
+        await asyncio.sleep(0.05)
+        check = asyncio.create_task(note("check", fresh.engine.generate(None, [list(range(8))], 2)))
+        await asyncio.sleep(0.02)
+        await asyncio.gather(check, note("user", fresh.generate(range(8), next(request_ids), 2)), *seats)
+
+    fresh.run(run())
+    assert ended == ["user", "check"]
+
+
+def test_a_version_in_use_is_named_and_an_unloaded_one_is_gone(fresh, pairs, tmp_path):
+    saved(fresh, tmp_path / "v")
+    handle = fresh.engine.version_handle("m@candidate", 701, tmp_path / "v")
+
+    async def use_and_unload():
+        await fresh.engine.load_version(handle)
+        before = fresh.engine.versions_in_use()
+        running = asyncio.create_task(fresh.generate(pairs[0].prompt_ids, next(request_ids), 60, lora=handle))
+        await asyncio.sleep(0.05)
+        during = fresh.engine.versions_in_use()
+        await running
+        loaded = await fresh.engine.client.list_loras()
+        for _ in range(2):  # what is not there is ignored
+            await fresh.engine.unload_version(handle)
+        return before, during, fresh.engine.versions_in_use(), loaded, await fresh.engine.client.list_loras()
+
+    before, during, after, loaded, left = fresh.run(use_and_unload())
+    assert (before, during, after) == (set(), {"m@candidate"}, set())
+    assert 701 in loaded
+    assert 701 not in left
+    answers = fresh.run(fresh.engine.generate(handle, [list(pairs[0].prompt_ids)], 8))  # its files are still there
+    assert len(answers[0]) > 0
 
 
 def test_every_iteration_is_reported_with_what_was_predicted_for_it(fresh, pairs):

@@ -170,3 +170,21 @@ def test_the_front_end_knows_its_requests_and_the_size_of_the_cache():
     assert "request_states" in inspect.getsource(OutputProcessor.__init__)
     assert {"prompt_len", "is_prefilling", "detokenizer"} <= set(RequestState.__init__.__code__.co_names)
     assert "kv_cache_size_tokens" in CacheConfig.__dataclass_fields__
+
+
+def test_adapters_are_unloaded_by_number_and_requests_know_their_adapters_name():
+    from vllm.v1.engine.async_llm import AsyncLLM
+    from vllm.v1.engine.output_processor import RequestState
+
+    assert parameters(AsyncLLM.remove_lora) == ["self", "lora_id"]
+    assert "self.lora_name" in inspect.getsource(RequestState.__init__)
+
+
+def test_greedy_answers_come_whole_and_stop_at_the_end_of_the_turn():
+    from vllm.sampling_params import RequestOutputKind
+
+    from engine.vllm_compat import make_answer_params
+
+    params = make_answer_params(7)
+    assert (params.max_tokens, params.temperature, params.ignore_eos) == (7, 0.0, False)
+    assert params.output_kind is RequestOutputKind.FINAL_ONLY

@@ -1,9 +1,24 @@
-"""A store of which every pair may be trained on, with a clock that stands still."""
+"""Stores on SQLite and on PostgreSQL, with a clock that stands still."""
+
+import importlib.util
+import tempfile
+from pathlib import Path
 
 import pytest
+from sqlalchemy import create_engine, text
 
 from alignment.store import FeedbackStore
-from core.config import FeedbackConfig
+from core.alignment_config import FeedbackConfig
+
+ALL_TRAIN = FeedbackConfig(holdout_fraction=0.0)
+
+
+def _load(name):
+    """A module beside this file; the test folders are no packages."""
+    spec = importlib.util.spec_from_file_location(name, Path(__file__).with_name(f"{name}.py"))
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 class Clock:
@@ -20,7 +35,67 @@ def clock():
 
 
 @pytest.fixture
-def store(tmp_path, clock):
-    store = FeedbackStore.open(FeedbackConfig(holdout_fraction=0.0), tmp_path, clock)
-    yield store
-    store.close()
+def open_to_all():
+    """A directory that other users may enter, for tests that give up their rights; pytest's own may not be."""
+    with tempfile.TemporaryDirectory() as name:
+        Path(name).chmod(0o755)
+        yield Path(name)
+
+
+@pytest.fixture(scope="session")
+def postgres():
+    """The session's server. Who stops it starts it again."""
+    server = _load("postgres_server").start_server()
+    yield server
+    server.remove()
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def database_url(request, tmp_path):
+    """From a name to the URL of a database that is empty at first; the same name is the same database."""
+    if request.param == "sqlite":
+        yield lambda name="feedback": f"sqlite:///{tmp_path}/{name}.db"
+        return
+    server = request.getfixturevalue("postgres")
+    admin = create_engine(server.url(), isolation_level="AUTOCOMMIT")
+    made = set()
+
+    def url(name="feedback"):
+        if name not in made:
+            made.add(name)
+            with admin.connect() as connection:
+                connection.execute(text(f'CREATE SCHEMA "{name}"'))
+        return server.url(name)
+
+    yield url
+    with admin.connect() as connection:
+        for name in made:
+            connection.execute(text(f'DROP SCHEMA "{name}" CASCADE'))
+    admin.dispose()
+
+
+@pytest.fixture
+def open_store(database_url, tmp_path, clock):
+    """Opens stores, on both databases; all are closed at the end."""
+    stores = []
+
+    def open_one(config=ALL_TRAIN, name="feedback"):
+        with_url = config.model_copy(update={"database_url": database_url(name)})
+        stores.append(FeedbackStore.open(with_url, tmp_path, clock))
+        return stores[-1]
+
+    yield open_one
+    for store in stores:
+        store.close()
+
+
+@pytest.fixture
+def store(open_store):
+    """A store of which every pair may be trained on."""
+    return open_store()
+
+
+@pytest.fixture
+def schema_1():
+    """The old release's tables."""
+    return _load("schema_1").metadata.tables

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from alignment.formats import read_jsonl
 from alignment.intake import prepare
 from alignment.records import parse_item
-from core.config import FeedbackConfig
+from core.alignment_config import FeedbackConfig
 from core.errors import FeedbackError
 
 CONFIG = FeedbackConfig(max_text_chars=100)

@@ -5,7 +5,7 @@ import json
 from alignment.formats import MAX_REPORTED_ERRORS, export_row, import_jsonl, read_jsonl
 from alignment.pairs import PairDraft
 from alignment.store import FeedbackStore
-from core.config import FeedbackConfig
+from core.alignment_config import FeedbackConfig
 
 USER = {"role": "user", "content": "Hi?"}
 

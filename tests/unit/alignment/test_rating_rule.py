@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from alignment.pairs import StoredResponse
 from alignment.store import FeedbackStore
-from core.config import FeedbackConfig
+from core.alignment_config import FeedbackConfig
 
 WINDOW_S = 100.0
 PROMPTS, ANSWERS, USERS = ("p", "q"), ("a", "b", "c"), (None, "ann", "bob")

@@ -24,7 +24,7 @@ from alignment.records import (
     Rating,
     parse_item,
 )
-from core.config import FeedbackConfig
+from core.alignment_config import FeedbackConfig
 from core.errors import InvalidFeedbackError, UnknownResponseError
 
 CONFIG = FeedbackConfig(max_text_chars=100)

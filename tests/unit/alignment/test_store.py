@@ -3,12 +3,11 @@
 from typing import Any
 
 import pytest
-from sqlalchemy import insert
 
 from alignment.formats import import_jsonl
 from alignment.pairs import StoredResponse
 from alignment.store import FeedbackStore
-from core.config import FeedbackConfig
+from core.alignment_config import FeedbackConfig
 from core.errors import ConfigError, InvalidFeedbackError
 
 ALL_TRAIN = FeedbackConfig(holdout_fraction=0.0)
@@ -65,8 +64,8 @@ def test_an_idempotency_key_covers_each_item_of_a_list(store):
             store.add([row(1)], idempotency_key=key)
 
 
-def test_a_retry_is_a_duplicate_even_if_its_responses_are_gone(tmp_path):
-    store = FeedbackStore.open(FeedbackConfig(max_responses=2), tmp_path)
+def test_a_retry_is_a_duplicate_even_if_its_responses_are_gone(open_store):
+    store = open_store(FeedbackConfig(max_responses=2))
     answer(store, "a", "good")
     answer(store, "b", "bad")
     item = {"id": "once", "chosen_id": "a", "rejected_id": "b"}
@@ -78,8 +77,8 @@ def test_a_retry_is_a_duplicate_even_if_its_responses_are_gone(tmp_path):
     assert (again.status, again.pair_id) == ("duplicate", first.pair_id)
 
 
-def test_too_many_items_are_refused_as_a_whole(tmp_path):
-    store = FeedbackStore.open(FeedbackConfig(max_items=2), tmp_path)
+def test_too_many_items_are_refused_as_a_whole(open_store):
+    store = open_store(FeedbackConfig(max_items=2))
     with pytest.raises(InvalidFeedbackError, match="limit is 2"):
         store.add([row(1)] * 3)
     assert store.add([]) == []
@@ -110,8 +109,8 @@ def test_a_correction_makes_a_pair_and_a_comment_none(store):
     assert lost.error_type == "UnknownResponseError"
 
 
-def test_the_response_store_forgets_the_oldest_now_and_then(tmp_path):
-    store = FeedbackStore.open(FeedbackConfig(max_responses=40), tmp_path)
+def test_the_response_store_forgets_the_oldest_now_and_then(open_store):
+    store = open_store(FeedbackConfig(max_responses=40))
     for number in range(130):
         answer(store, f"r{number}", "x")
     assert store.counts().responses <= 43
@@ -147,15 +146,15 @@ def test_pages_walk_every_item_once_even_while_new_ones_come(store):
 
 
 @pytest.mark.parametrize("format", ["trl", "openai"])
-def test_an_export_imports_as_the_same_pairs(tmp_path, format):
+def test_an_export_imports_as_the_same_pairs(open_store, format):
     import json
 
-    store = FeedbackStore.open(ALL_TRAIN, tmp_path / "a")
+    store = open_store(ALL_TRAIN, "a")
     store.add([row(number, prompt=[*USER, {"role": "system", "content": str(number)}]) for number in range(3)])
     if format == "trl":
         store.add([row(7, chosen="ünï\u2028code")])
     lines = [json.dumps(one) for one in store.export(format)]
-    copy = FeedbackStore.open(ALL_TRAIN, tmp_path / "b")
+    copy = open_store(ALL_TRAIN, "b")
     report = import_jsonl(lines, copy.add, batch_items=2)
     assert (report.num_accepted, report.num_errors) == (len(lines), 0)
     assert [json.dumps(one) for one in copy.export(format)] == lines
@@ -180,13 +179,3 @@ def test_urls_that_keep_nothing_or_cannot_work_are_configuration_errors(tmp_path
     for url in ("sqlite://", "sqlite:///:memory:", "nonsense", "oracle+nodriver://h/db"):
         with pytest.raises(ConfigError, match="database_url"):
             FeedbackStore.open(FeedbackConfig(database_url=url), tmp_path)
-
-
-def test_a_database_of_a_newer_release_is_not_touched(tmp_path):
-    from alignment.schema import meta
-
-    store = FeedbackStore.open(ALL_TRAIN, tmp_path)
-    store._write(lambda c: c.execute(meta.delete()))
-    store._write(lambda c: c.execute(insert(meta), {"key": "schema_version", "value": "2"}))
-    with pytest.raises(ConfigError, match="schema 2"):
-        FeedbackStore.open(ALL_TRAIN, tmp_path)

@@ -5,6 +5,7 @@ import struct
 from pathlib import Path
 
 from core.errors import ControlUnavailableError
+from core.messages import HeldOutPairs
 from core.types import PairScore, StepMetrics, TaskKind, TaskResult
 
 
@@ -22,19 +23,26 @@ class FakeEngine:
     def __init__(self):
         self.free_memory_bytes = float("inf")
         self.trained = []
+        self.tasks = []
         self.calls = []
         self.error = None
         self.evaluation_error = None
         self.shadow_margin = 1.0
         self.live_margin = 0.0
+        self.saved = {}
+        self.in_use = set()
+        self.answers = lambda handle: range(8)
 
     async def run_task(self, task):
+        self.tasks.append(task)
         if task.kind is TaskKind.TRAIN:
             self.trained.append([pair.pair_id for pair in task.pairs])
         if self.error is not None and task.kind is TaskKind.TRAIN:
             return TaskResult(task.task_id, task.kind, error=self.error)
         if self.evaluation_error is not None and task.kind is TaskKind.EVALUATE:
             return TaskResult(task.task_id, task.kind, error=self.evaluation_error)
+        if task.checkpoint is not None:
+            self.saved[Path(task.checkpoint.path)] = task.checkpoint.progress
         margin = self.live_margin if task.on_live else self.shadow_margin
         scores = tuple(PairScore(p.pair_id, 0.0, 0.0, 0.0, 0.0, 0.5, margin) for p in task.pairs)
         return TaskResult(task.task_id, task.kind, StepMetrics(0.5, margin, 1.0), scores, busy_s=0.1)
@@ -48,11 +56,23 @@ class FakeEngine:
     async def set_live(self, directory):
         self.calls.append(("set_live", directory and directory.name))
 
-    async def save_training_state(self, path):
-        self.calls.append(("save_training_state", path.name))
+    async def save_training_state(self, path, progress):
+        self.calls.append(("save_training_state", progress))
+        self.saved[path] = progress
 
     async def load_training_state(self, path):
-        return False
+        self.calls.append(("load_training_state", path.name))
+        return self.saved.get(path)
+
+    async def generate(self, handle, prompts, max_tokens):
+        self.calls.append(("generate", handle and handle[0]))
+        return [list(self.answers(handle))[:max_tokens] for _ in prompts]
+
+    async def unload_version(self, handle):
+        self.calls.append(("unload_version", handle[0]))
+
+    def versions_in_use(self):
+        return set(self.in_use)
 
     async def load_version(self, handle):
         self.calls.append(("load_version", handle[0]))
@@ -69,7 +89,9 @@ class FakeControl:
 
     def __init__(self, batches, held_out=()):
         self.batches = list(batches)
-        self.held_out = list(held_out)
+        self.held_out = HeldOutPairs(tuple(held_out))
+        self.live = []
+        self.headrooms = []
         self.completed = []
         self.down = 0
 
@@ -80,7 +102,12 @@ class FakeControl:
 
     async def poll(self, headroom):
         self._answer()
+        self.headrooms.append(headroom)
         return self.batches.pop(0) if self.batches else None
+
+    async def note_live(self, version):
+        self._answer()
+        self.live.append(version)
 
     async def complete(self, outcome, version):
         self._answer()

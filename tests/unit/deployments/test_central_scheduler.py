@@ -3,6 +3,7 @@ import json
 import pytest
 
 from core.messages import HORIZON_S, BatchOutcome, ExecutorLoad, Headroom, TrainingPair
+from core.types import TaskKind
 from deployments.central_scheduler import LEASE_S, CentralScheduler
 
 BATCH, MAX_AGE_S, ATTEMPTS = 4, 20.0, 3
@@ -35,6 +36,10 @@ def room(executor="e1", memory_bytes=1e9, latency_s=HORIZON_S):
     return Headroom(executor, memory_bytes, latency_s)
 
 
+def known(scheduler, what="train"):
+    return scheduler.known_pair_ids()[what]
+
+
 def ids(batch):
     return [pair.pair_id for pair in batch.pairs]
 
@@ -61,7 +66,7 @@ def test_a_pair_is_never_queued_or_leased_twice(scheduler):
     scheduler.enqueue(pairs(*"abcd"))
     scheduler.poll(room())
     scheduler.enqueue(pairs(*"abcd"))
-    assert sorted(scheduler.known_pair_ids()) == list("abcd")
+    assert sorted(known(scheduler)) == list("abcd")
     assert scheduler.stats()["queued_pairs"] == 0
 
 
@@ -69,7 +74,7 @@ def test_a_completed_batch_is_forgotten(scheduler):
     scheduler.enqueue(pairs(*"abcd"))
     batch = scheduler.poll(room())
     scheduler.complete(BatchOutcome(batch.task_id, "e1", busy_s=1.0, peak_bytes=100))
-    assert scheduler.known_pair_ids() == []
+    assert known(scheduler) == []
 
 
 def test_a_failed_batch_comes_back_until_its_attempts_are_used_up(scheduler, clock):
@@ -80,14 +85,14 @@ def test_a_failed_batch_comes_back_until_its_attempts_are_used_up(scheduler, clo
         expected = list("abcd") if attempt == ATTEMPTS else []
         assert sorted(scheduler.failed_for_good(outcome)) == expected
         scheduler.complete(outcome)
-    assert scheduler.known_pair_ids() == []
+    assert known(scheduler) == []
 
 
 def test_an_unusable_pair_does_not_come_back(scheduler):
     scheduler.enqueue(pairs(*"abcd"))
     batch = scheduler.poll(room())
     scheduler.complete(BatchOutcome(batch.task_id, "e1", error="x", unusable=(("b", "too long"),)))
-    assert sorted(scheduler.known_pair_ids()) == ["a", "c", "d"]
+    assert sorted(known(scheduler)) == ["a", "c", "d"]
 
 
 def test_a_lease_that_is_not_heard_of_expires(scheduler, clock):
@@ -217,3 +222,69 @@ def test_stats_show_where_a_prompt_would_go_and_are_json(scheduler):
     assert [entry["executor_id"] for entry in placement] == ["known", "new"]
     assert placement[0]["meets_target"]
     assert placement[1]["predicted_ttft_s"] is None
+
+
+def of_role(role, *names):
+    return [TrainingPair(name, "q", "good", "bad", 1.0, 1, role=role) for name in names]
+
+
+def test_a_batch_mixes_new_hard_and_replayed_pairs(scheduler):
+    scheduler.enqueue(of_role("replay", "r1", "r2") + of_role("hard", "h1", "h2") + of_role("new", *"abcdef"))
+    assert sorted(ids(scheduler.poll(room()))) == ["a", "b", "h1", "r1"]
+
+
+def test_pairs_to_score_go_first_and_then_in_turns_with_training(scheduler):
+    scheduler.enqueue(pairs(*"abcdefgh"))
+    scheduler.enqueue_scoring(pairs("s1", "s2"))
+    kinds = []
+    for number in range(4):
+        batch = scheduler.poll(room())
+        kinds.append(batch.kind)
+        scheduler.complete(BatchOutcome(batch.task_id, "e1", kind=batch.kind))
+        scheduler.enqueue_scoring(pairs(f"t{number}"))
+    assert kinds == [TaskKind.EVALUATE, TaskKind.TRAIN, TaskKind.EVALUATE, TaskKind.TRAIN]
+
+
+def test_scoring_does_not_wait_for_a_full_batch_and_knows_its_pairs(scheduler):
+    scheduler.enqueue_scoring(pairs("s1"))
+    assert known(scheduler, "score") == ["s1"]
+    batch = scheduler.poll(room())
+    scheduler.enqueue_scoring(pairs("s1"))  # leased: left as it is
+    assert known(scheduler, "score") == ["s1"]
+    scheduler.complete(BatchOutcome(batch.task_id, "e1", kind=TaskKind.EVALUATE))
+    assert known(scheduler, "score") == []
+
+
+def test_an_executor_that_may_not_train_still_scores(scheduler):
+    scheduler.enqueue(pairs(*"abcd"))
+    scheduler.enqueue_scoring(pairs("s1"))
+    pinned = Headroom("e1", 1e9, HORIZON_S, may_train=False)
+    batch = scheduler.poll(pinned)
+    assert batch.kind is TaskKind.EVALUATE
+    scheduler.complete(BatchOutcome(batch.task_id, "e1", kind=batch.kind))
+    assert scheduler.poll(pinned) is None
+    assert scheduler.poll(room()) is not None
+
+
+def test_the_bad_pair_of_a_scoring_batch_is_found_and_parked_alone(scheduler):
+    scheduler.enqueue_scoring(pairs("good", "bad", "fine"))
+    parked, scored = [], []
+    for _ in range(20):
+        batch = scheduler.poll(room())
+        if batch is None:
+            break
+        error = "TrainingError: x" if "bad" in ids(batch) else None
+        outcome = BatchOutcome(batch.task_id, "e1", error=error, kind=batch.kind)
+        parked += scheduler.failed_for_good(outcome)
+        scored += [] if error else ids(batch)
+        scheduler.complete(outcome)
+    assert parked == ["bad"]
+    assert sorted(scored) == ["fine", "good"]
+    assert known(scheduler, "score") == []
+
+
+def test_gamma_travels_with_every_batch(scheduler):
+    scheduler.enqueue(pairs(*"abcd"))
+    scheduler.set_gamma(2.5)
+    assert scheduler.poll(room()).gamma == 2.5
+    assert scheduler.stats()["gamma"] == 2.5

@@ -1,123 +1,287 @@
+import hashlib
 import itertools
 
 import pytest
 
 from core.messages import BatchOutcome
-from core.types import PairScore
+from core.types import PairScore, TaskKind
 from deployments.drift_monitor import DriftMonitor
 
 
 class FakeQueue:
-    """Implements `deployments.drift_monitor.FineTuneQueue`."""
+    """Implements `deployments.pair_stream.FineTuneQueue`."""
 
     def __init__(self):
         self.pairs = {}
+        self.to_score = {}
+        self.gamma = None
 
     def known_pair_ids(self):
-        return list(self.pairs)
+        return {"train": list(self.pairs), "score": list(self.to_score)}
 
     def enqueue(self, pairs):
         self.pairs |= {pair.pair_id: pair for pair in pairs}
+
+    def enqueue_scoring(self, pairs):
+        self.to_score |= {pair.pair_id: pair for pair in pairs}
+
+    def set_gamma(self, gamma):
+        self.gamma = gamma
 
     def take_all(self):
         taken, self.pairs = list(self.pairs.values()), {}
         return taken
 
 
-@pytest.fixture
-def queue():
-    return FakeQueue()
-
-
-@pytest.fixture
-def monitor(tmp_path, queue):
-    args = {
-        "state_dir": str(tmp_path),
-        "feedback": {"holdout_fraction": 0.0},
-        "training": {"pairs_per_step": 2, "max_epochs": 3},
-        "drift": {"window": 4, "min_pairs": 2},
-    }
-    return DriftMonitor(args, queue)
-
-
-def post(monitor, *numbers, prompt="q"):
-    items = [{"prompt": f"{prompt} {n}", "chosen": f"good {n}", "rejected": "bad"} for n in numbers]
-    return [outcome["pair_id"] for outcome in monitor.add_feedback(items)]
-
-
+ARGS = {
+    "feedback": {"holdout_fraction": 0.0},
+    "training": {"pairs_per_step": 2, "max_epochs": 3},
+    "drift": {"window": 4, "min_pairs": 2, "quiet_rate": 0.5, "alarm_rate": 2.0, "half_life_pairs": 2},
+}
 task_ids = (f"task-{number}" for number in itertools.count())
 
 
-def trained(monitor, pairs, loss, margin):
-    scores = tuple(PairScore(pair.pair_id, 0, 0, 0, 0, loss, margin) for pair in pairs)
-    outcome = BatchOutcome(next(task_ids), "e", scores)
-    monitor.record(outcome, [], "v0001")
-    return outcome
+def words(*seed):
+    """A text of its own: pairs that are nearly the same would be weighted down."""
+    digest = hashlib.sha256(repr(seed).encode()).hexdigest()
+    return " ".join(digest[i : i + 4] for i in range(0, 40, 4))
 
 
-def test_a_repeated_report_counts_once(monitor, queue):
-    post(monitor, 1, 2)
-    monitor.stream_once()
-    outcome = trained(monitor, queue.take_all(), loss=0.7, margin=-0.1)
-    monitor.record(outcome, [], "v0001")
-    monitor.stream_once()
-    assert {pair.times_trained for pair in queue.pairs.values()} == {1}
+class World:
+    """A monitor with its queue, and an adapter that likes pairs or not."""
+
+    def __init__(self, tmp_path, **changes):
+        self.args = {**ARGS, "state_dir": str(tmp_path), **changes}
+        self.queue = FakeQueue()
+        self.monitor = DriftMonitor(self.args, self.queue)
+        self.version = "base"
+
+    def restart(self):
+        self.queue = FakeQueue()
+        self.monitor = DriftMonitor(self.args, self.queue)
+
+    def post(self, *numbers, user=None):
+        items = [
+            {"prompt": words(n, "q"), "chosen": words(n, "good"), "rejected": words(n, "bad"), "user": user}
+            for n in numbers
+        ]
+        return [outcome["pair_id"] for outcome in self.monitor.add_feedback(items)]
+
+    def stream(self):
+        self.monitor.stream_once()
+
+    def score(self, *, likes):
+        """The live adapter scores what waits for it; returns the pairs."""
+        scored, self.queue.to_score = list(self.queue.to_score.values()), {}
+        if scored:
+            self.monitor.record(self.outcome(scored, TaskKind.EVALUATE, likes=likes), [], self.version)
+        return scored
+
+    def train(self, *, likes=True):
+        trained = self.queue.take_all()
+        if trained:
+            self.monitor.record(self.outcome(trained, TaskKind.TRAIN, likes=likes), [], self.version)
+        return trained
+
+    @staticmethod
+    def outcome(pairs, kind, *, likes):
+        loss, margin = (0.1, 2.0) if likes else (1.5, -1.0)
+        scores = tuple(PairScore(pair.pair_id, -1.0, -2.0, -3.0, -4.0, loss, margin) for pair in pairs)
+        keys = {pair.pair_id: f"key-{pair.pair_id}" for pair in pairs}
+        return BatchOutcome(next(task_ids), "e", scores, kind=kind, reference_keys=keys)
+
+    def publish(self, version):
+        self.version = version
+        self.monitor.note_live(version)
 
 
-def test_new_pairs_are_streamed_once_and_not_while_they_are_known(monitor, queue):
-    ids = post(monitor, 1, 2, 3)
-    assert monitor.stream_once() == 3
-    assert monitor.stream_once() == 0
-    assert set(queue.pairs) == set(ids)
+@pytest.fixture
+def world(tmp_path):
+    return World(tmp_path)
 
 
-def test_only_so_many_are_queued_ahead(monitor, queue):
-    post(monitor, *range(30))
-    monitor.stream_once()
-    assert len(queue.pairs) == 8  # four batches of two
+def test_a_new_pair_is_scored_before_it_is_trained(world):
+    ids = world.post(1, 2, 3)
+    world.stream()
+    assert set(world.queue.to_score) == set(ids)
+    assert not world.queue.pairs
+    world.stream()
+    assert len(world.queue.to_score) == 3  # and not queued again
+    world.score(likes=False)
+    world.stream()
+    assert set(world.queue.pairs) == set(ids)
 
 
-def test_pairs_come_again_while_the_window_complains_and_not_after(monitor, queue):
-    post(monitor, 1, 2)
-    monitor.stream_once()
-    for _ in range(2):
-        trained(monitor, queue.take_all(), loss=0.7, margin=-0.1)
-        assert monitor.drift()["drifted"]
-        assert monitor.stream_once() == 2
-    trained(monitor, queue.take_all(), loss=0.1, margin=2.0)
-    assert monitor.stream_once() == 0  # three epochs, and satisfied on average
+def test_the_first_pair_of_all_is_trained_at_once(world):
+    """Nothing is known yet, so it counts as an alarm."""
+    world.post(1)
+    assert trained_in_all(world, likes=True) > 0
 
 
-def test_a_quiet_stream_is_trained_once(monitor, queue):
-    post(monitor, 1, 2, 3, 4)
-    monitor.stream_once()
-    trained(monitor, queue.take_all(), loss=0.1, margin=2.0)
-    assert not monitor.drift()["drifted"]
-    assert monitor.stream_once() == 0
+def test_what_scoring_found_travels_with_the_pair(world):
+    (pair_id,) = world.post(1)
+    world.stream()
+    world.score(likes=False)
+    world.stream()
+    (pair,) = world.queue.take_all()
+    assert pair.dpo_loss == 1.5
+    assert pair.role == "new"
+    reference = pair.reference
+    assert (reference.key, reference.chosen_logp, reference.rejected_logp) == (f"key-{pair_id}", -3.0, -4.0)
 
 
-def test_the_last_loss_travels_with_a_repeated_pair(monitor, queue):
-    post(monitor, 1, 2)
-    monitor.stream_once()
-    trained(monitor, queue.take_all(), loss=1.5, margin=-1.0)
-    monitor.stream_once()
-    assert {pair.dpo_loss for pair in queue.pairs.values()} == {1.5}
-    assert {pair.times_trained for pair in queue.pairs.values()} == {1}
+def test_only_so_many_are_queued_ahead(world):
+    world.post(*range(30))
+    world.stream()
+    assert len(world.queue.to_score) == 8  # four batches of two
+    world.score(likes=False)
+    world.stream()
+    assert len(world.queue.pairs) == 8
 
 
-def test_unusable_and_failed_pairs_are_parked_with_their_reason(monitor, queue):
-    first, second = post(monitor, 1, 2)
+def trained_in_all(world, likes):
+    """Train until the monitor wants no more; returns how many pair-slots that were."""
+    total = idle = 0
+    for _ in range(100):
+        world.stream()
+        scored = world.score(likes=likes)
+        batch = world.train(likes=likes)
+        total += len(batch)
+        idle = 0 if scored or batch else idle + 1
+        if idle == 2:
+            return total
+    raise AssertionError("training never ends")
+
+
+def settle(world):
+    """Pairs that the live adapter agrees with, until nothing alarms any more."""
+    world.post(*range(1000, 1040))
+    trained_in_all(world, likes=True)
+
+
+def test_a_quiet_stream_trains_a_share_of_its_pairs(world):
+    settle(world)
+    world.post(*range(20))
+    assert 10 <= trained_in_all(world, likes=True) <= 12  # half of them, and a little credit from before
+
+
+def test_an_alarm_trains_every_pair_as_often_as_allowed_while_the_window_complains(world):
+    world.post(*range(4))
+    assert trained_in_all(world, likes=False) == 4 * 3  # max_epochs
+    drift = world.monitor.stats()["drift"]
+    assert drift["drifted"]
+    assert drift["retrain_rate"] == 2.0
+
+
+def test_a_published_version_is_scored_on_the_newest_pairs_and_ends_the_alarm(world):
+    world.publish("v0001")
+    world.post(*range(6))
+    world.stream()
+    world.score(likes=False)
+    assert world.monitor.drift()["drifted"]
+    world.publish("v0002")
+    world.stream()
+    assert len(world.queue.to_score) == 4  # the window
+    world.score(likes=True)
+    assert not world.monitor.drift()["drifted"]
+    world.stream()
+    assert not world.queue.to_score
+
+
+def test_gamma_follows_the_level(world):
+    world.stream()
+    assert world.queue.gamma == 2.0  # nothing is known yet
+    settle(world)
+    assert world.queue.gamma == pytest.approx(0.5, abs=0.01)
+    world.post(1, 2, 3)
+    world.stream()
+    world.score(likes=False)
+    world.stream()
+    assert world.queue.gamma == 2.0
+
+
+def test_the_baselines_train_at_a_fixed_rate_whatever_the_scores(tmp_path):
+    for policy, likes in itertools.product(("periodic", "continuous"), (True, False)):
+        world = World(tmp_path / f"{policy}{likes}", scheduler={"policy": policy})
+        world.post(*range(4))
+        assert trained_in_all(world, likes=likes) == 8
+        assert world.queue.gamma == 1.0
+
+
+def test_a_repeated_report_counts_once(world):
+    world.post(1, 2)
+    world.stream()
+    world.score(likes=False)
+    world.stream()
+    outcome = world.outcome(world.queue.take_all(), TaskKind.TRAIN, likes=False)
+    world.monitor.record(outcome, [], "base")
+    world.monitor.record(outcome, [], "base")
+    world.stream()
+    assert {pair.times_trained for pair in world.queue.pairs.values()} == {1}
+    assert {pair.role for pair in world.queue.pairs.values()} == {"hard"}
+
+
+def test_replay_takes_its_share_and_only_of_the_present_preferences(world):
+    world.post(*range(8))
+    trained_in_all(world, likes=True)
+    world.post(*range(100, 108))
+    world.stream()
+    world.score(likes=False)
+    world.stream()
+    roles = [pair.role for pair in world.queue.pairs.values()]
+    assert roles.count("replay") == 2
+    assert roles.count("new") == 6
+
+
+def test_unusable_and_failed_pairs_are_parked_with_their_reason(world):
+    first, second = world.post(1, 2)
     outcome = BatchOutcome("t", "e", error="DivergedError: nan", unusable=((first, "PairTooLongError: x"),))
-    monitor.record(outcome, [second], None)
-    assert monitor.stream_once() == 0
-    assert monitor.stats()["store"]["pairs"]["parked"] == 2
+    world.monitor.record(outcome, [second], None)
+    world.stream()
+    assert not world.queue.to_score
+    assert world.monitor.stats()["store"]["pairs"]["parked"] == 2
 
 
-def test_held_out_pairs_never_reach_the_queue(tmp_path, queue):
-    args = {"state_dir": str(tmp_path), "feedback": {"holdout_fraction": 0.5}}
-    monitor = DriftMonitor(args, queue)
-    post(monitor, *range(20))
-    monitor.stream_once()
-    held_out = {pair.pair_id for pair in monitor.held_out_pairs()}
-    assert held_out
-    assert not held_out & set(queue.pairs)
+def test_held_out_pairs_are_scored_and_never_trained(tmp_path):
+    world = World(tmp_path, feedback={"holdout_fraction": 0.5})
+    world.post(*range(20))
+    seen = set()
+    for _ in range(20):
+        world.stream()
+        world.score(likes=False)
+        seen |= {pair.pair_id for pair in world.train(likes=False)}
+    held_out = world.monitor.held_out_pairs()
+    ids = {pair.pair_id for pair in held_out.recent}
+    assert ids
+    assert not ids & seen
+    assert all(pair.reference is not None for pair in held_out.recent)
+
+
+def test_a_restart_goes_on_with_the_alarm_and_what_was_scored(world):
+    world.publish("v0001")
+    world.post(*range(6))
+    world.stream()
+    world.score(likes=False)
+    before = world.monitor.drift()
+    world.restart()
+    after = world.monitor.drift()
+    for key in ("drifted", "level", "accuracy", "num_pairs", "live_version", "training_credit"):
+        assert after[key] == before[key], key
+    assert [event["detail"] for event in after["history"]] == [event["detail"] for event in before["history"]]
+    world.stream()
+    assert world.queue.pairs
+    assert not world.queue.to_score
+
+
+def test_a_hostile_copy_of_a_pair_is_weighted_down_with_a_reason(world):
+    for user in ("ann", "bob", "cid"):
+        world.monitor.add_feedback([{"prompt": "q", "chosen": "yes", "rejected": "no", "user": user}])
+    world.monitor.add_feedback([{"prompt": "q", "chosen": "no", "rejected": "yes", "user": "eve"}])
+    world.stream()
+    world.score(likes=True)
+    store = world.monitor._open().store
+    eve = next(pair for pair in store.newest_scored(10) if pair.user == "eve")
+    assert eve.quality < 0.5
+    assert eve.quality_reasons
+    ann = next(pair for pair in store.newest_scored(10) if pair.user == "ann")
+    assert ann.quality > eve.quality

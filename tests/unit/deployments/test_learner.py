@@ -5,11 +5,12 @@ import pytest
 from alignment.registry import AdapterRegistry
 from core.config import AppArgs
 from core.errors import PairTooLongError, StoreUnavailableError
-from core.messages import TrainingBatch, TrainingPair
-from core.types import TokenizedPair
+from core.messages import CachedReference, TrainingBatch, TrainingPair
+from core.types import TaskKind, TokenizedPair
 from deployments import learner as learner_module
 from deployments.learner import Learner
 from deployments.versions import AdapterVersions
+from engine.pair_tokens import reference_key
 from tests.unit.deployments.fakes import FakeControl, FakeEngine
 
 BASE_MODEL = "base-model"
@@ -41,17 +42,25 @@ class World:
     def __init__(self, tmp_path, control, **training):
         self.control = control
         self.engine = FakeEngine()
+        training = {"failure_backoff_s": 0.001, **training}
         self.args = AppArgs.model_validate({"training": training, "state_dir": tmp_path})
+        self.checkpoint = tmp_path / "training" / "checkpoint.safetensors"
         self.registry = AdapterRegistry.open(tmp_path / "adapters", BASE_MODEL)
         self.names = {}
         self.versions = None
         self.learner = None
 
-    def run(self, turns=200):
-        asyncio.run(self._run(turns))
+    def run(self, turns=None, until=None):
+        """So many turns, or until that is true, or else until nothing is left to do."""
+        asyncio.run(self._run(turns, until or self._is_idle))
         return self.learner.status
 
-    async def _run(self, turns):
+    def _is_idle(self):
+        status = self.learner.status_to_wire()
+        is_resting = status["phase"] in ("idle", "paused", "pinned") and not status["steps_since_candidate"]
+        return is_resting and (status["paused"] or not self.control.batches)
+
+    async def _run(self, turns, until=None):
         self.versions = AdapterVersions(self.engine, self.registry, "m")
         await self.versions.attach(self.names)
         self.learner = Learner(
@@ -63,10 +72,17 @@ class World:
             tokenizer=FakeTokenizer(),
             args=self.args,
             base_model=BASE_MODEL,
+            checkpoint=self.checkpoint,
         )
         await self.learner.restore()
         task = asyncio.create_task(self.learner.run())
-        await asyncio.sleep(0.001 * turns)
+        if turns is not None:
+            await asyncio.sleep(0.001 * turns)
+        else:
+            async with asyncio.timeout(10):
+                await asyncio.sleep(0.02)
+                while not until():
+                    await asyncio.sleep(0.001)
         task.cancel()
 
 
@@ -79,7 +95,8 @@ def test_a_candidate_is_published_when_the_queue_is_empty(tmp_path):
     manifest = world.registry.get("v0001").manifest
     assert (manifest.parent, manifest.optimizer_steps) == (None, 2)
     assert set(manifest.pair_ids) == {"p1-0", "p1-1", "p2-0", "p2-1"}
-    assert ("save_training_state", "v0001.safetensors") in world.engine.calls
+    saved = world.engine.saved[world.checkpoint]
+    assert (saved["base"], saved["total_steps"], saved["steps_since_candidate"]) == ("v0001", 2, 0)
 
 
 def test_a_candidate_is_offered_every_so_many_steps(tmp_path):
@@ -96,7 +113,8 @@ def test_a_worse_candidate_is_kept_but_not_published_and_training_returns_to_liv
     assert world.versions.live == "base"
     assert world.registry.get("v0001").manifest.status == "rejected"
     assert "fell" in status.last_decision
-    assert world.engine.calls[-1] == ("load_adapter", None)
+    assert ("load_adapter", None) in world.engine.calls
+    assert world.engine.saved[world.checkpoint]["base"] == "base"
 
 
 def test_a_failed_step_is_reported_and_the_next_one_runs(tmp_path):
@@ -109,11 +127,11 @@ def test_a_failed_step_is_reported_and_the_next_one_runs(tmp_path):
 
 
 def test_ten_failures_in_a_row_pause_training_with_the_reason(tmp_path):
-    world = World(tmp_path, FakeControl([batch(i) for i in range(12)]))
+    world = World(tmp_path, FakeControl([batch(i) for i in range(12)]), failure_backoff_s=0)
     world.engine.error = "DivergedError: x"
     status = world.run()
     assert status.paused
-    assert "10 failed steps in a row, the last: DivergedError: x" in status.pause_reason
+    assert "10 failed tasks in a row, the last: DivergedError: x" in status.pause_reason
     assert len(world.control.batches) == 2
 
 
@@ -160,17 +178,170 @@ def test_a_finished_step_is_reported_until_the_store_takes_it(tmp_path):
 def test_a_candidate_that_cannot_be_evaluated_is_rejected_once(tmp_path):
     world = World(tmp_path, FakeControl([batch(1)], held_out=[TrainingPair("h", "q", "a", "b")]))
     world.engine.evaluation_error = "DivergedError: nan"
-    status = world.run()
+    world.run()
     [version] = world.registry.list()
     assert version.manifest.status == "rejected"
     assert "could not be evaluated" in version.manifest.reason
-    assert status.steps_since_candidate == 0
+    assert world.learner.status_to_wire()["steps_since_candidate"] == 0
 
 
 def test_after_a_restart_the_live_version_is_back(tmp_path):
     World(tmp_path, FakeControl([batch(1)])).run()
     again = World(tmp_path, FakeControl([]))
-    again.run(20)
+    again.run()
     assert again.versions.live == "v0001"
     assert again.names["m"][0] == "m@v0001"
     assert ("load_adapter", "v0001") in again.engine.calls
+
+
+def to_score(*prompts):
+    pairs = tuple(TrainingPair(f"s{i}", prompt, "a", "b") for i, prompt in enumerate(prompts))
+    return TrainingBatch("score-1", pairs, kind=TaskKind.EVALUATE)
+
+
+def test_a_batch_to_score_is_scored_by_the_live_adapter_and_changes_nothing(tmp_path):
+    world = World(tmp_path, FakeControl([to_score("q", "long")]))
+    world.engine.live_margin = -3.0
+    world.run()
+    (task,) = world.engine.tasks
+    assert (task.kind, task.on_live, task.checkpoint) == (TaskKind.EVALUATE, True, None)
+    ((outcome, version),) = world.control.completed
+    assert (outcome.kind, version) == (TaskKind.EVALUATE, "base")
+    assert [score.margin for score in outcome.scores] == [-3.0]
+    assert set(outcome.reference_keys) == {"s0"}
+    assert [pair_id for pair_id, _ in outcome.unusable] == ["s1"]
+    assert world.registry.list() == ()
+
+
+def test_a_cached_reference_is_used_for_the_same_tokens_and_no_others(tmp_path):
+    pair = TokenizedPair("p", (1,), (2,), (3,))
+    good = CachedReference(reference_key(BASE_MODEL, pair), -5.0, -6.0)
+    stale = CachedReference("of other tokens", -7.0, -8.0)
+    pairs = (TrainingPair("p", "q", "a", "b", reference=good), TrainingPair("o", "q", "a", "b", reference=stale))
+    world = World(tmp_path, FakeControl([TrainingBatch("t", pairs)]))
+    world.run()
+    by_id = {pair.pair_id: pair for task in world.engine.tasks if task.kind is TaskKind.TRAIN for pair in task.pairs}
+    assert by_id["p"].reference == (-5.0, -6.0)
+    assert by_id["o"].reference is None
+
+
+def test_weight_and_gamma_reach_the_engine(tmp_path):
+    pairs = (TrainingPair("p", "q", "a", "b", weight=0.25),)
+    world = World(tmp_path, FakeControl([TrainingBatch("t", pairs, gamma=2.0)]))
+    world.run()
+    task = world.engine.tasks[0]
+    assert (task.pairs[0].weight, task.gamma) == (0.25, 2.0)
+
+
+def restarted(tmp_path, before, **changes):
+    """Another process on the same directory and checkpoint files."""
+    world = World(tmp_path, FakeControl([]), **changes)
+    world.engine.saved = before.engine.saved
+    return world
+
+
+def test_after_a_kill_training_goes_on_from_the_last_step(tmp_path):
+    first = World(tmp_path, FakeControl([batch(1), batch(2)]), steps_per_candidate=8)
+    first.run(until=lambda: len(first.control.completed) == 2)  # killed before a candidate is offered
+    again = restarted(tmp_path, first)
+    again.run(until=lambda: again.versions.live == "v0001")
+    assert again.learner.status.restored_steps == 2
+    assert ("load_adapter", None) not in again.engine.calls
+    assert again.registry.get("v0001").manifest.optimizer_steps == 2
+    assert set(again.registry.get("v0001").manifest.pair_ids) == {"p1-0", "p1-1", "p2-0", "p2-1"}
+
+
+def test_a_kill_between_publication_and_its_note_keeps_the_optimizer(tmp_path):
+    first = World(tmp_path, FakeControl([batch(1)]))
+    saved_after_step = {}
+    publish = AdapterVersions.publish
+
+    async def publish_then_die(self, version):
+        saved_after_step.update(first.engine.saved)
+        return await publish(self, version)
+
+    first.engine.saved_after_step = saved_after_step
+    AdapterVersions.publish = publish_then_die
+    try:
+        first.run()
+    finally:
+        AdapterVersions.publish = publish
+    first.engine.saved = saved_after_step
+    again = restarted(tmp_path, first)
+    again.run(turns=2)
+    assert again.versions.live == "v0001"
+    assert ("load_adapter", "v0001") not in again.engine.calls
+    assert again.learner.status_to_wire()["total_steps"] == 1
+    assert again.learner.status_to_wire()["steps_since_candidate"] == 0
+
+
+def test_a_checkpoint_of_another_version_is_not_gone_on_from(tmp_path):
+    first = World(tmp_path, FakeControl([batch(1)]))
+    first.run()
+    again = restarted(tmp_path, first)
+    again.engine.saved = {again.checkpoint: {"base": "v0099", "total_steps": 7, "steps_since_candidate": 3}}
+    again.run(turns=2)
+    assert ("load_adapter", "v0001") in again.engine.calls
+    assert again.learner.status_to_wire()["steps_since_candidate"] == 0
+    assert again.learner.status_to_wire()["total_steps"] == 7  # never goes back
+
+
+@pytest.mark.parametrize("saved", [{}, {"total_steps": "many"}, {"base": None}])
+def test_an_odd_checkpoint_is_ignored(tmp_path, saved):
+    world = World(tmp_path, FakeControl([batch(1)]))
+    world.engine.saved = {world.checkpoint: saved}
+    world.run()
+    assert world.versions.live == "v0001"
+
+
+def test_a_candidate_that_repeats_itself_is_rejected_though_its_scores_are_fine(tmp_path):
+    world = World(tmp_path, FakeControl([batch(1)], held_out=[TrainingPair("h", "q", "a", "b")]))
+    world.engine.answers = lambda handle: range(60) if handle is None else [7, 8] * 30
+    world.run()
+    manifest = world.registry.get("v0001").manifest
+    assert manifest.status == "rejected"
+    assert "repetitions" in manifest.reason
+    assert world.versions.live == "base"
+
+
+def test_the_candidate_speaks_under_a_name_of_its_own_and_is_forgotten(tmp_path):
+    world = World(tmp_path, FakeControl([batch(1)], held_out=[TrainingPair("h", "q", "a", "b")]))
+    world.run()
+    names = [name for call, name in world.engine.calls if call == "generate"]
+    assert names[0].startswith("candidate-")
+    assert names[1] is None  # the live one was the bare base model
+    assert ("unload_version", names[0]) in world.engine.calls
+    manifest = world.registry.get("v0001").manifest
+    assert manifest.metrics["generation_length"] == 8.0
+
+
+def test_failures_in_a_row_rest_longer_each_time(tmp_path):
+    world = World(tmp_path, FakeControl([batch(i) for i in range(12)]), failure_backoff_s=0.02)
+    world.engine.error = "DivergedError: x"
+    status = world.run(turns=400)
+    assert 1 < status.failed_steps < 7  # 0.02 + 0.04 + 0.08 + 0.16 + 0.32 s
+    assert status.phase == "backing off"
+    assert not status.paused
+
+
+def test_the_monitor_is_told_what_is_live_at_the_start_and_after_each_change(tmp_path):
+    world = World(tmp_path, FakeControl([batch(1)]))
+    world.run(until=lambda: len(world.control.live) == 2)
+    assert world.control.live == ["base", "v0001"]
+
+
+def test_while_a_version_is_pinned_nothing_is_trained(tmp_path):
+    World(tmp_path, FakeControl([batch(1)])).run()
+    world = World(tmp_path, FakeControl([]))
+
+    async def pinned():
+        await world._run(5)
+        await world.versions.activate("base")
+        task = asyncio.create_task(world.learner.run())
+        await asyncio.sleep(0.05)
+        task.cancel()
+
+    asyncio.run(pinned())
+    assert world.control.headrooms[0].may_train
+    assert not world.control.headrooms[-1].may_train
+    assert world.learner.status.phase == "pinned"

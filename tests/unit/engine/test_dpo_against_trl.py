@@ -1,5 +1,7 @@
 """The sliced step against the real `DPOTrainer`: same tokens, loss and every LoRA gradient."""
 
+from dataclasses import replace
+
 import peft
 import pytest
 import torch
@@ -10,7 +12,7 @@ from trl import DPOConfig, DPOTrainer
 
 from core.types import FineTuneTask, TaskKind, TokenizedPair
 from engine.trainable import TARGET_MODULES
-from tests.unit.engine.trainable_models import VOCAB, make_training, run_to_loss, save_model, start
+from tests.unit.engine.trainable_models import VOCAB, make_training, run, run_to_loss, save_model, start
 
 MAX_LENGTH = 16
 
@@ -62,9 +64,13 @@ def _trainer(directory: str, out: str, sft_weight: float) -> DPOTrainer:
 
 
 @pytest.mark.parametrize("kind", ["llama", "qwen2"])
-@pytest.mark.parametrize("max_slice_tokens", [1024, 40], ids=["one_batch", "micro_batches"])
+@pytest.mark.parametrize(
+    ("max_slice_tokens", "is_cached"),
+    [(1024, False), (40, False), (40, True)],
+    ids=["one_batch", "micro_batches", "cached_reference"],
+)
 @pytest.mark.parametrize("sft_weight", [0.0, 0.7], ids=["dpo", "dpo_and_sft"])
-def test_loss_and_gradients_equal_trl(tmp_path, kind, max_slice_tokens, sft_weight):
+def test_loss_and_gradients_equal_trl(tmp_path, kind, max_slice_tokens, is_cached, sft_weight):
     directory = save_model(tmp_path / "model", kind)
     trainer = _trainer(directory, str(tmp_path / "out"), sft_weight)
     rows = list(trainer.train_dataset)
@@ -80,6 +86,11 @@ def test_loss_and_gradients_equal_trl(tmp_path, kind, max_slice_tokens, sft_weig
     config = make_training(
         beta=0.3, sft_weight=sft_weight, max_length_tokens=MAX_LENGTH, max_slice_tokens=max_slice_tokens
     )
+    if is_cached:
+        scores = run(start(directory, replace(task, kind=TaskKind.EVALUATE), config)[2]).result()[1]
+        known = [(score.reference_chosen_logp, score.reference_rejected_logp) for score in scores]
+        pairs = [replace(pair, reference=values) for pair, values in zip(task.pairs, known, strict=True)]
+        task = replace(task, pairs=tuple(pairs))
     model, _, step = start(directory, task, config)
     theirs = {
         name.replace(".default.", "."): parameter

@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given
@@ -39,6 +41,13 @@ def test_pairs_that_do_not_fit(pair, limits):
         cut_pair(pair, *limits)
 
 
+def test_a_cut_pair_keeps_its_id_weight_and_reference():
+    whole = replace(_pair(range(1, 8), range(10, 20), range(30, 33)), weight=0.5, reference=(-1.0, -2.0))
+    cut = cut_pair(whole, 4, 9)
+    assert (cut.pair_id, cut.weight, cut.reference) == ("p", 0.5, (-1.0, -2.0))
+    assert cut.prompt_ids == (4, 5, 6, 7)
+
+
 def test_rows_and_targets():
     (batch,) = _batches([_pair([1, 2], [3, 4], [5], "a"), _pair([6], [7, 8, 9], [10, 11], "b")])
     assert batch.pair_indices == (0, 1)
@@ -58,9 +67,15 @@ def test_empty_prompt_scores_from_the_second_token():
 token_ids = st.lists(st.integers(0, 99), min_size=1, max_size=12).map(tuple)
 
 
-@given(st.lists(st.tuples(token_ids, token_ids, token_ids), min_size=1, max_size=12), st.integers(16, 80))
-def test_every_pair_once_and_within_the_bound(raw, bound):
-    pairs = [TokenizedPair(str(i), *parts) for i, parts in enumerate(raw)]
+raw_pairs = st.lists(st.tuples(token_ids, token_ids, token_ids, st.booleans()), min_size=1, max_size=12)
+
+
+@given(raw_pairs, st.integers(16, 80))
+def test_every_pair_once_within_the_bound_and_apart_by_reference(raw, bound):
+    pairs = [
+        TokenizedPair(str(i), *parts, weight=0.5 + i, reference=(-i, -0.5) if is_cached else None)
+        for i, (*parts, is_cached) in enumerate(raw)
+    ]
     batches = _batches(pairs, bound)
     assert sorted(i for batch in batches for i in batch.pair_indices) == list(range(len(pairs)))
     for batch in batches:
@@ -68,6 +83,12 @@ def test_every_pair_once_and_within_the_bound(raw, bound):
         expected = [t for i in batch.pair_indices for t in pairs[i].chosen_ids]
         expected += [t for i in batch.pair_indices for t in pairs[i].rejected_ids]
         assert batch.targets.tolist() == expected
+        assert batch.weights.tolist() == [0.5 + i for i in batch.pair_indices]
+        known = [pairs[i].reference for i in batch.pair_indices if pairs[i].reference]
+        assert len(known) in (0, batch.num_pairs)
+        assert (batch.reference is None) == (not known)
+        if known:
+            assert batch.reference.tolist() == [values[side] for side in (0, 1) for values in known]
 
 
 def test_bad_ids_never_reach_the_device():

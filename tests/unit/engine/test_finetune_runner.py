@@ -78,7 +78,7 @@ def test_one_slice_at_a_time_equals_all_at_once(runner):
     runner.submit(wire)
     [result] = finish(runner)
     stepwise = parameters(runner)
-    runner.load_adapter(None)
+    runner.adapters.load_adapter(None)
     runner.submit(wire)
     [again] = runner.run(60.0, 10_000).finished
     assert result.metrics == again.metrics
@@ -130,12 +130,12 @@ def test_a_diverging_step_is_a_named_result_and_changes_nothing(runner):
 def test_set_live_scores_a_saved_version(runner, tmp_path):
     runner.submit(make_task().to_wire())
     finish(runner)
-    runner.save_adapter(str(tmp_path / "v"), "base")
+    runner.adapters.save_adapter(str(tmp_path / "v"), "base")
     evaluate = make_task(kind=TaskKind.EVALUATE)
     runner.submit(evaluate.to_wire())
     [shadow] = finish(runner)
-    runner.load_adapter(None)
-    runner.set_live(str(tmp_path / "v"))
+    runner.adapters.load_adapter(None)
+    runner.adapters.set_live(str(tmp_path / "v"))
     runner.submit(dataclasses.replace(evaluate, on_live=True).to_wire())
     [live] = finish(runner)
     assert live.scores == shadow.scores

@@ -6,7 +6,8 @@ from transformers import AutoTokenizer
 from core.config import TrainingConfig
 from core.errors import PairTooLongError, TrainingError
 from core.messages import TrainingPair
-from engine.pair_tokens import PairTokenizer
+from core.types import TokenizedPair
+from engine.pair_tokens import PairTokenizer, reference_key
 
 MESSAGES = [
     {"role": "system", "content": "Be kind."},
@@ -47,3 +48,27 @@ def test_pairs_that_differ_only_beyond_the_limit_are_named(tokenizer):
 def test_a_template_that_cannot_render_is_a_named_error(tokenizer):
     with pytest.raises(TrainingError, match="chat template"):
         tokenizer.tokenize(TrainingPair("p", [{"content": "no role"}], "a", "b"))
+
+
+def test_the_weight_comes_along_and_the_key_is_that_of_the_cut_tokens(tokenizer, tiny_assistant):
+    pair = TrainingPair("p", MESSAGES, "It is Paris.", "Certainly! Paris.", weight=0.25)
+    assert tokenizer.tokenize(pair).weight == 0.25
+    short = PairTokenizer.load(str(tiny_assistant), TrainingConfig(max_prompt_tokens=8, max_length_tokens=128))
+    assert reference_key("base", tokenizer.tokenize(pair)) != reference_key("base", short.tokenize(pair))
+
+
+def test_the_key_of_a_reference_is_of_model_precision_and_tokens_and_of_nothing_else():
+    pair = TokenizedPair("p", (1, 2), (3,), (4, 5))
+    key = reference_key("base", pair)
+    assert len(key) == 64
+    assert (
+        reference_key("base", TokenizedPair("q", (1, 2), (3,), (4, 5), weight=0.5, reference=(-1.0, -1.0))) == key
+    )
+    others = [
+        reference_key("other", pair),
+        reference_key("base", pair, "float32"),
+        reference_key("base", TokenizedPair("p", (1,), (2, 3), (4, 5))),
+        reference_key("base", TokenizedPair("p", (1, 2), (3, 4), (5,))),
+        reference_key("base", TokenizedPair("p", (1, 2), (4, 5), (3,))),
+    ]
+    assert len({key, *others}) == 6

@@ -161,6 +161,89 @@ def test_damaged_training_state(qwen, tmp_path, monkeypatch):
         shadow.load_training_state(path)
 
 
+def test_a_state_of_the_first_format_loads_without_progress(qwen, tmp_path):
+    config, path = make_training(), tmp_path / "training.safetensors"
+    model, shadow, _ = start(qwen, make_task(), config)
+    _train(model, shadow, config, range(2))
+    state = shadow.snapshot()
+    num_steps = int(state.pop("num_steps"))
+    shapes = {name: list(tensor.shape) for name, tensor in shadow.tensors().items()}
+    header = {"format": 1, "num_steps": num_steps, "shapes": shapes}
+    save_file(state, path, metadata={"mace": json.dumps(header)})
+    other = ShadowAdapter(build(qwen, seed=99), config)
+    assert other.load_training_state(path) == {}
+    assert _same(other.snapshot(), shadow.snapshot())
+    save_file(state, path, metadata={"mace": json.dumps(header | {"format": 3})})
+    with pytest.raises(DamagedAdapterError, match="unknown format 3"):
+        other.load_training_state(path)
+
+
+def test_progress_and_random_numbers_come_back(qwen, tmp_path):
+    config, path = make_training(), tmp_path / "training.safetensors"
+    shadow = ShadowAdapter(build(qwen), config)
+    progress = {"cursor": [3, 0.5], "candidate": {"pairs": ["a", "ä"]}, "none": None}
+    shadow.save_training_state(path, progress)
+    drawn = torch.rand(3)
+    torch.manual_seed(99)
+    assert shadow.load_training_state(path) == progress
+    assert torch.equal(torch.rand(3), drawn)
+    with pytest.raises(AdapterError, match="cannot be written"):
+        shadow.save_training_state(path, {"not JSON": object()})
+    assert shadow.load_training_state(path) == progress
+
+
+def test_random_numbers_of_another_torch_are_left_out(qwen, tmp_path, monkeypatch):
+    shadow, path = ShadowAdapter(build(qwen), make_training()), tmp_path / "training.safetensors"
+    monkeypatch.setattr("engine.shadow.random_state", lambda device: {"cpu": torch.zeros(7, dtype=torch.uint8)})
+    shadow.save_training_state(path, {"step": 1})
+    before = torch.get_rng_state()
+    assert shadow.load_training_state(path) == {"step": 1}
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("name", ["flat", "exp_avg", "exp_avg_sq"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_step_that_leaves_a_value_that_is_not_finite_is_undone(qwen, monkeypatch, name, value):
+    config = make_training()
+    model, shadow, step = start(qwen, make_task(), config)
+    run(step)
+    before = shadow.snapshot()
+    optimizer_step = torch.optim.AdamW.step
+
+    def overflow(self, *args):
+        optimizer_step(self, *args)
+        shadow._state()[name][17] = value
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.optim.AdamW, "step", overflow)
+        with pytest.raises(DivergedError, match="not finite after the optimizer step"):
+            run(DpoStep(model, shadow, make_task(seed=1), config))
+    assert _same(before, shadow.snapshot())
+    other = ShadowAdapter(build(qwen), config)
+    _train(other._model, other, config, [0, 1])
+    _train(model, shadow, config, [1])
+    assert _same(shadow.snapshot(), other.snapshot())
+
+
+def test_a_checkpoint_stays_as_it_is_while_someone_reads_it(qwen):
+    config = make_training()
+    model, shadow, step = start(qwen, make_task(), config)
+    run(step)
+    state = shadow.checkpoint()
+    assert shadow.checkpoint() is state  # nothing has changed: no second copy
+    state.is_leased = True
+    kept = {name: tensor.clone() for name, tensor in state.tensors.items()}
+    _train(model, shadow, config, [1, 2])
+    assert _same(state.tensors, kept)
+    later = shadow.checkpoint()
+    assert later is not state
+    assert later.num_steps == 3
+    assert not _same(later.tensors, kept)
+    state.is_leased = False
+    _train(model, shadow, config, [3, 4])
+    assert len(shadow._copies) == 2  # memory is used again
+
+
 def test_infinite_gradient_is_refused(qwen):
     shadow = ShadowAdapter(build(qwen), make_training())
     before = shadow.snapshot()

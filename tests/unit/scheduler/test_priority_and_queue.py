@@ -5,9 +5,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from core.batch import ForwardShape
 from core.config import SchedulerConfig
+from scheduler.plan import FineTuneState, IterationView
 from scheduler.priority import decode_priority, finetune_priority, prefill_priority
 from scheduler.task_queue import QueuedTask, TaskQueue
+from tests.unit.scheduler.device import make_planner
 
 CONFIG = SchedulerConfig()
 
@@ -76,3 +79,75 @@ def test_the_heap_order_is_the_order_of_priorities_at_any_later_time(tasks):
     priorities = [task.priority_at(2e3, CONFIG) for task in popped]
     assert all(a >= b - 1e-6 for a, b in itertools.pairwise(priorities))
     assert sorted(task.payload for task in popped) == list(range(len(tasks)))
+
+
+def test_gamma_weighs_the_loss_and_nothing_else():
+    assert finetune_priority(0.0, 2.0, 0, CONFIG, 3.0) == CONFIG.base_priority_finetune + 3.0 * 2.0
+    assert finetune_priority(5.0, 2.0, 1, CONFIG, 0.0) == finetune_priority(5.0, 0.0, 0, CONFIG)
+    assert finetune_priority(5.0, 2.0, 0, CONFIG, None) == finetune_priority(5.0, 2.0, 0, CONFIG, CONFIG.gamma)
+    plain = CONFIG.model_copy(update={"reward_term": False})
+    assert finetune_priority(0.0, 2.0, 0, plain, 9.0) == CONFIG.base_priority_finetune
+
+
+def test_a_raised_gamma_lets_a_hot_task_overtake_and_a_lowered_one_takes_that_back():
+    queue = TaskQueue(CONFIG)
+    queue.push(QueuedTask("old", None, 0.0, 0.0))
+    queue.push(QueuedTask("hot", None, 20.0, 2.0))
+    queue.push(QueuedTask("gone", None, 0.0, 2.0))
+    queue.remove("gone")
+    assert queue.peek().task_id == "old"
+    queue.set_gamma(4.0)
+    assert (queue.gamma, queue.peek().task_id) == (4.0, "hot")
+    queue.set_gamma(CONFIG.gamma)
+    assert [queue.pop().task_id for _ in range(2)] == ["old", "hot"]
+    assert queue.pop() is None
+
+
+def test_the_planner_runs_a_slice_without_slack_once_gamma_lifts_its_task_above_decoding():
+    def min_slices(gamma):
+        planner = make_planner(base_priority_finetune=19.0, rate_finetune=0.0)
+        state = FineTuneState(0.0, dpo_loss=0.9, gamma=gamma)
+        view = IterationView(0.0, num_decode=4, finetune=state)
+        return planner.settle(planner.plan(view), view, ForwardShape(num_decode=4)).min_slices
+
+    assert [min_slices(gamma) for gamma in (None, 1.0, 1.2, 0.0)] == [0, 0, 1, 0]
+
+
+gammas = st.floats(0, 20)
+
+
+@given(
+    st.lists(
+        st.one_of(
+            st.tuples(st.floats(0, 1e3), st.one_of(st.none(), st.floats(0, 50)), st.integers(0, 3)),
+            gammas,
+            st.just("pop"),
+            st.integers(0, 30),
+        ),
+        max_size=40,
+    ),
+    gammas,
+)
+def test_after_any_changes_of_gamma_the_order_is_that_of_the_priorities(operations, last_gamma):
+    """Tuples are pushed, floats are new gammas, integers name tasks to remove."""
+    queue, present = TaskQueue(CONFIG), set()
+    for i, operation in enumerate(operations):
+        match operation:
+            case (arrived, loss, attempts):
+                queue.push(QueuedTask(str(i), i, arrived, loss, attempts))
+                present.add(i)
+            case float():
+                queue.set_gamma(operation)
+            case "pop":
+                task = queue.pop()
+                assert (task is None) == (not present)
+                present -= {task.payload} if task else set()
+            case int():
+                queue.remove(str(operation))
+                present.discard(operation)
+    queue.set_gamma(last_gamma)
+    popped = [queue.pop() for _ in present]
+    priorities = [task.priority_at(2e3, CONFIG, last_gamma) for task in popped]
+    assert all(a >= b - 1e-6 for a, b in itertools.pairwise(priorities))
+    assert {task.payload for task in popped} == present
+    assert len(queue) == 0

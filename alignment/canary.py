@@ -1,0 +1,92 @@
+"""The verdict on a canary: is the version on trial worse than the live one, by its users and by the clock? Pure.
+
+Both questions compare two shares of independent trials (thumbs up of all thumbs, requests within their SLO of all
+requests) by a one-sided lower bound of their difference: Newcombe's hybrid of two Wilson intervals (Statistics in
+Medicine 17, 1998, method 10), which is sound for small counts and for shares of 0 and 1.
+"""
+
+import math
+from dataclasses import dataclass, field
+from statistics import NormalDist
+from typing import Literal
+
+from core.alignment_config import VersionsConfig
+
+
+@dataclass(frozen=True, slots=True)
+class Share:
+    """`hits` of `total` trials."""
+
+    hits: int = 0
+    total: int = 0
+
+    def __str__(self) -> str:
+        return f"{self.hits} of {self.total}"
+
+
+@dataclass(frozen=True, slots=True)
+class Arm:
+    """What was seen of one version since the trial began."""
+
+    ratings: Share = field(default_factory=Share)
+    """Thumbs up of all thumbs."""
+    slo: Share = field(default_factory=Share)
+    """Requests within TTFT and TBT targets."""
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """What to do with the canary."""
+
+    action: Literal["wait", "promote", "roll_back"]
+    reason: str
+
+
+def judge_canary(canary: Arm, live: Arm, elapsed_s: float, config: VersionsConfig) -> Verdict:
+    """Compare the canary with the live version, `elapsed_s` after its trial began.
+
+    Either comparison counts once both versions have enough trials (`canary_min_ratings`, `canary_min_requests`), or,
+    when `canary_max_s` is over, with what there is.
+    """
+    over = elapsed_s >= config.canary_max_s
+    rated = min(canary.ratings.total, live.ratings.total) >= config.canary_min_ratings
+    served = min(canary.slo.total, live.slo.total) >= config.canary_min_requests
+    complaints = []
+    if rated or over:
+        drop = least_drop(canary.ratings, live.ratings, config.canary_confidence)
+        if drop > 0:
+            complaints.append(f"thumbs up {canary.ratings} (live {live.ratings})")
+    if served or over:
+        drop = least_drop(canary.slo, live.slo, config.canary_confidence)
+        if drop > config.canary_max_slo_drop:
+            complaints.append(f"within the SLO {canary.slo} requests (live {live.slo})")
+    seen = f"thumbs up {canary.ratings} (live {live.ratings}), within the SLO {canary.slo} (live {live.slo})"
+    if complaints:
+        return Verdict(
+            "roll_back", f"worse than live at {config.canary_confidence:.0%}: {' and '.join(complaints)}"
+        )
+    if rated and served:
+        return Verdict("promote", f"not worse than live: {seen}")
+    if over:
+        return Verdict("promote", f"nothing spoke against it in {elapsed_s:.0f} s: {seen}")
+    return Verdict("wait", seen)
+
+
+def least_drop(canary: Share, live: Share, confidence: float) -> float:
+    """By how much the canary's share is below the live one's at least, at this one-sided confidence; -1 if unknown."""
+    if not canary.total or not live.total:
+        return -1.0
+    p_live, p_canary = live.hits / live.total, canary.hits / canary.total
+    low, _ = _wilson(live, confidence)
+    _, high = _wilson(canary, confidence)
+    return (p_live - p_canary) - math.hypot(p_live - low, high - p_canary)
+
+
+def _wilson(share: Share, confidence: float) -> tuple[float, float]:
+    """Score interval whose either end holds at this one-sided confidence."""
+    z = NormalDist().inv_cdf(confidence)
+    p, n = share.hits / share.total, share.total
+    centre = p + z * z / (2 * n)
+    spread = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+    scale = 1 + z * z / n
+    return (centre - spread) / scale, (centre + spread) / scale

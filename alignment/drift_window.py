@@ -1,0 +1,132 @@
+"""Does the live adapter agree with the newest preferences? Fixed bounds on the scores of the newest pairs.
+
+Under one version of the adapter, every pair counts once. When another version goes live the scores are void: they
+describe the adapter before it. The pairs stay known and are scored again. The bounds are fixed, because the untrained
+loss ln 2 and the perfect accuracy 1 are known in advance, so that no reference window has to be learned.
+"""
+
+import math
+from collections import OrderedDict
+from collections.abc import Iterable, Mapping
+from typing import Any, NamedTuple
+
+from core.alignment_config import DriftConfig
+
+
+class Score(NamedTuple):
+    """Of one pair under the live adapter: DPO loss (nats) and implicit reward margin."""
+
+    loss: float
+    margin: float
+
+
+class LevelWindow:
+    """The newest `config.window` pairs and their scores. Deterministic; callers check that scores are finite."""
+
+    def __init__(self, config: DriftConfig) -> None:
+        self._config = config
+        self._scores: OrderedDict[str, Score | None] = OrderedDict()
+        """By pair id, oldest first; None: not scored by the version that is live now."""
+
+    def __contains__(self, pair_id: str) -> bool:
+        return pair_id in self._scores
+
+    def add(self, pair_id: str, score: Score) -> None:
+        """A new pair; the oldest leaves a full window."""
+        self._scores[pair_id] = score
+        if len(self._scores) > self._config.window:
+            self._scores.popitem(last=False)
+
+    def rescore(self, pair_id: str, score: Score) -> bool:
+        """A pair scored again. One that the window does not know is taken as older than all, if there is room."""
+        if pair_id not in self._scores:
+            if len(self._scores) >= self._config.window:
+                return False
+            self._scores[pair_id] = score
+            self._scores.move_to_end(pair_id, last=False)
+        self._scores[pair_id] = score
+        return True
+
+    def discard(self, pair_id: str) -> bool:
+        """Drop a pair; False if it is not in the window."""
+        if pair_id not in self._scores:
+            return False
+        del self._scores[pair_id]
+        return True
+
+    def clear_scores(self) -> None:
+        """Another adapter is live."""
+        self._scores = OrderedDict.fromkeys(self._scores)
+
+    @property
+    def unscored_ids(self) -> list[str]:
+        """Pairs that the live version has not scored, newest first."""
+        return [pair_id for pair_id, score in reversed(self._scores.items()) if score is None]
+
+    @property
+    def num_pairs(self) -> int:
+        """Scores in the window."""
+        return len(self._valid())
+
+    @property
+    def full_enough(self) -> bool:
+        """Are there scores enough to judge? A window smaller than `min_pairs` could otherwise never report."""
+        return self.num_pairs >= min(self._config.min_pairs, self._config.window)
+
+    @property
+    def accuracy(self) -> float | None:
+        """Share of pairs whose margin is above zero; None for an empty window."""
+        return _mean(float(score.margin > 0) for score in self._valid())
+
+    @property
+    def mean_loss(self) -> float | None:
+        """Mean DPO loss; None for an empty window."""
+        return _mean(score.loss for score in self._valid())
+
+    @property
+    def mean_margin(self) -> float | None:
+        """Mean implicit reward margin; None for an empty window."""
+        return _mean(score.margin for score in self._valid())
+
+    def complaint(self) -> str | None:
+        """What the live adapter gets wrong, in words; None if nothing, or if there are too few scores."""
+        accuracy, mean_loss = self.accuracy, self.mean_loss
+        if accuracy is None or mean_loss is None or not self.full_enough:
+            return None
+        complaints = []
+        if accuracy < self._config.min_accuracy:
+            complaints.append(f"preference accuracy {accuracy:.2f} is below {self._config.min_accuracy:.2f}")
+        if mean_loss > self._config.max_loss:
+            complaints.append(f"mean DPO loss {mean_loss:.3f} is above {self._config.max_loss:.3f}")
+        return f"{' and '.join(complaints)} over {self.num_pairs} pairs" if complaints else None
+
+    def verdict(self) -> str:
+        """The complaint, or why there is none."""
+        complaint = self.complaint()
+        if complaint is not None:
+            return complaint
+        if not self.full_enough:
+            return f"{self.num_pairs} of {min(self._config.min_pairs, self._config.window)} pairs needed"
+        return f"the live adapter agrees with the newest {self.num_pairs} pairs"
+
+    def to_state(self) -> list[list[Any]]:
+        """As JSON, oldest first."""
+        return [[pair_id, *(score or (None, None))] for pair_id, score in self._scores.items()]
+
+    @classmethod
+    def from_state(cls, state: Iterable[list[Any]], config: DriftConfig) -> "LevelWindow":
+        """Inverse of `to_state`; a smaller window than before keeps the newest pairs."""
+        window = cls(config)
+        rows: Mapping[str, Score | None] = {
+            row[0]: None if row[1] is None else Score(float(row[1]), float(row[2])) for row in state
+        }
+        window._scores = OrderedDict(list(rows.items())[-config.window :])
+        return window
+
+    def _valid(self) -> list[Score]:
+        return [score for score in self._scores.values() if score is not None]
+
+
+def _mean(values: Iterable[float]) -> float | None:
+    numbers = list(values)
+    return math.fsum(numbers) / len(numbers) if numbers else None

@@ -1,0 +1,62 @@
+"""The policies that are compared, as settings of the server. Nothing else differs between them.
+
+`periodic` is Ekya's scheme on this server: it collects for a window and then stops inference to train on what came. Two
+windows a phase are a generous choice: with fewer a phase could end before the first training. `continuous` trains
+as soon as there is a batch, stopping inference as well. Both may train `HEADROOM` times what comes in, so that
+neither is short of training slots.
+"""
+
+from enum import StrEnum
+from typing import Any
+
+from benchmarks.drift.plan import DriftPlan
+from core.alignment_config import DriftConfig
+
+WINDOWS_PER_PHASE = 2
+HEADROOM = 2.0
+_KEPT_VERSIONS = 1000
+"""All of them: they are scored after the run."""
+
+
+class Policy(StrEnum):
+    """Who decides when to train."""
+
+    MACE = "mace"
+    NO_REWARD = "mace-no-reward"
+    PERIODIC = "periodic"
+    CONTINUOUS = "continuous"
+    FROZEN = "frozen"
+
+
+TITLES = {
+    Policy.MACE: "mace",
+    Policy.NO_REWARD: "mace without γ·L_DPO",
+    Policy.PERIODIC: "periodic",
+    Policy.CONTINUOUS: "continuous",
+    Policy.FROZEN: "frozen",
+}
+
+
+def scheduler_section(policy: Policy, plan: DriftPlan) -> dict[str, Any]:
+    """The `scheduler` section of a policy; the same retrain rate in all of them, `mace` has no use for it."""
+    slots_per_s = DriftConfig().alarm_rate * plan.pairs_per_s
+    section: dict[str, Any] = {
+        "retrain_rate": HEADROOM * slots_per_s / plan.requests_per_s,
+        "period_requests": max(1, round(plan.requests_per_s * plan.phase_s / WINDOWS_PER_PHASE)),
+    }
+    match policy:
+        case Policy.NO_REWARD:
+            return {**section, "policy": "mace", "reward_term": False}
+        case Policy.FROZEN:
+            return {**section, "policy": "inference_only"}
+        case _:
+            return {**section, "policy": policy.value}
+
+
+def sections(policy: Policy, plan: DriftPlan) -> dict[str, dict[str, Any]]:
+    """Settings of a run beside those of serve_config.yaml."""
+    return {
+        "scheduler": scheduler_section(policy, plan),
+        "profile": {"measure_at_start": False},
+        "versions": {"keep": _KEPT_VERSIONS},
+    }

@@ -1,0 +1,173 @@
+"""Rows of public data sets become rows that our own parser takes, or are refused with a reason."""
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from alignment.intake import prepare
+from alignment.row_formats import to_api_row
+from core.alignment_config import FeedbackConfig
+from core.errors import InvalidFeedbackError
+
+CONFIG = FeedbackConfig()
+
+
+def user(text):
+    return {"role": "user", "content": text}
+
+
+def says(text):
+    return {"role": "assistant", "content": text}
+
+
+def system(text):
+    return {"role": "system", "content": text}
+
+
+CHAT = ([user("q")], "good", "bad")
+UNDER_SYSTEM = ([system("be brief"), user("q")], "good", "bad")
+TURNS = ([user("1"), says("2"), user("q")], "good", "bad")
+TALK = {"chosen": [user("q"), says("good")], "rejected": [user("q"), says("bad")]}
+TEXTS = {"chosen": "good", "rejected": "bad"}
+
+ROWS = [
+    ("trl", {"prompt": "q", **TEXTS}, ("q", "good", "bad")),
+    ("trl", {"prompt": "q", **TEXTS, "system": "be brief"}, UNDER_SYSTEM),
+    ("trl", {"prompt": "q", **TEXTS, "system": ""}, ("q", "good", "bad")),
+    ("trl", {"prompt": [user("q")], "chosen": [says("good")], "rejected": [says("bad")]}, CHAT),
+    ("trl", {"prompt": [user("q")], "chosen": says("good"), "rejected": says("bad")}, CHAT),
+    ("implicit_prompt", TALK, CHAT),
+    (
+        "openai",
+        {
+            "input": {"messages": [user("q")], "tools": [], "parallel_tool_calls": True},
+            "preferred_output": [says("good")],
+            "non_preferred_output": [says("bad")],
+        },
+        CHAT,
+    ),
+    ("messages", {"messages": [user("q")], "chosen": says("good"), "rejected": says("bad")}, CHAT),
+    ("messages", {"messages": "q", **TEXTS}, CHAT),
+    (
+        "messages",
+        {"messages": [system("be brief"), user("q")], "chosen": [says("good")], "rejected": [says("bad")]},
+        UNDER_SYSTEM,
+    ),
+    ("question", {"system": "be brief", "question": "q", **TEXTS}, UNDER_SYSTEM),
+    ("question", {"system": "be brief", "input": "q", **TEXTS, "generations": ["good", "bad"]}, UNDER_SYSTEM),
+    ("question", {"instruction": "q", "chosen_response": "good", "rejected_response": "bad"}, CHAT),
+    ("question", {"instruction": "1", "input": "2", **TEXTS}, ([user("1\n2")], "good", "bad")),
+    ("question", {"instruction": "q", "input": "", **TEXTS}, CHAT),
+    ("trl", {"prompt": "q", **TALK, "chosen-rating": 4.5, "rejected-rating": 2.0, "chosen-model": "m"}, CHAT),
+    ("trl", {"prompt": "q ", "prompt_id": "7", "messages": TALK["chosen"], **TALK, "score_chosen": 9.0}, CHAT),
+    (
+        "trl",
+        {"prompt": "1", "chosen": [*TURNS[0], says("good")], "rejected": [*TURNS[0], says("bad")]},
+        TURNS,
+    ),
+    ("trl", {"prompt": "q", "system": "be brief", **TALK}, UNDER_SYSTEM),
+    (
+        "transcript",
+        {
+            "chosen": "\n\nHuman: 1\n\nAssistant: 2\n\nHuman: q\n\nAssistant: good",
+            "rejected": "\n\nHuman: 1\n\nAssistant: 2\n\nHuman: q\n\nAssistant: bad",
+        },
+        TURNS,
+    ),
+    (
+        "shp",
+        {"post_id": "x", "history": "q", "human_ref_A": "good", "human_ref_B": "bad", "labels": 1, "score_A": 3},
+        CHAT,
+    ),
+    ("shp", {"history": "q", "human_ref_A": "bad", "human_ref_B": "good", "labels": 0}, CHAT),
+]
+
+
+@pytest.mark.parametrize(("kind", "row", "expected"), ROWS)
+def test_a_public_row_becomes_the_pair_that_it_means(kind, row, expected):
+    found = to_api_row(row)
+    draft = prepare(found.item, None, CONFIG).draft
+    assert (found.format, (draft.prompt, draft.chosen, draft.rejected)) == (kind, expected)
+
+
+@pytest.mark.parametrize(("kind", "row", "expected"), ROWS)
+def test_an_unknown_column_and_a_null_change_nothing(kind, row, expected):
+    nulls = dict.fromkeys(("system", "question", "messages", "human_ref_A", "label", "images"))
+    found = to_api_row({**nulls, **row, "annotator": 3})
+    draft = prepare(found.item, None, CONFIG).draft
+    assert "annotator" in found.dropped
+    assert (found.format, (draft.prompt, draft.chosen, draft.rejected)) == (kind, expected)
+
+
+REFUSED = [
+    ({"prompt": "q", "completion": "a", "label": True}, "completion", "KTO"),
+    ({"prompt": "q", "completion": "a"}, "completion", "single answer"),
+    ({"prompt": "q", "completions": ["a"], "labels": [True]}, "completions", "KTO"),
+    ({"prompt": "q", "chosen": "a"}, "rejected", "rejected is required"),
+    (TEXTS, "prompt", "no prompt"),
+    ({"question": ["q"], **TEXTS}, "question", "must be text"),
+    ({"history": "q", "human_ref_A": "a", "human_ref_B": "b", "labels": 2}, "labels", "1 (A is preferred)"),
+    ({"human_ref_A": "a", "human_ref_B": "b", "labels": 1}, "history", "required"),
+    ({"prompt": "q", **TEXTS, "images": ["data:"]}, "images", "only text"),
+    ({"prompt": "q", **TEXTS, "tools": [{}]}, "tools", "only text"),
+    ({"preference.responses": [["a", "b"]], "prompt": "q"}, None, "Argilla"),
+    ({"text": "x"}, None, "'text'"),
+    ({}, None, "none"),
+]
+
+
+@pytest.mark.parametrize(("row", "param", "reason"), REFUSED)
+def test_a_row_that_is_no_preference_is_refused_with_the_reason(row, param, reason):
+    with pytest.raises(InvalidFeedbackError) as error:
+        to_api_row(row)
+    assert (error.value.param, reason in str(error.value)) == (param, True)
+
+
+def test_rows_of_our_own_keep_every_key_and_stay_strict():
+    own = {"prompt": "q", **TEXTS, "id": "a", "user": "u", "weight": 2.0, "tags": {"k": "v"}}
+    assert to_api_row(own).item == own
+    typo = {"type": "preference", "prompt": "q", **TEXTS, "wieght": 2.0}
+    assert to_api_row(typo).item == typo
+    assert prepare(to_api_row(typo).item, None, CONFIG).error.param == "wieght"
+    rating = {"response_id": "r", "value": True, "extra": 1}
+    assert to_api_row(rating).item == rating
+
+
+def test_ids_of_a_data_set_are_not_ours():
+    assert to_api_row({"prompt": "q", **TEXTS, "id": 7}).item == {"prompt": "q", **TEXTS}
+    assert to_api_row({"prompt": "q", **TEXTS, "id": "7", "score": 1}).item == {"prompt": "q", **TEXTS}
+
+
+def test_a_plain_prompt_is_a_user_message_on_request():
+    assert to_api_row({"prompt": "q", **TEXTS}, chat=True).item["prompt"] == [user("q")]
+
+
+def test_transcripts_that_part_before_the_last_answer_are_refused():
+    row = {"chosen": "\n\nHuman: a\n\nAssistant: x", "rejected": "\n\nHuman: b\n\nAssistant: y"}
+    assert "same conversation" in str(prepare(to_api_row(row).item, None, CONFIG).error)
+
+
+NAMES = """prompt chosen rejected messages question instruction input system labels id type value history human_ref_A
+human_ref_B chosen_response rejected_response \ud800"""
+COLUMNS = st.sampled_from(NAMES.split())
+VALUES = st.recursive(
+    st.none() | st.integers() | st.text(max_size=4) | st.sampled_from(["\n\nHuman: a\n\nAssistant: b", "user"]),
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(st.sampled_from(["role", "content", "messages"]), inner, max_size=3)
+    ),
+    max_leaves=8,
+)
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.dictionaries(COLUMNS, VALUES, max_size=6))
+def test_any_row_is_converted_or_refused_with_a_printable_reason(row):
+    try:
+        found = to_api_row(row)
+    except InvalidFeedbackError as error:
+        str(error).encode()
+        return
+    again = to_api_row(found.item)
+    assert again.item == found.item
+    assert not again.dropped

@@ -1,0 +1,171 @@
+"""Pins, trials and retention as the executor sees them."""
+
+import asyncio
+
+import pytest
+
+from alignment import retention
+from alignment.adapter_files import AdapterManifest
+from alignment.registry import AdapterRegistry
+from core.alignment_config import VersionsConfig
+from core.errors import AdapterError, UnknownVersionError
+from deployments.versions import AdapterVersions, Published
+from tests.unit.deployments.fakes import FakeEngine, write_peft
+
+CANARY = VersionsConfig(canary_share=0.1)
+
+
+@pytest.fixture
+def registry(tmp_path):
+    return AdapterRegistry.open(tmp_path, "b")
+
+
+def commit(registry, status="published", parent=None):
+    staging = registry.begin()
+    write_peft(staging)
+    manifest = AdapterManifest(base_model="b", status=status, reason="why", parent=parent, pair_ids=("p",))
+    return registry.commit(staging, manifest)
+
+
+def attached(registry, config=None):
+    versions, names = AdapterVersions(FakeEngine(), registry, "m", config), {}
+    asyncio.run(versions.attach(names))
+    return versions, names
+
+
+def publish(versions, registry):
+    return asyncio.run(versions.publish(commit(registry)))
+
+
+def test_rolling_back_pins_until_released_across_restarts_and_executors(registry):
+    versions, names = attached(registry)
+    other, _ = attached(registry)
+    assert publish(versions, registry) is Published.LIVE
+    assert publish(versions, registry) is Published.LIVE
+    asyncio.run(versions.activate("v0001", reason="it swore"))
+    assert (versions.live, versions.pinned) == ("v0001", "v0001")
+    assert publish(versions, registry) is Published.HELD
+    assert versions.live == "v0001"
+    assert names["m"][0] == "m@v0001"
+    assert names["m@v0003"][1] == 3  # by its own name it can be tried
+    again, _ = attached(registry)
+    assert (again.live, again.pinned) == ("v0001", "v0001")
+    asyncio.run(other.follow_registry())
+    assert (other.live, other.pinned) == ("v0001", "v0001")
+    assert publish(other, registry) is Published.HELD
+    assert asyncio.run(other.release_pin())
+    assert publish(versions, registry) is Published.LIVE
+    assert versions.live == "v0005"
+    assert versions.pinned is None
+
+
+def test_the_base_is_pinned_too_and_going_forward_pins_nothing(registry):
+    versions, names = attached(registry)
+    publish(versions, registry)
+    asyncio.run(versions.activate("base"))
+    assert versions.pinned == "base"
+    assert publish(versions, registry) is Published.HELD
+    assert "m" not in names
+    asyncio.run(versions.activate("v0002"))
+    assert versions.pinned is None
+    asyncio.run(versions.activate("v0001", pin=False))
+    assert versions.pinned is None
+    asyncio.run(versions.activate("v0002", pin=True))
+    assert versions.pinned == "v0002"
+
+
+def test_a_rollback_to_a_loaded_version_is_a_pointer_move(registry):
+    versions, _ = attached(registry)
+    for _ in range(2):
+        publish(versions, registry)
+    asyncio.run(versions.activate("v0001"))
+    assert versions.last_publish.move_s < 0.005
+
+
+def test_a_refusing_disk_leaves_names_and_trainer_as_they_were(registry, monkeypatch):
+    versions, names = attached(registry)
+    publish(versions, registry)
+    second = commit(registry)
+
+    def full(*_, **__):
+        raise AdapterError("disk full")
+
+    monkeypatch.setattr(registry.serving, "activate", full)
+    with pytest.raises(AdapterError, match="disk full"):
+        asyncio.run(versions.publish(second))
+    assert versions.live == "v0001"
+    assert names["m"][0] == "m@v0001"
+    assert versions._engine.calls[-1] == ("set_live", "v0001")
+
+
+def test_a_canary_is_not_live_until_promoted_and_training_goes_on_from_it(registry):
+    versions, names = attached(registry, CANARY)
+    assert publish(versions, registry) is Published.CANARY
+    assert (versions.live, versions.canary, versions.training_base) == ("base", "v0001", "v0001")
+    assert "m" not in names
+    assert names["m@v0001"][1] == 1
+    assert not asyncio.run(versions.follow_registry())  # the learner has it already
+    assert publish(versions, registry) is Published.HELD  # one at a time
+    assert asyncio.run(versions.promote_canary("v0001", "good"))
+    assert not asyncio.run(versions.follow_registry())  # and goes on from where it is
+    assert (versions.live, versions.canary) == ("v0001", None)
+    assert names["m"][0] == "m@v0001"
+    assert not asyncio.run(versions.promote_canary("v0001", "again"))
+
+
+def test_a_canary_that_fails_sends_training_back_to_live(registry):
+    versions, _ = attached(registry, CANARY)
+    other, _ = attached(registry, CANARY)
+    publish(versions, registry)
+    assert asyncio.run(other.follow_registry())
+    assert (other.canary, other.training_base) == ("v0001", "v0001")
+    assert asyncio.run(versions.roll_back_canary("v0001", "slow"))
+    assert asyncio.run(versions.follow_registry())
+    assert asyncio.run(other.follow_registry())
+    assert versions.training_base == other.training_base == "base"
+    [row] = asyncio.run(versions.listing())
+    assert (row["status"], row["reason"], row["live"]) == ("rolled_back", "slow", False)
+    assert attached(registry, CANARY)[0].canary is None
+
+
+def test_another_executors_versions_appear_and_disappear(registry, monkeypatch):
+    monkeypatch.setattr(retention.rested, "__defaults__", (0.0,))
+    config = VersionsConfig(keep=2)
+    ours, _ = attached(registry, config)
+    theirs, names = attached(registry, config)
+    for _ in range(3):
+        publish(ours, registry)
+    commit(registry, status="rejected")
+    asyncio.run(theirs.refresh())
+    assert set(names) == {"m", None, "m@v0001", "m@v0002", "m@v0003"}
+    assert asyncio.run(ours.prune()) == ["v0001", "v0002"]
+    asyncio.run(theirs.refresh())
+    assert set(names) == {"m", None, "m@v0003"}
+    assert ("unload_version", "m@v0001") in theirs._engine.calls
+    assert [row["version"] for row in asyncio.run(theirs.listing())] == ["v0003", "v0004"]
+    with pytest.raises(UnknownVersionError):
+        asyncio.run(theirs.activate("v0001"))
+
+
+def test_a_version_that_a_request_runs_on_is_kept(registry, monkeypatch):
+    versions, names = attached(registry, VersionsConfig(keep=2))
+    for _ in range(4):
+        publish(versions, registry)
+    versions._engine.in_use = {"m@v0001"}
+    assert asyncio.run(versions.prune()) == []  # the others are retired, and rest
+    assert set(names) == {"m", None, "m@v0001", "m@v0004"}
+    monkeypatch.setattr(retention.rested, "__defaults__", (0.0,))
+    assert asyncio.run(versions.prune()) == ["v0002", "v0003"]
+    publish(versions, registry)
+    versions._engine.in_use = set()
+    assert asyncio.run(versions.prune()) == ["v0001"]
+
+
+def test_one_version_in_full(registry):
+    versions, _ = attached(registry)
+    publish(versions, registry)
+    detail = asyncio.run(versions.detail("v0001"))
+    assert (detail["num_pairs"], detail["activated_by"], detail["live"]) == (1, "gate", True)
+    assert [entry["event"] for entry in detail["activations"]] == ["activated"]
+    with pytest.raises(UnknownVersionError):
+        asyncio.run(versions.detail("v0002"))
