@@ -255,7 +255,7 @@ def count_lost_steps(before: Learning | None, saved: SavedTraining | None, first
     missing = max(0, done - first.restored_steps)
     if saved is None or saved.steps_since_candidate is None or first.steps_since_candidate is None:
         return missing
-    if first.has_decided or first.live != saved.live:  # a candidate was judged: that counter began anew
+    if first.has_decided or first.live != saved.base:  # a candidate was judged: that counter began anew
         return missing
     return max(missing, saved.steps_since_candidate + first.steps - first.steps_since_candidate)
 

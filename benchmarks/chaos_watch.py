@@ -89,7 +89,7 @@ class SavedTraining:
     total_steps: int
     """Optimizer steps since the beginning; where the file does not tell, those of its optimizer."""
     steps_since_candidate: int | None = None
-    live: str | None = None
+    base: str | None = None
     """Version that these steps were made from."""
 
 
@@ -101,7 +101,7 @@ def read_checkpoint(path: Path) -> SavedTraining | None:
             header = json.loads(json.loads(file.read(min(size, 1 << 24)))["__metadata__"]["mace"])
         progress = header.get("progress") or {}
         total = int(progress.get("total_steps", header["num_steps"]))
-        return SavedTraining(total, progress.get("steps_since_candidate"), progress.get("live"))
+        return SavedTraining(total, progress.get("steps_since_candidate"), progress.get("base"))
     except (OSError, ValueError, KeyError, TypeError, AttributeError, struct.error):
         return None
 

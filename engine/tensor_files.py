@@ -22,7 +22,7 @@ def atomic(path: Path) -> Iterator[Path]:
     try:
         yield partial
         _flush(partial)
-        path.write_bytes(partial.read_bytes())
+        partial.replace(path)
         _flush(path.parent)
     finally:
         partial.unlink(missing_ok=True)

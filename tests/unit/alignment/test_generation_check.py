@@ -11,9 +11,7 @@ LIVE = [list(range(20)), list(range(30))]
 
 
 def scores(pairs, excess_per_token):
-    return [
-        PairScore(p.pair_id, -1.0 + excess_per_token * len(p.chosen_ids), 0, -1.0, 0, 0.5, 0.0) for p in pairs
-    ]
+    return [PairScore(p.pair_id, -1.0 + excess_per_token * len(p.chosen_ids), 0, -1.0, 0, 0.5, 0.0) for p in pairs]
 
 
 def report(candidate, excess=0.5, live=LIVE):

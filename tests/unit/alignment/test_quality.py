@@ -224,13 +224,13 @@ def test_three_equal_users_flood_nobody(store, monitor):
     assert all(set(qualities(store, ids)) == {1.0} for ids in said.values())
 
 
-def test_a_loss_that_stands_out_counts_a_fifth(store, monitor):
+def test_a_loss_that_stands_out_counts_half(store, monitor):
     say(store, monitor, "ann", 15)
     say(store, monitor, "bob", 15)
     (odd,) = say(store, monitor, "ann", 1, margin=-5.0)
-    assert qualities(store, [odd]) == [0.2]
+    assert qualities(store, [odd]) == [0.5]
     assert "outlier: loss 5.01, z = " in reasons(store, odd)
-    assert "scores of v0001: x 0.2" in reasons(store, odd)
+    assert "scores of v0001: x 0.5" in reasons(store, odd)
 
 
 def test_a_hard_pair_is_no_outlier(store, monitor):

@@ -296,7 +296,7 @@ def test_a_version_listed_as_damaged_is_half_written(tmp_path):
 def test_the_checkpoint_tells_its_steps(tmp_path):
     path = tmp_path / "checkpoint.safetensors"
     assert read_checkpoint(path) is None
-    mace = {"num_steps": 4, "progress": {"total_steps": 19, "steps_since_candidate": 3, "live": "v0002"}}
+    mace = {"num_steps": 4, "progress": {"total_steps": 19, "steps_since_candidate": 3, "base": "v0002"}}
     path.write_bytes(safetensors({**TENSOR, "__metadata__": {"mace": json.dumps(mace)}}))
     assert read_checkpoint(path) == SavedTraining(19, 3, "v0002")
     path.write_bytes(safetensors({**TENSOR, "__metadata__": {"mace": json.dumps({"num_steps": 4})}}))

@@ -81,7 +81,7 @@ class World:
         else:
             async with asyncio.timeout(10):
                 await asyncio.sleep(0.02)
-                while not until():
+                while not until():  # noqa: ASYNC110 - the learner has no event for it
                     await asyncio.sleep(0.001)
         task.cancel()
 
@@ -220,7 +220,9 @@ def test_a_cached_reference_is_used_for_the_same_tokens_and_no_others(tmp_path):
     pairs = (TrainingPair("p", "q", "a", "b", reference=good), TrainingPair("o", "q", "a", "b", reference=stale))
     world = World(tmp_path, FakeControl([TrainingBatch("t", pairs)]))
     world.run()
-    by_id = {pair.pair_id: pair for task in world.engine.tasks if task.kind is TaskKind.TRAIN for pair in task.pairs}
+    by_id = {
+        pair.pair_id: pair for task in world.engine.tasks if task.kind is TaskKind.TRAIN for pair in task.pairs
+    }
     assert by_id["p"].reference == (-5.0, -6.0)
     assert by_id["o"].reference is None
 
