@@ -1,5 +1,6 @@
 """`mace`: start the server, check the environment, look at what it learns."""
 
+import sys
 from importlib.metadata import entry_points
 
 import typer
@@ -20,8 +21,11 @@ app.add_typer(profile.app, name="profile")
 
 def main() -> None:
     """Entry point of the `mace` command."""
-    for group, parent in (("mace.commands", app), ("mace.commands.demo", demo.app)):
+    words = [word for word in sys.argv[1:] if not word.startswith("-")]
+    for depth, (group, parent) in enumerate((("mace.commands", app), ("mace.commands.demo", demo.app))):
         for entry in entry_points(group=group):  # commands of packages above this one
+            if len(words) > depth and words[depth] != entry.name:
+                continue  # importing what is not asked for takes seconds
             command = entry.load()
             if isinstance(command, typer.Typer):
                 parent.add_typer(command, name=entry.name)

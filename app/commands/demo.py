@@ -5,7 +5,6 @@ import json
 from typing import Annotated, Any
 
 import typer
-from openai import APIConnectionError, OpenAIError
 from rich.console import Console
 from rich.table import Table
 
@@ -30,6 +29,8 @@ def demo(
     """Teach the built-in model a style, then another one, while a background client measures TTFT and TBT."""
     if context.invoked_subcommand is not None:
         return
+    from openai import APIConnectionError, OpenAIError
+
     from app.demo.run import DemoOptions, LearningTimeoutError, WrongModelError, run_demo
 
     options = DemoOptions(url, first, second, preferences, samples=samples, timeout_s=timeout_s, api_key=api_key())
