@@ -63,8 +63,18 @@ def shingles(text: str) -> set[bytes]:
 def alike(band_rows: Iterable[tuple[str, str]], threshold: float) -> dict[str, float]:
     """Of (band key, pair id) rows in the bands of one pair: the ids at least as similar, with the estimate."""
     common = Counter(pair_id for _, pair_id in band_rows)
-    estimates = {pair_id: (number / NUM_BANDS) ** (1 / _ROWS) for pair_id, number in common.items()}
+    estimates = {pair_id: _estimate(number) for pair_id, number in common.items()}
     return {pair_id: estimate for pair_id, estimate in estimates.items() if estimate >= threshold}
+
+
+def num_probes(threshold: float) -> int:
+    """How many bands of a pair to look into: without one in common there, too few others are left to be alike."""
+    needed = next(number for number in range(1, NUM_BANDS + 1) if _estimate(number) >= threshold)
+    return NUM_BANDS - needed + 1
+
+
+def _estimate(num_common: int) -> float:
+    return float((num_common / NUM_BANDS) ** (1 / _ROWS))
 
 
 def _band_key(owner: str, band: int, parts: list[list[bytes]]) -> str:

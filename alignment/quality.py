@@ -18,7 +18,7 @@ from typing import Any
 from alignment.contradictions import judge_group
 from alignment.findings import Finding, make_finding, name_of, parse_findings
 from alignment.flooding import judge_volume
-from alignment.near_duplicates import BandHasher, alike
+from alignment.near_duplicates import BandHasher, alike, num_probes
 from alignment.outliers import LossRange
 from alignment.pair_rows import StoredPair
 from alignment.quality_revision import QualityChange, Revision
@@ -32,7 +32,7 @@ RECENT_PAIRS = 256
 """Newest scored pairs that everything is compared with."""
 REVISED_PAIRS = 256
 """Newest pairs of a user that are revised when the user's standing changes; older ones keep what they have."""
-MAX_JUDGED = 16
+MAX_JUDGED = 8
 """Users whose trust is judged in one call: those of its pairs first, then those that waited longest."""
 MAX_KNOWN_USERS = 1000
 MAX_COPIES = 32
@@ -164,20 +164,38 @@ class QualityMonitor:
         Other users who say the same are evidence, not copies: bands are each user's own.
         """
         self._hasher = self._hasher or BandHasher()
-        fresh: defaultdict[str, list[str]] = defaultdict(list)
+        keys_of = {pair.pair_id: self._band_keys(self._hasher, pair) for pair in pairs}
+        found = self._band_contents(list(keys_of.values()))
+        bands: list[tuple[str, int]] = []
         for pair in pairs:
-            owner = "" if pair.user is None else f"user {pair.user}"
-            keys = self._hasher.band_keys(owner, pair.prompt, pair.chosen, pair.rejected)
-            rows = self._store.band_matches(keys, MAX_COPIES)
+            keys = keys_of[pair.pair_id]
+            rows = [(key, pair_id) for key in keys for pair_id in found[key]]
             if any(pair_id == pair.pair_id for _, pair_id in rows):
                 continue  # judged when it was scored first; its own copies came later
-            rows += [(key, pair_id) for key in keys for pair_id in fresh[key]]
-            copies = alike(rows, self._config.near_duplicate)
-            revision.set(pair.pair_id, "near duplicate", _copy_finding(copies))
+            finding = _copy_finding(alike(rows, self._config.near_duplicate))
+            revision.set(pair.pair_id, "near duplicate", finding)
             for key in keys:
-                fresh[key].append(pair.pair_id)
-        seqs = {pair.pair_id: pair.seq for pair in pairs}
-        return [(key, seqs[pair_id]) for key, pair_ids in fresh.items() for pair_id in pair_ids]
+                found[key].append(pair.pair_id)
+                bands.append((key, pair.seq))
+        return bands
+
+    def _band_contents(self, keys_of_pairs: list[tuple[str, ...]]) -> defaultdict[str, list[str]]:
+        """By band key the pairs in it, as far as they can matter: most pairs are like no other in the first bands."""
+        first = num_probes(self._config.near_duplicate)
+        found: defaultdict[str, list[str]] = defaultdict(list)
+        for key, pair_id in self._store.band_matches(
+            [key for keys in keys_of_pairs for key in keys[:first]], MAX_COPIES
+        ):
+            found[key].append(pair_id)
+        hit = [keys for keys in keys_of_pairs if any(key in found for key in keys[:first])]
+        for key, pair_id in self._store.band_matches([key for keys in hit for key in keys[first:]], MAX_COPIES):
+            found[key].append(pair_id)
+        return found
+
+    @staticmethod
+    def _band_keys(hasher: BandHasher, pair: StoredPair) -> tuple[str, ...]:
+        owner = "" if pair.user is None else f"user {pair.user}"
+        return hasher.band_keys(owner, pair.prompt, pair.chosen, pair.rejected)
 
     def _find_contradictions(self, pairs: list[StoredPair], revision: Revision) -> None:
         groups = {min(pair.pair_key, pair.contrary_key) for pair in pairs}

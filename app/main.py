@@ -64,6 +64,7 @@ def bind_deployments(args: Any, overrides: dict[str, dict[str, Any]]) -> Applica
             "num_replicas": 1,
             "max_ongoing_requests": 256,
             "ray_actor_options": {"num_cpus": 0},
+            "health_check_period_s": 2,
             **overrides.get("Control", {}),
         }
     )(Control)

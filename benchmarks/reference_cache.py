@@ -78,7 +78,9 @@ def _measure(name: ModelName, model_dir: Path, repeats: int) -> dict[str, Any]:
             if number:  # the first one warms up
                 runs[is_cached].append(seconds)
         typer.echo(f"{TITLES[name]}: {number} of {repeats}", err=True)
-    return {"model": TITLES[name], "pairs": len(task.pairs), **_summary(runs)}
+    row = {"model": TITLES[name], "pairs": len(task.pairs), **_summary(runs)}
+    typer.echo(json.dumps(row), err=True)  # the next model may take long
+    return row
 
 
 def _make_task(num_pairs: int, num_words: int) -> FineTuneTask:

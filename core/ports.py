@@ -15,6 +15,10 @@ class ControlPort(Protocol):
         """Work for this executor, if any is due."""
         ...
 
+    async def heartbeat(self, executor_id: str) -> None:
+        """Say that a leased batch is still being worked on."""
+        ...
+
     async def complete(self, outcome: BatchOutcome, version: str | None) -> None:
         """Report a batch; returns when it is committed."""
         ...

@@ -16,7 +16,7 @@ import math
 import time
 import uuid
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from core.config import AppArgs
@@ -29,8 +29,8 @@ from scheduler.placement import RankedExecutor, choose_executor
 from scheduler.scoring_queue import ScoringQueue
 from scheduler.task_queue import QueuedTask
 
-LEASE_S = 600.0
-"""A batch not reported within this time is given to another executor."""
+LEASE_S = 60.0
+"""A batch goes to another executor when its own has not been heard of for so long; see `heartbeat`."""
 
 _HEADROOM_TTL_S = 5.0
 _SMOOTHING = 0.2
@@ -111,6 +111,13 @@ class CentralScheduler:
         if self._to_score and not (is_due and self._scored_last):  # alternately, if both wait
             return self._lease_scoring(headroom.executor_id, now_s)
         return self._lease(headroom.executor_id, size, now_s) if is_due else None
+
+    def heartbeat(self, executor_id: str) -> None:
+        """An executor still works on its batch: a step may take longer than a lease."""
+        expires_s = self._clock() + LEASE_S
+        for task_id, lease in self._leases.items():
+            if lease.executor_id == executor_id:
+                self._leases[task_id] = replace(lease, expires_s=expires_s)
 
     def failed_for_good(self, outcome: BatchOutcome) -> list[str]:
         """Ids of the batch's pairs that failed as often as allowed and must be parked. Changes nothing."""

@@ -95,6 +95,10 @@ class Control:
         """See `CentralScheduler.poll`."""
         return await self._scheduler.poll.remote(headroom)
 
+    async def heartbeat(self, executor_id: str) -> None:
+        """See `CentralScheduler.heartbeat`."""
+        await self._scheduler.heartbeat.remote(executor_id)
+
     async def complete(self, outcome: BatchOutcome, version: str | None) -> None:
         """Record what became of a batch: first durably, then in the queue, so that no pair is streamed twice."""
         failed = await self._scheduler.failed_for_good.remote(outcome)

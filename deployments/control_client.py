@@ -64,6 +64,10 @@ class ControlClient:
         """Work for this executor, if any is due."""
         return await self._call("poll", headroom)
 
+    async def heartbeat(self, executor_id: str) -> None:
+        """Say that this executor still works on its batch."""
+        await self._call("heartbeat", executor_id)
+
     async def complete(self, outcome: BatchOutcome, version: str | None) -> None:
         """Report a batch."""
         await self._call("complete", outcome, version)

@@ -17,6 +17,7 @@ from core.batch import IterationSample
 from core.config import AppArgs
 from deployments.canary import CanaryTrial
 from deployments.control_client import ControlClient
+from deployments.heartbeat import end_with
 from deployments.iteration_monitor import IterationMonitor
 from deployments.learner import Learner
 from deployments.load_meter import LoadMeter
@@ -83,6 +84,7 @@ class Executor:
         await self.versions.attach(app.state.openai_serving_models.lora_requests)
         if self.args.training.enabled and self.args.scheduler.policy != "inference_only":
             await self._start_learning(model_dir, registry)
+        self._background.append(asyncio.create_task(end_with(self.engine.check_health)))
         self._background.append(asyncio.create_task(self.responses.run()))
         self._background.append(asyncio.create_task(self.trial.run()))
         profiler = background_profiler(self.engine, self.args)

@@ -19,6 +19,7 @@ from core.messages import HORIZON_S, BatchOutcome, ExecutorLoad, Headroom, Train
 from core.ports import ControlPort, EnginePort
 from core.types import Checkpoint, FineTuneTask, TaskKind, TaskResult, TokenizedPair
 from deployments.candidate import CandidateJudge
+from deployments.heartbeat import with_heartbeat
 from deployments.learner_status import LearnerStatus
 from deployments.metrics import Meter
 from deployments.tokenizing import PairBatcher, Unusable
@@ -149,13 +150,16 @@ class Learner:
         if batch is not None:
             await self._work(batch)
         self._idle_polls = 0 if batch is not None else self._idle_polls + 1
-        steps = self._progress.steps_since_candidate
-        drained = self._idle_polls >= _DRAINED_POLLS and steps > 0
-        if steps >= self._args.training.steps_per_candidate or drained:
+        if self._is_candidate_due() and self._versions.canary is None:  # one trial at a time
             await self._offer_candidate()
         if batch is None:
             self.status.phase = "pinned" if self._versions.pinned else "idle"
             await asyncio.sleep(POLL_INTERVAL_S)
+
+    def _is_candidate_due(self) -> bool:
+        steps = self._progress.steps_since_candidate
+        is_drained = self._idle_polls >= _DRAINED_POLLS
+        return steps >= self._args.training.steps_per_candidate or (steps > 0 and is_drained)
 
     def _headroom(self) -> Headroom:
         busy = 1.0 if self._engine.num_unfinished_requests() else 0.0
@@ -185,13 +189,16 @@ class Learner:
                 gamma=batch.gamma,
                 checkpoint=Checkpoint(str(self._checkpoint), after.to_wire()) if is_training else None,
             )
-            result = await self._engine.run_task(task)
+            result = await with_heartbeat(self._engine.run_task(task), self._beat)
             self._note_outcome(result)
             if is_training and result.error is None:
                 self._progress = after
                 self._note_step(result, len(pairs), time.perf_counter() - started_s)
         await self._report(batch, result, pairs, unusable, live)
         self.status.task_id = None
+
+    async def _beat(self) -> None:
+        await self._control.heartbeat(self._executor_id)
 
     async def _report(
         self,
@@ -242,18 +249,12 @@ class Learner:
             self.pause(f"{_MAX_FAILURES_IN_A_ROW} failed tasks in a row, the last: {result.error}")
 
     def _note_step(self, result: TaskResult, num_pairs: int, wall_s: float) -> None:
-        metrics, status = result.metrics, self.status
+        metrics = result.metrics
         assert metrics is not None  # there is no error
         if result.checkpoint_error is not None:
-            status.last_error = result.checkpoint_error
+            self.status.last_error = result.checkpoint_error
             self._meter.count("checkpoints_failed")
-        status.steps += 1
-        status.pairs += num_pairs
-        status.last = metrics
-        rate = num_pairs / max(wall_s, 1e-9)
-        status.pairs_per_s = (
-            rate if status.pairs_per_s == 0 else status.pairs_per_s + 0.2 * (rate - status.pairs_per_s)
-        )
+        self.status.note_step(metrics, num_pairs, wall_s)
         self._meter.set_gauge("train_longest_slice_seconds", result.longest_slice_s)
         self._meter.set_gauge("dpo_loss", metrics.loss)
         self._meter.set_gauge("dpo_margin", metrics.margin)
@@ -269,8 +270,7 @@ class Learner:
         if decision.accepted:
             self.status.phase = "publishing"
             if await self._versions.publish(version) is not Published.HELD:
-                self._progress = self._progress.from_version(version.name)
-                await self._engine.save_training_state(self._checkpoint, self._progress.to_wire())
+                await self._begin_at(version.name)
                 return
         await self._return_to_base()
 
@@ -292,5 +292,9 @@ class Learner:
         except AdapterError as error:
             logger.warning("shadow adapter starts afresh: %s", error)
             await self._engine.load_adapter(None)
-        self._progress = self._progress.from_version(base)
+        await self._begin_at(base)
+
+    async def _begin_at(self, version: str) -> None:
+        """The shadow adapter is that version now."""
+        self._progress = self._progress.from_version(version)
         await self._engine.save_training_state(self._checkpoint, self._progress.to_wire())

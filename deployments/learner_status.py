@@ -5,6 +5,8 @@ from dataclasses import dataclass, field
 
 from core.types import StepMetrics
 
+_SMOOTHING = 0.2
+
 
 @dataclass(slots=True)
 class LearnerStatus:
@@ -28,3 +30,12 @@ class LearnerStatus:
     restored_steps: int = 0
     """`total_steps` of the checkpoint that this process started from."""
     started_at: float = field(default_factory=time.time)
+
+    def note_step(self, metrics: StepMetrics, num_pairs: int, wall_s: float) -> None:
+        """Count an optimizer step; `wall_s` is from the batch's arrival to its end."""
+        self.steps += 1
+        self.pairs += num_pairs
+        self.last = metrics
+        rate = num_pairs / max(wall_s, 1e-9)
+        smoothed = self.pairs_per_s + _SMOOTHING * (rate - self.pairs_per_s)
+        self.pairs_per_s = smoothed if self.pairs_per_s else rate

@@ -134,7 +134,7 @@ class HybridEngine:
         answers = [asyncio.ensure_future(self._answer(handle, prompt, params)) for prompt in prompts]
         try:
             return list(await asyncio.gather(*answers))
-        except ValueError as error:
+        except vllm_compat.refusals() as error:
             raise TrainingError(f"a prompt cannot be answered: {error}") from error
         finally:
             for answer in answers:

@@ -137,6 +137,13 @@ def make_answer_params(max_tokens: int) -> Any:
     )
 
 
+def refusals() -> tuple[type[Exception], ...]:
+    """What vLLM raises for a prompt that it does not take."""
+    from vllm.exceptions import VLLMValidationError
+
+    return (ValueError, VLLMValidationError)
+
+
 async def remove_lora(client: Any, handle: Any) -> None:
     """Drop an adapter from the engine's memory; one that is not loaded is ignored."""
     await client.remove_lora(handle.lora_int_id)

@@ -3,6 +3,7 @@
 import contextlib
 import ctypes
 import os
+from collections.abc import Collection
 
 import psutil
 
@@ -14,6 +15,16 @@ def become_subreaper() -> None:
     libc = ctypes.CDLL(None, use_errno=True)
     if libc.prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0) != 0:
         raise OSError(ctypes.get_errno(), "prctl(PR_SET_CHILD_SUBREAPER) failed")
+
+
+def own_children(names: Collection[str]) -> list[psutil.Process]:
+    """Our direct children of those process names."""
+    children = []
+    for child in psutil.Process(os.getpid()).children():
+        with contextlib.suppress(psutil.NoSuchProcess):
+            if child.name() in names:
+                children.append(child)
+    return children
 
 
 def end_descendants(grace_s: float) -> None:

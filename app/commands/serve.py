@@ -13,14 +13,16 @@ import time
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
+import psutil
 import typer
 import yaml
 
-from app.commands.processes import become_subreaper, end_descendants
+from app.commands.processes import become_subreaper, end_descendants, own_children
 from core.errors import ConfigError
 
 _SHUTDOWN_GRACE_S = 10.0
 _NOT_OPTIONS = frozenset({"name", "user_config"})
+_HEAD_PROCESSES = frozenset({"gcs_server", "raylet"})
 
 
 def serve(
@@ -42,6 +44,10 @@ def serve(
     except _DeployError as error:
         typer.secho(f"mace: the application did not start:\n{error}", fg="red", err=True)
         raise typer.Exit(1) from error
+    except _HeadDiedError as error:
+        typer.secho(f"mace: {error}", fg="red", err=True)
+        end_descendants(_SHUTDOWN_GRACE_S)  # Ray's own shutdown would wait for its head
+        os._exit(1)
     except _StopRequested:
         raise typer.Exit(0) from None
     finally:
@@ -50,6 +56,10 @@ def serve(
 
 class _StopRequested(Exception):
     """SIGINT or SIGTERM came."""
+
+
+class _HeadDiedError(Exception):
+    """Ray's head ended under us."""
 
 
 class _DeployError(Exception):
@@ -130,6 +140,7 @@ def _run(document: dict[str, Any], started_s: float) -> NoReturn:
     typer.echo("mace: starting Ray and the engine ...")
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
     ray.init(os.environ.get("RAY_ADDRESS", "local"), log_to_driver=False, logging_level="WARNING")
+    head = own_children(_HEAD_PROCESSES)
     ray_serve.start(
         http_options=http,
         proxy_location=document.get("proxy_location"),
@@ -146,8 +157,20 @@ def _run(document: dict[str, Any], started_s: float) -> NoReturn:
         raise _DeployError(str(error)) from error
     url = f"http://{http.get('host', '127.0.0.1')}:{http.get('port', 8000)}"
     typer.secho(f"mace: ready at {url} after {time.monotonic() - started_s:.0f} s (Ctrl-C stops)", fg="green")
+    _wait_while_alive(head)
+
+
+def _wait_while_alive(head: list[psutil.Process]) -> NoReturn:
+    """Wait for a signal; Ray does not tell us that its head is dead, and without it nothing is served.
+
+    Raises:
+        _HeadDiedError: a process of the head has ended. With a cluster of someone else's there is none to look at.
+    """
     while True:
-        time.sleep(3600)
+        for process in head:
+            if not process.is_running() or process.status() == psutil.STATUS_ZOMBIE:
+                raise _HeadDiedError("Ray's head died; start again, nothing that was acknowledged is lost")
+        time.sleep(1.0)
 
 
 def _raise_on_signals() -> None:

@@ -180,6 +180,16 @@ def test_adapters_are_unloaded_by_number_and_requests_know_their_adapters_name()
     assert "self.lora_name" in inspect.getsource(RequestState.__init__)
 
 
+def test_a_refused_prompt_is_one_of_these_errors():
+    from vllm.exceptions import VLLMValidationError
+    from vllm.renderers import params
+
+    from engine.vllm_compat import refusals
+
+    assert VLLMValidationError in refusals()
+    assert "raise VLLMValidationError" in inspect.getsource(params)
+
+
 def test_greedy_answers_come_whole_and_stop_at_the_end_of_the_turn():
     from vllm.sampling_params import RequestOutputKind
 

@@ -1,14 +1,13 @@
 """What the store promises when the database below it fails: 503 while it lasts, and nothing acknowledged is lost."""
 
 import os
-import signal
 import sqlite3
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from sqlalchemy import create_engine, event, text
+from sqlalchemy import event
 
 from alignment import database
 from alignment.pairs import StoredResponse
@@ -270,45 +269,4 @@ def test_a_damaged_write_ahead_log_is_cut_off_where_the_damage_begins(tmp_path):
     assert 0 < sum(kept) < 12
     assert store.add([row(99)])[0].status == "accepted"
     assert store._read(lambda c: c.exec_driver_sql("PRAGMA integrity_check").scalar()) == "ok"
-    store.close()
-
-
-@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGQUIT], ids=["fast shutdown", "crash"])
-def test_a_stopped_server_is_unavailable_and_works_again_when_it_is_back(postgres, how):
-    url = postgres.url()
-    store = FeedbackStore.open(FeedbackConfig(database_url=url), Path("unused"))
-    store.add([row(1, id=f"before-{how}")])
-    postgres.stop(how)
-    try:
-        for call in (lambda: store.add([row(2)]), lambda: store.get("before"), store.backlog):
-            with pytest.raises(StoreUnavailableError):
-                call()
-        with pytest.raises(StoreUnavailableError):
-            FeedbackStore.open(FeedbackConfig(database_url=url), Path("unused"))
-    finally:
-        postgres.start()
-    assert store.get(f"before-{how}") is not None
-    assert store.add([row(2, id=f"after-{how}")])[0].status == "accepted"
-    store.close()
-
-
-def test_a_table_locked_by_another_client_of_the_server_is_unavailable_not_a_hang(postgres, impatient):
-    store = FeedbackStore.open(FeedbackConfig(database_url=postgres.url()), Path("unused"))
-    engine = create_engine(postgres.url())
-    with engine.begin() as connection:
-        connection.execute(text("LOCK TABLE feedback IN EXCLUSIVE MODE"))
-        with pytest.raises(StoreUnavailableError, match="lock timeout"):
-            store.add([row(1, id="locked")])
-        assert store.get("locked") is None
-    engine.dispose()
-    assert store.add([row(1, id="locked")])[0].status == "accepted"
-    store.close()
-
-
-def test_an_acknowledgement_from_the_server_means_on_disk(postgres):
-    store = FeedbackStore.open(FeedbackConfig(database_url=postgres.url()), Path("unused"))
-    settings = {}
-    for name in ("fsync", "synchronous_commit", "lock_timeout"):
-        settings[name] = store._read(lambda c, name=name: c.exec_driver_sql(f"SHOW {name}").scalar())
-    assert settings == {"fsync": "on", "synchronous_commit": "on", "lock_timeout": "5s"}
     store.close()

@@ -105,6 +105,9 @@ class FakeControl:
         self.headrooms.append(headroom)
         return self.batches.pop(0) if self.batches else None
 
+    async def heartbeat(self, executor_id):
+        self._answer()
+
     async def note_live(self, version):
         self._answer()
         self.live.append(version)

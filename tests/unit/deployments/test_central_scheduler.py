@@ -103,6 +103,17 @@ def test_a_lease_that_is_not_heard_of_expires(scheduler, clock):
     assert ids(second) == ids(first)
 
 
+def test_a_heartbeat_keeps_a_lease_as_long_as_it_takes(scheduler, clock):
+    scheduler.enqueue(pairs(*"abcd"))
+    scheduler.poll(room("e1"))
+    for _ in range(20):
+        clock.now_s += LEASE_S / 2
+        scheduler.heartbeat("e1")
+        assert scheduler.poll(room("e2")) is None
+    clock.now_s += LEASE_S
+    assert scheduler.poll(room("e2")) is not None
+
+
 def test_an_executor_that_asks_again_has_forgotten_its_lease(scheduler):
     scheduler.enqueue(pairs(*"abcd"))
     first = scheduler.poll(room())

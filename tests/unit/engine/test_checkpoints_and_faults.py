@@ -1,6 +1,7 @@
 """A step leaves a checkpoint or no trace, whatever fails in it and whenever the process is killed."""
 
 import dataclasses
+import itertools
 import multiprocessing
 import os
 import random
@@ -235,7 +236,7 @@ def test_killed_at_any_moment_training_goes_on_from_a_state_that_was_at_most_one
         child = fork.Process(target=train_until_killed, args=(runner, path, sender), daemon=True)
         child.start()
         sender.close()
-        done = receiver.recv()
+        done = [receiver.recv() for _ in range(2)][-1]  # the first of the two is on disk, however slow that is
         time.sleep(rng.uniform(0.0, 0.06))
         os.kill(child.pid, signal.SIGKILL)
         child.join(WAIT_S)
@@ -252,5 +253,4 @@ def test_killed_at_any_moment_training_goes_on_from_a_state_that_was_at_most_one
         assert done - 1 <= number <= done + 1
         assert same(snapshot(runner), expected[number])
         restored.append(number)
-    assert restored == sorted(restored)
-    assert restored[-1] >= 15
+    assert all(after > before for before, after in itertools.pairwise([0, *restored]))

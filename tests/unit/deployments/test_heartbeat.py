@@ -1,0 +1,74 @@
+import asyncio
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from core.errors import ControlUnavailableError
+from deployments.heartbeat import with_heartbeat
+
+ROOT = Path(__file__).parents[3]
+
+
+def test_beats_come_while_the_work_lasts_and_its_result_is_returned():
+    beats = []
+
+    async def beat():
+        beats.append(1)
+        raise ControlUnavailableError("away")  # and that does not matter
+
+    async def work():
+        await asyncio.sleep(0.1)
+        return "done"
+
+    assert asyncio.run(with_heartbeat(work(), beat, interval_s=0.01)) == "done"
+    assert len(beats) >= 3
+
+
+def test_an_error_of_the_work_is_raised():
+    async def work():
+        raise ValueError("broken")
+
+    async def beat():
+        raise AssertionError("not needed")
+
+    with pytest.raises(ValueError, match="broken"):
+        asyncio.run(with_heartbeat(work(), beat))
+
+
+def test_cancelling_cancels_the_work():
+    ended = []
+
+    async def work():
+        try:
+            await asyncio.sleep(60)
+        finally:
+            ended.append(True)
+
+    async def beat():
+        pass
+
+    async def main():
+        task = asyncio.create_task(with_heartbeat(work(), beat))
+        await asyncio.sleep(0.01)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+
+    asyncio.run(main())
+    assert ended == [True]
+
+
+def test_a_process_ends_with_its_engine():
+    script = (
+        "import asyncio; from deployments.heartbeat import end_with\n"
+        "calls = []\n"
+        "async def check():\n"
+        "    calls.append(1)\n"
+        "    if len(calls) == 2: raise RuntimeError('engine died')\n"
+        "asyncio.run(end_with(check))"
+    )
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, timeout=30, capture_output=True, check=False)
+    assert done.returncode == 1
+    assert b"engine died" in done.stderr
