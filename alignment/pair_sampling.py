@@ -70,12 +70,12 @@ def replay_pairs(
     return fetch_pairs(connection, list(seqs))
 
 
-def held_out_pairs(connection: Connection, limit: int) -> list[StoredPair]:
-    """The newest held-out pairs, newest first, only the newest of each prompt: what users prefer now.
+def held_out_pairs(connection: Connection, limit: int, since_seq: int = 0) -> list[StoredPair]:
+    """The newest held-out pairs behind `since_seq`, newest first, only the newest of each prompt: what users prefer now.
 
     A newer preference on a prompt supersedes older ones; users change their minds. Looks at `4 * limit` pairs.
     """
-    query = select(pairs).where(HELD_OUT).order_by(pairs.c.seq.desc())
+    query = select(pairs).where(HELD_OUT, pairs.c.seq > since_seq).order_by(pairs.c.seq.desc())
     newest: dict[str, Row[Any]] = {}
     for row in connection.execute(query.limit(_SAME_PROMPT * limit)):
         newest.setdefault(row.prompt_key, row)
@@ -85,12 +85,12 @@ def held_out_pairs(connection: Connection, limit: int) -> list[StoredPair]:
 def held_out(
     connection: Connection, num_recent: int, num_old: int, since_seq: int, seed: int
 ) -> tuple[list[StoredPair], list[StoredPair]]:
-    """The gate's test sets: the newest held-out pairs, and a sample of those before, behind position `since_seq`.
+    """The gate's test sets: the newest held-out pairs, and a sample of those before, both behind position `since_seq`.
 
     One pair for each prompt, and no old pair on a prompt of the recent ones: those supersede it. Old pairs are found
     behind random positions, so pairs after a gap (of deleted or training pairs) are slightly more likely.
     """
-    recent = held_out_pairs(connection, num_recent)
+    recent = held_out_pairs(connection, num_recent, since_seq)
     last = min(pair.seq for pair in recent) - 1 if recent else None
     taken = {prompt_key(pair.prompt) for pair in recent}
     stored = select(pairs.c.seq, pairs.c.prompt_key).where(HELD_OUT)

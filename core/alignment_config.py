@@ -89,12 +89,12 @@ class GateConfig(Section):
     """One-sided: a fall that a paired test calls significant at this level refuses the candidate."""
     max_accuracy_drop: float = Field(0.02, ge=0, le=1)
     """A fall of this size refuses it too, significant or not: with few pairs a test has little power."""
-    max_clpd_drop: float = Field(0.5, ge=0)
-    """The same for the mean CLPD, in nats."""
+    max_clpd_drop: float = Field(2.0, ge=0)
+    """The same for the mean CLPD, in nats; larger, as pairs that stay right by a smaller distance are no loss yet."""
     max_pairs: int = Field(64, ge=1)
-    """Newest held-out pairs, one for each prompt, that both adapters are scored on."""
+    """Newest held-out pairs since the last change of preferences, one for each prompt, that both are scored on."""
     max_old_pairs: int = Field(64, ge=0)
-    """Older held-out pairs, a sample back to the last change of preferences."""
+    """Older held-out pairs since that change, a sample."""
     generation_prompts: int = Field(8, ge=0)
     """Held-out prompts that the candidate answers before it goes live; 0 leaves the generation check out."""
     generation_tokens: int = Field(64, ge=1)

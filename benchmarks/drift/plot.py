@@ -64,7 +64,7 @@ def draw(runs: Sequence[Run], targets: Sequence[float | None], path: Path) -> No
     _mark_accuracy(grid[0][0], plan, targets)
     for axes in grid[-1]:
         axes.set_xlabel("seconds since the first preference", fontsize=12)
-    _legend(figure, runs)
+    _legend(figure, runs, with_target=any(target is not None for target in targets))
     figure.savefig(path, dpi=_DPI)
 
 
@@ -105,7 +105,8 @@ def _mean(lines: list[tuple[list[float], list[float]]], plan: DriftPlan) -> tupl
     grid = np.linspace(0, plan.duration_s, round(plan.duration_s / plan.poll_s) + 1)
     rows = []
     for times_s, values in lines:
-        at = np.clip(np.searchsorted(times_s, grid, side="right") - 1, 0, None)
+        # The look that belongs to a moment comes a little after it.
+        at = np.clip(np.searchsorted(times_s, grid + plan.poll_s / 2, side="right") - 1, 0, None)
         rows.append(np.array(values)[at])
     return grid.tolist(), np.mean(rows, axis=0).tolist()
 
@@ -119,7 +120,7 @@ def _mark_accuracy(axes: "Axes", plan: DriftPlan, targets: Sequence[float | None
             )
 
 
-def _legend(figure: "Figure", runs: Sequence[Run]) -> None:
+def _legend(figure: "Figure", runs: Sequence[Run], *, with_target: bool) -> None:
     from matplotlib.lines import Line2D
 
     handles = [
@@ -127,8 +128,9 @@ def _legend(figure: "Figure", runs: Sequence[Run]) -> None:
         for policy in _policies(runs)
     ]
     names = [TITLES[policy] for policy in _policies(runs)]
-    handles.append(Line2D([], [], color="#222222", linewidth=1, linestyle=(0, (1, 2))))
-    names.append("95 % of what continuous ends a phase with")
+    if with_target:
+        handles.append(Line2D([], [], color="#222222", linewidth=1, linestyle=(0, (1, 2))))
+        names.append("95 % of what continuous ends a phase with")
     figure.legend(handles, names, loc="outside upper center", ncols=len(names), fontsize=12, frameon=False)
 
 

@@ -249,7 +249,7 @@ def test_under_a_new_version_an_outlier_may_be_none(store, monitor):
 def test_drift_is_no_outlier_and_clears_those_it_began_with(store, monitor):
     say(store, monitor, "ann", 40)
     first = say(store, monitor, "ann", 4, margin=-5.0)
-    assert qualities(store, first) == [0.2] * 4
+    assert qualities(store, first) == [0.5] * 4
     more = say(store, monitor, "ann", 12, margin=-5.0)
     assert qualities(store, first + more) == [1.0] * 16
 
@@ -364,7 +364,7 @@ def test_the_weight_is_the_product_of_the_reasons(store, monitor):
     crowd(store, monitor, hostile=())
     ids = add(store, *(item("eve", prompt="why", chosen="because", rejected="no") for _ in range(2)))
     assess(store, monitor, ids, margin=[2.0, -5.0])
-    assert qualities(store, ids) == [1.0, 0.1]
+    assert qualities(store, ids) == [1.0, 0.25]
     assert reasons(store, ids[1]).startswith("near duplicate: ")
     assert " | outlier: " in reasons(store, ids[1])
 

@@ -96,6 +96,6 @@ def test_a_fifth_of_flipped_labels_costs_at_most_two_points(tmp_path, tiny_assis
     assert min(trusted.values()) > 0.9
     assert judged[HOSTILE] < 0.1
     assert min(quality for user, quality in judged.items() if user != HOSTILE) > 0.9
-    # What was learnt is as firm as without the hostile user; without the checks half of it is lost.
-    assert checked.margins[-1] > 0.8 * clean.margins[-1]
-    assert unchecked.margins[-1] < 0.6 * clean.margins[-1]
+    # What was learnt stays firm; without the checks most of it is lost long before the accuracy shows it.
+    assert checked.margins[-1] > 0.6 * clean.margins[-1]
+    assert unchecked.margins[-1] < 0.4 * clean.margins[-1]
