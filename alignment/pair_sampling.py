@@ -71,7 +71,7 @@ def replay_pairs(
 
 
 def held_out_pairs(connection: Connection, limit: int, since_seq: int = 0) -> list[StoredPair]:
-    """The newest held-out pairs behind `since_seq`, newest first, only the newest of each prompt: what users prefer now.
+    """The newest held-out pairs behind `since_seq`, newest first, one for each prompt: what users prefer now.
 
     A newer preference on a prompt supersedes older ones; users change their minds. Looks at `4 * limit` pairs.
     """
