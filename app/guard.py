@@ -1,5 +1,5 @@
-"""ASGI middleware in front of every route: body size, internal keys, request class, and the parsed body for those
-behind it.
+"""ASGI middleware in front of every route: body size, internal keys, request class, what would end the engine, and
+the parsed body for those behind it.
 
 Fine-tune work enters only from inside: vLLM passes `vllm_xargs` on to `SamplingParams.extra_args`, where our
 scheduler looks for tasks, so a body that carries one of our keys at any depth is refused.
@@ -20,6 +20,7 @@ BODY_KEY = "mace.body"
 """Where the parsed JSON body stands in the ASGI scope; absent if it is no JSON."""
 
 _ARGUMENT_KEYS = frozenset({"vllm_xargs", "extra_args"})
+_PROMPT_LOGPROBS = frozenset({"prompt_logprobs", "echo"})
 _METHODS = frozenset({"POST", "PUT", "PATCH"})
 
 
@@ -40,6 +41,7 @@ class RequestGuard:
             body = await self._read(scope, receive)
             scope[BODY_KEY] = parsed = _parse(body)
             check_internal_keys(parsed)
+            check_prompt_logprobs(parsed)
             body = apply_request_class(scope, parsed, body)
         except BadRequestError as error:
             self._on_refused(_reason(error))
@@ -72,6 +74,8 @@ class RequestGuard:
 def _reason(error: BadRequestError) -> str:
     if error.status == 413:
         return "body_too_large"
+    if error.param in _PROMPT_LOGPROBS:
+        return "prompt_logprobs"
     return "internal_key" if error.param in _ARGUMENT_KEYS else "service_tier"
 
 
@@ -90,6 +94,24 @@ def check_internal_keys(value: Any) -> None:
             stack.extend(current.values())
         elif isinstance(current, list):
             stack.extend(current)
+
+
+def check_prompt_logprobs(value: Any) -> None:
+    """Refuse log-probabilities of the prompt: with LoRA they end vLLM's engine, and so every request on it.
+
+    vLLM computes them with the adapter mapping of the sampled tokens (vllm #16668).
+
+    Raises:
+        BadRequestError: `prompt_logprobs`, or `echo` together with `logprobs`.
+    """
+    for part in [value, *(value.get("requests") or ())] if isinstance(value, dict) else ():
+        if not isinstance(part, dict):
+            continue
+        if part.get("prompt_logprobs") is not None:
+            raise BadRequestError("prompt_logprobs cannot be computed while adapters are served", "prompt_logprobs")
+        if part.get("echo") and part.get("logprobs") is not None:
+            message = "echo with logprobs asks for those of the prompt, which no server of adapters can compute"
+            raise BadRequestError(message, "echo")
 
 
 def _check_arguments(name: str, arguments: Any) -> None:

@@ -87,7 +87,7 @@ class IterationPlanner:
             LedgerError: `view.used_kv_bytes` is more than the KV cache has.
         """
         self.memory.record(_KV_OWNER, Pool.KV, view.used_kv_bytes)
-        if self._is_blocking_due(view.finetune):
+        if self._is_blocking_due(view.finetune, view.now_s):
             return Plan(0, 0, finetune_budget_s=float("inf"), min_slices=1, is_blocking=True)
         if not view.prefills or not self._limits.can_chunk_prefills:
             return Plan(self._limits.max_tokens, 0)
@@ -251,11 +251,11 @@ class IterationPlanner:
             self.memory.record(ARENA_OWNER, Pool.ARENA, wanted)
         return is_urgent
 
-    def _is_blocking_due(self, state: FineTuneState | None) -> bool:
+    def _is_blocking_due(self, state: FineTuneState | None, now_s: float) -> bool:
         """A baseline stops inference for a step; scoring a candidate is one as well, and is never put off."""
         if state is not None and not state.is_training and self.retrain.is_blocking_policy:
             return True
-        return self.retrain.is_blocking_due(state is not None)
+        return self.retrain.is_blocking_due(state is not None, now_s)
 
     def _may_train(self, state: FineTuneState) -> bool:
         """Whether slices may run beside inference."""

@@ -7,6 +7,9 @@ number of inference tasks", where a task is one pair). `mace` takes what the sla
 
 from core.config import SchedulerConfig
 
+_GAP_S = 0.5
+"""An executor asks for the next batch within 0.25 s; while it publishes, a phase ends sooner than it might."""
+
 
 class RetrainMeter:
     """Counts requests and trained pairs; answers what the policy wants now."""
@@ -16,7 +19,9 @@ class RetrainMeter:
         self._num_requests = 0
         self._num_pairs = 0
         self._requests_at_phase = 0
-        self._is_in_phase = False
+        self._phase_quota: float | None = None
+        """Pairs trained at which the phase in progress ends; None between phases."""
+        self._last_work_s = 0.0
 
     @property
     def is_blocking_policy(self) -> bool:
@@ -44,24 +49,32 @@ class RetrainMeter:
         if policy == "mace":
             return not self.is_above_cap()
         return (
-            policy != "inference_only" and self._is_quota_open() and (self._is_in_phase or self._is_period_over())
+            policy != "inference_only"
+            and self._is_quota_open()
+            and (self._phase_quota is not None or self._is_period_over())
         )
 
-    def is_blocking_due(self, has_work: bool) -> bool:
+    def is_blocking_due(self, has_work: bool, now_s: float) -> bool:
         """Whether a baseline stops inference now. Call once for each iteration; False for the other policies.
 
-        A phase begins when its requests have arrived and lasts until the quota `requests * retrain_rate` is
-        reached, or there is nothing left to train on.
+        A phase begins when its requests have arrived and there is work. It lasts until its quota is trained,
+        `requests since the last phase * retrain_rate`, or there was no work for `_GAP_S`: steps come one by one, and
+        the pause between two of them is not the end of the work.
         """
         if not self.is_blocking_policy:
             return False
-        if not has_work or not self._is_quota_open():
-            self._is_in_phase = False
-            return False
-        if not self._is_in_phase and self._is_period_over():
-            self._is_in_phase = True
+        if self._phase_quota is None:
+            if not (has_work and self._is_quota_open() and self._is_period_over()):
+                return False
+            requests = self._num_requests - self._requests_at_phase
+            self._phase_quota = self._num_pairs + requests * self._config.retrain_rate
             self._requests_at_phase = self._num_requests
-        return self._is_in_phase
+        if has_work:
+            self._last_work_s = now_s
+        if self._num_pairs >= self._phase_quota or now_s - self._last_work_s > _GAP_S:
+            self._phase_quota = None
+            return False
+        return has_work
 
     def is_above_cap(self) -> bool:
         """Whether `mace` must stop training until requests catch up; an idle server without requests may train."""

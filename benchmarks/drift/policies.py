@@ -2,8 +2,8 @@
 
 `periodic` is Ekya's scheme on this server: it collects for a window and then stops inference to train on what came. Two
 windows a phase are a generous choice: with fewer a phase could end before the first training. `continuous` trains
-as soon as there is a batch, stopping inference as well. Both may train `HEADROOM` times what comes in, so that
-neither is short of training slots.
+as soon as there is a batch, stopping inference as well. Both may train `HEADROOM` times what comes in: a little more,
+so that neither is short of training slots.
 """
 
 from enum import StrEnum
@@ -13,7 +13,7 @@ from benchmarks.drift.plan import DriftPlan
 from core.alignment_config import DriftConfig
 
 WINDOWS_PER_PHASE = 2
-HEADROOM = 2.0
+HEADROOM = 1.2
 _KEPT_VERSIONS = 1000
 """All of them: they are scored after the run."""
 

@@ -84,3 +84,24 @@ def test_deep_nesting_is_no_crash(client):
 def test_the_error_names_the_argument():
     with pytest.raises(BadRequestError, match="extra_args may not carry 'mace_a'"):
         check_internal_keys({"extra_args": {"mace_a": 1}})
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        {"prompt": "x", "prompt_logprobs": 0},
+        {"prompt": "x", "echo": True, "logprobs": 1},
+        {"requests": [{"prompt_logprobs": 5}]},
+    ],
+)
+def test_log_probabilities_of_the_prompt_are_refused(client, refused, body):
+    """They would end vLLM's engine, see `app.guard.check_prompt_logprobs`."""
+    assert client.post("/echo", json=body).status_code == 400
+    assert refused == ["prompt_logprobs"]
+
+
+@pytest.mark.parametrize(
+    "body", [{"prompt_logprobs": None}, {"echo": True}, {"logprobs": 5}, {"echo": False, "logprobs": 1}]
+)
+def test_other_log_probabilities_pass(client, body):
+    assert client.post("/echo", json=body).status_code == 200

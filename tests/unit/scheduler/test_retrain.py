@@ -28,12 +28,12 @@ def test_a_baseline_may_train_only_when_a_phase_is_due(policy):
     assert not subject.may_train()
     subject.note_requests(10)
     assert subject.may_train()
-    assert subject.is_blocking_due(has_work=True)
+    assert subject.is_blocking_due(has_work=True, now_s=0.0)
     subject.note_trained(4)
     assert subject.may_train()  # the phase goes on until the quota of five
     subject.note_trained(1)
     assert not subject.may_train()
-    assert not subject.is_blocking_due(has_work=True)
+    assert not subject.is_blocking_due(has_work=True, now_s=0.0)
 
 
 def test_the_rate_is_pairs_for_each_request():
@@ -43,3 +43,40 @@ def test_the_rate_is_pairs_for_each_request():
     assert subject.rate == float("inf")
     subject.note_requests(6)
     assert subject.rate == 0.5
+
+
+def phase(subject, *, steps, gap_s, pairs=8):
+    """Steps of `pairs` pairs with a gap after each; returns how many of them ran."""
+    now_s, ran = 100.0, 0
+    for _ in range(steps):
+        if not subject.is_blocking_due(has_work=True, now_s=now_s):
+            break
+        ran += 1
+        subject.note_trained(pairs)
+        subject.is_blocking_due(has_work=False, now_s=now_s + gap_s)
+        now_s += gap_s
+    return ran
+
+
+def test_the_gap_between_two_steps_is_not_the_end_of_a_phase():
+    subject = meter(policy="periodic", retrain_rate=8.0, period_requests=10)
+    subject.note_requests(10)
+    assert phase(subject, steps=100, gap_s=0.3) == 10  # 80 pairs
+
+
+def test_a_phase_without_work_ends_and_the_next_one_waits_for_its_requests():
+    subject = meter(policy="periodic", retrain_rate=8.0, period_requests=10)
+    subject.note_requests(10)
+    assert phase(subject, steps=100, gap_s=5.0) == 1
+    subject.note_requests(9)
+    assert not subject.is_blocking_due(has_work=True, now_s=200.0)
+    subject.note_requests(1)
+    assert subject.is_blocking_due(has_work=True, now_s=200.0)
+
+
+def test_inference_goes_on_in_the_gaps():
+    subject = meter(policy="periodic", retrain_rate=8.0, period_requests=10)
+    subject.note_requests(10)
+    assert subject.is_blocking_due(has_work=True, now_s=0.0)
+    assert not subject.is_blocking_due(has_work=False, now_s=0.1)
+    assert subject.is_blocking_due(has_work=True, now_s=0.2)
