@@ -63,7 +63,7 @@ class Learner:
         self._args = args
         self._checkpoint = checkpoint
         self._current_load = current_load
-        self._batcher = PairBatcher(tokenizer, base_model)
+        self._batcher = PairBatcher(tokenizer, base_model, args.model.dtype)
         self._judge = CandidateJudge(engine, versions, registry, self._batcher, args)
         self._progress = TrainingProgress()
         self._idle_polls = 0

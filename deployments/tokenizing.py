@@ -15,8 +15,9 @@ Unusable = list[tuple[str, str]]
 class PairBatcher:
     """Tokenizes pairs for one base model."""
 
-    def __init__(self, tokenizer: PairTokenizer, base_model: str) -> None:
+    def __init__(self, tokenizer: PairTokenizer, base_model: str, dtype: str = "auto") -> None:
         self._tokenizer = tokenizer
+        self._dtype = dtype
         self.base_model = base_model
 
     def tokenize(self, pairs: Iterable[TrainingPair]) -> tuple[list[TokenizedPair], Unusable]:
@@ -32,10 +33,13 @@ class PairBatcher:
 
     def reference_keys(self, pairs: Iterable[TokenizedPair]) -> dict[str, str]:
         """By pair id, what its reference log-probabilities are valid for."""
-        return {pair.pair_id: reference_key(self.base_model, pair) for pair in pairs}
+        return {pair.pair_id: self._key(pair) for pair in pairs}
+
+    def _key(self, pair: TokenizedPair) -> str:
+        return reference_key(self.base_model, pair, self._dtype)
 
     def _with_reference(self, pair: TrainingPair, tokenized: TokenizedPair) -> TokenizedPair:
         known = pair.reference
-        if known is None or known.key != reference_key(self.base_model, tokenized):
+        if known is None or known.key != self._key(tokenized):
             return replace(tokenized, weight=pair.weight)
         return replace(tokenized, weight=pair.weight, reference=(known.chosen_logp, known.rejected_logp))
