@@ -89,6 +89,10 @@ class DriftTracker:
         if not is_trusted(weight) and self._window.discard(pair_id):
             self._muted.append(pair_id)
 
+    def forget(self, pair_id: str) -> None:
+        """A pair was deleted or parked: it leaves the window."""
+        self._window.discard(pair_id)
+
     def note_live(self, version: str) -> None:
         """Another adapter is live: the window is void until its pairs (`unscored_ids`) are scored again.
 

@@ -93,13 +93,29 @@ class ServingState:
         started = [entry.time for entry in self.activations() if entry.event == "canary" and entry.version == name]
         return started[-1] if started else None
 
-    def activate(self, name: str | None, *, by: Actor = "api", reason: str = "", pin: bool = False) -> bool:
+    def activate(
+        self,
+        name: str | None,
+        *,
+        by: Actor = "api",
+        reason: str = "",
+        pin: bool = False,
+        over: str | None = None,
+    ) -> bool:
         """Make a version live (None: the bare base model), pinned or not. A pointer move, durable on return.
 
         Ends a canary: the trial of another version than `name` counts as failed.
 
+        Args:
+            name: the version.
+            by: who decided.
+            reason: for the lineage.
+            pin: nothing but the API may move on from it.
+            over: the gate compared it with this one (`base` or a version); None: with nothing in particular.
+
         Returns:
-            False if a pin, or the end of its trial, keeps `by` gate or canary from it; then nothing moved.
+            False if a pin, the end of its trial, or a live version that it was not compared with keeps `by` gate or
+            canary from it; then nothing moved.
         """
         if name is not None:
             self._check(name)
@@ -107,6 +123,10 @@ class ServingState:
             before = self.read()
             if by == "gate" and before.pinned is not None:
                 self._note("held", name, by, f"{before.pinned} is pinned. {reason}".strip(), before)
+                return False
+            if by == "gate" and over is not None and over != (before.live or BASE):
+                why = f"it was compared with {over}, and {before.live or BASE} is live now. {reason}".strip()
+                self._note("held", name, by, why, before)
                 return False
             if by == "canary" and before.canary != name:
                 return False

@@ -56,8 +56,9 @@ class CandidateJudge:
         staging = await asyncio.to_thread(self._registry.begin)
         try:
             await self._engine.save_adapter(staging, self._batcher.base_model)
+            compared_with = self._versions.live
             decision = await self._judge(staging, held_out)
-            manifest = self._manifest(decision, progress, last)
+            manifest = self._manifest(decision, progress, last, compared_with)
             return await asyncio.to_thread(self._registry.commit, staging, manifest), decision
         except BaseException:
             await asyncio.to_thread(self._registry.abandon, staging)
@@ -82,7 +83,7 @@ class CandidateJudge:
         return GateDecision(not problems, reason, decision.windows, report.metrics())
 
     async def _score_both(self, pairs: tuple[TrainingPair, ...]) -> tuple[list[PairScore], list[PairScore]]:
-        tokenized, _ = self._batcher.tokenize(pairs)
+        tokenized, _ = await asyncio.to_thread(self._batcher.tokenize, pairs)
         return await self._score(tokenized, on_live=False), await self._score(tokenized, on_live=True)
 
     async def _score(self, pairs: list[TokenizedPair], *, on_live: bool) -> list[PairScore]:
@@ -97,7 +98,7 @@ class CandidateJudge:
     async def _check_generation(self, staging: Path, pairs: tuple[TrainingPair, ...]) -> GenerationReport | None:
         """None if there is no prompt to answer, or the check is switched off."""
         gate = self._args.gate
-        tokenized, _ = self._batcher.tokenize(pairs[: gate.generation_prompts])
+        tokenized, _ = await asyncio.to_thread(self._batcher.tokenize, pairs[: gate.generation_prompts])
         prompts = [list(pair.prompt_ids) for pair in tokenized if pair.prompt_ids]
         if not prompts:
             return None
@@ -112,7 +113,7 @@ class CandidateJudge:
         return report_generation(candidate, live, answers, await self._score(answers, on_live=False))
 
     def _manifest(
-        self, decision: GateDecision, progress: TrainingProgress, last: StepMetrics | None
+        self, decision: GateDecision, progress: TrainingProgress, last: StepMetrics | None, compared_with: str
     ) -> AdapterManifest:
         metrics: dict[str, float | None] = dict(decision.metrics())
         if last is not None:
@@ -130,5 +131,6 @@ class CandidateJudge:
                 "training": self._args.training.model_dump(mode="json"),
                 "total_steps": progress.total_steps,
                 "trained_from": progress.base,
+                "compared_with": compared_with,
             },
         )

@@ -15,7 +15,7 @@ Everything here can be rebuilt: the DriftMonitor owns the durable state and stre
 import math
 import time
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -45,7 +45,8 @@ class _Lease:
     batch: TrainingBatch
     executor_id: str
     expires_s: float
-    attempts: int
+    attempts: dict[str, int]
+    """Failures of each pair so far."""
 
 
 class CentralScheduler:
@@ -64,7 +65,7 @@ class CentralScheduler:
         self._leases: dict[str, _Lease] = {}
         self._headrooms: dict[str, tuple[float, Headroom]] = {}
         self._busy_s_per_pair = 0.0
-        self._bytes_per_pair = 0.0
+        self._bytes_per_batch = 0.0
         self._meter = Meter("central_scheduler")
 
     def enqueue(self, pairs: list[TrainingPair]) -> None:
@@ -122,11 +123,12 @@ class CentralScheduler:
     def failed_for_good(self, outcome: BatchOutcome) -> list[str]:
         """Ids of the batch's pairs that failed as often as allowed and must be parked. Changes nothing."""
         lease = self._leases.get(outcome.task_id)
-        if lease is None or outcome.error is None or lease.attempts + 1 < self._config.training.max_attempts:
+        if lease is None or outcome.error is None:
             return []
         if lease.batch.kind is TaskKind.EVALUATE and len(lease.batch.pairs) > 1:
             return []  # the bad pair of a batch is found by scoring them one by one
-        return [pair.pair_id for pair in lease.batch.pairs]
+        limit = self._config.training.max_attempts
+        return [pair_id for pair_id, attempts in lease.attempts.items() if attempts + 1 >= limit]
 
     def complete(self, outcome: BatchOutcome) -> None:
         """Close a lease. A failed batch goes back with one more attempt, which lowers its priority."""
@@ -140,11 +142,11 @@ class CentralScheduler:
                 return
             num_pairs = len(lease.batch.pairs)
             self._busy_s_per_pair = _smooth(self._busy_s_per_pair, outcome.busy_s / num_pairs)
-            self._bytes_per_pair = _smooth(self._bytes_per_pair, outcome.peak_bytes / num_pairs)
+            self._bytes_per_batch = _smooth(self._bytes_per_batch, outcome.peak_bytes)
             return
         unusable = failed_for_good | {pair_id for pair_id, _ in outcome.unusable}
         left = [pair for pair in lease.batch.pairs if pair.pair_id not in unusable]
-        self._requeue(lease.batch.kind, left, lease.attempts + 1)
+        self._requeue(lease, left, failures=1)
 
     def advice(
         self, prompt_tokens: int, cached_prefix_tokens: Mapping[str, int] | None = None
@@ -185,7 +187,7 @@ class CentralScheduler:
         free = [room for room in self._fresh_headrooms(now_s) if not self._has_lease(room.executor_id)]
         # Memory is a hard limit. Time is not: a step can be interrupted, so it may be longer than any free window.
         longest_s = max(room.latency_s for room in free)
-        demand = Demand(self._bytes_per_pair * size, min(self._busy_s_per_pair * size, longest_s))
+        demand = Demand(self._bytes_per_batch, min(self._busy_s_per_pair * size, longest_s))
         bins = [self._bin(room) for room in free]
         config = self._config.scheduler
         chosen = first_fit(demand, bins) if config.packing == "first_fit" else best_fit(demand, bins, config)
@@ -205,7 +207,8 @@ class CentralScheduler:
         attempts = max(task.attempts for task in tasks)
         pairs = tuple(task.payload for task in tasks)
         batch = TrainingBatch(f"ft-{uuid.uuid4().hex[:12]}", pairs, attempts, gamma=self._gamma)
-        self._leases[batch.task_id] = _Lease(batch, executor_id, now_s + LEASE_S, attempts)
+        counts = {task.task_id: task.attempts for task in tasks}
+        self._leases[batch.task_id] = _Lease(batch, executor_id, now_s + LEASE_S, counts)
         self._scored_last = False
         self._meter.set_gauge("finetune_queue_pairs", len(self._queue))
         return batch
@@ -215,7 +218,8 @@ class CentralScheduler:
         pairs, attempts = self._to_score.pop_batch(_SCORE_STEPS * self._config.training.pairs_per_step)
         task_id = f"score-{uuid.uuid4().hex[:12]}"
         batch = TrainingBatch(task_id, tuple(pairs), attempts, TaskKind.EVALUATE, self._gamma)
-        self._leases[batch.task_id] = _Lease(batch, executor_id, now_s + LEASE_S, attempts)
+        counts = {pair.pair_id: attempts for pair in pairs}
+        self._leases[batch.task_id] = _Lease(batch, executor_id, now_s + LEASE_S, counts)
         self._scored_last = True
         return batch
 
@@ -238,11 +242,12 @@ class CentralScheduler:
         for task_id, lease in list(self._leases.items()):
             if is_over(lease):
                 del self._leases[task_id]
-                self._requeue(lease.batch.kind, list(lease.batch.pairs), lease.attempts)
+                self._requeue(lease, lease.batch.pairs, failures=0)
 
-    def _requeue(self, kind: TaskKind, pairs: list[TrainingPair], attempts: int) -> None:
+    def _requeue(self, lease: _Lease, pairs: Iterable[TrainingPair], failures: int) -> None:
         for pair in pairs:
-            if kind is TaskKind.EVALUATE:
+            attempts = lease.attempts[pair.pair_id] + failures
+            if lease.batch.kind is TaskKind.EVALUATE:
                 self._to_score.push(pair.pair_id, pair, attempts)
             else:
                 task = QueuedTask(pair.pair_id, pair, self._clock(), pair.dpo_loss, attempts)

@@ -22,7 +22,7 @@ from core.messages import BatchOutcome, HeldOutPairs
 from core.types import TaskKind
 from deployments.metrics import Meter
 from deployments.pair_stream import FineTuneQueue, PairStream, training_pair
-from deployments.score_judge import ScoreJudge, stored_version
+from deployments.score_judge import ScoreJudge
 
 logger = logging.getLogger(__name__)
 
@@ -114,9 +114,8 @@ class DriftMonitor:
         if outcome.task_id in self._recorded:  # a repeat: the first answer got lost on its way
             return
         if outcome.scores and outcome.kind is TaskKind.TRAIN:
-            parts.store.mark_trained(
-                [score.pair_id for score in outcome.scores], outcome.scores, stored_version(version)
-            )
+            ids = [score.pair_id for score in outcome.scores]
+            parts.store.mark_trained(ids, outcome.scores, f"{version}+")  # the shadow's, which may be refused
             self._meter.count("pairs_trained", len(outcome.scores))
         elif outcome.scores:
             parts.judge.take_scores(outcome, version)

@@ -8,13 +8,13 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 from alignment.registry import AdapterRegistry
 from core.config import AppArgs
-from core.errors import AdapterError, ControlUnavailableError, StoreUnavailableError
+from core.errors import ControlUnavailableError, StoreUnavailableError
 from core.messages import HORIZON_S, BatchOutcome, ExecutorLoad, Headroom, TrainingBatch
 from core.ports import ControlPort, EnginePort
 from core.types import Checkpoint, FineTuneTask, TaskKind, TaskResult, TokenizedPair
@@ -22,9 +22,9 @@ from deployments.candidate import CandidateJudge
 from deployments.heartbeat import with_heartbeat
 from deployments.learner_status import LearnerStatus
 from deployments.metrics import Meter
+from deployments.shadow_keeper import ShadowKeeper
 from deployments.tokenizing import PairBatcher, Unusable
-from deployments.training_progress import TrainingProgress
-from deployments.versions import BASE, AdapterVersions, Published
+from deployments.versions import AdapterVersions, Published
 from engine.pair_tokens import PairTokenizer
 
 logger = logging.getLogger(__name__)
@@ -59,13 +59,11 @@ class Learner:
         self._engine = engine
         self._control = control
         self._versions = versions
-        self._registry = registry
         self._args = args
-        self._checkpoint = checkpoint
+        self._shadow = ShadowKeeper(engine, versions, registry, checkpoint)
         self._current_load = current_load
         self._batcher = PairBatcher(tokenizer, base_model, args.model.dtype)
         self._judge = CandidateJudge(engine, versions, registry, self._batcher, args)
-        self._progress = TrainingProgress()
         self._idle_polls = 0
         self._meter = Meter("executor")
         self._failures_in_a_row = 0
@@ -95,30 +93,17 @@ class Learner:
         """The status as built-in types."""
         return {
             **asdict(self.status),
-            "steps_since_candidate": self._progress.steps_since_candidate,
-            "total_steps": self._progress.total_steps,
+            "steps_since_candidate": self._shadow.progress.steps_since_candidate,
+            "total_steps": self._shadow.progress.total_steps,
             "failures_in_a_row": self._failures_in_a_row,
             "live_version": self._versions.live,
             "last_publish": asdict(self._versions.last_publish),
         }
 
     async def restore(self) -> None:
-        """Put the shadow adapter where training left off: the last checkpoint, if it belongs to what is live."""
-        saved = await self._engine.load_training_state(self._checkpoint)
-        base = self._versions.training_base
-        try:
-            progress = TrainingProgress.from_wire(saved or {})
-        except (TypeError, ValueError) as error:
-            logger.warning("the checkpoint's progress is not readable: %s", error)
-            saved, progress = None, TrainingProgress()
-        if saved is not None and progress.base == base:
-            self._progress = progress
-        elif saved is not None and await self._made_from(base, progress):
-            self._progress = progress.from_version(base)  # published, and killed before that was written down
-        else:
-            self._progress = progress
-            await self._return_to_base()
-        self.status.restored_steps = self._progress.total_steps
+        """Put the shadow adapter where training left off."""
+        await self._shadow.restore()
+        self.status.restored_steps = self._shadow.progress.total_steps
 
     async def run(self) -> None:
         """The loop. Ends only by cancellation."""
@@ -135,9 +120,10 @@ class Learner:
 
     async def _turn(self) -> None:
         self._meter.refresh()
-        if await self._versions.follow_registry() or self._follow:
+        self._follow |= await self._versions.follow_registry()
+        if self._follow:
+            await self._shadow.return_to_base()
             self._follow = False
-            await self._return_to_base()
         if self._told_live != self._versions.live:
             live = self._versions.live
             await self._control.note_live(live)
@@ -157,7 +143,7 @@ class Learner:
             await asyncio.sleep(POLL_INTERVAL_S)
 
     def _is_candidate_due(self) -> bool:
-        steps = self._progress.steps_since_candidate
+        steps = self._shadow.progress.steps_since_candidate
         is_drained = self._idle_polls >= _DRAINED_POLLS
         return steps >= self._args.training.steps_per_candidate or (steps > 0 and is_drained)
 
@@ -175,10 +161,10 @@ class Learner:
         self.status.phase, self.status.task_id = "training" if is_training else "scoring", batch.task_id
         live = self._versions.live
         started_s = time.perf_counter()
-        pairs, unusable = self._batcher.tokenize(batch.pairs)
+        pairs, unusable = await asyncio.to_thread(self._batcher.tokenize, batch.pairs)
         result: TaskResult | None = None
         if pairs:
-            after = self._progress.after_step(pair.pair_id for pair in pairs)
+            after = self._shadow.progress.after_step(pair.pair_id for pair in pairs)
             task = FineTuneTask(
                 batch.task_id,
                 batch.kind,
@@ -187,12 +173,14 @@ class Learner:
                 dpo_loss=batch.dpo_loss,
                 attempts=batch.attempts,
                 gamma=batch.gamma,
-                checkpoint=Checkpoint(str(self._checkpoint), after.to_wire()) if is_training else None,
+                checkpoint=Checkpoint(str(self._shadow.checkpoint), after.to_wire()) if is_training else None,
             )
             result = await with_heartbeat(self._engine.run_task(task), self._beat)
+            if not is_training and self._versions.live != live:
+                result = replace(result, scores=())  # whose they are is not known: the pairs are asked for again
             self._note_outcome(result)
             if is_training and result.error is None:
-                self._progress = after
+                self._shadow.progress = after
                 self._note_step(result, len(pairs), time.perf_counter() - started_s)
         await self._report(batch, result, pairs, unusable, live)
         self.status.task_id = None
@@ -222,7 +210,7 @@ class Learner:
         )
         while True:  # the step is done: its record must not be lost to a restart of Control
             try:
-                await self._control.complete(outcome, live)
+                await with_heartbeat(self._control.complete(outcome, live), self._beat)
             except (ControlUnavailableError, StoreUnavailableError) as error:
                 self.status.last_error = str(error)
                 await asyncio.sleep(_CONTROL_BACKOFF_S)
@@ -264,37 +252,17 @@ class Learner:
         """Gate the shadow adapter; publish it or go back to what is live."""
         self.status.phase = "evaluating"
         held_out = await self._control.held_out_pairs()
-        version, decision = await self._judge.offer(held_out, self._progress, self.status.last)
+        version, decision = await self._judge.offer(held_out, self._shadow.progress, self.status.last)
         self.status.last_decision = decision.reason
         self._meter.count("adapter_candidates", outcome="published" if decision.accepted else "rejected")
         if decision.accepted:
             self.status.phase = "publishing"
-            if await self._versions.publish(version) is not Published.HELD:
-                await self._begin_at(version.name)
+            try:
+                published = await self._versions.publish(version)
+            except Exception:
+                self._follow = True  # else it would be offered, and committed, on every turn
+                raise
+            if published is not Published.HELD:
+                await self._shadow.begin_at(version.name)
                 return
-        await self._return_to_base()
-
-    async def _made_from(self, version: str, progress: TrainingProgress) -> bool:
-        """Is that version the adapter of this checkpoint?"""
-        if version == BASE:
-            return False
-        config = (await asyncio.to_thread(self._registry.get, version)).manifest.config
-        return config.get("total_steps") == progress.total_steps and config.get("trained_from") == progress.base
-
-    async def _return_to_base(self) -> None:
-        """Set the shadow adapter to what training goes on from: the last good state, live or on trial."""
-        base = self._versions.training_base
-        directory: Path | None = None
-        if base != BASE:
-            directory = (await asyncio.to_thread(self._registry.get, base)).path
-        try:
-            await self._engine.load_adapter(directory)
-        except AdapterError as error:
-            logger.warning("shadow adapter starts afresh: %s", error)
-            await self._engine.load_adapter(None)
-        await self._begin_at(base)
-
-    async def _begin_at(self, version: str) -> None:
-        """The shadow adapter is that version now."""
-        self._progress = self._progress.from_version(version)
-        await self._engine.save_training_state(self._checkpoint, self._progress.to_wire())
+        await self._shadow.return_to_base()

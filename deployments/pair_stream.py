@@ -8,11 +8,11 @@ next to nothing, a change of taste calls for as much training as it needs, and f
 from collections.abc import Collection
 from typing import Protocol
 
-from alignment.pair_store import StoredPair
+from alignment.pair_rows import PENDING, StoredPair
 from alignment.store import FeedbackStore
 from core.config import AppArgs
 from core.messages import PairRole, TrainingPair
-from deployments.score_judge import ScoreJudge
+from deployments.score_judge import ScoreJudge, stored_version
 
 _QUEUE_AHEAD_BATCHES = 4
 """Pairs kept queued ahead of training, in batches: enough to have a choice, few enough to follow new feedback."""
@@ -64,10 +64,15 @@ class PairStream:
         if room <= 0:
             return 0
         newest = self._store.unscored_pairs(_SCORING_BACKLOG_PAIRS, exclude=known)
-        pairs = newest[::-1][:room]
+        is_flooded = len(newest) == _SCORING_BACKLOG_PAIRS  # more may wait behind: who speaks now comes first
+        pairs = (newest[:room] if is_flooded else newest[-room:])[::-1]
         if len(pairs) < room:
             again = [pair_id for pair_id in self._judge.unscored_ids if pair_id not in known]
-            pairs += self._store.find_pairs(again[: room - len(pairs)])
+            found = [pair for pair in self._store.find_pairs(again) if pair.state == PENDING]
+            self._judge.forget(
+                set(again) - {pair.pair_id for pair in found}
+            )  # parked or deleted: never scored again
+            pairs += found[: room - len(pairs)]
         if pairs:
             self._queue.enqueue_scoring([training_pair(pair) for pair in pairs])
         return len(pairs)
@@ -87,7 +92,16 @@ class PairStream:
         self._judge.give_back(granted - len(chosen))
         if chosen:
             self._queue.enqueue(chosen)
+        elif not is_busy and self._judge.is_complaining:
+            return self._rescore(room)
         return len(chosen)
+
+    def _rescore(self, limit: int) -> int:
+        """Pairs whose scores are not the live version's: a refused candidate may have learnt what that has not."""
+        stale = self._store.stale_pairs(limit, stored_version(self._judge.live_version))
+        if stale:
+            self._queue.enqueue_scoring([training_pair(pair) for pair in stale])
+        return len(stale)
 
     def _choose(self, limit: int, exclude: set[str]) -> list[TrainingPair]:
         """Up to `limit` pairs of all roles. Replay keeps its share of what is trained: alone it would teach nothing."""

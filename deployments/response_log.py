@@ -67,3 +67,6 @@ class ResponseLog:
             except MaceError as error:
                 logger.warning("responses wait in memory: %s", error)
                 await asyncio.sleep(2.0)
+            except Exception:  # what it is must not end the loop: nobody would notice
+                logger.exception("responses wait in memory")
+                await asyncio.sleep(2.0)

@@ -8,7 +8,7 @@ import logging
 import math
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -43,6 +43,8 @@ class ScoreJudge:
         self._quality = QualityMonitor(config.quality, store)
         self._is_baseline = config.scheduler.policy in ("periodic", "continuous")
         self._saved_s = 0.0
+        self._unjudged: set[str] = set()
+        """Scores of these are stored, and what follows from them is not; a report may have to come twice."""
         saved = store.load_state(_STATE_KEY) or {}
         self._tracker, self._credit = self._restore(saved)
         self.live_version: str | None = saved.get("live")
@@ -68,7 +70,8 @@ class ScoreJudge:
     @property
     def is_complaining(self) -> bool:
         """The live adapter gets the newest preferences wrong, and it is ours to do something about it."""
-        return not self._is_baseline and self._tracker.complains
+        with self._lock:
+            return not self._is_baseline and self._tracker.complains
 
     @property
     def unscored_ids(self) -> list[str]:
@@ -101,20 +104,28 @@ class ScoreJudge:
         with self._lock:
             ids = [score.pair_id for score in outcome.scores]
             before = {pair.pair_id: pair for pair in self._store.find_pairs(ids)}
+            self._unjudged |= {pair.pair_id for pair in before.values() if pair.scored_at is None}
             self._store.record_scores(outcome.scores, stored_version(version), outcome.reference_keys)
             scored = [
                 replace(before[score.pair_id], last_loss=score.loss, last_margin=score.margin)
                 for score in outcome.scores
                 if score.pair_id in before
             ]
-            fresh = [pair for pair in scored if pair.scored_at is None]
-            again = [pair for pair in scored if pair.scored_at is not None]
+            fresh = [pair for pair in scored if pair.pair_id in self._unjudged]
+            again = [pair for pair in scored if pair.pair_id not in self._unjudged]
             self._judge_fresh(sorted(fresh, key=lambda pair: pair.seq))
+            self._unjudged.difference_update(ids)
             if version == self.live_version:
                 for pair in again:
                     self._tracker.rescore(pair.pair_id, *_score(pair), version or _BASE)
             self._cool_down()
             self._save()
+
+    def forget(self, pair_ids: Collection[str]) -> None:
+        """These pairs cannot be scored any more: the window must not wait for them."""
+        with self._lock:
+            for pair_id in pair_ids:
+                self._tracker.forget(pair_id)
 
     def grant(self, num_slots: int) -> int:
         """Take up to `num_slots` training slots from the credit; returns how many there were."""
@@ -193,7 +204,7 @@ class ScoreJudge:
         try:
             tracker = DriftTracker.from_state(saved["tracker"], self._config.drift)
             return tracker, TrainingCredit.from_state(saved["credit"])
-        except (KeyError, TypeError, ValueError) as error:
+        except (LookupError, TypeError, ValueError, AttributeError) as error:
             if saved:
                 logger.warning(
                     "drift state is not readable, it starts afresh: %s: %s", type(error).__name__, error

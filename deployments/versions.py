@@ -130,7 +130,9 @@ class AdapterVersions:
                 outcome = Published.CANARY if started else Published.HELD
                 self._serving = await asyncio.to_thread(serving.read)
             else:
-                outcome = Published.LIVE if await self._move(version, "gate", reason) else Published.HELD
+                over = version.manifest.config.get("compared_with")
+                moved = await self._move(version, "gate", reason, over=over)
+                outcome = Published.LIVE if moved else Published.HELD
             if outcome is Published.HELD:
                 obstacle = f"{self.pinned} is pinned" if self.pinned else f"{self.canary} is on trial"
                 logger.info("%s passed the gate but is held: %s", version.name, obstacle)
@@ -141,10 +143,7 @@ class AdapterVersions:
     async def activate(self, name: str, *, pin: bool | None = None, reason: str = "") -> None:
         """Point `<name>` at a version, or at `base`, because someone said so; ends a trial.
 
-        Args:
-            name: `v000N` or `base`.
-            pin: whether the gate may move on from it. None: pinned if it is older than the newest good version.
-            reason: for the lineage.
+        `pin`: whether the gate may move on from it; None: pinned if it is older than the newest good version.
 
         Raises:
             UnknownVersionError: no such published version.
@@ -234,14 +233,16 @@ class AdapterVersions:
         """When the trial began (Unix seconds); None if there is none."""
         return await asyncio.to_thread(self._registry.serving.canary_since_s)
 
-    async def _move(self, version: AdapterVersion | None, by: Actor, reason: str, *, pin: bool = False) -> bool:
+    async def _move(
+        self, version: AdapterVersion | None, by: Actor, reason: str, *, pin: bool = False, over: str | None = None
+    ) -> bool:
         """Engine first, then the pointer on disk, then the name; a failure or a refusal takes the steps back."""
         before = self._serving.live
         await self._load(version)
         name = version.name if version else None
         try:
             moved = await asyncio.to_thread(
-                lambda: self._registry.serving.activate(name, by=by, reason=reason, pin=pin)
+                lambda: self._registry.serving.activate(name, by=by, reason=reason, pin=pin, over=over)
             )
         except AdapterError:
             await self._engine.set_live(self._path(before))

@@ -236,7 +236,8 @@ class DpoStep:
 
     def _check_loss(self, not_finite: bool) -> None:
         """Losses are not negative, so a partial sum above the bound already condemns the step."""
-        mean = self._loss_sum / len(self.task.pairs)
+        weights = sum(pair.weight for pair in self.task.pairs)
+        mean = self._loss_sum / max(len(self.task.pairs), weights)  # large weights are no explosion
         if not_finite or (self._trains and mean > self._config.max_loss):
             raise DivergedError(
                 f"weighted DPO loss is {mean}, allowed is a finite loss up to {self._config.max_loss}"

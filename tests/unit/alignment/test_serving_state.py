@@ -227,3 +227,13 @@ def test_going_back_is_told_from_going_forward(adapters):
     adapters.serving.start_canary("v0003")
     adapters.serving.roll_back("v0003", reason="slow")
     assert not is_rollback(adapters, "v0002")  # nothing good is newer
+
+
+def test_the_gate_does_not_replace_a_version_that_it_did_not_compare_with(adapters):
+    """Two executors gate at the same time: the second one's candidate was judged against what is not live any more."""
+    state = adapters.serving
+    assert state.activate("v0001", by="gate", over="base")
+    assert not state.activate("v0002", by="gate", over="base", reason="accuracy 1.0")
+    assert state.read().live == "v0001"
+    assert events(adapters)[-1] == ("held", "v0002", "gate")
+    assert state.activate("v0003", by="gate", over="v0001")

@@ -299,3 +299,29 @@ def test_gamma_travels_with_every_batch(scheduler):
     scheduler.set_gamma(2.5)
     assert scheduler.poll(room()).gamma == 2.5
     assert scheduler.stats()["gamma"] == 2.5
+
+
+def test_a_small_first_batch_does_not_make_full_ones_look_too_large(scheduler, clock):
+    """What a step holds does not grow with its pairs: gradients, and one micro-batch after the other."""
+    scheduler.enqueue(pairs("a"))
+    clock.now_s += MAX_AGE_S
+    batch = scheduler.poll(room(memory_bytes=4e9))
+    scheduler.complete(BatchOutcome(batch.task_id, "e1", busy_s=1.0, peak_bytes=3_000_000_000))
+    scheduler.enqueue(pairs(*"bcde"))
+    assert scheduler.poll(room(memory_bytes=4e9)) is not None
+
+
+def test_only_the_pairs_that_failed_often_are_parked(scheduler, clock):
+    scheduler.enqueue(pairs("bad"))
+    for _ in range(ATTEMPTS - 1):
+        clock.now_s += MAX_AGE_S
+        batch = scheduler.poll(room())
+        scheduler.complete(BatchOutcome(batch.task_id, "e1", error="DivergedError: x"))
+    scheduler.enqueue(pairs("good", loss=0.0))
+    clock.now_s += MAX_AGE_S
+    batch = scheduler.poll(room())
+    assert sorted(ids(batch)) == ["bad", "good"]
+    outcome = BatchOutcome(batch.task_id, "e1", error="DivergedError: x")
+    assert scheduler.failed_for_good(outcome) == ["bad"]
+    scheduler.complete(outcome)
+    assert known(scheduler) == ["good"]

@@ -3,6 +3,7 @@ import itertools
 
 import pytest
 
+from core.errors import StoreUnavailableError
 from core.messages import BatchOutcome
 from core.types import PairScore, TaskKind
 from deployments.drift_monitor import DriftMonitor
@@ -285,3 +286,64 @@ def test_a_hostile_copy_of_a_pair_is_weighted_down_with_a_reason(world):
     assert eve.quality_reasons
     ann = next(pair for pair in store.newest_scored(10) if pair.user == "ann")
     assert ann.quality > eve.quality
+
+
+def test_a_pair_that_cannot_be_scored_again_does_not_hold_the_window_up(world):
+    world.publish("v0001")
+    ids = world.post(*range(6))
+    world.stream()
+    world.score(likes=False)
+    world.publish("v0002")
+    world.monitor._open().store.park(ids[-1], "it does not fit any more")
+    for _ in range(3):
+        world.stream()
+        assert ids[-1] not in world.queue.to_score
+        world.score(likes=True)
+    assert not world.queue.to_score
+    assert world.monitor.drift()["num_pairs"] == 3
+
+
+def test_who_speaks_now_is_heard_before_a_large_import(world):
+    world.post(*range(300))
+    world.stream()
+    new = world.post(*range(1000, 1004))
+    for _ in range(2):
+        world.score(likes=True)
+        world.stream()
+    scored = {pair.pair_id for pair in world.monitor._open().store.newest_scored(100)}
+    assert set(new) <= scored | set(world.queue.to_score)
+
+
+def test_what_a_refused_candidate_had_learnt_is_learnt_again(world):
+    """Its scores are not those of the live version, which still gets the pairs wrong."""
+    world.post(*range(4))
+    world.stream()
+    world.score(likes=False)
+    world.stream()
+    assert world.train(likes=True)  # the shadow likes them now, and is then refused
+    again = 0
+    for _ in range(20):
+        world.stream()
+        world.score(likes=False)
+        again += len(world.train(likes=True))
+    assert again >= 4
+
+
+def test_a_report_that_came_twice_is_judged_once_and_in_full(world, monkeypatch):
+    copies = [{"prompt": "q", "chosen": "good", "rejected": "bad", "user": "ann"} for _ in range(4)]
+    world.monitor.add_feedback(copies)
+    world.stream()
+    outcome = world.outcome(list(world.queue.to_score.values()), TaskKind.EVALUATE, likes=True)
+    world.queue.to_score = {}
+    store = world.monitor._open().store
+    with monkeypatch.context() as patch:
+        patch.setattr(store, "set_quality", _locked)
+        with pytest.raises(StoreUnavailableError):
+            world.monitor.record(outcome, [], "base")
+    world.monitor.record(outcome, [], "base")
+    assert min(pair.quality for pair in store.newest_scored(10)) < 0.5
+    assert world.monitor.drift()["num_pairs"] > 0
+
+
+def _locked(changes):
+    raise StoreUnavailableError("locked")

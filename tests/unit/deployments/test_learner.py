@@ -4,7 +4,7 @@ import pytest
 
 from alignment.registry import AdapterRegistry
 from core.config import AppArgs
-from core.errors import PairTooLongError, StoreUnavailableError
+from core.errors import AdapterError, PairTooLongError, StoreUnavailableError
 from core.messages import CachedReference, TrainingBatch, TrainingPair
 from core.types import TaskKind, TokenizedPair
 from deployments import learner as learner_module
@@ -348,3 +348,55 @@ def test_while_a_version_is_pinned_nothing_is_trained(tmp_path):
     assert world.control.headrooms[0].may_train
     assert not world.control.headrooms[-1].may_train
     assert world.learner.status.phase == "pinned"
+
+
+def test_a_version_that_cannot_be_published_is_committed_once(tmp_path, monkeypatch):
+    world = World(tmp_path, FakeControl([batch(1)]))
+
+    async def refuse(self, version):
+        raise AdapterError("the engine does not take it")
+
+    monkeypatch.setattr(AdapterVersions, "publish", refuse)
+    world.run(turns=400)
+    assert world.learner.status.last_error
+    assert [version.name for version in world.registry.list()] == ["v0001"]
+
+
+def test_a_failed_return_to_the_live_version_is_tried_again(tmp_path):
+    World(tmp_path, FakeControl([batch(1)])).run()
+    world = World(tmp_path, FakeControl([]))
+    load, failures = world.engine.load_adapter, [OSError("disk full")] * 3
+
+    async def fail_at_first(directory):
+        if failures:
+            raise failures.pop()
+        await load(directory)
+
+    async def roll_back():
+        await world._run(turns=5)
+        world.engine.load_adapter = fail_at_first
+        await world.versions.activate("base")
+        task = asyncio.create_task(world.learner.run())
+        async with asyncio.timeout(10):
+            while ("load_adapter", None) not in world.engine.calls:  # noqa: ASYNC110 - no event for it
+                await asyncio.sleep(0.001)
+        task.cancel()
+
+    asyncio.run(roll_back())
+    assert not failures
+
+
+def test_scores_are_dropped_if_another_version_went_live_meanwhile(tmp_path):
+    World(tmp_path, FakeControl([batch(1)])).run()
+    world = World(tmp_path, FakeControl([to_score("q")]))
+    run_task = world.engine.run_task
+
+    async def activate_meanwhile(task):
+        await world.versions.activate("base")
+        return await run_task(task)
+
+    world.engine.run_task = activate_meanwhile
+    world.run(until=lambda: world.control.completed)
+    ((outcome, _),) = world.control.completed
+    assert outcome.scores == ()
+    assert outcome.error is None

@@ -154,8 +154,7 @@ def test_the_bound_of_the_loss_is_on_the_weighted_mean(llama):
     run(start(llama, weighted(make_task(4), (0.1,) * 4), bound)[2])
     with pytest.raises(DivergedError, match="weighted"):
         run(start(llama, make_task(4), bound)[2])
-    with pytest.raises(DivergedError, match="weighted"):
-        run(start(llama, weighted(make_task(4), (8.0,) * 4), make_training(max_loss=3.0))[2])
+    run(start(llama, weighted(make_task(4), (8.0,) * 4), make_training(max_loss=3.0))[2])  # no explosion
 
 
 @pytest.mark.parametrize("weight", [-0.1, float("nan"), float("inf")])

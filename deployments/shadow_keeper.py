@@ -1,0 +1,68 @@
+"""Where the shadow adapter stands: which version it was trained on from, its checkpoint, and going back."""
+
+import asyncio
+import logging
+from pathlib import Path
+
+from alignment.registry import AdapterRegistry
+from core.errors import AdapterError
+from core.ports import EnginePort
+from deployments.training_progress import TrainingProgress
+from deployments.versions import BASE, AdapterVersions
+
+logger = logging.getLogger(__name__)
+
+
+class ShadowKeeper:
+    """Keeps the shadow adapter, its progress and its checkpoint in step with the versions."""
+
+    def __init__(
+        self, engine: EnginePort, versions: AdapterVersions, registry: AdapterRegistry, checkpoint: Path
+    ) -> None:
+        self._engine = engine
+        self._versions = versions
+        self._registry = registry
+        self.checkpoint = checkpoint
+        self.progress = TrainingProgress()
+
+    async def restore(self) -> None:
+        """Put the shadow adapter where training left off: the last checkpoint, if it belongs to what is live."""
+        saved = await self._engine.load_training_state(self.checkpoint)
+        base = self._versions.training_base
+        try:
+            progress = TrainingProgress.from_wire(saved or {})
+        except (TypeError, ValueError) as error:
+            logger.warning("the checkpoint's progress is not readable: %s", error)
+            saved, progress = None, TrainingProgress()
+        if saved is not None and progress.base == base:
+            self.progress = progress
+        elif saved is not None and await self._made_from(base, progress):
+            self.progress = progress.from_version(base)  # published, and killed before that was written down
+        else:
+            self.progress = progress
+            await self.return_to_base()
+
+    async def return_to_base(self) -> None:
+        """Set the shadow adapter to what training goes on from: the last good state, live or on trial."""
+        base = self._versions.training_base
+        directory: Path | None = None
+        if base != BASE:
+            directory = (await asyncio.to_thread(self._registry.get, base)).path
+        try:
+            await self._engine.load_adapter(directory)
+        except AdapterError as error:
+            logger.warning("shadow adapter starts afresh: %s", error)
+            await self._engine.load_adapter(None)
+        await self.begin_at(base)
+
+    async def begin_at(self, version: str) -> None:
+        """The shadow adapter is that version now."""
+        self.progress = self.progress.from_version(version)
+        await self._engine.save_training_state(self.checkpoint, self.progress.to_wire())
+
+    async def _made_from(self, version: str, progress: TrainingProgress) -> bool:
+        """Is that version the adapter of this checkpoint?"""
+        if version == BASE:
+            return False
+        config = (await asyncio.to_thread(self._registry.get, version)).manifest.config
+        return config.get("total_steps") == progress.total_steps and config.get("trained_from") == progress.base
