@@ -92,7 +92,8 @@ class WholeLoop:
             checkpoint=args.state_dir / "training" / "checkpoint.safetensors",
         )
         self._now_s = 0.0
-        self._tests = [self._test_pair(number, item) for number, item in enumerate(test_items)]
+        self._num_items = 0
+        self.test_pairs = [self.tokenized(item) for item in test_items]
 
     async def open(self) -> None:
         await self.versions.attach({})
@@ -128,10 +129,20 @@ class WholeLoop:
         """How a version does on the test items; None is the bare base."""
         await self.engine.set_live(None if version is None else self.registry.get(version).path)
         try:
-            return _test_score(await self._score_live(self._tests))
+            return await self._score(on_live=True)
         finally:
             live = self.registry.live()
             await self.engine.set_live(None if live is None else live.path)
+
+    async def test_shadow(self) -> TestScore:
+        """How the adapter in training does on the test items."""
+        return await self._score(on_live=False)
+
+    def tokenized(self, item: dict[str, Any]) -> TokenizedPair:
+        """A preference as the trainer gets it."""
+        self._num_items += 1
+        pair = TrainingPair(f"item-{self._num_items}", item["prompt"], item["chosen"], item["rejected"])
+        return self.tokenizer.tokenize(pair)
 
     @contextmanager
     def _store(self) -> Iterator[FeedbackStore]:
@@ -146,14 +157,11 @@ class WholeLoop:
         left = queue["queued_pairs"] + queue["pairs_to_score"] + queue["leased_batches"]
         return bool(left or status["steps_since_candidate"] or status["phase"] != "idle")
 
-    async def _score_live(self, pairs: Sequence[TokenizedPair]) -> Sequence[PairScore]:
-        result = await self.engine.run_task(FineTuneTask("test", TaskKind.EVALUATE, tuple(pairs), on_live=True))
+    async def _score(self, *, on_live: bool) -> TestScore:
+        task = FineTuneTask("test", TaskKind.EVALUATE, tuple(self.test_pairs), on_live=on_live)
+        result = await self.engine.run_task(task)
         assert result.error is None, result.error
-        return result.scores
-
-    def _test_pair(self, number: int, item: dict[str, Any]) -> TokenizedPair:
-        pair = TrainingPair(f"test-{number}", item["prompt"], item["chosen"], item["rejected"])
-        return self.tokenizer.tokenize(pair)
+        return _test_score(result.scores)
 
 
 def end_tokens(model_dir: Path) -> list[int]:
