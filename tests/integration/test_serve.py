@@ -167,9 +167,19 @@ def test_versions_answer_under_their_own_names_and_roll_back(server, client):
     latest = adapters["live"]
     assert ask(client, temperature=0).model == f"mace-tiny@{latest}"
     assert ask(client, model="mace-tiny@v0001", temperature=0).model == "mace-tiny@v0001"
-    assert server.call("POST", "/v1/adapters/base/activate").json() == {"live": "base", "previous": latest}
+    rolled_back = server.call("POST", "/v1/adapters/base/activate").json()
+    assert (rolled_back["live"], rolled_back["previous"], rolled_back["pinned"]) == ("base", latest, "base")
     assert ask(client, temperature=0).model == "mace-tiny@base"
-    assert server.call("POST", f"/v1/adapters/{latest}/activate").json()["live"] == latest
+    forward = server.call("POST", f"/v1/adapters/{latest}/activate").json()
+    assert (forward["live"], forward["pinned"]) == (latest, None)
+
+
+def test_drift_was_seen_when_taste_turned(server):
+    drift = server.call("GET", "/v1/drift", params={"limit": 100}).json()
+    assert drift["streams"]["global"]["num_pairs"] > 0
+    assert any(event["stream"] == "global" for event in drift["history"])
+    assert drift["last_change_seq"] > 0
+    assert server.call("GET", "/v1/drift", params={"limit": 100, "stream": "nobody"}).json()["history"] == []
 
 
 def test_metrics_count_all_this(server):
@@ -259,6 +269,7 @@ def test_killing_control_stops_no_token_and_loses_no_feedback(server, client):
 def test_a_killed_executor_comes_back_with_the_live_adapter(server, client):
     live = server.call("GET", "/ready").json()["live"]
     assert live != "base"
+    steps = server.call("GET", "/v1/training").json()["executor"]["total_steps"]
     engine = server.process_named("VLLM::EngineCore")
     server.process_named("ServeReplica:mace:Executor").kill()
     psutil.wait_procs([engine], timeout=30)
@@ -268,6 +279,7 @@ def test_a_killed_executor_comes_back_with_the_live_adapter(server, client):
     # Not an older one; a newer one if pairs that waited during the kill were trained on already.
     assert ask(client, temperature=0).model >= f"mace-tiny@{live}"
     assert server.call("GET", "/ready").json()["live"] >= live
+    assert server.call("GET", "/v1/training").json()["executor"]["restored_steps"] >= steps
 
 
 def test_a_full_or_read_only_disk_refuses_feedback_and_serves_on(server, client):

@@ -32,7 +32,7 @@ be told from none.
 """
 
 
-SABOTAGE_STEPS = 8
+SABOTAGE_STEPS = 16
 
 
 @pytest.fixture(autouse=True)
@@ -134,7 +134,7 @@ async def teach_the_reverse(loop: WholeLoop, items: list[dict]) -> None:
     """Steps on the shadow adapter behind the back of everything that checks feedback, as if it had let this through."""
     size = loop.args.training.pairs_per_step
     for number in range(SABOTAGE_STEPS):
-        batch = tuple(loop.tokenized(flipped(item)) for item in items[number * size : (number + 1) * size])
+        batch = tuple(loop.tokenized(flipped(item)) for item in (items * 2)[number * size : (number + 1) * size])
         result = await loop.engine.run_task(FineTuneTask(f"sabotage-{number}", TaskKind.TRAIN, batch))
         assert result.error is None, result.error
 
