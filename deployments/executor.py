@@ -106,7 +106,7 @@ class Executor:
         """What this executor knows of its training and its iterations."""
         learner = {} if self.learner is None else self.learner.status_to_wire()
         scheduler = {"policy": self.args.scheduler.policy, **self.iterations.summary()}
-        return {**learner, "scheduler": scheduler}
+        return {"live_version": self.versions.live, **learner, "scheduler": scheduler}
 
     async def _read_iterations(self, after: int) -> tuple[int, list[IterationSample]]:
         """The engine's iterations, once for all who want them."""

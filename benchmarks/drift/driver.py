@@ -188,10 +188,10 @@ def look_of(training: dict[str, Any], time_s: float) -> Look:
     return Look(
         time_s=time_s,
         version=executor["live_version"],
-        steps=executor["steps"],
-        pairs=executor["pairs"],
-        phase=executor["phase"],
-        decision=executor["last_decision"],
+        steps=executor.get("steps", 0),  # a server that does not learn has no counters
+        pairs=executor.get("pairs", 0),
+        phase=executor.get("phase", "frozen"),
+        decision=executor.get("last_decision"),
         queued_pairs=(training.get("queue") or {}).get("queued_pairs"),
         retrain_rate=drift.get("retrain_rate"),
         gamma=drift.get("gamma"),

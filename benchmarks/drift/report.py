@@ -91,8 +91,12 @@ def _comparisons(summary: dict[str, Any]) -> Table:
         bounds = [f"{sign} {row[key]:g}" for key, sign in (("at_least", "≥"), ("at_most", "≤")) if key in row]
         low, high = ("-" if limit is None else f"{limit:.2f}" for limit in row["interval"])
         value = "-" if row["value"] is None else f"{row['value']:.2f}"
-        note = f", {row['not_recovered']} not within the phase" if row["not_recovered"] else ""
-        table.add_row(row["what"], value, f"{low} to {high}", "".join(bounds), verdict[row["passed"]] + note)
+        never = row["not_recovered"]
+        counts = never if isinstance(never, dict) else {"of its phases": never}
+        notes = [verdict[row["passed"]]] + [f"{count} never ({side})" for side, count in counts.items() if count]
+        table.add_row(
+            row["what"], value, f"{low} to {high}", "".join(bounds), ", ".join(note for note in notes if note)
+        )
     return table
 
 
