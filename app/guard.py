@@ -108,7 +108,9 @@ def check_prompt_logprobs(value: Any) -> None:
         if not isinstance(part, dict):
             continue
         if part.get("prompt_logprobs") is not None:
-            raise BadRequestError("prompt_logprobs cannot be computed while adapters are served", "prompt_logprobs")
+            raise BadRequestError(
+                "prompt_logprobs cannot be computed while adapters are served", "prompt_logprobs"
+            )
         if part.get("echo") and part.get("logprobs") is not None:
             message = "echo with logprobs asks for those of the prompt, which no server of adapters can compute"
             raise BadRequestError(message, "echo")
