@@ -7,9 +7,9 @@ Medicine 17, 1998, method 10), which is sound for small counts and for shares of
 
 import math
 from dataclasses import dataclass, field
-from statistics import NormalDist
 from typing import Literal
 
+from alignment.intervals import wilson
 from core.alignment_config import VersionsConfig
 
 
@@ -77,16 +77,6 @@ def least_drop(canary: Share, live: Share, confidence: float) -> float:
     if not canary.total or not live.total:
         return -1.0
     p_live, p_canary = live.hits / live.total, canary.hits / canary.total
-    low, _ = _wilson(live, confidence)
-    _, high = _wilson(canary, confidence)
+    low, _ = wilson(live.hits, live.total, confidence)
+    _, high = wilson(canary.hits, canary.total, confidence)
     return (p_live - p_canary) - math.hypot(p_live - low, high - p_canary)
-
-
-def _wilson(share: Share, confidence: float) -> tuple[float, float]:
-    """Score interval whose either end holds at this one-sided confidence."""
-    z = NormalDist().inv_cdf(confidence)
-    p, n = share.hits / share.total, share.total
-    centre = p + z * z / (2 * n)
-    spread = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-    scale = 1 + z * z / n
-    return (centre - spread) / scale, (centre + spread) / scale

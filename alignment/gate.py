@@ -14,6 +14,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from alignment.intervals import wilson
 from core.alignment_config import GateConfig
 from core.types import PairScore
 
@@ -21,8 +22,6 @@ _TOLERANCE = 1e-9
 """Rounding of the means; far below anything that a preference could move."""
 _MAX_SCORE = 1e100
 """Larger numbers count as infinite, so that no mean can overflow."""
-_Z95 = 1.959964
-"""Two-sided 95 % quantile of the normal distribution."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,14 +108,8 @@ def judge_candidate(windows: Iterable[WindowScores], config: GateConfig) -> Gate
 
 
 def accuracy_interval(num_right: int, num_pairs: int) -> tuple[float, float]:
-    """Wilson score interval (95 %) of a share; unlike the normal one it stays inside [0, 1]."""
-    if num_pairs == 0:
-        return (0.0, 1.0)
-    share, z2 = num_right / num_pairs, _Z95 * _Z95
-    centre = share + z2 / (2 * num_pairs)
-    spread = _Z95 * math.sqrt(share * (1 - share) / num_pairs + z2 / (4 * num_pairs * num_pairs))
-    scale = 1 + z2 / num_pairs
-    return (max(0.0, (centre - spread) / scale), min(1.0, (centre + spread) / scale))
+    """Wilson score interval (two-sided 95 %) of a share."""
+    return wilson(num_right, num_pairs, 0.975)
 
 
 def clpd(score: PairScore) -> float:

@@ -9,11 +9,11 @@ same adapter versions as the user's own scores, in the same proportion. And half
 distrusted: when so many disagree with the adapter, it is the adapter that is out of date.
 """
 
-import math
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from statistics import NormalDist
+
+from alignment.intervals import wilson
 
 MIN_MARGIN = 0.01
 """Margins (nats) closer to zero are no agreement and no disagreement: the bare base has zero for every pair."""
@@ -56,17 +56,6 @@ class Standing:
         """
         relative = self.agreement / self.others if self.others else 1.0
         return round(min(1.0, max(0.0, 2 * relative - 1)), 1) if self.is_distrusted else 1.0
-
-
-def wilson(num_right: float, number: float, confidence: float) -> tuple[float, float]:
-    """Lower and upper bound of a share, each one-sided at `confidence` (Wilson 1927); (0, 1) for nothing seen."""
-    if number <= 0:
-        return 0.0, 1.0
-    z = NormalDist().inv_cdf(confidence)
-    share, spread = num_right / number, z * z / number
-    centre = (share + spread / 2) / (1 + spread)
-    half = z * math.sqrt(share * (1 - share) / number + spread / (4 * number)) / (1 + spread)
-    return max(0.0, centre - half), min(1.0, centre + half)
 
 
 def judge(

@@ -6,7 +6,6 @@ noisy machine falls on all. The policies that block are asked to train `BASELINE
 the device allows, which is what `mace` has to reach, so that attainment is compared at equal training.
 """
 
-import importlib.metadata
 import os
 import statistics
 import tempfile
@@ -20,6 +19,7 @@ from benchmarks.jobs import Job, JobResult
 from benchmarks.models import TITLES, ModelName
 from benchmarks.results import RunMetrics, medians
 from core.config import AppArgs, SloConfig
+from profiler.device import installed_versions
 from simulator.trace import Trace
 
 Policy = Literal["inference_only", "mace", "periodic", "continuous"]
@@ -238,19 +238,8 @@ def _settings(trace: Trace, options: SloOptions, threads: str) -> dict[str, Any]
         "profile": "measured before" if options.profile is None else str(options.profile),
         "worker_cores": threads,
         "cores": len(os.sched_getaffinity(0)),
-        "versions": versions(),
+        "versions": installed_versions(_PACKAGES),
     }
-
-
-def versions() -> dict[str, str]:
-    """Of the installed packages that matter for timing."""
-    found = {}
-    for package in _PACKAGES:
-        try:
-            found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found
 
 
 def _line(result: RunMetrics) -> str:

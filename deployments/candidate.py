@@ -5,9 +5,9 @@ The shadow adapter does not change meanwhile: the learner waits for the verdict 
 
 import asyncio
 import itertools
-import logging
 from pathlib import Path
 
+from alignment.activation_log import BASE
 from alignment.adapter_files import AdapterManifest
 from alignment.gate import GateDecision, WindowScores, judge_candidate
 from alignment.generation_check import GenerationReport, pairs_to_score, report_generation
@@ -19,9 +19,7 @@ from core.ports import EnginePort
 from core.types import FineTuneTask, PairScore, StepMetrics, TaskKind, TokenizedPair
 from deployments.tokenizing import PairBatcher
 from deployments.training_progress import TrainingProgress
-from deployments.versions import BASE, AdapterVersions
-
-logger = logging.getLogger(__name__)
+from deployments.versions import AdapterVersions
 
 _FIRST_NUMBER = 1 << 30
 """Candidates have numbers of their own inside vLLM, and names never used before; versions count from 1."""

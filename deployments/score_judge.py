@@ -12,6 +12,7 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
 from typing import Any
 
+from alignment.activation_log import BASE
 from alignment.drift import DriftEvent, DriftTracker, ScoredPair
 from alignment.pair_store import StoredPair
 from alignment.pairs import canonical_texts
@@ -28,8 +29,6 @@ _SAVE_INTERVAL_S = 5.0
 _CATCH_UP_PAIRS = 256
 """Pairs scored between the last saved state and a crash, at most; more of them are missing from the streams."""
 _QUIET_CREDIT_BATCHES = 4
-_BASE = "base"
-"""How executors name the bare base model; the store has None for it."""
 
 
 class ScoreJudge:
@@ -89,15 +88,13 @@ class ScoreJudge:
         """Pairs after this position belong to the present preferences."""
         return self._tracker.last_change_seq
 
-    def note_live(self, version: str) -> bool:
-        """Another version is live: its scores are to be collected anew. False if that was known."""
+    def note_live(self, version: str) -> None:
+        """Another version is live: its scores are to be collected anew. Nothing happens if that was known."""
         with self._lock:
-            if version == self.live_version:
-                return False
-            self.live_version = version
-            self._tracker.note_live(version)
-            self._save(at_once=True)
-            return True
+            if version != self.live_version:
+                self.live_version = version
+                self._tracker.note_live(version)
+                self._save(at_once=True)
 
     def take_scores(self, outcome: BatchOutcome, version: str | None) -> None:
         """Keep the scores of a batch that the live adapter `version` gave, and draw the conclusions."""
@@ -117,7 +114,7 @@ class ScoreJudge:
             self._unjudged.difference_update(ids)
             if version == self.live_version:
                 for pair in again:
-                    self._tracker.rescore(pair.pair_id, *_score(pair), version or _BASE)
+                    self._tracker.rescore(pair.pair_id, *_score(pair), version or BASE)
             self._cool_down()
             self._save()
 
@@ -147,30 +144,25 @@ class ScoreJudge:
         with self._lock:
             state = self._tracker.to_wire()
             keys = ("drifted", "reason", "level", "accuracy", "mean_loss", "mean_margin")
-            return {
-                **{key: state[key] for key in keys},
-                "retrain_rate": self.retrain_rate,
-                "gamma": self.gamma,
-                "training_credit": self._credit.balance,
-            }
+            return {**{key: state[key] for key in keys}, **self._consequences()}
 
     def report(self) -> dict[str, Any]:
         """For `/v1/drift`: everything but the history."""
         with self._lock:
             return {
                 **self._tracker.to_wire(),
-                "retrain_rate": self.retrain_rate,
-                "gamma": self.gamma,
-                "training_credit": self._credit.balance,
+                **self._consequences(),
                 "live_version": self.live_version,
                 "distrusted_users": self._quality.user_report(),
             }
 
+    def _consequences(self) -> dict[str, float]:
+        """What follows from the drift level, or for a baseline is fixed."""
+        return {"retrain_rate": self.retrain_rate, "gamma": self.gamma, "training_credit": self._credit.balance}
+
     def _judge_fresh(self, pairs: Sequence[StoredPair]) -> None:
         """Pairs scored for the first time, in order of arrival."""
         changes = self._quality.assess(pairs) if pairs else []
-        if changes:
-            self._store.set_quality([(change.pair_id, change.weight, change.reasons) for change in changes])
         for change in changes:
             self._tracker.reweigh(change.pair_id, change.weight)
         weights = {change.pair_id: change.weight for change in changes}
@@ -241,5 +233,5 @@ def _score(pair: StoredPair) -> tuple[float, float]:
 
 
 def stored_version(version: str | None) -> str | None:
-    """A version as the store names it."""
-    return None if version == _BASE else version
+    """A version as the store names it: None for the bare base model."""
+    return None if version == BASE else version

@@ -4,11 +4,12 @@ import asyncio
 import logging
 from pathlib import Path
 
+from alignment.activation_log import BASE
 from alignment.registry import AdapterRegistry
 from core.errors import AdapterError
 from core.ports import EnginePort
 from deployments.training_progress import TrainingProgress
-from deployments.versions import BASE, AdapterVersions
+from deployments.versions import AdapterVersions
 
 logger = logging.getLogger(__name__)
 

@@ -16,8 +16,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
-from alignment.activation_log import BASE as BASE
-from alignment.activation_log import Actor
+from alignment.activation_log import BASE, Actor
 from alignment.adapter_files import version_number
 from alignment.lineage import is_rollback, lineage_row, lineage_rows
 from alignment.registry import AdapterRegistry, AdapterVersion

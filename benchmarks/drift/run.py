@@ -1,7 +1,6 @@
 """All runs of the demo: a fresh server for each policy and seed, one JSON file for each run."""
 
 import asyncio
-import importlib.metadata
 import shutil
 import subprocess
 import sys
@@ -24,6 +23,7 @@ from benchmarks.drift.record import BASE, RunRecord
 from benchmarks.drift.scoring import PairLogProbs, Scorer, served_gap, tokenized
 from core.config import AppArgs
 from core.errors import MaceError
+from profiler.device import installed_versions
 
 Say = Callable[[str], None]
 
@@ -139,7 +139,7 @@ async def _measure(
         seed=seed,
         plan=plan,
         args=args,
-        versions=_versions(),
+        versions=installed_versions(_PACKAGES),
         beta=AppArgs.model_validate({"training": args.get("training", {})}).training.beta,
         looks=driver.looks,
         stream=driver.stream,
@@ -228,16 +228,6 @@ def _write(path: Path, text: str) -> None:
     temporary = path.with_suffix(".tmp")
     temporary.write_text(text, encoding="utf-8")
     temporary.rename(path)
-
-
-def _versions() -> dict[str, str]:
-    found = {}
-    for package in _PACKAGES:
-        try:
-            found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found
 
 
 def _line(record: RunRecord) -> str:
