@@ -47,6 +47,23 @@ class Adwin:
         return bool(self._adwin.drift_detected)
 
 
+class ErrorRise:
+    """HDDM_A (Frías-Blanco et al., 2015) on errors, 0 or 1: has their mean since some point risen above that before?
+
+    It knows that it looks for a rise of a share, and finds a sudden one in a third of the pairs that ADWIN needs.
+    """
+
+    def __init__(self, confidence: float) -> None:
+        from river.drift.binary import HDDMA
+
+        self._test = HDDMA(drift_confidence=confidence)
+
+    def update(self, value: float) -> bool:
+        """Take one error; has their share risen?"""
+        self._test.update(bool(value))
+        return bool(self._test.drift_detected)
+
+
 class LossRise:
     """Page-Hinkley (1954) on a loss, with a slack that follows the losses seen so far.
 

@@ -25,6 +25,8 @@ __all__ = ["DriftEvent", "DriftTracker", "ScoredPair"]
 
 _INPUT_LEVEL = 0.5
 """New prompts call for a closer look, not for an alarm."""
+_ANSWERED_LEVEL = 0.5
+"""An alarm is over: the level sank to this, or the newest version agrees with its users."""
 _MUTED_WINDOWS = 4
 """Distrusted pairs that are remembered, in windows, so that scoring them again does not let them in."""
 
@@ -222,10 +224,10 @@ class DriftTracker:
             self._level = 1.0
             return
         self._level *= 0.5 ** (1.0 / self._config.half_life_pairs)
-        if self._level <= _INPUT_LEVEL:
-            self._complained = False
-        if self._level <= _INPUT_LEVEL or (self._answered and self._window.full_enough):
-            self._alarm = None
+        if self._answered and self._window.full_enough:
+            self._level = min(self._level, _ANSWERED_LEVEL)
+        if self._level <= _ANSWERED_LEVEL:
+            self._complained, self._alarm = False, None
 
     def _complaint_event(self, at: float) -> list[DriftEvent]:
         complaint = self._window.complaint()
@@ -243,6 +245,7 @@ class DriftTracker:
         if stream == GLOBAL:
             level = 1.0
             self._last_change_seq = change.last_seq_before
+            self._window.keep_newest(change.num_rows)
         elif stream == PROMPTS:
             level = _INPUT_LEVEL
             detail += f" (input only: raises the level to {_INPUT_LEVEL} at most)"

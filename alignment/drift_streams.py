@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from alignment.change_streams import Adwin, Change, ChangeStream, Channel, LossRise, Row
+from alignment.change_streams import Adwin, Change, ChangeStream, Channel, ErrorRise, LossRise, Row
 from alignment.drift_events import DriftEvent, ScoredPair
 from core.alignment_config import DriftConfig
 
@@ -121,6 +121,7 @@ def stream_names(pair: ScoredPair) -> tuple[str, ...]:
 def _channels(config: DriftConfig) -> tuple[Channel, ...]:
     """A margin is watched as the probability sigmoid(margin) that the model of Bradley and Terry gives the choice."""
     return (
+        Channel("accuracy", "HDDM_A", lambda: ErrorRise(config.hddm_confidence), _error, _accuracy, "fall"),
         Channel("accuracy", "ADWIN", lambda: Adwin(config.adwin_delta), _accuracy, _accuracy, "fall"),
         Channel("margin", "ADWIN", lambda: Adwin(config.adwin_delta), _probability, _margin, "fall"),
         Channel("loss", "Page-Hinkley", lambda: LossRise(config.page_hinkley_threshold), _loss, _loss, "rise"),
@@ -137,6 +138,10 @@ def _margin(row: Row) -> float:
 
 def _accuracy(row: Row) -> float:
     return float(row.second > 0)
+
+
+def _error(row: Row) -> float:
+    return float(row.second <= 0)
 
 
 def _probability(row: Row) -> float:

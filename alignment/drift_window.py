@@ -54,6 +54,11 @@ class LevelWindow:
         del self._scores[pair_id]
         return True
 
+    def keep_newest(self, number: int) -> None:
+        """Drop all but the newest pairs: preferences changed, and the others say what users wanted before."""
+        while len(self._scores) > number:
+            self._scores.popitem(last=False)
+
     def clear_scores(self) -> None:
         """Another adapter is live."""
         self._scores = OrderedDict.fromkeys(self._scores)

@@ -7,7 +7,6 @@ equally often are one range; where a query spans several of them, their beginnin
 Functions take the connection of the caller's transaction; `alignment.store` owns transactions.
 """
 
-import heapq
 import random
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from itertools import islice
@@ -25,33 +24,43 @@ _SAME_PROMPT = 4
 """`held_out_pairs` looks at this many times as many pairs as it may return."""
 _SPLIT_SHARE = 20
 """`newest_scored` finds enough of a split that has this part of the newest pairs."""
+_HARD_SCAN = 256
 _PER_SAMPLE = 2
 """Up to this many rows for each one of a sample, all of them are read instead of searched for."""
 
 
-def new_pairs(connection: Connection, limit: int, exclude: Collection[str], order: NewOrder) -> list[StoredPair]:
-    """Pairs that were scored but never trained, newest or highest loss first."""
+def new_pairs(
+    connection: Connection, limit: int, exclude: Collection[str], order: NewOrder, since_seq: int
+) -> list[StoredPair]:
+    """Pairs that were scored but never trained: the newest behind `since_seq`, or those of the highest loss of all."""
     query = select(pairs).where(TRAINABLE, pairs.c.times_trained == 0)
     if order == "newest":
-        query = query.order_by(pairs.c.seq.desc())
+        query = query.where(pairs.c.seq > since_seq).order_by(pairs.c.seq.desc())
     else:
         query = query.where(pairs.c.last_loss.is_not(None)).order_by(pairs.c.last_loss.desc())
     return _first_rows(connection, query, limit, exclude)
 
 
 def hard_pairs(
-    connection: Connection, limit: int, max_epochs: int, exclude: Collection[str], min_loss: float
+    connection: Connection, limit: int, max_epochs: int, exclude: Collection[str], min_loss: float, since_seq: int
 ) -> list[StoredPair]:
-    """Pairs trained before, less than `max_epochs` times, that still have this loss or more; highest first."""
+    """Pairs behind `since_seq` trained before, less than `max_epochs` times, that still have this loss; highest first.
 
-    def level(times_trained: int) -> Select[Any]:
-        query = select(pairs.c.seq, pairs.c.pair_id, pairs.c.last_loss)
-        query = query.where(TRAINABLE, pairs.c.times_trained == times_trained, pairs.c.last_loss >= min_loss)
-        return query.order_by(pairs.c.last_loss.desc()).limit(limit + len(exclude))
-
-    levels = [connection.execute(level(times)) for times in _levels(connection, max_epochs)]
-    merged = heapq.merge(*levels, key=lambda row: -row.last_loss)
-    return fetch_pairs(connection, _first_seqs(merged, limit, exclude))
+    With a `since_seq` they are looked for among the `_HARD_SCAN` of the highest loss and as many of the newest: there
+    is no index of both, and behind a change of preferences lie either few pairs or most of the hard ones.
+    """
+    scanned = limit + len(exclude) + (_HARD_SCAN if since_seq else 0)
+    rows: dict[int, Row[Any]] = {}
+    for times_trained in _levels(connection, max_epochs):
+        level = select(pairs.c.seq, pairs.c.pair_id, pairs.c.last_loss)
+        level = level.where(TRAINABLE, pairs.c.times_trained == times_trained, pairs.c.last_loss >= min_loss)
+        found = connection.execute(level.order_by(pairs.c.last_loss.desc()).limit(scanned)).all()
+        if since_seq:
+            behind = level.where(pairs.c.seq > since_seq).order_by(pairs.c.seq.desc())
+            found = [*found, *connection.execute(behind.limit(scanned))]
+        rows |= {row.seq: row for row in found if row.seq > since_seq}
+    worst = sorted(rows.values(), key=lambda row: (-row.last_loss, -row.seq))
+    return fetch_pairs(connection, _first_seqs(worst, limit, exclude))
 
 
 def replay_pairs(

@@ -32,15 +32,20 @@ class TrainingStore(Database):
         self._clock = clock
         self._bands_since_trim = _BANDS_BEFORE_TRIM
 
-    def new_pairs(self, limit: int, exclude: Collection[str] = (), order: NewOrder = "newest") -> list[StoredPair]:
-        """Scored pairs that were never trained on, newest or highest loss first."""
-        return self._read(lambda c: pair_sampling.new_pairs(c, limit, exclude, order))
+    def new_pairs(
+        self, limit: int, exclude: Collection[str] = (), order: NewOrder = "newest", since_seq: int = 0
+    ) -> list[StoredPair]:
+        """Scored pairs that were never trained on: newest first (those behind `since_seq`), or highest loss first."""
+        return self._read(lambda c: pair_sampling.new_pairs(c, limit, exclude, order, since_seq))
 
     def hard_pairs(
-        self, limit: int, max_epochs: int, exclude: Collection[str] = (), min_loss: float = 0.0
+        self, limit: int, max_epochs: int, exclude: Collection[str] = (), min_loss: float = 0.0, since_seq: int = 0
     ) -> list[StoredPair]:
-        """Pairs trained before, less than `max_epochs` times, whose loss is `min_loss` or more; highest first."""
-        return self._read(lambda c: pair_sampling.hard_pairs(c, limit, max_epochs, exclude, min_loss))
+        """Pairs trained before, less than `max_epochs` times, whose loss is `min_loss` or more; highest first.
+
+        Only those with `seq` above `since_seq`; of many, the search ends after the worst and the newest few hundred.
+        """
+        return self._read(lambda c: pair_sampling.hard_pairs(c, limit, max_epochs, exclude, min_loss, since_seq))
 
     def replay_pairs(
         self, limit: int, max_epochs: int, exclude: Collection[str] = (), seed: int = 0, since_seq: int = 0

@@ -9,7 +9,7 @@ import psutil
 
 from benchmarks.chaos_load import ChatLoad, FeedbackLoad
 from benchmarks.chaos_plan import Kind, Moment, Strike
-from benchmarks.chaos_server import ChaosError, ServerProcess, is_alive
+from benchmarks.chaos_server import ChaosError, ServerProcess, is_alive, title_of
 from benchmarks.chaos_watch import Learning, SavedTraining, Watch
 
 Say = Callable[[str], None]
@@ -137,7 +137,10 @@ class Striker:
             return bool(found)
 
         if not await _until(look, _FIND_S):
-            raise ChaosError(f"the server has no process {strike.target!r}")
+            titles = "\n".join(f"{process.pid} {title_of(process)[:80]}" for process in self._server.members())
+            raise ChaosError(
+                f"the server has no process {strike.target!r}, but\n{titles}\n{self._server.log_tail()}"
+            )
         return found[0]
 
     async def _wait_for(self, strike: Strike) -> str:

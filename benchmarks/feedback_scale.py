@@ -156,6 +156,11 @@ def _operations(
     yield "new_pairs newest", lambda: store.new_pairs(8, busy), _READS
     yield "new_pairs loss", lambda: store.new_pairs(8, busy, order="loss"), _READS
     yield "hard_pairs", lambda: store.hard_pairs(8, 10, busy, 0.5), _READS
+    yield (
+        "hard_pairs behind",
+        lambda: store.hard_pairs(8, 10, busy, 0.5, since_seq=store.newest_scored(600)[-1].seq),
+        _READS,
+    )
     yield "replay_pairs", lambda: store.replay_pairs(8, 10, busy, seed()), _READS
     yield "held_out 64+64", lambda: store.held_out(64, 64, 0, seed()), _READS
     yield "unscored_pairs", lambda: store.unscored_pairs(32, busy), _READS

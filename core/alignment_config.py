@@ -38,6 +38,8 @@ class DriftConfig(Section):
     """Above this mean DPO loss over the window, drift is reported (ln 2 = 0.693 is the untrained loss)."""
     adwin_delta: float = Field(0.002, gt=0, lt=1)
     """Chance that ADWIN reports a change in a stream that has none."""
+    hddm_confidence: float = Field(0.001, gt=0, lt=1)
+    """Chance that HDDM_A takes wrong pairs that come as before for more of them; it finds sudden changes first."""
     page_hinkley_threshold: float = Field(5.0, gt=0)
     """Page-Hinkley reports a rise of the loss once its cumulated excess is above this (nats)."""
     prompt_delta: float = Field(0.0005, gt=0, lt=1)
@@ -48,6 +50,10 @@ class DriftConfig(Section):
     """Training slots for each new pair while nothing drifts; below 1 only the pairs of highest loss are trained."""
     alarm_rate: float = Field(4.0, gt=0)
     """Training slots for each new pair at full alarm; the baselines `periodic` and `continuous` always take it."""
+    change_slots: int = Field(128, ge=0)
+    """Training slots granted at once when a change in all pairs is found, for the pairs since then."""
+    alarm_loss: float = Field(0.25, gt=0)
+    """While alarmed, a pair is trained again until its loss is below this; while not, until it is below `max_loss`."""
     quiet_gamma: float = Field(0.5, ge=0)
     """Factor of `scheduler.gamma` while nothing drifts."""
     alarm_gamma: float = Field(2.0, ge=0)

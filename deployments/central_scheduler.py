@@ -77,6 +77,10 @@ class CentralScheduler:
                 self._queue.push(QueuedTask(pair.pair_id, pair, now_s, pair.dpo_loss), pair.role)
         self._meter.set_gauge("finetune_queue_pairs", len(self._queue))
 
+    def withdraw(self, pair_ids: list[str]) -> int:
+        """Take pairs out of the queue that should not be trained after all; returns how many were in it."""
+        return sum([self._queue.remove(pair_id) for pair_id in pair_ids])
+
     def enqueue_scoring(self, pairs: list[TrainingPair]) -> None:
         """Add pairs to be scored by the live adapter; those that wait for it already are left as they are."""
         leased = self._leased_ids(TaskKind.EVALUATE)

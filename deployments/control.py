@@ -30,6 +30,9 @@ class _QueueProxy:
     def enqueue(self, pairs: list[TrainingPair]) -> None:
         ray.get(self._actor.enqueue.remote(pairs), timeout=_TIMEOUT_S)
 
+    def withdraw(self, pair_ids: list[str]) -> int:
+        return int(ray.get(self._actor.withdraw.remote(pair_ids), timeout=_TIMEOUT_S))
+
     def enqueue_scoring(self, pairs: list[TrainingPair]) -> None:
         ray.get(self._actor.enqueue_scoring.remote(pairs), timeout=_TIMEOUT_S)
 

@@ -9,6 +9,7 @@ from collections.abc import Collection
 from typing import Protocol
 
 from alignment.pair_rows import PENDING, StoredPair
+from alignment.pair_sampling import NewOrder
 from alignment.store import FeedbackStore
 from core.config import AppArgs
 from core.messages import PairRole, TrainingPair
@@ -31,6 +32,10 @@ class FineTuneQueue(Protocol):
         """Add pairs to the queue."""
         ...
 
+    def withdraw(self, pair_ids: list[str]) -> int:
+        """Take pairs out of the queue; returns how many were in it."""
+        ...
+
     def enqueue_scoring(self, pairs: list[TrainingPair]) -> None:
         """Add pairs to be scored."""
         ...
@@ -49,11 +54,15 @@ class PairStream:
         self._judge = judge
         self._queue = queue
         self._draw = 0
+        self._followed_change_seq = judge.last_change_seq
 
     def stream_once(self) -> int:
         """Queue what should be scored and trained; returns how many pairs that were."""
         self._queue.set_gamma(self._judge.gamma)  # each time: the queue may have been restarted
         known = self._queue.known_pair_ids()
+        if self._judge.last_change_seq != self._followed_change_seq:
+            self._drop_old_taste(known["train"])
+            known = self._queue.known_pair_ids()
         num_to_score = self._stream_scoring(known["score"])
         is_busy = bool(known["train"] or known["score"] or num_to_score)
         return num_to_score + self._stream_training(known["train"], is_busy=is_busy)
@@ -76,6 +85,13 @@ class PairStream:
         if pairs:
             self._queue.enqueue_scoring([training_pair(pair) for pair in pairs])
         return len(pairs)
+
+    def _drop_old_taste(self, queued: Collection[str]) -> None:
+        """Preferences changed: what was queued before would teach the old ones, and its slots are needed now."""
+        change_seq = self._judge.last_change_seq
+        old = [pair.pair_id for pair in self._store.find_pairs(queued) if pair.seq <= change_seq]
+        self._judge.give_back(self._queue.withdraw(old))
+        self._followed_change_seq = change_seq
 
     def _stream_training(self, known: Collection[str], *, is_busy: bool) -> int:
         room = self._ahead - len(known)
@@ -106,10 +122,15 @@ class PairStream:
     def _choose(self, limit: int, exclude: set[str]) -> list[TrainingPair]:
         """Up to `limit` pairs of all roles. Replay keeps its share of what is trained: alone it would teach nothing."""
         training = self._config.training
-        fresh = self._store.new_pairs(limit, exclude=exclude, order="newest" if self._judge.is_alarmed else "loss")
+        order: NewOrder = "newest" if self._judge.is_alarmed else "loss"
+        fresh = self._store.new_pairs(limit, exclude, order, self._judge.last_change_seq)
         exclude = exclude | {pair.pair_id for pair in fresh}
         hard = self._store.hard_pairs(
-            limit, training.max_epochs, exclude=exclude, min_loss=self._judge.min_hard_loss
+            limit,
+            training.max_epochs,
+            exclude=exclude,
+            min_loss=self._judge.min_hard_loss,
+            since_seq=self._judge.last_change_seq,
         )
         replay = self._replayed(limit, len(fresh) + len(hard), exclude | {pair.pair_id for pair in hard})
         room = limit - len(replay)

@@ -14,6 +14,7 @@ from typing import Any
 
 from alignment.activation_log import BASE
 from alignment.drift import DriftEvent, DriftTracker, ScoredPair
+from alignment.drift_streams import GLOBAL
 from alignment.pair_store import StoredPair
 from alignment.pairs import canonical_texts
 from alignment.quality import QualityMonitor
@@ -81,7 +82,9 @@ class ScoreJudge:
     @property
     def min_hard_loss(self) -> float:
         """A pair is worth another pass from this loss on (nats); the baselines repeat whatever they have."""
-        return 0.0 if self._is_baseline else self._config.drift.max_loss
+        drift = self._config.drift
+        quiet_or_alarm = drift.alarm_loss if self.is_alarmed else drift.max_loss
+        return 0.0 if self._is_baseline else quiet_or_alarm
 
     @property
     def last_change_seq(self) -> int:
@@ -172,6 +175,8 @@ class ScoreJudge:
             events += self._tracker.observe(_observation(pair, weight, self._clock()))
             if pair.split == "train" and weight > 0:
                 self._credit.earn(1, self.retrain_rate)
+        if any(event.stream == GLOBAL and event.kind != "window" for event in events):
+            self._credit.top_up(self._config.drift.change_slots)
         if events:
             self._store.put_drift_events(events)
             for event in events:

@@ -31,6 +31,10 @@ class MixedQueue(Generic[T]):
         """Add a task, or replace the one of the same id and role."""
         self._queues[role].push(task)
 
+    def remove(self, task_id: str) -> bool:
+        """Take out one task by id; False if it is not queued."""
+        return any(queue.remove(task_id) is not None for queue in self._queues.values())
+
     def pop_batch(self, size: int) -> list[QueuedTask[T]]:
         """Take out up to `size` tasks: each role's share, then whatever has the highest priority."""
         batch: list[QueuedTask[T]] = []

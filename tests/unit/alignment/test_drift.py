@@ -92,7 +92,7 @@ def test_a_new_live_version_voids_the_window_until_its_pairs_are_scored_again():
     state = tracker.to_wire()
     assert (state["accuracy"], state["num_pairs"], state["drifted"]) == (1.0, 10, False)
     assert tracker.unscored_ids == []
-    assert tracker.level == pytest.approx(0.5)  # ten scores without a complaint are one half-life
+    assert tracker.level == pytest.approx(0.5 * 0.5**0.6)  # answered by the fourth score; ten are a half-life
 
 
 def test_a_new_version_that_is_no_better_keeps_the_alarm():
@@ -144,10 +144,10 @@ def test_an_alarm_that_the_window_does_not_share_ends_when_a_new_version_has_bee
     config = DriftConfig(window=10, min_pairs=4, min_accuracy=0.01, max_loss=100.0, half_life_pairs=1e6)
     tracker = DriftTracker(config)
     feed(tracker, [3.0] * 100)
-    feed(tracker, [-3.0] * 5, start=101)
+    feed(tracker, [*[-3.0] * 5, 3.0], start=101)
     assert not tracker.complains
     assert tracker.drifted
-    assert "Page-Hinkley: mean loss 0.05 -> 3.05" in tracker.reason
+    assert "HDDM_A: mean accuracy 1.00 -> 0.00" in tracker.reason
     tracker.note_live("v0002")
     assert tracker.drifted
     for pair_id in tracker.unscored_ids[:4]:
@@ -155,11 +155,21 @@ def test_an_alarm_that_the_window_does_not_share_ends_when_a_new_version_has_bee
     assert not tracker.drifted
 
 
+def test_what_users_wanted_before_a_change_leaves_the_window():
+    tracker = DriftTracker(CONFIG)
+    feed(tracker, [3.0] * 100)
+    feed(tracker, [-3.0] * 5, start=101)
+    assert tracker.last_change_seq == 100
+    assert tracker.to_wire()["accuracy"] == 0.0
+    tracker.note_live("v0002")
+    assert sorted(tracker.unscored_ids) == [f"p{seq}" for seq in range(101, 101 + len(tracker.unscored_ids))]
+
+
 def test_a_change_around_the_change_of_the_live_version_says_so():
     tracker = DriftTracker(CONFIG)
     feed(tracker, [3.0] * 100)
     tracker.note_live("v0007")
-    details = [event.detail for _, event in feed(tracker, [-3.0] * 10, start=101) if event.kind == "loss"]
+    details = [event.detail for _, event in feed(tracker, [-3.0] * 10, start=101) if event.kind == "accuracy"]
     assert details[0].endswith("; v0007 went live meanwhile")
 
 

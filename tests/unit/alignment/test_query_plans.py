@@ -16,6 +16,8 @@ CALLS = {
     "new": lambda store, ids: store.new_pairs(8),
     "new, worst": lambda store, ids: store.new_pairs(8, order="loss"),
     "hard": lambda store, ids: store.hard_pairs(8, 10),
+    "hard, behind": lambda store, ids: store.hard_pairs(8, 10, since_seq=5),
+    "new, behind": lambda store, ids: store.new_pairs(8, since_seq=5),
     "replay": lambda store, ids: store.replay_pairs(8, 10, since_seq=5),
     "held out": lambda store, ids: store.held_out(8, 8, since_seq=5)[1],
     "unscored": lambda store, ids: store.unscored_pairs(8),

@@ -53,6 +53,8 @@ def test_every_answer_is_that_of_a_look_at_every_pair(open_store, seed):
     assert store.new_pairs(7, exclude, "loss") == sorted(new, key=lambda pair: -pair.last_loss)[:7]
     assert store.hard_pairs(99, MAX_EPOCHS, exclude, 1.0) == hard
     assert store.hard_pairs(2, MAX_EPOCHS, exclude, 1.0) == hard[:2]
+    middle = everything[len(everything) // 2].seq
+    assert store.hard_pairs(99, MAX_EPOCHS, exclude, 1.0, middle) == [pair for pair in hard if pair.seq > middle]
     assert sorted(store.replay_pairs(99, MAX_EPOCHS, exclude), key=lambda pair: -pair.seq) == old
     few = store.replay_pairs(3, MAX_EPOCHS, exclude, seed=seed)
     assert len({pair.pair_id for pair in few}) == min(3, len(old))

@@ -47,6 +47,8 @@ def test_new_pairs_are_scored_and_never_trained_newest_or_worst_first(store, sco
     assert (pair.quality, pair.quality_reasons) == (0.5, ("copy", "flood"))
     store.unpark(scored[0])
     assert positions(scored, store.new_pairs(10)) == [3, 1, 0]
+    behind = store.find_pairs([scored[0]])[0].seq
+    assert positions(scored, store.new_pairs(10, since_seq=behind)) == [3, 1]
     assert [pair.pair_id for pair in store.unscored_pairs(5)] == unscored
 
 
@@ -57,8 +59,12 @@ def test_hard_pairs_were_trained_before_and_are_still_wrong_worst_first(store, s
     assert positions(scored, store.hard_pairs(10, 3)) == [5, 4, 3, 2, 1]
     assert positions(scored, store.hard_pairs(10, 2)) == [2, 1]
     assert positions(scored, store.hard_pairs(2, 3, {scored[5]}, min_loss=4.0)) == [4]
+    behind = store.find_pairs([scored[2]])[0].seq
+    assert positions(scored, store.hard_pairs(10, 3, since_seq=behind)) == [5, 4, 3]
+    assert positions(scored, store.hard_pairs(1, 3, {scored[5]}, since_seq=behind)) == [4]
     store.record_scores([score(scored[4], float("nan"))])
     assert positions(scored, store.hard_pairs(2, 3)) == [5, 3]
+    assert positions(scored, store.hard_pairs(2, 3, since_seq=behind)) == [5, 3]
 
 
 def test_a_replay_sample_is_drawn_evenly_from_what_was_trained(store):

@@ -294,6 +294,13 @@ def test_the_bad_pair_of_a_scoring_batch_is_found_and_parked_alone(scheduler):
     assert known(scheduler, "score") == []
 
 
+def test_withdrawn_pairs_are_not_handed_out(scheduler):
+    scheduler.enqueue(pairs(*"abcde"))
+    assert scheduler.withdraw(["a", "x"]) == 1
+    assert "a" not in ids(scheduler.poll(room()))
+    assert "a" not in known(scheduler, "train")
+
+
 def test_gamma_travels_with_every_batch(scheduler):
     scheduler.enqueue(pairs(*"abcd"))
     scheduler.set_gamma(2.5)

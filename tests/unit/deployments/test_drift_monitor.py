@@ -26,6 +26,9 @@ class FakeQueue:
     def enqueue_scoring(self, pairs):
         self.to_score |= {pair.pair_id: pair for pair in pairs}
 
+    def withdraw(self, pair_ids):
+        return sum(self.pairs.pop(pair_id, None) is not None for pair_id in pair_ids)
+
     def set_gamma(self, gamma):
         self.gamma = gamma
 
@@ -222,16 +225,44 @@ def test_a_repeated_report_counts_once(world):
     assert {pair.role for pair in world.queue.pairs.values()} == {"hard"}
 
 
-def test_replay_takes_its_share_and_only_of_the_present_preferences(world):
+def roles_after_two_rounds(world):
     world.post(*range(8))
     trained_in_all(world, likes=True)
     world.post(*range(100, 108))
     world.stream()
     world.score(likes=False)
     world.stream()
-    roles = [pair.role for pair in world.queue.pairs.values()]
+    return [pair.role for pair in world.queue.pairs.values()]
+
+
+def test_replay_takes_its_share(tmp_path):
+    deaf = {"hddm_confidence": 1e-9, "adwin_delta": 1e-9, "page_hinkley_threshold": 1e3}
+    roles = roles_after_two_rounds(World(tmp_path, drift={**ARGS["drift"], **deaf}))
     assert roles.count("replay") == 2
     assert roles.count("new") == 6
+
+
+def test_what_users_wanted_before_a_change_is_not_replayed(world):
+    assert roles_after_two_rounds(world) == ["new"] * 8
+    assert world.monitor.drift()["last_change_seq"] == 8
+
+
+def test_a_change_takes_older_pairs_from_the_queue_and_grants_slots_for_the_new_ones(tmp_path):
+    world = World(tmp_path, training={"pairs_per_step": 2, "max_epochs": 9})
+    settle(world)
+    world.post(*range(8))
+    world.stream()
+    world.score(likes=True)
+    world.stream()
+    assert world.queue.pairs
+    new = world.post(*range(100, 108))
+    world.stream()
+    world.score(likes=False)
+    credit = world.monitor.drift()["training_credit"]
+    assert credit >= 128
+    world.stream()
+    assert world.queue.pairs
+    assert set(world.queue.pairs) <= set(new)
 
 
 def test_unusable_and_failed_pairs_are_parked_with_their_reason(world):

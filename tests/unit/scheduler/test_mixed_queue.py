@@ -41,6 +41,13 @@ def test_within_a_role_the_highest_loss_goes_first():
     assert [task.task_id for task in queue.pop_batch(2)] == ["b", "c"]
 
 
+def test_a_task_that_was_removed_is_not_popped():
+    queue = queue_of([("a", "new", 0.1), ("b", "replay", 3.0)])
+    assert queue.remove("b")
+    assert not queue.remove("b")
+    assert [task.task_id for task in queue.pop_batch(2)] == ["a"]
+
+
 def test_peek_is_the_highest_priority_of_all_roles():
     queue = queue_of([("a", "new", 0.1), ("b", "replay", 0.2)])
     assert queue.peek().task_id == "b"
