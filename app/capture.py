@@ -11,7 +11,7 @@ from typing import Any
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from alignment.pairs import StoredResponse
+from alignment.records.pairs import StoredResponse
 from app.guard import BODY_KEY
 
 logger = logging.getLogger(__name__)

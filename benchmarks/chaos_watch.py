@@ -11,7 +11,7 @@ from typing import Any
 
 import httpx
 
-from alignment.adapter_files import WEIGHTS_FILE, check_files, read_manifest, version_number
+from alignment.versions.adapter_files import WEIGHTS_FILE, check_files, read_manifest, version_number
 from core.errors import DamagedAdapterError
 
 CHECKPOINT = Path("training") / "checkpoint.safetensors"

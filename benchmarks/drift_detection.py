@@ -3,7 +3,7 @@
     python -m benchmarks.drift_detection --json
     python -m benchmarks.drift_detection --set hddm_confidence=0.001 --set adwin_delta=0.01
 
-Synthetic margins through the real global stream (`alignment.drift_streams.ScoreStreams`), without the level window.
+Synthetic margins through the real global stream (`alignment.drift.streams.ScoreStreams`), without the level window.
 False detections are those of stationary pairs; the delay is counted from the first pair of the change.
 """
 
@@ -18,8 +18,8 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from alignment.drift_events import ScoredPair
-from alignment.drift_streams import GLOBAL, ScoreStreams
+from alignment.drift.events import ScoredPair
+from alignment.drift.streams import GLOBAL, ScoreStreams
 from core.alignment_config import DriftConfig
 
 _Margins = Callable[[np.random.Generator, int], np.ndarray]

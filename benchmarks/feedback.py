@@ -16,7 +16,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from alignment.store import FeedbackStore
+from alignment.store.feedback_store import FeedbackStore
 from benchmarks.feedback_scale import measure_growth, to_rows
 from core.alignment_config import FeedbackConfig
 

@@ -12,8 +12,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from alignment.pair_rows import StoredPair
-from alignment.store import FeedbackStore, database_path
+from alignment.store.feedback_store import FeedbackStore, database_path
+from alignment.store.pair_rows import StoredPair
 from core.alignment_config import FeedbackConfig
 from core.types import PairScore
 

@@ -17,9 +17,9 @@ from typing import Annotated, Any
 
 import typer
 
-from alignment.pair_rows import StoredPair
-from alignment.quality import QualityMonitor
-from alignment.store import FeedbackStore
+from alignment.quality.monitor import QualityMonitor
+from alignment.store.feedback_store import FeedbackStore
+from alignment.store.pair_rows import StoredPair
 from core.alignment_config import FeedbackConfig, QualityConfig
 from core.types import PairScore
 

@@ -14,8 +14,8 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import Any
 
-from alignment.activation_log import BASE
-from alignment.canary import Arm, Share, Verdict, judge_canary
+from alignment.versions.activation_log import BASE
+from alignment.versions.canary import Arm, Share, Verdict, judge_canary
 from core.alignment_config import VersionsConfig
 from core.config import SloConfig
 from core.errors import MaceError

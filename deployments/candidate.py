@@ -7,11 +7,11 @@ import asyncio
 import itertools
 from pathlib import Path
 
-from alignment.activation_log import BASE
-from alignment.adapter_files import AdapterManifest
-from alignment.gate import GateDecision, WindowScores, judge_candidate
-from alignment.generation_check import GenerationReport, pairs_to_score, report_generation
-from alignment.registry import AdapterRegistry, AdapterVersion
+from alignment.versions.activation_log import BASE
+from alignment.versions.adapter_files import AdapterManifest
+from alignment.versions.gate import GateDecision, WindowScores, judge_candidate
+from alignment.versions.generation_check import GenerationReport, pairs_to_score, report_generation
+from alignment.versions.registry import AdapterRegistry, AdapterVersion
 from core.config import AppArgs
 from core.errors import AdapterError, TrainingError
 from core.messages import HeldOutPairs, TrainingPair

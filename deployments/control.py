@@ -8,8 +8,8 @@ from typing import Any
 
 import ray
 
-from alignment.formats import ExportFormat
-from alignment.pairs import StoredResponse
+from alignment.records.pairs import StoredResponse
+from alignment.store.formats import ExportFormat
 from core.messages import BatchOutcome, Headroom, HeldOutPairs, TrainingBatch, TrainingPair
 from deployments.central_scheduler import CentralScheduler
 from deployments.drift_monitor import DriftMonitor

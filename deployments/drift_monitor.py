@@ -12,10 +12,10 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from alignment.formats import ExportFormat, import_jsonl
-from alignment.pairs import StoredResponse
-from alignment.records import FEEDBACK_TYPES
-from alignment.store import FeedbackStore
+from alignment.records.feedback import FEEDBACK_TYPES
+from alignment.records.pairs import StoredResponse
+from alignment.store.feedback_store import FeedbackStore
+from alignment.store.formats import ExportFormat, import_jsonl
 from core.config import AppArgs
 from core.errors import StoreUnavailableError
 from core.messages import BatchOutcome, HeldOutPairs

@@ -12,7 +12,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from alignment.registry import AdapterRegistry
+from alignment.versions.registry import AdapterRegistry
 from core.batch import IterationSample
 from core.config import AppArgs
 from deployments.canary import CanaryTrial

@@ -12,7 +12,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from alignment.registry import AdapterRegistry
+from alignment.versions.registry import AdapterRegistry
 from core.config import AppArgs
 from core.errors import ControlUnavailableError, StoreUnavailableError
 from core.messages import HORIZON_S, BatchOutcome, ExecutorLoad, Headroom, TrainingBatch

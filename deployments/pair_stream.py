@@ -8,9 +8,9 @@ next to nothing, a change of taste calls for as much training as it needs, and f
 from collections.abc import Collection
 from typing import Protocol
 
-from alignment.pair_rows import PENDING, StoredPair
-from alignment.pair_sampling import NewOrder
-from alignment.store import FeedbackStore
+from alignment.store.feedback_store import FeedbackStore
+from alignment.store.pair_rows import PENDING, StoredPair
+from alignment.store.pair_sampling import NewOrder
 from core.config import AppArgs
 from core.messages import PairRole, TrainingPair
 from deployments.score_judge import ScoreJudge, stored_version

@@ -9,7 +9,7 @@ import logging
 from collections import deque
 from typing import Any, Protocol
 
-from alignment.pairs import StoredResponse
+from alignment.records.pairs import StoredResponse
 from core.errors import MaceError
 from deployments.metrics import Meter
 

@@ -12,14 +12,14 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
 from typing import Any
 
-from alignment.activation_log import BASE
-from alignment.drift import DriftEvent, DriftTracker, ScoredPair
-from alignment.drift_streams import GLOBAL
-from alignment.pair_store import StoredPair
-from alignment.pairs import canonical_texts
-from alignment.quality import QualityMonitor
-from alignment.retrain_rate import TrainingCredit
-from alignment.store import FeedbackStore
+from alignment.drift.retrain_rate import TrainingCredit
+from alignment.drift.streams import GLOBAL
+from alignment.drift.tracker import DriftEvent, DriftTracker, ScoredPair
+from alignment.quality.monitor import QualityMonitor
+from alignment.records.pairs import canonical_texts
+from alignment.store.feedback_store import FeedbackStore
+from alignment.store.pair_store import StoredPair
+from alignment.versions.activation_log import BASE
 from core.config import AppArgs
 from core.messages import BatchOutcome
 

@@ -3,9 +3,9 @@
 from pathlib import Path
 from typing import Any
 
-from alignment.activation_log import BASE
-from alignment.adapter_files import version_number
-from alignment.registry import AdapterVersion
+from alignment.versions.activation_log import BASE
+from alignment.versions.adapter_files import version_number
+from alignment.versions.registry import AdapterVersion
 from core.ports import EnginePort
 
 

@@ -4,8 +4,8 @@ import asyncio
 import logging
 from pathlib import Path
 
-from alignment.activation_log import BASE
-from alignment.registry import AdapterRegistry
+from alignment.versions.activation_log import BASE
+from alignment.versions.registry import AdapterRegistry
 from core.errors import AdapterError
 from core.ports import EnginePort
 from deployments.training_progress import TrainingProgress

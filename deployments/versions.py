@@ -16,12 +16,12 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
-from alignment.activation_log import BASE, Actor
-from alignment.adapter_files import version_number
-from alignment.lineage import is_rollback, lineage_row, lineage_rows
-from alignment.registry import AdapterRegistry, AdapterVersion
-from alignment.retention import prune
-from alignment.serving_state import Serving
+from alignment.versions.activation_log import BASE, Actor
+from alignment.versions.adapter_files import version_number
+from alignment.versions.lineage import is_rollback, lineage_row, lineage_rows
+from alignment.versions.registry import AdapterRegistry, AdapterVersion
+from alignment.versions.retention import prune
+from alignment.versions.serving_state import Serving
 from core.alignment_config import VersionsConfig
 from core.errors import AdapterError, UnknownVersionError
 from core.ports import EnginePort

@@ -207,7 +207,7 @@ def _read_store_settings(config: Path) -> tuple[Path, str | None]:
 
 
 def _check_feedback_store(state_dir: Path, database_url: str | None) -> list[Finding]:
-    from alignment.store_health import examine_store
+    from alignment.store.health import examine_store
 
     health = examine_store(state_dir, database_url)
     return [Finding(one.check, one.status, one.found, one.fix) for one in health]

@@ -174,7 +174,7 @@ class DryRun:
 
     def send(self, lines: Sequence[bytes]) -> Delivered:
         """See `Sink.send`; nothing is stored, and a duplicate is not noticed."""
-        from alignment.intake import prepare
+        from alignment.store.intake import prepare
 
         refusals = []
         for index, line in enumerate(lines):

@@ -11,8 +11,8 @@ from itertools import islice
 from pathlib import Path
 from typing import IO
 
-from alignment.formats import with_id
-from alignment.row_formats import to_api_row
+from alignment.records.row_formats import to_api_row
+from alignment.store.formats import with_id
 from app.importing.delivery import Delivered, Sink
 from app.importing.progress_file import Progress, ProgressFile
 from app.importing.read_ahead import ReadAhead

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any, Literal, cast
 
-from alignment.formats import BLANK, decode_line
+from alignment.store.formats import BLANK, decode_line
 from app.importing.source import SourceError, SourceRow
 from core.errors import InvalidFeedbackError
 

@@ -14,8 +14,8 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-from alignment.adapter_files import AdapterManifest
-from alignment.registry import AdapterRegistry
+from alignment.versions.adapter_files import AdapterManifest
+from alignment.versions.registry import AdapterRegistry
 from core.config import AppArgs, LoraConfig, TrainingConfig
 from core.messages import TrainingPair
 from core.types import FineTuneTask, TaskKind

@@ -6,9 +6,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from alignment.pair_store import StoredPair
-from alignment.quality import QualityMonitor
-from alignment.store import FeedbackStore
+from alignment.quality.monitor import QualityMonitor
+from alignment.store.feedback_store import FeedbackStore
+from alignment.store.pair_store import StoredPair
 from core.config import AppArgs
 from core.messages import CachedReference, TrainingPair
 from core.types import FineTuneTask, PairScore, TaskKind, TokenizedPair

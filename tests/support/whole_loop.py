@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from alignment.pair_store import StoredPair
-from alignment.registry import AdapterRegistry
-from alignment.store import FeedbackStore
+from alignment.store.feedback_store import FeedbackStore
+from alignment.store.pair_store import StoredPair
+from alignment.versions.registry import AdapterRegistry
 from core.config import AppArgs
 from core.messages import BatchOutcome, Headroom, HeldOutPairs, TrainingBatch, TrainingPair
 from core.types import FineTuneTask, PairScore, TaskKind, TokenizedPair

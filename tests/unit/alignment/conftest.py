@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from sqlalchemy import create_engine, text
 
-from alignment.store import FeedbackStore
+from alignment.store.feedback_store import FeedbackStore
 from core.alignment_config import FeedbackConfig
 
 ALL_TRAIN = FeedbackConfig(holdout_fraction=0.0)

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from alignment.canary import Arm, Share, judge_canary, least_drop
+from alignment.versions.canary import Arm, Share, judge_canary, least_drop
 from core.alignment_config import VersionsConfig
 
 CONFIG = VersionsConfig(canary_share=0.1)

@@ -5,7 +5,7 @@ import math
 
 import pytest
 
-from alignment.drift import DriftTracker
+from alignment.drift.tracker import DriftTracker
 from core.alignment_config import DriftConfig
 from tests.unit.alignment.drift_pairs import feed, scored
 

@@ -5,8 +5,8 @@ import time
 import numpy as np
 import pytest
 
-from alignment.drift import DriftTracker
-from alignment.input_drift import InputDrift
+from alignment.drift.input_drift import InputDrift
+from alignment.drift.tracker import DriftTracker
 from core.alignment_config import DriftConfig
 from tests.unit.alignment.drift_pairs import asked, scored
 

@@ -7,9 +7,9 @@ import pytest
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
-from alignment.change_streams import ChangeStream, LossRise, Row, change_point
-from alignment.drift import DriftTracker
-from alignment.drift_streams import _channels
+from alignment.drift.change_streams import ChangeStream, LossRise, Row, change_point
+from alignment.drift.streams import _channels
+from alignment.drift.tracker import DriftTracker
 from core.alignment_config import DriftConfig
 from tests.unit.alignment.drift_pairs import feed, margins, scored
 

@@ -6,9 +6,9 @@ import json
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from alignment.formats import read_jsonl
-from alignment.intake import prepare
-from alignment.records import parse_item
+from alignment.records.feedback import parse_item
+from alignment.store.formats import read_jsonl
+from alignment.store.intake import prepare
 from core.alignment_config import FeedbackConfig
 from core.errors import FeedbackError
 

@@ -2,9 +2,9 @@
 
 import json
 
-from alignment.formats import MAX_REPORTED_ERRORS, export_row, import_jsonl, read_jsonl
-from alignment.pairs import PairDraft
-from alignment.store import FeedbackStore
+from alignment.records.pairs import PairDraft
+from alignment.store.feedback_store import FeedbackStore
+from alignment.store.formats import MAX_REPORTED_ERRORS, export_row, import_jsonl, read_jsonl
 from core.alignment_config import FeedbackConfig
 
 USER = {"role": "user", "content": "Hi?"}

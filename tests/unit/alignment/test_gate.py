@@ -2,7 +2,7 @@ import math
 
 import pytest
 
-from alignment.gate import WindowScores, accuracy_interval, clpd, judge_candidate
+from alignment.versions.gate import WindowScores, accuracy_interval, clpd, judge_candidate
 from core.alignment_config import GateConfig
 from core.types import PairScore
 

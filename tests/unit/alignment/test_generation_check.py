@@ -2,7 +2,7 @@ import math
 
 import pytest
 
-from alignment.generation_check import pairs_to_score, repetition, report_generation
+from alignment.versions.generation_check import pairs_to_score, repetition, report_generation
 from core.alignment_config import GateConfig
 from core.types import PairScore
 

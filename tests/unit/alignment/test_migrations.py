@@ -6,10 +6,10 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 from sqlalchemy import create_engine, inspect, select, text
 
-from alignment import migrations
-from alignment.pairs import pair_key
-from alignment.schema import meta, metadata
-from alignment.store import FeedbackStore
+from alignment.records.pairs import pair_key
+from alignment.store import migrations
+from alignment.store.feedback_store import FeedbackStore
+from alignment.store.schema import meta, metadata
 from core.alignment_config import FeedbackConfig
 from core.errors import ConfigError, StoreUnavailableError
 from core.types import PairScore

@@ -5,7 +5,7 @@ from itertools import count
 
 import pytest
 
-from alignment.quality import MAX_COPIES, QualityMonitor
+from alignment.quality.monitor import MAX_COPIES, QualityMonitor
 from core.alignment_config import QualityConfig
 from core.types import PairScore
 

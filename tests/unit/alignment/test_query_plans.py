@@ -7,7 +7,7 @@ import sqlite3
 import pytest
 from sqlalchemy import event
 
-from alignment.store import FeedbackStore
+from alignment.store.feedback_store import FeedbackStore
 from core.alignment_config import FeedbackConfig
 from core.types import PairScore
 

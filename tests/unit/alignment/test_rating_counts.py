@@ -2,8 +2,8 @@
 
 from sqlalchemy import create_engine, insert
 
-from alignment.rating_counts import rating_counts
-from alignment.schema import metadata, ratings
+from alignment.store.rating_counts import rating_counts
+from alignment.store.schema import metadata, ratings
 
 
 def test_thumbs_are_counted_by_version_since_a_time_without_replaced_ones(tmp_path):

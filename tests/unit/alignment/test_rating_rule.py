@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from alignment.pairs import StoredResponse
-from alignment.store import FeedbackStore
+from alignment.records.pairs import StoredResponse
+from alignment.store.feedback_store import FeedbackStore
 from core.alignment_config import FeedbackConfig
 
 WINDOW_S = 100.0

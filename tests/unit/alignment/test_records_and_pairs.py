@@ -5,17 +5,7 @@ from typing import Any
 
 import pytest
 
-from alignment.intake import prepare
-from alignment.pairs import (
-    PairDraft,
-    StoredResponse,
-    pair_from_correction,
-    pair_from_ids,
-    pair_from_row,
-    prompt_key,
-    split_of,
-)
-from alignment.records import (
+from alignment.records.feedback import (
     Comment,
     Correction,
     OpenAIPreferenceRow,
@@ -24,6 +14,16 @@ from alignment.records import (
     Rating,
     parse_item,
 )
+from alignment.records.pairs import (
+    PairDraft,
+    StoredResponse,
+    pair_from_correction,
+    pair_from_ids,
+    pair_from_row,
+    prompt_key,
+    split_of,
+)
+from alignment.store.intake import prepare
 from core.alignment_config import FeedbackConfig
 from core.errors import InvalidFeedbackError, UnknownResponseError
 

@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from alignment import adapter_files, registry
-from alignment.adapter_files import AdapterManifest
-from alignment.registry import AdapterRegistry
+from alignment.versions import adapter_files, registry
+from alignment.versions.adapter_files import AdapterManifest
+from alignment.versions.registry import AdapterRegistry
 from core.errors import AdapterError, DamagedAdapterError, UnknownVersionError
 
 ROOT = Path(__file__).parents[3]
@@ -180,7 +180,7 @@ def test_a_commit_interrupted_half_way_is_invisible_or_complete(adapters, monkey
 CRASH = """
 import os, sys
 from pathlib import Path
-from alignment import registry
+from alignment.versions import registry
 from tests.unit.alignment import test_registry as t
 
 adapters = registry.AdapterRegistry.open(Path(sys.argv[1]), "tiny")

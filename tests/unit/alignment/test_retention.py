@@ -7,9 +7,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from alignment import retention
-from alignment.registry import AdapterRegistry
-from alignment.retention import KeptVersion, prune, versions_to_retire
+from alignment.versions import retention
+from alignment.versions.registry import AdapterRegistry
+from alignment.versions.retention import KeptVersion, prune, versions_to_retire
 from core.errors import UnknownVersionError
 from tests.unit.alignment.test_registry import ROOT, commit, names
 
@@ -108,7 +108,7 @@ def test_damaged_versions_are_left_alone(adapters):
 CRASH = """
 import os, shutil, sys
 from pathlib import Path
-from alignment.registry import AdapterRegistry
+from alignment.versions.registry import AdapterRegistry
 
 adapters = AdapterRegistry.open(Path(sys.argv[1]), "tiny")
 adapters.serving.retire(["v0001"])

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from alignment.retrain_rate import TrainingCredit, gamma_factor, interpolate, retrain_rate
+from alignment.drift.retrain_rate import TrainingCredit, gamma_factor, interpolate, retrain_rate
 from core.alignment_config import DriftConfig
 
 CONFIG = DriftConfig(quiet_rate=0.25, alarm_rate=4.0, quiet_gamma=0.0, alarm_gamma=2.0)

@@ -4,8 +4,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from alignment.intake import prepare
-from alignment.row_formats import to_api_row
+from alignment.records.row_formats import to_api_row
+from alignment.store.intake import prepare
 from core.alignment_config import FeedbackConfig
 from core.errors import InvalidFeedbackError
 

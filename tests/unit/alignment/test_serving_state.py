@@ -8,9 +8,9 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from alignment.activation_log import Activation, ActivationLog
-from alignment.lineage import is_rollback, lineage_row, lineage_rows
-from alignment.registry import AdapterRegistry
+from alignment.versions.activation_log import Activation, ActivationLog
+from alignment.versions.lineage import is_rollback, lineage_row, lineage_rows
+from alignment.versions.registry import AdapterRegistry
 from core.errors import AdapterError, DamagedAdapterError, UnknownVersionError
 from tests.unit.alignment.test_registry import ROOT, commit, truncate
 
@@ -142,8 +142,8 @@ def test_a_full_disk_moves_nothing_and_leaves_the_log_as_it_was(adapters, monkey
 CRASH = """
 import os, sys
 from pathlib import Path
-from alignment import serving_state
-from alignment.registry import AdapterRegistry
+from alignment.versions import serving_state
+from alignment.versions.registry import AdapterRegistry
 
 adapters = AdapterRegistry.open(Path(sys.argv[1]), "tiny")
 adapters.serving.activate("v0001", pin=True)

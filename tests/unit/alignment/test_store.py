@@ -4,9 +4,9 @@ from typing import Any
 
 import pytest
 
-from alignment.formats import import_jsonl
-from alignment.pairs import StoredResponse
-from alignment.store import FeedbackStore
+from alignment.records.pairs import StoredResponse
+from alignment.store.feedback_store import FeedbackStore
+from alignment.store.formats import import_jsonl
 from core.alignment_config import FeedbackConfig
 from core.errors import ConfigError, InvalidFeedbackError
 

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 from sqlalchemy import event
 
-from alignment import database
-from alignment.pairs import StoredResponse
-from alignment.store import FeedbackStore
+from alignment.records.pairs import StoredResponse
+from alignment.store import database
+from alignment.store.feedback_store import FeedbackStore
 from core.alignment_config import FeedbackConfig
 from core.errors import StoreUnavailableError
 
@@ -67,7 +67,7 @@ def add_until_refused(store):
 READ_ONLY_CHILD = """
 import os, sys
 from pathlib import Path
-from alignment.store import FeedbackStore
+from alignment.store.feedback_store import FeedbackStore
 from core.alignment_config import FeedbackConfig
 from core.errors import StoreUnavailableError
 

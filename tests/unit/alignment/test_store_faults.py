@@ -8,9 +8,9 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from alignment.group_commit import GroupCommit
-from alignment.pairs import StoredResponse
-from alignment.store import FeedbackStore
+from alignment.records.pairs import StoredResponse
+from alignment.store.feedback_store import FeedbackStore
+from alignment.store.group_commit import GroupCommit
 from core.alignment_config import FeedbackConfig
 
 CONFIG = FeedbackConfig(holdout_fraction=0.0)
@@ -24,7 +24,7 @@ def row(number, **extra):
 CHILD = """
 import sys
 from pathlib import Path
-from alignment.store import FeedbackStore
+from alignment.store.feedback_store import FeedbackStore
 from core.alignment_config import FeedbackConfig
 from core.errors import StoreUnavailableError
 

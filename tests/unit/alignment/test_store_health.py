@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 from sqlalchemy import create_engine, text
 
-from alignment import store_health
-from alignment.schema import meta
-from alignment.store import FeedbackStore
-from alignment.store_health import examine_store
+from alignment.store import health as store_health
+from alignment.store.feedback_store import FeedbackStore
+from alignment.store.health import examine_store
+from alignment.store.schema import meta
 from core.alignment_config import FeedbackConfig
 
 ROOT = Path(__file__).parents[3]
@@ -82,7 +82,7 @@ def test_a_schema_that_this_release_cannot_read_is_named(local, version, is_bad)
 READ_ONLY_CHILD = """
 import os, sys
 from pathlib import Path
-from alignment.store_health import examine_store
+from alignment.store.health import examine_store
 
 if os.geteuid() == 0:  # root may write anywhere
     os.setgid(65534)

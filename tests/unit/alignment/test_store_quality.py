@@ -2,9 +2,9 @@
 
 import pytest
 
-from alignment import loop_store, pair_matches
-from alignment.drift_events import DriftEvent
-from alignment.pairs import contrary_key, pair_key
+from alignment.drift.events import DriftEvent
+from alignment.records.pairs import contrary_key, pair_key
+from alignment.store import loop_store, pair_matches
 from core.types import PairScore
 
 

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 from sqlalchemy import create_engine, text
 
-from alignment import database
-from alignment.store import FeedbackStore
+from alignment.store import database
+from alignment.store.feedback_store import FeedbackStore
 from core.alignment_config import FeedbackConfig
 from core.errors import StoreUnavailableError
 

@@ -10,8 +10,8 @@ import uvicorn
 from fastapi import FastAPI
 from starlette.responses import JSONResponse
 
-from alignment.formats import import_jsonl
-from alignment.store import FeedbackStore
+from alignment.store.feedback_store import FeedbackStore
+from alignment.store.formats import import_jsonl
 from app.errors import install_error_handlers
 from app.guard import RequestGuard
 from app.routes import feedback

@@ -9,7 +9,7 @@ from fastapi import FastAPI
 from fastapi.testclient import TestClient
 from typer.testing import CliRunner
 
-from alignment.drift import DriftTracker, ScoredPair
+from alignment.drift.tracker import DriftTracker, ScoredPair
 from app.commands import drift as command
 from app.routes import drift as route
 from core.alignment_config import DriftConfig

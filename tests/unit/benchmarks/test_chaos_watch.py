@@ -3,8 +3,8 @@ import struct
 
 import pytest
 
-from alignment.adapter_files import AdapterManifest
-from alignment.registry import AdapterRegistry
+from alignment.versions.adapter_files import AdapterManifest
+from alignment.versions.registry import AdapterRegistry
 from benchmarks.chaos_strike import count_lost_steps
 from benchmarks.chaos_watch import Learning, SavedTraining, VersionWatch, read_checkpoint
 

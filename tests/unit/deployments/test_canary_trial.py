@@ -5,7 +5,7 @@ from collections import Counter
 
 import pytest
 
-from alignment.registry import AdapterRegistry
+from alignment.versions.registry import AdapterRegistry
 from core.alignment_config import VersionsConfig
 from core.config import SloConfig
 from core.errors import ControlUnavailableError

@@ -2,7 +2,7 @@ import asyncio
 
 import pytest
 
-from alignment.registry import AdapterRegistry
+from alignment.versions.registry import AdapterRegistry
 from core.config import AppArgs
 from core.errors import AdapterError, PairTooLongError, StoreUnavailableError
 from core.messages import CachedReference, TrainingBatch, TrainingPair

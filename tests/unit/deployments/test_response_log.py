@@ -2,7 +2,7 @@ import asyncio
 
 import pytest
 
-from alignment.pairs import StoredResponse
+from alignment.records.pairs import StoredResponse
 from core.errors import ControlUnavailableError
 from deployments.response_log import ResponseLog
 

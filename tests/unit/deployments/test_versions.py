@@ -2,8 +2,8 @@ import asyncio
 
 import pytest
 
-from alignment.adapter_files import AdapterManifest
-from alignment.registry import AdapterRegistry
+from alignment.versions.adapter_files import AdapterManifest
+from alignment.versions.registry import AdapterRegistry
 from core.errors import DamagedAdapterError, UnknownVersionError
 from deployments.versions import AdapterVersions
 from tests.unit.deployments.fakes import FakeEngine, write_peft

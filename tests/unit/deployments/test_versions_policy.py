@@ -4,9 +4,9 @@ import asyncio
 
 import pytest
 
-from alignment import retention
-from alignment.adapter_files import AdapterManifest
-from alignment.registry import AdapterRegistry
+from alignment.versions import retention
+from alignment.versions.adapter_files import AdapterManifest
+from alignment.versions.registry import AdapterRegistry
 from core.alignment_config import VersionsConfig
 from core.errors import AdapterError, UnknownVersionError
 from deployments.versions import AdapterVersions, Published

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 
-from alignment.adapter_files import AdapterManifest
+from alignment.versions.adapter_files import AdapterManifest
 from core.config import AppArgs
 from core.types import FineTuneTask, TaskKind
 from deployments import learner as learner_module

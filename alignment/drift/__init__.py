@@ -1,0 +1,1 @@
+"""Has something changed, how alarming is it, and how much training does it call for?"""

@@ -1,0 +1,1 @@
+"""Which feedback is weighted down, and why."""

@@ -1,0 +1,259 @@
+"""Wire models of one feedback item, and `parse_item`, which picks the right one by its keys.
+
+================  ====================================================  ==========================================
+form              keys                                                  becomes
+================  ====================================================  ==========================================
+two responses     chosen_id, rejected_id (+ ..._choice_index or id#1)   a pair, texts from the response store
+TRL row           prompt, chosen, rejected (text or messages)           a pair
+implicit prompt   chosen, rejected (messages that share a beginning)    a pair
+OpenAI DPO row    input, preferred_output, non_preferred_output         a pair
+rating            response_id, value (true/false, 1/-1, up/down)        a pair once an opposite rating of it exists
+correction        type, response_id, value (the better text)            a pair: the edit over the original
+comment           type, value, response_id?                             kept, never trained on
+================  ====================================================  ==========================================
+
+`type` may be left out where the keys tell the form; a text `value` needs it (correction or comment?).
+"""
+
+import difflib
+import re
+from datetime import UTC, datetime
+from typing import Annotated, Any, Literal, NamedTuple
+
+from pydantic import (
+    AliasChoices,
+    Field,
+    ValidationError,
+    field_validator,
+)
+
+from alignment.records.json_checks import check_json
+from alignment.records.messages import Messages, ShortText, TextOrMessages, WireModel
+from core.errors import InvalidFeedbackError
+
+MAX_WEIGHT = 10.0
+"""One item may count at most ten times as much as another, so that no single client owns the gradient."""
+_CHOICE_SUFFIX = re.compile(r"^(.+)#(\d{1,4})$", re.DOTALL)
+_RATING_WORDS = {"up": 1, "down": -1}
+
+ChoiceIndex = Annotated[int, Field(ge=0, le=9999)]
+
+
+class ResponseRef(NamedTuple):
+    """One choice of one of our responses."""
+
+    response_id: str
+    choice_index: int
+
+
+class _Item(WireModel):
+    """What every form may carry."""
+
+    id: ShortText | None = None
+    """Chosen by the client; the same id twice is one record."""
+    user: ShortText | None = None
+    tags: Annotated[dict[ShortText, Annotated[str, Field(max_length=1000)]], Field(max_length=32)] = Field(
+        default_factory=dict
+    )
+    weight: Annotated[float, Field(gt=0, le=MAX_WEIGHT)] = 1.0
+    source: ShortText | None = None
+    created_at: float | None = None
+    """Unix seconds. The client's word; ordering and windows use the time of receipt."""
+
+    @field_validator("created_at", mode="before")
+    @classmethod
+    def _read_time(cls, value: object) -> object:
+        if not isinstance(value, str):
+            return value
+        try:
+            moment = datetime.fromisoformat(value)
+            return moment.replace(tzinfo=moment.tzinfo or UTC).timestamp()
+        except (ValueError, OverflowError) as error:
+            raise ValueError("must be Unix seconds or an ISO 8601 time") from error
+
+
+class _AboutResponse(_Item):
+    response_id: ShortText
+    choice_index: ChoiceIndex | None = None
+
+    @property
+    def ref(self) -> ResponseRef:
+        """The response that this item is about."""
+        return _reference(self.response_id, self.choice_index, "choice_index")
+
+
+class PreferenceByIds(_Item):
+    """One of our responses is better than another of our responses to the same prompt."""
+
+    type: Literal["preference"] = "preference"
+    chosen_id: ShortText
+    rejected_id: ShortText
+    chosen_choice_index: ChoiceIndex | None = Field(
+        None, validation_alias=AliasChoices("chosen_choice_index", "chosen_index")
+    )
+    rejected_choice_index: ChoiceIndex | None = Field(
+        None, validation_alias=AliasChoices("rejected_choice_index", "rejected_index")
+    )
+
+    @property
+    def chosen_ref(self) -> ResponseRef:
+        """The better response."""
+        return _reference(self.chosen_id, self.chosen_choice_index, "chosen_choice_index")
+
+    @property
+    def rejected_ref(self) -> ResponseRef:
+        """The worse response."""
+        return _reference(self.rejected_id, self.rejected_choice_index, "rejected_choice_index")
+
+
+class PreferenceRow(_Item):
+    """A TRL preference row; without `prompt`, the common beginning of both conversations is the prompt."""
+
+    type: Literal["preference"] = "preference"
+    prompt: TextOrMessages | None = None
+    chosen: TextOrMessages
+    rejected: TextOrMessages
+
+
+class OpenAIInput(WireModel):
+    """The `input` of an OpenAI DPO row."""
+
+    messages: Messages
+    tools: Annotated[list[Any], Field(max_length=0)] | None = None
+    """Must be empty: the training prompt is rendered without tools, and would differ from the served one."""
+    parallel_tool_calls: bool | None = None
+
+
+class OpenAIPreferenceRow(_Item):
+    """A row of an OpenAI DPO file."""
+
+    type: Literal["preference"] = "preference"
+    input: OpenAIInput
+    preferred_output: Messages
+    non_preferred_output: Messages
+
+
+class Rating(_AboutResponse):
+    """A thumb up (`value` 1) or down (-1)."""
+
+    type: Literal["rating"] = "rating"
+    value: Literal[1, -1]
+
+    @field_validator("value", mode="before")
+    @classmethod
+    def _read_value(cls, value: object) -> int:
+        if isinstance(value, bool):
+            return 1 if value else -1
+        if isinstance(value, str) and value in _RATING_WORDS:
+            return _RATING_WORDS[value]
+        if isinstance(value, int | float) and value in (1, -1):  # 0 could mean down or neutral
+            return int(value)
+        raise ValueError("must be true or false, 1 or -1, 'up' or 'down'")
+
+
+class Correction(_AboutResponse):
+    """What the response should have said."""
+
+    type: Literal["correction"] = "correction"
+    value: TextOrMessages
+
+
+class Comment(_Item):
+    """Words about a response, or about nothing in particular."""
+
+    type: Literal["comment"] = "comment"
+    value: str
+    response_id: ShortText | None = None
+    choice_index: ChoiceIndex | None = None
+
+    @property
+    def ref(self) -> ResponseRef | None:
+        """The response that this comment is about, if any."""
+        return _reference(self.response_id, self.choice_index, "choice_index") if self.response_id else None
+
+
+FeedbackItem = PreferenceByIds | PreferenceRow | OpenAIPreferenceRow | Rating | Correction | Comment
+_FORMS: dict[str, type[_Item]] = {"rating": Rating, "correction": Correction, "comment": Comment}
+FEEDBACK_TYPES = ("preference", *_FORMS)
+
+
+def parse_item(raw: object) -> FeedbackItem:
+    """Turn one decoded JSON value into its wire model. Texts are not judged here; `alignment.records.pairs` does that.
+
+    Raises:
+        InvalidFeedbackError: not an object, unknown form, unknown key, wrong type or out of range. `param` is the
+            dotted path of the key.
+    """
+    if not isinstance(raw, dict):
+        raise InvalidFeedbackError(f"a feedback item must be a JSON object, not {_json_type(raw)}")
+    check_json(raw)
+    model = _find_form(raw)
+    try:
+        return model.model_validate(raw)  # type: ignore[return-value]  # every value of _FORMS is in the union
+    except ValidationError as error:
+        raise _named(error, model) from error
+
+
+def _find_form(raw: dict[str, Any]) -> type[_Item]:
+    kind = raw.get("type")
+    if kind is not None and kind not in FEEDBACK_TYPES:
+        raise InvalidFeedbackError(f"type must be one of {', '.join(FEEDBACK_TYPES)}", "type")
+    if kind in _FORMS:
+        return _FORMS[kind]
+    if raw.keys() & {"input", "preferred_output", "non_preferred_output"}:
+        return OpenAIPreferenceRow
+    if raw.keys() & {"chosen_id", "rejected_id"}:
+        return PreferenceByIds
+    if kind == "preference" or raw.keys() & {"prompt", "chosen", "rejected"}:
+        return PreferenceRow
+    return _find_value_form(raw)
+
+
+def _find_value_form(raw: dict[str, Any]) -> type[_Item]:
+    value = raw.get("value")
+    if "response_id" in raw and "value" in raw:
+        if isinstance(value, list):
+            return Correction
+        if not isinstance(value, str) or value in _RATING_WORDS:
+            return Rating
+    raise InvalidFeedbackError(
+        "cannot tell what kind of feedback this is: send `type` (preference, rating, correction or comment), or "
+        "chosen_id and rejected_id, or prompt, chosen and rejected",
+        "type",
+    )
+
+
+def _reference(response_id: str, choice_index: int | None, param: str) -> ResponseRef:
+    """`id#2` and `choice_index: 2` mean the same; both may be given if they agree."""
+    suffixed = _CHOICE_SUFFIX.match(response_id)
+    if suffixed is None:
+        return ResponseRef(response_id, choice_index or 0)
+    if choice_index not in (None, int(suffixed[2])):
+        raise InvalidFeedbackError(f"{param} {choice_index} contradicts the id ending in #{suffixed[2]}", param)
+    return ResponseRef(suffixed[1], int(suffixed[2]))
+
+
+def _named(error: ValidationError, model: type[_Item]) -> InvalidFeedbackError:
+    """The first pydantic error in the words of our API."""
+    first = error.errors(include_url=False, include_context=False, include_input=False)[0]
+    path = [str(part) for part in first["loc"] if not str(part).startswith("<")]
+    param = ".".join(path)[:200] or None
+    if first["type"] == "extra_forbidden":
+        close = difflib.get_close_matches(path[-1][:64], model.model_fields, n=1) if len(path) == 1 else []
+        hint = f"; did you mean {close[0]!r}?" if close else ""
+        return InvalidFeedbackError(f"unknown key {path[-1][:64]!r}{hint}", param)
+    if first["type"] == "missing":
+        return InvalidFeedbackError(f"{param} is required", param)
+    return InvalidFeedbackError(f"{param}: {first['msg'].removeprefix('Value error, ')}", param)
+
+
+def _json_type(value: object) -> str:
+    names = {
+        str: "text",
+        list: "a list",
+        bool: "a boolean",
+        int: "a number",
+        float: "a number",
+        type(None): "null",
+    }
+    return names.get(type(value), type(value).__name__)

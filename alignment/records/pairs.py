@@ -1,0 +1,263 @@
+"""From a wire item to one normalised preference pair: a prompt, a better answer and a worse one.
+
+A pair's prompt is either a list of chat messages (rendered with the chat template) or plain text (completions);
+its two answers are always the text of one final assistant turn. Everything that DPO cannot use is refused here,
+with the key that is wrong, so that nothing unusable waits in the store.
+"""
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from alignment.records.feedback import OpenAIPreferenceRow, PreferenceByIds, PreferenceRow, ResponseRef
+from alignment.records.json_checks import canonical_json
+from alignment.records.messages import Message
+from core.errors import InvalidFeedbackError, UnknownResponseError
+
+Prompt = list[dict[str, Any]] | str
+Split = Literal["train", "heldout"]
+
+
+@dataclass(frozen=True, slots=True)
+class StoredResponse:
+    """One choice that this server generated."""
+
+    response_id: str
+    choice_index: int
+    prompt: Prompt
+    text: str
+    adapter: str | None = None
+    """Adapter version that generated it; None is the bare base model."""
+    model: str | None = None
+    created_at: float | None = None
+    """Unix seconds; None lets the store set the time of receipt."""
+
+
+@dataclass(frozen=True, slots=True)
+class PairDraft:
+    """A valid pair that is not stored yet."""
+
+    prompt: Prompt
+    chosen: str
+    rejected: str
+    chosen_version: str | None = None
+    rejected_version: str | None = None
+
+
+FindResponse = Callable[[ResponseRef], StoredResponse | None]
+
+
+def prompt_key(prompt: Prompt) -> str:
+    """Stable hash of the normalised prompt: roles and contents, runs of white space taken as one space.
+
+    It decides the split and which ratings belong together, so it must not depend on process, machine or Python's
+    hash seed. Normalising spaces keeps a trivially reformatted training prompt out of the held-out set.
+    """
+    if isinstance(prompt, str):
+        normal: object = " ".join(prompt.split())
+    else:
+        normal = [{**message, "content": " ".join(text_of(message.get("content")).split())} for message in prompt]
+    return hashlib.sha256(canonical_json(normal).encode()).hexdigest()
+
+
+def pair_key(prompt: Prompt, chosen: str, rejected: str) -> str:
+    """Stable hash of the normalised pair: case folded, runs of white space taken as one space.
+
+    Pairs of equal meaning have equal keys. The last character says which of the two answers was chosen, so a pair
+    and its contradiction (see `contrary_key`) differ in that alone, and one index finds both.
+    """
+    sides = [(_folded(answer), answer.strip()) for answer in (chosen, rejected)]
+    first, second = sorted(sides)  # the second part tells answers apart that differ in case or spaces only
+    if isinstance(prompt, str):
+        normal: object = _folded(prompt)
+    else:
+        normal = [{**message, "content": _folded(text_of(message.get("content")))} for message in prompt]
+    digest = hashlib.sha256(canonical_json([normal, first[0], second[0]]).encode()).hexdigest()
+    return digest[:32] + ("a" if sides[0] == first else "b")
+
+
+def contrary_key(key: str) -> str:
+    """The `pair_key` of the same answers preferred the other way round."""
+    return key[:-1] + ("b" if key.endswith("a") else "a")
+
+
+def _folded(text: str) -> str:
+    return " ".join(text.casefold().split())
+
+
+def split_of(key: str, holdout_fraction: float) -> Split:
+    """Which side a prompt falls on. All pairs of one prompt fall on the same side, now and after a restart."""
+    return "heldout" if int(key[:13], 16) / 16**13 < holdout_fraction else "train"
+
+
+def plain_prompt(prompt: Prompt) -> Prompt:
+    """`prompt` with text parts joined: chat templates differ in how they treat parts and nulls."""
+    if isinstance(prompt, str):
+        return prompt
+    return [{**message, "content": text_of(message.get("content"))} for message in prompt]
+
+
+def text_of(content: object) -> str:
+    """The text of a message content: text itself, text parts joined, or nothing."""
+    if isinstance(content, str):
+        return content
+    if isinstance(content, list):
+        return "".join(part.get("text") or "" for part in content if isinstance(part, dict))
+    return ""
+
+
+def checked_text(text: str, param: str, max_chars: int) -> str:
+    """`text`, if there is something in it and it is not too long.
+
+    Raises:
+        InvalidFeedbackError: blank, or longer than `max_chars` characters.
+    """
+    if not text.strip():
+        raise InvalidFeedbackError(f"{param} is empty", param)
+    if len(text) > max_chars:
+        raise InvalidFeedbackError(f"{param} has {len(text)} characters, the limit is {max_chars}", param)
+    return text
+
+
+def checked_pair(draft: PairDraft, max_chars: int, params: tuple[str, str, str]) -> PairDraft:
+    """`draft`, if it can be trained on. `params` name the keys of prompt, chosen and rejected.
+
+    Raises:
+        InvalidFeedbackError: something is empty, too long, or both answers are equal but for surrounding space.
+    """
+    prompt_text = draft.prompt if isinstance(draft.prompt, str) else canonical_texts(draft.prompt)
+    checked_text(prompt_text, params[0], max_chars)
+    checked_text(draft.chosen, params[1], max_chars)
+    checked_text(draft.rejected, params[2], max_chars)
+    if draft.chosen.strip() == draft.rejected.strip():
+        message = f"{params[1]} and {params[2]} are the same text, so there is nothing to prefer"
+        raise InvalidFeedbackError(message, params[2])
+    return draft
+
+
+def canonical_texts(messages: list[dict[str, Any]]) -> str:
+    """All contents, and tool calls as JSON, one after the other: what a length limit has to count."""
+    texts = []
+    for message in messages:
+        texts.append(text_of(message.get("content")))
+        if message.get("tool_calls"):
+            texts.append(canonical_json(message["tool_calls"]))
+    return "".join(texts)
+
+
+def pair_from_row(row: PreferenceRow | OpenAIPreferenceRow, max_chars: int) -> PairDraft:
+    """The pair of a self-contained row.
+
+    Raises:
+        InvalidFeedbackError: see `checked_pair`; also a missing prompt, a last turn that is not the assistant's,
+            or conversations that differ before the last turn.
+    """
+    if isinstance(row, OpenAIPreferenceRow):
+        params = ("input.messages", "preferred_output", "non_preferred_output")
+        draft = _draft(row.input.messages, row.preferred_output, row.non_preferred_output, params)
+    else:
+        params = ("prompt", "chosen", "rejected")
+        draft = _draft(row.prompt, row.chosen, row.rejected, params)
+    if isinstance(draft.prompt, list) and draft.prompt[-1]["role"] == "assistant":
+        raise InvalidFeedbackError("the prompt must not end with an assistant message", params[0])
+    return checked_pair(draft, max_chars, params)
+
+
+def pair_from_ids(item: PreferenceByIds, find: FindResponse, max_chars: int) -> PairDraft:
+    """The pair of two of our own responses.
+
+    Raises:
+        UnknownResponseError: an id is not in the response store.
+        InvalidFeedbackError: the same response twice, responses to different prompts, or see `checked_pair`.
+    """
+    if item.chosen_ref == item.rejected_ref:
+        message = "chosen_id and rejected_id name the same response; with n>1 send the choice indices too"
+        raise InvalidFeedbackError(message, "rejected_id")
+    chosen = found_response(item.chosen_ref, find, "chosen_id")
+    rejected = found_response(item.rejected_ref, find, "rejected_id")
+    if prompt_key(chosen.prompt) != prompt_key(rejected.prompt):
+        message = "chosen_id and rejected_id answer different prompts, so they cannot be compared"
+        raise InvalidFeedbackError(message, "rejected_id")
+    draft = PairDraft(chosen.prompt, chosen.text, rejected.text, chosen.adapter, rejected.adapter)
+    return checked_pair(draft, max_chars, ("chosen_id", "chosen_id", "rejected_id"))
+
+
+def pair_from_correction(value: str | list[Message], original: StoredResponse, max_chars: int) -> PairDraft:
+    """The edit is better than what we said.
+
+    Raises:
+        InvalidFeedbackError: see `checked_pair`; also messages that do not end with the assistant's.
+    """
+    context, text = _split_answer(value, "value")
+    if context and prompt_key(context) != prompt_key(original.prompt):
+        raise InvalidFeedbackError("the messages before the corrected answer are not the original prompt", "value")
+    draft = PairDraft(original.prompt, text, original.text, None, original.adapter)
+    return checked_pair(draft, max_chars, ("response_id", "value", "response_id"))
+
+
+def found_response(ref: ResponseRef, find: FindResponse, param: str) -> StoredResponse:
+    """The response of that name.
+
+    Raises:
+        UnknownResponseError: it was never ours, was made with store=false, or is too old.
+    """
+    response = find(ref)
+    if response is None:
+        name = f"{ref.response_id[:100]}#{ref.choice_index}" if ref.choice_index else ref.response_id[:100]
+        message = f"no stored response {name!r}: unknown, not stored, or dropped because newer ones came"
+        raise UnknownResponseError(message, param)
+    return response
+
+
+def _draft(
+    prompt: str | list[Message] | None,
+    chosen: str | list[Message],
+    rejected: str | list[Message],
+    params: tuple[str, str, str],
+) -> PairDraft:
+    """Answers to texts, prompt to messages unless all three are plain text."""
+    chosen_context, chosen_text = _split_answer(chosen, params[1])
+    rejected_context, rejected_text = _split_answer(rejected, params[2])
+    if chosen_context != rejected_context:
+        message = f"{params[1]} and {params[2]} must be the same conversation up to the last assistant message"
+        raise InvalidFeedbackError(message, params[2])
+    if prompt is None and not chosen_context:
+        message = "prompt is required, unless chosen and rejected are conversations that begin with it"
+        raise InvalidFeedbackError(message, params[0])
+    if isinstance(prompt, str) and isinstance(chosen, str) and isinstance(rejected, str):
+        return PairDraft(prompt, chosen_text, rejected_text)
+    messages = _as_messages(prompt)
+    if not chosen_context:
+        return PairDraft(messages, chosen_text, rejected_text)
+    if messages != chosen_context[len(chosen_context) - len(messages) :]:  # a shorter context never equals
+        message = f"{params[1]} must be one assistant message, or {params[0]} followed by one"
+        raise InvalidFeedbackError(message, params[1])
+    return PairDraft(chosen_context, chosen_text, rejected_text)
+
+
+def _split_answer(value: str | list[Message], param: str) -> tuple[list[dict[str, Any]], str]:
+    """What comes before the last assistant turn, and the text of that turn."""
+    if isinstance(value, str):
+        return [], value
+    last = value[-1]
+    if last.role != "assistant":
+        raise InvalidFeedbackError(f"{param} must end with an assistant message, not {last.role}", param)
+    if last.tool_calls:
+        raise InvalidFeedbackError(f"{param} ends with a tool call; only text can be trained on", param)
+    return _as_messages(value[:-1]), text_of(_as_messages([last])[0]["content"])
+
+
+def _as_messages(value: str | list[Message] | None) -> list[dict[str, Any]]:
+    if value is None:
+        return []
+    if isinstance(value, str):
+        return [{"role": "user", "content": value}]
+    return [_as_dict(message) for message in value]
+
+
+def _as_dict(message: Message) -> dict[str, Any]:
+    """Only what was sent, in one shape."""
+    fields = message.model_dump(exclude_none=True)
+    fields["content"] = text_of(fields.get("content"))
+    return fields

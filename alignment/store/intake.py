@@ -1,0 +1,281 @@
+"""Taking in feedback: everything that happens between a raw item and its committed rows.
+
+`prepare` needs no database and runs in the caller's thread; `write_items` runs inside one transaction. Its order
+matters: known ids are looked up *before* response ids are resolved, so that a retry is answered as a duplicate
+even if the responses it names were dropped since.
+"""
+
+import hashlib
+import time
+import uuid
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Literal
+
+from sqlalchemy import or_, select, update
+from sqlalchemy.engine import Connection
+
+from alignment.records.feedback import (
+    Comment,
+    Correction,
+    FeedbackItem,
+    OpenAIPreferenceRow,
+    PreferenceByIds,
+    PreferenceRow,
+    Rating,
+    ResponseRef,
+    parse_item,
+)
+from alignment.records.json_checks import canonical_json
+from alignment.records.pairs import (
+    PairDraft,
+    StoredResponse,
+    checked_text,
+    found_response,
+    pair_from_correction,
+    pair_from_ids,
+    pair_from_row,
+)
+from alignment.store.database import insert_new
+from alignment.store.pair_rows import put_pairs
+from alignment.store.rating_pairs import put_rating
+from alignment.store.response_store import chunked, find_responses
+from alignment.store.schema import feedback
+from core.alignment_config import FeedbackConfig
+from core.errors import FeedbackError, InvalidFeedbackError, StoreUnavailableError
+
+Responses = dict[ResponseRef, StoredResponse]
+
+
+@dataclass(frozen=True, slots=True)
+class ItemOutcome:
+    """What became of one item. `accepted` and `duplicate` mean: committed."""
+
+    id: str | None
+    """The record's id; None for a refused item that brought none."""
+    status: Literal["accepted", "duplicate", "error"]
+    pair_id: str | None = None
+    """The pair that the item made, if it made one (yet)."""
+    error_type: str | None = None
+    """Name of the class in core.errors."""
+    message: str | None = None
+    param: str | None = None
+
+    def to_wire(self) -> dict[str, Any]:
+        """Built-in types only."""
+        return asdict(self)
+
+
+@dataclass(slots=True)
+class _Record:
+    """The identity that an id or an idempotency key stands for."""
+
+    id: str
+    fingerprint: str
+    pair_id: str | None = None
+
+
+@dataclass(slots=True)
+class Prepared:
+    """One item on its way in."""
+
+    raw_json: str = ""
+    fingerprint: str = ""
+    client_id: str | None = None
+    idempotency_key: str | None = None
+    item: FeedbackItem | None = None
+    draft: PairDraft | None = None
+    response: StoredResponse | None = None
+    """What a rating is about."""
+    record: _Record | None = None
+    status: Literal["accepted", "duplicate"] = "accepted"
+    error: FeedbackError | None = None
+
+    def outcome(self) -> ItemOutcome:
+        """The answer for this item, once the transaction is committed."""
+        if self.error is not None:
+            error = self.error
+            param = getattr(error, "param", None)
+            return ItemOutcome(self.client_id, "error", None, type(error).__name__, str(error), param)
+        assert self.record is not None
+        return ItemOutcome(self.record.id, self.status, self.record.pair_id)
+
+
+def prepare(raw: object, idempotency_key: str | None, config: FeedbackConfig) -> Prepared:
+    """Parse and normalise as far as that goes without the database. Never raises a FeedbackError, but keeps it."""
+    prepared = Prepared(idempotency_key=idempotency_key)
+    try:
+        item = parse_item(raw)
+        prepared.item, prepared.client_id = item, item.id
+        if isinstance(item, PreferenceRow | OpenAIPreferenceRow):
+            prepared.draft = pair_from_row(item, config.max_text_chars)
+        elif isinstance(item, Comment):
+            checked_text(item.value, "value", config.max_text_chars)
+        _response_refs(item)
+    except FeedbackError as error:
+        prepared.error = error
+        return prepared
+    prepared.raw_json = canonical_json(raw)
+    prepared.fingerprint = _fingerprint(raw)
+    return prepared
+
+
+def write_items(
+    connection: Connection, batch: Sequence[Prepared], config: FeedbackConfig, now: float
+) -> list[ItemOutcome]:
+    """Store the batch inside the caller's transaction; one outcome per item, in order.
+
+    Each item's outcome is as if the items had come one by one.
+    """
+    batch = [replace(prepared) for prepared in batch]  # a rolled-back attempt must leave no trace in them
+    known = _Known(connection, batch)
+    refs = {
+        ref for prepared in batch if prepared.item and not prepared.error for ref in _response_refs(prepared.item)
+    }
+    responses = find_responses(connection, refs)
+    fresh = [prepared for prepared in batch if not prepared.error and _admit(prepared, known, responses, config)]
+    fresh = _insert_feedback(connection, fresh, now)
+    put_pairs(connection, list(_new_pairs(fresh)), config, now)
+    for prepared in fresh:
+        if isinstance(prepared.item, Rating):
+            _settle_rating(connection, prepared, config, now)
+    return [prepared.outcome() for prepared in batch]
+
+
+class _Known:
+    """Ids and idempotency keys that are taken, by the database or by an earlier item of the batch."""
+
+    def __init__(self, connection: Connection, batch: Sequence[Prepared]) -> None:
+        self._by_id: dict[str, _Record] = {}
+        self._by_key: dict[str, _Record] = {}
+        named = [prepared for prepared in batch if prepared.client_id or prepared.idempotency_key]
+        for chunk in chunked(named):
+            ids = [prepared.client_id for prepared in chunk if prepared.client_id]
+            keys = [prepared.idempotency_key for prepared in chunk if prepared.idempotency_key]
+            columns = (feedback.c.id, feedback.c.idempotency_key, feedback.c.fingerprint, feedback.c.pair_id)
+            taken = select(*columns).where(or_(feedback.c.id.in_(ids), feedback.c.idempotency_key.in_(keys)))
+            for row in connection.execute(taken):
+                self.add(_Record(row.id, row.fingerprint, row.pair_id), row.idempotency_key)
+
+    def add(self, record: _Record, idempotency_key: str | None) -> None:
+        self._by_id[record.id] = record
+        if idempotency_key:
+            self._by_key[idempotency_key] = record
+
+    def find(self, prepared: Prepared) -> tuple[_Record | None, str]:
+        """The record that the item repeats, and the name of what repeats."""
+        if prepared.client_id in self._by_id:
+            return self._by_id[prepared.client_id], "id"
+        return self._by_key.get(prepared.idempotency_key or ""), "Idempotency-Key"
+
+
+def _admit(prepared: Prepared, known: _Known, responses: Responses, config: FeedbackConfig) -> bool:
+    """Is it a new and valid item? Otherwise its status or error is set."""
+    try:
+        if _is_duplicate(prepared, known):
+            return False
+        _resolve(prepared, responses, config)
+    except FeedbackError as error:
+        prepared.error = error
+        return False
+    pair_id = _new_id("pair") if prepared.draft else None
+    prepared.record = _Record(prepared.client_id or _new_id("fb"), prepared.fingerprint, pair_id)
+    known.add(prepared.record, prepared.idempotency_key)
+    return True
+
+
+def _is_duplicate(prepared: Prepared, known: _Known) -> bool:
+    """A repetition must repeat the content too: answering 'duplicate' to other content would lose it silently."""
+    record, param = known.find(prepared)
+    if record is None:
+        return False
+    if record.fingerprint != prepared.fingerprint:
+        raise InvalidFeedbackError(f"this {param} was already used for a record with other content", param)
+    prepared.status, prepared.record = "duplicate", record
+    return True
+
+
+def _resolve(prepared: Prepared, responses: Responses, config: FeedbackConfig) -> None:
+    item = prepared.item
+    if isinstance(item, PreferenceByIds):
+        prepared.draft = pair_from_ids(item, responses.get, config.max_text_chars)
+    elif isinstance(item, Correction):
+        original = found_response(item.ref, responses.get, "response_id")
+        prepared.draft = pair_from_correction(item.value, original, config.max_text_chars)
+    elif isinstance(item, Rating):
+        prepared.response = found_response(item.ref, responses.get, "response_id")
+    elif isinstance(item, Comment) and item.ref:
+        found_response(item.ref, responses.get, "response_id")
+
+
+def _insert_feedback(connection: Connection, fresh: list[Prepared], now: float) -> list[Prepared]:
+    """Insert, and return those that are really new: on PostgreSQL another process may have been faster."""
+    inserted = insert_new(
+        connection, feedback, [_feedback_row(prepared, now) for prepared in fresh], feedback.c.id
+    )
+    lost = [prepared for prepared in fresh if prepared.record and prepared.record.id not in inserted]
+    winners = _Known(connection, lost) if lost else None
+    for prepared in lost:
+        assert winners is not None
+        try:
+            if not _is_duplicate(prepared, winners):
+                raise StoreUnavailableError("the record that came in between was removed again; please repeat")
+        except FeedbackError as error:
+            prepared.error = error
+    return [prepared for prepared in fresh if prepared.record and prepared.record.id in inserted]
+
+
+def _feedback_row(prepared: Prepared, now: float) -> dict[str, Any]:
+    assert prepared.record is not None
+    assert prepared.item is not None
+    return {
+        "id": prepared.record.id,
+        "idempotency_key": prepared.idempotency_key,
+        "fingerprint": prepared.fingerprint,
+        "type": prepared.item.type,
+        "user_id": prepared.item.user,
+        "raw": prepared.raw_json,
+        "pair_id": prepared.record.pair_id,
+        "created_at": now if prepared.item.created_at is None else prepared.item.created_at,
+        "received_at": now,
+    }
+
+
+def _new_pairs(fresh: list[Prepared]) -> Iterator[tuple[str, PairDraft, FeedbackItem]]:
+    for prepared in fresh:
+        if prepared.draft and prepared.item and prepared.record and prepared.record.pair_id:
+            yield prepared.record.pair_id, prepared.draft, prepared.item
+
+
+def _settle_rating(connection: Connection, prepared: Prepared, config: FeedbackConfig, now: float) -> None:
+    item, response, record = prepared.item, prepared.response, prepared.record
+    assert isinstance(item, Rating)
+    assert response is not None
+    assert record is not None
+    pair_id = _new_id("pair")
+    match = put_rating(connection, record.id, item, response, pair_id=pair_id, config=config, now=now)
+    if match is None:
+        return
+    put_pairs(connection, [(pair_id, match.draft, item)], config, now)
+    both = update(feedback).where(feedback.c.id.in_([record.id, match.partner_feedback_id]))
+    connection.execute(both.values(pair_id=pair_id))
+    record.pair_id = pair_id
+
+
+def _response_refs(item: FeedbackItem) -> list[ResponseRef]:
+    if isinstance(item, PreferenceByIds):
+        return [item.chosen_ref, item.rejected_ref]
+    if isinstance(item, Rating | Correction | Comment) and item.ref:
+        return [item.ref]
+    return []
+
+
+def _fingerprint(raw: object) -> str:
+    """Hash of the content; `created_at` is left out, because clients stamp a retry anew."""
+    content = {key: value for key, value in raw.items() if key != "created_at"} if isinstance(raw, dict) else raw
+    return hashlib.sha256(canonical_json(content).encode()).hexdigest()
+
+
+def _new_id(prefix: str) -> str:
+    """Unique, and growing with time: neighbours in time are neighbours in the index, which keeps inserts fast."""
+    return f"{prefix}-{time.time_ns() // 1_000_000:012x}{uuid.uuid4().hex[:20]}"

@@ -1,0 +1,80 @@
+"""Where every version comes from and what became of it, as rows for the API and the command line."""
+
+from typing import Any
+
+from alignment.versions.activation_log import BASE, Activation
+from alignment.versions.adapter_files import version_number
+from alignment.versions.registry import AdapterRegistry, AdapterVersion
+from alignment.versions.serving_state import Serving
+from core.errors import UnknownVersionError
+
+
+def lineage_rows(registry: AdapterRegistry) -> list[dict[str, Any]]:
+    """One row for each version on disk, oldest first; damaged ones with their error."""
+    serving, failed = registry.serving.read(), registry.serving.rolled_back()
+    last: dict[str, Activation] = {}
+    for entry in registry.serving.activations():
+        if entry.event == "activated":
+            last[entry.version] = entry
+    rows = [_row(version, serving, failed, last.get(version.name)) for version in registry.list()]
+    for name, error in registry.damaged.items():
+        row = {"version": name, "status": "damaged", "reason": str(error)}
+        rows.append(row | _flags(name, serving))
+    return sorted(rows, key=lambda row: version_number(row["version"]) or 0)
+
+
+def lineage_row(registry: AdapterRegistry, name: str) -> dict[str, Any]:
+    """One version in full, or `base`: with the training configuration and everything that happened to it.
+
+    Raises:
+        UnknownVersionError: there is none of that name.
+        DamagedAdapterError: it cannot be used.
+    """
+    serving = registry.serving.read()
+    events = [entry for entry in registry.serving.activations() if entry.version == name]
+    log = {"activations": [entry.model_dump(mode="json") for entry in events]}
+    if name == BASE:
+        return {"version": BASE, "status": BASE} | _flags(BASE, serving) | log
+    version = registry.get(name)
+    if name in serving.retired:
+        raise UnknownVersionError(f"adapter version {name} is retired and about to be deleted")
+    activated = [entry for entry in events if entry.event == "activated"]
+    row = _row(version, serving, registry.serving.rolled_back(), activated[-1] if activated else None)
+    return row | {"config": version.manifest.config} | log
+
+
+def is_rollback(registry: AdapterRegistry, name: str) -> bool:
+    """Is there a newer version than `name` (`v000N` or `base`) that passed the gate and did not fail its trial?"""
+    failed = registry.serving.rolled_back()
+    number = version_number(name) or 0
+    return any(
+        (version_number(one.name) or 0) > number and one.manifest.status == "published" and one.name not in failed
+        for one in registry.list()
+    )
+
+
+def _row(
+    version: AdapterVersion, serving: Serving, failed: dict[str, str], activated: Activation | None
+) -> dict[str, Any]:
+    row = version.manifest.model_dump(mode="json", exclude={"pair_ids", "config"})
+    if version.name in failed:
+        row |= {"status": "rolled_back", "reason": failed[version.name]}
+    return (
+        row
+        | _flags(version.name, serving)
+        | {
+            "num_pairs": len(version.manifest.pair_ids),
+            "activated_at": activated and activated.time,
+            "activated_by": activated and activated.by,
+            "activation_reason": activated and activated.reason,
+        }
+    )
+
+
+def _flags(name: str, serving: Serving) -> dict[str, bool]:
+    return {
+        "live": name == (serving.live or BASE),
+        "pinned": name == serving.pinned,
+        "canary": name == serving.canary,
+        "retired": name in serving.retired,
+    }

@@ -1,0 +1,258 @@
+"""Adapter versions on disk.
+
+::
+
+    adapters/
+      v0001/  adapter_config.json  adapter_model.safetensors  manifest.json
+      v0002/  ...                        rejected candidates are kept too, with the gate's reason
+      live, pin, canary, retired, activations.jsonl     what is served: see `alignment.versions.serving_state`
+      last                               highest number ever given: none is used twice, even after a deletion,
+                                         because vLLM's prefix cache is keyed by adapter name
+      .lock                              held while a version is committed or the pointer moves
+      .tmp-xxxx/  .tmp-xxxx.lock         a version in the making; the lock is held by the process that makes it
+
+Versions are immutable. A version exists from the moment of one rename until the moment of another: what a crash leaves
+behind is a temporary directory, whose lock died with its process, and the next `open` removes it.
+"""
+
+import fcntl
+import os
+import shutil
+import uuid
+from dataclasses import dataclass
+from pathlib import Path
+
+from alignment.versions.adapter_files import (
+    MANIFEST_FILE,
+    AdapterManifest,
+    check_files,
+    read_manifest,
+    sync_directory,
+    sync_tree,
+    version_name,
+    version_number,
+    write_durably,
+)
+from alignment.versions.serving_state import LIVE_FILE, ServingState, one_writer
+from core.errors import AdapterError, DamagedAdapterError, UnknownVersionError
+
+_TEMPORARY = ".tmp-"
+_LAST_FILE = "last"
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterVersion:
+    """One usable version."""
+
+    name: str
+    path: Path
+    manifest: AdapterManifest
+
+
+Versions = list[AdapterVersion]
+
+
+class AdapterRegistry:
+    """The versions under one directory; `base_model`, if given, is what they must have been trained for.
+
+    Disk errors (full, read-only) are `AdapterError`.
+    """
+
+    def __init__(self, root: Path, base_model: str | None = None) -> None:
+        self.root = root
+        self.damaged: dict[str, DamagedAdapterError] = {}
+        """What the last `list` had to skip, by name, and why."""
+        self.serving = ServingState(root, self._check_servable)
+        """What answers for the model: the live version, a pin, a canary."""
+        self._base_model = base_model
+        self._locks_held: dict[Path, int] = {}
+
+    @classmethod
+    def open(cls, root: Path, base_model: str | None = None) -> "AdapterRegistry":
+        """Create the directory if needed and remove what crashed processes left behind."""
+        registry = cls(root, base_model)
+        try:
+            root.mkdir(parents=True, exist_ok=True)
+            registry._remove_leftovers()
+            if any((root / name).exists() for name in (LIVE_FILE, _LAST_FILE)):  # else there is nothing to look at
+                registry.serving.reconcile()
+        except OSError as error:
+            raise AdapterError(f"cannot open the adapter directory {root}: {error}") from error
+        return registry
+
+    def begin(self) -> Path:
+        """A new empty directory to write the adapter's files into; end with `commit` or `abandon`."""
+        path = self.root / f"{_TEMPORARY}{uuid.uuid4().hex}"
+        try:
+            descriptor = os.open(_lock_path(path), os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o644)
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            path.mkdir()
+        except OSError as error:
+            raise AdapterError(f"cannot write to the adapter directory {self.root}: {error}") from error
+        self._locks_held[path] = descriptor  # closed, and so released, by commit, abandon or the process's end
+        return path
+
+    def commit(self, temporary: Path, manifest: AdapterManifest) -> AdapterVersion:
+        """Turn the directory from `begin` into the next version: all of it, or nothing.
+
+        Raises:
+            DamagedAdapterError: the files are not a readable PEFT adapter; the directory is left for `abandon`.
+        """
+        check_files(temporary)
+        try:
+            with one_writer(self.root):
+                version = self._commit(temporary, manifest)
+        except OSError as error:
+            raise AdapterError(f"cannot commit an adapter version to {self.root}: {error}") from error
+        self._release(temporary)
+        return version
+
+    def abandon(self, temporary: Path) -> None:
+        """Remove the directory from `begin`; harmless if it is gone."""
+        shutil.rmtree(temporary, ignore_errors=True)
+        self._release(temporary)
+
+    def get(self, name: str) -> AdapterVersion:
+        """One version, published or rejected.
+
+        Raises:
+            UnknownVersionError: there is none of that name.
+            DamagedAdapterError: it cannot be used.
+        """
+        path = self.root / name
+        if version_number(name) is None or not path.is_dir():
+            raise UnknownVersionError(f"no adapter version {name[:50]!r}")
+        manifest = read_manifest(path, self._base_model)
+        check_files(path)
+        return AdapterVersion(name, path, manifest)
+
+    def names(self) -> set[str]:
+        """Every version that has a directory, usable or not."""
+        return {version_name(number) for number in self._numbers()}
+
+    def list(self) -> tuple[AdapterVersion, ...]:
+        """All usable versions, oldest first; `damaged` then tells which were skipped."""
+        usable: Versions = []
+        damaged: dict[str, DamagedAdapterError] = {}
+        for number in sorted(self._numbers()):
+            name = version_name(number)
+            try:
+                usable.append(self.get(name))
+            except DamagedAdapterError as error:
+                damaged[name] = error
+            except UnknownVersionError:  # removed since the directory was read
+                continue
+        self.damaged = damaged
+        return tuple(usable)
+
+    def delete(self, name: str) -> bool:
+        """Remove a retired version; its number is never used again. False if it serves or is not retired (any more).
+
+        Raises:
+            AdapterError: it cannot be removed; it is whole, or gone.
+        """
+        try:
+            with one_writer(self.root):
+                now = self.serving.read()
+                if name not in now.retired or name in (now.live, now.pinned, now.canary):
+                    return False
+                doomed = self.root / f"{_TEMPORARY}{uuid.uuid4().hex}"
+                if (self.root / name).is_dir():
+                    self._remember_number(name)
+                    (self.root / name).rename(doomed)
+                    sync_directory(self.root)
+                self.serving.forget_retired(name)
+        except OSError as error:
+            raise AdapterError(f"cannot delete {name} from {self.root}: {error}") from error
+        shutil.rmtree(doomed, ignore_errors=True)  # what is left of it, the next `open` removes
+        return True
+
+    def activate(self, name: str | None) -> None:
+        """Make a published version the live one, by the API and without a pin; see `ServingState.activate`.
+
+        Raises:
+            AdapterError: the version was rejected.
+            UnknownVersionError, DamagedAdapterError: see `get`.
+        """
+        self.serving.activate(name)
+
+    def live_name(self) -> str | None:
+        """Name of the live version, unchecked; None is the bare base model. One small read: made for polling."""
+        return self.serving.pointer(LIVE_FILE) or None
+
+    def live(self) -> AdapterVersion | None:
+        """The live version; None is the bare base model.
+
+        Raises:
+            UnknownVersionError, DamagedAdapterError: the pointer names a version that cannot be used.
+        """
+        name = self.live_name()
+        return self.get(name) if name else None
+
+    def recover_live(self) -> AdapterVersion | None:
+        """The live version, or if that cannot be used the newest usable published one before it, made live."""
+        try:
+            return self.live()
+        except AdapterError:
+            limit = version_number(self.serving.pointer(LIVE_FILE))
+        failed = self.serving.rolled_back()
+        usable = [one for one in self.list() if one.manifest.status == "published" and one.name not in failed]
+        older = [one for one in usable if limit is None or (version_number(one.name) or 0) < limit]
+        fallback = older[-1] if older else None
+        pinned = self.serving.read().pinned is not None
+        reason = f"{self.serving.pointer(LIVE_FILE)[:50]!r} cannot be used"
+        self.serving.activate(fallback.name if fallback else None, by="recovery", reason=reason, pin=pinned)
+        return fallback
+
+    def _commit(self, temporary: Path, manifest: AdapterManifest) -> AdapterVersion:
+        name = version_name(1 + max([version_number(self.serving.pointer(_LAST_FILE)) or 0, *self._numbers()]))
+        complete = manifest.model_copy(update={"version": name})
+        write_durably(temporary / MANIFEST_FILE, complete.model_dump_json(indent=2) + "\n")
+        sync_tree(temporary)
+        write_durably(self.root / _LAST_FILE, f"{name}\n")
+        temporary.rename(self.root / name)
+        sync_directory(self.root)
+        return AdapterVersion(name, self.root / name, complete)
+
+    def _check_servable(self, name: str) -> None:
+        if self.get(name).manifest.status != "published":
+            raise AdapterError(f"{name} was rejected by the gate and cannot go live")
+
+    def _remember_number(self, name: str) -> None:
+        """The highest number outlives its directory, also one that was copied here by hand."""
+        last = version_number(self.serving.pointer(_LAST_FILE)) or 0
+        if (version_number(name) or 0) > last:
+            write_durably(self.root / _LAST_FILE, f"{name}\n")
+
+    def _numbers(self) -> set[int]:
+        """Every number that a directory has, damaged ones too."""
+        if not self.root.is_dir():
+            return set()
+        numbers = [version_number(path.name) for path in self.root.iterdir()]
+        return {number for number in numbers if number is not None}
+
+    def _release(self, temporary: Path) -> None:
+        descriptor = self._locks_held.pop(temporary, None)
+        if descriptor is not None:
+            _lock_path(temporary).unlink(missing_ok=True)
+            os.close(descriptor)
+
+    def _remove_leftovers(self) -> None:
+        for lock in self.root.glob(f"{_TEMPORARY}*.lock"):
+            descriptor = os.open(lock, os.O_RDWR)
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:  # its process lives
+                continue
+            else:
+                shutil.rmtree(lock.with_suffix(""), ignore_errors=True)
+                lock.unlink(missing_ok=True)
+            finally:
+                os.close(descriptor)
+        for path in self.root.glob(f"{_TEMPORARY}*"):
+            if path.is_dir() and not _lock_path(path).exists():
+                shutil.rmtree(path, ignore_errors=True)
+
+
+def _lock_path(temporary: Path) -> Path:
+    return temporary.with_name(f"{temporary.name}.lock")
