@@ -34,6 +34,12 @@ _CONTROL_BACKOFF_S = 1.0
 _MAX_FAILURES_IN_A_ROW = 10
 """After as many failed tasks in a row, training pauses itself until someone resumes it."""
 _MAX_BACKOFF_S = 60.0
+_REFUSALS_PER_GENERATION = 4
+"""After as many refused candidates in a row training goes on from the parent of the version that it went on from.
+
+Nothing good may be within a few steps of a version: one that was taught by too few pairs passed the gate, and every
+candidate made from it repeated itself.
+"""
 _DRAINED_POLLS = 4
 """The queue counts as empty after so many polls without a batch; then what was learnt is offered early."""
 
@@ -67,6 +73,7 @@ class Learner:
         self._idle_polls = 0
         self._meter = Meter("executor")
         self._failures_in_a_row = 0
+        self._refusals_in_a_row = 0
         self._rest_until_s = 0.0
         self._busy_share = 0.0
         self._follow = False
@@ -123,7 +130,7 @@ class Learner:
         self._follow |= await self._versions.follow_registry()
         if self._follow:
             await self._shadow.return_to_base()
-            self._follow = False
+            self._follow, self._refusals_in_a_row = False, 0
         if self._told_live != self._versions.live:
             live = self._versions.live
             await self._control.note_live(live)
@@ -264,5 +271,7 @@ class Learner:
                 raise
             if published is not Published.HELD:
                 await self._shadow.begin_at(version.name)
+                self._refusals_in_a_row = 0
                 return
-        await self._shadow.return_to_base()
+        self._refusals_in_a_row += 1
+        await self._shadow.return_to_base(self._refusals_in_a_row // _REFUSALS_PER_GENERATION)

@@ -35,17 +35,23 @@ class ShadowKeeper:
         except (TypeError, ValueError) as error:
             logger.warning("the checkpoint's progress is not readable: %s", error)
             saved, progress = None, TrainingProgress()
-        if saved is not None and progress.base == base:
-            self.progress = progress
-        elif saved is not None and await self._made_from(base, progress):
+        if saved is not None and await self._made_from(base, progress):
             self.progress = progress.from_version(base)  # published, and killed before that was written down
+        elif saved is not None and base in (progress.base, progress.instead_of):
+            self.progress = progress
         else:
             self.progress = progress
             await self.return_to_base()
 
-    async def return_to_base(self) -> None:
-        """Set the shadow adapter to what training goes on from: the last good state, live or on trial."""
-        base = self._versions.training_base
+    async def return_to_base(self, generations: int = 0) -> None:
+        """Set the shadow adapter to what training goes on from: the last good state, live or on trial.
+
+        Args:
+            generations: go back to an ancestor of that state; beyond the first version lies the bare model.
+        """
+        goal = self._versions.training_base
+        line = await asyncio.to_thread(self._line, goal)
+        base = line[min(generations, len(line) - 1)]
         directory: Path | None = None
         if base != BASE:
             directory = (await asyncio.to_thread(self._registry.get, base)).path
@@ -54,12 +60,25 @@ class ShadowKeeper:
         except AdapterError as error:
             logger.warning("shadow adapter starts afresh: %s", error)
             await self._engine.load_adapter(None)
-        await self.begin_at(base)
+        await self.begin_at(base, "" if base == goal else goal)
 
-    async def begin_at(self, version: str) -> None:
-        """The shadow adapter is that version now."""
-        self.progress = self.progress.from_version(version)
+    async def begin_at(self, version: str, instead_of: str = "") -> None:
+        """The shadow adapter is that version now; an ancestor `instead_of` the last good state."""
+        self.progress = self.progress.from_version(version, instead_of)
         await self._engine.save_training_state(self.checkpoint, self.progress.to_wire())
+
+    def _line(self, version: str) -> list[str]:
+        """The version and its ancestors, as far as they are still there, and at last the bare model."""
+        line = []
+        while version != BASE and version not in line:
+            line.append(version)
+            try:
+                version = self._registry.get(version).manifest.parent or BASE
+            except AdapterError:  # deleted or damaged
+                if len(line) > 1:
+                    line.pop()
+                break
+        return [*line, BASE]
 
     async def _made_from(self, version: str, progress: TrainingProgress) -> bool:
         """Is that version the adapter of this checkpoint?"""

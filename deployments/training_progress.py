@@ -22,6 +22,8 @@ class TrainingProgress:
 
     base: str = "base"
     """Version that the shadow adapter was trained on from: `v000N`, or `base` for the bare model."""
+    instead_of: str = ""
+    """The last good state, if training went back to an ancestor of it because too many candidates were refused."""
     total_steps: int = 0
     """Optimizer steps since the first one on this state directory; never goes back."""
     steps_since_candidate: int = 0
@@ -37,9 +39,9 @@ class TrainingProgress:
             candidate_pairs=tuple(dict.fromkeys((*self.candidate_pairs, *pair_ids))),
         )
 
-    def from_version(self, version: str) -> "TrainingProgress":
+    def from_version(self, version: str, instead_of: str = "") -> "TrainingProgress":
         """The shadow adapter is that version now, and nothing has been learnt since."""
-        return TrainingProgress(base=version, total_steps=self.total_steps)
+        return TrainingProgress(base=version, instead_of=instead_of, total_steps=self.total_steps)
 
     def to_wire(self) -> dict[str, Any]:
         """JSON values."""
@@ -54,6 +56,7 @@ class TrainingProgress:
         """
         return cls(
             base=str(data.get("base", "")),
+            instead_of=str(data.get("instead_of", "")),
             total_steps=int(data.get("total_steps", 0)),
             steps_since_candidate=int(data.get("steps_since_candidate", 0)),
             candidate_pairs=tuple(map(str, data.get("candidate_pairs", ()))),

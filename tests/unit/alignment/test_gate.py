@@ -39,14 +39,7 @@ def test_an_equal_candidate_is_accepted():
     assert judge([1.0, -1.0], [1.0, -1.0]).accepted
 
 
-def test_one_lost_pair_of_few_is_forgiven_if_clpd_rose():
-    live = [1.0] * 9 + [0.1]
-    assert judge([1.5] * 9 + [-0.1], live).accepted
-    assert judge([1.5] * 8 + [-0.1, -0.1], live).reason.startswith("preference accuracy fell from 1.000 to 0.800")
-    assert not judge([1.5] * 9 + [-9.0], live).accepted
-
-
-def test_with_few_pairs_one_lost_pair_is_enough_to_refuse_if_clpd_fell():
+def test_with_few_pairs_one_lost_pair_is_enough_to_refuse():
     decision = judge([1.0] * 9 + [-0.1], [1.0] * 9 + [0.1], max_clpd_drop=100)
     assert not decision.accepted
     assert "preference accuracy fell from 1.000 to 0.900" in decision.reason

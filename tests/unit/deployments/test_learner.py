@@ -117,6 +117,28 @@ def test_a_worse_candidate_is_kept_but_not_published_and_training_returns_to_liv
     assert world.engine.saved[world.checkpoint]["base"] == "base"
 
 
+def test_after_four_refusals_in_a_row_training_goes_on_from_the_parent(tmp_path):
+    control = FakeControl([batch(i) for i in range(2)], held_out=[TrainingPair("h", "q", "a", "b")])
+    world = World(tmp_path, control, steps_per_candidate=1)
+    world.run()
+    assert world.versions.live == "v0002"
+    world.engine.live_margin, world.engine.shadow_margin = 2.0, -1.0
+    control.batches = [batch(i) for i in range(10, 19)]
+    world.engine.calls.clear()
+    world.run()
+    loaded = [what for call, what in world.engine.calls if call == "load_adapter"]
+    assert loaded[-9:] == ["v0002"] * 3 + ["v0001"] * 4 + [None] * 2
+    assert [version.manifest.parent for version in world.registry.list()[-4:]] == ["v0001"] * 3 + [None]
+    world.run(turns=20)  # a restart goes on from there
+    assert world.learner._shadow.progress.base == "base"
+    control.batches = [batch(20), batch(21)]
+    world.engine.shadow_margin = 3.0
+    world.run()
+    assert world.versions.live == "v0013"
+    assert world.registry.get("v0012").manifest.parent is None
+    assert world.registry.get("v0013").manifest.parent == "v0012"
+
+
 def test_a_failed_step_is_reported_and_the_next_one_runs(tmp_path):
     world = World(tmp_path, FakeControl([batch(1), batch(2)]))
     world.engine.error = "DivergedError: loss is nan"

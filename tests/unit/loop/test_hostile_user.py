@@ -4,6 +4,7 @@ The taste is a different style for every other topic, so it takes a while to lea
 """
 
 import asyncio
+import os
 import random
 from collections.abc import Iterator
 
@@ -21,7 +22,8 @@ ROUNDS, PAIRS_OF_USER, STEPS = 8, 6, 8
 NUM_TESTS = 200
 LEARNING_RATE = 1e-3
 """Above the default: the taste is learnt within the course, so that its end does not depend on a step more or less."""
-SEED = 1
+SEED = int(os.environ.get("MACE_LOOP_SEED", "1"))
+"""Of users, questions and training. Other seeds are for looking (`pytest -s` prints the courses): docs/quality.md."""
 
 
 @pytest.fixture(autouse=True)
