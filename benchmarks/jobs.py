@@ -151,7 +151,7 @@ async def execute(job: Job) -> JobResult:
     threads = os.environ["VLLM_CPU_OMP_THREADS_BIND"]
     try:
         if job.profile_out is not None:
-            await write_profile(engine, args, job.model_dir, job.profile_out)
+            await write_profile(engine, args, job.profile_out)
         if job.kind == "profile":
             return JobResult(threads=threads)
         if job.kind == "calibrate":

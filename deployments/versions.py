@@ -124,17 +124,16 @@ class AdapterVersions:
         async with self._changing:
             await self._engine.load_version(self._names.add(version))
             serving, reason = self._registry.serving, version.manifest.reason
+            over = version.manifest.config.get("compared_with")
             if self._config.canary_share > 0:
-                started = await asyncio.to_thread(serving.start_canary, version.name, reason)
+                started = await asyncio.to_thread(serving.start_canary, version.name, reason, over)
                 outcome = Published.CANARY if started else Published.HELD
                 self._serving = await asyncio.to_thread(serving.read)
             else:
-                over = version.manifest.config.get("compared_with")
                 moved = await self._move(version, "gate", reason, over=over)
                 outcome = Published.LIVE if moved else Published.HELD
             if outcome is Published.HELD:
-                obstacle = f"{self.pinned} is pinned" if self.pinned else f"{self.canary} is on trial"
-                logger.info("%s passed the gate but is held: %s", version.name, obstacle)
+                logger.info("%s passed the gate but is held; its lineage says why", version.name)
             else:
                 self._training_base = self._serving.training_base
             return outcome

@@ -1,39 +1,13 @@
-"""Latency estimates that learn from every measured iteration.
+"""A slice's latency by its kind and tokens, learnt from every measured slice.
 
-Two small models, both pure: a forward pass by its token count, and a slice by its kind and tokens. They start
-from nothing ("unknown" is None, never a constant that stands for a measurement) and follow the device.
+It starts from nothing ("unknown" is None, never a constant that stands for a measurement) and follows the device.
 """
 
 from collections import defaultdict, deque
 
 from core.types import SliceKind
 
-_SMOOTHING = 0.2
 _WINDOW = 32
-
-
-class ForwardEstimator:
-    """Smoothed forward latency (s) by power-of-two bucket of scheduled tokens."""
-
-    def __init__(self) -> None:
-        self._mean_s: dict[int, float] = {}
-
-    def observe(self, num_tokens: int, latency_s: float) -> None:
-        """Take in one measured forward pass."""
-        bucket = num_tokens.bit_length()
-        mean_s = self._mean_s.get(bucket)
-        self._mean_s[bucket] = latency_s if mean_s is None else mean_s + _SMOOTHING * (latency_s - mean_s)
-
-    def predict(self, num_tokens: int) -> float | None:
-        """Latency in seconds, from the nearest measured bucket scaled up; None before any measurement."""
-        bucket = num_tokens.bit_length()
-        if bucket in self._mean_s:
-            return self._mean_s[bucket]
-        if not self._mean_s:
-            return None
-        nearest = min(self._mean_s, key=lambda known: (abs(known - bucket), -known))
-        # A bigger batch costs at most proportionally more; a smaller one is taken as no cheaper than it was seen.
-        return self._mean_s[nearest] * 2.0 ** max(0, bucket - nearest)
 
 
 class SliceEstimator:

@@ -121,12 +121,8 @@ class ServingState:
             self._check(name)
         with self._writing("move the live pointer"):
             before = self.read()
-            if by == "gate" and before.pinned is not None:
-                self._note("held", name, by, f"{before.pinned} is pinned. {reason}".strip(), before)
-                return False
-            if by == "gate" and over is not None and over != (before.live or BASE):
-                why = f"it was compared with {over}, and {before.live or BASE} is live now. {reason}".strip()
-                self._note("held", name, by, why, before)
+            if by == "gate" and (obstacle := _obstacle(before, over)):
+                self._note("held", name, by, f"{obstacle}. {reason}".strip(), before)
                 return False
             if by == "canary" and before.canary != name:
                 return False
@@ -155,14 +151,12 @@ class ServingState:
             self._write(PIN_FILE, "")
             return True
 
-    def start_canary(self, name: str, reason: str = "") -> bool:
-        """Put a version on trial; False if there is a pin or another trial, which keep it from that."""
+    def start_canary(self, name: str, reason: str = "", over: str | None = None) -> bool:
+        """Put a version on trial; False if a pin, another trial or a live version that is not `over` keeps it back."""
         self._check(name)
         with self._writing("start a canary"):
             before = self.read()
-            obstacle = (before.pinned and f"{before.pinned} is pinned") or (
-                before.canary and f"{before.canary} is on trial"
-            )
+            obstacle = _obstacle(before, over) or (before.canary and f"{before.canary} is on trial")
             if obstacle:
                 self._note("held", name, "gate", f"{obstacle}. {reason}".strip(), before)
                 return False
@@ -289,3 +283,11 @@ def _parse_retired(text: str) -> dict[str, float]:
         if version_number(name) is not None and at.replace(".", "", 1).isdigit():
             retired[name] = float(at)
     return retired
+
+
+def _obstacle(serving: Serving, over: str | None) -> str | None:
+    """What keeps a version that passed the gate, compared with `over`, from the traffic."""
+    if serving.pinned is not None:
+        return f"{serving.pinned} is pinned"
+    live = serving.live or BASE
+    return None if over in (None, live) else f"it was compared with {over}, and {live} is live now"

@@ -237,3 +237,5 @@ def test_the_gate_does_not_replace_a_version_that_it_did_not_compare_with(adapte
     assert state.read().live == "v0001"
     assert events(adapters)[-1] == ("held", "v0002", "gate")
     assert state.activate("v0003", by="gate", over="v0001")
+    assert not state.start_canary("v0002", over="v0001")  # nor is it put on trial against another
+    assert state.start_canary("v0002", over="v0003")

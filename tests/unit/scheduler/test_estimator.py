@@ -1,18 +1,7 @@
 import pytest
 
 from core.types import SliceKind
-from scheduler.estimator import ForwardEstimator, SliceEstimator
-
-
-def test_an_unmeasured_forward_pass_is_unknown():
-    assert ForwardEstimator().predict(8) is None
-
-
-def test_a_bigger_batch_is_scaled_up_and_a_smaller_one_is_no_cheaper():
-    estimator = ForwardEstimator()
-    estimator.observe(16, 0.01)
-    assert estimator.predict(64) == pytest.approx(0.04)
-    assert estimator.predict(2) == pytest.approx(0.01)
+from scheduler.estimator import SliceEstimator
 
 
 def test_a_slice_is_estimated_by_the_slowest_recent_one():
