@@ -7,8 +7,8 @@ number of inference tasks", where a task is one pair). `mace` takes what the sla
 
 from core.config import SchedulerConfig
 
-_GAP_S = 0.5
-"""An executor asks for the next batch within 0.25 s; while it publishes, a phase ends sooner than it might."""
+_GAP_S = 3.0
+"""Between two steps an executor asks for a batch (0.25 s), or lets a candidate speak and publishes it (1 s or two)."""
 
 
 class RetrainMeter:
@@ -59,7 +59,7 @@ class RetrainMeter:
 
         A phase begins when its requests have arrived and there is work. It lasts until its quota is trained,
         `requests since the last phase * retrain_rate`, or there was no work for `_GAP_S`: steps come one by one, and
-        the pause between two of them is not the end of the work.
+        the pause between two of them is not the end of the work. In a pause inference goes on.
         """
         if not self.is_blocking_policy:
             return False

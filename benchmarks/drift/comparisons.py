@@ -2,7 +2,7 @@
 
 A unit is one change in one run; the policies are paired by seed and phase, since they met the same pairs. A policy that
 did not recover within a phase is counted with the phase's whole length, and the row says so: the true ratio is
-then beyond the one given.
+then beyond the one given. A seed that only one of two policies was run with does not count for them.
 """
 
 from collections.abc import Sequence
@@ -20,8 +20,10 @@ Row = dict[str, Any]
 
 
 def compare(policies: dict[str, Row], phase_s: float) -> list[Row]:
-    """One row for each relation whose policies were run."""
-    mace, continuous = policies.get(Policy.MACE), policies.get(Policy.CONTINUOUS)
+    """One row for each relation whose policies were run with a seed in common."""
+    mace = policies.get(Policy.MACE)
+    policies = {name: row for name, row in policies.items() if mace and _shared(row, mace)}
+    continuous = policies.get(Policy.CONTINUOUS)
     rows: list[Row] = []
     if mace and continuous:
         rows += [
@@ -60,7 +62,9 @@ def _steps_to_recover(mace: Row, continuous: Row) -> Row:
 
 
 def _all_steps(one: Row, two: Row, name: str, **bound: float) -> Row:
-    return _ratio_row(name, one["steps"]["by_seed"], two["steps"]["by_seed"], 0, **bound)
+    above = [one["steps"]["by_seed"][place] for place in _shared(one, two)]
+    below = [two["steps"]["by_seed"][place] for place in _shared(two, one)]
+    return _ratio_row(name, above, below, 0, **bound)
 
 
 def _speed_up(name: str, slow: Row, fast: Row, phase_s: float, **bound: float) -> Row:
@@ -94,4 +98,19 @@ def _row(name: str, value: float | None, interval: Interval, censored: int, **bo
 
 
 def _changes(one: Row, two: Row) -> list[tuple[Row, Row]]:
-    return list(zip(one["phases"][1:], two["phases"][1:], strict=True))
+    return list(zip(_of_shared_seeds(one, two)[1:], _of_shared_seeds(two, one)[1:], strict=True))
+
+
+def _shared(row: Row, other: Row) -> list[int]:
+    """Places of the seeds that the other policy was run with, too."""
+    return [place for place, seed in enumerate(row["seeds"]) if seed in other["seeds"]]
+
+
+def _of_shared_seeds(row: Row, other: Row) -> list[Row]:
+    """The phases of `row`, without what the other policy has no counterpart of."""
+    places = _shared(row, other)
+    lists = ("final_by_seed", "steps", "recovery_s", "recovery_steps")
+    return [
+        {**phase, **{name: [phase[name][place] for place in places] for name in lists if phase[name]}}
+        for phase in row["phases"]
+    ]

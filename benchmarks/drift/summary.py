@@ -55,6 +55,7 @@ def _targets(continuous: list[Run], num_phases: int) -> list[float | None]:
 def _policy_row(runs: list[Run], targets: list[float | None]) -> dict[str, Any]:
     return {
         "runs": len(runs),
+        "seeds": [run.seed for run in runs],
         "mean_accuracy": _over_seeds(runs, lambda run: mean_accuracy(run.points)),
         "steps": _over_seeds(runs, lambda run: run.points[-1].steps),
         "pairs_trained": _over_seeds(runs, lambda run: run.points[-1].pairs),

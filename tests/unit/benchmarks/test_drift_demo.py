@@ -308,6 +308,17 @@ def test_a_baseline_that_never_recovers_counts_with_the_whole_phase_and_is_named
     assert row["passed"] is True
 
 
+def test_a_seed_that_only_one_of_two_policies_has_does_not_count():
+    runs = [record(Policy.MACE, seed, good_after=(1, 2, 2)) for seed in (0, 1)]
+    runs += [record(Policy.MACE, 2, good_after=(1, 9, 9), steps_per_s=50.0)]
+    runs += [record(Policy.CONTINUOUS, seed, steps_per_s=4.0) for seed in (0, 1, 2)]
+    runs += [record(Policy.PERIODIC, seed, good_after=(1, 8, 8)) for seed in (1, 0)]
+    summary = summary_of(*runs, record(Policy.NO_REWARD, 7))
+    assert comparison(summary, "time to recover: periodic")["value"] == pytest.approx(4.0)
+    assert comparison(summary, "time to recover: continuous")["value"] == pytest.approx(12 / 26)
+    assert not any("without" in row["what"] for row in summary["comparisons"])
+
+
 def test_without_continuous_there_is_no_target_and_no_claim():
     summary = summary_of(record(Policy.MACE), record(Policy.FROZEN, good_after=(None,) * 3))
     assert summary["targets"] == [None] * 3

@@ -64,6 +64,12 @@ def test_the_gap_between_two_steps_is_not_the_end_of_a_phase():
     assert phase(subject, steps=100, gap_s=0.3) == 10  # 80 pairs
 
 
+def test_a_phase_outlasts_a_candidate_that_is_judged_and_published():
+    subject = meter(policy="periodic", retrain_rate=8.0, period_requests=10)
+    subject.note_requests(10)
+    assert phase(subject, steps=100, gap_s=2.0) == 10
+
+
 def test_a_phase_without_work_ends_and_the_next_one_waits_for_its_requests():
     subject = meter(policy="periodic", retrain_rate=8.0, period_requests=10)
     subject.note_requests(10)
