@@ -20,6 +20,7 @@ _COLOURS = {  # Okabe and Ito: apart for the colour-blind too
     Policy.MACE: "#D55E00",
     Policy.NO_REWARD: "#CC79A7",
     Policy.PERIODIC: "#0072B2",
+    Policy.PERIODIC_FULL: "#56B4E9",
     Policy.CONTINUOUS: "#009E73",
     Policy.FROZEN: "#555555",
 }
