@@ -158,6 +158,9 @@ class SchedulerConfig(Section):
     """Above so many pairs for each request, `mace` stops training until requests catch up. None: no cap."""
     period_requests: int = Field(50, ge=1)
     """Requests between two training phases of `periodic`."""
+    phase_gap_s: float = Field(3.0, gt=0)
+    """A baseline's training phase ends early after so long without work. Steps come 0.25 s apart; a candidate takes a
+    second or two to be judged and published: with less than that a phase mostly ends with its first candidate."""
 
     @model_validator(mode="after")
     def _one_weight_counts(self) -> "SchedulerConfig":

@@ -7,9 +7,6 @@ number of inference tasks", where a task is one pair). `mace` takes what the sla
 
 from core.config import SchedulerConfig
 
-_GAP_S = 3.0
-"""Between two steps an executor asks for a batch (0.25 s), or lets a candidate speak and publishes it (1 s or two)."""
-
 
 class RetrainMeter:
     """Counts requests and trained pairs; answers what the policy wants now."""
@@ -58,8 +55,8 @@ class RetrainMeter:
         """Whether a baseline stops inference now. Call once for each iteration; False for the other policies.
 
         A phase begins when its requests have arrived and there is work. It lasts until its quota is trained,
-        `requests since the last phase * retrain_rate`, or there was no work for `_GAP_S`: steps come one by one, and
-        the pause between two of them is not the end of the work. In a pause inference goes on.
+        `requests since the last phase * retrain_rate`, or there was no work for `phase_gap_s`: steps come one by one,
+        and the pause between two of them is not the end of the work. In a pause inference goes on.
         """
         if not self.is_blocking_policy:
             return False
@@ -71,7 +68,7 @@ class RetrainMeter:
             self._requests_at_phase = self._num_requests
         if has_work:
             self._last_work_s = now_s
-        if self._num_pairs >= self._phase_quota or now_s - self._last_work_s > _GAP_S:
+        if self._num_pairs >= self._phase_quota or now_s - self._last_work_s > self._config.phase_gap_s:
             self._phase_quota = None
             return False
         return has_work

@@ -3,8 +3,9 @@
 `periodic` is Ekya's scheme on this server: it collects for a window and then stops inference to train on what came. Two
 windows a phase are a generous choice: with fewer a phase could end before the first training. `continuous` trains
 as soon as there is a batch, stopping inference as well. It may train `HEADROOM` times what comes in: a little more, so
-that it is not short of training slots. `periodic-full` may, too; then its phases last most of a window and run into
-each other, and it is `continuous` by another name. `periodic` may train `BUDGET_SHARE` of that, about what `mace` does.
+that it is not short of training slots. `periodic` ends a phase with its first candidate: one new model for each window,
+and about as many steps as `mace`. `periodic-full` goes on until its slots are used up; then its phases last most of a
+window, train what arrives meanwhile, and run into each other: it is `continuous` by another name.
 """
 
 from enum import StrEnum
@@ -15,8 +16,8 @@ from core.alignment_config import DriftConfig
 
 WINDOWS_PER_PHASE = 2
 HEADROOM = 1.2
-BUDGET_SHARE = 0.45
-"""`mace` made 108 to 112 steps where `continuous` made 261 to 265."""
+FIRST_CANDIDATE_GAP_S = 0.5
+"""Longer than it takes to fetch the next batch, shorter than to judge and publish a candidate."""
 _KEPT_VERSIONS = 1000
 """All of them: they are scored after the run."""
 
@@ -43,7 +44,7 @@ TITLES = {
 
 
 def scheduler_section(policy: Policy, plan: DriftPlan) -> dict[str, Any]:
-    """The `scheduler` section of a policy; `mace` has no use for the retrain rate."""
+    """The `scheduler` section of a policy; the same retrain rate in all of them, `mace` has no use for it."""
     slots_per_s = DriftConfig().alarm_rate * plan.pairs_per_s
     section: dict[str, Any] = {
         "retrain_rate": HEADROOM * slots_per_s / plan.requests_per_s,
@@ -53,7 +54,7 @@ def scheduler_section(policy: Policy, plan: DriftPlan) -> dict[str, Any]:
         case Policy.NO_REWARD:
             return {**section, "policy": "mace", "reward_term": False}
         case Policy.PERIODIC:
-            return {**section, "policy": "periodic", "retrain_rate": BUDGET_SHARE * section["retrain_rate"]}
+            return {**section, "policy": "periodic", "phase_gap_s": FIRST_CANDIDATE_GAP_S}
         case Policy.PERIODIC_FULL:
             return {**section, "policy": "periodic"}
         case Policy.FROZEN:

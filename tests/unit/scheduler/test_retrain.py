@@ -68,6 +68,9 @@ def test_a_phase_outlasts_a_candidate_that_is_judged_and_published():
     subject = meter(policy="periodic", retrain_rate=8.0, period_requests=10)
     subject.note_requests(10)
     assert phase(subject, steps=100, gap_s=2.0) == 10
+    subject = meter(policy="periodic", retrain_rate=8.0, period_requests=10, phase_gap_s=0.5)
+    subject.note_requests(10)
+    assert phase(subject, steps=100, gap_s=2.0) == 1
 
 
 def test_a_phase_without_work_ends_and_the_next_one_waits_for_its_requests():
