@@ -18,6 +18,9 @@ from engine.tiny.styles import judge
 _DRAIN_S = 20.0
 _MAX_TOKENS = 64
 _ERRORS_KEPT = 20
+_PAUSE_LOOK_S = 0.25
+_PAUSE_LOOKS = 120
+"""Half a minute: a candidate's judgement and publication."""
 
 
 class DriverError(MaceError):
@@ -179,6 +182,21 @@ class Driver:
                 self._seen.looks.append(look_of(reply.json(), clock()))
             except (httpx.HTTPError, KeyError):
                 self._seen.missed_looks += 1
+
+
+async def pause(client: httpx.AsyncClient) -> None:
+    """Stop training, and wait until what was under way has ended: a candidate may still go live meanwhile.
+
+    Raises:
+        DriverError: it goes on.
+    """
+    await client.post("/v1/training/pause")
+    for _ in range(_PAUSE_LOOKS):
+        reply = await client.get("/v1/training")
+        if not reply.is_error and look_of(reply.json(), 0.0).phase in ("paused", "frozen"):
+            return
+        await asyncio.sleep(_PAUSE_LOOK_S)
+    raise DriverError("training does not pause")
 
 
 def look_of(training: dict[str, Any], time_s: float) -> Look:

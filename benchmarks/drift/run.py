@@ -16,7 +16,7 @@ import yaml
 from pydantic import ValidationError
 
 from benchmarks.chaos_server import ServerProcess
-from benchmarks.drift.driver import Driver, versions_by_style
+from benchmarks.drift.driver import Driver, pause, versions_by_style
 from benchmarks.drift.plan import DriftPlan, held_out_pairs
 from benchmarks.drift.policies import Policy, sections
 from benchmarks.drift.record import BASE, RunRecord
@@ -122,7 +122,7 @@ async def _measure(
     async with httpx.AsyncClient(base_url=server.url, timeout=_TIMEOUT, limits=limits) as client:
         driver = Driver(client, _MODEL, plan, seed)
         await driver.play()
-        await client.post("/v1/training/pause")
+        await pause(client)
         listing = (await client.get("/v1/adapters")).json()
         sets = {style.value: held_out_pairs(plan, style) for style in plan.styles}
         tests = {style: tokenized(model_dir, [one.pair for one in pairs]) for style, pairs in sets.items()}

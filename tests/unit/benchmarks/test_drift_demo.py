@@ -1,7 +1,9 @@
+import asyncio
 import csv
 import json
 from collections import Counter
 
+import httpx
 import numpy as np
 import pytest
 import torch
@@ -9,9 +11,10 @@ from peft import LoraConfig, get_peft_model
 from rich.console import Console
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from benchmarks.drift import driver
 from benchmarks.drift.comparisons import compare
 from benchmarks.drift.curves import Run, write_csv
-from benchmarks.drift.driver import look_of, versions_by_style
+from benchmarks.drift.driver import DriverError, look_of, pause, versions_by_style
 from benchmarks.drift.plan import DriftPlan, asks, held_out_pairs, posts
 from benchmarks.drift.plot import draw
 from benchmarks.drift.policies import Policy, scheduler_section, sections
@@ -167,6 +170,26 @@ def test_the_baselines_may_train_more_than_what_comes_in():
 
 
 # --- what the server tells
+
+
+def test_a_run_is_looked_at_when_the_last_candidate_is_through(monkeypatch):
+    phases = ["evaluating", "publishing", "paused"]
+
+    def answer(request):
+        if request.method == "POST":
+            return httpx.Response(200, json={})
+        phase = phases.pop(0) if phases else "training"
+        return httpx.Response(200, json={"executor": {"live_version": "v0001", "phase": phase}})
+
+    async def pause_it():
+        async with httpx.AsyncClient(transport=httpx.MockTransport(answer), base_url="http://x") as client:
+            await pause(client)
+
+    monkeypatch.setattr(driver, "_PAUSE_LOOK_S", 0.0)
+    asyncio.run(pause_it())
+    assert phases == []
+    with pytest.raises(DriverError, match="does not pause"):
+        asyncio.run(pause_it())
 
 
 def test_a_look_reads_the_counters_and_takes_what_is_missing_as_unknown():
