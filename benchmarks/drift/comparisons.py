@@ -33,6 +33,8 @@ def compare(policies: dict[str, Row], phase_s: float) -> list[Row]:
         ]
     if mace and continuous and (periodic := policies.get(Policy.PERIODIC)):
         rows.append(_speed_up("time to recover: periodic / mace", periodic, mace, phase_s, at_least=MIN_SPEED_UP))
+    if mace and continuous and (full := policies.get(Policy.PERIODIC_FULL)):
+        rows.append(_speed_up("time to recover: periodic with all slots / mace", full, mace, phase_s))
     if mace and continuous:
         rows.append(_speed_up("time to recover: continuous / mace", continuous, mace, phase_s))
     if mace and (plain := policies.get(Policy.NO_REWARD)):
