@@ -23,6 +23,7 @@ from core.errors import MaceError
 _STOP_S = 90.0
 _GRACE_S = 5.0
 _GONE_S = 10.0
+_SPAWNED = "multiprocessing.spawn import spawn_main"
 
 
 class ChaosError(MaceError):
@@ -175,11 +176,21 @@ class ServerProcess:
 
 
 def title_of(process: psutil.Process) -> str:
-    """Its command line; empty if it has ended."""
+    """Its command line; empty if it has ended.
+
+    vLLM's processes now and then fail to set their titles (setproctitle says nothing): then they are named by descent.
+    """
     try:
-        return " ".join(process.cmdline()).strip()
+        title = " ".join(process.cmdline()).strip()
+        if _SPAWNED not in title:
+            return title
+        owner = process.parent()
+        parent = " ".join(owner.cmdline()) if owner is not None else ""
     except psutil.Error:
         return ""
+    if "ServeReplica" in parent:
+        return "VLLM::EngineCore"
+    return "VLLM::Worker" if _SPAWNED in parent or "VLLM::EngineCore" in parent else title
 
 
 def is_alive(process: psutil.Process) -> bool:

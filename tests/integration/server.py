@@ -11,6 +11,8 @@ import httpx
 import psutil
 import yaml
 
+from benchmarks.chaos_server import title_of
+
 ROOT = Path(__file__).parents[2]
 START_TIMEOUT_S = 240
 
@@ -77,10 +79,3 @@ class Server:
         self.process.wait(timeout_s)
         _, alive = psutil.wait_procs(family, timeout=5)
         return alive
-
-
-def title_of(process):
-    try:
-        return " ".join(process.cmdline()).strip()
-    except psutil.Error:  # it ended meanwhile
-        return ""

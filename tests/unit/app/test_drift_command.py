@@ -51,7 +51,7 @@ def mace(client, monkeypatch):
 def test_the_route_shows_state_and_history(client):
     state = client.get("/v1/drift").json()
     assert (state["drifted"], state["level"], state["last_change_seq"]) == (True, 1.0, 99)
-    assert {event["kind"] for event in state["history"]} >= {"window", "loss"}
+    assert {event["kind"] for event in state["history"]} >= {"window", "accuracy"}
     only = client.get("/v1/drift", params={"stream": "user:[bold]ann", "limit": 1}).json()["history"]
     assert [event["stream"] for event in only] == ["user:[bold]ann"]
 
@@ -65,7 +65,7 @@ def test_the_command_says_what_happened_and_takes_names_as_they_are(mace):
     text = mace()
     assert "drifted: preference accuracy" in text
     assert "user:[bold]ann" in text
-    assert "Page-Hinkley: mean loss 0.05 -> 3.05" in text
+    assert "HDDM_A: mean accuracy 1.00 -> 0.00" in text
 
 
 def test_the_command_prints_json_with_as_much_history_as_asked_for(mace):
