@@ -12,7 +12,7 @@ from typer import BadParameter
 
 from benchmarks.chaos import _directories, _ended_by_sigterm, _Options, _parse_kinds, _run
 from benchmarks.chaos_plan import KINDS, MOMENTS, TARGETS, make_plan
-from benchmarks.chaos_server import ChaosError, ServerProcess, is_alive
+from benchmarks.chaos_server import ChaosError, ServerProcess, is_alive, title_of
 
 
 def test_every_kind_is_hit_once_before_any_is_hit_twice():
@@ -142,3 +142,27 @@ def test_a_directory_that_exists_is_nobodys_scratch(tmp_path):
     with _directories(None) as (directory, ray_dir):
         assert directory.is_dir()
     assert not ray_dir.exists()
+
+
+class UntitledProcess:
+    """What `title_of` asks a `psutil.Process`."""
+
+    def __init__(self, command, owner=None):
+        self._command, self._owner = command, owner
+
+    def cmdline(self):
+        return self._command
+
+    def parent(self):
+        return self._owner
+
+
+def test_processes_of_vllm_without_a_title_are_named_by_descent():
+    spawned = ["python", "-B", "-c", "from multiprocessing.spawn import spawn_main; spawn_main(tracker_fd=81)"]
+    replica = UntitledProcess(["ray::ServeReplica:mace:Executor"])
+    engine = UntitledProcess(spawned, replica)
+    assert title_of(engine) == "VLLM::EngineCore"
+    assert title_of(UntitledProcess(spawned, engine)) == "VLLM::Worker"
+    assert title_of(UntitledProcess(spawned, UntitledProcess(["VLLM::EngineCore"]))) == "VLLM::Worker"
+    assert title_of(UntitledProcess(spawned, UntitledProcess(["bash"]))).startswith("python")
+    assert title_of(UntitledProcess(["VLLM::Worker"], replica)) == "VLLM::Worker"
