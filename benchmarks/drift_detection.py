@@ -29,7 +29,7 @@ _GIVE_UP = 300
 """A change not seen within so many pairs was missed."""
 
 
-def _flipped(margins: np.ndarray, rng: np.random.Generator, share: float) -> np.ndarray:
+def _flipped(margins: np.ndarray, rng: np.random.Generator, share: float | np.ndarray) -> np.ndarray:
     return np.where(rng.random(len(margins)) < share, -margins, margins)
 
 
@@ -59,8 +59,7 @@ def _third(rng: np.random.Generator, margins: _Margins) -> np.ndarray:
 def _gradual(rng: np.random.Generator, margins: _Margins) -> np.ndarray:
     """The share of preferences the other way round rises from 0 to 1."""
     share = np.minimum(np.arange(_GIVE_UP) / _GRADUAL_PAIRS, 1.0)
-    known = margins(rng, _GIVE_UP)
-    return np.where(rng.random(_GIVE_UP) < share, -known, known)
+    return _flipped(margins(rng, _GIVE_UP), rng, share)
 
 
 CHANGES = {

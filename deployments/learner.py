@@ -273,5 +273,6 @@ class Learner:
                 await self._shadow.begin_at(version.name)
                 self._refusals_in_a_row = 0
                 return
-        self._refusals_in_a_row += 1
+        else:
+            self._refusals_in_a_row += 1
         await self._shadow.return_to_base(self._refusals_in_a_row // _REFUSALS_PER_GENERATION)

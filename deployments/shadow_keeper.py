@@ -50,8 +50,7 @@ class ShadowKeeper:
             generations: go back to an ancestor of that state; beyond the first version lies the bare model.
         """
         goal = self._versions.training_base
-        line = await asyncio.to_thread(self._line, goal)
-        base = line[min(generations, len(line) - 1)]
+        base = await asyncio.to_thread(self._ancestor, goal, generations)
         directory: Path | None = None
         if base != BASE:
             directory = (await asyncio.to_thread(self._registry.get, base)).path
@@ -67,18 +66,18 @@ class ShadowKeeper:
         self.progress = self.progress.from_version(version, instead_of)
         await self._engine.save_training_state(self.checkpoint, self.progress.to_wire())
 
-    def _line(self, version: str) -> list[str]:
-        """The version and its ancestors, as far as they are still there, and at last the bare model."""
-        line = []
-        while version != BASE and version not in line:
-            line.append(version)
+    def _ancestor(self, version: str, generations: int) -> str:
+        """The version itself (0), its parent (1) and so on; the bare model beyond the first and for what is gone."""
+        for _ in range(generations):
+            if version == BASE:
+                break
             try:
                 version = self._registry.get(version).manifest.parent or BASE
+                if version != BASE:
+                    self._registry.get(version)
             except AdapterError:  # deleted or damaged
-                if len(line) > 1:
-                    line.pop()
-                break
-        return [*line, BASE]
+                return BASE
+        return version
 
     async def _made_from(self, version: str, progress: TrainingProgress) -> bool:
         """Is that version the adapter of this checkpoint?"""

@@ -141,7 +141,7 @@ def _accuracy(row: Row) -> float:
 
 
 def _error(row: Row) -> float:
-    return float(row.second <= 0)
+    return 1.0 - _accuracy(row)
 
 
 def _probability(row: Row) -> float:

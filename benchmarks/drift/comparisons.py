@@ -31,11 +31,11 @@ def compare(policies: dict[str, Row], phase_s: float) -> list[Row]:
             _steps_to_recover(mace, continuous),
             _all_steps(mace, continuous, "all optimizer steps: mace / continuous", at_most=MAX_STEP_SHARE),
         ]
-    if mace and continuous and (periodic := policies.get(Policy.PERIODIC)):
-        rows.append(_speed_up("time to recover: periodic / mace", periodic, mace, phase_s, at_least=MIN_SPEED_UP))
-    if mace and continuous and (full := policies.get(Policy.PERIODIC_FULL)):
-        rows.append(_speed_up("time to recover: periodic with all slots / mace", full, mace, phase_s))
-    if mace and continuous:
+        if periodic := policies.get(Policy.PERIODIC):
+            name = "time to recover: periodic / mace"
+            rows.append(_speed_up(name, periodic, mace, phase_s, at_least=MIN_SPEED_UP))
+        if full := policies.get(Policy.PERIODIC_FULL):
+            rows.append(_speed_up("time to recover: periodic with all slots / mace", full, mace, phase_s))
         rows.append(_speed_up("time to recover: continuous / mace", continuous, mace, phase_s))
     if mace and (plain := policies.get(Policy.NO_REWARD)):
         rows.append(_all_steps(plain, mace, "all optimizer steps: without γ·L_DPO / mace"))
