@@ -175,6 +175,27 @@ class SchedulerConfig(Section):
         return self
 
 
+class KvPruningConfig(Section):
+    """Dropping KV blocks that attention will hardly miss. Off unless `start` says when."""
+
+    start: Literal["off", "memory_pressure", "always"] = "off"
+    """`memory_pressure`: only when blocks are short; `always`: every request, as soon as its prompt is computed."""
+    max_fraction: float = Field(0.25, gt=0, le=0.9)
+    """Share of a request's KV blocks that may be dropped."""
+    method: Literal["keydiff", "key_norm"] = "keydiff"
+    """How blocks are scored, from keys alone."""
+    sink_tokens: int = Field(32, ge=1)
+    """The first tokens of a request are always kept: attention rests on them (StreamingLLM)."""
+    recent_tokens: int = Field(128, ge=1)
+    """So are the last ones."""
+    max_logprob_drop: float = Field(0.05, ge=0)
+    """Nats per token that pruning at `max_fraction` may cost on `mace profile pruning`, or it does not switch on."""
+    max_accuracy_drop: float = Field(0.02, ge=0, le=1)
+    """Share of answers that it may cost there."""
+    require_gate: bool = True
+    """False: switch on without a passed `mace profile pruning`."""
+
+
 class ProfileConfig(Section):
     """The latency and memory profile of this device and model."""
 
@@ -194,6 +215,7 @@ class AppArgs(Section):
     training: TrainingConfig = TrainingConfig()
     slo: SloConfig = SloConfig()
     scheduler: SchedulerConfig = SchedulerConfig()
+    kv_pruning: KvPruningConfig = KvPruningConfig()
     profile: ProfileConfig = ProfileConfig()
     feedback: FeedbackConfig = FeedbackConfig()
     drift: DriftConfig = DriftConfig()
