@@ -14,6 +14,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from app.errors import BadRequestError, error_response
 from app.request_class import apply_request_class
+from core.config import KV_PRUNING_OPT_OUT
 
 INTERNAL_PREFIX = "mace_"
 BODY_KEY = "mace.body"
@@ -117,7 +118,9 @@ def check_prompt_logprobs(value: Any) -> None:
 
 
 def _check_arguments(name: str, arguments: Any) -> None:
-    for key in arguments if isinstance(arguments, dict) else ():
+    for key, value in arguments.items() if isinstance(arguments, dict) else ():
+        if key == KV_PRUNING_OPT_OUT and not isinstance(value, bool):
+            raise BadRequestError(f"{name}: {KV_PRUNING_OPT_OUT} is true or false, not {value!r}", name)
         if str(key).strip().lower().startswith(INTERNAL_PREFIX):
             raise BadRequestError(f"{name} may not carry {key!r}: keys with {INTERNAL_PREFIX} are internal", name)
 

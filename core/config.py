@@ -20,6 +20,9 @@ from core.alignment_config import (
 
 TINY_ASSISTANT = "builtin:tiny-assistant"
 
+KV_PRUNING_OPT_OUT = "kv_pruning"
+"""Public key in a request's `vllm_xargs`: false keeps all of its KV blocks."""
+
 
 class ModelConfig(Section):
     """Which model is served and under what name."""

@@ -8,6 +8,7 @@ keeps it aside, and it ends as an `EngineCoreOutput` whose `kv_transfer_params` 
 Invariant: nothing in here may raise because of a fine-tune task; an exception would end the engine.
 """
 
+import logging
 import time
 from collections.abc import Iterable
 from typing import Any
@@ -22,15 +23,18 @@ from vllm.v1.request import Request, RequestStatus
 
 from core.batch import ForwardShape, IterationSample
 from core.config import AppArgs
+from core.errors import LedgerError
 from core.types import TaskKind, TaskResult
 from engine.iteration_log import sample_of
 from engine.iteration_view import is_decoding, shape_of, view_of
+from engine.kv_pruning import KvPruner, unsupported
 from engine.messages import (
     DIRECTIVE_ATTRIBUTE,
     REPORT_ATTRIBUTE,
     TASK_KEY,
     Directive,
     IterationReport,
+    MemoryCounters,
     WorkerFacts,
 )
 from engine.orphan_watch import exit_with_parent
@@ -38,8 +42,10 @@ from engine.planning import build_planner, kv_pool_of
 from engine.task_table import TaskTable
 from engine.vllm_compat import app_args_of
 from engine.waiting_queue import AgeingRequestQueue
-from scheduler.memory_ledger import Pool
+from scheduler.memory_ledger import MemoryLedger, Pool
 from scheduler.plan import IterationView, Plan
+
+logger = logging.getLogger(__name__)
 
 
 class HybridSchedulerMixin:
@@ -53,7 +59,9 @@ class HybridSchedulerMixin:
         self._max_tokens: int = self.max_num_scheduled_tokens
         self._chunk_limit: int = self.scheduler_config.long_prefill_token_threshold  # type: ignore[attr-defined]
         pool = kv_pool_of(self.kv_cache_config)  # type: ignore[attr-defined]
-        self._usable_blocks, self._block_bytes = pool.num_blocks, pool.block_bytes
+        self._pool = pool
+        self._pruner = self._make_pruner(config)
+        self._num_preemptions = 0
         self._planner = build_planner(config, self, pool)
         self.waiting = AgeingRequestQueue(config.scheduler)
         self._tasks = TaskTable()
@@ -98,10 +106,14 @@ class HybridSchedulerMixin:
     def schedule(self, throttle_prefills: bool = False) -> SchedulerOutput:
         """vLLM's schedule within the plan's limits, with this iteration's fine-tune part attached."""
         self._directive.started_s = time.perf_counter()
+        if self._pruner is not None and self._args.kv_pruning.start == "always":
+            self._prune(self._pool.num_blocks)
         view = self._view(time.time())
         plan = self._planner.plan(view)
+        self._prune(plan.prune_blocks)
         self._apply(plan, view)
         output = super().schedule(throttle_prefills)  # type: ignore[misc]
+        self._note_scheduled(output, plan)
         shape = shape_of(output.num_scheduled_tokens, self.requests)  # type: ignore[attr-defined]
         self._direct(self._planner.settle(plan, view, shape), shape)
         directive, self._directive = self._directive, Directive()
@@ -123,16 +135,63 @@ class HybridSchedulerMixin:
     def _view(self, now_s: float) -> IterationView:
         self.waiting.now_s = now_s
         free_blocks = self.kv_cache_manager.block_pool.get_num_free_blocks()  # type: ignore[attr-defined]
-        used_bytes = max(0, self._usable_blocks - free_blocks) * self._block_bytes
         return view_of(
             now_s,
             self.running,  # type: ignore[attr-defined]
             self.waiting,
             free_seats=max(0, self.max_num_active_reqs - len(self.running)),  # type: ignore[attr-defined]
-            used_kv_bytes=used_bytes,
+            pool=self._pool,
+            free_kv_blocks=min(free_blocks, self._pool.num_blocks),
+            prune_offer=None if self._pruner is None else self._pruner.offer(),
             # A paused engine may have its weights asleep; only what vLLM itself still runs goes on.
             finetune=self._tasks.state(now_s) if self.pause_state == PauseState.UNPAUSED else None,  # type: ignore[attr-defined]
         )
+
+    def _make_pruner(self, config: AppArgs) -> KvPruner | None:
+        """None: switched off, or impossible with this model (said in the log)."""
+        if config.kv_pruning.start == "off":
+            return None
+        reason = unsupported(self.vllm_config, self.kv_cache_config)  # type: ignore[attr-defined]
+        if reason is not None:
+            logger.warning("kv_pruning stays off: %s", reason)
+            return None
+        return KvPruner(config.kv_pruning, self.kv_cache_manager, self._pool.block_tokens)  # type: ignore[attr-defined]
+
+    def _prune(self, count: int) -> None:
+        if self._pruner is None or count <= 0:
+            return
+        dropped = self._pruner.prune(count, self.requests)  # type: ignore[attr-defined]
+        for request_id, positions in dropped.items():
+            self._directive.dropped_blocks.setdefault(request_id, []).extend(positions)
+
+    def _note_scheduled(self, output: SchedulerOutput, plan: Plan) -> None:
+        """What pruning must know of the forward pass, and what the worker passes on to whoever asks."""
+        directive, pruner, memory = self._directive, self._pruner, self._planner.memory
+        free_blocks = self.kv_cache_manager.block_pool.get_num_free_blocks()  # type: ignore[attr-defined]
+        directive.memory = MemoryCounters(
+            self._pool.num_blocks,
+            free_blocks,
+            preemptions=self._num_preemptions,
+            arena_capacity_bytes=memory.pool_capacity_bytes(Pool.ARENA),
+            arena_held_bytes=memory.pool_used_bytes(Pool.ARENA),
+            ledger_error=_ledger_error(memory),
+        )
+        if pruner is None:
+            return
+        directive.memory.pruned_blocks, directive.memory.pruned_requests = pruner.num_dropped, pruner.num_requests
+        for new in output.scheduled_new_reqs:
+            pruner.note_prefix_hit(new.req_id, new.num_computed_tokens)
+        if plan.wants_prune_scores or self._args.kv_pruning.start == "always":
+            directive.score_request_ids = pruner.to_score(self.running)  # type: ignore[attr-defined]
+
+    def _free_request_blocks(self, request: Request) -> None:
+        if self._pruner is not None:
+            self._pruner.forget(request.request_id, has_ended=request.is_finished())
+        super()._free_request_blocks(request)  # type: ignore[misc]
+
+    def _preempt_request(self, request: Request, *args: Any, **kwargs: Any) -> None:
+        self._num_preemptions += 1
+        super()._preempt_request(request, *args, **kwargs)  # type: ignore[misc]
 
     def _apply(self, plan: Plan, view: IterationView) -> None:
         """Set vLLM's own limits for this iteration; its configured ones stay the upper bound."""
@@ -157,6 +216,8 @@ class HybridSchedulerMixin:
     def _observe(self, directive: Directive, report: IterationReport) -> None:
         if report.facts is not None:
             self._take_facts(report.facts)
+        if self._pruner is not None:
+            self._pruner.note_scores(report.kv_scores, self.requests)  # type: ignore[attr-defined]
         slices_s = sum(s.latency_s for s in report.finetune.slices)
         now_s = time.perf_counter()
         # With two iterations in flight the time since the last one ended is this one's.
@@ -199,6 +260,14 @@ class HybridScheduler(HybridSchedulerMixin, Scheduler):
 
 class AsyncHybridScheduler(HybridSchedulerMixin, AsyncScheduler):
     """For engines with async scheduling (one GPU); a plain Scheduler subclass would turn it off."""
+
+
+def _ledger_error(memory: MemoryLedger) -> str:
+    try:
+        memory.check_integrity()
+    except LedgerError as error:
+        return str(error)
+    return ""
 
 
 def _is_prefilling(request: Request) -> bool:

@@ -7,12 +7,13 @@ that the tokens of this iteration leave as soon as they exist; the time between 
 import copy
 from collections.abc import Callable
 from contextlib import nullcontext
+from dataclasses import asdict
 from functools import partial
 from typing import Any
 
 from vllm.v1.outputs import AsyncModelRunnerOutput, ModelRunnerOutput
 
-from core.config import AppArgs
+from core.config import AppArgs, KvPruningConfig
 from core.errors import ConfigError, MaceError
 from core.types import SliceReport
 from engine.adapter_keeper import AdapterKeeper
@@ -20,9 +21,18 @@ from engine.base_weights import WeightViews, huggingface_views, is_shared, unpac
 from engine.finetune_runner import FineTuneRunner, free_memory_bytes
 from engine.forward_timer import ForwardTimer
 from engine.iteration_log import IterationLog
-from engine.messages import DIRECTIVE_ATTRIBUTE, REPORT_ATTRIBUTE, Directive, IterationReport, WorkerFacts
+from engine.kv_pruning import unsupported
+from engine.messages import (
+    DIRECTIVE_ATTRIBUTE,
+    REPORT_ATTRIBUTE,
+    Directive,
+    IterationReport,
+    MemoryCounters,
+    WorkerFacts,
+)
 from engine.orphan_watch import exit_with_parent
 from engine.vllm_compat import app_args_of
+from engine.worker_pruning import Scores, WorkerPruning, to_wire
 
 
 class HybridWorkerMixin:
@@ -31,6 +41,9 @@ class HybridWorkerMixin:
     _runner: FineTuneRunner | None = None
     _facts: WorkerFacts | None = None
     """To be sent with the next report."""
+    _pruning: WorkerPruning | None = None
+    _kv_scores: Scores = {}  # noqa: RUF012 - replaced, never changed
+    _memory = MemoryCounters()
     _log: IterationLog
     _directive: Directive
     _finetune_report: SliceReport
@@ -49,11 +62,17 @@ class HybridWorkerMixin:
 
     def compile_or_warm_up_model(self) -> Any:
         """vLLM's last preparation before it serves; what is free on the device after it, training may use."""
+        self._attach_pruning(app_args_of(self.vllm_config).kv_pruning)  # type: ignore[attr-defined]
         result = super().compile_or_warm_up_model()  # type: ignore[misc]
         if self._runner is not None:
             free_bytes = free_memory_bytes(self.device)  # type: ignore[attr-defined]
             self._facts = WorkerFacts(self._runner.warm_up_slices, free_bytes)
         return result
+
+    def _attach_pruning(self, config: KvPruningConfig) -> None:
+        runner = self.model_runner  # type: ignore[attr-defined]
+        if config.start != "off" and unsupported(runner.vllm_config, runner.kv_cache_config) is None:
+            self._pruning = WorkerPruning.attach(runner, config)
 
     def _build_runner(self, args: AppArgs, shared: bool) -> FineTuneRunner:
         model_config = self.vllm_config.model_config  # type: ignore[attr-defined]
@@ -73,7 +92,15 @@ class HybridWorkerMixin:
         self._directive = getattr(scheduler_output, DIRECTIVE_ATTRIBUTE, None) or Directive()
         self._finetune_report = self._run_slices(self._directive)
         self._timer = ForwardTimer(self.device)  # type: ignore[attr-defined]
-        return self._finish(super().execute_model(scheduler_output))  # type: ignore[misc]
+        self._memory = self._directive.memory
+        if self._pruning is None:
+            return self._finish(super().execute_model(scheduler_output))  # type: ignore[misc]
+        self._pruning.drop(self._directive.dropped_blocks)
+        output = super().execute_model(scheduler_output)  # type: ignore[misc]
+        self._kv_scores = self._pruning.score(
+            self._directive.score_request_ids, scheduler_output.num_scheduled_tokens
+        )
+        return self._finish(output)
 
     def sample_tokens(self, grammar_output: Any) -> Any:
         """vLLM's sampling; its output carries the iteration's report."""
@@ -100,6 +127,10 @@ class HybridWorkerMixin:
         """Samples of the iterations since number `after`, and the number to ask for next (`IterationLog.since`)."""
         return self._log.since(after)
 
+    def mace_memory(self) -> dict[str, Any]:
+        """`MemoryCounters` of the last iteration."""
+        return asdict(self._memory)
+
     def _run_slices(self, directive: Directive) -> SliceReport:
         if self._runner is None:
             return SliceReport()
@@ -116,20 +147,25 @@ class HybridWorkerMixin:
         if output is None:
             return None
         self._timer.stop()
-        finish = partial(self._with_report, self._directive, self._finetune_report, self._timer)
+        finish = partial(self._with_report, self._directive, self._finetune_report, self._timer, self._kv_scores)
         if isinstance(output, AsyncModelRunnerOutput):
             return _ReportingAsyncOutput(output, finish)
         return finish(output)
 
     def _with_report(
-        self, directive: Directive, finetune: SliceReport, timer: ForwardTimer, output: ModelRunnerOutput
+        self,
+        directive: Directive,
+        finetune: SliceReport,
+        timer: ForwardTimer,
+        kv_scores: Scores,
+        output: ModelRunnerOutput,
     ) -> ModelRunnerOutput:
         """A copy with the report: vLLM's empty output is one shared constant."""
         forward_s = timer.seconds()
         self._log.add(directive, finetune, forward_s)
         facts, self._facts = self._facts, None
         output = copy.copy(output)
-        setattr(output, REPORT_ATTRIBUTE, IterationReport(finetune, forward_s, facts))
+        setattr(output, REPORT_ATTRIBUTE, IterationReport(finetune, forward_s, facts, to_wire(kv_scores)))
         return output
 
 

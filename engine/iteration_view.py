@@ -4,8 +4,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from core.batch import ForwardShape
+from engine.planning import KvPool
 from engine.waiting_queue import AgeingRequestQueue
-from scheduler.plan import FineTuneState, IterationView, PrefillTask
+from scheduler.plan import FineTuneState, IterationView, PrefillTask, PruneOffer
 
 
 def view_of(
@@ -14,8 +15,10 @@ def view_of(
     waiting: AgeingRequestQueue,
     *,
     free_seats: int,
-    used_kv_bytes: int,
+    pool: KvPool,
+    free_kv_blocks: int,
     finetune: FineTuneState | None,
+    prune_offer: PruneOffer | None = None,
 ) -> IterationView:
     """The state before an iteration is scheduled.
 
@@ -24,11 +27,22 @@ def view_of(
         running: vLLM's running requests, decoding or with prompt tokens left.
         waiting: the waiting queue.
         free_seats: waiting requests that may still start.
-        used_kv_bytes: KV cache that cannot be given out.
+        pool: the KV cache.
+        free_kv_blocks: its blocks that can be given out now.
         finetune: fine-tune work of this engine; None if there is none.
+        prune_offer: KV blocks that may be dropped; None if there are none.
     """
-    view = IterationView(now_s, free_seats=free_seats, used_kv_bytes=used_kv_bytes, finetune=finetune)
-    num_decode = decode_tokens = decode_context = 0
+    view = IterationView(
+        now_s,
+        free_seats=free_seats,
+        used_kv_bytes=(pool.num_blocks - free_kv_blocks) * pool.block_bytes,
+        free_kv_blocks=free_kv_blocks,
+        block_tokens=pool.block_tokens,
+        prune_offer=prune_offer,
+        finetune=finetune,
+    )
+    block_tokens = pool.block_tokens
+    num_decode = decode_tokens = decode_context = decode_blocks = 0
     for request in running:
         computed = request.num_computed_tokens
         left = request.num_tokens_with_spec + request.num_output_placeholders - computed
@@ -36,9 +50,11 @@ def view_of(
             num_decode += 1
             decode_tokens += left
             decode_context += computed
+            decode_blocks += computed % block_tokens == 0
         else:
             view.add_running(_prefill(request, left, computed, is_running=True))
     view.num_decode, view.decode_tokens, view.decode_context = num_decode, decode_tokens, decode_context
+    view.decode_blocks = decode_blocks
     head = [
         _prefill(r, r.num_tokens - r.num_computed_tokens, r.num_computed_tokens, is_running=False)
         for r in waiting.head(view.num_unlooked)

@@ -18,6 +18,23 @@ REPORT_ATTRIBUTE = "mace_report"
 
 
 @dataclass(slots=True)
+class MemoryCounters:
+    """KV memory as the scheduler sees it, and what happened to it since the start."""
+
+    num_blocks: int = 0
+    """KV blocks that can be given out."""
+    free_blocks: int = 0
+    """Of these, how many nobody holds; the prefix cache may still know what is in them."""
+    pruned_blocks: int = 0
+    pruned_requests: int = 0
+    preemptions: int = 0
+    arena_capacity_bytes: int = 0
+    arena_held_bytes: int = 0
+    ledger_error: str = ""
+    """What `MemoryLedger.check_integrity` found; empty if the books balance."""
+
+
+@dataclass(slots=True)
 class Directive:
     """Scheduler to worker, once per iteration."""
 
@@ -30,6 +47,11 @@ class Directive:
     new_tasks: list[dict[str, Any]] = field(default_factory=list)
     """`FineTuneTask.to_wire()` of tasks that entered since the last iteration."""
     aborted_task_ids: list[str] = field(default_factory=list)
+    dropped_blocks: dict[str, list[int]] = field(default_factory=dict)
+    """KV blocks that are given up from this forward pass on: positions in the row by request id."""
+    score_request_ids: list[str] = field(default_factory=list)
+    """Requests whose KV blocks are to be scored."""
+    memory: MemoryCounters = field(default_factory=MemoryCounters)
     shape: ForwardShape = field(default_factory=ForwardShape)
     predicted_forward_s: float | None = None
     started_s: float = 0.0
@@ -57,3 +79,5 @@ class IterationReport:
     """Inference forward pass and sampling."""
     facts: WorkerFacts | None = None
     """In the first report only."""
+    kv_scores: dict[str, list[tuple[int, float]]] = field(default_factory=dict)
+    """By request id: position and score of its full KV blocks; higher is kept."""

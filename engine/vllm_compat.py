@@ -24,6 +24,9 @@ _SMALL_MODEL_BYTES = 64 << 20
 
 _BINDING_VARIABLE = "VLLM_CPU_OMP_THREADS_BIND"
 
+_CPU_PRUNING_BLOCK_TOKENS = 32
+"""The least that vLLM's CPU attention takes; its default of 128 leaves little to choose from."""
+
 _CPU_KV_SHARE = 0.1
 _CPU_KV_BOUNDS = (256 << 20, 8 << 30)
 
@@ -43,6 +46,8 @@ def worker_binding(args: AppArgs, model_dir: Path) -> str:
 def configure_environment(args: AppArgs, model_dir: Path) -> None:
     """Set the environment variables that vLLM reads at import; call before any vLLM import."""
     os.environ[_BINDING_VARIABLE] = worker_binding(args, model_dir)
+    if args.kv_pruning.start != "off":
+        os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "0"  # rows of the block table are V1's (engine.kv_row_compaction)
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
     os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")  # stdout belongs to --json
@@ -86,8 +91,17 @@ def make_engine_args(args: AppArgs, model_dir: str) -> Any:
             "engine.hybrid_worker_cpu.HybridCpuWorker" if on_cpu else "engine.hybrid_worker_gpu.HybridGpuWorker"
         ),
     }
+    if args.kv_pruning.start != "off":
+        kwargs.update(_pruning_kwargs(on_cpu))
     kwargs.update(args.engine.engine_kwargs)
     return AsyncEngineArgs(**kwargs)
+
+
+def _pruning_kwargs(on_cpu: bool) -> dict[str, Any]:
+    """What dropping KV blocks needs: small blocks, and attention outside of captured graphs, on closed-up rows."""
+    if on_cpu:
+        return {"block_size": _CPU_PRUNING_BLOCK_TOKENS}
+    return {"attention_backend": "FLASH_ATTN", "compilation_config": {"cudagraph_mode": "PIECEWISE"}}
 
 
 def _dtype(model: ModelConfig) -> str:

@@ -2,6 +2,10 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Literal
+
+PruneReason = Literal["", "decode", "prefill", "finetune"]
+"""What blocks are dropped for; the first of these if there are several."""
 
 MAX_PREFILLS_SEEN = 8
 """More prefills than this never share an iteration's budget in a useful way, and looking costs time."""
@@ -22,6 +26,23 @@ class PrefillTask:
     """The request's `priority` field: lower is sooner, above 0 is class `batch`."""
     is_running: bool = False
     """Has a seat already (a chunk of it was computed)."""
+
+
+@dataclass(frozen=True, slots=True)
+class PruneOffer:
+    """KV blocks that may be dropped now, the least harmful first."""
+
+    costs: Sequence[float]
+    """Relative harm of each block, 0 (attention would not miss it) to 1, ascending."""
+
+    @property
+    def num_blocks(self) -> int:
+        """How many may be dropped."""
+        return len(self.costs)
+
+    def cost_of(self, num_blocks: int) -> float:
+        """Summed harm of the `num_blocks` cheapest; of all if that many are not offered."""
+        return sum(self.costs[:num_blocks])
 
 
 @dataclass(slots=True)
@@ -66,6 +87,14 @@ class IterationView:
     """How many waiting requests may still start running."""
     used_kv_bytes: int = 0
     """KV cache that cannot be given out."""
+    free_kv_blocks: int = 1 << 30
+    """KV blocks that can be given out now, cached ones that nobody holds included."""
+    block_tokens: int = 1
+    """Tokens of a KV block."""
+    decode_blocks: int = 0
+    """KV blocks that the decoding requests need in this iteration: those whose next token begins a block."""
+    prune_offer: PruneOffer | None = None
+    """KV blocks that may be dropped; None: pruning is off, or no block is known to be droppable."""
     finetune: FineTuneState | None = None
 
     @property
@@ -111,6 +140,14 @@ class Plan:
     """Slices that run even if their estimate does not fit."""
     slice_tokens: int = 0
     """Padded tokens that a micro-batch started from now on may have; 0: as configured."""
+    prune_blocks: int = 0
+    """KV blocks to drop before this iteration is scheduled."""
+    prune_reason: PruneReason = ""
+    """Who needs them: `decode`, `prefill` or `finetune`."""
+    wants_prune_scores: bool = False
+    """Memory is getting short: blocks should be scored with this forward pass."""
+    defers_training: bool = False
+    """Memory is short even with all that may be dropped: no slices, unless they have waited too long."""
     is_blocking: bool = False
     """Slices run to the end of the current step without inference (policies `periodic` and `continuous`)."""
     predicted_forward_s: float | None = None

@@ -7,6 +7,7 @@ from vllm.v1.request import Request
 from core.config import SchedulerConfig
 from core.types import FineTuneTask, SliceReport, SliceTiming, TaskKind, TokenizedPair
 from engine.iteration_view import shape_of, view_of
+from engine.planning import KvPool
 from engine.task_table import TaskTable
 from engine.waiting_queue import AgeingRequestQueue
 from scheduler.plan import MAX_PREFILLS_SEEN
@@ -34,7 +35,7 @@ def waiting():
 
 def look(running, waiting, now_s=10.0):
     waiting.now_s = now_s
-    return view_of(now_s, running, waiting, free_seats=3, used_kv_bytes=7, finetune=None)
+    return view_of(now_s, running, waiting, free_seats=3, pool=KvPool(100, 7, 16), free_kv_blocks=99, finetune=None)
 
 
 def test_requests_with_one_token_to_compute_decode_and_others_prefill(waiting):
