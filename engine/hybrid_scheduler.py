@@ -173,7 +173,7 @@ class HybridSchedulerMixin:
             free_blocks,
             preemptions=self._num_preemptions,
             arena_capacity_bytes=memory.pool_capacity_bytes(Pool.ARENA),
-            arena_held_bytes=memory.pool_used_bytes(Pool.ARENA),
+            arena_used_bytes=memory.pool_used_bytes(Pool.ARENA),
             ledger_error=_ledger_error(memory),
         )
         if pruner is None:
@@ -262,12 +262,12 @@ class AsyncHybridScheduler(HybridSchedulerMixin, AsyncScheduler):
     """For engines with async scheduling (one GPU); a plain Scheduler subclass would turn it off."""
 
 
-def _ledger_error(memory: MemoryLedger) -> str:
+def _ledger_error(memory: MemoryLedger) -> str | None:
     try:
         memory.check_integrity()
     except LedgerError as error:
         return str(error)
-    return ""
+    return None
 
 
 def _is_prefilling(request: Request) -> bool:

@@ -24,6 +24,8 @@ from scheduler.plan import PruneOffer
 _MAX_SCORED = 8
 """Requests whose blocks are scored in one iteration: it costs the worker a gather per layer each."""
 
+_ALIBI_MODELS = ("bloom", "mpt")
+
 _NEVER = 1 << 30
 """vLLM's count of cached blocks for requests whose blocks must not enter the prefix index."""
 
@@ -122,7 +124,11 @@ class KvPruner:
         allowed = int(self._config.max_fraction * full) - num_dropped
         first = max(self._num_sinks, self._prefix_blocks.get(request.request_id, 0))
         last = self._last_droppable(full)
-        droppable = sorted((score, position) for position, score in rows if first <= position < last)
+        droppable = sorted(
+            (score, position)
+            for position, score in rows
+            if first <= position < last and self._block(request.request_id, position) is not None
+        )
         # Harm: which share of the request's blocks is gone or scores lower. Comparable between requests and methods.
         harms = ((num_dropped + rank) / full for rank in range(len(droppable)))
         return [(harm, position) for harm, (_, position) in zip(harms, droppable, strict=False)][: max(0, allowed)]
@@ -138,16 +144,19 @@ class KvPruner:
 
     def _drop(self, request: Any, position: int) -> bool:
         """False: the block is shared, or gone, by now."""
-        blocks = self._manager.req_to_blocks.get(request.request_id, ())
-        if position >= len(blocks):
+        block = self._block(request.request_id, position)
+        if block is None:
             return False
-        block = blocks[position]
-        if block.is_null or block.ref_cnt != 1:
-            return False
-        blocks[position] = self._pool.null_block
+        self._manager.req_to_blocks[request.request_id][position] = self._pool.null_block
         self._pool.evict_blocks({block.block_id})
         self._pool.free_blocks([block])
         return True
+
+    def _block(self, request_id: str, position: int) -> Any:
+        """A block that only this request holds; None if there is none."""
+        blocks = self._manager.req_to_blocks.get(request_id, ())
+        block = blocks[position] if position < len(blocks) else None
+        return None if block is None or block.is_null or block.ref_cnt != 1 else block
 
     def _leave_prefix_index(self, request_id: str, first: int) -> None:
         later = self._manager.req_to_blocks[request_id][first:]
@@ -177,8 +186,11 @@ def unsupported(vllm_config: Any, kv_cache_config: Any) -> str | None:
     groups = kv_cache_config.kv_cache_groups
     if len(groups) != 1 or type(groups[0].kv_cache_spec).__name__ != "FullAttentionSpec":
         return "the model does not use full attention in all layers"
-    if getattr(groups[0].kv_cache_spec, "sliding_window", None) is not None:
-        return "the model attends to a sliding window"
+    spec, model = groups[0].kv_cache_spec, vllm_config.model_config.hf_text_config
+    if spec.sliding_window is not None or spec.attention_chunk_size is not None:
+        return "the model attends to a window"
+    if getattr(model, "alibi", False) or model.model_type in _ALIBI_MODELS:
+        return "the model's attention counts distances by place in the cache (ALiBi)"
     if vllm_config.speculative_config is not None:
         return "draft tokens rewrite blocks"
     if vllm_config.kv_transfer_config is not None:

@@ -29,9 +29,9 @@ class MemoryCounters:
     pruned_requests: int = 0
     preemptions: int = 0
     arena_capacity_bytes: int = 0
-    arena_held_bytes: int = 0
-    ledger_error: str = ""
-    """What `MemoryLedger.check_integrity` found; empty if the books balance."""
+    arena_used_bytes: int = 0
+    ledger_error: str | None = None
+    """What `MemoryLedger.check_integrity` found; None if the books balance."""
 
 
 @dataclass(slots=True)

@@ -1,5 +1,6 @@
 """What engine/ relies on in vLLM: signatures, attributes and routes. Fails first when vLLM moves."""
 
+import dataclasses
 import inspect
 
 import pytest
@@ -198,3 +199,40 @@ def test_greedy_answers_come_whole_and_stop_at_the_end_of_the_turn():
     params = make_answer_params(7)
     assert (params.max_tokens, params.temperature, params.ignore_eos) == (7, 0.0, False)
     assert params.output_kind is RequestOutputKind.FINAL_ONLY
+
+
+def test_kv_blocks_can_be_taken_from_a_request_and_given_back():
+    from vllm.v1.core.block_pool import BlockPool
+    from vllm.v1.core.sched.scheduler import Scheduler
+    from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager, SingleTypeKVCacheManager
+
+    assert parameters(BlockPool.evict_blocks) == ["self", "block_ids"]
+    assert parameters(BlockPool.free_blocks) == ["self", "ordered_blocks"]
+    assert parameters(SingleTypeKVCacheManager.pop_blocks_for_free) == ["self", "request_id"]
+    # What is counted as cached already is not cached again: how a pruned request stays out of the prefix index.
+    source = inspect.getsource(SingleTypeKVCacheManager.cache_blocks)
+    assert "num_cached_blocks >= num_full_blocks" in source
+    assert issubclass(FullAttentionManager, SingleTypeKVCacheManager)
+    assert parameters(Scheduler._free_request_blocks) == ["self", "request"]
+    assert parameters(Scheduler._preempt_request)[:2] == ["self", "request"]
+
+
+def test_the_runner_has_what_closing_up_rows_needs():
+    from vllm.v1.attention.backend import CommonAttentionMetadata
+    from vllm.v1.worker.block_table import BlockTable
+    from vllm.v1.worker.utils import AttentionGroup
+
+    fields = {field.name for field in dataclasses.fields(CommonAttentionMetadata)}
+    assert {"block_table_tensor", "seq_lens", "_num_computed_tokens_cache"} <= fields
+    assert parameters(AttentionGroup.build_metadata)[:2] == ["self", "common_attn_metadata"]
+    assert "num_blocks_per_row" in inspect.getsource(BlockTable.append_row)
+
+
+def test_every_attention_backend_that_we_prune_on_writes_keys_by_one_call():
+    from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend, CPUAttentionBackendImpl
+    from vllm.v1.attention.backends.flash_attn import FlashAttentionImpl
+
+    assert not CPUAttentionBackend.forward_includes_kv_cache_update
+    for impl in (CPUAttentionBackendImpl, FlashAttentionImpl):
+        wanted = ["self", "layer", "key", "value", "kv_cache", "slot_mapping"]
+        assert parameters(impl.do_kv_cache_update) == wanted

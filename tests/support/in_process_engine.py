@@ -27,6 +27,7 @@ class InProcessEngine:
 
     def __init__(self, model_dir: Path, args: AppArgs, eos_token_ids: Sequence[int] = ()) -> None:
         self.free_memory_bytes = float("inf")
+        self.kv_cache_tokens = self.prefix_block_tokens = None
         self._eos_token_ids = set(eos_token_ids)
         self._runner = FineTuneRunner.build(
             model_dir=str(model_dir), args=args, dtype=torch.float32, device=torch.device("cpu"), weights=None
@@ -52,6 +53,9 @@ class InProcessEngine:
 
     async def load_training_state(self, path: Path) -> dict[str, Any] | None:
         return self._runner.adapters.load_training_state(str(path))
+
+    def watch_prompts(self, see: Any) -> None:
+        pass
 
     async def generate(self, handle: Any, prompts: Sequence[Sequence[int]], max_tokens: int) -> list[list[int]]:
         shadow = self._runner.adapters.shadow

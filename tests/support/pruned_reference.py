@@ -42,7 +42,10 @@ class PrunedReference:
         )
         new = [(layer.keys[:, :, len(kept) :], layer.values[:, :, len(kept) :]) for layer in cache.layers]
         self._layers = (
-            [(torch.cat([k, nk], 2), torch.cat([v, nv], 2)) for (k, v), (nk, nv) in zip(self._layers, new)]
+            [
+                (torch.cat([k, nk], 2), torch.cat([v, nv], 2))
+                for (k, v), (nk, nv) in zip(self._layers, new, strict=True)
+            ]
             if self._layers
             else new
         )
@@ -56,7 +59,10 @@ class PrunedReference:
         scorer = make_scorer(config.method)
         stats = [
             torch.stack(
-                [scorer.summarize(k[0, :, i * size : (i + 1) * size].transpose(0, 1).unsqueeze(0))[0] for i in left]
+                [
+                    scorer.summarize(k[0, :, i * size : (i + 1) * size].transpose(0, 1).unsqueeze(0))[0]
+                    for i in left
+                ]
             )
             for k, _ in self._layers
         ]

@@ -60,6 +60,13 @@ def test_an_escaped_internal_key_is_refused(client):
 
 def test_other_extra_arguments_pass(client):
     assert client.post("/echo", json={"vllm_xargs": {"kv_pruning": False}}).status_code == 200
+
+
+@pytest.mark.parametrize("value", ["false", 0, None, [False]])
+def test_kv_pruning_is_true_or_false(client, value):
+    reply = client.post("/echo", json={"vllm_xargs": {"kv_pruning": value}})
+    assert reply.status_code == 400
+    assert "kv_pruning is true or false" in reply.json()["error"]["message"]
     assert client.post("/echo", json={"messages": [{"content": "mace_finetune_task"}]}).status_code == 200
 
 
