@@ -104,6 +104,14 @@ def _pruning_kwargs(on_cpu: bool) -> dict[str, Any]:
     return {"attention_backend": "FLASH_ATTN", "compilation_config": {"cudagraph_mode": "PIECEWISE"}}
 
 
+def pruning_block_tokens(args: AppArgs) -> int | None:
+    """Tokens of a KV block if pruning is on; None: vLLM chooses (CUDA)."""
+    from vllm.platforms import current_platform
+
+    default = _CPU_PRUNING_BLOCK_TOKENS if current_platform.is_cpu() else None
+    return args.engine.engine_kwargs.get("block_size", default)
+
+
 def _dtype(model: ModelConfig) -> str:
     """`auto` is the model's own type; vLLM would halve fp32, which the built-in model is too small to bear."""
     return "float32" if model.dtype == "auto" and model.model_source == TINY_ASSISTANT else model.dtype
