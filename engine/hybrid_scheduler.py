@@ -62,7 +62,7 @@ class HybridSchedulerMixin:
         self._pool = pool
         self._pruner = self._make_pruner(config)
         self._num_preemptions = 0
-        self._planner = build_planner(config, self, pool)
+        self._planner = build_planner(config, self, pool, can_prune=self._pruner is not None)
         self.waiting = AgeingRequestQueue(config.scheduler)
         self._tasks = TaskTable()
         self._directive = Directive()

@@ -5,9 +5,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from core.config import AppArgs
-from core.errors import ProfileError
+from core.errors import ConfigError, ProfileError
 from profiler.online import OnlineLatencyModel
 from profiler.profile import Profile
+from scheduler.arena_need import ModelDims
 from scheduler.iteration import EngineLimits, IterationPlanner
 from scheduler.memory_ledger import MemoryLedger
 
@@ -32,13 +33,14 @@ def kv_pool_of(kv_cache_config: Any) -> KvPool:
     return KvPool(max(1, num_blocks - 1), total_bytes // max(1, num_blocks), block_tokens)
 
 
-def build_planner(args: AppArgs, scheduler: Any, pool: KvPool) -> IterationPlanner:
+def build_planner(args: AppArgs, scheduler: Any, pool: KvPool, *, can_prune: bool = False) -> IterationPlanner:
     """The planner of one engine.
 
     Args:
         args: the application's settings; `profile.path` names the profile to start from, if it exists.
         scheduler: the vLLM scheduler that will apply the plans.
         pool: its KV cache.
+        can_prune: KV blocks may be dropped (`engine.kv_pruning`).
     """
     profile = _load_profile(args)
     vllm = scheduler.scheduler_config
@@ -54,6 +56,7 @@ def build_planner(args: AppArgs, scheduler: Any, pool: KvPool) -> IterationPlann
             and not vllm.disable_chunked_mm_input
             and not scheduler.need_mamba_block_aligned_split
         ),
+        dims=_dims_of(scheduler.vllm_config.model_config, args) if args.training.enabled else None,
     )
     memory = MemoryLedger(
         kv_bytes=pool.num_blocks * pool.block_bytes,
@@ -66,7 +69,22 @@ def build_planner(args: AppArgs, scheduler: Any, pool: KvPool) -> IterationPlann
         predictor=OnlineLatencyModel(profile),
         limits=limits,
         memory=memory,
+        pruning=args.kv_pruning if can_prune else None,
     )
+
+
+def _dims_of(model: Any, args: AppArgs) -> ModelDims | None:
+    """Sizes that a training step's memory is predicted from; None if the configuration lacks one."""
+    try:
+        return ModelDims.of(
+            model.hf_text_config.to_dict(),
+            dtype_bytes=model.dtype.itemsize,
+            lora_rank=args.lora.rank,
+            head_chunk_tokens=args.training.head_chunk_tokens,
+        )
+    except ConfigError as error:
+        logger.warning("memory of training is learnt from its first steps: %s", error)
+        return None
 
 
 def _load_profile(args: AppArgs) -> Profile | None:

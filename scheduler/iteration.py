@@ -2,9 +2,10 @@
 
 `plan` is asked before inference is scheduled, `settle` after, for what was really scheduled (prefix hits, finished
 and preempted requests make a difference). Tasks are taken in order of priority; decoding is mandatory and counts
-first. Prefill chunks are packed by best fit into the iteration's capacity; slices get the rest of it, within the
-slack before the TTFT targets. One bin is open at a time: a second would let a task wait for a tighter fit in an
-iteration that is planned anew anyway.
+first. Prefill chunks are packed by best fit into the iteration's capacity (`scheduler.prefill_packing`); slices get
+the rest of it, within the slack before the TTFT targets. One bin is open at a time: a second would let a task wait for
+a tighter fit in an iteration that is planned anew anyway. When memory is short, `scheduler.memory_relief` says what
+gives way; KV blocks are dropped before inference is scheduled, so `plan` decides that for the slices as well.
 
 Pure: no clock, no device. The engine and the simulator run this same code.
 """
@@ -12,13 +13,16 @@ Pure: no clock, no device. The engine and the simulator run this same code.
 from dataclasses import dataclass
 
 from core.batch import ForwardShape, IterationSample
-from core.config import SchedulerConfig, SloConfig
+from core.config import KvPruningConfig, SchedulerConfig, SloConfig
 from core.ports import LatencyPredictor
 from core.types import SliceKind
 from scheduler.arena import ArenaModel
+from scheduler.arena_need import ArenaNeed, ModelDims
 from scheduler.memory_ledger import MemoryLedger, Pool
-from scheduler.packing import Bin, Demand, choose_candidate
-from scheduler.plan import FineTuneState, IterationView, Plan, PrefillTask
+from scheduler.memory_relief import BlockBudget, MemoryRelief
+from scheduler.packing import Bin
+from scheduler.plan import FineTuneState, IterationView, Plan
+from scheduler.prefill_packing import PrefillPacker
 from scheduler.priority import decode_priority, finetune_priority, prefill_priority
 from scheduler.retrain import RetrainMeter
 from scheduler.slice_size import ARENA_OWNER, SliceSizer
@@ -26,9 +30,6 @@ from scheduler.slo_budget import iteration_capacity_s, ttft_slack_s
 
 IDLE_QUANTUM_S = 0.01
 """With nothing to serve, slices run for this long (at least one) before new requests are looked for."""
-
-_CHUNK_MULTIPLE = 16
-"""Chunks that do not end a prompt are multiples of this: kernels and KV blocks like it."""
 
 _KV_OWNER = "inference"
 """Owner in the ledger of the KV blocks that vLLM has given out."""
@@ -49,6 +50,8 @@ class EngineLimits:
     """What a step holds whatever its micro-batches."""
     can_chunk_prefills: bool = True
     """False: a prompt is computed in one pass, so its tokens may not be limited."""
+    dims: ModelDims | None = None
+    """Of the model in training: predicts a step's memory where no profile does. None: learnt from the first steps."""
 
 
 class IterationPlanner:
@@ -62,15 +65,22 @@ class IterationPlanner:
         predictor: LatencyPredictor,
         limits: EngineLimits,
         memory: MemoryLedger,
+        pruning: KvPruningConfig | None = None,
     ) -> None:
+        """`pruning`: None if KV blocks are not dropped."""
         self.memory = memory
         self.predictor = predictor
         self.retrain = RetrainMeter(config)
         self._config = config
         self._slo = slo
         self._limits = limits
-        arena = ArenaModel(limits.arena_fixed_bytes, limits.arena_bytes_per_token)
+        need = None if limits.dims is None else ArenaNeed(limits.dims)
+        arena = ArenaModel(limits.arena_fixed_bytes, limits.arena_bytes_per_token, need)
         self._sizer = SliceSizer(config, predictor, memory, limits.max_slice_tokens, arena)
+        self._relief = MemoryRelief(pruning, memory, limits.kv_bytes_per_token)
+        self._packer = PrefillPacker(
+            config, predictor, max_tokens=limits.max_tokens, kv_bytes_per_token=limits.kv_bytes_per_token
+        )
         self._full_arena_bytes = 0
         """Before slices ran out of it."""
 
@@ -81,7 +91,7 @@ class IterationPlanner:
         return not state.is_training or self.retrain.may_train()
 
     def plan(self, view: IterationView) -> Plan:
-        """Token budget and chunk cap for the forward pass, or a blocking training phase of a baseline.
+        """Token budget, chunk cap and KV blocks to drop, or a blocking training phase of a baseline.
 
         Raises:
             LedgerError: `view.used_kv_bytes` is more than the KV cache has.
@@ -89,15 +99,14 @@ class IterationPlanner:
         self.memory.record(_KV_OWNER, Pool.KV, view.used_kv_bytes)
         if self._is_blocking_due(view.finetune, view.now_s):
             return Plan(0, 0, finetune_budget_s=float("inf"), min_slices=1, is_blocking=True)
-        if not view.prefills or not self._limits.can_chunk_prefills:
-            return Plan(self._limits.max_tokens, 0)
+        blocks = self._relief.open(view)
         shape = ForwardShape(num_decode=view.num_decode, decode_context=view.decode_context)
-        decode_s = self.predictor.forward_upper_s(shape)
-        if decode_s is None:  # nothing known of this device: vLLM's own way
-            return Plan(self._limits.max_tokens, 0)
-        chunks = self._pack_prefills(view, shape, decode_s)
-        budget = min(self._limits.max_tokens, max(view.num_decode, view.decode_tokens) + sum(chunks))
-        return Plan(budget, max(chunks))
+        plan = self._plan_forward(view, shape, blocks)
+        if view.finetune is not None and self._may_train(view.finetune):
+            plan.slice_tokens = self._slice_tokens(view, blocks)
+            self._prune_for_slices(plan, view, view.finetune, shape, blocks)
+        self._relief.close(blocks, view, plan, _KV_OWNER)
+        return plan
 
     def settle(self, plan: Plan, view: IterationView, shape: ForwardShape) -> Plan:
         """Complete the plan with its fine-tune part, for the forward pass `shape` that was scheduled under it."""
@@ -105,9 +114,11 @@ class IterationPlanner:
         state = view.finetune
         if plan.is_blocking or state is None or not self._may_train(state):
             return plan
-        plan.slice_tokens = self._slice_tokens(view)
         must_train = self._must_train(view, state)
-        if not self._reserve_arena(state, plan.slice_tokens, is_urgent=must_train or shape.num_tokens == 0):
+        is_urgent = must_train or shape.num_tokens == 0
+        if plan.defers_training and not is_urgent:
+            return plan
+        if not self._reserve_arena(state, plan.slice_tokens, is_urgent=is_urgent):
             return plan  # no memory: training waits
         if shape.num_tokens == 0:
             plan.finetune_budget_s, plan.min_slices = IDLE_QUANTUM_S, 1
@@ -146,79 +157,40 @@ class IterationPlanner:
         """No step is in progress any more."""
         self.memory.release(ARENA_OWNER)
 
-    def _pack_prefills(self, view: IterationView, shape: ForwardShape, decode_s: float) -> list[int]:
-        """Chunk sizes of the prefills seen, in their order; at least one chunk is given."""
+    def _plan_forward(self, view: IterationView, shape: ForwardShape, blocks: BlockBudget) -> Plan:
+        """What inference may take; chunks are added to `shape`, which holds what decodes."""
+        if not view.prefills or not self._limits.can_chunk_prefills:
+            return Plan(self._limits.max_tokens, 0)
+        decode_s = self.predictor.forward_upper_s(shape)
+        if decode_s is None:  # nothing known of this device: vLLM's own way
+            return Plan(self._limits.max_tokens, 0)
         capacity_s = iteration_capacity_s(self._slo, self._config.slack_fraction, view.num_decode)
         now = Bin(
             "now",
             float(self.memory.capacity_bytes),
             capacity_s - self.predictor.overhead_s - self._aged_slice_s(view),
-            float(self.memory.used_bytes),
+            float(self.memory.used_bytes) - blocks.pruned_blocks * blocks.block_bytes,
             decode_s,
         )
-        seats = view.free_seats
-        chunks: list[int] = []
-        for prefill in view.prefills:
-            if not prefill.is_running:
-                if seats <= 0:
-                    break
-                seats -= 1
-            tokens = self._pack_chunk(prefill, shape, now)
-            if tokens == 0:
-                break  # nobody overtakes
-            chunks.append(tokens)
-            if tokens < prefill.num_tokens:
-                break
-        # Decoding alone may fill the capacity: prompts go on nevertheless, slowly.
-        return chunks or [min(self._config.min_prefill_tokens, view.prefills[0].num_tokens)]
+        chunks = self._packer.pack(view, shape, now, blocks)
+        budget = min(self._limits.max_tokens, max(view.num_decode, view.decode_tokens) + sum(chunks))
+        return Plan(budget, max(chunks, default=0))
 
-    def _pack_chunk(self, prefill: PrefillTask, shape: ForwardShape, now: Bin) -> int:
-        """Choose how much of the prompt this iteration takes; adds it to shape and bin. 0: none fits."""
-        base_s = self.predictor.forward_upper_s(shape) or 0.0
-        sizes, demands = [], []
-        for size in self._chunk_sizes(prefill, shape, now, base_s):
-            sizes.append(size)
-            demands.append(self._chunk_demand(size, prefill, shape, base_s))
-            if now.fits(demands[-1]):
-                break  # sizes fall: what follows leaves more room
-        chosen = choose_candidate(demands, now, self._config)
-        if chosen is None:
-            return 0
-        now.add(demands[chosen])
-        shape.add_chunk(sizes[chosen], prefill.context_tokens)
-        return sizes[chosen]
-
-    def _chunk_sizes(self, prefill: PrefillTask, shape: ForwardShape, now: Bin, base_s: float) -> list[int]:
-        """Candidates, largest first: the whole prompt, what the time left is predicted to hold, and half of that."""
-        whole = min(prefill.num_tokens, self._limits.max_tokens - shape.num_tokens)
-        if self._limits.kv_bytes_per_token:
-            room = (now.memory_capacity_bytes - now.memory_used_bytes) / self._limits.kv_bytes_per_token
-            whole = min(whole, max(self._config.min_prefill_tokens, int(room)))
-        least = min(self._config.min_prefill_tokens, whole)
-        if whole <= 0:
-            return []
-        if self._config.packing == "first_fit":
-            return [whole, least]
-        whole_s = self._chunk_demand(whole, prefill, shape, base_s).latency_s
-        left_s = now.latency_capacity_s - now.latency_used_s
-        if whole_s <= left_s or whole_s <= 0:
-            return [whole]
-        # Latency is convex in the chunk, so a proportional share always fits; it is at most a little small.
-        share = int(whole * max(0.0, left_s) / whole_s) // _CHUNK_MULTIPLE * _CHUNK_MULTIPLE
-        half = share // (2 * _CHUNK_MULTIPLE) * _CHUNK_MULTIPLE
-        return [size for size in (whole, share, half) if size >= least]
-
-    def _chunk_demand(self, size: int, prefill: PrefillTask, shape: ForwardShape, base_s: float) -> Demand:
-        with_chunk = ForwardShape(
-            shape.num_decode,
-            shape.decode_context,
-            shape.num_prefill_tokens,
-            shape.prefill_attention,
-            shape.num_prefills,
-        )
-        with_chunk.add_chunk(size, prefill.context_tokens)
-        latency_s = (self.predictor.forward_upper_s(with_chunk) or 0.0) - base_s
-        return Demand(size * self._limits.kv_bytes_per_token, latency_s)
+    def _prune_for_slices(
+        self, plan: Plan, view: IterationView, state: FineTuneState, shape: ForwardShape, blocks: BlockBudget
+    ) -> None:
+        """Drop KV blocks for slices that have the time, but pass the joint limit even at the size chosen."""
+        if blocks.is_short or not blocks.droppable_blocks:
+            return
+        missing = self._arena_bytes(state, plan.slice_tokens) - self._sizer.room_bytes
+        missing -= int(blocks.pruned_blocks * blocks.block_bytes)
+        if missing <= 0:
+            return
+        upper_s = self.predictor.forward_upper_s(shape)
+        has_time = upper_s is not None and self._slack_s(plan, view, shape, upper_s) > 0
+        quote = blocks.quote(0, missing)
+        if quote is not None and (has_time or self._must_train(view, state)):
+            blocks.take(0, quote, "finetune")
 
     def _slack_s(self, plan: Plan, view: IterationView, shape: ForwardShape, upper_s: float) -> float:
         busy_s = upper_s + self.predictor.overhead_s
@@ -231,11 +203,12 @@ class IterationPlanner:
             slack_s = min(slack_s, self._config.slack_fraction * first_token_s)
         return slack_s
 
-    def _slice_tokens(self, view: IterationView) -> int:
+    def _slice_tokens(self, view: IterationView, blocks: BlockBudget) -> int:
         lone = ForwardShape(num_decode=1, decode_context=max(1, view.decode_context // max(1, view.num_decode)))
         lone_s = self.predictor.forward_upper_s(lone)
         capacity_s = iteration_capacity_s(self._slo, self._config.slack_fraction, 1)
-        return self._sizer.choose(None if lone_s is None else capacity_s - self.predictor.overhead_s - lone_s)
+        alone_s = None if lone_s is None else capacity_s - self.predictor.overhead_s - lone_s
+        return self._sizer.choose(alone_s, blocks)
 
     def _reserve_arena(self, state: FineTuneState, slice_tokens: int, *, is_urgent: bool) -> bool:
         """False: with the KV cache this full, the step would pass `tau_mem`.
@@ -243,13 +216,17 @@ class IterationPlanner:
         Urgent work (it has waited too long, or nobody else wants the device) may: the arena is memory of its own.
         A pair larger than the whole arena is tried anyway, and fails with a name if the device agrees.
         """
-        wanted = max(self._sizer.arena_bytes(max(slice_tokens, state.max_batch_tokens)), state.held_bytes)
-        wanted = min(wanted, self.memory.pool_capacity_bytes(Pool.ARENA))
+        wanted = self._arena_bytes(state, slice_tokens)
         if self.memory.reserve(ARENA_OWNER, Pool.ARENA, wanted):
             return True
         if is_urgent:
             self.memory.record(ARENA_OWNER, Pool.ARENA, wanted)
         return is_urgent
+
+    def _arena_bytes(self, state: FineTuneState, slice_tokens: int) -> int:
+        """What the step may hold, within the arena."""
+        wanted = max(self._sizer.arena_bytes(max(slice_tokens, state.max_batch_tokens)), state.held_bytes)
+        return min(wanted, self.memory.pool_capacity_bytes(Pool.ARENA))
 
     def _is_blocking_due(self, state: FineTuneState | None, now_s: float) -> bool:
         """A baseline stops inference for a step; scoring a candidate is one as well, and is never put off."""

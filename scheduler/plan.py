@@ -26,6 +26,8 @@ class PrefillTask:
     """The request's `priority` field: lower is sooner, above 0 is class `batch`."""
     is_running: bool = False
     """Has a seat already (a chunk of it was computed)."""
+    held_tokens: int = 0
+    """Prompt tokens that KV blocks are kept for beyond `context_tokens`; 0: none, a chunk takes its own."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,11 +2,21 @@
 
 All requests of one `priority` value age at one rate, so among them the order of arrival is the order: a sorted
 list for each value, and only their heads are compared at the moment of asking.
+
+Requests that share a prefix go together: who shares one with a running request is treated as if it had arrived
+`head_start_s` earlier. Its keys and values are in the cache now and may be gone later, and while both run they need
+memory for them once. As soon as the first of a group runs, the others follow it. It is part of the one priority:
+
+    P(t) = base + rate * (wait_s + head_start_s)    if the prefix is in use,    base + rate * wait_s    otherwise
+
+So nobody starves: within a `priority` value a request is overtaken only by those that arrived less than
+`head_start_s` after it, however many share prefixes, whatever the rate.
 """
 
 import heapq
 from bisect import bisect_left, insort
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator
+from collections.abc import Set as AbstractSet
 from itertools import islice
 from typing import Generic, TypeVar
 
@@ -14,27 +24,117 @@ from core.config import SchedulerConfig
 from scheduler.priority import clamp_user_priority, prefill_base, prefill_rate
 
 T = TypeVar("T")
-_Entry = tuple[float, int, str]
-"""Arrival, sequence number, request id."""
+Group = Hashable
+"""Names a prefix; None for a request that shares none."""
+_Entry = tuple[float, int, str, Group]
+"""Arrival, sequence number, request id, group. No two have one sequence number, so groups are never compared."""
+_Key = tuple[float, float, _Entry]
+"""Minus the priority, the turn (arrival minus head start), and the entry."""
+
+_HEAD_START_S = 0.5
+"""Half of the default TTFT target."""
 
 
 class _Lane:
-    """Requests of one `priority` value, oldest first."""
+    """Requests of one `priority` value."""
 
-    __slots__ = ("base", "entries", "rate")
+    __slots__ = ("base", "entries", "groups", "head_start_s", "hot", "hot_heads", "rate")
 
-    def __init__(self, base: float, rate: float) -> None:
+    def __init__(self, base: float, rate: float, head_start_s: float) -> None:
         self.base = base
         self.rate = rate
+        self.head_start_s = head_start_s
         self.entries: list[_Entry] = []
+        """Oldest first."""
+        self.groups: dict[Group, list[_Entry]] = {}
+        """The same entries by group, oldest first."""
+        self.hot: dict[Group, _Entry] = {}
+        """First entry of each group whose prefix is in use."""
+        self.hot_heads: list[_Entry] = []
+        """The values of `hot`, oldest first."""
 
-    def key(self, entry: _Entry, now_s: float) -> tuple[float, float, int]:
-        """Sorts as the total order does: highest priority, earliest arrival, lowest sequence number first."""
-        return (-(self.base + self.rate * max(0.0, now_s - entry[0])), entry[0], entry[1])
+    def add(self, entry: _Entry, *, is_hot: bool) -> None:
+        """Put an entry into its place."""
+        insort(self.entries, entry)
+        if entry[3] is not None:
+            insort(self.groups.setdefault(entry[3], []), entry)
+            if is_hot:
+                self.heat(entry[3])
 
-    def keyed(self, now_s: float) -> Iterator[tuple[tuple[float, float, int], str]]:
-        """Keys and request ids in order."""
-        return ((self.key(entry, now_s), entry[2]) for entry in self.entries)
+    def remove(self, entry: _Entry) -> None:
+        """Take an entry out."""
+        del self.entries[bisect_left(self.entries, entry)]
+        members = self.groups.get(entry[3])
+        if members is None:
+            return
+        del members[bisect_left(members, entry)]
+        was_hot = self.cool(entry[3])
+        if not members:
+            del self.groups[entry[3]]
+        elif was_hot:
+            self.heat(entry[3])
+
+    def heat(self, group: Group) -> None:
+        """The group's prefix is in use, or its first entry has changed."""
+        members = self.groups.get(group)
+        if members is not None and self.hot.get(group) is not members[0]:
+            self.cool(group)
+            self.hot[group] = members[0]
+            insort(self.hot_heads, members[0])
+
+    def cool(self, group: Group) -> bool:
+        """The group's prefix is in use no more; False if it was not."""
+        head = self.hot.pop(group, None)
+        if head is None:
+            return False
+        del self.hot_heads[bisect_left(self.hot_heads, head)]
+        return True
+
+    def first(self, now_s: float) -> _Key:
+        """Key of the entry that comes first; the lane must not be empty."""
+        entry = self.entries[0]
+        turn_s = entry[0]
+        if self.hot_heads:  # if `entry` is hot itself, it is the first of these
+            hot = self.hot_heads[0]
+            turn_s, entry = min((turn_s, entry), (hot[0] - self.head_start_s, hot))
+        return self.key(turn_s, entry, now_s)
+
+    def key(self, turn_s: float, entry: _Entry, now_s: float) -> _Key:
+        """Sorts as the total order does: highest priority, earliest turn, earliest arrival first."""
+        return (-(self.base + self.rate * max(0.0, now_s - turn_s)), turn_s, entry)
+
+    def keyed(self, now_s: float) -> Iterator[_Key]:
+        """Keys in order."""
+        return (self.key(turn_s, entry, now_s) for turn_s, entry in self.in_order())
+
+    def in_order(self) -> Iterator[tuple[float, _Entry]]:
+        """Entries in order, each with its turn: arrival minus head start. Takes as long as what is taken from it."""
+        if not self.hot:
+            return ((entry[0], entry) for entry in self.entries)
+        return self._merged()
+
+    def _merged(self) -> Iterator[tuple[float, _Entry]]:
+        hot = self._hot_in_order()
+        next_hot = next(hot, None)
+        for entry in self.entries:
+            while next_hot is not None and (next_hot[0] - self.head_start_s, next_hot) <= (entry[0], entry):
+                yield next_hot[0] - self.head_start_s, next_hot
+                next_hot = next(hot, None)
+            if entry[3] not in self.hot:  # else it has had its turn: that was before its arrival
+                yield entry[0], entry
+
+    def _hot_in_order(self) -> Iterator[_Entry]:
+        heads = list(self.hot_heads)  # sorted, and so a heap
+        taken = dict.fromkeys(self.hot, 1)
+        while heads:
+            entry = heads[0]
+            yield entry
+            members, position = self.groups[entry[3]], taken[entry[3]]
+            if position < len(members):
+                taken[entry[3]] = position + 1
+                heapq.heapreplace(heads, members[position])
+            else:
+                heapq.heappop(heads)
 
 
 class WaitingQueue(Generic[T]):
@@ -42,9 +142,12 @@ class WaitingQueue(Generic[T]):
 
     def __init__(self, config: SchedulerConfig) -> None:
         self._config = config
+        self._head_start_s: float = getattr(config, "prefix_head_start_s", _HEAD_START_S)
+        self.orders_prefixes = bool(getattr(config, "prefix_order", True)) and self._head_start_s > 0
         self._lanes: dict[int, _Lane] = {}
         self._where: dict[str, tuple[int, _Entry]] = {}
         self._payloads: dict[str, T] = {}
+        self._in_use: AbstractSet[Group] = frozenset()
         self._sequence = 0
 
     def __len__(self) -> int:
@@ -53,19 +156,40 @@ class WaitingQueue(Generic[T]):
     def __contains__(self, request_id: str) -> bool:
         return request_id in self._payloads
 
-    def push(self, request_id: str, payload: T, arrived_s: float, user_priority: int = 0) -> None:
-        """Add a request, or put it anew. A preempted one keeps its arrival and so comes back to the front."""
+    def push(
+        self, request_id: str, payload: T, arrived_s: float, user_priority: int = 0, group: Group = None
+    ) -> None:
+        """Add a request, or put it anew. A preempted one keeps its arrival and so comes back to the front.
+
+        Args:
+            request_id: unique among those that wait.
+            payload: what `pop` gives back.
+            arrived_s: arrival.
+            user_priority: the request's `priority` field.
+            group: names the prefix that it may share; None if none.
+        """
         self.remove(request_id)
         lane_key = clamp_user_priority(user_priority)
         lane = self._lanes.get(lane_key)
         if lane is None:
             base, rate = prefill_base(lane_key, self._config), prefill_rate(lane_key, self._config)
-            lane = self._lanes[lane_key] = _Lane(base, rate)
+            lane = self._lanes[lane_key] = _Lane(base, rate, self._head_start_s)
         self._sequence += 1
-        entry = (arrived_s, self._sequence, request_id)
-        insort(lane.entries, entry)
+        entry = (arrived_s, self._sequence, request_id, group if self.orders_prefixes else None)
+        lane.add(entry, is_hot=group in self._in_use)
         self._where[request_id] = (lane_key, entry)
         self._payloads[request_id] = payload
+
+    def set_in_use(self, groups: AbstractSet[Group]) -> None:
+        """Say whose prefixes running requests use. Call between iterations: it changes the order."""
+        if not self.orders_prefixes or groups == self._in_use:
+            return
+        for lane in self._lanes.values():
+            for group in self._in_use - groups:
+                lane.cool(group)
+            for group in groups - self._in_use:
+                lane.heat(group)
+        self._in_use = frozenset(groups)
 
     def peek(self, now_s: float) -> T:
         """The request that runs next.
@@ -92,8 +216,7 @@ class WaitingQueue(Generic[T]):
         if where is None:
             return None
         lane_key, entry = where
-        entries = self._lanes[lane_key].entries
-        del entries[bisect_left(entries, entry)]
+        self._lanes[lane_key].remove(entry)
         return self._payloads.pop(request_id)
 
     def head(self, count: int, now_s: float) -> list[T]:
@@ -104,21 +227,16 @@ class WaitingQueue(Generic[T]):
         """All requests in order. The queue must not change meanwhile."""
         lanes = [lane for lane in self._lanes.values() if lane.entries]
         if len(lanes) == 1:  # the usual case, and vLLM walks the queue often
-            return (self._payloads[entry[2]] for entry in lanes[0].entries)
+            return (self._payloads[entry[2]] for _, entry in lanes[0].in_order())
         merged = heapq.merge(*(lane.keyed(now_s) for lane in lanes))
-        return (self._payloads[request_id] for _, request_id in merged)
+        return (self._payloads[request_id] for _, _, (_, _, request_id, _) in merged)
 
     def oldest_arrival_s(self) -> float | None:
         """Earliest arrival of any waiting request."""
         return min((lane.entries[0][0] for lane in self._lanes.values() if lane.entries), default=None)
 
     def _first(self, now_s: float) -> str:
-        best: tuple[tuple[float, float, int], str] | None = None
-        for lane in self._lanes.values():
-            if lane.entries:
-                entry = lane.entries[0]
-                candidate = (lane.key(entry, now_s), entry[2])
-                best = candidate if best is None or candidate < best else best
-        if best is None:
+        firsts = [lane.first(now_s) for lane in self._lanes.values() if lane.entries]
+        if not firsts:
             raise IndexError("no request is waiting")
-        return best[1]
+        return min(firsts)[2][2]

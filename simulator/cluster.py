@@ -22,6 +22,7 @@ from simulator.events import EventKind, EventQueue
 from simulator.executor import Executor
 from simulator.finetune import PairShape
 from simulator.hardware import FrozenPredictor, Hardware
+from simulator.kv_pruning import KvPruner
 from simulator.requests import RequestPool
 from simulator.result import Result
 from simulator.routing import LeastLoadedRouter, PlacementRouter, Router
@@ -160,7 +161,12 @@ class Simulation:
         if trace.args.training.enabled and trace.finetune.pairs_per_s != 0:
             trainer.measure_all_kinds()
             planner.observe(IterationSample(ForwardShape(), 0.0, slices=trainer.warm_up))
-        running = RunningSet(max_seats=trace.args.engine.max_num_seqs, kv_tokens=hardware.kv_tokens)
+        running = RunningSet(
+            max_seats=trace.args.engine.max_num_seqs,
+            kv_tokens=hardware.kv_tokens,
+            block_tokens=hardware.block_tokens,
+        )
+        pruning = trace.args.kv_pruning
         return Executor(
             index,
             planner=planner,
@@ -170,6 +176,7 @@ class Simulation:
                 running=running,
                 waiting=WaitingQueue(trace.args.scheduler),
                 kv_bytes_per_token=hardware.kv_bytes_per_token,
+                pruner=None if pruning.start == "off" else KvPruner(pruning, hardware.block_tokens),
             ),
             meter=TokenMeter(index, self._statistics, None if self._write_log is None else self._log),
             statistics=self._statistics,
@@ -208,6 +215,7 @@ class Simulation:
                 arena_bytes=args.training.arena_bytes or hardware.arena_bytes,
                 tau_mem=args.scheduler.tau_mem,
             ),
+            pruning=args.kv_pruning,
         )
 
     def _new_router(self) -> Router:

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from core.batch import ForwardShape, IterationSample
 from core.errors import MaceError
 from scheduler.iteration import IterationPlanner
-from scheduler.plan import Plan
+from scheduler.plan import IterationView, Plan
 from simulator.device import Device
 from simulator.requests import Fill, RequestPool
 from simulator.running import SimRequest
@@ -137,7 +137,7 @@ class Executor:
         running = self.requests.running
         if not isinstance(self._current, _Stretch):
             return running.kv_used
-        return running.kv_used + running.num_decode * bisect_right(self._current.ends_s, now_s)
+        return running.kv_used_after(bisect_right(self._current.ends_s, now_s))
 
     def _wake(self, now_s: float) -> None:
         """Something arrived: a sleeping executor starts, a stretch ends with the iteration in progress."""
@@ -157,7 +157,8 @@ class Executor:
 
     def _may_stretch(self) -> bool:
         return (
-            self.requests.only_decodes
+            self.requests.pruner is None  # then the planner watches the blocks
+            and self.requests.only_decodes
             and not self.trainer.has_work
             and self._knows_no_work
             and self.requests.running.passes_to_change() > 0
@@ -195,9 +196,12 @@ class Executor:
         self._advance(count)
 
     def _start_iteration(self, now_s: float) -> None:
-        view = self.requests.view(now_s, self.trainer.state())
+        view = self._view(now_s)
         self._knows_no_work = view.finetune is None
         plan = self._planner.plan(view)
+        self._prune(plan.prune_blocks)
+        if self.requests.pruner is not None:
+            self.requests.pruner.is_asked = plan.wants_prune_scores
         fill = self.requests.fill(plan, now_s)
         for request in fill.preempted:
             self.meter.preempted(request)
@@ -214,6 +218,19 @@ class Executor:
         overhead_s = self._device.overheads_s(1)[0]
         end_s = now_s + overhead_s + forward_s + trained.busy_s
         self._begin(_Iteration(now_s, end_s, plan, fill, overhead_s, forward_s, trained), end_s)
+
+    def _view(self, now_s: float) -> IterationView:
+        view = self.requests.view(now_s, self.trainer.state())
+        pruner, offer = self.requests.pruner, view.prune_offer
+        if pruner is None or not pruner.drops_all or offer is None:
+            return view
+        self._prune(offer.num_blocks)
+        return self.requests.view(now_s, view.finetune)
+
+    def _prune(self, num_blocks: int) -> None:
+        pruned = self.requests.prune(num_blocks) if num_blocks else 0
+        if pruned:
+            self.meter.pruned(pruned)
 
     def _end_iteration(self, iteration: _Iteration) -> None:
         trained = iteration.trained

@@ -23,6 +23,8 @@ class Hardware:
     kv_bytes_per_token: float
     arena_bytes: int
     arena_bytes_per_token: float
+    block_tokens: int = 1
+    """Tokens of a KV block; `kv_tokens` are rounded down to whole blocks."""
 
 
 class FrozenPredictor:

@@ -16,6 +16,9 @@ from simulator.device import Quantiles
 from simulator.finetune import StepModel
 from simulator.hardware import Hardware
 
+_BLOCK_TOKENS = 16
+"""vLLM's block on CUDA; `engine.engine_kwargs.block_size` says otherwise."""
+
 
 @dataclass(frozen=True, slots=True)
 class ModelShape:
@@ -115,4 +118,5 @@ def hardware_of(profile: Profile, shape: ModelShape, args: AppArgs) -> Hardware:
         kv_bytes_per_token=kv_bytes,
         arena_bytes=int(2 * profile.memory.step_bytes(largest)),
         arena_bytes_per_token=profile.memory.arena_bytes_per_token,
+        block_tokens=int(args.engine.engine_kwargs.get("block_size") or _BLOCK_TOKENS),
     )

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from core.batch import ForwardShape
 from scheduler.plan import FineTuneState, IterationView, Plan, PrefillTask
 from scheduler.waiting import WaitingQueue
+from simulator.kv_pruning import KvPruner
 from simulator.running import RunningSet, SimRequest
 
 
@@ -38,12 +39,19 @@ class RequestPool:
     """The waiting queue and the seats of one executor."""
 
     def __init__(
-        self, *, running: RunningSet, waiting: WaitingQueue[SimRequest], kv_bytes_per_token: float
+        self,
+        *,
+        running: RunningSet,
+        waiting: WaitingQueue[SimRequest],
+        kv_bytes_per_token: float,
+        pruner: KvPruner | None = None,
     ) -> None:
+        """`pruner`: None if KV blocks are never dropped."""
         self.running = running
         self.waiting = waiting
         self.waiting_tokens = 0
         """Prompt tokens of the waiting queue."""
+        self.pruner = pruner
         self._kv_bytes_per_token = kv_bytes_per_token
 
     def __len__(self) -> int:
@@ -74,6 +82,10 @@ class RequestPool:
             free_seats=running.max_seats - len(running),
             used_kv_bytes=self.used_kv_bytes,
             finetune=finetune,
+            free_kv_blocks=running.blocks.free,
+            block_tokens=running.blocks.block_tokens,
+            decode_blocks=running.decode_blocks,
+            prune_offer=None if self.pruner is None else self.pruner.offer(running),
         )
         for request in running.prefills:
             if request.left <= 1:
@@ -85,6 +97,10 @@ class RequestPool:
             head = [_task(request, is_running=False) for request in self.waiting.head(view.num_unlooked, now_s)]
             view.add_waiting(head, len(self.waiting), self.waiting.oldest_arrival_s())
         return view
+
+    def prune(self, num_blocks: int) -> int:
+        """Drop KV blocks of the last view's offer; returns how many."""
+        return 0 if self.pruner is None else self.pruner.prune(num_blocks, self.running)
 
     def fill(self, plan: Plan, now_s: float) -> Fill:
         """Choose what the forward pass computes; preempts if decoding needs the KV memory."""
@@ -108,7 +124,7 @@ class RequestPool:
     def _make_room(self, fill: Fill) -> None:
         """Every decoding request needs room for one more token."""
         running = self.running
-        while running.kv_used + running.num_decode > running.kv_capacity:
+        while running.decode_blocks > running.blocks.free:
             request = running.preempt()
             if request is None:
                 return
@@ -118,5 +134,11 @@ class RequestPool:
 
 def _task(request: SimRequest, *, is_running: bool) -> PrefillTask:
     return PrefillTask(
-        request.request_id, request.arrival_s, request.left, request.computed, request.user_priority, is_running
+        request.request_id,
+        request.arrival_s,
+        request.left,
+        request.computed,
+        request.user_priority,
+        is_running,
+        held_tokens=request.target if is_running else 0,
     )

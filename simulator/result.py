@@ -73,6 +73,7 @@ class Result:
             "iterations": found.iterations,
             "slices": found.slices,
             "preemptions": found.preemptions,
+            "pruned_blocks": found.pruned_blocks,
         }
 
     def _share(self, busy_s: float) -> float:

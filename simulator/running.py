@@ -6,9 +6,11 @@ are one sum, and `advance` moves all of them by any number of passes at once.
 """
 
 import heapq
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from core.errors import ConfigError
+from simulator.kv_blocks import KvBlocks
 from simulator.trace import TraceRequest
 
 
@@ -36,6 +38,8 @@ class SimRequest:
     """A token of it missed the TBT target before it was preempted."""
     late_since_s: float = -1.0
     """Late tokens of the executor count from here on."""
+    num_dropped: int = 0
+    """KV blocks of it that pruning has dropped."""
     work_ns: int = 0
     """What the router predicted it to cost."""
 
@@ -58,17 +62,16 @@ class SimRequest:
 
 
 class RunningSet:
-    """Seats and KV cache of one executor. A prompt's tokens are reserved when it is admitted."""
+    """Seats and KV cache of one executor. A prompt's blocks are reserved when it is admitted."""
 
-    def __init__(self, *, max_seats: int, kv_tokens: int) -> None:
+    def __init__(self, *, max_seats: int, kv_tokens: int, block_tokens: int = 1) -> None:
         self.max_seats = max_seats
-        self.kv_capacity = kv_tokens
-        self.kv_used = 0
+        self.blocks = KvBlocks(kv_tokens=kv_tokens, block_tokens=block_tokens)
         self.prefills: list[SimRequest] = []
         """In order of admission."""
         self.num_decode = 0
         self.decode_context = 0
-        """Tokens of the decoding requests in the KV cache."""
+        """Tokens of the decoding requests in the KV cache, those of dropped blocks not among them."""
         self.passes = 0
         """Forward passes with decoding so far."""
         self._decodes: dict[str, SimRequest] = {}
@@ -78,13 +81,41 @@ class RunningSet:
     def __len__(self) -> int:
         return self.num_decode + len(self.prefills)
 
+    @property
+    def decodes(self) -> Iterable[SimRequest]:
+        """The decoding requests, in the order in which they began."""
+        return self._decodes.values()
+
+    @property
+    def kv_capacity(self) -> int:
+        """Tokens of all blocks."""
+        return self.blocks.capacity * self.blocks.block_tokens
+
+    @property
+    def kv_used(self) -> int:
+        """Tokens of the blocks in use."""
+        return self.kv_used_after(0)
+
+    def kv_used_after(self, passes: int) -> int:
+        """The same after so many passes, in which no request ends."""
+        return (self.blocks.used + self.blocks.taken_in(self.passes, passes)) * self.blocks.block_tokens
+
+    @property
+    def decode_blocks(self) -> int:
+        """Blocks that the decoding requests need for their next token."""
+        return self.blocks.taken_in(self.passes, 1)
+
+    def cached_tokens(self, request: SimRequest) -> int:
+        """Tokens of a decoding request up to now, dropped ones included."""
+        return request.target + self.passes - request.start_pass
+
     def check(self, request: SimRequest) -> None:
         """Refuse what could never be served.
 
         Raises:
             ConfigError: prompt and answer together are longer than the KV cache.
         """
-        if request.num_prompt + request.num_output > self.kv_capacity:
+        if self.blocks.holding(request.num_prompt + request.num_output) > self.blocks.capacity:
             raise ConfigError(
                 f"request {request.request_id} of {request.num_prompt} + {request.num_output} tokens does not fit the"
                 f" KV cache of {self.kv_capacity} tokens"
@@ -95,9 +126,10 @@ class RunningSet:
 
         False, with nothing changed, if either is missing.
         """
-        if len(self) >= self.max_seats or self.kv_used + self.num_decode + request.target > self.kv_capacity:
+        needed = self.blocks.holding(request.target)
+        if len(self) >= self.max_seats or self.decode_blocks + needed > self.blocks.free:
             return False
-        self.kv_used += request.target
+        self.blocks.used += needed
         self.prefills.append(request)
         return True
 
@@ -106,9 +138,10 @@ class RunningSet:
         self.prefills.remove(request)
         request.generated += 1
         if request.generated >= request.num_output:
-            self.kv_used -= request.target
+            self.blocks.used -= self.blocks.holding(request.target)
             return False
         request.start_pass = self.passes
+        self.blocks.join(request.target, self.passes)
         request.end_pass = self.passes + request.num_output - request.generated
         self.num_decode += 1
         self.decode_context += request.target
@@ -119,15 +152,14 @@ class RunningSet:
 
     def passes_to_change(self) -> int:
         """How many passes the same requests can decode: until one ends, or the KV cache is full."""
-        room = (self.kv_capacity - self.kv_used) // self.num_decode
         self._drop_stale()
-        return min(room, self._ends[0][0] - self.passes)
+        return self.blocks.passes_left(self.passes, self._ends[0][0] - self.passes)
 
     def advance(self, passes: int) -> None:
         """So many forward passes with every decoding request in them."""
+        self.blocks.used += self.blocks.taken_in(self.passes, passes)
         self.passes += passes
         self.decode_context += passes * self.num_decode
-        self.kv_used += passes * self.num_decode
 
     def pop_ended(self) -> list[SimRequest]:
         """Take out the requests whose last token is out; their KV memory is free."""
@@ -147,7 +179,7 @@ class RunningSet:
         """
         if self.prefills:
             request = self.prefills.pop()
-            self.kv_used -= request.target
+            self.blocks.used -= self.blocks.holding(request.target)
         elif self._decodes:
             request = next(reversed(self._decodes.values()))
             self._leave(request)
@@ -163,19 +195,31 @@ class RunningSet:
         Raises:
             AssertionError: they do not balance, or a capacity is exceeded.
         """
-        contexts = sum(r.target + self.passes - r.start_pass for r in self._decodes.values())
-        assert contexts == self.decode_context
+        size, decodes = self.blocks.block_tokens, self._decodes.values()
+        dropped = sum(r.num_dropped for r in decodes)
+        held = sum(self.blocks.holding(self.cached_tokens(r)) for r in decodes) - dropped
+        assert sum(map(self.cached_tokens, decodes)) - dropped * size == self.decode_context
+        assert self.decode_blocks == sum(self.cached_tokens(r) % size == 0 for r in decodes)
         assert len(self._decodes) == self.num_decode
-        assert self.kv_used == contexts + sum(r.target for r in self.prefills) <= self.kv_capacity
+        held += sum(self.blocks.holding(r.target) for r in self.prefills)
+        assert self.blocks.used == held <= self.blocks.capacity
         assert len(self) <= self.max_seats
 
+    def drop_block(self, request: SimRequest) -> None:
+        """Give up one KV block of a decoding request."""
+        request.num_dropped += 1
+        self.blocks.used -= 1
+        self.decode_context -= self.blocks.block_tokens
+
     def _leave(self, request: SimRequest) -> None:
-        passed = self.passes - request.start_pass
-        request.generated += passed
+        cached = self.cached_tokens(request)
+        request.generated += self.passes - request.start_pass
         request.end_pass = -1
         self.num_decode -= 1
-        self.decode_context -= request.target + passed
-        self.kv_used -= request.target + passed
+        self.decode_context -= cached - request.num_dropped * self.blocks.block_tokens
+        self.blocks.used -= self.blocks.holding(cached) - request.num_dropped
+        self.blocks.leave(request.target, request.start_pass)
+        request.num_dropped = 0  # computed anew, it has all of them
         del self._decodes[request.request_id]
 
     def _drop_stale(self) -> None:

@@ -94,6 +94,7 @@ class Statistics:
         self.iterations = 0
         self.slices = 0
         self.preemptions = 0
+        self.pruned_blocks = 0
         self.output_tokens = 0
         self.prompt_tokens = 0
         self.pairs = 0

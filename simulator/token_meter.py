@@ -54,6 +54,11 @@ class TokenMeter:
             request.is_late |= self._last_late_s > request.late_since_s
         self.note("preempted", request.request_id)
 
+    def pruned(self, num_blocks: int) -> None:
+        """So many KV blocks were dropped."""
+        self._statistics.pruned_blocks += num_blocks
+        self.note("pruned", str(num_blocks))
+
     def ended(self, request: SimRequest) -> None:
         """A request's last token is out."""
         is_late = request.is_late or self._last_late_s > request.late_since_s

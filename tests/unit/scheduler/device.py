@@ -42,7 +42,9 @@ class UnknownDevice(KnownDevice):
     slice_upper_s = slice_s
 
 
-def make_planner(device=None, *, slo=None, kv_bytes=1 << 20, arena_bytes=1 << 20, limits=None, **config):
+def make_planner(
+    device=None, *, slo=None, kv_bytes=1 << 20, arena_bytes=1 << 20, limits=None, pruning=None, **config
+):
     config = SchedulerConfig(**config)
     return IterationPlanner(
         config=config,
@@ -50,4 +52,5 @@ def make_planner(device=None, *, slo=None, kv_bytes=1 << 20, arena_bytes=1 << 20
         predictor=device or KnownDevice(),
         limits=limits or EngineLimits(max_tokens=2048, max_slice_tokens=1024),
         memory=MemoryLedger(kv_bytes=kv_bytes, arena_bytes=arena_bytes, tau_mem=config.tau_mem),
+        pruning=pruning,
     )

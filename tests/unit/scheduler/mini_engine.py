@@ -3,11 +3,11 @@
 from dataclasses import dataclass
 
 from core.batch import ForwardShape, IterationSample
-from core.config import SloConfig
+from core.config import KvPruningConfig, SloConfig
 from core.types import SliceKind, SliceTiming
 from scheduler.iteration import EngineLimits, IterationPlanner
 from scheduler.memory_ledger import MemoryLedger
-from scheduler.plan import MAX_PREFILLS_SEEN, FineTuneState, IterationView, PrefillTask
+from scheduler.plan import MAX_PREFILLS_SEEN, FineTuneState, IterationView, PrefillTask, PruneOffer
 from scheduler.waiting import WaitingQueue
 
 KV_BYTES_PER_TOKEN = 10
@@ -24,6 +24,7 @@ class Request:
     user_priority: int = 0
     computed: int = 0
     produced: int = 0
+    dropped: int = 0
 
     @property
     def left(self):
@@ -31,10 +32,23 @@ class Request:
 
 
 class MiniEngine:
-    """The KV cache holds every seat's longest request: vLLM's preemption is not what is tested here."""
+    """Unless told otherwise, the KV cache holds every seat's longest request, and nothing is preempted or pruned."""
 
-    def __init__(self, config, device, *, slo=None, seats=4, kv_tokens=4000, arena_tokens=500, max_tokens=512):
+    def __init__(
+        self,
+        config,
+        device,
+        *,
+        slo=None,
+        seats=4,
+        kv_tokens=4000,
+        arena_tokens=500,
+        max_tokens=512,
+        block_tokens=1,
+        pruning=None,
+    ):
         self.config, self.device, self.slo = config, device, slo or SloConfig(ttft_s=1.0, tbt_s=0.1)
+        self.block_tokens, self.pruning = block_tokens, pruning or KvPruningConfig()
         memory = MemoryLedger(
             kv_bytes=kv_tokens * KV_BYTES_PER_TOKEN,
             arena_bytes=arena_tokens * ARENA_BYTES_PER_TOKEN,
@@ -42,9 +56,13 @@ class MiniEngine:
         )
         limits = EngineLimits(max_tokens, SLICE_TOKENS, KV_BYTES_PER_TOKEN, ARENA_BYTES_PER_TOKEN)
         self.planner = IterationPlanner(
-            config=config, slo=self.slo, predictor=device, limits=limits, memory=memory
+            config=config, slo=self.slo, predictor=device, limits=limits, memory=memory, pruning=pruning
         )
-        self.kv_tokens, self.seats, self.now_s = kv_tokens, seats, 0.0
+        self.kv_blocks, self.seats, self.now_s = kv_tokens // block_tokens, seats, 0.0
+        self.has_scores = False
+        self.offered: list[tuple[float, int]] = []
+        self.preempted: list[str] = []
+        """In the last iteration."""
         self.waiting = WaitingQueue(config)
         self.running: list[Request] = []
         self.finished: list[str] = []
@@ -68,6 +86,7 @@ class MiniEngine:
     def iterate(self, noise=1.0, out_of_memory=False):
         view = self._view()
         plan = self.planner.plan(view)
+        self._prune(plan)
         shape, tokens = self._fill(plan)
         plan = self.planner.settle(plan, view, shape)
         slices = self._slices(plan)
@@ -95,19 +114,50 @@ class MiniEngine:
         self.log.append(f"{self.now_s:.9f} {plan} {shape} {tokens} {len(slices)}")
         return view, plan, shape, slices
 
-    def used_kv(self):
-        return sum(r.computed for r in self.running)
+    def used_blocks(self):
+        return sum(self.blocks_of(r.computed) - r.dropped for r in self.running)
+
+    def blocks_of(self, num_tokens):
+        return -(-num_tokens // self.block_tokens)
+
+    def droppable(self, r):
+        """How many blocks of the request may have been dropped in all."""
+        if r.computed < r.num_prompt:
+            return 0
+        full, size = r.computed // self.block_tokens, self.block_tokens
+        kept = -(-self.pruning.sink_tokens // size) + -(-self.pruning.recent_tokens // size)
+        return max(0, min(int(self.pruning.max_fraction * full), full - kept))
+
+    def _offer(self):
+        """Harm as `engine.kv_pruning` has it."""
+        self.offered = []
+        if self.pruning.start == "off" or not self.has_scores:
+            return None
+        for i, r in enumerate(self.running):
+            full = r.computed // self.block_tokens
+            self.offered += [(gone / full, i) for gone in range(r.dropped, self.droppable(r))]
+        self.offered.sort()
+        return PruneOffer([harm for harm, _ in self.offered])
+
+    def _prune(self, plan):
+        for _, i in self.offered[: plan.prune_blocks]:
+            self.running[i].dropped += 1
+        self.has_scores = plan.wants_prune_scores
 
     def _view(self):
         view = IterationView(
             self.now_s,
             free_seats=self.seats - len(self.running),
-            used_kv_bytes=self.used_kv() * KV_BYTES_PER_TOKEN,
+            used_kv_bytes=self.used_blocks() * self.block_tokens * KV_BYTES_PER_TOKEN,
+            free_kv_blocks=self.kv_blocks - self.used_blocks(),
+            block_tokens=self.block_tokens,
+            prune_offer=self._offer(),
         )
         for r in self.running:
             if r.left == 1 and r.computed >= r.num_prompt:
                 view.num_decode += 1
                 view.decode_context += r.computed
+                view.decode_blocks += r.computed % self.block_tokens == 0
             else:
                 view.prefills.append(self._prefill(r, is_running=True))
         for r in self.waiting.head(MAX_PREFILLS_SEEN - len(view.prefills), self.now_s):
@@ -124,22 +174,31 @@ class MiniEngine:
     def _fill(self, plan):
         """As vLLM does: decodes, prefills in progress, then the waiting while seats, blocks and tokens last."""
         shape, tokens, budget = ForwardShape(), {}, plan.token_budget
+        self.preempted = []
         decoding = [r for r in self.running if r.computed >= r.num_prompt]
         for r in [*decoding, *(r for r in self.running if r not in decoding)]:
             budget -= self._schedule(r, plan, budget, shape, tokens)
-        while budget > 0 and len(self.waiting) and len(self.running) < self.seats:
-            if self.used_kv() + sum(tokens.values()) >= self.kv_tokens - self.seats:
+        while budget > 0 and len(self.waiting) and len(self.running) < self.seats and not self.preempted:
+            if self.blocks_of(self.waiting.peek(self.now_s).num_prompt) > self._free_blocks(tokens):
                 break
             r = self.waiting.pop(self.now_s)
             self.running.append(r)
             budget -= self._schedule(r, plan, budget, shape, tokens)
         return shape, tokens
 
+    def _free_blocks(self, tokens):
+        taken = sum(self.blocks_of(r.computed + tokens.get(r.request_id, 0)) - r.dropped for r in self.running)
+        return self.kv_blocks - taken
+
     def _schedule(self, r, plan, budget, shape, tokens):
-        room = self.kv_tokens - self.used_kv() - sum(tokens.values())
-        take = min(r.left, budget, room, plan.max_chunk_tokens or r.left)
-        if take <= 0:
+        take = min(r.left, budget, plan.max_chunk_tokens or r.left)
+        if r not in self.running or take <= 0:
             return 0
+        while self.blocks_of(r.computed + take) - self.blocks_of(r.computed) > self._free_blocks(tokens):
+            victim = next(v for v in reversed(self.running) if v.request_id not in tokens)
+            self._preempt(victim)
+            if victim is r:
+                return 0
         if r.computed >= r.num_prompt:
             shape.num_decode += 1
             shape.decode_context += r.computed
@@ -147,6 +206,13 @@ class MiniEngine:
             shape.add_chunk(take, r.computed)
         tokens[r.request_id] = take
         return take
+
+    def _preempt(self, r):
+        """All that it had is computed anew."""
+        self.running.remove(r)
+        self.preempted.append(r.request_id)
+        r.num_prompt, r.computed, r.dropped = max(r.num_prompt, r.computed), 0, 0
+        self.waiting.push(r.request_id, r, r.arrived_s, r.user_priority)
 
     def _slices(self, plan):
         """One kind of slice; the gate is the device's own upper estimate."""

@@ -4,7 +4,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from core.config import SchedulerConfig
-from scheduler.packing import Bin, Demand, best_fit
+from scheduler.packing import Bin, Demand, best_fit, choose_candidate
 
 CONFIG = SchedulerConfig()
 sizes = st.floats(0, 100)
@@ -39,6 +39,33 @@ def test_best_fit_equals_brute_force_and_never_overfills(need, candidates):
         return
     assert chosen.score(demand, CONFIG) == min(b.score(demand, CONFIG) for b in feasible)
     assert chosen.memory_used_bytes + demand.memory_bytes <= chosen.memory_capacity_bytes
+
+
+def test_pruned_bytes_cost_the_memory_weight_and_more_the_more_harm_they_do():
+    tight = Bin("a", 100, 100, memory_used_bytes=90)
+    free = tight.score(Demand(10, 20), CONFIG)
+    for harm in (0.0, 0.5, 1.0):
+        pruned = tight.score(Demand(30, 20, pruned_bytes=20, harm=harm), CONFIG)
+        assert pruned - free == pytest.approx(CONFIG.lambda_memory * 20 / 100 * (1 + harm))
+
+
+def test_the_larger_of_two_sizes_is_pruned_for_if_its_time_is_worth_it():
+    memory_is_short = Bin("a", 100, 100, memory_used_bytes=90)
+    sizes = [Demand(30, 30, pruned_bytes=20, harm=0.5), Demand(10, 10)]
+    assert (
+        choose_candidate(sizes, memory_is_short, CONFIG) == 1
+    )  # 20 % of the time for 20 % of the memory and harm
+    time_is_idle = [Demand(30, 60, pruned_bytes=20, harm=0.5), Demand(10, 20)]
+    assert choose_candidate(time_is_idle, memory_is_short, CONFIG) == 0
+    starved = [Demand(30, 30, pruned_bytes=30, harm=1.0)]
+    assert choose_candidate(starved, Bin("b", 100, 100, memory_used_bytes=100), CONFIG) == 0
+
+
+def test_a_bin_is_as_full_as_before_after_a_demand_that_was_pruned_for():
+    full = Bin("a", 100, 100, memory_used_bytes=100)
+    assert not full.fits(Demand(30, 10, pruned_bytes=20))
+    full.add(Demand(30, 10, pruned_bytes=30))
+    assert (full.memory_used_bytes, full.latency_used_s) == (100, 10)
 
 
 def test_both_weights_zero_is_refused():

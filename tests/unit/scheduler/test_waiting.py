@@ -64,3 +64,119 @@ def test_removed_requests_are_gone_and_the_others_stay(requests, data):
         assert queue.remove(f"r{number}") == number
         assert queue.remove(f"r{number}") is None
     assert sorted(queue.iterate(50.0)) == [n for n in range(len(requests)) if n not in gone]
+
+
+HEAD_START_S = 0.5
+grouped_rows = st.lists(
+    st.tuples(st.floats(0, 5), st.sampled_from([-1, 0, 1]), st.sampled_from([None, "a", "b", "c"])), max_size=25
+)
+in_use_sets = st.sets(st.sampled_from(["a", "b", "c", "d"]))
+
+
+def grouped(requests, in_use=frozenset()):
+    queue = WaitingQueue(CONFIG)
+    for number, (arrived_s, user_priority, group) in enumerate(requests):
+        queue.push(f"r{number}", number, arrived_s, user_priority, group)
+    queue.set_in_use(in_use)
+    return queue
+
+
+def expected_order(requests, in_use, now_s):
+    """The order by definition: sort all by the one priority."""
+
+    def key(number):
+        arrived_s, user_priority, group = requests[number]
+        turn_s = arrived_s - (HEAD_START_S if group in in_use else 0.0)
+        priority = prefill_priority(max(0.0, now_s - turn_s), user_priority, CONFIG)
+        return (-priority, turn_s, arrived_s, number)
+
+    return sorted(range(len(requests)), key=key)
+
+
+def test_requests_that_share_a_prefix_with_a_running_one_go_together():
+    queue = grouped([(0.0, 0, "a"), (0.1, 0, "b"), (0.2, 0, "a"), (0.3, 0, None), (0.4, 0, "b")])
+    assert queue.head(5, 1.0) == [0, 1, 2, 3, 4]
+    queue.set_in_use({"b"})
+    assert queue.head(5, 1.0) == [1, 4, 0, 2, 3]
+    queue.set_in_use({"a"})
+    assert queue.head(5, 1.0) == [0, 2, 1, 3, 4]
+
+
+def test_one_that_comes_while_its_prefix_is_in_use_goes_with_it_at_once():
+    queue = grouped([(0.0, 0, None)], {"a"})
+    queue.push("late", "late", 0.3, 0, "a")
+    assert queue.head(2, 1.0) == ["late", 0]
+
+
+def test_one_that_waited_longer_than_the_head_start_is_not_overtaken():
+    queue = grouped([(0.0, 0, None), (0.49, 0, "a"), (0.51, 0, "a")], {"a"})
+    assert queue.head(3, 1.0) == [1, 0, 2]
+
+
+def test_the_head_start_does_not_lift_a_batch_request_over_interactive_ones():
+    assert grouped([(0.0, 1, "a"), (0.4, 0, None)], {"a"}).head(2, 1.0) == [1, 0]
+
+
+class PrefixSettings(SchedulerConfig):
+    prefix_order: bool = True
+    prefix_head_start_s: float = HEAD_START_S
+
+
+@pytest.mark.parametrize("off", [{"prefix_order": False}, {"prefix_head_start_s": 0.0}])
+def test_the_ablation_is_the_order_of_arrival(off):
+    queue = WaitingQueue(PrefixSettings(**off))
+    for number, group in enumerate(["a", None, "a"]):
+        queue.push(f"r{number}", number, float(number) / 10, 0, group)
+    queue.set_in_use({"a"})
+    assert queue.head(3, 1.0) == [0, 1, 2]
+
+
+@given(grouped_rows, in_use_sets, st.floats(0, 10))
+def test_with_prefixes_the_order_is_that_of_the_one_priority(requests, in_use, now_s):
+    queue = grouped(requests, in_use)
+    expected = expected_order(requests, in_use, now_s)
+    assert list(queue.iterate(now_s)) == expected
+    assert queue.head(3, now_s) == expected[:3]
+    assert [queue.pop(now_s) for _ in requests] == expected
+
+
+@given(grouped_rows, st.lists(st.one_of(in_use_sets, st.integers(0, 24)), max_size=12), st.floats(0, 10))
+def test_the_order_stays_right_while_prefixes_come_in_use_and_requests_leave_and_return(requests, steps, now_s):
+    queue = grouped(requests)
+    present, in_use = set(range(len(requests))), set()
+    for step in steps:
+        if isinstance(step, set):
+            in_use = step
+            queue.set_in_use(in_use)
+        elif step in present:
+            present.remove(step)
+            queue.remove(f"r{step}")
+    assert list(queue.iterate(now_s)) == [n for n in expected_order(requests, in_use, now_s) if n in present]
+
+
+@given(grouped_rows, in_use_sets, st.floats(0, 10))
+def test_nobody_is_overtaken_by_one_of_its_priority_that_came_a_head_start_later(requests, in_use, now_s):
+    order = list(grouped(requests, in_use).iterate(now_s))
+    for place, first in enumerate(order):
+        for later in order[place + 1 :]:
+            if requests[first][1] == requests[later][1]:
+                assert requests[first][0] - requests[later][0] <= HEAD_START_S
+
+
+@given(st.floats(0.02, 1.0), st.integers(0, 30))
+def test_a_stream_of_sharing_requests_cannot_starve_a_lone_one(gap_s, queued_before):
+    """One request served each `gap_s`, one of a running group arriving each time: the worst that can be asked."""
+    queue = WaitingQueue(CONFIG)
+    for number in range(queued_before):
+        queue.push(f"before-{number}", "before", 0.0, 0, "a")
+    queue.push("lone", "lone", 0.0)
+    queue.set_in_use({"a"})
+    overtakers = 0
+    for number in range(1, 200):
+        queue.push(f"r{number}", "later", number * gap_s, 0, "a")
+        served = queue.pop(number * gap_s)
+        if served == "lone":
+            break
+        overtakers += served == "later"
+    assert served == "lone"
+    assert overtakers <= HEAD_START_S / gap_s
