@@ -27,6 +27,7 @@ from scheduler.task_queue import QueuedTask, TaskQueue
 TARGET_MEDIAN_MS = 0.2
 TARGET_P99_MS = 1.0
 
+_BLOCK_TOKENS = 16
 _GIB = 1 << 30
 _KV_BYTES_PER_TOKEN = 12_288
 _FREE_SEATS = 32
@@ -116,6 +117,7 @@ class _PlanningEngine:
 
     def __init__(self, options: CostOptions) -> None:
         from engine.iteration_view import shape_of, view_of
+        from engine.planning import KvPool
         from engine.task_table import TaskTable
         from engine.waiting_queue import AgeingRequestQueue
         from profiler.online import OnlineLatencyModel
@@ -124,6 +126,8 @@ class _PlanningEngine:
         self._rng = np.random.default_rng(options.seed)
         self._view_of: Callable[..., IterationView] = view_of
         self._shape_of: Callable[..., ForwardShape] = shape_of
+        block_bytes = _BLOCK_TOKENS * _KV_BYTES_PER_TOKEN
+        self._pool = KvPool(8 * _GIB // block_bytes, block_bytes, _BLOCK_TOKENS)
         self._now_s = 1000.0
         self._number = 0
         self._waiting = AgeingRequestQueue(config)
@@ -156,7 +160,8 @@ class _PlanningEngine:
             self._running,
             self._waiting,
             free_seats=_FREE_SEATS,
-            used_kv_bytes=used_bytes,
+            pool=self._pool,
+            free_kv_blocks=self._pool.num_blocks - used_bytes // self._pool.block_bytes,
             finetune=self._tasks.state(self._now_s),
         )
         watch.lap("view")

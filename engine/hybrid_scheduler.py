@@ -109,12 +109,14 @@ class HybridSchedulerMixin:
         if self._pruner is not None and self._args.kv_pruning.start == "always":
             self._prune(self._pool.num_blocks)
         view = self._view(time.time())
+        view.decode_context = self._attended(view.decode_context)
         plan = self._planner.plan(view)
         self._prune(plan.prune_blocks)
         self._apply(plan, view)
         output = super().schedule(throttle_prefills)  # type: ignore[misc]
         self._note_scheduled(output, plan)
         shape = shape_of(output.num_scheduled_tokens, self.requests)  # type: ignore[attr-defined]
+        shape.decode_context = self._attended(shape.decode_context)
         self._direct(self._planner.settle(plan, view, shape), shape)
         directive, self._directive = self._directive, Directive()
         setattr(output, DIRECTIVE_ATTRIBUTE, directive)
@@ -156,6 +158,10 @@ class HybridSchedulerMixin:
             logger.warning("kv_pruning stays off: %s", reason)
             return None
         return KvPruner(config.kv_pruning, self.kv_cache_manager, self._pool.block_tokens)  # type: ignore[attr-defined]
+
+    def _attended(self, decode_context: int) -> int:
+        """Tokens that decoding attends to, of those computed: pruned requests decode, all of them."""
+        return decode_context if self._pruner is None else max(0, decode_context - self._pruner.num_absent_tokens)
 
     def _prune(self, count: int) -> None:
         if self._pruner is None or count <= 0:

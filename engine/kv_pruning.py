@@ -58,6 +58,11 @@ class KvPruner:
         self.num_requests = 0
         """Requests that lost a block; one that was preempted counts again."""
 
+    @property
+    def num_absent_tokens(self) -> int:
+        """Tokens of running requests that attention does not see any more."""
+        return self._block_tokens * sum(track.num_dropped for track in self._tracks.values())
+
     def note_prefix_hit(self, request_id: str, num_tokens: int) -> None:
         """A new request found its first tokens in the prefix cache: others may want them again, so they stay."""
         if num_tokens:

@@ -103,7 +103,7 @@ class IterationPlanner:
         shape = ForwardShape(num_decode=view.num_decode, decode_context=view.decode_context)
         plan = self._plan_forward(view, shape, blocks)
         if view.finetune is not None and self._may_train(view.finetune):
-            plan.slice_tokens = self._slice_tokens(view, blocks)
+            plan.slice_tokens = self._slice_tokens(view)
             self._prune_for_slices(plan, view, view.finetune, shape, blocks)
         self._relief.close(blocks, view, plan, _KV_OWNER)
         return plan
@@ -203,12 +203,12 @@ class IterationPlanner:
             slack_s = min(slack_s, self._config.slack_fraction * first_token_s)
         return slack_s
 
-    def _slice_tokens(self, view: IterationView, blocks: BlockBudget) -> int:
+    def _slice_tokens(self, view: IterationView) -> int:
         lone = ForwardShape(num_decode=1, decode_context=max(1, view.decode_context // max(1, view.num_decode)))
         lone_s = self.predictor.forward_upper_s(lone)
         capacity_s = iteration_capacity_s(self._slo, self._config.slack_fraction, 1)
         alone_s = None if lone_s is None else capacity_s - self.predictor.overhead_s - lone_s
-        return self._sizer.choose(alone_s, blocks)
+        return self._sizer.choose(alone_s)
 
     def _reserve_arena(self, state: FineTuneState, slice_tokens: int, *, is_urgent: bool) -> bool:
         """False: with the KV cache this full, the step would pass `tau_mem`.

@@ -87,7 +87,7 @@ class PrefillPacker:
         candidates: list[_Candidate] = []
         for size in self._chunk_sizes(whole, unpruned, whole_demand.latency_s, now):
             demand = whole_demand if size == whole else self._chunk_demand(size, prefill, shape, base_s)
-            needed = blocks.blocks_of_chunk(prefill, size)
+            needed = blocks.blocks_of_chunk(prefill, size if prefill.is_running else prefill.num_tokens)
             missing_bytes = now.memory_used_bytes + demand.memory_bytes - now.memory_capacity_bytes
             quote = FREE
             if needed > blocks.free_blocks or missing_bytes > 0:

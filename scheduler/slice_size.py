@@ -2,8 +2,8 @@
 
 A slice cannot be interrupted, so its size decides whether it fits beside inference at all; larger ones do more
 work for each read of the weights. The choice is Algorithm 1 with one bin: memory is the arena, time the slack that
-iterations with inference usually leave. If no size stays within the joint memory limit, each is a candidate with what
-pruning KV blocks for it costs. An out-of-memory halves the limit; many good steps raise it again.
+iterations with inference usually leave. It is made again when what was chosen passes the joint memory limit. An
+out-of-memory halves the limit; many good steps raise it again.
 """
 
 from collections import deque
@@ -14,7 +14,6 @@ from core.ports import LatencyPredictor
 from core.types import SliceKind
 from scheduler.arena import ArenaModel
 from scheduler.memory_ledger import MemoryLedger, Pool
-from scheduler.memory_relief import BlockBudget
 from scheduler.packing import Bin, Demand, choose_candidate
 
 _SMALLEST_TOKENS = 32
@@ -82,16 +81,15 @@ class SliceSizer:
         """The size chosen last, or the limit before any choice."""
         return self._chosen or self._limit_tokens
 
-    def choose(self, alone_budget_s: float | None, blocks: BlockBudget | None = None) -> int:
+    def choose(self, alone_budget_s: float | None) -> int:
         """Padded tokens of micro-batches that start from now on.
 
         Args:
             alone_budget_s: slack beside one decoding request, for an engine that has not served yet; None if not
                 even that can be predicted.
-            blocks: KV blocks that may be dropped for a larger size; None: none.
         """
         if self._age % _REFRESH_EVERY == 0 or self.arena_bytes(self._chosen) > self.room_bytes:
-            self._chosen = self._best(self._usual_budget_s(alone_budget_s), blocks)
+            self._chosen = self._best(self._usual_budget_s(alone_budget_s))
             self._age = 0
         self._age += 1
         return self._chosen
@@ -111,7 +109,7 @@ class SliceSizer:
             return alone_budget_s
         return sorted(self._budgets)[int(_USUAL_QUANTILE * len(self._budgets))]
 
-    def _best(self, budget_s: float | None, blocks: BlockBudget | None) -> int:
+    def _best(self, budget_s: float | None) -> int:
         if self._config.packing == "first_fit":
             return self._limit_tokens
         sizes = self._sizes()
@@ -120,8 +118,7 @@ class SliceSizer:
             return sizes[-1]  # nothing known yet: the smallest delays least
         arena = Bin("arena", max(0, self.room_bytes), budget_s)
         chosen = choose_candidate(demands, arena, self._config)
-        if chosen is None and blocks is not None:  # smaller slices come before dropping blocks
-            chosen = choose_candidate([self._pruned(d, blocks) for d in demands], arena, self._config)
+        # Smaller slices come before dropping KV blocks: those are for the smallest (`IterationPlanner`).
         return sizes[-1] if chosen is None else sizes[chosen]
 
     def _sizes(self) -> list[int]:
@@ -137,13 +134,6 @@ class SliceSizer:
         latencies = [self._predictor.slice_upper_s(kind, num_tokens) for kind in kinds]
         known = [latency for latency in latencies if latency is not None]
         return Demand(self.arena_bytes(num_tokens), max(known)) if len(known) == len(kinds) else None
-
-    def _pruned(self, demand: Demand, blocks: BlockBudget) -> Demand:
-        """The demand with the KV blocks that it needs dropped; as it is if that would not help."""
-        quote = blocks.quote(0, demand.memory_bytes - max(0, self.room_bytes))
-        if quote is None or demand.memory_bytes > self._memory.pool_capacity_bytes(Pool.ARENA):
-            return demand
-        return Demand(demand.memory_bytes, demand.latency_s, quote.pruned_bytes, quote.harm)
 
 
 ARENA_OWNER = "finetune-step"
