@@ -127,3 +127,7 @@ class VersionsConfig(Section):
     canary_confidence: float = Field(0.95, gt=0.5, lt=1)
     canary_max_slo_drop: float = Field(0.02, ge=0, le=1)
     """A canary whose share of requests within their SLO is lower by more than this is rolled back."""
+    warm_prefixes: int = Field(8, ge=0)
+    """Prefixes that requests share, computed for a version before it goes live; 0 leaves that out."""
+    warm_timeout_s: float = Field(2.0, gt=0)
+    """Warming delays a publish by no more than this."""

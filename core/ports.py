@@ -1,5 +1,6 @@
 """Seams between packages, as Protocols."""
 
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -36,6 +37,20 @@ class EnginePort(Protocol):
     """What learning and publishing need of an engine; `engine.hybrid_engine.HybridEngine` is the real one."""
 
     free_memory_bytes: float
+
+    @property
+    def kv_cache_tokens(self) -> int | None:
+        """Tokens that the KV cache holds; None if that is not known."""
+        ...
+
+    @property
+    def prefix_block_tokens(self) -> int | None:
+        """Tokens of a block of the prefix cache; None if there is no prefix cache."""
+        ...
+
+    def watch_prompts(self, see: Callable[[str | None, Sequence[int]], None]) -> None:
+        """Call `see` with the adapter name (None: base) and token ids of each user's request from now on."""
+        ...
 
     async def run_task(self, task: FineTuneTask) -> TaskResult:
         """Run a fine-tune task to its end."""

@@ -3,17 +3,16 @@
 `<name>` is the live version, `<name>@base` the bare base model, `<name>@v000N` one version. vLLM looks a model name up
 in one dict and keeps the handle it found for the whole request; so publishing is one assignment in that dict, made
 on the event loop: requests see either the old or the new version, and running ones finish on their own.
-Each version has its own name and number inside vLLM, because its prefix cache is keyed by the adapter's name.
+Each version has its own name and number inside vLLM, because its prefix cache is keyed by the adapter's name; what
+prompts share is computed for a version before it goes live (`deployments.prefix_warmer`).
 The registry on disk, which several executors share, is the truth; here is its image in this process.
 """
 
 import asyncio
 import logging
 import time
-from collections.abc import Collection
-from dataclasses import dataclass
+from collections.abc import Collection, Sequence
 from enum import StrEnum
-from pathlib import Path
 from typing import Any
 
 from alignment.versions.activation_log import BASE, Actor
@@ -26,17 +25,11 @@ from core.alignment_config import VersionsConfig
 from core.errors import AdapterError, UnknownVersionError
 from core.ports import EnginePort
 from deployments.metrics import Meter
+from deployments.prefix_warmer import PrefixWarmer
 from deployments.served_names import ServedNames
+from deployments.version_loading import PublishTiming, VersionLoader
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(slots=True)
-class PublishTiming:
-    """How long the last publish took: loading into the engine, and the pointer move itself."""
-
-    load_s: float = 0.0
-    move_s: float = 0.0
 
 
 class Published(StrEnum):
@@ -60,6 +53,8 @@ class AdapterVersions:
         self._model_id = model_id
         self._config = config or VersionsConfig()
         self._names = ServedNames(engine, model_id)
+        self._warmer = PrefixWarmer(engine, self._config)
+        self._loader = VersionLoader(engine, self._names, self._warmer, registry.root)
         self._known: set[str] = set()
         """Versions on disk that have been looked at, usable or not."""
         self._serving = Serving()
@@ -69,7 +64,6 @@ class AdapterVersions:
         """As the learner knows it; see `follow_registry`."""
         self._changing = asyncio.Lock()
         self._meter = Meter("executor")
-        self.last_publish = PublishTiming()
 
     @property
     def live(self) -> str:
@@ -90,6 +84,11 @@ class AdapterVersions:
     def training_base(self) -> str:
         """What training goes on from: the canary while there is one, else the live version; `v000N` or `base`."""
         return self._serving.training_base or BASE
+
+    @property
+    def last_publish(self) -> PublishTiming:
+        """How the last version was brought in, on trial or live."""
+        return self._loader.last
 
     @property
     def live_handle(self) -> Any:
@@ -114,6 +113,7 @@ class AdapterVersions:
         await asyncio.to_thread(self._registry.recover_live)
         await self.refresh()
         self._training_base = self._serving.training_base
+        self._engine.watch_prompts(self._see_prompt)
 
     async def publish(self, version: AdapterVersion) -> Published:
         """Take in a version that passed the gate: live at once, on trial first, or held by a pin.
@@ -122,10 +122,10 @@ class AdapterVersions:
             AdapterError: it cannot be loaded, or the disk refuses; what was live stays live.
         """
         async with self._changing:
-            await self._engine.load_version(self._names.add(version))
             serving, reason = self._registry.serving, version.manifest.reason
             over = version.manifest.config.get("compared_with")
             if self._config.canary_share > 0:
+                await self._loader.load(version, warm=True)
                 started = await asyncio.to_thread(serving.start_canary, version.name, reason, over)
                 outcome = Published.CANARY if started else Published.HELD
                 self._serving = await asyncio.to_thread(serving.read)
@@ -200,10 +200,10 @@ class AdapterVersions:
                 self._names.add(version)
             await self._forget(serving.retired.keys(), gone)
             if serving.live != self._pointed_at:
-                await self._follow(serving.live)
+                await self._follow(serving.live, by_hand=serving.pinned is not None)
             if serving.canary is not None and serving.canary != self._serving.canary:
                 canary = await asyncio.to_thread(self._registry.get, serving.canary)
-                await self._engine.load_version(self._names.add(canary))
+                await self._loader.load(canary, warm=True)
             self._serving = serving
 
     async def prune(self) -> list[str]:
@@ -236,34 +236,27 @@ class AdapterVersions:
     ) -> bool:
         """Engine first, then the pointer on disk, then the name; a failure or a refusal takes the steps back."""
         before = self._serving.live
-        await self._load(version)
+        # Who moves it by hand wants it now, and what a pin holds back would be warmed for nobody.
+        await self._loader.load_live(version, warm=by != "api" and self._serving.pinned is None)
         name = version.name if version else None
         try:
             moved = await asyncio.to_thread(
                 lambda: self._registry.serving.activate(name, by=by, reason=reason, pin=pin, over=over)
             )
         except AdapterError:
-            await self._engine.set_live(self._path(before))
+            await self._loader.take_back(before)
             raise
         if moved:
             self._point_at(version)
         else:
-            await self._engine.set_live(self._path(before))
+            await self._loader.take_back(before)
         self._serving = await asyncio.to_thread(self._registry.serving.read)
         return moved
 
-    async def _follow(self, name: str | None) -> None:
+    async def _follow(self, name: str | None, *, by_hand: bool) -> None:
         version = None if name is None else await asyncio.to_thread(self._registry.get, name)
-        await self._load(version)
+        await self._loader.load_live(version, warm=not by_hand)
         self._point_at(version)
-
-    async def _load(self, version: AdapterVersion | None) -> None:
-        """What the engine needs before the first request; instant if it has it already."""
-        started_s = time.perf_counter()
-        if version is not None:
-            await self._engine.load_version(self._names.add(version))
-        await self._engine.set_live(version.path if version else None)
-        self.last_publish.load_s = time.perf_counter() - started_s
 
     async def _forget(self, retired: Collection[str], deleted: Collection[str]) -> None:
         for name in {*retired, *deleted}:
@@ -279,8 +272,12 @@ class AdapterVersions:
         self._pointed_at = version.name if version else None
         self._meter.set_gauge("adapter_version", (version_number(version.name) or 0) if version else 0)
 
-    def _path(self, name: str | None) -> Path | None:
-        return self._registry.root / name if name else None
+    def _see_prompt(self, lora_name: str | None, prompt_ids: Sequence[int]) -> None:
+        """What is asked of the live version, or of the one on trial, is what the next version will be asked."""
+        canary = self._serving.canary
+        live = None if self._pointed_at is None else self.name_of(self._pointed_at)
+        if lora_name == live or (canary is not None and lora_name == self.name_of(canary)):
+            self._warmer.observe(prompt_ids)
 
     def _look(self) -> tuple[Serving, list[AdapterVersion], set[str]]:
         """The pointers, what is new on disk and can be served, and what is gone from there."""

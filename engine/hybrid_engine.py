@@ -14,6 +14,7 @@ from core.types import FineTuneTask, TaskResult
 from engine import vllm_compat
 from engine.engine_load import kv_bytes_per_token
 from engine.messages import TASK_KEY
+from engine.prompt_tap import SeePrompt, watch_prompts
 
 _BATCH_PRIORITY = 1
 """Class `batch` (`scheduler.priority`)."""
@@ -105,6 +106,11 @@ class HybridEngine:
         reply = (await self.client.collective_rpc("mace_iterations", args=(after,)))[0]
         return reply["next"], [IterationSample.from_wire(sample) for sample in reply["samples"]]
 
+    async def memory_status(self) -> dict[str, Any]:
+        """`engine.messages.MemoryCounters` as of the last iteration."""
+        status: dict[str, Any] = (await self.client.collective_rpc("mace_memory"))[0]
+        return status
+
     async def load_version(self, handle: Any) -> None:
         """Load an adapter version into the inference side ahead of its first request."""
         await self.client.add_lora(handle)
@@ -179,6 +185,16 @@ class HybridEngine:
         """Tokens that the KV cache holds; None if vLLM has not said."""
         cache = self.client.vllm_config.cache_config
         return (cache.num_gpu_blocks or 0) * cache.block_size or None
+
+    @property
+    def prefix_block_tokens(self) -> int | None:
+        """Tokens of a block of the prefix cache; None if it is switched off."""
+        cache = self.client.vllm_config.cache_config
+        return int(cache.block_size) if cache.enable_prefix_caching else None
+
+    def watch_prompts(self, see: SeePrompt) -> None:
+        """Call `see` with adapter name (None: base) and token ids of each user's request; see `engine.prompt_tap`."""
+        watch_prompts(self.client, see)
 
     @property
     def kv_bytes_per_token(self) -> int:

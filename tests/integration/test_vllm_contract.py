@@ -236,3 +236,10 @@ def test_every_attention_backend_that_we_prune_on_writes_keys_by_one_call():
     for impl in (CPUAttentionBackendImpl, FlashAttentionImpl):
         wanted = ["self", "layer", "key", "value", "kv_cache", "slot_mapping"]
         assert parameters(impl.do_kv_cache_update) == wanted
+
+
+def test_the_prompt_tap_sees_every_request_of_the_front_end():
+    from vllm.v1.engine.output_processor import OutputProcessor
+
+    wanted = ["self", "request", "prompt", "parent_req", "request_index", "queue"]
+    assert parameters(OutputProcessor.add_request) == wanted

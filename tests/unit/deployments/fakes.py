@@ -32,6 +32,13 @@ class FakeEngine:
         self.saved = {}
         self.in_use = set()
         self.answers = lambda handle: range(8)
+        self.kv_cache_tokens = 1024
+        self.prefix_block_tokens = 4
+        self.see_prompt = None
+        self.prompts = []
+
+    def watch_prompts(self, see):
+        self.see_prompt = see
 
     async def run_task(self, task):
         self.tasks.append(task)
@@ -66,6 +73,7 @@ class FakeEngine:
 
     async def generate(self, handle, prompts, max_tokens):
         self.calls.append(("generate", handle and handle[0]))
+        self.prompts += prompts
         return [list(self.answers(handle))[:max_tokens] for _ in prompts]
 
     async def unload_version(self, handle):
