@@ -1,7 +1,8 @@
 """Which KV blocks attention will hardly miss, judged by their keys alone.
 
-Two methods behind one interface. Both keep one small statistic per block and layer, computed once when a block is
-full; the score of every block of a request follows from the statistics, without reading the keys again.
+Two methods behind one interface. Both keep one small statistic per block and layer, a sum over the block's tokens, so
+that it may be built up token by token; the score of every block of a request follows from the statistics, without
+reading the keys again.
 
 * KeyDiff (arXiv 2504.15364): drop the keys most like the others. A token scores minus the cosine between its key and
   the anchor, the mean of all unit keys of the request (per head). The statistic of a block is the sum of its unit

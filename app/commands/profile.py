@@ -1,43 +1,40 @@
 """`mace profile`: measure this device, fit the latency and memory models, look at the fits."""
 
 import asyncio
-import contextlib
 import json
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
-import yaml
 from rich.console import Console
 from rich.table import Table
 
+from app.commands.profile_pruning import pruning
+from app.commands.profile_settings import CONFIG_OPTION, JSON_OPTION, clear_errors, read_args
 from core.config import AppArgs
-from core.errors import ConfigError, MaceError
 from profiler.fit import fit_profile, fit_raw
 from profiler.measure import Measurement, measure_grid
 from profiler.profile import FitError, Profile
 
 app = typer.Typer(no_args_is_help=True, help="Measure this device, fit the latency and memory models, draw them.")
+app.command()(pruning)
 
-_CONFIG = Annotated[Path, typer.Option(help="Ray Serve config file; its args decide model and engine")]
-_JSON = Annotated[bool, typer.Option("--json", help="Print JSON")]
 _PROGRESS_POINTS = 20
 
 
 @app.command()
 def measure(
-    config: _CONFIG = Path("serve_config.yaml"),
+    config: CONFIG_OPTION = Path("serve_config.yaml"),
     model: Annotated[str | None, typer.Option(help="Model source instead of the config's")] = None,
     state_dir: Annotated[Path | None, typer.Option(help="State directory instead of the config's")] = None,
     out: Annotated[Path | None, typer.Option(help="File to write; default is where `mace serve` looks")] = None,
     seconds: Annotated[float, typer.Option(min=1, help="Measuring time after the engine started")] = 60.0,
     seed: Annotated[int, typer.Option(help="Of prompts and of the hold-out split")] = 0,
-    as_json: _JSON = False,
+    as_json: JSON_OPTION = False,
 ) -> None:
     """Start the engine, measure a grid of batches and slices, fit, and write a profile."""
-    with _clear_errors():
-        args = _read_args(config, model, state_dir)
+    with clear_errors():
+        args = read_args(config, model, state_dir)
         profile, path = asyncio.run(_measure(args, out, seconds, seed, show_progress=not as_json))
         profile.save(path)
     _show(profile, path, as_json)
@@ -48,10 +45,10 @@ def fit(
     path: Annotated[Path, typer.Argument(help="Profile JSON")],
     out: Annotated[Path | None, typer.Option(help="Write the new profile here; default: write nothing")] = None,
     seed: Annotated[int | None, typer.Option(help="Of the hold-out split; default: the profile's")] = None,
-    as_json: _JSON = False,
+    as_json: JSON_OPTION = False,
 ) -> None:
     """Fit again from the raw samples of a profile and print the hold-out errors."""
-    with _clear_errors():
+    with clear_errors():
         old = Profile.load(path)
         origin = old.origin if seed is None else old.origin.model_copy(update={"seed": seed})
         profile = fit_raw(old.samples, origin, kv_bytes_per_token=old.memory.kv_bytes_per_token)
@@ -68,41 +65,10 @@ def report(
     """Draw measured against fitted latencies as PNG."""
     from profiler.report import draw_report
 
-    with _clear_errors():
+    with clear_errors():
         target = out or path.with_suffix(".png")
         draw_report(Profile.load(path), target)
     typer.echo(str(target))
-
-
-@contextlib.contextmanager
-def _clear_errors() -> Iterator[None]:
-    try:
-        yield
-    except MaceError as error:
-        typer.secho(f"mace: {error}", fg="red", err=True)
-        raise typer.Exit(2 if isinstance(error, ConfigError) else 1) from error
-
-
-def _read_args(config: Path, model: str | None, state_dir: Path | None) -> AppArgs:
-    """The `args:` of the config's application, with the options of the command line on top.
-
-    Raises:
-        ConfigError: the file is unreadable or the settings are wrong.
-    """
-    from app.main import parse_args
-
-    try:
-        document = yaml.safe_load(config.read_text(encoding="utf-8"))
-        args: dict[str, Any] = dict(document["applications"][0].get("args") or {})
-    except OSError as error:
-        raise ConfigError(f"cannot read {config}: {error.strerror}") from error
-    except (yaml.YAMLError, KeyError, IndexError, TypeError, AttributeError) as error:
-        raise ConfigError(f"{config} is not a Serve config: {error}") from error
-    if model is not None:
-        args["model"] = {"model_id": Path(model).name.replace(":", "-"), "model_source": model}
-    if state_dir is not None:
-        args["state_dir"] = str(state_dir)
-    return parse_args(args)
 
 
 async def _measure(

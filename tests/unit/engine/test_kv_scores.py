@@ -62,6 +62,14 @@ def test_statistics_of_half_precision_keys_are_fp32(method: str) -> None:
     torch.testing.assert_close(half, block_scores(method, keys), atol=2e-2, rtol=2e-2)
 
 
+@pytest.mark.parametrize("method", ["keydiff", "key_norm"])
+def test_statistics_add_up_token_by_token(method: str) -> None:
+    scorer = make_scorer(method)
+    keys = request_keys()[0].view(BLOCKS, BLOCK_TOKENS, HEADS, HEAD_SIZE)
+    by_token = scorer.summarize(keys.flatten(0, 1).unsqueeze(1)).unflatten(0, (BLOCKS, BLOCK_TOKENS)).sum(dim=1)
+    torch.testing.assert_close(by_token, scorer.summarize(keys))
+
+
 def test_key_diff_drops_the_block_that_is_like_all_others() -> None:
     keys = torch.zeros(LAYERS, NUM_TOKENS, HEADS, HEAD_SIZE)
     keys[..., 0] = 1.0

@@ -1,0 +1,98 @@
+"""The needle model's parts; whether it learns is what docs/kv_pruning_accuracy.md measures."""
+
+import dataclasses
+import random
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from benchmarks import needle_model
+from benchmarks.needle_model import NeedleRecipe, ensure_needle_model
+from benchmarks.pruning_methods import METHODS, OldestFirst, RandomScorer, method_scorer
+from engine.kv_scores import choose_blocks
+
+RECIPE = NeedleRecipe(steps=6, tokens_per_step=400)
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory):
+    return ensure_needle_model(tmp_path_factory.mktemp("state"), recipe=RECIPE)
+
+
+def test_it_is_an_ordinary_model_directory_and_is_built_once(directory):
+    tokenizer = AutoTokenizer.from_pretrained(directory)
+    ids = tokenizer("The code word of Lisbon is amber.")["input_ids"]
+    assert len(ids) == 8
+    assert tokenizer.unk_token_id not in ids
+    assert tokenizer.chat_template is None
+    built_at = directory.stat().st_mtime_ns
+    assert ensure_needle_model(directory.parent.parent, recipe=RECIPE) == directory
+    assert directory.stat().st_mtime_ns == built_at
+    assert [path.name for path in directory.parent.iterdir()] == [directory.name]
+    AutoModelForCausalLM.from_pretrained(directory)
+
+
+def test_the_same_seed_gives_the_same_weights_and_another_others(directory, tmp_path):
+    again = AutoModelForCausalLM.from_pretrained(ensure_needle_model(tmp_path, recipe=RECIPE)).state_dict()
+    for name, weight in AutoModelForCausalLM.from_pretrained(directory).state_dict().items():
+        assert torch.equal(weight, again[name]), name
+    other = AutoModelForCausalLM.from_pretrained(ensure_needle_model(tmp_path, seed=1, recipe=RECIPE)).state_dict()
+    assert not torch.equal(other["lm_head.weight"], again["lm_head.weight"])
+
+
+def test_another_recipe_has_a_directory_of_its_own(directory, tmp_path):
+    other = ensure_needle_model(tmp_path, recipe=dataclasses.replace(RECIPE, steps=2))
+    assert other.name != directory.name
+
+
+def test_heads_of_the_first_layer_start_looking_back():
+    tokenizer = needle_model._train_tokenizer()
+    torch.manual_seed(0)
+    model = needle_model._new_model(tokenizer, NeedleRecipe()).eval()
+    model.set_attn_implementation("eager")
+    ids = torch.randint(2, len(tokenizer), (4, 60))
+    with torch.inference_mode():
+        attention = model(ids, output_attentions=True).attentions[0]
+    for head in range(4):
+        seen = attention[:, head, 20:].diagonal(offset=20 - head - 1, dim1=1, dim2=2)
+        assert seen.mean() > 0.5
+
+
+def test_a_repeat_is_only_asked_for_what_looking_back_tells():
+    for seed in range(30):
+        row = needle_model._repeat(90, 199, random.Random(seed))
+        assert len(row.ids) == len(row.weights) == 90
+        pairs = list(zip(row.ids, row.ids[1:], strict=False))
+        new = [
+            pair
+            for i, pair in enumerate(pairs)
+            if row.weights[i + 1] and pair not in pairs[:i]  # never seen in this order
+        ]
+        assert sum(map(bool, row.weights)) > 30
+        assert len(new) <= 1  # from the end of the run to its beginning
+
+
+def test_answers_have_the_weight():
+    encode = lambda text: needle_model.re.findall(r"\w+|[^\w\s]", text)  # noqa: E731
+    row = needle_model._recall(150, encode, NeedleRecipe(), random.Random(4))
+    heavy = [token for token, weight in zip(row.ids, row.weights, strict=True) if weight > 1]
+    assert 6 <= len(heavy) <= 8
+    context = " ".join(row.ids[: row.ids.index("?")])
+    assert all(f" {word} ." in context for word in heavy)
+
+
+def test_random_and_oldest_are_scorers_that_ignore_the_keys():
+    keys = torch.randn(6, 16, 2, 8)
+    for scorer in (RandomScorer(0), OldestFirst()):
+        stats = scorer.summarize(keys)[None]
+        assert stats.shape == (1, 6, *scorer.stat_shape(2, 8))
+        assert scorer.score(stats, 96).shape == (6,)
+    assert choose_blocks(OldestFirst().score(stats, 96).tolist(), 3) == [0, 1, 2]
+    assert not torch.equal(RandomScorer(0).score(stats, 96), RandomScorer(1).score(stats, 96))
+    assert {type(method_scorer(method, 0)).__name__ for method in METHODS} == {
+        "KeyDiffScorer",
+        "KeyNormScorer",
+        "RandomScorer",
+        "OldestFirst",
+    }
