@@ -83,6 +83,8 @@ class TrainingConfig(Section):
     max_slice_tokens: int = Field(1024, ge=16)
     """Upper bound of tokens that one slice takes through one layer: sets how many pairs go together."""
     head_chunk_tokens: int = Field(128, ge=1)
+    share_prompt: bool = True
+    """Compute the prompt of a pair once for both completions, where that is fewer tokens (docs/prompt_sharing.md)."""
     max_epochs: int = Field(10, ge=1)
     """A pair is trained at most this many times."""
     new_share: float = Field(0.5, gt=0, le=1)

@@ -56,6 +56,7 @@ def measure_plan(
         budget_s=budget_s,
         max_point_s=1.0 if in_background else max(1.0, budget_s / _POINTS_AT_LEAST),
         seed=seed,
+        share_prompt=args.training.share_prompt,
         trains=trains and not in_background,
         is_background=in_background,
     )

@@ -14,7 +14,8 @@ logger = logging.getLogger(__name__)
 def with_pruning_gate(args: AppArgs, model_dir: Path) -> tuple[AppArgs, str]:
     """The settings, with `kv_pruning.start: off` if the gate refuses, and the reason for whatever was decided.
 
-    The report is that of `mace profile pruning` on this model, of this device if there is one. A refusal is a warning: serving goes on.
+    The report is that of `mace profile pruning` on this model, of this device if there is one. A refusal is a warning:
+    serving goes on.
     """
     if args.kv_pruning.start == "off":
         return args, "kv_pruning.start is off"

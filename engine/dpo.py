@@ -22,7 +22,7 @@ import torch
 from core.config import TrainingConfig
 from core.errors import DeviceMemoryError, DivergedError, TrainingError
 from core.types import FineTuneTask, PairScore, SliceKind, StepMetrics, TaskKind
-from engine.dpo_batch import cut_pair, make_micro_batches
+from engine.dpo_batch import MicroBatch, cut_pair, make_micro_batches
 from engine.dpo_loss import sigmoid_dpo, sum_per_row, token_log_probs, token_log_probs_and_grad
 from engine.dpo_work import SliceSpec, Work
 from engine.shadow import ShadowAdapter
@@ -63,6 +63,7 @@ class DpoStep:
                 max_slice_tokens=config.max_slice_tokens,
                 vocab_size=model.vocab_size,
                 device=model.device,
+                share_prompts=config.share_prompt,
             )
         self._work = [Work(batch) for batch in batches]
         self.largest_batch_pairs = max(batch.num_pairs for batch in batches)
@@ -185,9 +186,13 @@ class DpoStep:
 
     def _forward_layer(self, work: Work, i: int) -> None:
         """One layer; after the last only the positions that are scored stay alive."""
-        hidden = self._model.run_layer(i, work.state(), self._model.rotary(work.batch.ids.shape[1]))
+        hidden = self._run_layer(i, work.state(), work.batch)
         last = i == self._model.num_layers - 1
         work.hidden = hidden.flatten(0, 1)[work.batch.positions] if last else hidden
+
+    def _run_layer(self, i: int, hidden: torch.Tensor, batch: MicroBatch) -> torch.Tensor:
+        rotary = self._model.rotary(batch.width, batch.shared.position_ids if batch.shared else None)
+        return self._model.run_layer(i, hidden, rotary, batch.shared)
 
     def _reference_layer(self, work: Work, i: int) -> None:
         with self._model.adapter_disabled(i):
@@ -230,9 +235,11 @@ class DpoStep:
             # Each chosen token also counts as a target of the SFT term; rows of chosen come first.
             terms.coefficients[: batch.num_pairs] -= self._sft_coefficient
             terms.coefficients.mul_(batch.weights.repeat(2))
-            scaled = (head_grads * terms.coefficients[batch.rows].unsqueeze(1)).to(self._model.dtype)
+            scaled = head_grads * terms.coefficients[batch.rows].unsqueeze(1)
             grad = scaled.new_zeros(batch.num_tokens, scaled.shape[1])
-            work.hidden = grad.index_copy_(0, batch.positions, scaled).view(num_rows, -1, scaled.shape[1])
+            # At most two terms meet, at the end of a shared prompt: their order, open on CUDA, does not matter.
+            grad.index_add_(0, batch.positions, scaled)
+            work.hidden = grad.view(*batch.ids.shape, -1).to(self._model.dtype)
 
     def _check_loss(self, not_finite: bool) -> None:
         """Losses are not negative, so a partial sum above the bound already condemns the step."""
@@ -252,7 +259,7 @@ class DpoStep:
         if i > 0:
             wanted.append(leaf)
         with torch.enable_grad():
-            output = self._model.run_layer(i, leaf, self._model.rotary(work.batch.ids.shape[1]))
+            output = self._run_layer(i, leaf, work.batch)
         grads = list(torch.autograd.grad(output, wanted, work.state()))
         work.hidden = grads.pop() if i > 0 else None
         scale = self._config.beta / len(self.task.pairs)

@@ -15,7 +15,7 @@ class SliceSpec:
 
     kind: SliceKind
     num_tokens: int
-    """Padded tokens for embedding and layers, completion tokens for head and loss, 0 for the optimizer."""
+    """Tokens for embedding and layers, padding included, completion tokens for head and loss, 0 for the optimizer."""
 
 
 @dataclass(slots=True)
@@ -24,7 +24,7 @@ class Work:
 
     batch: MicroBatch
     hidden: torch.Tensor | None = None
-    """[2n, T, H]; after a last layer only the scored positions [C, H]; in backward the gradient [2n, T, H]."""
+    """[2n, T, H] or [1, N, H]; after a last layer the scored positions [C, H]; in backward the gradient, as before."""
     inputs: list[torch.Tensor] = field(default_factory=list)
     """Kept layer inputs, popped by backward."""
     reference: list[torch.Tensor] = field(default_factory=list)

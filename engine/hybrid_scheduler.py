@@ -64,7 +64,7 @@ class HybridSchedulerMixin:
         self._num_preemptions = 0
         self._planner = build_planner(config, self, pool, can_prune=self._pruner is not None)
         self.waiting = AgeingRequestQueue(config.scheduler)
-        self._tasks = TaskTable()
+        self._tasks = TaskTable(share_prompts=config.training.share_prompt)
         self._directive = Directive()
         self._last_ended_s = 0.0
         self._overhead_s = 0.0

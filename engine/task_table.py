@@ -4,6 +4,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
+from core.pair_groups import PairShape
 from core.types import SliceReport, TaskKind
 from scheduler.plan import FineTuneState
 
@@ -15,7 +16,7 @@ class EngineTask:
     request: Any
     num_pairs: int
     max_batch_tokens: int
-    """Padded tokens of its largest pair: both rows."""
+    """Tokens that a layer computes for its largest pair alone, padding included, before it is cut."""
     arrived_s: float
     dpo_loss: float | None
     attempts: int
@@ -27,7 +28,8 @@ class EngineTask:
 class TaskTable:
     """Tasks in order of arrival, which is the order in which the worker runs them. Times are wall clock."""
 
-    def __init__(self) -> None:
+    def __init__(self, share_prompts: bool = True) -> None:
+        self._share_prompts = share_prompts
         self._tasks: dict[str, EngineTask] = {}
         self._last_progress_s = 0.0
         self._held_bytes = 0
@@ -41,7 +43,7 @@ class TaskTable:
         self._tasks[request.request_id] = EngineTask(
             request=request,
             num_pairs=len(pairs),
-            max_batch_tokens=_largest_pair(pairs),
+            max_batch_tokens=_largest_pair(pairs, self._share_prompts),
             arrived_s=now_s,
             dpo_loss=task.get("dpo_loss"),
             attempts=task.get("attempts", 0),
@@ -83,12 +85,10 @@ class TaskTable:
         )
 
 
-def _largest_pair(pairs: Iterable[dict[str, Any]]) -> int:
-    """Padded tokens of the largest pair; 0 for malformed ones, which the worker will name."""
+def _largest_pair(pairs: Iterable[dict[str, Any]], share_prompts: bool) -> int:
+    """Tokens of the largest pair in the layout that the step will choose; 0 for malformed pairs, which it will name."""
     try:
-        return max(
-            (2 * (len(p["prompt_ids"]) + max(len(p["chosen_ids"]), len(p["rejected_ids"]))) for p in pairs),
-            default=0,
-        )
+        lengths = [[len(p[key]) for key in ("prompt_ids", "chosen_ids", "rejected_ids")] for p in pairs]
     except (KeyError, TypeError):
         return 0
+    return max((PairShape(*three).tokens(share_prompts=share_prompts) for three in lengths), default=0)

@@ -5,7 +5,7 @@ directory. They are adopted, never copied, and need no gradient; only the LoRA m
 whatever the base is, and live on all seven linear layers of every decoder layer, not on the LM head.
 
 Shapes: B sequences, T tokens, H hidden size, V vocabulary. Sequences are padded on the right: under causal
-attention no real token sees a pad, so no mask is needed.
+attention no real token sees a pad, so no mask is needed. Or B is 1 and the row holds pairs (`SharedPrompts`).
 """
 
 import math
@@ -20,6 +20,7 @@ from torch import nn
 
 from core.config import LoraConfig, TrainingConfig
 from core.errors import ConfigError
+from engine.prompt_sharing import SharedPrompts
 from engine.skeleton import adopt_weights, make_skeleton, read_config, read_weights, training_mode
 
 TARGET_MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -134,8 +135,11 @@ class TrainableModel:
         hidden: torch.Tensor = self._embed_tokens(ids)
         return hidden
 
-    def rotary(self, num_tokens: int) -> Rotary:
-        """Cosine and sine [1, T, head_dim] of positions 0..T-1; cached, so a slice pays for a slice only."""
+    def rotary(self, num_tokens: int, position_ids: torch.Tensor | None = None) -> Rotary:
+        """Cosine and sine [1, T, head_dim] of positions 0..T-1, or of the given positions [N] below T.
+
+        Cached, so a slice pays for a slice only.
+        """
         if self._rotary_cache is None or self._rotary_cache[0].shape[1] < num_tokens:
             size = min(max(64, 1 << (num_tokens - 1).bit_length()), max(self.context_tokens, num_tokens))
             with training_mode(self.device):
@@ -143,11 +147,17 @@ class TrainableModel:
                 like = torch.empty(0, dtype=self.dtype, device=self.device)
                 self._rotary_cache = self._rotary_emb(like, positions)
         cos, sin = self._rotary_cache
+        if position_ids is not None:
+            return cos.index_select(1, position_ids), sin.index_select(1, position_ids)
         return cos[:, :num_tokens], sin[:, :num_tokens]
 
-    def run_layer(self, i: int, hidden: torch.Tensor, rotary: Rotary) -> torch.Tensor:
-        """Decoder layer i on hidden states [B, T, H], causal, no padding mask."""
-        output: torch.Tensor = self._layers[i](hidden, attention_mask=None, position_embeddings=rotary)
+    def run_layer(
+        self, i: int, hidden: torch.Tensor, rotary: Rotary, shared: SharedPrompts | None = None
+    ) -> torch.Tensor:
+        """Decoder layer i on hidden states [B, T, H], causal, no padding mask; or on the row [1, N, H] of `shared`."""
+        output: torch.Tensor = self._layers[i](
+            hidden, attention_mask=None, position_embeddings=rotary, shared_prompts=shared
+        )
         return output
 
     def final_norm(self, hidden: torch.Tensor) -> torch.Tensor:

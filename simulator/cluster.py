@@ -14,13 +14,13 @@ import numpy as np
 from core.batch import ForwardShape, IterationSample
 from core.config import EngineConfig
 from core.errors import ConfigError
+from core.pair_groups import PairShape
 from scheduler.iteration import EngineLimits, IterationPlanner
 from scheduler.memory_ledger import MemoryLedger
 from scheduler.waiting import WaitingQueue
 from simulator.device import Device
 from simulator.events import EventKind, EventQueue
 from simulator.executor import Executor
-from simulator.finetune import PairShape
 from simulator.hardware import FrozenPredictor, Hardware
 from simulator.kv_pruning import KvPruner
 from simulator.requests import RequestPool

@@ -6,6 +6,7 @@ A test compares the two.
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+from core.pair_groups import PairGroup, PairShape, group_pairs
 from core.types import SliceKind
 
 _MIN_CHUNK_TOKENS = 16
@@ -41,63 +42,40 @@ class StepModel:
         return min(self.head_chunk_tokens, max(as_a_layer, _MIN_CHUNK_TOKENS))
 
 
-@dataclass(frozen=True, slots=True)
-class PairShape:
-    """Lengths of one preference pair in tokens."""
-
-    num_prompt: int
-    num_chosen: int
-    num_rejected: int
-
-    @property
-    def row_tokens(self) -> int:
-        """Width of a micro-batch of this pair alone: the last token of a row predicts nothing."""
-        return self.num_prompt + max(self.num_chosen, self.num_rejected) - 1
-
-    @property
-    def num_targets(self) -> int:
-        """Completion tokens that are scored; without a prompt the first token of a row is predicted by nothing."""
-        return self.num_chosen + self.num_rejected - (2 if self.num_prompt == 0 else 0)
-
-
 def step_slices(
-    pairs: Sequence[PairShape], model: StepModel, slice_tokens: int, num_cached: int = 0
+    pairs: Sequence[PairShape],
+    model: StepModel,
+    slice_tokens: int,
+    num_cached: int = 0,
+    *,
+    share_prompts: bool = True,
 ) -> list[SliceWork]:
     """All slices of one training step, in order.
 
     Args:
-        pairs: the step's pairs; sorted by width they are grouped as in `engine.dpo_batch.make_micro_batches`.
+        pairs: the step's pairs, grouped by `core.pair_groups` as in the engine.
         model: shape of the model.
         slice_tokens: padded tokens that a micro-batch may have; a single pair may have more.
         num_cached: so many of `pairs`, the first ones, have cached reference log-probabilities. They come first, in
             micro-batches of their own, which have no reference forward pass.
+        share_prompts: `training.share_prompt`.
     """
     slices: list[SliceWork] = []
-    for members, has_reference in ((pairs[:num_cached], True), (pairs[num_cached:], False)):
-        for group in _groups(members, slice_tokens):
-            slices.extend(_micro_batch_slices(group, model, has_reference))
+    is_cached = [number < num_cached for number in range(len(pairs))]
+    for group in group_pairs(pairs, is_cached, slice_tokens, share_prompts=share_prompts):
+        slices.extend(_micro_batch_slices([pairs[i] for i in group.members], group, model))
     return [*slices, SliceWork(SliceKind.OPTIMIZER, 0, 0)]
 
 
-def _groups(pairs: Sequence[PairShape], slice_tokens: int) -> list[list[PairShape]]:
-    groups: list[list[PairShape]] = []
-    for pair in sorted(pairs, key=lambda pair: pair.row_tokens):
-        if groups and 2 * (len(groups[-1]) + 1) * pair.row_tokens <= slice_tokens:
-            groups[-1].append(pair)
-        else:
-            groups.append([pair])
-    return groups
-
-
-def _micro_batch_slices(pairs: list[PairShape], model: StepModel, has_reference: bool) -> Iterator[SliceWork]:
-    tokens = 2 * len(pairs) * pairs[-1].row_tokens
+def _micro_batch_slices(pairs: list[PairShape], group: PairGroup, model: StepModel) -> Iterator[SliceWork]:
+    tokens = group.num_tokens
     targets = sum(pair.num_targets for pair in pairs)
     chunk = model.chunk_tokens(tokens)
     passes = [
         (SliceKind.REFERENCE_LAYER, SliceKind.REFERENCE_HEAD),
         (SliceKind.POLICY_LAYER, SliceKind.POLICY_HEAD),
     ]
-    for layer_kind, head_kind in passes[has_reference:]:
+    for layer_kind, head_kind in passes[group.is_cached :]:
         yield SliceWork(SliceKind.EMBED, tokens, tokens)
         for _ in range(model.num_layers):
             yield SliceWork(layer_kind, tokens, tokens)

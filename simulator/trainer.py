@@ -6,11 +6,12 @@ What `engine.finetune_runner` and `engine.task_table` do, with the device's late
 from dataclasses import dataclass, field
 
 from core.config import TrainingConfig
+from core.pair_groups import PairShape
 from core.types import SliceTiming
 from scheduler.plan import FineTuneState, Plan
 from scheduler.slice_gate import SliceGate
 from simulator.device import Device
-from simulator.finetune import PairShape, SliceWork, StepModel, step_slices
+from simulator.finetune import SliceWork, StepModel, step_slices
 
 _WARM_UP_TOKENS = 16
 """As in `engine.finetune_runner`: every kind of slice runs once, with a made-up pair, before anything is served."""
@@ -87,13 +88,13 @@ class Trainer:
         return FineTuneState(
             last_progress_s=max(arrived_s, self._last_progress_s),
             held_bytes=self.held_bytes,
-            max_batch_tokens=2 * (self._pair.row_tokens + 1),
+            max_batch_tokens=self._pair.tokens(share_prompts=self._config.share_prompt),
         )
 
     def measure_all_kinds(self) -> None:
         """Fill the gate as the worker does at its start; the timings are in `warm_up` for the planner."""
         half = min(_WARM_UP_TOKENS, self._config.max_prompt_tokens, self._config.max_length_tokens // 2)
-        for work in step_slices([PairShape(half, half, half)], self._model, self._config.max_slice_tokens):
+        for work in self._slices([PairShape(half, half, half)], self._config.max_slice_tokens):
             timing = SliceTiming(work.kind, work.num_tokens, self._device.slice_s(work.kind, work.num_tokens, 0.0))
             self._gate.observe(timing.kind, timing.num_tokens, timing.latency_s)
             self.warm_up.append(timing)
@@ -129,10 +130,14 @@ class Trainer:
         if not self._program:
             pairs = [self._pair] * self._config.pairs_per_step
             if self._slice_tokens not in self._programs:
-                program = step_slices(pairs, self._model, self._slice_tokens, self._num_cached_pairs)
+                program = self._slices(pairs, self._slice_tokens, self._num_cached_pairs)
                 self._programs[self._slice_tokens] = program
             self._program = self._programs[self._slice_tokens]
         return self._program[self._next]
+
+    def _slices(self, pairs: list[PairShape], slice_tokens: int, num_cached: int = 0) -> list[SliceWork]:
+        share_prompts = self._config.share_prompt
+        return step_slices(pairs, self._model, slice_tokens, num_cached, share_prompts=share_prompts)
 
     def _advance(self, done: Trained) -> None:
         self._next += 1

@@ -28,7 +28,7 @@ def _gradients(directory, task, config):
 def test_slices_are_one_layer_or_one_chunk(llama):
     _, _, step = start(llama, make_task(1), make_training(head_chunk_tokens=4))
     specs, targets, tokens = step.pending, 12, step.pending[0].num_tokens
-    assert tokens == 2 * max(len(s) for s in _rows(step.task.pairs[0]))
+    assert tokens == sum(len(s) for s in _rows(step.task.pairs[0])) - len(step.task.pairs[0].prompt_ids)
     targets = sum(len(ids) for ids in (step.task.pairs[0].chosen_ids, step.task.pairs[0].rejected_ids))
     chunks = -(-targets // 4)
     expected = [
@@ -61,7 +61,7 @@ def test_slices_are_one_layer_or_one_chunk(llama):
 
 def test_a_wide_head_is_cut_to_the_work_of_a_layer(tmp_path):
     directory = save_model(tmp_path, "llama", vocab_size=2000, hidden_size=16)
-    task = make_task(6)
+    task = make_task(12)
     model, _, step = start(directory, task, make_training(head_chunk_tokens=1000))
     chunks = [spec for spec in step.pending if spec.kind is SliceKind.REFERENCE_HEAD]
     layer_work = step.next_slice.num_tokens * model.layer_weights

@@ -16,8 +16,10 @@ def _pair(prompt, chosen, rejected, name="p"):
     return TokenizedPair(name, tuple(prompt), tuple(chosen), tuple(rejected))
 
 
-def _batches(pairs, max_slice_tokens=64):
-    return make_micro_batches(pairs, max_slice_tokens=max_slice_tokens, vocab_size=100, device=CPU)
+def _batches(pairs, max_slice_tokens=64, share_prompts=True):
+    return make_micro_batches(
+        pairs, max_slice_tokens=max_slice_tokens, vocab_size=100, device=CPU, share_prompts=share_prompts
+    )
 
 
 def test_prompt_keeps_its_end_and_completion_its_start():
@@ -49,7 +51,8 @@ def test_a_cut_pair_keeps_its_id_weight_and_reference():
 
 
 def test_rows_and_targets():
-    (batch,) = _batches([_pair([1, 2], [3, 4], [5], "a"), _pair([6], [7, 8, 9], [10, 11], "b")])
+    pairs = [_pair([1, 2], [3, 4], [5], "a"), _pair([6], [7, 8, 9], [10, 11], "b")]
+    (batch,) = _batches(pairs, share_prompts=False)
     assert batch.pair_indices == (0, 1)
     assert batch.ids.tolist() == [[1, 2, 3], [6, 7, 8], [1, 2, 0], [6, 10, 0]]
     assert batch.targets.tolist() == [3, 4, 7, 8, 9, 5, 10, 11]
@@ -58,10 +61,38 @@ def test_rows_and_targets():
     assert (batch.num_pairs, batch.num_tokens, batch.num_targets) == (2, 12, 8)
 
 
+def test_shared_prompts_lie_in_one_row_without_padding():
+    (batch,) = _batches([_pair([1, 2], [3, 4], [5], "a"), _pair([6], [7, 8, 9], [10, 11], "b")])
+    assert batch.ids.tolist() == [[1, 2, 6, 3, 7, 8, 10]]
+    assert batch.targets.tolist() == [3, 4, 7, 8, 9, 5, 10, 11]
+    assert batch.rows.tolist() == [0, 0, 1, 1, 1, 2, 3, 3]
+    assert batch.positions.tolist() == [1, 3, 2, 4, 5, 1, 2, 6]  # the ends of both prompts predict twice
+    assert batch.shared.position_ids.tolist() == [0, 1, 0, 2, 1, 2, 1]
+    assert batch.shared.cells.tolist() == [0, 1, 2, 4, 6, 7, 10]
+    assert batch.shared.tokens.tolist() == [0, 1, 2, 0, 3, 0, 4, 5, 0, 0, 6, 0]
+    assert (
+        batch.shared.mask()[:, 0].int().tolist()
+        == [
+            [[1, 1, 1, 0], [1, 1, 1, 1]],
+            [[1, 0, 1, 0], [1, 0, 1, 1]],
+        ]
+        * 2
+    )
+    assert (batch.num_pairs, batch.num_tokens, batch.num_targets, batch.width) == (2, 7, 8, 3)
+
+
+def test_uneven_pairs_do_not_blow_up_the_padded_attention():
+    """59 short pairs and a long one are 884 tokens: few for a layer, but 60 rows of 202 keys, twice, for attention."""
+    pairs = [_pair([1, 2, 3, 4], [5, 6, 7], [8, 9, 10]) for _ in range(59)]
+    pairs.append(_pair([1] * 150, [5] * 51, [6] * 51))
+    assert [batch.num_pairs for batch in _batches(pairs, 1024)] == [59, 1]
+
+
 def test_empty_prompt_scores_from_the_second_token():
-    (batch,) = _batches([_pair([], [3, 4], [5, 6, 7])])
-    assert batch.targets.tolist() == [4, 6, 7]
-    assert batch.positions.tolist() == [0, 2, 3]
+    for share_prompts, positions in ((False, [0, 2, 3]), (True, [0, 1, 2])):
+        (batch,) = _batches([_pair([], [3, 4], [5, 6, 7])], share_prompts=share_prompts)
+        assert batch.targets.tolist() == [4, 6, 7]
+        assert batch.positions.tolist() == positions
 
 
 token_ids = st.lists(st.integers(0, 99), min_size=1, max_size=12).map(tuple)
@@ -70,13 +101,13 @@ token_ids = st.lists(st.integers(0, 99), min_size=1, max_size=12).map(tuple)
 raw_pairs = st.lists(st.tuples(token_ids, token_ids, token_ids, st.booleans()), min_size=1, max_size=12)
 
 
-@given(raw_pairs, st.integers(16, 80))
-def test_every_pair_once_within_the_bound_and_apart_by_reference(raw, bound):
+@given(raw_pairs, st.integers(16, 80), st.booleans())
+def test_every_pair_once_within_the_bound_and_apart_by_reference(raw, bound, share_prompts):
     pairs = [
         TokenizedPair(str(i), *parts, weight=0.5 + i, reference=(-i, -0.5) if is_cached else None)
         for i, (*parts, is_cached) in enumerate(raw)
     ]
-    batches = _batches(pairs, bound)
+    batches = _batches(pairs, bound, share_prompts)
     assert sorted(i for batch in batches for i in batch.pair_indices) == list(range(len(pairs)))
     for batch in batches:
         assert batch.num_pairs == 1 or batch.num_tokens <= bound
@@ -89,6 +120,10 @@ def test_every_pair_once_within_the_bound_and_apart_by_reference(raw, bound):
         assert (batch.reference is None) == (not known)
         if known:
             assert batch.reference.tolist() == [values[side] for side in (0, 1) for values in known]
+        rows = [pairs[i].prompt_ids + ids for i in batch.pair_indices for ids in (pairs[i].chosen_ids,)]
+        rows += [pairs[i].prompt_ids + pairs[i].rejected_ids for i in batch.pair_indices]
+        assert batch.num_tokens <= 2 * batch.num_pairs * (max(map(len, rows)) - 1)
+        assert share_prompts or batch.shared is None
 
 
 def test_bad_ids_never_reach_the_device():

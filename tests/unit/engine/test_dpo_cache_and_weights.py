@@ -76,8 +76,8 @@ def test_a_pair_without_a_reference_does_not_cost_the_others_theirs(llama):
     step = start(llama, with_references(llama, make_task(4), {0, 1, 3}), make_training(max_slice_tokens=1024))[2]
     layers = [spec.num_tokens for spec in step.pending if spec.kind is SliceKind.REFERENCE_LAYER]
     missing = step.task.pairs[2]
-    width = len(missing.prompt_ids) + max(len(missing.chosen_ids), len(missing.rejected_ids)) - 1
-    assert layers == [2 * width] * 3
+    computed = len(missing.prompt_ids) + len(missing.chosen_ids) + len(missing.rejected_ids) - 2
+    assert layers == [computed] * 3
 
 
 def test_the_cached_values_are_what_counts(llama):

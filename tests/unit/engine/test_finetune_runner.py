@@ -147,11 +147,11 @@ def fail_slices(monkeypatch, error, *, above_tokens=0, times=1000):
     left = [times]
     run_layer = TrainableModel.run_layer
 
-    def failing(self, i, hidden, rotary):
+    def failing(self, i, hidden, *rest):
         if hidden.shape[0] * hidden.shape[1] > above_tokens and left[0]:
             left[0] -= 1
             raise error
-        return run_layer(self, i, hidden, rotary)
+        return run_layer(self, i, hidden, *rest)
 
     monkeypatch.setattr(TrainableModel, "run_layer", failing)
 

@@ -103,7 +103,7 @@ def test_the_task_table_tells_what_is_in_front_and_since_when():
     table.add(request("u", 1), FineTuneTask("u", TaskKind.EVALUATE, ()).to_wire(), now_s=6.0)
     state = table.state(7.0)
     assert (state.last_progress_s, state.dpo_loss, state.attempts) == (5.0, 0.4, 1)
-    assert state.max_batch_tokens == 2 * 10
+    assert state.max_batch_tokens == 1 + 8 + 0
     table.note_progress(SliceReport(slices=[SliceTiming("embed", 1, 0.1)], held_bytes=64), now_s=8.0)
     table.note_progress(SliceReport(held_bytes=64), now_s=9.0)
     assert (table.state(9.0).last_progress_s, table.state(9.0).held_bytes) == (8.0, 64)

@@ -4,6 +4,7 @@ import asyncio
 from dataclasses import dataclass
 
 from core.batch import ForwardShape, IterationSample
+from core.pair_groups import PairShape
 from core.types import SliceKind, SliceTiming, TaskKind, TaskResult
 from tests.unit.profiler.synthetic_device import SyntheticDevice
 
@@ -54,8 +55,8 @@ class SyntheticEngine:
         self.requests[task.task_id] = Running(0, 0, 0)
         try:
             await asyncio.sleep(self.step_s)
-            width = max(len(pair.prompt_ids) + len(pair.chosen_ids) - 1 for pair in task.pairs)
-            num_tokens = 2 * width * len(task.pairs)
+            shapes = [PairShape(len(p.prompt_ids), len(p.chosen_ids), len(p.rejected_ids)) for p in task.pairs]
+            num_tokens = sum(shape.tokens(share_prompts=True) for shape in shapes)
             kinds = [SliceKind.POLICY_LAYER, SliceKind.POLICY_LAYER]
             if task.kind is TaskKind.TRAIN:
                 kinds.append(SliceKind.BACKWARD_LAYER)

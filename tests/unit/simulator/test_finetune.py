@@ -2,8 +2,9 @@ from dataclasses import replace
 
 import pytest
 
+from core.pair_groups import PairShape
 from core.types import SliceKind
-from simulator.finetune import PairShape, StepModel, step_slices
+from simulator.finetune import StepModel, step_slices
 from tests.unit.engine.trainable_models import make_task, make_training, save_model, start
 
 
@@ -36,7 +37,7 @@ def test_a_head_that_is_wider_than_a_layer_is_cut_into_smaller_chunks():
     wide = StepModel(num_layers=2, layer_weights=100, head_weights=900, head_chunk_tokens=128)
     slices = step_slices([PairShape(200, 100, 100)], wide, 1024)
     heads = [s.num_tokens for s in slices if s.kind is SliceKind.POLICY_HEAD]
-    assert heads == [598 // 9, 598 // 9, 598 // 9, 2]
+    assert heads == [398 // 9] * 4 + [24]
     assert slices[-1].kind is SliceKind.OPTIMIZER
 
 
