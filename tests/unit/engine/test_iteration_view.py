@@ -35,7 +35,9 @@ def waiting():
 
 def look(running, waiting, now_s=10.0):
     waiting.now_s = now_s
-    return view_of(now_s, running, waiting, free_seats=3, pool=KvPool(100, 7, 16), free_kv_blocks=99, finetune=None)
+    return view_of(
+        now_s, running, waiting, free_seats=3, pool=KvPool(100, 7, 16), free_kv_blocks=99, finetune=None
+    )
 
 
 def test_requests_with_one_token_to_compute_decode_and_others_prefill(waiting):
