@@ -28,6 +28,8 @@ TARGET_MEDIAN_MS = 0.2
 TARGET_P99_MS = 1.0
 
 _BLOCK_TOKENS = 16
+_NUM_PREFIXES = 32
+"""Different leading blocks that requests share."""
 _GIB = 1 << 30
 _KV_BYTES_PER_TOKEN = 12_288
 _FREE_SEATS = 32
@@ -59,6 +61,12 @@ class StandInRequest:
     num_computed_tokens: int
     priority: int = 0
     num_output_placeholders: int = 0
+    block_hashes: tuple[int, ...] = ()
+
+    @property
+    def num_prompt_tokens(self) -> int:
+        """All of them, for a request that waits."""
+        return self.num_tokens
 
     @property
     def num_tokens_with_spec(self) -> int:
@@ -130,7 +138,7 @@ class _PlanningEngine:
         self._pool = KvPool(8 * _GIB // block_bytes, block_bytes, _BLOCK_TOKENS)
         self._now_s = 1000.0
         self._number = 0
-        self._waiting = AgeingRequestQueue(config)
+        self._waiting = AgeingRequestQueue(config, _BLOCK_TOKENS)
         self._tasks = TaskTable()
         self._queue: TaskQueue[int] = TaskQueue(config)
         self._running = [self._request(prompt_done=True) for _ in range(options.num_running)]
@@ -155,6 +163,8 @@ class _PlanningEngine:
         arriving, task = self._request(prompt_done=False), self._task()
         used_bytes = _KV_BYTES_PER_TOKEN * sum(request.num_computed_tokens for request in self._running)
         watch.resume()
+        self._waiting.note_running(self._running)
+        watch.lap("prefix order")
         view = self._view_of(
             self._now_s,
             self._running,
@@ -231,7 +241,9 @@ class _PlanningEngine:
     def _request(self, *, prompt_done: bool) -> StandInRequest:
         self._number += 1
         length = int(self._rng.integers(16, 512))
-        return StandInRequest(f"r{self._number}", self._now_s, length, length - 1 if prompt_done else 0)
+        computed = length - 1 if prompt_done else 0
+        hashes = (int(self._rng.integers(_NUM_PREFIXES)),) * (length // _BLOCK_TOKENS)
+        return StandInRequest(f"r{self._number}", self._now_s, length, computed, block_hashes=hashes)
 
     def _task(self) -> QueuedTask[int]:
         self._number += 1

@@ -129,6 +129,10 @@ class SchedulerConfig(Section):
     """`first_fit` is the ablation: the first candidate that fits, with no choice of how much."""
     ageing: bool = True
     """False is the ablation: waiting raises no priority."""
+    prefix_order: bool = True
+    """Requests that share a prefix with running ones, or with each other, go together. False is the ablation."""
+    prefix_head_start_s: float = Field(0.5, ge=0)
+    """They overtake only who arrived at most so much earlier, of the same priority."""
     reward_term: bool = True
     """False is the ablation: no `γ·L_DPO` in the priority."""
     base_priority_prefill: float = 10.0

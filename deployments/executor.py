@@ -21,8 +21,12 @@ from deployments.heartbeat import end_with
 from deployments.iteration_monitor import IterationMonitor
 from deployments.learner import Learner
 from deployments.load_meter import LoadMeter
+from deployments.prefix_index import PrefixContext, PrefixIndex, follow_prefixes
+from deployments.prefix_monitor import PrefixMonitor
 from deployments.profiling import background_profiler, target_warnings, with_profile_path
+from deployments.pruning_gate import with_pruning_gate
 from deployments.response_log import ResponseLog
+from deployments.router import PREFIXES_KEY
 from deployments.training_progress import CheckpointSlot
 from deployments.versions import AdapterVersions
 from engine.engine_load import read_engine_load
@@ -53,6 +57,11 @@ class Executor:
         self.trial: CanaryTrial
         self.load: LoadMeter
         self.iterations = IterationMonitor()
+        self.prefixes: PrefixIndex | None = None
+        """What the prefix cache holds; None if the engine's KV events are off."""
+        self.sharing = PrefixMonitor()
+        self.kv_pruning = ""
+        """Why KV pruning is on or off."""
         self.base_model = ""
         """Identity of the served model: a hub id or a directory's name."""
         self.is_ready = False
@@ -66,7 +75,7 @@ class Executor:
         state_dir = self.args.state_dir
         model_dir = await asyncio.to_thread(resolve_model, self.args.model, state_dir)
         configure_environment(self.args, model_dir)
-        self.args = with_profile_path(self.args, model_dir)
+        self.args, self.kv_pruning = with_pruning_gate(with_profile_path(self.args, model_dir), model_dir)
         for warning in target_warnings(self.args):
             logger.warning(warning)
         self.engine = await HybridEngine.start(self.args, str(model_dir))
@@ -82,6 +91,10 @@ class Executor:
         self.trial = CanaryTrial(self.versions, self.args.versions, self.args.slo, self.control.rating_counts)
         app = await self.engine.build_openai_app(self.versions.base_names)
         await self.versions.attach(app.state.openai_serving_models.lora_requests)
+        following = follow_prefixes(self.executor_id, self.engine, app, self.args.model.model_id)
+        if following is not None:
+            self.prefixes, task = following
+            self._background.append(task)
         if self.args.training.enabled and self.args.scheduler.policy != "inference_only":
             await self._start_learning(model_dir, registry)
         self._background.append(asyncio.create_task(end_with(self.engine.check_health)))
@@ -91,7 +104,7 @@ class Executor:
         if profiler is not None:
             self._background.append(asyncio.create_task(profiler.run()))
         self.is_ready = True
-        return self._attach_routes(app, self)
+        return PrefixContext(self._attach_routes(app, self))
 
     async def check_health(self) -> None:
         """Fails when the engine is dead; Serve then replaces the replica."""
@@ -100,18 +113,29 @@ class Executor:
 
     async def record_routing_stats(self) -> dict[str, Any]:
         """Serve pulls this for `deployments.router`; empty before the engine serves."""
-        return asdict(await self.load.measure()) if self.is_ready else {}
+        if not self.is_ready:
+            return {}
+        known = {} if self.prefixes is None else {PREFIXES_KEY: self.prefixes.held_names()}
+        return {**asdict(await self.load.measure()), **known}
 
     async def status(self) -> dict[str, Any]:
         """What this executor knows of its training and its iterations."""
         learner = {} if self.learner is None else self.learner.status_to_wire()
         scheduler = {"policy": self.args.scheduler.policy, **self.iterations.summary()}
-        return {"live_version": self.versions.live, **learner, "scheduler": scheduler}
+        prefix_cache = self.sharing.summary()
+        return {
+            "live_version": self.versions.live,
+            **learner,
+            "scheduler": scheduler,
+            "prefix_cache": prefix_cache,
+            "memory": {"kv_pruning": self.kv_pruning, **await self.engine.memory_status()},
+        }
 
     async def _read_iterations(self, after: int) -> tuple[int, list[IterationSample]]:
         """The engine's iterations, once for all who want them."""
         following, samples = await self.engine.iterations(after)
         self.iterations.observe(samples)
+        self.sharing.observe()
         return following, samples
 
     def __del__(self) -> None:

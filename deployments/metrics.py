@@ -18,6 +18,7 @@ _DESCRIPTIONS = {
     "forward_seconds": "Device time of inference forward passes",
     "iteration_overhead_seconds": "Time of iterations that was neither forward pass nor slices",
     "forward_prediction_error": "Median relative error of the predicted forward latency over the last iterations",
+    "prefix_sharing_ratio": "Prompt tokens served from the prefix cache over all prompt tokens since the start",
     "feedback_received": "Feedback items by type and status",
     "responses_dropped": "Responses dropped because Control was away too long",
     "responses_stored": "Responses kept so that feedback can name them",

@@ -4,9 +4,17 @@ Serve pulls `Executor.record_routing_stats` and pushes it to every router (the H
 The routers apply `scheduler.placement.choose_executor` to it, the function that the CentralScheduler applies to the
 same numbers: the answer is the same, and no central actor stands between a request and its executor.
 
-A router sees the HTTP scope and not the body, so two inputs are estimates. The prompt's length is the body's length
-at `BYTES_PER_TOKEN`. The cached prefix is known for requests that name their session (header `x-session-id`, Ray
-Serve's): what the session's last request sent to a replica is taken to be in that replica's prefix cache.
+A router sees the HTTP scope and not the body: Serve keeps the body in a queue of the proxy that only one reader may
+empty, the replica. So no token ids here, and two inputs are estimates. The prompt's length is the body's length at
+`BYTES_PER_TOKEN`. The cached prefix (docs/prefix_sharing.md) is the longest one
+- of the names that a middleware of the proxy gave to the text's prefixes (`deployments.prefix_proxy`), among those
+  that a replica reported as being in its cache (`deployments.prefix_index`: its radix tree knows, by KV events);
+- or of the same names among those sent to a replica since its report.
+
+Without names (no middleware, no KV events) it is the session's last request (header `x-session-id`, Ray Serve's), taken
+to be where it was sent.
+
+It enters `f` as memory and seconds saved, so longest match and load are one score (`scheduler.placement`).
 
 Reports are up to a period old, so a router counts what it sent since then; otherwise every request of that period
 would go to the same executor. Without a fresh report of every replica: power of two choices.
@@ -23,6 +31,8 @@ from ray.serve.request_router import PendingRequest, ReplicaID, RequestRouter, R
 
 from core.config import SchedulerConfig
 from core.messages import ExecutorLoad
+from deployments.prefix_text import TextPrefixes
+from deployments.sent_prefixes import SentPrefixes, cached_text_bytes
 from scheduler.placement import choose_executor
 
 logger = logging.getLogger(__name__)
@@ -35,6 +45,9 @@ REPORT_PERIOD_S = 1.0
 
 STALE_S = 10 * REPORT_PERIOD_S
 """A report older than this says nothing; executors answer late while the engine is in a long iteration."""
+
+PREFIXES_KEY = "prefixes"
+"""In a replica's routing stats, beside its load: names of prefixes that are in its cache."""
 
 _MAX_SESSIONS = 65_536
 _MAX_DIGITS = 15
@@ -53,6 +66,7 @@ class ExecutorRouter(RequestRouter):
         self._config = SchedulerConfig.model_validate(scheduler or {})
         self._sent: dict[ReplicaID, deque[tuple[float, int]]] = {}
         self._sessions: OrderedDict[str, tuple[str, int]] = OrderedDict()
+        self._sent_prefixes = SentPrefixes()
 
     async def choose_replicas(
         self, candidate_replicas: Candidates, pending_request: PendingRequest | None = None
@@ -78,20 +92,42 @@ class ExecutorRouter(RequestRouter):
     def _ranked(
         self, candidates: Candidates, loads: list[ExecutorLoad], request: PendingRequest, now_s: float
     ) -> list[Candidates]:
-        prompt_tokens = prompt_tokens_of(request)
-        session = request.metadata.session_id
-        cached = {}
-        if session in self._sessions:
-            replica, num_tokens = self._sessions[session]
-            cached[replica] = min(num_tokens, prompt_tokens)
+        scope = scope_of(request)
+        prompt_tokens = prompt_tokens_of(scope)
+        prefixes = TextPrefixes.from_headers(scope["headers"])
+        cached = self._cached_tokens(candidates, loads, prefixes, request.metadata.session_id, prompt_tokens)
         by_id = {replica.replica_id.unique_id: replica for replica in candidates}
         ranks = [[by_id[r.executor_id]] for r in choose_executor(prompt_tokens, loads, cached, self._config)]
         best = ranks[0][0].replica_id
         uncached = max(1, prompt_tokens - cached.get(best.unique_id, 0))
         self._sent.setdefault(best, deque()).append((now_s, uncached))
-        if session:
-            self._remember(session, best.unique_id, prompt_tokens)
+        if request.metadata.session_id:
+            self._remember(request.metadata.session_id, best.unique_id, prompt_tokens)
+        if prefixes is not None:
+            self._sent_prefixes.note(best.unique_id, prefixes, now_s)
         return ranks
+
+    def _cached_tokens(
+        self,
+        candidates: Candidates,
+        loads: list[ExecutorLoad],
+        prefixes: TextPrefixes | None,
+        session: str,
+        prompt_tokens: int,
+    ) -> dict[str, int]:
+        """Prompt tokens in each replica's cache, as far as this router can know."""
+        cached = {}
+        if session in self._sessions:
+            replica_id, num_tokens = self._sessions[session]
+            cached[replica_id] = min(num_tokens, prompt_tokens)
+        for replica, load in zip(candidates, loads, strict=True):
+            reported = replica.routing_stats.get(PREFIXES_KEY)
+            if prefixes is None or reported is None:
+                continue  # no names, or nobody who knows them: the session is all there is
+            sent = self._sent_prefixes.since(load.executor_id, load.reported_s, prefixes)
+            num_tokens = cached_text_bytes(prefixes, {*reported, *sent}) // BYTES_PER_TOKEN
+            cached[load.executor_id] = min(num_tokens, prompt_tokens)
+        return cached
 
     def _loads(self, candidates: Candidates, now_s: float) -> list[ExecutorLoad] | None:
         """Every candidate's report plus what was sent to it since; None if one is missing, stale or unmeasured.
@@ -131,18 +167,24 @@ class ExecutorRouter(RequestRouter):
 
 def load_of(executor_id: str, stats: dict[str, Any]) -> ExecutorLoad | None:
     """A replica's routing stats as a load; None if it reports none, or has those of another version of MACE."""
+    fields = {name: value for name, value in stats.items() if name != PREFIXES_KEY}
     try:
-        return ExecutorLoad(**{**stats, "executor_id": executor_id})
+        return ExecutorLoad(**{**fields, "executor_id": executor_id})
     except TypeError:
         return None
 
 
-def prompt_tokens_of(request: PendingRequest) -> int:
-    """Estimated prompt tokens of a request, from its `content-length`; 1 if it has none."""
+def scope_of(request: PendingRequest) -> dict[str, Any]:
+    """The ASGI scope of a request; one without headers for calls through a handle."""
     if not request.metadata.is_http_request or not request.args:
-        return 1
+        return {"headers": []}
     # Bytes that this process pickled itself (Serve's proxy), on their way to the replica.
-    scope = cloudpickle.loads(request.args[0]).asgi_scope
+    scope: dict[str, Any] = cloudpickle.loads(request.args[0]).asgi_scope
+    return scope
+
+
+def prompt_tokens_of(scope: dict[str, Any]) -> int:
+    """Estimated prompt tokens of a request, from its `content-length`; 1 if it has none."""
     length: bytes = next((value for name, value in scope["headers"] if name == b"content-length"), b"")
     return max(1, int(length) // BYTES_PER_TOKEN) if length.isdigit() and len(length) <= _MAX_DIGITS else 1
 

@@ -63,7 +63,7 @@ class HybridSchedulerMixin:
         self._pruner = self._make_pruner(config)
         self._num_preemptions = 0
         self._planner = build_planner(config, self, pool, can_prune=self._pruner is not None)
-        self.waiting = AgeingRequestQueue(config.scheduler)
+        self.waiting = AgeingRequestQueue(config.scheduler, pool.block_tokens)
         self._tasks = TaskTable(share_prompts=config.training.share_prompt)
         self._directive = Directive()
         self._last_ended_s = 0.0
@@ -136,6 +136,7 @@ class HybridSchedulerMixin:
 
     def _view(self, now_s: float) -> IterationView:
         self.waiting.now_s = now_s
+        self.waiting.note_running(self.running)  # type: ignore[attr-defined]
         free_blocks = self.kv_cache_manager.block_pool.get_num_free_blocks()  # type: ignore[attr-defined]
         return view_of(
             now_s,

@@ -14,6 +14,7 @@ import psutil
 
 from core.config import TINY_ASSISTANT, AppArgs, ModelConfig
 from core.errors import ConfigError
+from engine.kv_events import kv_events_config
 
 CONFIG_KEY = "mace"
 """Our key in vLLM's `additional_config`, which reaches the scheduler and the worker."""
@@ -79,6 +80,7 @@ def make_engine_args(args: AppArgs, model_dir: str) -> Any:
         "gpu_memory_utilization": args.engine.gpu_memory_utilization,
         "kv_cache_memory_bytes": args.engine.kv_cache_memory_bytes or (_cpu_kv_bytes() if on_cpu else None),
         "enable_prefix_caching": True,
+        "kv_events_config": kv_events_config(),
         "scheduling_policy": "priority",  # lets requests carry one; the order is ours (engine.waiting_queue)
         "enable_lora": True,
         "max_lora_rank": _lora_rank_of_vllm(args.lora.rank),

@@ -31,9 +31,6 @@ _Entry = tuple[float, int, str, Group]
 _Key = tuple[float, float, _Entry]
 """Minus the priority, the turn (arrival minus head start), and the entry."""
 
-_HEAD_START_S = 0.5
-"""Half of the default TTFT target."""
-
 
 class _Lane:
     """Requests of one `priority` value."""
@@ -142,8 +139,8 @@ class WaitingQueue(Generic[T]):
 
     def __init__(self, config: SchedulerConfig) -> None:
         self._config = config
-        self._head_start_s: float = getattr(config, "prefix_head_start_s", _HEAD_START_S)
-        self.orders_prefixes = bool(getattr(config, "prefix_order", True)) and self._head_start_s > 0
+        self._head_start_s: float = config.prefix_head_start_s
+        self.orders_prefixes = config.prefix_order and self._head_start_s > 0
         self._lanes: dict[int, _Lane] = {}
         self._where: dict[str, tuple[int, _Entry]] = {}
         self._payloads: dict[str, T] = {}

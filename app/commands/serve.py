@@ -19,6 +19,7 @@ import yaml
 
 from app.commands.processes import become_subreaper, end_descendants, own_children
 from core.errors import ConfigError
+from deployments.prefix_proxy import CALLBACK, CALLBACK_VARIABLE
 
 _SHUTDOWN_GRACE_S = 10.0
 _NOT_OPTIONS = frozenset({"name", "user_config"})
@@ -125,6 +126,7 @@ def _run(document: dict[str, Any], started_s: float) -> NoReturn:
     """Start everything and wait for a signal."""
     os.environ.setdefault("RAY_AUTH_MODE", "disabled")  # a cluster of our own, reachable from this machine only
     os.environ.setdefault("RAY_kill_child_processes_on_worker_exit_with_raylet_subreaper", "true")
+    os.environ.setdefault(CALLBACK_VARIABLE, CALLBACK)
     import ray
     from ray import serve as ray_serve
 

@@ -17,7 +17,9 @@ from ray import serve
 from app.main import executor_router
 from core.config import AppArgs
 from core.messages import ExecutorLoad
-from deployments.router import REPORT_PERIOD_S
+from deployments.prefix_proxy import CALLBACK, CALLBACK_VARIABLE
+from deployments.prefix_text import prefixes_of
+from deployments.router import PREFIXES_KEY, REPORT_PERIOD_S
 
 pytestmark = pytest.mark.ray
 
@@ -57,7 +59,9 @@ class Replica:
     async def __call__(self, request):
         import asyncio
 
-        await request.body()
+        body = await request.body()
+        if request.query_params.get("echo"):
+            return {"body": body.decode(), "prefix": request.headers.get("x-mace-prefix")}
         await asyncio.sleep(float(request.query_params.get("sleep_s", 0)))
         return self._number
 
@@ -70,6 +74,7 @@ def fleet(tmp_path_factory):
         port = probe.getsockname()[1]
     fleet = Fleet(directory, f"http://127.0.0.1:{port}/")
     fleet.report({}, {}, settle_s=0)
+    os.environ[CALLBACK_VARIABLE] = CALLBACK  # inherited by the proxy, as under `mace serve`
     ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False)
     serve.start(http_options={"host": "127.0.0.1", "port": port})
     options = {"num_replicas": 2, "max_ongoing_requests": 4, "ray_actor_options": {"num_cpus": 0}}
@@ -78,6 +83,7 @@ def fleet(tmp_path_factory):
     yield fleet
     serve.shutdown()
     ray.shutdown()
+    del os.environ[CALLBACK_VARIABLE]
 
 
 class Fleet:
@@ -97,6 +103,14 @@ class Fleet:
         reply = self._client.post("/", params={"sleep_s": sleep_s}, content=b"x" * 4 * num_tokens, headers=headers)
         assert reply.status_code == 200
         return int(reply.text)
+
+    def chat(self, body):
+        reply = self._client.post("/", json=body)
+        assert reply.status_code == 200
+        return int(reply.text)
+
+    def echo(self, body, **headers):
+        return self._client.post("/", params={"echo": 1}, json=body, headers=headers).json()
 
     def wait_for(self, expected, **request):
         """Ask until eight answers in a row come from the replicas expected: the reports have arrived then."""
@@ -155,3 +169,43 @@ def test_the_next_best_serves_when_the_best_has_no_place(fleet):
 def test_requests_go_on_when_reports_are_absent_again(fleet):
     fleet.report({}, stats())
     fleet.wait_for({0, 1})
+
+
+def chat(system, question):
+    return {
+        "model": "mace-tiny",
+        "messages": [{"role": "system", "content": system}, {"role": "user", "content": question}],
+    }
+
+
+ASTRONOMY, LAW = "You know all of the sky. " * 60, "You know all of the law. " * 60
+"""1,500 bytes each: about 375 tokens, which cost 0.375 s at the speed reported."""
+
+
+def test_the_proxy_names_prefixes_and_passes_the_body_on_unchanged(fleet):
+    body = chat(ASTRONOMY, "Where is Mars?")
+    echo = fleet.echo(body, **{"x-mace-prefix": "9;forged"})
+    assert json.loads(echo["body"]) == body
+    assert echo["prefix"] == prefixes_of(body).to_header().decode()
+    assert fleet.echo({"model": "m", "prompt": "short"}, **{"x-mace-prefix": "9;forged"})["prefix"] is None
+
+
+def test_a_request_goes_where_its_prefix_is_cached_unless_the_queue_costs_more_than_it_saves(fleet):
+    sky, law = (list(prefixes_of(chat(system, "")).digests) for system in (ASTRONOMY, LAW))
+    fleet.report(stats(waiting_tokens=200, **{PREFIXES_KEY: sky}), stats(**{PREFIXES_KEY: law}))
+    fleet.wait_for({1})
+    time.sleep(5)  # what was sent before is not believed any more
+    assert [fleet.chat(chat(ASTRONOMY, f"Where is star {i}?")) for i in range(3)] == [0, 0, 0]
+    assert [fleet.chat(chat(LAW, f"What says paragraph {i}?")) for i in range(3)] == [1, 1, 1]
+    fleet.report(stats(waiting_tokens=800, **{PREFIXES_KEY: sky}), stats(**{PREFIXES_KEY: law}))
+    time.sleep(2)
+    assert fleet.chat(chat(ASTRONOMY, "Where is Venus?")) == 1
+
+
+def test_a_prefix_that_was_just_sent_draws_the_next_request_before_any_report_names_it(fleet):
+    fleet.report(stats(**{PREFIXES_KEY: []}), stats(waiting_tokens=100, **{PREFIXES_KEY: []}))
+    fleet.wait_for({0})
+    time.sleep(2)
+    system = "You write verse and nothing else. " * 60
+    first = fleet.chat(chat(system, "About spring"))
+    assert [fleet.chat(chat(system, f"About winter {i}")) for i in range(2)] == [first, first]

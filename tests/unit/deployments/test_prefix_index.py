@@ -1,0 +1,129 @@
+"""What an executor reports of its prefix cache, and the sharing ratio."""
+
+import asyncio
+import itertools
+
+import pytest
+from prometheus_client import REGISTRY, Counter
+
+from deployments.prefix_index import MAX_NAMES, PrefixContext, PrefixIndex
+from deployments.prefix_monitor import PrefixMonitor
+from deployments.prefix_text import HEADER, prefixes_of
+from engine.prefix_counts import PrefixCounts, read_prefix_counts
+from scheduler.prefix_changes import BlocksRemoved, BlocksStored, CacheCleared
+
+BLOCK = 16
+clock = (float(i) for i in itertools.count())
+
+
+class Executor:
+    """An index, and an engine that computes whatever it is asked. Five bytes of text are one token."""
+
+    def __init__(self):
+        self.live = None
+        self.index = PrefixIndex("e1", BLOCK, lambda: self.live, lambda: next(clock))
+
+    def ask(self, text, namespace=None, *, is_computed=True):
+        prefixes = prefixes_of({"prompt": text})
+        tokens = [ord(text[i]) for i in range(0, len(text), 5)]
+
+        async def handle(scope, receive, send):
+            self.index.on_prompt(namespace, tokens)
+
+        scope = {"type": "http", "headers": [(HEADER, prefixes.to_header())] if prefixes else []}
+        asyncio.run(PrefixContext(handle)(scope, None, None))
+        if is_computed:
+            self.compute(tokens, namespace)
+        return prefixes.digests if prefixes else ()
+
+    def compute(self, tokens, namespace):
+        count = len(tokens) // BLOCK
+        hashes = tuple(hash((namespace, tuple(tokens[: (i + 1) * BLOCK]))) for i in range(count))
+        self.index.on_change(BlocksStored(namespace, None, tuple(tokens[: count * BLOCK]), hashes))
+        return hashes
+
+    @property
+    def held(self):
+        return set(self.index.held_names())
+
+
+def test_prefixes_of_computed_prompts_are_held_and_of_others_not():
+    executor = Executor()
+    held, not_held = executor.ask("a" * 1100), executor.ask("b" * 1100, is_computed=False)
+    assert len(held) == 4
+    assert executor.held == set(held)
+    assert not executor.held & set(not_held)
+
+
+def test_a_prefix_is_held_as_far_as_its_blocks_are():
+    executor = Executor()
+    names = executor.ask("a" * 1100, is_computed=False)
+    hashes = executor.compute([ord("a")] * 220, None)
+    assert executor.held == set(names)
+    executor.index.on_change(BlocksRemoved(hashes[8:]))  # 128 tokens are left, which are 640 bytes
+    assert executor.held == set(names[:2])
+    executor.index.on_change(CacheCleared())
+    assert executor.held == set()
+
+
+def test_a_publish_takes_prefixes_out_until_the_new_version_has_computed_them():
+    executor = Executor()
+    names = executor.ask("a" * 1100)
+    executor.live = "m@v0001"
+    assert executor.held == set()
+    executor.compute([ord("a")] * 220, "m@v0001")  # warmed, or asked for again
+    assert executor.held == set(names)
+
+
+def test_a_version_asked_for_by_its_own_name_keeps_its_prefixes():
+    executor = Executor()
+    names = executor.ask("a" * 1100, "m@v0007")
+    executor.live = "m@v0008"
+    assert executor.held == set(names)
+
+
+def test_requests_without_names_are_not_remembered():
+    executor = Executor()
+    assert executor.ask("short") == ()
+    assert executor.held == set()
+
+
+def test_the_report_is_bounded_and_keeps_what_was_used_last():
+    executor = Executor()
+    for number in range(400):
+        last = executor.ask(f"{number:05}" * 220)
+    names = executor.index.held_names()
+    assert len(names) == MAX_NAMES
+    assert set(last) <= set(names)
+    assert not set(executor.ask("00000" * 220, is_computed=False)) - set(executor.index.held_names())
+
+
+def test_the_sharing_ratio_is_of_all_tokens_and_of_the_last_minute():
+    counts = iter([PrefixCounts(1000, 100), *[PrefixCounts(1000, 100)] * 58, PrefixCounts(2000, 900), None])
+    monitor = PrefixMonitor(lambda: next(counts))
+    assert monitor.summary()["sharing_ratio"] is None
+    monitor.observe()
+    assert monitor.summary()["sharing_ratio"] == pytest.approx(0.1)
+    for _ in range(59):
+        monitor.observe()
+    summary = monitor.summary()
+    assert (summary["prompt_tokens"], summary["cached_tokens"]) == (2000, 900)
+    assert summary["sharing_ratio"] == pytest.approx(0.45)
+    assert summary["recent_sharing_ratio"] == pytest.approx(0.8)
+    monitor.observe()  # no counts: nothing changes
+    assert monitor.summary() == summary
+
+
+def test_counts_are_read_from_vllms_counters_of_all_engines():
+    if read_prefix_counts() is not None:
+        pytest.skip("vLLM's own counters live in this process")
+    queries = Counter("vllm:prefix_cache_queries", "tokens", ["engine"])
+    hits = Counter("vllm:prefix_cache_hits", "tokens", ["engine"])
+    try:
+        queries.labels("0").inc(100)
+        queries.labels("1").inc(50)
+        hits.labels("0").inc(30)
+        assert read_prefix_counts() == PrefixCounts(150, 30)
+    finally:
+        REGISTRY.unregister(queries)
+        REGISTRY.unregister(hits)

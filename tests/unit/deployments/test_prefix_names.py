@@ -1,0 +1,159 @@
+"""Names of text prefixes: in the proxy, in the header, at the router."""
+
+import asyncio
+import json
+from itertools import pairwise
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from deployments.prefix_proxy import PrefixNames, middlewares
+from deployments.prefix_text import HEADER, LENGTHS, MAX_TEXT_BYTES, TextPrefixes, prefixes_of
+from deployments.sent_prefixes import SentPrefixes, cached_text_bytes
+
+
+def chat(*contents, model="m"):
+    return {"model": model, "messages": [{"role": "user", "content": content} for content in contents]}
+
+
+def shared_bytes(a, b):
+    """Length of the longest prefix that two requests are seen to share."""
+    return cached_text_bytes(prefixes_of(a), prefixes_of(b).digests)
+
+
+def test_lengths_grow_by_no_more_than_a_quarter_and_end_at_the_bound():
+    assert LENGTHS[0] == 256
+    assert LENGTHS[-1] <= MAX_TEXT_BYTES
+    assert all(later <= max(earlier + 256, 1.25 * earlier) for earlier, later in pairwise(LENGTHS))
+    assert len(prefixes_of(chat("x" * 2 * MAX_TEXT_BYTES)).to_header()) < 1000
+
+
+@settings(max_examples=60)
+@given(st.integers(0, 4000), st.integers(1, 3000), st.integers(1, 3000))
+def test_what_two_requests_share_is_found_to_a_step_and_never_exceeded(common, one, other):
+    shared = len("m\x1euser\x1f") + common
+    found = shared_bytes(chat("s" * common + "a" * (one + 256)), chat("s" * common + "b" * (other + 256)))
+    assert found <= shared
+    assert found >= max((length for length in LENGTHS if length <= shared), default=0)
+
+
+def test_another_model_tool_or_system_prompt_shares_nothing():
+    text = "t" * 3000
+    assert shared_bytes(chat(text), chat(text, model="other")) == 0
+    assert shared_bytes(chat(text), chat(text) | {"tools": [{"name": "f"}]}) == 0
+    assert shared_bytes(chat(text), chat("u" + text)) == 0
+    assert shared_bytes(chat(text), chat(text)) == 2560
+    assert shared_bytes({"prompt": text}, {"prompt": text + "x"}) == 2560
+    assert shared_bytes({"input": text, "instructions": "i"}, {"input": text, "instructions": "i"}) == 2560
+
+
+@pytest.mark.parametrize("body", [None, 3, [], {}, {"messages": []}, {"prompt": "short"}, {"messages": 7}])
+def test_what_has_no_long_prompt_has_no_names(body):
+    assert prefixes_of(body) is None
+
+
+@given(st.recursive(st.none() | st.integers() | st.text(), lambda v: st.lists(v) | st.dictionaries(st.text(), v)))
+def test_no_body_breaks_the_naming(value):
+    for key in ("messages", "prompt", "input", "tools"):
+        prefixes_of({key: value, "prompt": "x" * 300} | {key: value})
+
+
+def test_the_header_carries_names_and_size_and_nonsense_is_no_header():
+    prefixes = prefixes_of(chat("x" * 1000))
+    assert TextPrefixes.from_headers([(HEADER, prefixes.to_header())]) == prefixes
+    for nonsense in (b"", b";a,b", b"x;a", b"-1;a", b"99999999999;a", b"5;", b"9;" + b"a," * 1000, b"\xff;\xfe"):
+        assert TextPrefixes.from_headers([(HEADER, nonsense)]) is None
+    assert TextPrefixes.from_headers([]) is None
+
+
+def through_proxy(messages, headers, method="POST"):
+    """The scope and the messages that arrive behind the middleware."""
+    seen = {}
+
+    async def app(scope, receive, send):
+        seen["scope"] = scope
+        seen["messages"] = [await receive() for _ in range(len(messages))]
+
+    given_messages = iter(messages)
+
+    async def receive():
+        return next(given_messages)
+
+    scope = {"type": "http", "method": method, "headers": headers}
+    asyncio.run(PrefixNames(app)(scope, receive, None))
+    return dict(seen["scope"]["headers"]), seen["messages"]
+
+
+def parts_of(body, *cuts):
+    ends = [*cuts, len(body)]
+    starts = [0, *cuts]
+    return [
+        {"type": "http.request", "body": body[start:end], "more_body": end < len(body)}
+        for start, end in zip(starts, ends, strict=True)
+    ] + [{"type": "http.disconnect"}]
+
+
+def json_headers(body, **more):
+    fields = {"content-type": "application/json", "content-length": str(len(body)), **more}
+    return [(name.encode(), value.encode()) for name, value in fields.items()]
+
+
+def test_the_middleware_names_the_prefixes_and_gives_every_message_on():
+    body = json.dumps(chat("x" * 1000)).encode()
+    messages = parts_of(body, 10, 500)
+    headers, arrived = through_proxy(messages, json_headers(body))
+    assert arrived == messages
+    assert headers[HEADER] == prefixes_of(chat("x" * 1000)).to_header()
+
+
+@pytest.mark.parametrize(
+    ("body", "changes", "method"),
+    [
+        (b"not json", {}, "POST"),
+        (b"[" * 100_000, {}, "POST"),
+        (json.dumps(chat("x" * 1000)).encode(), {"content-type": "text/plain"}, "POST"),
+        (json.dumps(chat("x" * 1000)).encode(), {"content-length": ""}, "POST"),
+        (json.dumps(chat("x" * 1000)).encode(), {"content-length": "9" * 30}, "POST"),
+        (json.dumps(chat("x" * 1000)).encode(), {}, "GET"),
+    ],
+)
+def test_what_cannot_be_read_passes_unnamed_and_a_forged_name_is_dropped(body, changes, method):
+    messages = parts_of(body)
+    forged = {"X-Mace-Prefix": "9;abc"}
+    headers, arrived = through_proxy(messages, json_headers(body, **changes, **forged), method)
+    assert arrived == messages
+    assert {name.lower() for name in headers}.isdisjoint({HEADER})
+
+
+def test_a_client_that_leaves_in_the_middle_of_its_body_is_reported_behind_the_middleware():
+    body = json.dumps(chat("x" * 1000)).encode()
+    messages = [parts_of(body, 100)[0], {"type": "http.disconnect"}]
+    assert through_proxy(messages, json_headers(body))[1] == messages
+
+
+def test_serve_gets_the_middleware():
+    assert [middleware.cls for middleware in middlewares()] == [PrefixNames]
+
+
+def test_sent_prefixes_count_until_a_report_had_time_to_name_them():
+    sent, prefixes = SentPrefixes(), prefixes_of(chat("x" * 1000))
+    sent.note("a", prefixes, 10.0)
+    assert sent.since("a", 9.0, prefixes) == set(prefixes.digests)
+    assert sent.since("a", 12.0, prefixes) == set(prefixes.digests)
+    assert sent.since("a", 13.5, prefixes) == set()
+    assert sent.since("b", 9.0, prefixes) == set()
+
+
+def test_sent_prefixes_are_bounded_and_the_oldest_go_first():
+    sent = SentPrefixes()
+    for number in range(70_000):
+        sent.note("a", TextPrefixes(256, (str(number),)), float(number))
+    assert sent.since("a", 0.0, TextPrefixes(256, ("69999",))) == {"69999"}
+    assert sent.since("a", 0.0, TextPrefixes(256, ("10",))) == set()
+
+
+def test_the_longest_known_name_decides():
+    prefixes = prefixes_of(chat("x" * 1000))
+    assert cached_text_bytes(prefixes, {prefixes.digests[0], prefixes.digests[2]}) == LENGTHS[2]
+    assert cached_text_bytes(prefixes, set()) == 0
