@@ -8,13 +8,16 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks import feedback, weights
+from benchmarks import feedback, publish_cost, weights
+from benchmarks.memory import command as memory
 from benchmarks.models import ModelName, model_directories
 from core.errors import MaceError
 
 bench = typer.Typer(no_args_is_help=True, help=__doc__)
 bench.command("weights")(weights.main)
 bench.command("feedback")(feedback.main)
+bench.command("memory")(memory.main)
+bench.command("publish")(publish_cost.main)
 
 _AsJson = Annotated[bool, typer.Option("--json", help="Print JSON; progress goes to stderr")]
 _StateDir = Annotated[Path, typer.Option(help="Where the built-in model is or will be")]

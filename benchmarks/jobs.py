@@ -157,12 +157,13 @@ async def execute(job: Job) -> JobResult:
         if job.kind == "calibrate":
             rate = await calibrate_rate(engine, job.trace, vocabulary, job.window_s, job.busy_share)
             return JobResult(rate_per_s=rate, threads=threads)
-        return JobResult(metrics=await _serve(engine, job, vocabulary), threads=threads)
+        return JobResult(metrics=await serve(engine, job, vocabulary), threads=threads)
     finally:
         engine.shutdown()
 
 
-async def _serve(engine: MeasuredEngine, job: Job, vocabulary: int) -> RunMetrics:
+async def serve(engine: MeasuredEngine, job: Job, vocabulary: int) -> RunMetrics:
+    """Measure the window of a job on an engine that runs with the job's settings."""
     trace = job.trace
     feeder = None
     if job.with_training:

@@ -1,4 +1,5 @@
-"""The models that are measured: the built-in one, and Qwen2.5-0.5B's shape with random weights."""
+"""The models that are measured: the built-in one, and two with random weights: Qwen2.5-0.5B's shape, and a small one
+for long contexts."""
 
 import json
 import tempfile
@@ -9,42 +10,58 @@ from typing import Literal
 
 from core.config import AppArgs
 
-ModelName = Literal["tiny", "half-b"]
+ModelName = Literal["tiny", "half-b", "long"]
 
-TITLES: dict[ModelName, str] = {"tiny": "built-in (1.5M)", "half-b": "0.5B shape, random"}
+TITLES: dict[ModelName, str] = {
+    "tiny": "built-in (1.5M)",
+    "half-b": "0.5B shape, random",
+    "long": "11M, random, 4096 tokens of context",
+}
+
+_SHAPES: dict[ModelName, dict[str, int]] = {
+    "half-b": {
+        "vocab_size": 151_936,
+        "hidden_size": 896,
+        "intermediate_size": 4864,
+        "num_hidden_layers": 24,
+        "num_attention_heads": 14,
+        "num_key_value_heads": 2,
+    },
+    "long": {
+        "vocab_size": 2048,
+        "hidden_size": 384,
+        "intermediate_size": 1024,
+        "num_hidden_layers": 6,
+        "num_attention_heads": 6,
+        "num_key_value_heads": 3,
+    },
+}
+"""Of the models with random weights."""
 
 
 @contextmanager
 def model_directories(
     names: Sequence[ModelName], state_dir: Path, show_progress: bool
 ) -> Iterator[dict[str, Path]]:
-    """Directories of the models by name; a random one is written for as long as the context lasts (1 GB)."""
+    """Directories of the models by name; random ones are written for as long as the context lasts (up to 1 GB)."""
     from engine.tiny.build import ensure_tiny_assistant
 
     with tempfile.TemporaryDirectory(prefix="mace-bench-") as scratch:
         directories: dict[str, Path] = {}
         if "tiny" in names:
             directories["tiny"] = ensure_tiny_assistant(state_dir, show_progress=show_progress).absolute()
-        if "half-b" in names:
-            directories["half-b"] = write_random_qwen(Path(scratch))
+        for name in names:
+            if name in _SHAPES:
+                directories[name] = write_random_qwen(Path(scratch) / name, name)
         yield directories
 
 
-def write_random_qwen(directory: Path) -> Path:
-    """Qwen2.5-0.5B's shape with random bf16 weights; no tokenizer files."""
+def write_random_qwen(directory: Path, name: ModelName = "half-b") -> Path:
+    """A Qwen2 of that model's shape with random bf16 weights; no tokenizer files."""
     import torch
     from transformers import AutoModelForCausalLM, Qwen2Config
 
-    config = Qwen2Config(
-        vocab_size=151_936,
-        hidden_size=896,
-        intermediate_size=4864,
-        num_hidden_layers=24,
-        num_attention_heads=14,
-        num_key_value_heads=2,
-        max_position_embeddings=4096,
-        tie_word_embeddings=True,
-    )
+    config = Qwen2Config(max_position_embeddings=4096, tie_word_embeddings=True, **_SHAPES[name])
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     model.save_pretrained(directory)

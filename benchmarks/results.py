@@ -103,6 +103,13 @@ def medians(runs: Sequence[RunMetrics]) -> dict[str, float | None]:
     return {name: statistics.median(column) if column else None for name, column in columns.items()}
 
 
+def pooled_attainment(runs: Sequence[RunMetrics]) -> float | None:
+    """Over the requests of all repeats: one repeat of a slow model has too few to tell 0.99 from 1."""
+    met = [(r.slo_attainment * r.num_requests, r.num_requests) for r in runs if r.slo_attainment is not None]
+    total = sum(count for _, count in met)
+    return sum(part for part, _ in met) / total if total else None
+
+
 def _training_metrics(run: RunRecord) -> dict[str, float | int]:
     succeeded = [task for task in run.tasks if task.error is None]
     in_window = [task for task in succeeded if 0 <= task.finished_s <= run.window_s]

@@ -17,7 +17,7 @@ from pydantic import BaseModel, ConfigDict
 
 from benchmarks.jobs import Job, JobResult
 from benchmarks.models import TITLES, ModelName
-from benchmarks.results import RunMetrics, medians
+from benchmarks.results import RunMetrics, medians, pooled_attainment
 from core.config import AppArgs, SloConfig
 from profiler.device import installed_versions
 from simulator.trace import Trace
@@ -131,7 +131,7 @@ def summarize_runs(runs: dict[str, list[RunMetrics]], slo: SloConfig) -> dict[st
         if not results:
             continue
         row: dict[str, Any] = {"policy": label, **medians(results)}
-        row["pooled_slo_attainment"] = _pooled_attainment(results)
+        row["pooled_slo_attainment"] = pooled_attainment(results)
         row["pairs_of_ideal"] = row["pairs_per_s"] / ideal if ideal else None
         row["repeats"] = [result.model_dump() for result in results]
         rows.append(row)
@@ -220,13 +220,6 @@ def _checks(rows: dict[str, dict[str, Any]], slo: SloConfig) -> list[dict[str, A
             "passed": None if mace["tbt_p99_s"] is None else mace["tbt_p99_s"] <= slo.tbt_s,
         },
     ]
-
-
-def _pooled_attainment(results: list[RunMetrics]) -> float | None:
-    """Over the requests of all repeats: one repeat of a slow model has too few to tell 0.99 from 1."""
-    met = [(r.slo_attainment * r.num_requests, r.num_requests) for r in results if r.slo_attainment is not None]
-    total = sum(count for _, count in met)
-    return sum(part for part, _ in met) / total if total else None
 
 
 def _settings(trace: Trace, options: SloOptions, threads: str) -> dict[str, Any]:

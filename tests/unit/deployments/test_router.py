@@ -17,7 +17,7 @@ from ray.serve._private.common import (
 from ray.serve.request_router import PendingRequest
 
 from core.messages import ExecutorLoad
-from deployments.router import BYTES_PER_TOKEN, STALE_S, ExecutorRouter, load_of, prompt_tokens_of
+from deployments.router import BYTES_PER_TOKEN, STALE_S, ExecutorRouter, load_of, prompt_tokens_of, scope_of
 
 DEPLOYMENT = DeploymentID("Executor", "mace")
 
@@ -60,13 +60,17 @@ def ranks(router, replicas, pending):
     return [[one.replica_id.unique_id for one in rank] for rank in chosen]
 
 
+def estimate(pending):
+    return prompt_tokens_of(scope_of(pending))
+
+
 def test_the_prompt_is_estimated_from_the_content_length():
-    assert prompt_tokens_of(request(250)) == 250
-    assert prompt_tokens_of(request(headers=[(b"transfer-encoding", b"chunked")])) == 1
-    assert prompt_tokens_of(request(headers=[(b"content-length", b"-7")])) == 1
-    assert prompt_tokens_of(request(headers=[(b"content-length", b"9" * 5000)])) == 1
+    assert estimate(request(250)) == 250
+    assert estimate(request(headers=[(b"transfer-encoding", b"chunked")])) == 1
+    assert estimate(request(headers=[(b"content-length", b"-7")])) == 1
+    assert estimate(request(headers=[(b"content-length", b"9" * 5000)])) == 1
     call = PendingRequest(["an argument"], {}, RequestMetadata("r", "i"), future=SimpleNamespace())
-    assert prompt_tokens_of(call) == 1
+    assert estimate(call) == 1
 
 
 def test_a_load_is_named_after_the_replica_and_foreign_stats_are_none():
