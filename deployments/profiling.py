@@ -62,9 +62,9 @@ def measure_plan(
     )
 
 
-def origin_of(args: AppArgs, *, seed: int = 0) -> Origin:
-    """This device, this software, this command."""
-    num_threads = worker_threads()
+def origin_of(args: AppArgs, *, seed: int = 0, num_threads: int | None = None) -> Origin:
+    """This device, this software, this command; `num_threads` of the process, or as the environment binds them."""
+    num_threads = worker_threads() if num_threads is None else num_threads
     return Origin(
         device=describe_device(num_threads),
         model=args.model.model_id,

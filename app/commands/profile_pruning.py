@@ -2,11 +2,9 @@
 
 import json
 import random
-import sys
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -17,8 +15,8 @@ from rich.table import Table
 from app.commands.profile_settings import CONFIG_OPTION, JSON_OPTION, clear_errors, read_args
 from core.config import AppArgs
 from core.errors import ConfigError
-from profiler.device import describe_device, git_commit, software_versions, worker_threads
-from profiler.profile import Origin
+from deployments.profiling import origin_of
+from profiler.device import describe_device, worker_threads
 from profiler.pruning_gate import Decision, Estimate, PruningReport, decide, pruning_report_path
 from profiler.pruning_tasks import TaskKind, make_recall
 
@@ -139,7 +137,7 @@ def measure_pruning(args: AppArgs, options: PruningOptions, *, show_progress: bo
         note = _Counter((len(_KINDS) + 1) * options.samples) if show_progress else None
         measured = measure(reader, _passages(reader, options, length, rng), recalls, options.fractions, note)
     report = PruningReport(
-        origin=_origin(args, device, num_threads, options.seed),
+        origin=origin_of(args, seed=options.seed, num_threads=num_threads),
         model_source=args.model.model_source,
         adapter=str(options.adapter) if options.adapter else None,
         method=pruning.method,
@@ -155,19 +153,6 @@ def measure_pruning(args: AppArgs, options: PruningOptions, *, show_progress: bo
         elapsed_s=round(time.monotonic() - started_s, 1),
     )
     return report, device
-
-
-def _origin(args: AppArgs, device: str, num_threads: int, seed: int) -> Origin:
-    return Origin(
-        device=device,
-        model=args.model.model_id,
-        num_threads=num_threads,
-        versions=software_versions(),
-        commit=git_commit(),
-        seed=seed,
-        command=" ".join(sys.argv),
-        created=datetime.now(UTC).isoformat(timespec="seconds"),
-    )
 
 
 class _Counter:
