@@ -116,4 +116,4 @@ def _soak(axes: "Axes", part: dict[str, Any]) -> None:
     used.set_ylim(0, 120)
     used.set_ylabel("KV blocks in use, %", color=_GREEN)
     axes.set_title("soak: full KV cache, training on", loc="left")
-    axes.legend(frameon=False, loc="center left")
+    axes.legend(frameon=False, loc="lower right")
