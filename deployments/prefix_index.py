@@ -30,6 +30,8 @@ MAX_NAMES = 512
 """In one report: 8 kB, once a second."""
 _MAX_PROMPTS = 256
 _MAX_PROMPT_TOKENS = 16_384
+_MAX_REPORT_S = 0.02
+"""A report runs on the executor's event loop, once a second; what it leaves out is routed by load."""
 _TREE_BYTES = 32 << 20
 
 _current: ContextVar[TextPrefixes | None] = ContextVar("mace_text_prefixes", default=None)
@@ -95,11 +97,12 @@ class PrefixIndex:
         """Names of prefixes that are in the cache, those used last first; at most `MAX_NAMES`."""
         live, now_s = self._live_namespace(), self._clock()
         names: dict[str, None] = {}
+        started_s = time.perf_counter()
         for prompt in reversed(self._prompts.values()):
             namespace = live if prompt.is_live else prompt.namespace
             matched = self.tree.longest_match(namespace, prompt.token_ids, now_s)
             names.update(dict.fromkeys(prompt.held(matched.get(self._executor_id, 0))))
-            if len(names) >= MAX_NAMES:
+            if len(names) >= MAX_NAMES or time.perf_counter() - started_s > _MAX_REPORT_S:
                 break
         return list(names)[:MAX_NAMES]
 

@@ -52,7 +52,7 @@ class TextPrefixes:
         """Read ASGI headers; None without a valid one, or if the text is too short for a digest."""
         value = next((value for name, value in headers if name == HEADER), b"")
         size, _, digests = value.decode("latin-1").partition(";")
-        if not digests or not size.isdigit() or len(size) > len(str(MAX_TEXT_BYTES)):
+        if not digests or not (size.isascii() and size.isdigit()) or len(size) > len(str(MAX_TEXT_BYTES)):
             return None
         names = tuple(digests.split(","))
         return cls(int(size), names) if len(names) <= len(LENGTHS) else None

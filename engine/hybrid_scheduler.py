@@ -146,6 +146,7 @@ class HybridSchedulerMixin:
             pool=self._pool,
             free_kv_blocks=min(free_blocks, self._pool.num_blocks),
             prune_offer=None if self._pruner is None else self._pruner.offer(),
+            held_tokens_of=None if self._pruner is None else self._pruner.shared_tokens,
             # A paused engine may have its weights asleep; only what vLLM itself still runs goes on.
             finetune=self._tasks.state(now_s) if self.pause_state == PauseState.UNPAUSED else None,  # type: ignore[attr-defined]
         )

@@ -1,6 +1,6 @@
 """What the planner sees of vLLM's scheduler: lists of requests in, `IterationView` and `ForwardShape` out."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from core.batch import ForwardShape
@@ -19,6 +19,7 @@ def view_of(
     free_kv_blocks: int,
     finetune: FineTuneState | None,
     prune_offer: PruneOffer | None = None,
+    held_tokens_of: Callable[[Any], int] | None = None,
 ) -> IterationView:
     """The state before an iteration is scheduled.
 
@@ -31,6 +32,7 @@ def view_of(
         free_kv_blocks: its blocks that can be given out now.
         finetune: fine-tune work of this engine; None if there is none.
         prune_offer: KV blocks that may be dropped; None if there are none.
+        held_tokens_of: leading tokens of a waiting request whose blocks running ones hold. Asked when blocks are short.
     """
     view = IterationView(
         now_s,
@@ -59,6 +61,9 @@ def view_of(
         _prefill(r, r.num_tokens - r.num_computed_tokens, r.num_computed_tokens, is_running=False)
         for r in waiting.head(view.num_unlooked)
     ]
+    if held_tokens_of is not None and sum(p.num_tokens for p in head) > free_kv_blocks * block_tokens:
+        for task, request in zip(head, waiting.head(len(head)), strict=True):
+            task.held_tokens = held_tokens_of(request)
     view.add_waiting(head, len(waiting), waiting.oldest_arrival_s())
     return view
 

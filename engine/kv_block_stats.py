@@ -55,7 +55,7 @@ class KeyStatistics:
 
     def scores(self, block_ids: Sequence[int]) -> torch.Tensor:
         """Scores [m] fp32 on the host (on CUDA: on its way there) of one request's full blocks; higher is kept."""
-        index = torch.tensor(block_ids, dtype=torch.int64, device=self._device)
+        index = torch.tensor(block_ids, dtype=torch.int64).to(self._device, non_blocking=True)
         stats = torch.stack([self._stats[layer][index] for layer in range(self._num_layers)])
         scores = self._scorer.score(stats, len(block_ids) * self._block_tokens)
         if scores.device.type == "cpu":

@@ -26,6 +26,7 @@ from scheduler.prefix_changes import BlocksRemoved, BlocksStored, CacheCleared, 
 
 logger = logging.getLogger(__name__)
 
+_MAX_PARENT_BYTES = 60
 _SILENCE_S = 5.0
 """Without a batch for so long, ask whether one was missed."""
 _REPLAY_TIMEOUT_S = 5.0
@@ -209,4 +210,6 @@ def _private_directory() -> Path:
 
 @cache
 def _temporary_directory() -> tempfile.TemporaryDirectory[str]:
-    return tempfile.TemporaryDirectory(prefix="mace-kv-")
+    # Paths of Unix sockets may have 107 bytes.
+    parent = "/tmp" if len(tempfile.gettempdir()) > _MAX_PARENT_BYTES else None
+    return tempfile.TemporaryDirectory(prefix="mace-kv-", dir=parent)

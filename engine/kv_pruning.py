@@ -2,8 +2,9 @@
 
 A dropped block becomes vLLM's null block in the request's list and goes back to the pool at once; the worker does the
 same to its row before the next forward pass (`engine.worker_pruning`). Always kept: the first tokens (attention
-sinks), the recent window, blocks that other requests share or that came from the prefix cache, blocks of requests
-that said `vllm_xargs: {"kv_pruning": false}`, and whatever is not full. Prompts are computed in full first.
+sinks), the recent window, blocks that other requests share or that came from the prefix cache when the request
+started, blocks of requests that said `vllm_xargs: {"kv_pruning": false}`, and whatever is not full. Prompts are
+computed in full first.
 
 What is computed after the first drop has seen a shortened context, so it is never offered to other requests: from the
 first dropped block on, the request's own blocks leave vLLM's prefix index, and later ones never enter it. A preempted
@@ -16,6 +17,7 @@ them, but on the same stream, before anything is written to them.
 import heapq
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Any
 
 from core.config import KV_PRUNING_OPT_OUT, KvPruningConfig
@@ -24,7 +26,11 @@ from scheduler.plan import PruneOffer
 _MAX_SCORED = 8
 """Requests whose blocks are scored in one iteration: it costs the worker a gather per layer each."""
 
+_BACKENDS = ("FLASH_ATTN", "CPU_ATTN")
 _ALIBI_MODELS = ("bloom", "mpt")
+
+_MAX_OFFERED = 512
+"""Blocks on offer in one iteration: merging thousands would cost it milliseconds."""
 
 _NEVER = 1 << 30
 """vLLM's count of cached blocks for requests whose blocks must not enter the prefix index."""
@@ -37,8 +43,8 @@ class _Track:
     num_dropped: int = 0
     asked_at: int = -1
     """Full blocks when its scores were asked for last."""
-    candidates: list[tuple[float, int]] = field(default_factory=list)
-    """Harm and position of blocks that may go, least harm first."""
+    candidates: list[tuple[float, str, int]] = field(default_factory=list)
+    """Harm, request id and position of blocks that may go, least harm first: ready to be merged with others."""
 
 
 class KvPruner:
@@ -62,6 +68,16 @@ class KvPruner:
     def num_absent_tokens(self) -> int:
         """Tokens of running requests that attention does not see any more."""
         return self._block_tokens * sum(track.num_dropped for track in self._tracks.values())
+
+    def shared_tokens(self, request: Any) -> int:
+        """Leading tokens of a waiting request whose blocks somebody holds already: they cost it no memory."""
+        count = 0
+        for block_hash in request.block_hashes:
+            found = self._pool.get_cached_block(block_hash, [0])
+            if not found or found[0].ref_cnt == 0:
+                break
+            count += 1
+        return count * self._block_tokens
 
     def note_prefix_hit(self, request_id: str, num_tokens: int) -> None:
         """A new request found its first tokens in the prefix cache: others may want them again, so they stay."""
@@ -94,13 +110,13 @@ class KvPruner:
 
     def offer(self) -> PruneOffer | None:
         """What may be dropped now, least harm first; None if nothing is known to be droppable."""
-        costs = [harm for harm, _, _ in self._merged()]
+        costs = [harm for harm, _, _ in islice(self._merged(), _MAX_OFFERED)]
         return PruneOffer(costs) if costs else None
 
     def prune(self, count: int, requests: Mapping[str, Any]) -> dict[str, list[int]]:
         """Drop up to `count` blocks, least harm first; their positions by request, for the worker."""
         dropped: dict[str, list[int]] = {}
-        for _, request_id, position in list(self._merged()):
+        for _, request_id, position in self._merged():
             if count <= 0:
                 break
             request = requests.get(request_id)
@@ -112,7 +128,7 @@ class KvPruner:
             track, gone = self._tracks[request_id], set(positions)
             self.num_requests += track.num_dropped == 0
             track.num_dropped += len(gone)
-            track.candidates = [entry for entry in track.candidates if entry[1] not in gone]
+            track.candidates = [entry for entry in track.candidates if entry[2] not in gone]
         self.num_dropped += sum(map(len, dropped.values()))
         return dropped
 
@@ -124,7 +140,7 @@ class KvPruner:
 
     def _candidates(
         self, request: Any, rows: Sequence[tuple[int, float]], num_dropped: int
-    ) -> list[tuple[float, int]]:
+    ) -> list[tuple[float, str, int]]:
         full = self._full_blocks(request)
         allowed = int(self._config.max_fraction * full) - num_dropped
         first = max(self._num_sinks, self._prefix_blocks.get(request.request_id, 0))
@@ -136,16 +152,11 @@ class KvPruner:
         )
         # Harm: which share of the request's blocks is gone or scores lower. Comparable between requests and methods.
         harms = ((num_dropped + rank) / full for rank in range(len(droppable)))
-        return [(harm, position) for harm, (_, position) in zip(harms, droppable, strict=False)][: max(0, allowed)]
+        ranked = zip(harms, droppable, strict=False)
+        return [(harm, request.request_id, position) for harm, (_, position) in islice(ranked, max(0, allowed))]
 
     def _merged(self) -> Iterable[tuple[float, str, int]]:
-        return heapq.merge(
-            *(
-                [(harm, request_id, position) for harm, position in track.candidates]
-                for request_id, track in self._tracks.items()
-                if track.candidates
-            )
-        )
+        return heapq.merge(*(track.candidates for track in self._tracks.values() if track.candidates))
 
     def _drop(self, request: Any, position: int) -> bool:
         """False: the block is shared, or gone, by now."""
@@ -203,4 +214,11 @@ def unsupported(vllm_config: Any, kv_cache_config: Any) -> str | None:
     parallel = vllm_config.parallel_config
     if max(parallel.pipeline_parallel_size, parallel.decode_context_parallel_size) > 1:
         return "blocks are spread over several devices"
+    if parallel.use_ubatching:
+        return "batches are split into micro-batches"
+    if vllm_config.compilation_config.cudagraph_mode.has_full_cudagraphs():
+        return "attention runs inside captured graphs; compilation_config.cudagraph_mode must be PIECEWISE or NONE"
+    backend = vllm_config.attention_config.backend
+    if backend is not None and backend.name not in _BACKENDS:
+        return f"attention backend {backend.name} may read lengths that are not shortened"
     return None

@@ -33,6 +33,9 @@ class PrunedRows:
 
         Requests that the runner does not know any more are ignored.
         """
+        copied = getattr(self._runner, "prepare_inputs_event", None)
+        if blocks and copied is not None:
+            copied.synchronize()  # the forward pass in flight may still copy the table to the device
         for request_id, positions in blocks.items():
             state = self._runner.requests.get(request_id)
             if state is None:
@@ -50,7 +53,7 @@ class PrunedRows:
         if not rows:
             return metadata
         table, seq_lens = metadata.block_table_tensor.clone(), metadata.seq_lens.clone()
-        index = torch.tensor(rows, device=table.device)
+        index = torch.tensor(rows).to(table.device, non_blocking=True)
         width = max(len(ids) for ids in kept)
         host = torch.zeros((len(rows), width), dtype=table.dtype)
         for i, ids in enumerate(kept):

@@ -24,15 +24,19 @@ def manager():
     return KVCacheManager(config, max_model_len=1024, scheduler_block_size=BLOCK, hash_block_size=BLOCK)
 
 
-def run(manager, name, prompt, arguments=None):
-    """A request whose prompt is computed, with its cache hits in tokens."""
-    request = Request(
+def make(name, prompt, arguments=None):
+    return Request(
         request_id=name,
         prompt_token_ids=list(prompt),
         sampling_params=SamplingParams(max_tokens=100, extra_args=arguments),
         pooling_params=None,
         block_hasher=get_request_block_hasher(BLOCK, sha256),
     )
+
+
+def run(manager, name, prompt, arguments=None):
+    """A request whose prompt is computed, with its cache hits in tokens."""
+    request = make(name, prompt, arguments)
     computed, num_hits, *_ = manager.get_computed_blocks(request)
     assert manager.allocate_slots(request, request.num_tokens - num_hits, num_hits, computed) is not None
     request.num_computed_tokens = request.num_tokens
@@ -121,6 +125,15 @@ def test_blocks_that_others_share_and_prefix_hits_stay(manager):
     assert pruner.to_score([second]) == ["second"]
     pruner.note_scores({"second": [(i, 0.0) for i in (0, 1, 2, 3, 4, 5, 8, 9, 10)]}, {"second": second})
     assert pruner.prune(99, {"second": second}) == {"second": [8]}
+
+
+def test_blocks_that_a_running_request_holds_cost_a_waiting_one_nothing(manager):
+    running, _ = run(manager, "running", range(40))
+    pruner = KvPruner(CONFIG, manager, BLOCK)
+    waiting = make("waiting", [*range(22), *range(60, 76)])
+    assert pruner.shared_tokens(waiting) == 20
+    manager.free(running)
+    assert pruner.shared_tokens(waiting) == 0  # cached still, and free: to be taken again
 
 
 def test_what_follows_the_first_dropped_block_leaves_the_prefix_index_and_never_enters_it(manager):
