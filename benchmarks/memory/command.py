@@ -102,7 +102,7 @@ async def _measure(
     report: dict[str, Any] = {
         "model": TITLES["long"],
         "settings": {
-            "options": options.model_dump(),
+            "options": options.model_dump(mode="json"),
             "cores": len(os.sched_getaffinity(0)),
             "versions": installed_versions(_PACKAGES),
         },
