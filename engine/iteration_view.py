@@ -52,17 +52,19 @@ def view_of(
             num_decode += 1
             decode_tokens += left
             decode_context += computed
-            decode_blocks += computed % block_tokens == 0
+            if computed % block_tokens == 0:
+                decode_blocks += 1
         else:
             view.add_running(_prefill(request, left, computed, is_running=True))
     view.num_decode, view.decode_tokens, view.decode_context = num_decode, decode_tokens, decode_context
     view.decode_blocks = decode_blocks
+    requests = waiting.head(view.num_unlooked)
     head = [
         _prefill(r, r.num_tokens - r.num_computed_tokens, r.num_computed_tokens, is_running=False)
-        for r in waiting.head(view.num_unlooked)
+        for r in requests
     ]
     if held_tokens_of is not None and sum(p.num_tokens for p in head) > free_kv_blocks * block_tokens:
-        for task, request in zip(head, waiting.head(len(head)), strict=True):
+        for task, request in zip(head, requests, strict=True):
             task.held_tokens = held_tokens_of(request)
     view.add_waiting(head, len(waiting), waiting.oldest_arrival_s())
     return view

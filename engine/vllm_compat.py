@@ -25,7 +25,7 @@ _SMALL_MODEL_BYTES = 64 << 20
 
 _BINDING_VARIABLE = "VLLM_CPU_OMP_THREADS_BIND"
 
-_CPU_PRUNING_BLOCK_TOKENS = 32
+CPU_PRUNING_BLOCK_TOKENS = 32
 """The least that vLLM's CPU attention takes; its default of 128 leaves little to choose from."""
 
 _CPU_KV_SHARE = 0.1
@@ -102,7 +102,7 @@ def make_engine_args(args: AppArgs, model_dir: str) -> Any:
 def _pruning_kwargs(on_cpu: bool) -> dict[str, Any]:
     """What dropping KV blocks needs: small blocks, and attention outside of captured graphs, on closed-up rows."""
     if on_cpu:
-        return {"block_size": _CPU_PRUNING_BLOCK_TOKENS}
+        return {"block_size": CPU_PRUNING_BLOCK_TOKENS}
     return {"attention_backend": "FLASH_ATTN", "compilation_config": {"cudagraph_mode": "PIECEWISE"}}
 
 
@@ -110,7 +110,7 @@ def pruning_block_tokens(args: AppArgs) -> int | None:
     """Tokens of a KV block if pruning is on; None: vLLM chooses (CUDA)."""
     from vllm.platforms import current_platform
 
-    default = _CPU_PRUNING_BLOCK_TOKENS if current_platform.is_cpu() else None
+    default = CPU_PRUNING_BLOCK_TOKENS if current_platform.is_cpu() else None
     return args.engine.engine_kwargs.get("block_size", default)
 
 

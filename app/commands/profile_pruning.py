@@ -30,8 +30,6 @@ _RESERVED_TOKENS = 128
 _CONTINUATION_TOKENS = 96
 _QUESTIONS = 4
 """About each context."""
-_BLOCK_TOKENS = 32
-"""Where the config names no block size: the smallest that vLLM's CPU backend takes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,14 +114,14 @@ def measure_pruning(args: AppArgs, options: PruningOptions, *, show_progress: bo
     from engine.model_source import resolve_model
     from engine.pruned_reader import PrunedReader, PruningPlan
     from engine.pruning_accuracy import loaded_model, measure
-    from engine.vllm_compat import worker_binding
+    from engine.vllm_compat import CPU_PRUNING_BLOCK_TOKENS, worker_binding
 
     started_s = time.monotonic()
     model_dir = resolve_model(args.model, args.state_dir, show_progress=show_progress)
     num_threads = worker_threads(worker_binding(args, model_dir))
     device = describe_device(num_threads)
     pruning = args.kv_pruning
-    size = options.block_tokens or int(args.engine.engine_kwargs.get("block_size") or _BLOCK_TOKENS)
+    size = options.block_tokens or int(args.engine.engine_kwargs.get("block_size") or CPU_PRUNING_BLOCK_TOKENS)
     plan = PruningPlan(make_scorer(pruning.method), size, pruning.sink_tokens, pruning.recent_tokens)
     with loaded_model(model_dir, args.model, options.adapter, num_threads) as (network, tokenizer):
         reader = PrunedReader(network, tokenizer, plan)
