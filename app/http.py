@@ -9,6 +9,7 @@ from app.canary_router import CanaryRouter
 from app.capture import ResponseCapture
 from app.errors import install_error_handlers
 from app.guard import RequestGuard
+from app.prefix_context import PrefixContext
 from app.routes import adapters, drift, feedback, health, models, training
 from deployments.executor import Executor
 from deployments.metrics import Meter
@@ -38,7 +39,7 @@ def attach_routes(app: FastAPI, executor: Executor) -> ASGIApp:
     capture = ResponseCapture(app, executor.responses.add)
     canary = CanaryRouter(capture, executor.trial, executor.args.model.model_id)
     return RequestGuard(
-        _Lifespan(canary, app),
+        _Lifespan(PrefixContext(canary, executor.args.model.model_id), app),
         executor.args.feedback.max_body_bytes,
         lambda reason: meter.count("requests_refused", reason=reason),
     )

@@ -17,6 +17,7 @@ from typing import Annotated, Any
 import typer
 
 from core.config import SchedulerConfig
+from deployments.prefix_index import PrefixIndex, note_request
 from deployments.prefix_text import prefixes_of
 from deployments.sent_prefixes import cached_text_bytes
 from scheduler.hot_prefixes import HotPrefixes
@@ -41,6 +42,8 @@ def main(as_json: Annotated[bool, typer.Option("--json", help="The output is JSO
         "prefix_tree_bytes_per_block": _tree_bytes(),
         "names_us": _names(),
         "counting_a_prompt_us": _counting(),
+        "forgetting_ms": _forgetting_ms(),
+        "executor_report_us": _executor_report(),
         "waiting_order_us": _waiting_order(),
     }
     typer.echo(json.dumps(report, indent=2))
@@ -152,6 +155,34 @@ def _counting() -> Costs:
 def _counting_us(num_tokens: int) -> float:
     hot, prompts = HotPrefixes(_TREE_BLOCK_TOKENS), iter(_prompts(24, num_tokens))
     return _median_us(lambda: hot.observe(next(prompts)), 20)
+
+
+def _forgetting_ms() -> float:
+    """The slowest of the calls that make the trie drop a quarter of itself, among prompts that fill it."""
+    hot, slowest_s = HotPrefixes(_TREE_BLOCK_TOKENS), 0.0
+    for prompt in _prompts(400):
+        started_s = time.perf_counter()
+        hot.observe(prompt)
+        slowest_s = max(slowest_s, time.perf_counter() - started_s)
+    return round(1e3 * slowest_s, 1)
+
+
+def _executor_report() -> Costs:
+    """`PrefixIndex.held_names` with 256 prompts of which each is cached, once a second on the executor's event loop."""
+    return {f"blocks of {block_tokens}": _report_us(block_tokens) for block_tokens in (16, 128)}
+
+
+def _report_us(block_tokens: int) -> float:
+    index = PrefixIndex("a", block_tokens, live_namespace=lambda: None)
+    blocks = _PROMPT_TOKENS // block_tokens
+    for number, prompt in enumerate(_prompts(256)):
+        index.tree.store("a", None, None, prompt, _hashes(number, blocks), 0.0)
+        body = {"model": "m", "messages": [{"role": "user", "content": f"{number} " + "x" * 600}]}
+        named = prefixes_of(body)
+        assert named is not None
+        note_request(named, asks_live=True)
+        index.on_prompt(None, prompt)
+    return _median_us(index.held_names)
 
 
 def _waiting_order() -> Costs:

@@ -130,7 +130,7 @@ class SchedulerConfig(Section):
     ageing: bool = True
     """False is the ablation: waiting raises no priority."""
     prefix_order: bool = True
-    """Requests that share a prefix with running ones, or with each other, go together. False is the ablation."""
+    """Requests that share a prefix with running ones go before others. False is the ablation: arrival only."""
     prefix_head_start_s: float = Field(0.5, ge=0)
     """They overtake only who arrived at most so much earlier, of the same priority."""
     reward_term: bool = True

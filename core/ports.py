@@ -80,6 +80,10 @@ class EnginePort(Protocol):
         """Greedy answers (token ids, with the end-of-turn token if one came) of a version to prompts."""
         ...
 
+    async def prefill(self, handle: Any, prompt: list[int]) -> int:
+        """Let a version compute the keys of a prompt; returns how many of its tokens had been in the cache."""
+        ...
+
     async def unload_version(self, handle: Any) -> None:
         """Forget a version on the inference side; one that is not loaded is ignored."""
         ...

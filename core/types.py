@@ -190,6 +190,8 @@ class SliceReport:
     finished: list[TaskResult] = field(default_factory=list)
     held_bytes: int = 0
     """Activations and gradients of the step in progress, after the iteration."""
+    step_tokens: int = 0
+    """Padded tokens of its micro-batches; 0 without a step."""
     peak_bytes: int = 0
     """Most that was held between two slices of this iteration."""
     out_of_memory: bool = False

@@ -21,7 +21,7 @@ from deployments.heartbeat import end_with
 from deployments.iteration_monitor import IterationMonitor
 from deployments.learner import Learner
 from deployments.load_meter import LoadMeter
-from deployments.prefix_index import PrefixContext, PrefixIndex, follow_prefixes
+from deployments.prefix_index import PrefixIndex, follow_prefixes
 from deployments.prefix_monitor import PrefixMonitor
 from deployments.profiling import background_profiler, target_warnings, with_profile_path
 from deployments.pruning_gate import with_pruning_gate
@@ -79,6 +79,8 @@ class Executor:
         for warning in target_warnings(self.args):
             logger.warning(warning)
         self.engine = await HybridEngine.start(self.args, str(model_dir))
+        if refusal := await self.engine.pruning_refusal():
+            self.kv_pruning = f"off, because this engine cannot drop KV blocks: {refusal}"
         self.load = LoadMeter(
             self.executor_id,
             self.args.slo.ttft_s,
@@ -104,7 +106,7 @@ class Executor:
         if profiler is not None:
             self._background.append(asyncio.create_task(profiler.run()))
         self.is_ready = True
-        return PrefixContext(self._attach_routes(app, self))
+        return self._attach_routes(app, self)
 
     async def check_health(self) -> None:
         """Fails when the engine is dead; Serve then replaces the replica."""
@@ -124,6 +126,7 @@ class Executor:
         scheduler = {"policy": self.args.scheduler.policy, **self.iterations.summary()}
         prefix_cache = self.sharing.summary()
         return {
+            "executor_id": self.executor_id,
             "live_version": self.versions.live,
             **learner,
             "scheduler": scheduler,

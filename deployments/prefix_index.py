@@ -16,8 +16,6 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
-from starlette.types import ASGIApp, Receive, Scope, Send
-
 from deployments.prefix_text import LENGTHS, TextPrefixes
 from engine.hybrid_engine import HybridEngine
 from engine.kv_events import KvEventStream
@@ -34,8 +32,8 @@ _MAX_REPORT_S = 0.02
 """A report runs on the executor's event loop, once a second; what it leaves out is routed by load."""
 _TREE_BYTES = 32 << 20
 
-_current: ContextVar[TextPrefixes | None] = ContextVar("mace_text_prefixes", default=None)
-"""Of the HTTP request that is being handled."""
+_current: ContextVar["tuple[TextPrefixes, bool] | None"] = ContextVar("mace_text_prefixes", default=None)
+"""Of the HTTP request that is being handled: its names, and whether it asks for the live model."""
 
 
 @dataclass(slots=True)
@@ -45,7 +43,7 @@ class _Prompt:
     prefixes: TextPrefixes
     namespace: str | None
     is_live: bool
-    """Its version was the live one, so its model's name stands for the live version later too."""
+    """It asked for the live model, so its names stand for whatever version that is later."""
     token_ids: "array[int]"
     """At most `_MAX_PROMPT_TOKENS`."""
     num_tokens: int
@@ -82,12 +80,14 @@ class PrefixIndex:
 
     def on_prompt(self, namespace: str | None, token_ids: Sequence[int]) -> None:
         """A prompt of the HTTP request that is being handled enters the engine."""
-        prefixes = _current.get()
-        if prefixes is None:
+        current = _current.get()
+        if current is None:
             return
+        prefixes, is_live = current
+        if is_live and namespace != self._live_namespace():
+            return  # drawn for the version on trial: says nothing of most requests with these names
         tokens = array("I", token_ids[:_MAX_PROMPT_TOKENS])
         name = prefixes.digests[-1]
-        is_live = namespace == self._live_namespace()
         self._prompts[name] = _Prompt(prefixes, namespace, is_live, tokens, len(token_ids))
         self._prompts.move_to_end(name)
         if len(self._prompts) > _MAX_PROMPTS:
@@ -107,17 +107,9 @@ class PrefixIndex:
         return list(names)[:MAX_NAMES]
 
 
-class PrefixContext:
-    """ASGI middleware: what the request's header says is known while the request is handled."""
-
-    def __init__(self, app: ASGIApp) -> None:
-        self._app = app
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Pass everything on unchanged."""
-        if scope["type"] == "http":
-            _current.set(TextPrefixes.from_headers(scope["headers"]))
-        await self._app(scope, receive, send)
+def note_request(prefixes: TextPrefixes | None, *, asks_live: bool) -> None:
+    """For the HTTP request that this task handles: what its header says, and whether it asks for `<name>`."""
+    _current.set(None if prefixes is None else (prefixes, asks_live))
 
 
 def follow_prefixes(
@@ -128,7 +120,7 @@ def follow_prefixes(
     Args:
         executor_id: who.
         engine: the engine.
-        app: vLLM's application; what is served must stand inside `PrefixContext`.
+        app: vLLM's application; what is served must stand behind something that calls `note_request`.
         model_id: the name of the live model, which `lora_requests` maps to a version or not at all.
     """
 

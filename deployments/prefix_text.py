@@ -8,6 +8,7 @@ The digests stand for text, not for tokens: they say where a prefix may be, and 
 """
 
 import json
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from hashlib import blake2b
@@ -21,6 +22,11 @@ _STEP_BYTES = 256
 _GROWTH = 1.25
 _DIGEST_BYTES = 6
 """A collision sends a request to the wrong executor, which is then as slow as without any of this."""
+
+_VALUE = re.compile(rb"(\d{1,7});((?:[0-9a-f]{12},)*[0-9a-f]{12})")
+"""Digits of `MAX_TEXT_BYTES`; names of `_DIGEST_BYTES`."""
+_MAX_PARTS = 2048
+"""Messages of a conversation that are looked at; the proxy serves nobody else meanwhile."""
 
 
 def _lengths() -> Iterator[int]:
@@ -49,19 +55,20 @@ class TextPrefixes:
 
     @classmethod
     def from_headers(cls, headers: Any) -> "TextPrefixes | None":
-        """Read ASGI headers; None without a valid one, or if the text is too short for a digest."""
+        """Read ASGI headers; None without a valid one. Without the proxy's middleware a client may have sent it."""
         value = next((value for name, value in headers if name == HEADER), b"")
-        size, _, digests = value.decode("latin-1").partition(";")
-        if not digests or not (size.isascii() and size.isdigit()) or len(size) > len(str(MAX_TEXT_BYTES)):
+        found = _VALUE.fullmatch(value)
+        if found is None:
             return None
-        names = tuple(digests.split(","))
-        return cls(int(size), names) if len(names) <= len(LENGTHS) else None
+        names = tuple(found[2].decode("ascii").split(","))
+        return cls(int(found[1]), names) if len(names) <= len(LENGTHS) else None
 
 
 def prefixes_of(body: Any) -> TextPrefixes | None:
     """Digests of a parsed request body; None if it has no prompt that is long enough.
 
     The text is the model's name and what chat templates put first to last: tools, instructions, then the messages.
+    Several prompts in one request have no names: they share nothing with each other.
     """
     text = _text_of(body) if isinstance(body, dict) else None
     if text is None:
@@ -79,11 +86,18 @@ def prefixes_of(body: Any) -> TextPrefixes | None:
 
 def _text_of(body: dict[str, Any]) -> str | None:
     prompt = body.get("messages", body.get("prompt", body.get("input")))
+    if isinstance(prompt, list) and prompt and isinstance(prompt[0], str | list):
+        prompt = prompt[0] if len(prompt) == 1 else None
     if not prompt:
         return None
     head = [body.get("model"), body.get("tools"), body.get("system"), body.get("instructions")]
-    parts = [_plain(part) for part in head if part]
-    parts.extend(_plain(part) for part in (prompt if isinstance(prompt, list) else [prompt]))
+    is_conversation = isinstance(prompt, list) and isinstance(prompt[0], dict)
+    parts, left = [], MAX_TEXT_BYTES
+    for part in (*filter(None, head), *(prompt[:_MAX_PARTS] if is_conversation else [prompt])):
+        parts.append(_plain(part))
+        left -= len(parts[-1])
+        if left <= 0:
+            break
     return "\x1e".join(parts)
 
 

@@ -47,7 +47,7 @@ class PrefixWarmer:
         self._config = config
         block_tokens = engine.prefix_block_tokens if config.warm_prefixes > 0 else None
         self._hot = HotPrefixes(block_tokens) if block_tokens is not None else None
-        self._pace = StepPace(block_tokens or 1)
+        self._block_tokens = block_tokens or 1
         self.num_failures = 0
         """Times that warming ended early, for lack of time too."""
 
@@ -75,20 +75,22 @@ class PrefixWarmer:
 
     async def _compute(self, handle: Any, hot: HotPrefixes, report: WarmReport) -> None:
         max_tokens = int(_CACHE_SHARE * (self._engine.kv_cache_tokens or 0))
+        pace = StepPace(self._block_tokens)
         for prefix in hot.hottest(self._config.warm_prefixes, max_tokens):
             known = len(prefix.token_ids) - prefix.new_tokens  # a hotter one begins so too
             while known < len(prefix.token_ids):
-                num_tokens = await self._step(handle, prefix.token_ids, known)
+                num_tokens = await self._step(handle, prefix.token_ids, known, pace)
                 known += num_tokens
                 report.num_tokens += num_tokens
             report.num_prefixes += 1
 
-    async def _step(self, handle: Any, token_ids: tuple[int, ...], known: int) -> int:
+    async def _step(self, handle: Any, token_ids: tuple[int, ...], known: int, pace: "StepPace") -> int:
         """Compute what follows the known tokens, as far as one step goes; returns how many that were."""
-        end = min(known + self._pace.num_tokens, len(token_ids))
+        end = min(known + pace.num_tokens, len(token_ids))
         started_s = time.perf_counter()
-        await self._engine.generate(handle, [list(token_ids[:end])], 1)
-        self._pace.note(end - known, time.perf_counter() - started_s)
+        num_cached = await self._engine.prefill(handle, list(token_ids[:end]))
+        # What had been cached (a canary that goes live) took no time and teaches nothing.
+        pace.note(end - max(known, num_cached), time.perf_counter() - started_s)
         return end - known
 
 

@@ -22,7 +22,7 @@ would go to the same executor. Without a fresh report of every replica: power of
 
 import logging
 import random
-from collections import OrderedDict, deque
+from collections import OrderedDict
 from dataclasses import replace
 from typing import Any
 
@@ -31,6 +31,7 @@ from ray.serve.request_router import PendingRequest, ReplicaID, RequestRouter, R
 
 from core.config import SchedulerConfig
 from core.messages import ExecutorLoad
+from deployments.bookings import Bookings
 from deployments.prefix_text import TextPrefixes
 from deployments.sent_prefixes import SentPrefixes, cached_text_bytes
 from scheduler.placement import choose_executor
@@ -64,7 +65,7 @@ class ExecutorRouter(RequestRouter):
     def initialize_state(self, scheduler: dict[str, Any] | None = None) -> None:
         """Serve calls this once, with `request_router_kwargs`: the scheduler's configuration."""
         self._config = SchedulerConfig.model_validate(scheduler or {})
-        self._sent: dict[ReplicaID, deque[tuple[float, int]]] = {}
+        self._bookings = Bookings()
         self._sessions: OrderedDict[str, tuple[str, int]] = OrderedDict()
         self._sent_prefixes = SentPrefixes()
 
@@ -100,12 +101,32 @@ class ExecutorRouter(RequestRouter):
         ranks = [[by_id[r.executor_id]] for r in choose_executor(prompt_tokens, loads, cached, self._config)]
         best = ranks[0][0].replica_id
         uncached = max(1, prompt_tokens - cached.get(best.unique_id, 0))
-        self._sent.setdefault(best, deque()).append((now_s, uncached))
-        if request.metadata.session_id:
-            self._remember(request.metadata.session_id, best.unique_id, prompt_tokens)
-        if prefixes is not None:
-            self._sent_prefixes.note(best.unique_id, prefixes, now_s)
+        self._bookings.book(request.metadata.internal_request_id, best, uncached, now_s)
+        self._note_prefixes(request, best, prompt_tokens, prefixes, now_s)
         return ranks
+
+    def on_request_routed(self, pending_request: PendingRequest, replica_id: ReplicaID, result: Any) -> None:  # noqa: ARG002 - Serve passes it
+        """Serve says who took a request: rarely another replica than the first one proposed."""
+        now_s = self._get_curr_time_s()
+        if self._bookings.settle(pending_request.metadata.internal_request_id, replica_id, now_s):
+            return
+        scope = scope_of(pending_request)
+        prefixes = TextPrefixes.from_headers(scope["headers"])
+        self._note_prefixes(pending_request, replica_id, prompt_tokens_of(scope), prefixes, now_s)
+
+    def _note_prefixes(
+        self,
+        request: PendingRequest,
+        replica_id: ReplicaID,
+        prompt_tokens: int,
+        prefixes: TextPrefixes | None,
+        now_s: float,
+    ) -> None:
+        """Session and prefixes of a request are now, or soon, in that replica's cache."""
+        if request.metadata.session_id:
+            self._remember(request.metadata.session_id, replica_id.unique_id, prompt_tokens)
+        if prefixes is not None:
+            self._sent_prefixes.note(replica_id.unique_id, prefixes, now_s)
 
     def _cached_tokens(
         self,
@@ -140,18 +161,13 @@ class ExecutorRouter(RequestRouter):
             if load is None or load.prompt_token_s is None or now_s - load.reported_s > STALE_S:
                 return None
             loads.append(self._with_sent(replica.replica_id, load))
-        if len(self._sent) > len(candidates):
-            live = {replica.replica_id for replica in candidates}
-            self._sent = {replica_id: sent for replica_id, sent in self._sent.items() if replica_id in live}
+        self._bookings.keep_only({replica.replica_id for replica in candidates})
         return loads
 
     def _with_sent(self, replica_id: ReplicaID, load: ExecutorLoad) -> ExecutorLoad:
-        sent = self._sent.get(replica_id)
-        while sent and sent[0][0] <= load.reported_s:
-            sent.popleft()
-        if not sent:
+        num_tokens = self._bookings.tokens_since(replica_id, load.reported_s)
+        if not num_tokens:
             return load
-        num_tokens = sum(tokens for _, tokens in sent)
         return replace(
             load,
             waiting_tokens=load.waiting_tokens + num_tokens,

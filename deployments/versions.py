@@ -125,7 +125,8 @@ class AdapterVersions:
             serving, reason = self._registry.serving, version.manifest.reason
             over = version.manifest.config.get("compared_with")
             if self._config.canary_share > 0:
-                await self._loader.load(version, warm=True)
+                is_free = self._serving.pinned is None and self._serving.canary is None
+                await self._loader.load(version, warm=is_free)
                 started = await asyncio.to_thread(serving.start_canary, version.name, reason, over)
                 outcome = Published.CANARY if started else Published.HELD
                 self._serving = await asyncio.to_thread(serving.read)

@@ -117,7 +117,8 @@ class FineTuneRunner:
                 self._run_slice(running, spec, report)
                 if report.out_of_memory:  # what failed has cost its time; smaller slices start with a new budget
                     break
-        report.held_bytes = 0 if self._running is None else self._running.step.activation_bytes
+        if self._running is not None:
+            report.held_bytes, report.step_tokens = self._running.step.activation_bytes, self._running.slice_tokens
         return report
 
     def run_step(self) -> SliceReport:

@@ -111,6 +111,11 @@ class HybridEngine:
         status: dict[str, Any] = (await self.client.collective_rpc("mace_memory"))[0]
         return status
 
+    async def pruning_refusal(self) -> str | None:
+        """Why `kv_pruning` stays off with this model although the settings ask for it; None if it does not."""
+        refusal: str | None = (await self.client.collective_rpc("mace_pruning_refusal"))[0]
+        return refusal
+
     async def load_version(self, handle: Any) -> None:
         """Load an adapter version into the inference side ahead of its first request."""
         await self.client.add_lora(handle)
@@ -139,22 +144,39 @@ class HybridEngine:
         params = vllm_compat.make_answer_params(max_tokens)
         answers = [asyncio.ensure_future(self._answer(handle, prompt, params)) for prompt in prompts]
         try:
-            return list(await asyncio.gather(*answers))
+            return [ids for ids, _ in await asyncio.gather(*answers)]
         except vllm_compat.refusals() as error:
             raise TrainingError(f"a prompt cannot be answered: {error}") from error
         finally:
             for answer in answers:
                 answer.cancel()
 
-    async def _answer(self, handle: Any, prompt: Sequence[int], params: Any) -> list[int]:
+    async def prefill(self, handle: Any, prompt: Sequence[int]) -> int:
+        """Compute the keys of a prompt, as class `batch`, so that the prefix cache has its full blocks.
+
+        Returns:
+            Tokens that had been there before.
+
+        Raises:
+            TrainingError: vLLM refuses the prompt (empty, or too long).
+        """
+        try:
+            _, num_cached = await self._answer(handle, prompt, vllm_compat.make_answer_params(1))
+        except vllm_compat.refusals() as error:
+            raise TrainingError(f"a prompt cannot be computed: {error}") from error
+        return num_cached
+
+    async def _answer(self, handle: Any, prompt: Sequence[int], params: Any) -> tuple[list[int], int]:
+        """Token ids, and how many of the prompt's came from the cache."""
         request_id = f"generate-{uuid.uuid4().hex}"
         ids: list[int] = []
+        num_cached = 0
         outputs = self.client.generate(
             {"prompt_token_ids": list(prompt)}, params, request_id, lora_request=handle, priority=_BATCH_PRIORITY
         )
         async for output in outputs:
-            ids = list(output.outputs[0].token_ids)
-        return ids
+            ids, num_cached = list(output.outputs[0].token_ids), output.num_cached_tokens or 0
+        return ids, num_cached
 
     async def decode(
         self, prompt_ids: Sequence[int], request_id: str, max_tokens: int, handle: Any = None, priority: int = 0

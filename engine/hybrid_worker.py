@@ -42,6 +42,7 @@ class HybridWorkerMixin:
     _facts: WorkerFacts | None = None
     """To be sent with the next report."""
     _pruning: WorkerPruning | None = None
+    _pruning_refusal: str | None = None
     _kv_scores: Scores = {}  # noqa: RUF012 - replaced, never changed
     _memory = MemoryCounters()
     _log: IterationLog
@@ -70,8 +71,11 @@ class HybridWorkerMixin:
         return result
 
     def _attach_pruning(self, config: KvPruningConfig) -> None:
+        if config.start == "off":
+            return
         runner = self.model_runner  # type: ignore[attr-defined]
-        if config.start != "off" and unsupported(runner.vllm_config, runner.kv_cache_config) is None:
+        self._pruning_refusal = unsupported(runner.vllm_config, runner.kv_cache_config)
+        if self._pruning_refusal is None:
             self._pruning = WorkerPruning.attach(runner, config)
 
     def _build_runner(self, args: AppArgs, shared: bool) -> FineTuneRunner:
@@ -130,6 +134,10 @@ class HybridWorkerMixin:
     def mace_memory(self) -> dict[str, Any]:
         """`MemoryCounters` of the last iteration."""
         return asdict(self._memory)
+
+    def mace_pruning_refusal(self) -> str | None:
+        """Why KV blocks cannot be dropped although the settings ask for it; None if they can, or need not."""
+        return self._pruning_refusal
 
     def _run_slices(self, directive: Directive) -> SliceReport:
         if self._runner is None:

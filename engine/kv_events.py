@@ -7,7 +7,7 @@ must not be readable from outside, and vLLM's default is a TCP port on every int
 The stream may drop batches (a subscriber that falls behind). A gap in the numbers is filled from the replay buffer.
 What cannot be filled is said as `CacheCleared`, followed by all that the buffer still has: what was removed meanwhile
 is unknown, so nothing said before may stand. After a silence the numbers are compared too. So the listener may know
-less than is cached until it is stored anew, and is not wrong for longer than `_SILENCE_S`.
+less than is cached until it is stored anew, and is not wrong for longer than `_SILENCE_S` and a replay.
 
 vLLM keeps no count of copies: if two requests computed the same block at once, it says "removed" when the first copy
 goes. Again less is known than is cached.
@@ -34,8 +34,9 @@ _REPLAY_TIMEOUT_S = 5.0
 _RETRY_S = 1.0
 _END = (1 << 64) - 1
 """Number of the message that ends a replay: -1, read as unsigned."""
-_BUFFER_BATCHES = 2_000
-"""One for each iteration that stored or removed a block: a minute and more."""
+_BUFFER_BATCHES = 900
+"""One for each iteration that stored or removed a block: half a minute and more. vLLM's socket holds 1,000 messages for
+a peer and drops what is beyond; a replay is sent in one go."""
 
 
 def kv_events_config() -> Any:
@@ -131,14 +132,16 @@ class KvEventStream:
 
         socket = context.socket(zmq.DEALER)
         try:
+            socket.setsockopt(zmq.RCVHWM, 0)  # a replay must not be dropped on this side
             socket.connect(self._replay_endpoint)
             await socket.send_multipart([b"", self._next.to_bytes(8, "big")])
-            async with asyncio.timeout(_REPLAY_TIMEOUT_S):
-                while True:
+            while True:
+                async with asyncio.timeout(_REPLAY_TIMEOUT_S):
                     _, _, number, payload = await socket.recv_multipart()
-                    if int.from_bytes(number, "big") == _END:
-                        return
-                    self._take(int.from_bytes(number, "big"), payload)
+                if int.from_bytes(number, "big") == _END:
+                    return
+                self._take(int.from_bytes(number, "big"), payload)
+                await asyncio.sleep(0)  # what has arrived is read without waiting; others want their turn
         except TimeoutError:
             logger.warning("KV events: no replay within %.0f s; what is cached is unknown", _REPLAY_TIMEOUT_S)
             self._lose()

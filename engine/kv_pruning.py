@@ -3,7 +3,7 @@
 A dropped block becomes vLLM's null block in the request's list and goes back to the pool at once; the worker does the
 same to its row before the next forward pass (`engine.worker_pruning`). Always kept: the first tokens (attention
 sinks), the recent window, blocks that other requests share or that came from the prefix cache when the request
-started, blocks of requests that said `vllm_xargs: {"kv_pruning": false}`, and whatever is not full. Prompts are
+first started, blocks of requests that said `vllm_xargs: {"kv_pruning": false}`, and whatever is not full. Prompts are
 computed in full first.
 
 What is computed after the first drop has seen a shortened context, so it is never offered to other requests: from the
@@ -72,7 +72,8 @@ class KvPruner:
     def shared_tokens(self, request: Any) -> int:
         """Leading tokens of a waiting request whose blocks somebody holds already: they cost it no memory."""
         count = 0
-        for block_hash in request.block_hashes:
+        at_most = (request.num_tokens - 1) // self._block_tokens  # vLLM computes one token in any case
+        for block_hash in islice(request.block_hashes, at_most):
             found = self._pool.get_cached_block(block_hash, [0])
             if not found or found[0].ref_cnt == 0:
                 break
@@ -110,7 +111,9 @@ class KvPruner:
 
     def offer(self) -> PruneOffer | None:
         """What may be dropped now, least harm first; None if nothing is known to be droppable."""
-        costs = [harm for harm, _, _ in islice(self._merged(), _MAX_OFFERED)]
+        # A block may have found a second reader since it was scored.
+        held_alone = (harm for harm, request_id, position in self._merged() if self._block(request_id, position))
+        costs = list(islice(held_alone, _MAX_OFFERED))
         return PruneOffer(costs) if costs else None
 
     def prune(self, count: int, requests: Mapping[str, Any]) -> dict[str, list[int]]:
@@ -182,7 +185,9 @@ class KvPruner:
     def _full_blocks(self, request: Any) -> int:
         """Full blocks of a request whose prompt is computed, those of dropped ones included; else 0."""
         computed = request.num_computed_tokens - request.num_output_placeholders
-        return computed // self._block_tokens if computed >= request.num_prompt_tokens else 0
+        # After a preemption the answer so far is computed again as well.
+        is_computed = computed >= max(request.num_prompt_tokens, request.num_tokens - 1)
+        return computed // self._block_tokens if is_computed else 0
 
     def _last_droppable(self, full: int) -> int:
         return full - self._num_recent
@@ -212,7 +217,8 @@ def unsupported(vllm_config: Any, kv_cache_config: Any) -> str | None:
     if vllm_config.kv_transfer_config is not None:
         return "a KV connector sends blocks elsewhere"
     parallel = vllm_config.parallel_config
-    if max(parallel.pipeline_parallel_size, parallel.decode_context_parallel_size) > 1:
+    spread = (parallel.pipeline_parallel_size, parallel.decode_context_parallel_size)
+    if max(*spread, parallel.prefill_context_parallel_size) > 1:
         return "blocks are spread over several devices"
     if parallel.use_ubatching:
         return "batches are split into micro-batches"

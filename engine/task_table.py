@@ -32,7 +32,7 @@ class TaskTable:
         self._share_prompts = share_prompts
         self._tasks: dict[str, EngineTask] = {}
         self._last_progress_s = 0.0
-        self._held_bytes = 0
+        self._held_bytes = self._step_tokens = 0
 
     def __bool__(self) -> bool:
         return bool(self._tasks)
@@ -64,7 +64,7 @@ class TaskTable:
         """Remember when slices last ran and what their step holds."""
         if report.slices:
             self._last_progress_s = now_s
-        self._held_bytes = report.held_bytes
+        self._held_bytes, self._step_tokens = report.held_bytes, report.step_tokens
 
     def state(self, now_s: float) -> FineTuneState | None:
         """What the planner needs to know; None if there is no task."""
@@ -81,6 +81,7 @@ class TaskTable:
             attempts=front.attempts,
             gamma=front.gamma,
             held_bytes=self._held_bytes,
+            step_tokens=self._step_tokens,
             max_batch_tokens=front.max_batch_tokens,
         )
 

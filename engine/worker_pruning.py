@@ -6,6 +6,7 @@ from typing import Any
 import torch
 
 from core.config import KvPruningConfig
+from core.errors import ConfigError
 from engine.kv_block_stats import KeyStatistics
 from engine.kv_row_compaction import PrunedRows
 from engine.kv_scores import make_scorer
@@ -25,8 +26,15 @@ class WorkerPruning:
 
     @classmethod
     def attach(cls, runner: Any, config: KvPruningConfig) -> "WorkerPruning":
-        """Hook into a model runner whose KV cache is laid out; `kv_pruning.unsupported` has no objection to it."""
+        """Hook into a model runner whose KV cache is laid out; `kv_pruning.unsupported` has no objection to it.
+
+        Raises:
+            ConfigError: layers have different numbers of heads. vLLM then gives later ones a block table of their own
+                (`update_block_table`), past the one that is closed up.
+        """
         kv_cache = runner.kv_cache_config
+        if len(runner.attn_groups[0]) > 1:
+            raise ConfigError("kv_pruning.start must be off: the model's layers have different numbers of heads")
         group = kv_cache.kv_cache_groups[0]
         block_tokens = int(group.kv_cache_spec.block_size)
         context = runner.compilation_config.static_forward_context

@@ -12,6 +12,7 @@ noise cannot push one up and the other down. Innovations are clipped (Huber): an
 
 import math
 from collections.abc import Sequence
+from operator import mul
 
 _NOISE_VARIANCE = 0.15**2
 """Of a relative error. With the walk below it sets the gain; the true noise only changes how smooth the level is."""
@@ -55,8 +56,8 @@ class LevelFilter:
             predicted_s = latency_s
         level = math.exp(self._log_level)
         gradient = [1.0, *(level * x / predicted_s for x in features)]
-        projected = [sum(map(_times, row, gradient)) for row in self._covariance]
-        spread = sum(map(_times, projected, gradient))
+        projected = [sum(map(mul, row, gradient)) for row in self._covariance]
+        spread = sum(map(mul, projected, gradient))
         noise = _NOISE_VARIANCE
         if spread - projected[0] > 4 * noise and latency_s < predicted_s:
             # A first guess far too high: the noise is relative to what was measured, not to the guess.
@@ -81,14 +82,10 @@ class LevelFilter:
         """What the sample has told leaves the covariance; then it relaxes towards its bound."""
         keep = 1.0 - _RELAX
         for i, row in enumerate(self._covariance):
-            gain = projected[i] * precision
-            self._covariance[i] = row = [keep * (r - gain * p) for r, p in zip(row, projected, strict=True)]
+            gain = keep * precision * projected[i]
+            self._covariance[i] = row = [keep * r - gain * p for r, p in zip(row, projected, strict=True)]
             if i == 0:
                 row[0] += _LEVEL_WALK
             else:
                 prior = self._prior[i]
                 row[i] += _RELAX * min(prior, _DRIFT_VARIANCE * self._theta[i - 1] ** 2 + _DORMANT_SHARE * prior)
-
-
-def _times(a: float, b: float) -> float:
-    return a * b

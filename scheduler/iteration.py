@@ -169,7 +169,7 @@ class IterationPlanner:
             "now",
             float(self.memory.capacity_bytes),
             capacity_s - self.predictor.overhead_s - self._aged_slice_s(view),
-            float(self.memory.used_bytes) - blocks.pruned_blocks * blocks.block_bytes,
+            float(self.memory.used_bytes) + blocks.growth_bytes,
             decode_s,
         )
         chunks = self._packer.pack(view, shape, now, blocks)
@@ -182,8 +182,8 @@ class IterationPlanner:
         """Drop KV blocks for slices that have the time, but pass the joint limit even at the size chosen."""
         if blocks.is_short or not blocks.droppable_blocks:
             return
-        missing = self._arena_bytes(state, plan.slice_tokens) - self._sizer.room_bytes
-        missing -= int(blocks.pruned_blocks * blocks.block_bytes)
+        after_bytes = self._sizer.joint_room_bytes - int(blocks.growth_bytes)
+        missing = self._arena_bytes(state, plan.slice_tokens) - after_bytes
         if missing <= 0:
             return
         upper_s = self.predictor.forward_upper_s(shape)
@@ -225,7 +225,8 @@ class IterationPlanner:
 
     def _arena_bytes(self, state: FineTuneState, slice_tokens: int) -> int:
         """What the step may hold, within the arena."""
-        wanted = max(self._sizer.arena_bytes(max(slice_tokens, state.max_batch_tokens)), state.held_bytes)
+        num_tokens = max(slice_tokens, state.step_tokens, state.max_batch_tokens)
+        wanted = max(self._sizer.arena_bytes(num_tokens), state.held_bytes)
         return min(wanted, self.memory.pool_capacity_bytes(Pool.ARENA))
 
     def _is_blocking_due(self, state: FineTuneState | None, now_s: float) -> bool:

@@ -41,18 +41,38 @@ FREE = Quote(0, 0.0, 0.0)
 class BlockBudget:
     """One iteration's KV blocks: free, droppable and given out."""
 
-    __slots__ = ("_offer", "block_bytes", "block_tokens", "free_blocks", "is_short", "pruned_blocks", "reason")
+    __slots__ = (
+        "_offer",
+        "block_bytes",
+        "block_tokens",
+        "chunk_tokens",
+        "decode_blocks",
+        "free_blocks",
+        "is_short",
+        "pruned_blocks",
+        "reason",
+    )
 
     def __init__(self, view: IterationView, block_bytes: float) -> None:
         self.block_bytes = block_bytes
         self.block_tokens = view.block_tokens
         self.free_blocks = view.free_kv_blocks
         """Not promised to anybody, those that are going to be dropped included."""
+        self.decode_blocks = 0
+        """Given to decoding requests."""
+        self.chunk_tokens = 0
+        """Prompt tokens that this iteration computes. More blocks may be promised to their prompts."""
         self.pruned_blocks = 0
         self.reason: PruneReason = ""
         self.is_short = False
         """Running requests lack blocks with everything dropped that is offered."""
         self._offer = view.prune_offer or _NOTHING
+
+    @property
+    def growth_bytes(self) -> float:
+        """By how much the KV blocks in use grow with this iteration; negative if more are dropped."""
+        chunk_blocks = self.chunk_tokens / self.block_tokens if self.chunk_tokens else 0.0
+        return (self.decode_blocks + chunk_blocks - self.pruned_blocks) * self.block_bytes
 
     @property
     def droppable_blocks(self) -> int:
@@ -95,7 +115,9 @@ class BlockBudget:
         quote = self.quote(num_blocks)
         if quote is None:
             self.is_short = True
-            quote = self.quote(self.free_blocks + self.droppable_blocks) or FREE
+            num_blocks = self.free_blocks + self.droppable_blocks
+            quote = self.quote(num_blocks) or FREE
+        self.decode_blocks = num_blocks
         self.take(num_blocks, quote, "decode")
 
 
@@ -115,13 +137,14 @@ class MemoryRelief:
         return blocks
 
     def close(self, blocks: BlockBudget, view: IterationView, plan: Plan, kv_owner: str) -> None:
-        """Write the decision into the plan, and what it frees into the ledger."""
+        """Write the decision into the plan, and the KV memory after it into the ledger."""
         plan.wants_prune_scores = self._wants_scores(blocks, view)
         plan.defers_training = blocks.is_short
         if blocks.pruned_blocks:
             plan.prune_blocks, plan.prune_reason = blocks.pruned_blocks, blocks.reason
-            freed_bytes = int(blocks.pruned_blocks * blocks.block_bytes)
-            self._memory.record(kv_owner, Pool.KV, max(0, view.used_kv_bytes - freed_bytes))
+        # What is given out now is not free for slices; a step that fits today must fit when it is.
+        used_bytes = min(view.used_kv_bytes + int(blocks.growth_bytes), self._memory.pool_capacity_bytes(Pool.KV))
+        self._memory.record(kv_owner, Pool.KV, max(0, used_bytes))
 
     def _wants_scores(self, blocks: BlockBudget, view: IterationView) -> bool:
         if self._start != "memory_pressure":

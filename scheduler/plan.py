@@ -59,6 +59,8 @@ class FineTuneState:
     gamma: float | None = None
     """Weight of the loss in the priority; None: the configured one."""
     held_bytes: int = 0
+    step_tokens: int = 0
+    """Padded tokens of the micro-batches of the step in progress, which keeps them; 0 if there is none."""
     """Arena memory of the step in progress."""
     is_training: bool = True
     """False: the task in front only scores pairs; no retrain rate holds it back."""

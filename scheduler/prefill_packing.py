@@ -68,6 +68,7 @@ class PrefillPacker:
             if view.free_seats > 0:
                 needed = blocks.blocks_of_chunk(first, first.num_tokens)
                 blocks.take(needed, blocks.quote(needed) or FREE, "prefill")
+                blocks.chunk_tokens += least
             return [least]
         room = min(least, blocks.room_tokens(first, can_prune=True))
         if room <= 0 and view.num_decode:
@@ -75,6 +76,7 @@ class PrefillPacker:
             return []
         needed = blocks.blocks_of_chunk(first, room)
         blocks.take(needed, blocks.quote(needed) or FREE, "prefill")
+        blocks.chunk_tokens += max(0, room)
         return [room or least]
 
     def _pack_chunk(self, prefill: PrefillTask, shape: ForwardShape, now: Bin, blocks: BlockBudget) -> int:
@@ -103,6 +105,7 @@ class PrefillPacker:
         now.add(candidate.demand)
         shape.add_chunk(candidate.num_tokens, prefill.context_tokens)
         blocks.take(candidate.num_blocks, candidate.quote, "prefill")
+        blocks.chunk_tokens += candidate.num_tokens
         return candidate.num_tokens
 
     def _chunk_sizes(self, whole: int, unpruned: int, whole_s: float, now: Bin) -> list[int]:

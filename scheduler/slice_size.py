@@ -100,9 +100,13 @@ class SliceSizer:
 
         Below zero if the KV cache alone passes the joint limit.
         """
+        return min(self._memory.pool_capacity_bytes(Pool.ARENA), self.joint_room_bytes)
+
+    @property
+    def joint_room_bytes(self) -> int:
+        """What the joint limit leaves of it, however large the arena is."""
         memory = self._memory
-        others = memory.used_bytes - memory.held_bytes(ARENA_OWNER)
-        return min(memory.pool_capacity_bytes(Pool.ARENA), memory.capacity_bytes - others)
+        return memory.capacity_bytes - (memory.used_bytes - memory.held_bytes(ARENA_OWNER))
 
     def _usual_budget_s(self, alone_budget_s: float | None) -> float | None:
         if not self._budgets:

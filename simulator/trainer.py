@@ -55,6 +55,8 @@ class Trainer:
         self._gate = SliceGate()
         self._arrived_s: list[float] = []
         self._slice_tokens = config.max_slice_tokens
+        self._step_tokens = 0
+        """Of the step in progress, which keeps the size that it began with."""
         self._programs: dict[int, list[SliceWork]] = {}
         self._program: list[SliceWork] = []
         self._next = 0
@@ -88,6 +90,7 @@ class Trainer:
         return FineTuneState(
             last_progress_s=max(arrived_s, self._last_progress_s),
             held_bytes=self.held_bytes,
+            step_tokens=self._step_tokens,
             max_batch_tokens=self._pair.tokens(share_prompts=self._config.share_prompt),
         )
 
@@ -132,7 +135,7 @@ class Trainer:
             if self._slice_tokens not in self._programs:
                 program = self._slices(pairs, self._slice_tokens, self._num_cached_pairs)
                 self._programs[self._slice_tokens] = program
-            self._program = self._programs[self._slice_tokens]
+            self._program, self._step_tokens = self._programs[self._slice_tokens], self._slice_tokens
         return self._program[self._next]
 
     def _slices(self, pairs: list[PairShape], slice_tokens: int, num_cached: int = 0) -> list[SliceWork]:
@@ -142,7 +145,7 @@ class Trainer:
     def _advance(self, done: Trained) -> None:
         self._next += 1
         if self._next == len(self._program):
-            self._program, self._next = [], 0
+            self._program, self._next, self._step_tokens = [], 0, 0
             done.num_pairs += self._config.pairs_per_step
             if self._arrived_s:
                 self._arrived_s.pop(0)

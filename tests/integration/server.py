@@ -2,10 +2,13 @@
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import httpx
 import psutil
@@ -17,16 +20,24 @@ ROOT = Path(__file__).parents[2]
 START_TIMEOUT_S = 240
 
 
-class Server:
-    """Started in `directory`; `args` are merged over the config file's."""
+def free_port() -> int:
+    """Free when asked; nobody else's before it is used, we hope."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
 
-    def __init__(self, directory: Path, port: int, **sections):
+
+class Server:
+    """Started in `directory`; `sections` of the application's args are merged over the config file's."""
+
+    def __init__(self, directory: Path, port: int, deployments: Sequence[dict[str, Any]] = (), **sections):
         self.directory = directory
         self.url = f"http://127.0.0.1:{port}"
         document = yaml.safe_load((ROOT / "serve_config.yaml").read_text())
         document["http_options"]["port"] = port
         for name, section in sections.items():
             document["applications"][0]["args"].setdefault(name, {}).update(section)
+        document["applications"][0]["deployments"] = list(deployments)
         self.config = directory / "serve_config.yaml"
         self.config.write_text(yaml.safe_dump(document))
         self.log = directory / "serve.log"

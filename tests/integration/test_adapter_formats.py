@@ -2,7 +2,6 @@
 
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -27,6 +26,7 @@ from engine.tiny.knowledge import preference_questions
 from engine.tiny.styles import Style, judge, render
 from engine.trainable import TrainableModel
 from engine.vllm_compat import worker_binding
+from tests.integration.server import free_port
 
 pytestmark = pytest.mark.vllm
 
@@ -104,12 +104,6 @@ def test_plain_peft_computes_what_the_trainer_computes(trained, peft_model, pair
                 base = peft_model(ids).logits
         torch.testing.assert_close(theirs, ours, rtol=0, atol=1e-5)
         assert (theirs - base).abs().max() > 0.1  # the adapter does something
-
-
-def free_port():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 @pytest.fixture(scope="module")

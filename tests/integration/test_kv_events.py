@@ -9,7 +9,8 @@ from pathlib import Path
 import httpx
 import pytest
 
-from deployments.prefix_index import PrefixContext, follow_prefixes
+from app.prefix_context import PrefixContext
+from deployments.prefix_index import follow_prefixes
 from deployments.prefix_text import HEADER, prefixes_of
 from engine.kv_events import KvEventStream, kv_events_config
 from engine.prefix_counts import read_prefix_counts
@@ -161,7 +162,7 @@ def test_an_executor_reports_the_names_of_the_prefixes_in_its_cache(engine):
         app = await engine.engine.build_openai_app(["mace-tiny"])
         index, following = follow_prefixes("me", engine.engine, app, "mace-tiny")
         async with httpx.AsyncClient(
-            transport=httpx.ASGITransport(PrefixContext(app)), base_url="http://test"
+            transport=httpx.ASGITransport(PrefixContext(app, "mace-tiny")), base_url="http://test"
         ) as client:
             headers = {HEADER.decode(): names.to_header().decode()}
             reply = await client.post("/v1/chat/completions", json=body, headers=headers)

@@ -10,7 +10,7 @@ from vllm import SamplingParams
 from core.config import KvPruningConfig
 from tests.integration.engine_thread import EngineThread
 from tests.support.pruned_reference import PrunedReference
-from tests.support.small_llama import VOCAB_SIZE, save_small_llama
+from tests.support.small_llama import VOCAB_SIZE, save_small_llama, save_small_mistral
 
 pytestmark = pytest.mark.vllm
 
@@ -72,6 +72,7 @@ def expected(engine, model, prompt, num_tokens):
 
 
 def test_a_pruned_request_answers_as_a_cache_without_those_entries(engine, model):
+    assert engine.run(engine.engine.pruning_refusal()) is None
     prompt, before = prompt_of(700, 0), memory_of(engine)
     tokens, log_probs, dropped = expected(engine, model, prompt, 80)
     full_tokens, full_log_probs, _ = expected_in_full(model, prompt, 80)
@@ -145,3 +146,20 @@ def test_every_block_is_free_again_when_nothing_runs(engine):
     assert memory["ledger_error"] is None
     assert memory["num_blocks"] == NUM_BLOCKS - 1
     assert memory["free_blocks"] >= memory["num_blocks"] - 3  # the last iteration's own request
+
+
+def test_a_model_with_a_sliding_window_is_served_without_pruning(tmp_path, tiny_assistant):
+    save_small_mistral(tmp_path, tiny_assistant, window=256)
+    thread = EngineThread(
+        tmp_path,
+        model={"model_source": str(tmp_path), "dtype": "float32"},
+        kv_pruning={"start": "always", "max_fraction": 0.25, "recent_tokens": 64},
+        training={"enabled": False},
+    )
+    try:
+        assert "window" in thread.run(thread.engine.pruning_refusal())
+        tokens, _, _ = thread.run(decode(thread, prompt_of(700, 0), 8))
+        assert len(tokens) == 8
+        assert memory_of(thread)["pruned_blocks"] == 0
+    finally:
+        thread.close()

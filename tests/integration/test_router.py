@@ -2,7 +2,6 @@
 
 import json
 import os
-import socket
 import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
@@ -20,6 +19,7 @@ from core.messages import ExecutorLoad
 from deployments.prefix_proxy import CALLBACK, CALLBACK_VARIABLE
 from deployments.prefix_text import prefixes_of
 from deployments.router import PREFIXES_KEY, REPORT_PERIOD_S
+from tests.integration.server import free_port
 
 pytestmark = pytest.mark.ray
 
@@ -69,9 +69,7 @@ class Replica:
 @pytest.fixture(scope="module")
 def fleet(tmp_path_factory):
     directory = tmp_path_factory.mktemp("fleet")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     fleet = Fleet(directory, f"http://127.0.0.1:{port}/")
     fleet.report({}, {}, settle_s=0)
     os.environ[CALLBACK_VARIABLE] = CALLBACK  # inherited by the proxy, as under `mace serve`

@@ -6,7 +6,6 @@ The tests run in order on one server; each leaves it serving.
 import asyncio
 import json
 import signal
-import socket
 import threading
 import time
 
@@ -17,15 +16,9 @@ from openai import NotFoundError, OpenAI
 
 from app.demo.run import DemoOptions, run_demo
 from engine.tiny.styles import Style
-from tests.integration.server import Server
+from tests.integration.server import Server, free_port
 
 pytestmark = [pytest.mark.vllm, pytest.mark.ray]
-
-
-def free_port():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 @pytest.fixture(scope="module")

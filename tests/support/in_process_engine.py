@@ -66,6 +66,9 @@ class InProcessEngine:
         finally:
             shadow.exchange(adapter)
 
+    async def prefill(self, handle: Any, prompt: Sequence[int]) -> int:
+        return 0  # there is no cache to fill
+
     async def load_version(self, handle: Any) -> None:
         pass
 

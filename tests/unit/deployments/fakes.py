@@ -17,6 +17,13 @@ def write_peft(directory: Path):
     (directory / "adapter_model.safetensors").write_bytes(struct.pack("<Q", len(header)) + header + b"\0" * 4)
 
 
+def _common(left, right):
+    """Leading tokens that both have."""
+    return next(
+        (i for i, (a, b) in enumerate(zip(left, right, strict=False)) if a != b), min(len(left), len(right))
+    )
+
+
 class FakeEngine:
     """Remembers what it was asked; margins of the shadow are `shadow_margin`, of the live adapter `live_margin`."""
 
@@ -36,6 +43,7 @@ class FakeEngine:
         self.prefix_block_tokens = 4
         self.see_prompt = None
         self.prompts = []
+        self.computed = {}
 
     def watch_prompts(self, see):
         self.see_prompt = see
@@ -75,6 +83,15 @@ class FakeEngine:
         self.calls.append(("generate", handle and handle[0]))
         self.prompts += prompts
         return [list(self.answers(handle))[:max_tokens] for _ in prompts]
+
+    async def prefill(self, handle, prompt):
+        self.calls.append(("prefill", handle and handle[0]))
+        self.prompts.append(prompt)
+        self.answers(handle)
+        cached = self.computed.setdefault(handle and handle[0], [])
+        num_cached = max((_common(prompt, other) for other in cached), default=0)
+        cached.append(prompt)
+        return num_cached
 
     async def unload_version(self, handle):
         self.calls.append(("unload_version", handle[0]))

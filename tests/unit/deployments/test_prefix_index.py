@@ -1,14 +1,13 @@
 """What an executor reports of its prefix cache, and the sharing ratio."""
 
-import asyncio
 import itertools
 
 import pytest
 from prometheus_client import REGISTRY, Counter
 
-from deployments.prefix_index import MAX_NAMES, PrefixContext, PrefixIndex
+from deployments.prefix_index import MAX_NAMES, PrefixIndex, note_request
 from deployments.prefix_monitor import PrefixMonitor
-from deployments.prefix_text import HEADER, prefixes_of
+from deployments.prefix_text import prefixes_of
 from engine.prefix_counts import PrefixCounts, read_prefix_counts
 from scheduler.prefix_changes import BlocksRemoved, BlocksStored, CacheCleared
 
@@ -23,15 +22,11 @@ class Executor:
         self.live = None
         self.index = PrefixIndex("e1", BLOCK, lambda: self.live, lambda: next(clock))
 
-    def ask(self, text, namespace=None, *, is_computed=True):
+    def ask(self, text, namespace=None, *, asks_live=True, is_computed=True):
         prefixes = prefixes_of({"prompt": text})
         tokens = [ord(text[i]) for i in range(0, len(text), 5)]
-
-        async def handle(scope, receive, send):
-            self.index.on_prompt(namespace, tokens)
-
-        scope = {"type": "http", "headers": [(HEADER, prefixes.to_header())] if prefixes else []}
-        asyncio.run(PrefixContext(handle)(scope, None, None))
+        note_request(prefixes, asks_live=asks_live)
+        self.index.on_prompt(namespace, tokens)
         if is_computed:
             self.compute(tokens, namespace)
         return prefixes.digests if prefixes else ()
@@ -77,9 +72,26 @@ def test_a_publish_takes_prefixes_out_until_the_new_version_has_computed_them():
 
 def test_a_version_asked_for_by_its_own_name_keeps_its_prefixes():
     executor = Executor()
-    names = executor.ask("a" * 1100, "m@v0007")
+    names = executor.ask("a" * 1100, "m@v0007", asks_live=False)
     executor.live = "m@v0008"
     assert executor.held == set(names)
+
+
+def test_the_base_asked_for_by_its_own_name_keeps_its_prefixes_when_a_version_goes_live():
+    executor = Executor()
+    names = executor.ask("a" * 1100, asks_live=False)
+    executor.live = "m@v0001"
+    assert executor.held == set(names)
+
+
+def test_a_request_drawn_for_the_canary_says_nothing_of_the_live_versions_cache():
+    executor = Executor()
+    names = executor.ask("a" * 1100)
+    executor.ask("a" * 1100, "m@v0001")
+    assert executor.held == set(names)
+    executor.index.on_change(CacheCleared())
+    executor.compute([ord("a")] * 220, "m@v0001")
+    assert executor.held == set()
 
 
 def test_requests_without_names_are_not_remembered():

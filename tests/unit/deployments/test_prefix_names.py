@@ -48,6 +48,24 @@ def test_another_model_tool_or_system_prompt_shares_nothing():
     assert shared_bytes({"input": text, "instructions": "i"}, {"input": text, "instructions": "i"}) == 2560
 
 
+def test_prompts_of_token_ids_share_what_their_ids_share():
+    ids = list(range(1000, 3000))
+    assert shared_bytes({"prompt": ids}, {"prompt": [*ids, 5]}) > 7000
+    assert shared_bytes({"prompt": ids}, {"prompt": [ids]}) > 7000
+    assert shared_bytes({"prompt": ids}, {"prompt": [7, *ids]}) == 0
+
+
+def test_several_prompts_in_one_request_have_no_names():
+    assert prefixes_of({"prompt": ["x" * 1000, "y" * 1000]}) is None
+    assert prefixes_of({"prompt": [[1] * 1000, [2] * 1000]}) is None
+    assert prefixes_of({"prompt": ["x" * 1000]}) == prefixes_of({"prompt": "x" * 1000})
+
+
+def test_the_time_that_naming_takes_is_bounded_by_the_messages_looked_at():
+    many = prefixes_of({"messages": [{}] * 100_000})
+    assert many == prefixes_of({"messages": [{}] * 2048})
+
+
 @pytest.mark.parametrize("body", [None, 3, [], {}, {"messages": []}, {"prompt": "short"}, {"messages": 7}])
 def test_what_has_no_long_prompt_has_no_names(body):
     assert prefixes_of(body) is None
@@ -62,7 +80,13 @@ def test_no_body_breaks_the_naming(value):
 def test_the_header_carries_names_and_size_and_nonsense_is_no_header():
     prefixes = prefixes_of(chat("x" * 1000))
     assert TextPrefixes.from_headers([(HEADER, prefixes.to_header())]) == prefixes
-    for nonsense in (b"", b";a,b", b"x;a", b"-1;a", b"99999999999;a", b"5;", b"9;" + b"a," * 1000, b"\xff;\xfe"):
+    name = b"0123456789ab"
+    assert TextPrefixes.from_headers([(HEADER, b"5;" + name)]) is not None
+    for nonsense in (
+        *(b"", b";" + name, b"x;" + name, b"-1;" + name, b"99999999999;" + name, b"\xff;\xfe"),
+        *(b"5;", b"5;" + name + b",", b"5;a", b"5;" + name.upper(), b"5;" + name * 100, b"5;" + name + b",\n"),
+        b"5;" + b",".join([name] * 1000),
+    ):
         assert TextPrefixes.from_headers([(HEADER, nonsense)]) is None
     assert TextPrefixes.from_headers([]) is None
 

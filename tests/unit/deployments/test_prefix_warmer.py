@@ -40,7 +40,7 @@ def ask(engine, name, system=SYSTEM, count=3):
 
 
 def generated(engine):
-    return [name for call, name in engine.calls if call == "generate"]
+    return [name for call, name in engine.calls if call == "prefill"]
 
 
 def warmer_of(engine, prompts, **settings):
@@ -56,7 +56,7 @@ def test_the_shared_prefix_is_computed_by_the_new_version_before_its_name_moves(
     live_while_warming = []
     engine.answers = lambda handle: live_while_warming.append(names.get("m")) or [1]
     asyncio.run(versions.publish(commit(registry)))
-    assert engine.calls[:3] == [("load_version", "m@v0001"), ("generate", "m@v0001"), ("set_live", "v0001")]
+    assert engine.calls[:3] == [("load_version", "m@v0001"), ("prefill", "m@v0001"), ("set_live", "v0001")]
     assert engine.prompts == [SYSTEM]
     assert live_while_warming == [None]
     assert names["m"][0] == "m@v0001"
@@ -116,6 +116,14 @@ def test_moves_by_hand_and_held_versions_are_not_warmed(registry):
     assert versions.last_publish.warmed_tokens == 0
 
 
+def test_a_canary_that_a_pin_holds_back_is_not_warmed(registry):
+    versions, engine, _ = attached(registry, canary_share=0.1)
+    asyncio.run(versions.activate("base", pin=True))
+    ask(engine, None)
+    assert asyncio.run(versions.publish(commit(registry))) is Published.HELD
+    assert engine.prompts == []
+
+
 @pytest.mark.parametrize("failure", [RuntimeError("no seat"), ValueError("too long")])
 def test_a_publish_survives_whatever_warming_runs_into(registry, failure):
     versions, engine, names = attached(registry)
@@ -138,18 +146,19 @@ def test_a_publish_survives_whatever_warming_runs_into(registry, failure):
 def test_a_busy_engine_delays_a_publish_by_the_time_limit_only(registry):
     versions, engine, names = attached(registry, warm_timeout_s=0.1)
     ask(engine, None)
-    answer = engine.generate
+    answer = engine.prefill
     ended = []
 
-    async def stuck_after_the_first(handle, prompts, max_tokens):
+    async def stuck_after_the_first(handle, prompt):
         try:
-            await answer(handle, prompts, max_tokens)
+            num_cached = await answer(handle, prompt)
             if len(engine.prompts) > 1:
                 await asyncio.sleep(60)
+            return num_cached
         finally:
-            ended.append(len(prompts[0]))
+            ended.append(len(prompt))
 
-    engine.generate = stuck_after_the_first
+    engine.prefill = stuck_after_the_first
     ask(engine, None, system=[5] * 8)
     started_s = time.perf_counter()
     asyncio.run(versions.publish(commit(registry)))
@@ -170,6 +179,16 @@ def test_long_prefixes_come_in_steps_and_common_beginnings_only_once():
     # This engine answers at once, so each step is twice the one before. The second prefix begins like the first.
     assert [len(prompt) for prompt in engine.prompts] == [100, 300, 700, 1000, 1000]
     assert (report.num_prefixes, report.num_tokens) == (2, 1300)
+
+
+def test_what_was_cached_already_does_not_stretch_the_steps():
+    engine = FakeEngine()
+    engine.prefix_block_tokens, engine.kv_cache_tokens = 100, 100_000
+    warmer, handle = warmer_of(engine, [[*range(1000), n] for n in range(3)]), ("m@v0001", 1, None)
+    asyncio.run(warmer.warm(handle))  # for its trial
+    engine.prompts.clear()
+    asyncio.run(warmer.warm(handle))  # before it goes live
+    assert [len(prompt) for prompt in engine.prompts] == list(range(100, 1100, 100))
 
 
 @pytest.mark.parametrize(("token_s", "expected"), [(0.0001, 192), (0.00005, 384), (0.01, 128)])

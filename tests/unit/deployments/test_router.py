@@ -1,4 +1,5 @@
 import asyncio
+import itertools
 import time
 from collections import Counter
 from dataclasses import asdict
@@ -20,6 +21,7 @@ from core.messages import ExecutorLoad
 from deployments.router import BYTES_PER_TOKEN, STALE_S, ExecutorRouter, load_of, prompt_tokens_of, scope_of
 
 DEPLOYMENT = DeploymentID("Executor", "mace")
+request_ids = (f"internal-{i}" for i in itertools.count())
 
 
 def stats(**changes):
@@ -43,7 +45,7 @@ def replica(name, **changes):
 def request(num_tokens=100, session="", headers=None):
     if headers is None:
         headers = [(b"host", b"x"), (b"content-length", str(num_tokens * BYTES_PER_TOKEN).encode())]
-    metadata = RequestMetadata("r", "i", session_id=session, _request_protocol=RequestProtocol.HTTP)
+    metadata = RequestMetadata("r", next(request_ids), session_id=session, _request_protocol=RequestProtocol.HTTP)
     body = StreamingHTTPRequest({"type": "http", "headers": headers}, proxy_actor_name="proxy")
     return PendingRequest([cloudpickle.dumps(body)], {}, metadata, future=SimpleNamespace())
 
@@ -141,7 +143,19 @@ def test_the_books_forget_replicas_that_are_gone(router):
     for _ in range(9):
         ranks(router, fleet, request())
     ranks(router, fleet[:2], request())
-    assert {replica_id.unique_id for replica_id in router._sent} <= {"a", "b"}
+    assert router._bookings.tokens_since(fleet[2].replica_id, 0.0) == 0
+
+
+def test_a_session_sticks_to_the_replica_that_took_it_not_to_the_one_proposed(router):
+    fleet = [replica("a"), replica("b", wait_s=0.02)]
+    first = request(session="s")
+    proposed, other = (rank[0] for rank in ranks(router, fleet, first))
+    taker = next(one.replica_id for one in fleet if one.replica_id.unique_id == other)
+    router.on_request_routed(first, taker, None)
+    assert proposed != other
+    later = time.time() + 1  # reports that know of the request
+    fleet = [replica("a", reported_s=later), replica("b", wait_s=0.02, reported_s=later)]
+    assert ranks(router, fleet, request(session="s"))[0] == [other]
 
 
 def test_a_request_that_nobody_takes_backs_off(router):

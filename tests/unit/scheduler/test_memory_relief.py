@@ -59,10 +59,15 @@ def test_when_all_that_is_offered_is_too_little_training_waits_and_all_of_it_goe
     assert made.settle(made.plan(enough), enough, ForwardShape(num_decode=8)).finetune_budget_s > 0
 
 
-def test_what_is_dropped_leaves_the_ledger():
+def test_the_ledger_holds_what_is_in_use_after_the_iteration():
     made = planner()
-    made.plan(view(0, num_decode=8, decode_blocks=4))
-    assert made.memory.pool_used_bytes(Pool.KV) == (KV_BLOCKS - 4) * BLOCK * BYTES
+    made.plan(view(0, num_decode=8, decode_blocks=4))  # four are dropped, and given out
+    assert made.memory.pool_used_bytes(Pool.KV) == KV_BLOCKS * BLOCK * BYTES
+    made.plan(view(10, num_decode=8, decode_blocks=4))
+    assert made.memory.pool_used_bytes(Pool.KV) == (KV_BLOCKS - 6) * BLOCK * BYTES
+    started = PrefillTask("r", 0.0, 2 * BLOCK, context_tokens=BLOCK, is_running=True)
+    made.plan(view(10, prefills=[started], num_decode=8))
+    assert made.memory.pool_used_bytes(Pool.KV) == (KV_BLOCKS - 8) * BLOCK * BYTES
     made.memory.check_integrity()
 
 
@@ -123,6 +128,25 @@ def test_a_chunk_that_fills_much_time_is_worth_a_block():
 def beside(used, **kwargs):
     """Decoding requests that hold `used` blocks, and a fine-tune task."""
     return view(KV_BLOCKS - used, num_decode=2, finetune=FineTuneState(0.0, **kwargs))
+
+
+@pytest.mark.parametrize("decode_blocks", [0, 4])
+def test_what_decoding_gets_is_no_room_for_slices(decode_blocks):
+    made = planner(tau_mem=0.5625)  # 18,000 for both
+    state = view(0, num_decode=2, decode_blocks=decode_blocks, finetune=FineTuneState(0.0, max_batch_tokens=232))
+    plan = run(made, state)
+    assert plan.finetune_budget_s > 0
+    assert plan.prune_blocks == decode_blocks + 2  # 16,000 + 2,320 are 320 too many
+    assert made.memory.used_bytes <= made.memory.capacity_bytes
+
+
+def test_a_step_in_progress_keeps_the_memory_of_the_size_that_it_began_with():
+    made = planner()
+    run(made, beside(10, step_tokens=512, held_bytes=100))
+    assert made.memory.held_bytes(ARENA_OWNER) >= 5120
+    small = planner()
+    run(small, beside(10, held_bytes=100, max_batch_tokens=32))
+    assert small.memory.held_bytes(ARENA_OWNER) <= 5120
 
 
 def run(made, state):

@@ -1,0 +1,62 @@
+"""What a request router proposed to each replica since the replica's last report."""
+
+from collections import OrderedDict, deque
+from collections.abc import Collection, Hashable
+from dataclasses import dataclass
+
+_MAX_OPEN = 4096
+"""Proposed requests of which nobody said yet where they went."""
+
+
+@dataclass(slots=True)
+class Booking:
+    """One request. A replica is booked when it is proposed, so that the next request of a burst sees it."""
+
+    replica_id: Hashable
+    sent_s: float
+    num_tokens: int
+    """Prompt tokens that it computes, as far as known; 0 once the request went elsewhere."""
+
+
+class Bookings:
+    """Of one router; times are those of its clock."""
+
+    def __init__(self) -> None:
+        self._sent: dict[Hashable, deque[Booking]] = {}
+        self._open: OrderedDict[str, Booking] = OrderedDict()
+
+    def book(self, request_id: str, replica_id: Hashable, num_tokens: int, now_s: float) -> None:
+        """A request is proposed to a replica. Proposed before (nobody took it), it counts here only."""
+        self._cancel(request_id)
+        booking = Booking(replica_id, now_s, num_tokens)
+        self._sent.setdefault(replica_id, deque()).append(booking)
+        self._open[request_id] = booking
+        if len(self._open) > _MAX_OPEN:
+            self._open.popitem(last=False)
+
+    def settle(self, request_id: str, replica_id: Hashable, now_s: float) -> bool:
+        """A replica took a request; False if another one was booked for it, which is put right."""
+        booking = self._open.pop(request_id, None)
+        if booking is None or booking.replica_id == replica_id:
+            return True
+        moved = Booking(replica_id, now_s, booking.num_tokens)
+        self._sent.setdefault(replica_id, deque()).append(moved)
+        booking.num_tokens = 0
+        return False
+
+    def tokens_since(self, replica_id: Hashable, reported_s: float) -> int:
+        """Prompt tokens that a replica's report does not know of; what it knows is forgotten."""
+        sent = self._sent.get(replica_id)
+        while sent and sent[0].sent_s <= reported_s:
+            sent.popleft()
+        return sum(booking.num_tokens for booking in sent) if sent else 0
+
+    def keep_only(self, replica_ids: Collection[Hashable]) -> None:
+        """Forget replicas that are gone."""
+        if len(self._sent) > len(replica_ids):
+            self._sent = {replica_id: sent for replica_id, sent in self._sent.items() if replica_id in replica_ids}
+
+    def _cancel(self, request_id: str) -> None:
+        booking = self._open.pop(request_id, None)
+        if booking is not None:
+            booking.num_tokens = 0

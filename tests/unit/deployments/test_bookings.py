@@ -1,0 +1,40 @@
+"""What a router believes to be under way to each replica."""
+
+from deployments.bookings import Bookings
+
+
+def test_a_booked_request_counts_until_a_report_knows_of_it():
+    bookings = Bookings()
+    bookings.book("r1", "a", 100, 1.0)
+    bookings.book("r2", "a", 50, 2.0)
+    assert bookings.tokens_since("a", 0.5) == 150
+    assert bookings.tokens_since("a", 1.0) == 50
+    assert bookings.tokens_since("b", 0.0) == 0
+
+
+def test_a_request_that_is_proposed_again_counts_once():
+    bookings = Bookings()
+    bookings.book("r1", "a", 100, 1.0)
+    bookings.book("r1", "b", 80, 2.0)
+    assert (bookings.tokens_since("a", 0.0), bookings.tokens_since("b", 0.0)) == (0, 80)
+
+
+def test_a_request_counts_where_it_went():
+    bookings = Bookings()
+    bookings.book("r1", "a", 100, 1.0)
+    bookings.book("r2", "a", 7, 1.0)
+    assert not bookings.settle("r1", "b", 2.0)
+    assert bookings.settle("r2", "a", 2.0)
+    assert (bookings.tokens_since("a", 0.0), bookings.tokens_since("b", 0.0)) == (7, 100)
+    assert bookings.settle("r1", "b", 3.0)  # a second word on it changes nothing
+    assert bookings.tokens_since("b", 0.0) == 100
+
+
+def test_replicas_that_are_gone_are_forgotten():
+    bookings = Bookings()
+    for name in "abc":
+        bookings.book(f"r-{name}", name, 1, 1.0)
+    bookings.keep_only({"a"})
+    assert [bookings.tokens_since(name, 0.0) for name in "abc"] == [1, 0, 0]
+    assert not bookings.settle("r-b", "a", 2.0)
+    assert bookings.tokens_since("a", 0.0) == 2
