@@ -157,7 +157,7 @@ def test_a_model_with_a_sliding_window_is_served_without_pruning(tmp_path, tiny_
         training={"enabled": False},
     )
     try:
-        assert "window" in thread.run(thread.engine.pruning_refusal())
+        assert "full attention" in thread.run(thread.engine.pruning_refusal())
         tokens, _, _ = thread.run(decode(thread, prompt_of(700, 0), 8))
         assert len(tokens) == 8
         assert memory_of(thread)["pruned_blocks"] == 0

@@ -88,6 +88,16 @@ def test_nothing_is_asked_for_before_the_prompt_is_computed_or_twice_for_the_sam
     assert pruner.to_score([request]) == ["a"]
 
 
+def test_after_a_preemption_the_answer_so_far_is_computed_again_before_anything_is_dropped(manager):
+    request, _ = run(manager, "a", range(40))
+    grow(manager, request, 20)
+    pruner = KvPruner(CONFIG, manager, BLOCK)
+    request.num_computed_tokens = 48  # resumed, and 12 tokens of the answer are to come
+    assert pruner.to_score([request]) == []
+    request.num_computed_tokens = 59
+    assert pruner.to_score([request]) == ["a"]
+
+
 def test_tokens_in_flight_are_no_full_block(manager):
     request, _ = run(manager, "a", range(39))
     pruner = KvPruner(CONFIG, manager, BLOCK)
@@ -132,8 +142,21 @@ def test_blocks_that_a_running_request_holds_cost_a_waiting_one_nothing(manager)
     pruner = KvPruner(CONFIG, manager, BLOCK)
     waiting = make("waiting", [*range(22), *range(60, 76)])
     assert pruner.shared_tokens(waiting) == 20
+    assert pruner.shared_tokens(make("same", range(40))) == 36  # of ten blocks vLLM takes nine, and computes one
     manager.free(running)
     assert pruner.shared_tokens(waiting) == 0  # cached still, and free: to be taken again
+
+
+def test_a_block_that_found_a_second_reader_is_not_offered_any_more(manager):
+    first, _ = run(manager, "first", range(40))
+    pruner = KvPruner(CONFIG, manager, BLOCK)
+    pruner.to_score([first])
+    pruner.note_scores({"first": rows([0.0] * 10)}, {"first": first})
+    assert pruner.offer().num_blocks == 5  # of 1 to 7, half of ten
+    _, num_hits = run(manager, "second", [*range(12), *range(60, 70)])
+    assert num_hits == 12
+    assert pruner.offer().num_blocks == 3  # 1 and 2 have two readers
+    assert pruner.prune(99, {"first": first}) == {"first": [3, 4, 5]}
 
 
 def test_what_follows_the_first_dropped_block_leaves_the_prefix_index_and_never_enters_it(manager):
