@@ -117,7 +117,7 @@ class Executor:
         """Serve pulls this for `deployments.router`; empty before the engine serves."""
         if not self.is_ready:
             return {}
-        known = {} if self.prefixes is None else {PREFIXES_KEY: self.prefixes.held_names()}
+        known = {} if self.prefixes is None else {PREFIXES_KEY: await self.prefixes.held_names()}
         return {**asdict(await self.load.measure()), **known}
 
     async def status(self) -> dict[str, Any]:

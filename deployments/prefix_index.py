@@ -29,7 +29,9 @@ MAX_NAMES = 512
 _MAX_PROMPTS = 256
 _MAX_PROMPT_TOKENS = 16_384
 _MAX_REPORT_S = 0.02
-"""A report runs on the executor's event loop, once a second; what it leaves out is routed by load."""
+"""Of work for a report, once a second; what it leaves out is routed by load."""
+_TURN_S = 0.001
+"""Of that work at a time: it runs on the executor's event loop, where tokens are waiting to be sent."""
 _TREE_BYTES = 32 << 20
 
 _current: ContextVar["tuple[TextPrefixes, bool] | None"] = ContextVar("mace_text_prefixes", default=None)
@@ -93,17 +95,20 @@ class PrefixIndex:
         if len(self._prompts) > _MAX_PROMPTS:
             self._prompts.popitem(last=False)
 
-    def held_names(self) -> list[str]:
-        """Names of prefixes that are in the cache, those used last first; at most `MAX_NAMES`."""
-        live, now_s = self._live_namespace(), self._clock()
+    async def held_names(self) -> list[str]:
+        """Names of prefixes that are in the cache, those used last first; at most `MAX_NAMES`. Gives way in between."""
         names: dict[str, None] = {}
-        started_s = time.perf_counter()
-        for prompt in reversed(self._prompts.values()):
-            namespace = live if prompt.is_live else prompt.namespace
-            matched = self.tree.longest_match(namespace, prompt.token_ids, now_s)
+        busy_s, turn_started_s = 0.0, time.perf_counter()
+        for prompt in [*reversed(self._prompts.values())]:
+            namespace = self._live_namespace() if prompt.is_live else prompt.namespace
+            matched = self.tree.longest_match(namespace, prompt.token_ids, self._clock())
             names.update(dict.fromkeys(prompt.held(matched.get(self._executor_id, 0))))
-            if len(names) >= MAX_NAMES or time.perf_counter() - started_s > _MAX_REPORT_S:
+            turn_s = time.perf_counter() - turn_started_s
+            if len(names) >= MAX_NAMES or busy_s + turn_s > _MAX_REPORT_S:
                 break
+            if turn_s > _TURN_S:
+                await asyncio.sleep(0)
+                busy_s, turn_started_s = busy_s + turn_s, time.perf_counter()
         return list(names)[:MAX_NAMES]
 
 

@@ -47,7 +47,8 @@ class LevelFilter:
 
     def predict(self, features: Sequence[float]) -> float:
         """Expected latency in seconds."""
-        return sum(c * x for c, x in zip(self.coefficients, features, strict=True))
+        latency_s: float = sum(map(mul, self.coefficients, features))
+        return latency_s
 
     def update(self, features: Sequence[float], latency_s: float) -> None:
         """Learn from one measurement; `latency_s` is positive and finite."""

@@ -1,5 +1,6 @@
 """What an executor reports of its prefix cache, and the sharing ratio."""
 
+import asyncio
 import itertools
 
 import pytest
@@ -39,7 +40,7 @@ class Executor:
 
     @property
     def held(self):
-        return set(self.index.held_names())
+        return set(asyncio.run(self.index.held_names()))
 
 
 def test_prefixes_of_computed_prompts_are_held_and_of_others_not():
@@ -104,10 +105,10 @@ def test_the_report_is_bounded_and_keeps_what_was_used_last():
     executor = Executor()
     for number in range(400):
         last = executor.ask(f"{number:05}" * 220)
-    names = executor.index.held_names()
+    names = asyncio.run(executor.index.held_names())
     assert len(names) == MAX_NAMES
     assert set(last) <= set(names)
-    assert not set(executor.ask("00000" * 220, is_computed=False)) - set(executor.index.held_names())
+    assert not set(executor.ask("00000" * 220, is_computed=False)) - executor.held
 
 
 def test_the_sharing_ratio_is_of_all_tokens_and_of_the_last_minute():
