@@ -122,11 +122,10 @@ def _tree_bytes() -> Costs:
     costs: Costs = {}
     for blocks in (100, 2):
         prompts = _prompts(10_000 // blocks, blocks * _TREE_BLOCK_TOKENS)
-        hashes = [_hashes(number, blocks) for number in range(len(prompts))]
         tree = PrefixTree(_TREE_BLOCK_TOKENS)
         tracemalloc.start()
-        for prompt, names in zip(prompts, hashes, strict=True):
-            tree.store("a", None, None, prompt, names, 0.0)
+        for number, prompt in enumerate(prompts):
+            tree.store("a", None, None, prompt, _hashes(number, blocks), 0.0)
         used, _ = tracemalloc.get_traced_memory()
         tracemalloc.stop()
         costs[f"runs of {blocks}"] = round(used / tree.num_blocks - 4 * _TREE_BLOCK_TOKENS)
