@@ -20,8 +20,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from scheduler.prefix_node import Block, BlockHash, Node
 
 BLOCK_OVERHEAD_BYTES = 480
-"""Python objects of one block apart from its token ids: measured in runs of two blocks, one executor, hashes of 32 bytes
-(`benchmarks.memory_costs`); in long runs it is 300."""
+"""Python objects of one block apart from its token ids, with hashes of 32 bytes, in runs of two blocks; in long runs
+it is 300 (`benchmarks.memory_costs`)."""
 
 _TOKEN_BYTES = 4
 _LEAF_SLACK = 64
