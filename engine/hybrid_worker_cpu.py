@@ -1,9 +1,21 @@
 """The hybrid worker on vLLM's CPU worker. Its own module, since that import sets up shared memory for CPU."""
 
+from typing import Any
+
 from vllm.v1.worker.cpu_worker import CPUWorker
 
+from engine.heap_trim import HeapTrimmer
 from engine.hybrid_worker import HybridWorkerMixin
 
 
 class HybridCpuWorker(HybridWorkerMixin, CPUWorker):
     """`worker_cls` on machines without a GPU."""
+
+    _trimmer: HeapTrimmer | None = None
+
+    def execute_model(self, scheduler_output: Any) -> Any:
+        """As the mixin's; between two iterations free memory goes back to the system."""
+        if self._trimmer is None:
+            self._trimmer = HeapTrimmer()
+        self._trimmer.tick()
+        return super().execute_model(scheduler_output)
