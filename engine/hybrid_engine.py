@@ -107,7 +107,7 @@ class HybridEngine:
         return reply["next"], [IterationSample.from_wire(sample) for sample in reply["samples"]]
 
     async def memory_status(self) -> dict[str, Any]:
-        """`engine.messages.MemoryCounters` as of the last iteration."""
+        """`engine.messages.MemoryCounters` as of the last iteration; on CPU also the worker's `heap_*_bytes`."""
         status: dict[str, Any] = (await self.client.collective_rpc("mace_memory"))[0]
         return status
 

@@ -4,7 +4,7 @@ from typing import Any
 
 from vllm.v1.worker.cpu_worker import CPUWorker
 
-from engine.heap_trim import HeapTrimmer
+from engine.heap_trim import HeapTrimmer, heap_use
 from engine.hybrid_worker import HybridWorkerMixin
 
 
@@ -19,3 +19,9 @@ class HybridCpuWorker(HybridWorkerMixin, CPUWorker):
             self._trimmer = HeapTrimmer()
         self._trimmer.tick()
         return super().execute_model(scheduler_output)
+
+    def mace_memory(self) -> dict[str, Any]:
+        """As the mixin's, and the C library's heap: what grows there is a leak, or holes."""
+        use = heap_use()
+        heap = {} if use is None else {"heap_used_bytes": use.used_bytes, "heap_free_bytes": use.free_bytes}
+        return {**super().mace_memory(), **heap}

@@ -100,6 +100,8 @@ def summarize_soak(
     times_s = [reading["time_s"] for reading in seen.readings]
     names = [name for name in (seen.readings[0] if seen.readings else {}) if name.endswith("_rss_bytes")]
     trends = {name: trend_of(times_s, [reading[name] for reading in seen.readings]) for name in names}
+    heap = [reading["heap_used_bytes"] for reading in seen.readings if "heap_used_bytes" in reading]
+    heap_trend = trend_of(times_s, heap) if len(heap) == len(times_s) else None
     full_share = seen.num_full / seen.num_polls if seen.num_polls else 0.0
     every = max(1, len(seen.readings) // _SERIES)
     checks = [
@@ -126,6 +128,12 @@ def summarize_soak(
             }
             for name, trend in trends.items()
         ),
+        {
+            "check": "worker: heap memory in use is flat (no leak; resident memory also counts the heap's holes)",
+            "value": None if heap_trend is None else heap_trend.bytes_per_hour,
+            "interval": None if heap_trend is None else [heap_trend.low, heap_trend.high],
+            "passed": None if heap_trend is None else heap_trend.is_flat,
+        },
     ]
     return {
         "elapsed_s": elapsed_s,
@@ -141,6 +149,7 @@ def summarize_soak(
         "ttft": seen.ttft.summary(),
         "tbt": seen.tbt.summary(),
         "rss": {name: None if trend is None else trend.model_dump() for name, trend in trends.items()},
+        "heap_in_use": None if heap_trend is None else heap_trend.model_dump(),
         "series": seen.readings[::every],
         "checks": checks,
     }

@@ -160,6 +160,8 @@ def test_a_model_with_a_sliding_window_is_served_without_pruning(tmp_path, tiny_
         assert "full attention" in thread.run(thread.engine.pruning_refusal())
         tokens, _, _ = thread.run(decode(thread, prompt_of(700, 0), 8))
         assert len(tokens) == 8
-        assert memory_of(thread)["pruned_blocks"] == 0
+        memory = memory_of(thread)
+        assert memory["pruned_blocks"] == 0
+        assert memory["heap_used_bytes"] > 10 << 20  # torch alone has more
     finally:
         thread.close()
