@@ -66,6 +66,8 @@ class HybridSchedulerMixin:
         self.waiting = AgeingRequestQueue(config.scheduler, pool.block_tokens)
         self._tasks = TaskTable(share_prompts=config.training.share_prompt)
         self._directive = Directive()
+        self._last_training: Directive | None = None
+        """The newest one that reserved memory for slices, until its report is here."""
         self._last_ended_s = 0.0
         self._overhead_s = 0.0
 
@@ -119,6 +121,8 @@ class HybridSchedulerMixin:
         shape.decode_context = self._attended(shape.decode_context)
         self._direct(self._planner.settle(plan, view, shape), shape)
         directive, self._directive = self._directive, Directive()
+        if plan.reserves_arena:
+            self._last_training = directive
         setattr(output, DIRECTIVE_ATTRIBUTE, directive)
         return output
 
@@ -137,19 +141,22 @@ class HybridSchedulerMixin:
     def _view(self, now_s: float) -> IterationView:
         self.waiting.now_s = now_s
         self.waiting.note_running(self.running)  # type: ignore[attr-defined]
-        free_blocks = self.kv_cache_manager.block_pool.get_num_free_blocks()  # type: ignore[attr-defined]
         return view_of(
             now_s,
             self.running,  # type: ignore[attr-defined]
             self.waiting,
             free_seats=max(0, self.max_num_active_reqs - len(self.running)),  # type: ignore[attr-defined]
             pool=self._pool,
-            free_kv_blocks=min(free_blocks, self._pool.num_blocks),
+            free_kv_blocks=self._num_free_kv_blocks(),
             prune_offer=None if self._pruner is None else self._pruner.offer(),
             held_tokens_of=None if self._pruner is None else self._pruner.shared_tokens,
             # A paused engine may have its weights asleep; only what vLLM itself still runs goes on.
             finetune=self._tasks.state(now_s) if self.pause_state == PauseState.UNPAUSED else None,  # type: ignore[attr-defined]
         )
+
+    def _num_free_kv_blocks(self) -> int:
+        num_free: int = self.kv_cache_manager.block_pool.get_num_free_blocks()  # type: ignore[attr-defined]
+        return self._pool.free_blocks(num_free)
 
     def _make_pruner(self, config: AppArgs) -> KvPruner | None:
         """None: switched off, or impossible with this model (said in the log)."""
@@ -175,10 +182,9 @@ class HybridSchedulerMixin:
     def _note_scheduled(self, output: SchedulerOutput, plan: Plan) -> None:
         """What pruning must know of the forward pass, and what the worker passes on to whoever asks."""
         directive, pruner, memory = self._directive, self._pruner, self._planner.memory
-        free_blocks = self.kv_cache_manager.block_pool.get_num_free_blocks()  # type: ignore[attr-defined]
         directive.memory = MemoryCounters(
             self._pool.num_blocks,
-            free_blocks,
+            self._num_free_kv_blocks(),
             preemptions=self._num_preemptions,
             arena_capacity_bytes=memory.pool_capacity_bytes(Pool.ARENA),
             arena_used_bytes=memory.pool_used_bytes(Pool.ARENA),
@@ -234,7 +240,10 @@ class HybridSchedulerMixin:
         self._overhead_s = max(0.0, wall_s - report.forward_s - slices_s)
         self._planner.observe(sample_of(directive, report.finetune, report.forward_s, self._overhead_s))
         self._tasks.note_progress(report.finetune, time.time())
-        if not report.finetune.held_bytes:
+        if directive is self._last_training:
+            self._last_training = None
+        # Two iterations are in flight with async scheduling: the next may have reserved memory for a step it starts.
+        if not report.finetune.held_bytes and self._last_training is None:
             self._planner.release_arena()
 
     def _take_facts(self, facts: WorkerFacts) -> None:

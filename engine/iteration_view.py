@@ -47,7 +47,10 @@ def view_of(
     num_decode = decode_tokens = decode_context = decode_blocks = 0
     for request in running:
         computed = request.num_computed_tokens
-        left = request.num_tokens_with_spec + request.num_output_placeholders - computed
+        pending = request.num_output_placeholders
+        if pending and _ends_in_flight(request, computed, pending):
+            continue
+        left = request.num_tokens_with_spec + pending - computed
         if left == 1 or is_decoding(request, computed):  # the usual case first: this loop runs in every iteration
             num_decode += 1
             decode_tokens += left
@@ -94,6 +97,14 @@ def shape_of(num_scheduled_tokens: Mapping[str, int], requests: Mapping[str, Any
 def is_decoding(request: Any, num_computed_tokens: int) -> bool:
     """Whether only the newest token (and drafts after it) is left to compute; a resumed request prefills again."""
     return num_computed_tokens >= request.num_tokens - 1
+
+
+def _ends_in_flight(request: Any, computed: int, pending: int) -> bool:
+    """Async scheduling: the last token it may have is being computed, so vLLM does not schedule it (the same test).
+
+    A token budget that counted it would leave one to spare, and a prompt that is starved of KV blocks would take it.
+    """
+    return bool(computed + 2 - pending >= request.num_prompt_tokens + request.max_tokens)
 
 
 def _prefill(request: Any, num_tokens: int, context_tokens: int, *, is_running: bool) -> PrefillTask:

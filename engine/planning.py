@@ -17,20 +17,31 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class KvPool:
-    """vLLM's KV cache as a number of blocks."""
+    """vLLM's KV cache as a number of blocks, each of which holds all layers' keys and values of its tokens.
+
+    A model whose layers are of several kinds (full attention and a sliding window) has a block table for each: vLLM
+    then gives out `num_groups` blocks where one is meant here.
+    """
 
     num_blocks: int
     """That can be given out; vLLM keeps one more as the null block."""
     block_bytes: int
     block_tokens: int
+    num_groups: int = 1
+
+    def free_blocks(self, num_free: int) -> int:
+        """Of so many free ones of vLLM's (the null block is none of them)."""
+        return min(num_free // self.num_groups, self.num_blocks)
 
 
 def kv_pool_of(kv_cache_config: Any) -> KvPool:
-    """The pool that vLLM has laid out (its `KVCacheConfig`)."""
-    total_bytes = sum(tensor.size for tensor in kv_cache_config.kv_cache_tensors)
-    num_blocks = int(kv_cache_config.num_blocks)
-    block_tokens = min((g.kv_cache_spec.block_size for g in kv_cache_config.kv_cache_groups), default=1)
-    return KvPool(max(1, num_blocks - 1), total_bytes // max(1, num_blocks), block_tokens)
+    """The pool that vLLM has laid out (its `KVCacheConfig`): groups overlay each other in one allocation."""
+    total_bytes = max((tensor.size for tensor in kv_cache_config.kv_cache_tensors), default=0)
+    groups = kv_cache_config.kv_cache_groups
+    num_blocks, num_groups = int(kv_cache_config.num_blocks), max(1, len(groups))
+    block_tokens = min((group.kv_cache_spec.block_size for group in groups), default=1)
+    block_bytes = num_groups * (total_bytes // max(1, num_blocks))
+    return KvPool(max(1, (num_blocks - 1) // num_groups), block_bytes, block_tokens, num_groups)
 
 
 def build_planner(args: AppArgs, scheduler: Any, pool: KvPool, *, can_prune: bool = False) -> IterationPlanner:

@@ -120,6 +120,7 @@ class IterationPlanner:
             return plan
         if not self._reserve_arena(state, plan.slice_tokens, is_urgent=is_urgent):
             return plan  # no memory: training waits
+        plan.reserves_arena = True
         if shape.num_tokens == 0:
             plan.finetune_budget_s, plan.min_slices = IDLE_QUANTUM_S, 1
             return plan

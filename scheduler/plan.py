@@ -59,9 +59,9 @@ class FineTuneState:
     gamma: float | None = None
     """Weight of the loss in the priority; None: the configured one."""
     held_bytes: int = 0
+    """Arena memory of the step in progress."""
     step_tokens: int = 0
     """Padded tokens of the micro-batches of the step in progress, which keeps them; 0 if there is none."""
-    """Arena memory of the step in progress."""
     is_training: bool = True
     """False: the task in front only scores pairs; no retrain rate holds it back."""
     max_batch_tokens: int = 0
@@ -150,6 +150,8 @@ class Plan:
     """Who needs them: `decode`, `prefill` or `finetune`."""
     wants_prune_scores: bool = False
     """Memory is getting short: blocks should be scored with this forward pass."""
+    reserves_arena: bool = False
+    """Memory for the slices' step is reserved in the ledger, until a report says that nothing is held."""
     defers_training: bool = False
     """Memory is short even with all that may be dropped: no slices, unless they have waited too long."""
     is_blocking: bool = False

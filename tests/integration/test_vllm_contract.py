@@ -127,6 +127,23 @@ def test_the_limits_that_the_plan_sets_are_read_in_every_iteration():
     assert {"long_prefill_token_threshold", "enable_chunked_prefill"} <= set(SchedulerConfig.__dataclass_fields__)
 
 
+def test_the_scheduler_replaces_no_method_of_vllms_by_accident():
+    from vllm.v1.core.sched.async_scheduler import AsyncScheduler
+
+    from engine.hybrid_scheduler import HybridSchedulerMixin
+
+    ours = {name for name in vars(HybridSchedulerMixin) if not name.startswith("__")}
+    assert ours & set(dir(AsyncScheduler)) == {
+        "add_request",
+        "finish_requests",
+        "has_requests",
+        "schedule",
+        "update_from_output",
+        "_free_request_blocks",
+        "_preempt_request",
+    }
+
+
 def test_the_kv_pool_tells_its_size_and_what_is_free():
     from vllm.v1.core.block_pool import BlockPool
     from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheTensor

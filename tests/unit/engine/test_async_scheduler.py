@@ -1,0 +1,166 @@
+"""Our scheduler over vLLM's async one, two iterations in flight, as an engine on one GPU drives it.
+
+The scheduler, its configuration and its KV cache are vLLM's own, built in this process; what a worker would send back
+is made up: a token for each request that has one coming, and what a fine-tune step holds.
+"""
+
+import os
+import time
+from collections import deque
+
+import pytest
+import torch
+from vllm import SamplingParams
+from vllm.utils.hashing import sha256
+from vllm.v1.core.kv_cache_utils import (
+    get_kv_cache_config_from_groups,
+    get_request_block_hasher,
+    init_none_hash,
+)
+from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheGroupSpec, SlidingWindowSpec
+from vllm.v1.outputs import ModelRunnerOutput
+from vllm.v1.request import Request, RequestStatus
+from vllm.v1.structured_output import StructuredOutputManager
+
+from core.config import AppArgs
+from core.types import FineTuneTask, SliceReport, TaskKind, TokenizedPair
+from engine.hybrid_scheduler import AsyncHybridScheduler
+from engine.messages import REPORT_ATTRIBUTE, TASK_KEY, IterationReport
+from engine.planning import KvPool, kv_pool_of
+from engine.vllm_compat import make_engine_args
+from scheduler.memory_ledger import Pool
+
+BLOCK_TOKENS = 16
+ARENA_BYTES = 64 << 20
+
+
+@pytest.fixture(scope="module")
+def vllm_config(tiny_assistant):
+    before = dict(os.environ)
+    args = AppArgs.model_validate({"model": {"max_model_len": 256}, "training": {"arena_bytes": ARENA_BYTES}})
+    config = make_engine_args(args, str(tiny_assistant)).create_engine_config()
+    config.scheduler_config.async_scheduling = True
+    init_none_hash(sha256)
+    config.cache_config.block_size = BLOCK_TOKENS
+    config.cache_config.kv_cache_layout = "LBNHC"
+    config.kv_events_config = None
+    yield config
+    os.environ.clear()
+    os.environ.update(before)
+
+
+class Engine:
+    """`EngineCore.step_with_batch_queue` without its processes."""
+
+    def __init__(self, vllm_config, num_blocks=200):
+        spec = FullAttentionSpec(block_size=BLOCK_TOKENS, num_kv_heads=1, head_size=8, dtype=torch.float32)
+        kv_cache = get_kv_cache_config_from_groups(
+            vllm_config, [KVCacheGroupSpec(["layer"], spec)], num_blocks * spec.page_size_bytes
+        )
+        vllm_config.cache_config.num_gpu_blocks = num_blocks
+        self.scheduler = AsyncHybridScheduler(
+            vllm_config=vllm_config,
+            kv_cache_config=kv_cache,
+            structured_output_manager=StructuredOutputManager(vllm_config),
+            block_size=BLOCK_TOKENS,
+            hash_block_size=BLOCK_TOKENS,
+        )
+        self.in_flight = deque()
+        self.answers = {}
+        self._hasher = get_request_block_hasher(BLOCK_TOKENS, sha256)
+
+    @property
+    def arena_bytes(self):
+        return self.scheduler._planner.memory.pool_used_bytes(Pool.ARENA)
+
+    def add(self, name, num_prompt, max_tokens):
+        self.scheduler.add_request(
+            Request(
+                request_id=name,
+                prompt_token_ids=[sum(map(ord, name)) + position for position in range(num_prompt)],
+                sampling_params=SamplingParams(max_tokens=max_tokens, ignore_eos=True),
+                pooling_params=None,
+                arrival_time=time.time(),
+                block_hasher=self._hasher,
+            )
+        )
+
+    def add_task(self, name):
+        task = FineTuneTask(name, TaskKind.TRAIN, [TokenizedPair("p", [1, 2], [3, 4], [5, 6])])
+        params = SamplingParams(max_tokens=1, extra_args={TASK_KEY: task.to_wire()})
+        self.scheduler.add_request(
+            Request(request_id=name, prompt_token_ids=[0], sampling_params=params, pooling_params=None)
+        )
+
+    def schedule(self):
+        """Send one more iteration off."""
+        output = self.scheduler.schedule()
+        requests = self.scheduler.requests
+        named = list(output.num_scheduled_tokens)
+        samples = [[] if requests[n].is_prefill_chunk else [len(self.answers.get(n, ()))] for n in named]
+        self.in_flight.append((output, named, samples))
+        return output
+
+    def finish(self, held_bytes=0):
+        """The oldest iteration in flight comes back."""
+        output, named, samples = self.in_flight.popleft()
+        answer = ModelRunnerOutput(named, {name: i for i, name in enumerate(named)}, samples)
+        setattr(answer, REPORT_ATTRIBUTE, IterationReport(SliceReport(held_bytes=held_bytes), 0.01))
+        for update in self.scheduler.update_from_output(output, answer).values():
+            for said in update.outputs:
+                self.answers.setdefault(said.request_id, []).extend(said.new_token_ids)
+
+
+def test_a_model_with_two_kinds_of_layers_needs_two_blocks_of_vllms_for_the_same_tokens(vllm_config):
+    sizes = {"block_size": BLOCK_TOKENS, "num_kv_heads": 1, "head_size": 8, "dtype": torch.float32}
+    full, window = FullAttentionSpec(**sizes), SlidingWindowSpec(**sizes, sliding_window=64)
+    groups = [KVCacheGroupSpec(["a", "b"], full), KVCacheGroupSpec(["c", "d"], window)]
+    num_bytes = 201 * 2 * full.page_size_bytes
+    config = get_kv_cache_config_from_groups(vllm_config, groups, num_bytes)
+    pool = kv_pool_of(config)
+    assert (config.num_blocks, len(config.kv_cache_tensors)) == (201, 2)
+    assert pool.num_blocks * pool.block_bytes <= num_bytes  # the groups overlay each other
+    assert pool == KvPool(100, 4 * full.page_size_bytes, BLOCK_TOKENS, num_groups=2)
+    assert (pool.free_blocks(200), pool.free_blocks(7)) == (100, 3)
+
+
+def test_a_report_does_not_release_what_a_newer_iteration_has_reserved(vllm_config):
+    engine = Engine(vllm_config)
+    engine.add_task("step")
+    engine.schedule()
+    engine.schedule()  # may start the next step: its memory is reserved
+    reserved = engine.arena_bytes
+    assert reserved > 0
+    engine.finish(held_bytes=0)
+    assert engine.arena_bytes == reserved
+    engine.finish(held_bytes=0)
+    assert engine.arena_bytes == 0
+
+
+def test_memory_is_released_although_a_later_iteration_without_slices_is_in_flight(vllm_config):
+    engine = Engine(vllm_config)
+    engine.add_task("step")
+    engine.schedule()
+    assert engine.arena_bytes > 0
+    engine.scheduler.finish_requests("step", RequestStatus.FINISHED_ABORTED)
+    engine.schedule()
+    engine.finish(held_bytes=0)
+    assert engine.arena_bytes == 0
+
+
+def test_the_plan_counts_the_tokens_that_vllm_schedules(vllm_config):
+    engine = Engine(vllm_config)
+    for number, max_tokens in enumerate((1, 2, 3, 5, 8)):
+        engine.add(f"request {number}", 20 + number, max_tokens)
+    num_ending = 0
+    engine.schedule()
+    while engine.scheduler.running:
+        view = engine.scheduler._view(time.time())
+        num_running = len(engine.scheduler.running)
+        output = engine.schedule()
+        assert view.decode_tokens == output.total_num_scheduled_tokens
+        assert view.num_decode == len(output.num_scheduled_tokens)
+        num_ending += num_running - view.num_decode
+        engine.finish()
+    assert num_ending >= 5
+    assert [len(engine.answers[f"request {n}"]) for n in range(5)] == [1, 2, 3, 5, 8]
