@@ -7,7 +7,6 @@ that merely has a fitting title is left alone.
 import contextlib
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -18,6 +17,7 @@ from typing import Any
 import psutil
 import yaml
 
+from benchmarks.ports import free_port
 from core.errors import MaceError
 
 _STOP_S = 90.0
@@ -56,7 +56,7 @@ class ServerProcess:
     ) -> None:
         self.directory = directory
         self.state_dir = directory / "state"
-        self.url = f"http://127.0.0.1:{port or _free_port()}"
+        self.url = f"http://127.0.0.1:{port or free_port()}"
         self.log = directory / "serve.log"
         self._config = directory / "serve_config.yaml"
         self._ray_dir = ray_dir
@@ -205,9 +205,3 @@ def _reap(process: psutil.Process) -> None:
     """Only our own children can be waited for; a zombie further down is its parent's."""
     with contextlib.suppress(ChildProcessError):
         os.waitpid(process.pid, os.WNOHANG)
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])

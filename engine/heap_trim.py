@@ -1,8 +1,9 @@
 """Gives free heap memory back to the system, on CPU.
 
-Activations of all sizes come and go, so the C library's heap gets holes that it keeps: in half an hour of serving and
-training its free part grew from 0.1 to 0.35 GiB beside a constant 0.6 GiB in use (docs/memory_benchmarks.md). It is no
-leak, but nothing says where it ends. `malloc_trim` returns the pages of the holes.
+oneDNN's cache of compiled products replaces its entries for as long as shapes are new, and activations of all sizes
+come and go between them, so the C library's heap gets holes that it keeps (docs/memory_benchmarks.md, "Soak"; how many
+kernels the cache holds is set by `engine.vllm_compat`). That is no leak, but nothing says where it ends. `malloc_trim`
+returns the pages of the holes.
 """
 
 import ctypes

@@ -110,6 +110,13 @@ class BlockBudget:
         if quote.num_blocks and not self.reason:
             self.reason = reason
 
+    def take_for_chunk(self, num_tokens: int, num_blocks: int, quote: Quote | None = None) -> None:
+        """Blocks promised to a prompt of which `num_tokens` are computed now; quoted here if they are not yet."""
+        if quote is None:
+            quote = self.quote(num_blocks) or FREE
+        self.take(num_blocks, quote, "prefill")
+        self.chunk_tokens += num_tokens
+
     def take_for_decode(self, num_blocks: int) -> None:
         """Blocks of the decoding requests, as far as there are any; what is missing then vLLM gets by preempting."""
         quote = self.quote(num_blocks)

@@ -66,17 +66,13 @@ class PrefillPacker:
         least = min(self._config.min_prefill_tokens, first.num_tokens)
         if not first.is_running:
             if view.free_seats > 0:
-                needed = blocks.blocks_of_chunk(first, first.num_tokens)
-                blocks.take(needed, blocks.quote(needed) or FREE, "prefill")
-                blocks.chunk_tokens += least
+                blocks.take_for_chunk(least, blocks.blocks_of_chunk(first, first.num_tokens))
             return [least]
         room = min(least, blocks.room_tokens(first, can_prune=True))
         if room <= 0 and view.num_decode:
             blocks.is_short = True  # it waits for those that decode: going on would cost one of them its seat
             return []
-        needed = blocks.blocks_of_chunk(first, room)
-        blocks.take(needed, blocks.quote(needed) or FREE, "prefill")
-        blocks.chunk_tokens += max(0, room)
+        blocks.take_for_chunk(max(0, room), blocks.blocks_of_chunk(first, room))
         return [room or least]
 
     def _pack_chunk(self, prefill: PrefillTask, shape: ForwardShape, now: Bin, blocks: BlockBudget) -> int:
@@ -104,8 +100,7 @@ class PrefillPacker:
         candidate = candidates[chosen]
         now.add(candidate.demand)
         shape.add_chunk(candidate.num_tokens, prefill.context_tokens)
-        blocks.take(candidate.num_blocks, candidate.quote, "prefill")
-        blocks.chunk_tokens += candidate.num_tokens
+        blocks.take_for_chunk(candidate.num_tokens, candidate.num_blocks, candidate.quote)
         return candidate.num_tokens
 
     def _chunk_sizes(self, whole: int, unpruned: int, whole_s: float, now: Bin) -> list[int]:

@@ -19,7 +19,7 @@ from benchmarks.memory.ablation import FULL, ablated
 from benchmarks.memory.counts import Counts
 from benchmarks.memory.journal import Journal, fingerprint_of
 from benchmarks.memory.running import TRACES, MemoryOptions, Note, job_of
-from benchmarks.memory.trend import trend_of
+from benchmarks.memory.trend import Trend, trend_of
 from benchmarks.memory.windows import (
     EnginePool,
     LiveEngine,
@@ -120,20 +120,13 @@ def summarize_soak(
         },
         {"check": "all KV blocks free at the end", "value": all_blocks_free, "passed": all_blocks_free},
         *(
-            {
-                "check": f"{name.removesuffix('_rss_bytes')}: resident memory is flat",
-                "value": None if trend is None else trend.bytes_per_hour,
-                "interval": None if trend is None else [trend.low, trend.high],
-                "passed": None if trend is None else trend.is_flat,
-            }
+            _flat_check(f"{name.removesuffix('_rss_bytes')}: resident memory is flat", trend)
             for name, trend in trends.items()
         ),
-        {
-            "check": "worker: heap memory in use is flat (no leak; resident memory also counts the heap's holes)",
-            "value": None if heap_trend is None else heap_trend.bytes_per_hour,
-            "interval": None if heap_trend is None else [heap_trend.low, heap_trend.high],
-            "passed": None if heap_trend is None else heap_trend.is_flat,
-        },
+        _flat_check(
+            "worker: heap memory in use is flat (no leak; resident memory also counts the heap's holes)",
+            heap_trend,
+        ),
     ]
     return {
         "elapsed_s": elapsed_s,
@@ -152,6 +145,16 @@ def summarize_soak(
         "heap_in_use": None if heap_trend is None else heap_trend.model_dump(),
         "series": seen.readings[::every],
         "checks": checks,
+    }
+
+
+def _flat_check(title: str, trend: Trend | None) -> dict[str, Any]:
+    """Bytes per hour, their interval and whether it contains 0; all None if there were too few readings."""
+    return {
+        "check": title,
+        "value": None if trend is None else trend.bytes_per_hour,
+        "interval": None if trend is None else [trend.low, trend.high],
+        "passed": None if trend is None else trend.is_flat,
     }
 
 

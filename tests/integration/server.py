@@ -2,7 +2,6 @@
 
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -18,13 +17,6 @@ from benchmarks.chaos_server import title_of
 
 ROOT = Path(__file__).parents[2]
 START_TIMEOUT_S = 240
-
-
-def free_port() -> int:
-    """Free when asked; nobody else's before it is used, we hope."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 class Server:

@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM
 
 from alignment.versions.adapter_files import AdapterManifest
 from alignment.versions.registry import AdapterRegistry
+from benchmarks.ports import free_port
 from core.config import AppArgs, LoraConfig, TrainingConfig
 from core.messages import TrainingPair
 from core.types import FineTuneTask, TaskKind
@@ -26,7 +27,6 @@ from engine.tiny.knowledge import preference_questions
 from engine.tiny.styles import Style, judge, render
 from engine.trainable import TrainableModel
 from engine.vllm_compat import worker_binding
-from tests.integration.server import free_port
 
 pytestmark = pytest.mark.vllm
 

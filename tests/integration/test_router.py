@@ -14,12 +14,12 @@ import ray
 from ray import serve
 
 from app.main import executor_router
+from benchmarks.ports import free_port
 from core.config import AppArgs
 from core.messages import ExecutorLoad
 from deployments.prefix_proxy import CALLBACK, CALLBACK_VARIABLE
 from deployments.prefix_text import prefixes_of
 from deployments.router import PREFIXES_KEY, REPORT_PERIOD_S
-from tests.integration.server import free_port
 
 pytestmark = pytest.mark.ray
 

@@ -15,8 +15,9 @@ import pytest
 from openai import NotFoundError, OpenAI
 
 from app.demo.run import DemoOptions, run_demo
+from benchmarks.ports import free_port
 from engine.tiny.styles import Style
-from tests.integration.server import Server, free_port
+from tests.integration.server import Server
 
 pytestmark = [pytest.mark.vllm, pytest.mark.ray]
 

@@ -1,7 +1,6 @@
 """The feedback routes over a real store, on a real socket, that can be made to go away."""
 
 import asyncio
-import socket
 import threading
 import time
 from dataclasses import asdict
@@ -15,6 +14,7 @@ from alignment.store.formats import import_jsonl
 from app.errors import install_error_handlers
 from app.guard import RequestGuard
 from app.routes import feedback
+from benchmarks.ports import free_port
 from core.alignment_config import FeedbackConfig
 
 
@@ -46,9 +46,7 @@ class FeedbackServer:
         app.include_router(feedback.router)
         app.state.executor = _Executor(_Control(self.store))
         install_error_handlers(app)
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            self.port = probe.getsockname()[1]
+        self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         self._app = RequestGuard(app, max_body_bytes, lambda _: None)
         self._server = None
