@@ -46,6 +46,7 @@ def main(as_json: Annotated[bool, typer.Option("--json", help="The output is JSO
         "forgetting_ms": _forgetting_ms(),
         "executor_report_us": _executor_report(),
         "waiting_order_us": _waiting_order(),
+        "prefix_lookup_us": _prefix_lookup(),
     }
     typer.echo(json.dumps(report, indent=2))
 
@@ -184,6 +185,35 @@ def _report_us(block_tokens: int) -> float:
         note_request(named, asks_live=True)
         index.on_prompt(None, prompt)
     return _median_us(lambda: asyncio.run(index.held_names()))
+
+
+def _prefix_lookup() -> Costs:
+    """How much of a waiting prompt is in vLLM's cache; the planner asks for at most eight in an iteration."""
+    import torch
+    from vllm import SamplingParams
+    from vllm.utils.hashing import sha256
+    from vllm.v1.core.kv_cache_manager import KVCacheManager
+    from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
+    from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec
+    from vllm.v1.request import Request
+
+    from engine.prefix_lookup import PrefixLookup
+
+    init_none_hash(sha256)
+    block = _TREE_BLOCK_TOKENS
+    spec = FullAttentionSpec(block_size=block, num_kv_heads=_HEADS, head_size=_HEAD_SIZE, dtype=torch.bfloat16)
+    config = KVCacheConfig(1 << 13, [], [KVCacheGroupSpec(["layer"], spec)], hash_block_size=block)
+    manager = KVCacheManager(config, 1 << 16, scheduler_block_size=block, hash_block_size=block)
+    lookup, costs, rng = PrefixLookup(manager, block), Costs(), random.Random(0)
+    hasher = get_request_block_hasher(block, sha256)
+    for num_tokens in (1_024, 8_192, 32_768):
+        prompt = [rng.randrange(_VOCABULARY) for _ in range(num_tokens)]
+        request = Request("r", prompt, SamplingParams(max_tokens=1), None, block_hasher=hasher)
+        costs[f"{num_tokens} tokens, none cached"] = _median_us(partial(lookup, request))
+        manager.allocate_slots(request, num_tokens)
+        costs[f"{num_tokens} tokens, cached and held"] = _median_us(partial(lookup, request))
+        manager.free(request)
+    return costs
 
 
 def _waiting_order() -> Costs:

@@ -39,6 +39,7 @@ from engine.messages import (
 )
 from engine.orphan_watch import exit_with_parent
 from engine.planning import build_planner, kv_pool_of
+from engine.prefix_lookup import PrefixLookup
 from engine.task_table import TaskTable
 from engine.vllm_compat import app_args_of
 from engine.waiting_queue import AgeingRequestQueue
@@ -61,6 +62,7 @@ class HybridSchedulerMixin:
         pool = kv_pool_of(self.kv_cache_config)  # type: ignore[attr-defined]
         self._pool = pool
         self._pruner = self._make_pruner(config)
+        self._cached_prefix_of = PrefixLookup(self.kv_cache_manager, pool.block_tokens)  # type: ignore[attr-defined]
         self._num_preemptions = 0
         self._planner = build_planner(config, self, pool, can_prune=self._pruner is not None)
         self.waiting = AgeingRequestQueue(config.scheduler, pool.block_tokens)
@@ -149,7 +151,7 @@ class HybridSchedulerMixin:
             pool=self._pool,
             free_kv_blocks=self._num_free_kv_blocks(),
             prune_offer=None if self._pruner is None else self._pruner.offer(),
-            held_tokens_of=None if self._pruner is None else self._pruner.shared_tokens,
+            cached_prefix_of=self._cached_prefix_of,
             # A paused engine may have its weights asleep; only what vLLM itself still runs goes on.
             finetune=self._tasks.state(now_s) if self.pause_state == PauseState.UNPAUSED else None,  # type: ignore[attr-defined]
         )

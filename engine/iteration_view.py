@@ -19,7 +19,7 @@ def view_of(
     free_kv_blocks: int,
     finetune: FineTuneState | None,
     prune_offer: PruneOffer | None = None,
-    held_tokens_of: Callable[[Any], int] | None = None,
+    cached_prefix_of: Callable[[Any], tuple[int, int]] | None = None,
 ) -> IterationView:
     """The state before an iteration is scheduled.
 
@@ -32,7 +32,8 @@ def view_of(
         free_kv_blocks: its blocks that can be given out now.
         finetune: fine-tune work of this engine; None if there is none.
         prune_offer: KV blocks that may be dropped; None if there are none.
-        held_tokens_of: leading tokens of a waiting request whose blocks running ones hold. Asked when blocks are short.
+        cached_prefix_of: leading tokens of a waiting request that are cached, and of these, those in blocks that
+            somebody holds. Asked for those that may start.
     """
     view = IterationView(
         now_s,
@@ -61,14 +62,10 @@ def view_of(
             view.add_running(_prefill(request, left, computed, is_running=True))
     view.num_decode, view.decode_tokens, view.decode_context = num_decode, decode_tokens, decode_context
     view.decode_blocks = decode_blocks
-    requests = waiting.head(view.num_unlooked)
     head = [
-        _prefill(r, r.num_tokens - r.num_computed_tokens, r.num_computed_tokens, is_running=False)
-        for r in requests
+        _waiting(request, cached_prefix_of if number < free_seats else None)
+        for number, request in enumerate(waiting.head(view.num_unlooked))
     ]
-    if held_tokens_of is not None and sum(p.num_tokens for p in head) > free_kv_blocks * block_tokens:
-        for task, request in zip(head, requests, strict=True):
-            task.held_tokens = held_tokens_of(request)
     view.add_waiting(head, len(waiting), waiting.oldest_arrival_s())
     return view
 
@@ -105,6 +102,15 @@ def _ends_in_flight(request: Any, computed: int, pending: int) -> bool:
     A token budget that counted it would leave one to spare, and a prompt that is starved of KV blocks would take it.
     """
     return bool(computed + 2 - pending >= request.num_prompt_tokens + request.max_tokens)
+
+
+def _waiting(request: Any, cached_prefix_of: Callable[[Any], tuple[int, int]] | None) -> PrefillTask:
+    context = held = request.num_computed_tokens  # above 0 if somebody else has loaded its keys
+    if not context and cached_prefix_of is not None:
+        context, held = cached_prefix_of(request)
+    task = _prefill(request, request.num_tokens - context, context, is_running=False)
+    task.held_tokens = held
+    return task
 
 
 def _prefill(request: Any, num_tokens: int, context_tokens: int, *, is_running: bool) -> PrefillTask:

@@ -69,17 +69,6 @@ class KvPruner:
         """Tokens of running requests that attention does not see any more."""
         return self._block_tokens * sum(track.num_dropped for track in self._tracks.values())
 
-    def shared_tokens(self, request: Any) -> int:
-        """Leading tokens of a waiting request whose blocks somebody holds already: they cost it no memory."""
-        count = 0
-        at_most = (request.num_tokens - 1) // self._block_tokens  # vLLM computes one token in any case
-        for block_hash in islice(request.block_hashes, at_most):
-            found = self._pool.get_cached_block(block_hash, [0])
-            if not found or found[0].ref_cnt == 0:
-                break
-            count += 1
-        return count * self._block_tokens
-
     def note_prefix_hit(self, request_id: str, num_tokens: int) -> None:
         """A new request found its first tokens in the prefix cache: others may want them again, so they stay."""
         if num_tokens:

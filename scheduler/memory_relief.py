@@ -61,7 +61,7 @@ class BlockBudget:
         self.decode_blocks = 0
         """Given to decoding requests."""
         self.chunk_tokens = 0
-        """Prompt tokens that this iteration computes. More blocks may be promised to their prompts."""
+        """Prompt tokens that this iteration computes, or takes from free blocks; more may be promised."""
         self.pruned_blocks = 0
         self.reason: PruneReason = ""
         self.is_short = False
@@ -82,12 +82,12 @@ class BlockBudget:
     def blocks_of_chunk(self, prefill: PrefillTask, num_tokens: int) -> int:
         """New blocks of the next `num_tokens` of a prompt."""
         size = self.block_tokens
-        held = -(-max(prefill.context_tokens, prefill.held_tokens) // size)
+        held = -(-prefill.kept_tokens // size)
         return max(0, -(-(prefill.context_tokens + num_tokens) // size) - held)
 
     def room_tokens(self, prefill: PrefillTask, *, can_prune: bool) -> int:
         """The longest chunk that there are blocks for, or would be with all dropped that may be."""
-        held = -(-max(prefill.context_tokens, prefill.held_tokens) // self.block_tokens)
+        held = -(-prefill.kept_tokens // self.block_tokens)
         blocks = held + self.free_blocks + (self.droppable_blocks if can_prune else 0)
         return blocks * self.block_tokens - prefill.context_tokens
 
@@ -110,12 +110,14 @@ class BlockBudget:
         if quote.num_blocks and not self.reason:
             self.reason = reason
 
-    def take_for_chunk(self, num_tokens: int, num_blocks: int, quote: Quote | None = None) -> None:
+    def take_for_chunk(
+        self, prefill: PrefillTask, num_tokens: int, num_blocks: int, quote: Quote | None = None
+    ) -> None:
         """Blocks promised to a prompt of which `num_tokens` are computed now; quoted here if they are not yet."""
         if quote is None:
             quote = self.quote(num_blocks) or FREE
         self.take(num_blocks, quote, "prefill")
-        self.chunk_tokens += num_tokens
+        self.chunk_tokens += num_tokens + prefill.revived_tokens
 
     def take_for_decode(self, num_blocks: int) -> None:
         """Blocks of the decoding requests, as far as there are any; what is missing then vLLM gets by preempting."""

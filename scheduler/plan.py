@@ -21,13 +21,24 @@ class PrefillTask:
     num_tokens: int
     """Prompt tokens that are still to be computed."""
     context_tokens: int = 0
-    """Prompt tokens that are in the KV cache already."""
+    """Prompt tokens that need not be computed: they were, or the prefix cache has them."""
     user_priority: int = 0
     """The request's `priority` field: lower is sooner, above 0 is class `batch`."""
     is_running: bool = False
     """Has a seat already (a chunk of it was computed)."""
     held_tokens: int = 0
-    """Prompt tokens that KV blocks are kept for beyond `context_tokens`; 0: none, a chunk takes its own."""
+    """Prompt tokens in blocks that are not free: kept for it beyond `context_tokens`, or, while it waits, those of its
+    cached ones that somebody holds."""
+
+    @property
+    def kept_tokens(self) -> int:
+        """Tokens for which it takes no free block."""
+        return max(self.context_tokens, self.held_tokens) if self.is_running else self.held_tokens
+
+    @property
+    def revived_tokens(self) -> int:
+        """Cached tokens in free blocks: its first chunk takes these too."""
+        return 0 if self.is_running else max(0, self.context_tokens - self.held_tokens)
 
 
 @dataclass(frozen=True, slots=True)

@@ -66,13 +66,13 @@ class PrefillPacker:
         least = min(self._config.min_prefill_tokens, first.num_tokens)
         if not first.is_running:
             if view.free_seats > 0:
-                blocks.take_for_chunk(least, blocks.blocks_of_chunk(first, first.num_tokens))
+                blocks.take_for_chunk(first, least, blocks.blocks_of_chunk(first, first.num_tokens))
             return [least]
         room = min(least, blocks.room_tokens(first, can_prune=True))
         if room <= 0 and view.num_decode:
             blocks.is_short = True  # it waits for those that decode: going on would cost one of them its seat
             return []
-        blocks.take_for_chunk(max(0, room), blocks.blocks_of_chunk(first, room))
+        blocks.take_for_chunk(first, max(0, room), blocks.blocks_of_chunk(first, room))
         return [room or least]
 
     def _pack_chunk(self, prefill: PrefillTask, shape: ForwardShape, now: Bin, blocks: BlockBudget) -> int:
@@ -100,7 +100,7 @@ class PrefillPacker:
         candidate = candidates[chosen]
         now.add(candidate.demand)
         shape.add_chunk(candidate.num_tokens, prefill.context_tokens)
-        blocks.take_for_chunk(candidate.num_tokens, candidate.num_blocks, candidate.quote)
+        blocks.take_for_chunk(prefill, candidate.num_tokens, candidate.num_blocks, candidate.quote)
         return candidate.num_tokens
 
     def _chunk_sizes(self, whole: int, unpruned: int, whole_s: float, now: Bin) -> list[int]:
@@ -126,6 +126,7 @@ class PrefillPacker:
         whole = unpruned = min(prefill.num_tokens, self._max_tokens - shape.num_tokens)
         if self._kv_bytes_per_token:
             room = int((now.memory_capacity_bytes - now.memory_used_bytes) / self._kv_bytes_per_token)
+            room -= prefill.revived_tokens
             if room < whole:
                 least, droppable = self._config.min_prefill_tokens, blocks.droppable_blocks * blocks.block_tokens
                 whole, unpruned = min(whole, max(least, room + droppable)), min(whole, max(least, room))
@@ -146,4 +147,4 @@ class PrefillPacker:
         )
         with_chunk.add_chunk(size, prefill.context_tokens)
         latency_s = (self._predictor.forward_upper_s(with_chunk) or 0.0) - base_s
-        return Demand(size * self._kv_bytes_per_token, latency_s)
+        return Demand((size + prefill.revived_tokens) * self._kv_bytes_per_token, latency_s)

@@ -33,11 +33,11 @@ def waiting():
     return AgeingRequestQueue(SchedulerConfig())
 
 
-def look(running, waiting, now_s=10.0):
+def look(running, waiting, now_s=10.0, **kwargs):
+    """With three free seats."""
     waiting.now_s = now_s
-    return view_of(
-        now_s, running, waiting, free_seats=3, pool=KvPool(100, 7, 16), free_kv_blocks=99, finetune=None
-    )
+    pool = KvPool(100, 7, 16)
+    return view_of(now_s, running, waiting, free_seats=3, pool=pool, free_kv_blocks=99, finetune=None, **kwargs)
 
 
 def test_requests_with_one_token_to_compute_decode_and_others_prefill(waiting):
@@ -51,6 +51,14 @@ def test_requests_with_one_token_to_compute_decode_and_others_prefill(waiting):
         ("w", 30, 0, False),
     ]
     assert view.prefills[1].user_priority == 1
+
+
+def test_of_a_waiting_request_only_what_is_not_cached_is_to_be_computed(waiting):
+    for number in range(5):
+        waiting.add_request(request(f"w{number}", 100 + number, arrived_s=number))
+    view = look([], waiting, cached_prefix_of=lambda asked: (32, 16) if asked.request_id != "w0" else (0, 0))
+    found = [(p.num_tokens, p.context_tokens, p.kept_tokens, p.revived_tokens) for p in view.prefills]
+    assert found == [(100, 0, 0, 0), (69, 32, 16, 16), (70, 32, 16, 16), (103, 0, 0, 0), (104, 0, 0, 0)]
 
 
 def test_a_resumed_request_prefills_its_output_again(waiting):

@@ -1,46 +1,17 @@
 """Which blocks are given up, on vLLM's own KV cache manager."""
 
 import pytest
-import torch
-from vllm import SamplingParams
-from vllm.utils.hashing import sha256
-from vllm.v1.core.kv_cache_manager import KVCacheManager
-from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
-from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec
-from vllm.v1.request import Request
 
 from core.config import KvPruningConfig
 from engine.kv_pruning import KvPruner
+from tests.unit.engine.kv_requests import BLOCK, make_manager, run
 
-BLOCK = 4
 CONFIG = KvPruningConfig(start="always", max_fraction=0.5, sink_tokens=4, recent_tokens=8)
 
 
 @pytest.fixture
 def manager():
-    init_none_hash(sha256)
-    spec = FullAttentionSpec(block_size=BLOCK, num_kv_heads=1, head_size=32, dtype=torch.float32)
-    config = KVCacheConfig(64, [], [KVCacheGroupSpec(["layer"], spec)], hash_block_size=BLOCK)
-    return KVCacheManager(config, max_model_len=1024, scheduler_block_size=BLOCK, hash_block_size=BLOCK)
-
-
-def make(name, prompt, arguments=None):
-    return Request(
-        request_id=name,
-        prompt_token_ids=list(prompt),
-        sampling_params=SamplingParams(max_tokens=100, extra_args=arguments),
-        pooling_params=None,
-        block_hasher=get_request_block_hasher(BLOCK, sha256),
-    )
-
-
-def run(manager, name, prompt, arguments=None):
-    """A request whose prompt is computed, with its cache hits in tokens."""
-    request = make(name, prompt, arguments)
-    computed, num_hits, *_ = manager.get_computed_blocks(request)
-    assert manager.allocate_slots(request, request.num_tokens - num_hits, num_hits, computed) is not None
-    request.num_computed_tokens = request.num_tokens
-    return request, num_hits
+    return make_manager()
 
 
 def grow(manager, request, num_tokens):
@@ -135,16 +106,6 @@ def test_blocks_that_others_share_and_prefix_hits_stay(manager):
     assert pruner.to_score([second]) == ["second"]
     pruner.note_scores({"second": [(i, 0.0) for i in (0, 1, 2, 3, 4, 5, 8, 9, 10)]}, {"second": second})
     assert pruner.prune(99, {"second": second}) == {"second": [8]}
-
-
-def test_blocks_that_a_running_request_holds_cost_a_waiting_one_nothing(manager):
-    running, _ = run(manager, "running", range(40))
-    pruner = KvPruner(CONFIG, manager, BLOCK)
-    waiting = make("waiting", [*range(22), *range(60, 76)])
-    assert pruner.shared_tokens(waiting) == 20
-    assert pruner.shared_tokens(make("same", range(40))) == 36  # of ten blocks vLLM takes nine, and computes one
-    manager.free(running)
-    assert pruner.shared_tokens(waiting) == 0  # cached still, and free: to be taken again
 
 
 def test_a_block_that_found_a_second_reader_is_not_offered_any_more(manager):

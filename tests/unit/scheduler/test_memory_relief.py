@@ -78,6 +78,18 @@ def test_a_waiting_prompt_asks_for_the_whole_of_it_because_vllm_admits_no_less()
     assert (plan.prune_blocks, plan.prune_reason) == (7, "prefill")
 
 
+def test_a_cached_prefix_that_somebody_holds_takes_no_block_and_one_that_nobody_holds_does():
+    prompt = PrefillTask("r", 0.0, 5 * BLOCK, context_tokens=8 * BLOCK, held_tokens=3 * BLOCK)
+    made = planner()
+    plan = made.plan(view(12, prefills=[prompt], num_decode=1))
+    assert (plan.token_budget, plan.prune_blocks) == (1 + 5 * BLOCK, 0)
+    # Five blocks are computed, five were free and cached.
+    assert made.memory.pool_used_bytes(Pool.KV) == (KV_BLOCKS - 2) * BLOCK * BYTES
+    assert planner().plan(view(9, prefills=[prompt], num_decode=1)).prune_blocks == 1
+    running = PrefillTask("r", 0.0, 5 * BLOCK, context_tokens=8 * BLOCK, is_running=True)
+    assert planner().plan(view(5, prefills=[running], num_decode=1)).prune_blocks == 0
+
+
 def test_nothing_is_dropped_for_a_prompt_that_has_no_seat():
     prompt = PrefillTask("r", 0.0, 10 * BLOCK)
     assert planner().plan(view(4, prefills=[prompt], num_decode=1, free_seats=0)).prune_blocks == 0
