@@ -91,3 +91,7 @@ def summarize(measured: Measured, capacities: list[int]) -> list[dict[str, Any]]
 def _numbers(results: list[WindowResult]) -> dict[str, Any]:
     row = row_of(results)
     return {name: row[name] for name in ("pooled_slo_attainment", "ttft_p50_s", "tbt_p99_s", "pairs_per_s")}
+
+
+if __name__ == "__main__":
+    typer.run(main)
