@@ -26,7 +26,7 @@ from benchmarks.memory.running import (
     row_of,
     run_cells,
 )
-from benchmarks.memory.windows import Cell, EnginePool, WindowResult
+from benchmarks.memory.windows import Cell, EnginePool, WindowResult, in_turns
 from benchmarks.models import model_directories
 
 _VARIABLE = "ONEDNN_PRIMITIVE_CACHE_CAPACITY"
@@ -68,8 +68,9 @@ def plan_cells(capacities: list[int], model_dir: Path, options: MemoryOptions) -
     for repeat in range(options.repeats):
         seeded = trace.model_copy(update={"seed": trace.seed + repeat})
         job = job_of(seeded, ablated(seeded.args, FULL), model_dir)
-        order = capacities if repeat % 2 == 0 else capacities[::-1]
-        cells.extend(Cell("kernels", "pressure", str(c), repeat, job, SYSTEM_TOKENS) for c in order)
+        cells.extend(
+            Cell("kernels", "pressure", str(c), repeat, job, SYSTEM_TOKENS) for c in in_turns(capacities, repeat)
+        )
     return cells
 
 

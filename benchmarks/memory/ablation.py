@@ -17,7 +17,7 @@ from benchmarks.memory.running import (
     row_of,
     run_cells,
 )
-from benchmarks.memory.windows import Cell, EnginePool, WindowResult, with_engine_kwargs
+from benchmarks.memory.windows import Cell, EnginePool, WindowResult, in_turns, with_engine_kwargs
 from benchmarks.slo import with_rate
 from core.config import AppArgs
 from simulator.trace import Trace
@@ -55,7 +55,7 @@ def plan_cells(trace: Trace, model_dir: Path, repeats: int) -> list[Cell]:
         for load in LOADS:
             loaded = with_rate(trace, load * trace.arrivals.rate_per_s)
             seeded = loaded.model_copy(update={"seed": trace.seed + repeat})
-            settings = list(SETTINGS) if repeat % 2 == 0 else list(SETTINGS)[::-1]
+            settings = in_turns(list(SETTINGS), repeat)
             cells.extend(_cell(seeded, model_dir, load, setting, repeat) for setting in settings)
     return cells
 

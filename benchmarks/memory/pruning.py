@@ -16,7 +16,7 @@ from benchmarks.memory.running import (
     row_of,
     run_cells,
 )
-from benchmarks.memory.windows import Cell, EnginePool
+from benchmarks.memory.windows import Cell, EnginePool, in_turns
 from benchmarks.models import vocab_size
 from core.config import AppArgs, KvPruningConfig
 from profiler.pruning_gate import PruningReport
@@ -50,7 +50,7 @@ def plan_cells(trace: Trace, model_dir: Path, repeats: int) -> list[Cell]:
     cells: list[Cell] = []
     for repeat in range(repeats):
         seeded = trace.model_copy(update={"seed": trace.seed + repeat})
-        fractions = FRACTIONS if repeat % 2 == 0 else FRACTIONS[::-1]
+        fractions = in_turns(FRACTIONS, repeat)
         cells.extend(
             Cell(
                 part="pruning",

@@ -12,7 +12,7 @@ import zlib
 from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import psutil
@@ -30,6 +30,8 @@ if TYPE_CHECKING:
     from engine.hybrid_engine import HybridEngine
 
 logger = logging.getLogger(__name__)
+
+_Setting = TypeVar("_Setting")
 
 NUM_SYSTEM_PROMPTS = 4
 """Requests choose among so many, by their names: a server has more than one application."""
@@ -59,6 +61,11 @@ class Cell:
     def key(self) -> str:
         """Unique in a report."""
         return f"{self.part}/{self.case}/{self.setting}/{self.repeat}"
+
+
+def in_turns(settings: Sequence[_Setting], repeat: int) -> Sequence[_Setting]:
+    """The order of one repeat: who is first changes from one to the next."""
+    return settings if repeat % 2 == 0 else settings[::-1]
 
 
 class WindowResult(BaseModel):
