@@ -82,7 +82,7 @@ class ExecutorLoad:
     kv_bytes_per_token: float
     ttft_target_s: float
     waiting_tokens: int = 0
-    """Prompt tokens of requests without a first token."""
+    """Prompt tokens still to compute of requests without a first token."""
     num_running: int = 0
     """Requests that are past their first token."""
     prompt_token_s: float | None = None

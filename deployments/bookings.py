@@ -1,11 +1,11 @@
-"""What a request router proposed to each replica since the replica's last report."""
+"""What a request router proposed to each replica since the replica's last report, and what is not answered yet."""
 
 from collections import OrderedDict, deque
 from collections.abc import Collection, Hashable
 from dataclasses import dataclass
 
 _MAX_OPEN = 4096
-"""Proposed requests of which nobody said yet where they went."""
+"""Requests that are not answered yet; beyond them, the oldest counts until its replica's next report."""
 
 
 @dataclass(slots=True)
@@ -15,7 +15,7 @@ class Booking:
     replica_id: Hashable
     sent_s: float
     num_tokens: int
-    """Prompt tokens that it computes, as far as known; 0 once the request went elsewhere."""
+    """Prompt tokens that it computes, as far as known; 0 once the request went elsewhere or was answered."""
 
 
 class Bookings:
@@ -36,13 +36,23 @@ class Bookings:
 
     def settle(self, request_id: str, replica_id: Hashable, now_s: float) -> bool:
         """A replica took a request; False if another one was booked for it, which is put right."""
-        booking = self._open.pop(request_id, None)
+        booking = self._open.get(request_id)
         if booking is None or booking.replica_id == replica_id:
             return True
         moved = Booking(replica_id, now_s, booking.num_tokens)
         self._sent.setdefault(replica_id, deque()).append(moved)
+        self._open[request_id] = moved
         booking.num_tokens = 0
         return False
+
+    def finish(self, request_id: str, replica_id: Hashable) -> None:
+        """A replica answered a request, or refused it: its prompt does not wait there any more.
+
+        One that was proposed to another replica meanwhile stays booked there: Serve reports a refusal late.
+        """
+        booking = self._open.get(request_id)
+        if booking is not None and booking.replica_id == replica_id:
+            self._cancel(request_id)
 
     def tokens_since(self, replica_id: Hashable, reported_s: float) -> int:
         """Prompt tokens that a replica's report does not know of; what it knows is forgotten."""

@@ -29,7 +29,7 @@ from deployments.response_log import ResponseLog
 from deployments.router import PREFIXES_KEY
 from deployments.training_progress import CheckpointSlot
 from deployments.versions import AdapterVersions
-from engine.engine_load import read_engine_load
+from engine.engine_load import EngineLoad, read_engine_load
 from engine.hybrid_engine import HybridEngine
 from engine.model_source import base_model_name, resolve_model
 from engine.pair_tokens import PairTokenizer
@@ -84,7 +84,7 @@ class Executor:
         self.load = LoadMeter(
             self.executor_id,
             self.args.slo.ttft_s,
-            lambda: read_engine_load(self.engine.client),
+            self._read_load,
             self._read_iterations,
         )
         self.base_model = base_model_name(self.args.model, model_dir)
@@ -119,6 +119,10 @@ class Executor:
             return {}
         known = {} if self.prefixes is None else {PREFIXES_KEY: await self.prefixes.held_names()}
         return {**asdict(await self.load.measure()), **known}
+
+    def _read_load(self) -> EngineLoad:
+        cached_tokens = None if self.prefixes is None else self.prefixes.num_cached
+        return read_engine_load(self.engine.client, cached_tokens)
 
     async def status(self) -> dict[str, Any]:
         """What this executor knows of its training and its iterations."""

@@ -3,6 +3,11 @@
 The speed is learnt from the engine's own iterations: least squares of an iteration's wall time on its prompt tokens,
 with forgetting. The slope is what one more prompt token costs, the intercept what an iteration costs without any
 (decoding, slices, overhead).
+
+How long a prompt waits follows from the iterations since the last report. One that comes at any moment of these `T`
+seconds comes into iteration `i` with probability `wall_i / T` and waits for half of it: `sum(wall_i²) / 2T`. Then it
+pays for what its own iteration does besides, if the engine has anything besides: the intercept, times the busy share
+of `T`. An engine that did little is thus not taken for one that is always at work.
 """
 
 import time
@@ -32,7 +37,7 @@ class PromptSpeed:
     def observe(self, sample: IterationSample) -> None:
         """Take in one measured iteration."""
         num_tokens = sample.shape.num_prefill_tokens
-        wall_s = sample.forward_s + sample.overhead_s + sample.slices_s
+        wall_s = _wall_s(sample)
         self._weight = _FORGETTING * self._weight + 1
         self._tokens = _FORGETTING * self._tokens + num_tokens
         self._seconds = _FORGETTING * self._seconds + wall_s
@@ -75,6 +80,7 @@ class LoadMeter:
         self._clock = clock
         self._speed = PromptSpeed()
         self._seen = 0
+        self._measured_s = clock()
         self.latest: ExecutorLoad | None = None
         """What `measure` gave last."""
 
@@ -84,15 +90,27 @@ class LoadMeter:
         for sample in samples:
             self._speed.observe(sample)
         load = self._read_load()
-        # A prompt waits for the iteration in progress and then pays the fixed part of its own. An engine without
-        # iterations since the last report idles: what they cost when it was busy says nothing about now.
-        wait_s = 2 * self._speed.fixed_s if samples else 0.0
+        now_s = self._clock()
+        period_s, self._measured_s = now_s - self._measured_s, now_s
         self.latest = ExecutorLoad(
             executor_id=self._executor_id,
-            reported_s=self._clock(),
+            reported_s=now_s,
             ttft_target_s=self._ttft_target_s,
             prompt_token_s=self._speed.prompt_token_s,
-            wait_s=wait_s,
+            wait_s=_wait_s([_wall_s(sample) for sample in samples], period_s, self._speed.fixed_s),
             **asdict(load),
         )
         return self.latest
+
+
+def _wall_s(sample: IterationSample) -> float:
+    return sample.forward_s + sample.overhead_s + sample.slices_s
+
+
+def _wait_s(walls_s: list[float], period_s: float, fixed_s: float) -> float:
+    """Expected wait of a prompt that comes at any moment of the period. See the module docstring."""
+    busy_s = sum(walls_s)
+    if busy_s <= 0.0:
+        return 0.0
+    period_s = max(period_s, busy_s)  # iterations may overlap, and the first ones began before the meter
+    return sum(wall_s * wall_s for wall_s in walls_s) / (2 * period_s) + busy_s / period_s * fixed_s

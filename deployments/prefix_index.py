@@ -95,14 +95,17 @@ class PrefixIndex:
         if len(self._prompts) > _MAX_PROMPTS:
             self._prompts.popitem(last=False)
 
+    def num_cached(self, namespace: str | None, token_ids: Sequence[int]) -> int:
+        """Tokens at the start of a prompt that are in the cache now."""
+        return self.tree.longest_match(namespace, token_ids, self._clock()).get(self._executor_id, 0)
+
     async def held_names(self) -> list[str]:
         """Names of prefixes that are in the cache, those used last first; at most `MAX_NAMES`. Gives way in between."""
         names: dict[str, None] = {}
         busy_s, turn_started_s = 0.0, time.perf_counter()
         for prompt in [*reversed(self._prompts.values())]:
             namespace = self._live_namespace() if prompt.is_live else prompt.namespace
-            matched = self.tree.longest_match(namespace, prompt.token_ids, self._clock())
-            names.update(dict.fromkeys(prompt.held(matched.get(self._executor_id, 0))))
+            names.update(dict.fromkeys(prompt.held(self.num_cached(namespace, prompt.token_ids))))
             turn_s = time.perf_counter() - turn_started_s
             if len(names) >= MAX_NAMES or busy_s + turn_s > _MAX_REPORT_S:
                 break

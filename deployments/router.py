@@ -16,8 +16,9 @@ to be where it was sent.
 
 It enters `f` as memory and seconds saved, so longest match and load are one score (`scheduler.placement`).
 
-Reports are up to a period old, so a router counts what it sent since then; otherwise every request of that period
-would go to the same executor. Without a fresh report of every replica: power of two choices.
+Reports are up to a period old. What waited then is worked off at the speed reported, and what this router sent since
+waits until it is answered; otherwise all requests of a period would flee one executor, or go to one. Without a fresh
+report of every replica: power of two choices.
 """
 
 import logging
@@ -50,6 +51,7 @@ STALE_S = 10 * REPORT_PERIOD_S
 PREFIXES_KEY = "prefixes"
 """In a replica's routing stats, beside its load: names of prefixes that are in its cache."""
 
+_MIN_TOKEN_S = 1e-9
 _MAX_SESSIONS = 65_536
 _MAX_DIGITS = 15
 """Of a content-length; Python refuses to parse numbers of many thousand digits."""
@@ -114,6 +116,10 @@ class ExecutorRouter(RequestRouter):
         prefixes = TextPrefixes.from_headers(scope["headers"])
         self._note_prefixes(pending_request, replica_id, prompt_tokens_of(scope), prefixes, now_s)
 
+    def on_request_completed(self, replica_id: ReplicaID, internal_request_id: str) -> None:
+        """Serve says that a request ended, well or not: long before a report, its prompt is not waiting any more."""
+        self._bookings.finish(internal_request_id, replica_id)
+
     def _note_prefixes(
         self,
         request: PendingRequest,
@@ -151,7 +157,7 @@ class ExecutorRouter(RequestRouter):
         return cached
 
     def _loads(self, candidates: Candidates, now_s: float) -> list[ExecutorLoad] | None:
-        """Every candidate's report plus what was sent to it since; None if one is missing, stale or unmeasured.
+        """Every candidate's report brought up to now; None if one is missing, stale or unmeasured.
 
         An executor that never measured a prompt must get some, so it may not be ranked behind the others for ever.
         """
@@ -160,18 +166,20 @@ class ExecutorRouter(RequestRouter):
             load = load_of(replica.replica_id.unique_id, replica.routing_stats)
             if load is None or load.prompt_token_s is None or now_s - load.reported_s > STALE_S:
                 return None
-            loads.append(self._with_sent(replica.replica_id, load))
+            loads.append(self._up_to_now(replica.replica_id, load, load.prompt_token_s, now_s))
         self._bookings.keep_only({replica.replica_id for replica in candidates})
         return loads
 
-    def _with_sent(self, replica_id: ReplicaID, load: ExecutorLoad) -> ExecutorLoad:
-        num_tokens = self._bookings.tokens_since(replica_id, load.reported_s)
-        if not num_tokens:
-            return load
+    def _up_to_now(
+        self, replica_id: ReplicaID, load: ExecutorLoad, prompt_token_s: float, now_s: float
+    ) -> ExecutorLoad:
+        num_sent = self._bookings.tokens_since(replica_id, load.reported_s)
+        age_s = max(0.0, now_s - load.reported_s)
+        num_left = load.waiting_tokens - int(min(load.waiting_tokens, age_s / max(prompt_token_s, _MIN_TOKEN_S)))
         return replace(
             load,
-            waiting_tokens=load.waiting_tokens + num_tokens,
-            free_kv_bytes=load.free_kv_bytes - num_tokens * load.kv_bytes_per_token,
+            waiting_tokens=num_left + num_sent,
+            free_kv_bytes=load.free_kv_bytes - num_sent * load.kv_bytes_per_token,
         )
 
     def _remember(self, session: str, replica: str, prompt_tokens: int) -> None:

@@ -1,7 +1,14 @@
 """How full an engine is, as the process that talks to it sees it: no call into the engine, no waiting for it."""
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
+
+CachedTokens = Callable[[str | None, Sequence[int]], int]
+"""Tokens at the start of a prompt that are in the prefix cache, from adapter name (None: base) and token ids."""
+
+_MAX_LOOKUPS = 256
+"""Waiting prompts that are looked up for one reading, 8 us for a thousand tokens; the others count in full."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -13,19 +20,27 @@ class EngineLoad:
     kv_capacity_bytes: float
     kv_bytes_per_token: float
     waiting_tokens: int
-    """Prompt tokens of requests without a first token; chunks that are computed already included."""
+    """Prompt tokens still to compute of requests without a first token; an upper bound."""
     num_running: int
 
 
-def read_engine_load(client: Any) -> EngineLoad:
-    """The load of a started `AsyncLLM`. Fine-tune tasks count as requests of one token."""
+def read_engine_load(client: Any, cached_tokens: CachedTokens | None = None) -> EngineLoad:
+    """The load of a started `AsyncLLM`. Fine-tune tasks count as requests of one token.
+
+    `cached_tokens` takes from waiting prompts what is in the prefix cache: prefixes of others, and the chunks that
+    they had already computed themselves. Without it they count in full.
+    """
     config = client.vllm_config
     capacity_tokens = config.cache_config.kv_cache_size_tokens
-    used_tokens = waiting_tokens = num_running = 0
+    used_tokens = waiting_tokens = num_running = num_lookups = 0
     for state in list(client.output_processor.request_states.values()):
         used_tokens += state.prompt_len
         if state.is_prefilling:
             waiting_tokens += state.prompt_len
+            if cached_tokens is not None and state.prompt_token_ids and num_lookups < _MAX_LOOKUPS:
+                num_lookups += 1
+                # The last token is always computed.
+                waiting_tokens -= min(state.prompt_len - 1, cached_tokens(state.lora_name, state.prompt_token_ids))
         else:
             num_running += 1
             used_tokens += state.detokenizer.num_output_tokens() if state.detokenizer is not None else 0

@@ -25,15 +25,16 @@ pytestmark = pytest.mark.ray
 
 
 def stats(**changes):
+    """Slow executors: a queue of 100 tokens is not worked off before the next report."""
     load = ExecutorLoad(
         executor_id="self",
         reported_s=time.time(),
         free_kv_bytes=9e8,
         kv_capacity_bytes=1e9,
         kv_bytes_per_token=1000,
-        ttft_target_s=1.0,
-        prompt_token_s=0.001,
-        wait_s=0.01,
+        ttft_target_s=100.0,
+        prompt_token_s=0.1,
+        wait_s=1.0,
     )
     return {**asdict(load), **changes}
 
@@ -177,7 +178,7 @@ def chat(system, question):
 
 
 ASTRONOMY, LAW = "You know all of the sky. " * 60, "You know all of the law. " * 60
-"""1,500 bytes each: about 375 tokens, which cost 0.375 s at the speed reported."""
+"""1,500 bytes each: about 375 tokens, which cost 37.5 s at the speed reported."""
 
 
 def test_the_proxy_names_prefixes_and_passes_the_body_on_unchanged(fleet):

@@ -16,13 +16,15 @@ from tests.support.small_llama import save_small_llama
 pytestmark = [pytest.mark.vllm, pytest.mark.ray]
 
 NUM_GROUPS, NUM_ROUNDS = 8, 4
+SLOW = {"hidden_size": 512, "intermediate_size": 1024, "num_hidden_layers": 6}
+"""A prompt takes half a second of a core: far more than a busy machine's noise, and than the time between two."""
 WORDS = ["river", "stone", "lamp", "cloud", "apple", "paper", "window", "garden", "silver", "morning"]
 
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory, tiny_assistant):
     directory = tmp_path_factory.mktemp("two")
-    save_small_llama(directory / "model", tiny_assistant, vocab_size=vocab_size(tiny_assistant))
+    save_small_llama(directory / "model", tiny_assistant, vocab_size=vocab_size(tiny_assistant), **SLOW)
     server = Server(
         directory,
         free_port(),
@@ -71,8 +73,7 @@ def test_every_conversation_stays_where_its_prefix_is_cached(server):
     later = [ask(server, system, f"question {turn}") for turn in range(1, NUM_ROUNDS) for system in prompts]
     assert all(cached < tokens / 2 for tokens, cached in first)
     hits = [cached > tokens / 2 for tokens, cached in later]
-    assert sum(hits) >= len(hits) - 2, (
-        later
-    )  # a wait that was measured too long may outweigh a prefix; chance gives 17
+    # Chance gives 17. One may come while the report says that its home is at work on something long.
+    assert sum(hits) >= len(hits) - 2, later
     time.sleep(3 * REPORT_PERIOD_S)
     assert all(tokens > 0 for tokens in prompt_tokens_by_executor(server).values())

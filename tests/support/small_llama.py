@@ -23,10 +23,13 @@ _SHAPE = {
 
 
 def save_small_llama(
-    directory: Path, tokenizer_from: Path, context: int = 2048, vocab_size: int = VOCAB_SIZE
+    directory: Path, tokenizer_from: Path, context: int = 2048, vocab_size: int = VOCAB_SIZE, **shape: int
 ) -> LlamaForCausalLM:
-    """Write the model with the tokenizer files of another one, which may know more tokens; returns it."""
-    config = LlamaConfig(**{**_SHAPE, "vocab_size": vocab_size}, max_position_embeddings=context)
+    """Write the model with the tokenizer files of another one, which may know more tokens; returns it.
+
+    `shape` overrides fields of its configuration: a larger one takes measurable time for a prompt.
+    """
+    config = LlamaConfig(**{**_SHAPE, "vocab_size": vocab_size, **shape}, max_position_embeddings=context)
     model = _random(LlamaForCausalLM, config)
     _save(model, directory, tokenizer_from)
     return model

@@ -30,6 +30,38 @@ def test_a_request_counts_where_it_went():
     assert bookings.tokens_since("b", 0.0) == 100
 
 
+def test_a_request_that_was_answered_counts_no_more_whatever_the_age_of_the_report():
+    bookings = Bookings()
+    bookings.book("r1", "a", 100, 1.0)
+    bookings.book("r2", "a", 7, 1.0)
+    assert bookings.settle("r1", "a", 1.5)
+    bookings.finish("r1", "a")
+    bookings.finish("r1", "a")
+    bookings.finish("never booked", "a")
+    assert bookings.tokens_since("a", 0.0) == 7
+
+
+def test_an_answer_ends_a_request_where_it_went_and_a_late_refusal_does_not_end_it_elsewhere():
+    bookings = Bookings()
+    bookings.book("r1", "a", 100, 1.0)
+    bookings.settle("r1", "b", 2.0)
+    bookings.book("r2", "a", 7, 2.0)
+    bookings.book("r2", "c", 7, 2.5)
+    bookings.finish("r2", "a")
+    bookings.finish("r1", "b")
+    assert [bookings.tokens_since(name, 0.0) for name in "abc"] == [0, 0, 7]
+
+
+def test_of_very_many_requests_without_an_answer_the_oldest_wait_for_a_report():
+    bookings = Bookings()
+    for number in range(5000):
+        bookings.book(f"r{number}", "a", 1, 1.0)
+    bookings.finish("r0", "a")
+    bookings.finish("r4999", "a")
+    assert bookings.tokens_since("a", 0.0) == 4999
+    assert bookings.tokens_since("a", 1.0) == 0
+
+
 def test_replicas_that_are_gone_are_forgotten():
     bookings = Bookings()
     for name in "abc":

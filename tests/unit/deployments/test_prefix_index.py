@@ -51,6 +51,16 @@ def test_prefixes_of_computed_prompts_are_held_and_of_others_not():
     assert not executor.held & set(not_held)
 
 
+def test_of_any_prompt_the_cached_blocks_are_known_by_version_with_or_without_names():
+    executor = Executor()
+    executor.compute(list(range(5 * BLOCK)), "m@v0001")
+    follow_up = [*range(3 * BLOCK), 9, 9]
+    assert executor.index.num_cached("m@v0001", follow_up) == 3 * BLOCK
+    assert executor.index.num_cached(None, follow_up) == 0
+    executor.index.on_change(CacheCleared())
+    assert executor.index.num_cached("m@v0001", follow_up) == 0
+
+
 def test_a_prefix_is_held_as_far_as_its_blocks_are():
     executor = Executor()
     names = executor.ask("a" * 1100, is_computed=False)

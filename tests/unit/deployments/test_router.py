@@ -111,6 +111,26 @@ def test_what_was_sent_since_the_report_counts_so_that_a_burst_is_spread(router)
     assert first == {"a": 10, "b": 10, "c": 10}
 
 
+def test_requests_that_were_answered_since_the_report_do_not_drive_the_next_ones_away(router):
+    near, far = replica("near"), replica("far", wait_s=0.02)
+    for _ in range(20):
+        pending = request(200)
+        assert ranks(router, [near, far], pending)[0] == ["near"]
+        router.on_request_routed(pending, near.replica_id, None)
+        router.on_request_completed(near.replica_id, pending.metadata.internal_request_id)
+
+
+def test_a_queue_gets_shorter_with_the_age_of_its_report(router):
+    def fleet(age_s):
+        return [replica("queued", waiting_tokens=400, reported_s=time.time() - age_s), replica("slow", wait_s=0.2)]
+
+    assert ranks(router, fleet(0.0), request())[0] == ["slow"]
+    assert ranks(router, fleet(0.1), request())[0] == ["slow"]
+    assert ranks(router, fleet(0.35), request())[0] == ["queued"]
+    assert ranks(router, fleet(5.0), request())[0] == ["queued"]
+    assert ranks(router, fleet(-5.0), request())[0] == ["slow"]  # its clock is ahead
+
+
 def test_a_new_report_replaces_what_was_sent_before_it(router):
     a, b = replica("a"), replica("b", waiting_tokens=150)
     assert ranks(router, [a, b], request(200))[0] == ["a"]
