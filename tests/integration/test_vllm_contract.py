@@ -186,7 +186,8 @@ def test_the_front_end_knows_its_requests_and_the_size_of_the_cache():
     from vllm.v1.engine.output_processor import OutputProcessor, RequestState
 
     assert "request_states" in inspect.getsource(OutputProcessor.__init__)
-    assert {"prompt_len", "prompt_token_ids", "lora_name", "is_prefilling", "detokenizer"} <= set(RequestState.__init__.__code__.co_names)
+    names = {"prompt_len", "prompt_token_ids", "lora_name", "is_prefilling", "detokenizer"}
+    assert names <= set(RequestState.__init__.__code__.co_names)
     assert "kv_cache_size_tokens" in CacheConfig.__dataclass_fields__
 
 
