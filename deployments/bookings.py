@@ -48,7 +48,8 @@ class Bookings:
     def finish(self, request_id: str, replica_id: Hashable) -> None:
         """A replica answered a request, or refused it: its prompt does not wait there any more.
 
-        One that was proposed to another replica meanwhile stays booked there: Serve reports a refusal late.
+        One that was proposed to another replica meanwhile stays booked there: Serve reports a refusal late. Serve
+        calls this from a thread of its own, so it only takes a name out and sets a number.
         """
         booking = self._open.get(request_id)
         if booking is not None and booking.replica_id == replica_id:
