@@ -16,6 +16,7 @@ from benchmarks.memory.running import MemoryOptions, Note
 from benchmarks.models import TITLES, model_directories
 from core.errors import MaceError
 from profiler.device import installed_versions
+from profiler.pruning_gate import PruningReport
 
 
 class Part(StrEnum):
@@ -64,6 +65,8 @@ def main(
         pruning_report=pruning_report,
     )
     try:
+        if pruning_report is not None:
+            PruningReport.load(pruning_report)  # a bad one is refused before an hour of windows, not after
         with model_directories(["long"], state_dir, show_progress=not as_json) as directories:
             journal = Journal(resume)
             report = asyncio.run(_measure(part or PARTS, directories["long"], options, journal, _note))

@@ -4,8 +4,10 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import typer
+from typer.testing import CliRunner
 
-from benchmarks.memory import prefix
+from benchmarks.memory import command, prefix
 from benchmarks.memory.capacity import largest_that_fits
 from benchmarks.memory.counts import Counts, StatLog
 from benchmarks.memory.journal import Journal
@@ -188,3 +190,17 @@ def test_a_file_that_is_no_journal_is_refused(tmp_path, text):
     path.write_text(text)
     with pytest.raises(ConfigError, match="no journal"):
         Journal(path)
+
+
+# --- the command
+
+
+def test_a_pruning_report_that_cannot_be_read_is_refused_before_anything_is_measured(tmp_path, monkeypatch):
+    report = tmp_path / "report.json"
+    report.write_text("[]")
+    monkeypatch.setattr(command, "model_directories", lambda *_, **__: pytest.fail("began to measure"))
+    app = typer.Typer()
+    app.command()(command.main)
+    result = CliRunner().invoke(app, ["--pruning-report", str(report)])
+    assert result.exit_code == 1
+    assert f"pruning report {report} is damaged" in result.output
