@@ -1,4 +1,5 @@
 import asyncio
+import inspect
 import itertools
 import time
 from collections import Counter
@@ -15,7 +16,7 @@ from ray.serve._private.common import (
     RequestProtocol,
     StreamingHTTPRequest,
 )
-from ray.serve.request_router import PendingRequest
+from ray.serve.request_router import PendingRequest, RequestRouter
 
 from core.messages import ExecutorLoad
 from deployments.router import BYTES_PER_TOKEN, STALE_S, ExecutorRouter, load_of, prompt_tokens_of, scope_of
@@ -109,6 +110,12 @@ def test_what_was_sent_since_the_report_counts_so_that_a_burst_is_spread(router)
     fleet = [replica(name) for name in "abc"]
     first = Counter(ranks(router, fleet, request(200))[0][0] for _ in range(30))
     assert first == {"a": 10, "b": 10, "c": 10}
+
+
+@pytest.mark.parametrize("hook", ["choose_replicas", "on_request_routed", "on_request_completed"])
+def test_the_hooks_are_those_that_serve_calls(hook):
+    ours, theirs = (inspect.signature(getattr(router, hook)) for router in (ExecutorRouter, RequestRouter))
+    assert list(ours.parameters) == list(theirs.parameters)
 
 
 def test_requests_that_were_answered_since_the_report_do_not_drive_the_next_ones_away(router):
