@@ -1,4 +1,4 @@
-"""What a request router proposed to each replica since the replica's last report, and what is not answered yet."""
+"""What a request router proposed to each replica since the replica's last report and has no answer to yet."""
 
 from collections import OrderedDict, deque
 from collections.abc import Collection, Hashable

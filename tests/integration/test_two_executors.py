@@ -17,7 +17,7 @@ pytestmark = [pytest.mark.vllm, pytest.mark.ray]
 
 NUM_GROUPS, NUM_ROUNDS = 8, 4
 SLOW = {"hidden_size": 512, "intermediate_size": 1024, "num_hidden_layers": 6}
-"""A prompt takes half a second of a core: far more than a busy machine's noise, and than the time between two."""
+"""A prompt takes far longer than a busy machine's noise: the executor that has it cached is the better one by far."""
 WORDS = ["river", "stone", "lamp", "cloud", "apple", "paper", "window", "garden", "silver", "morning"]
 
 

@@ -65,7 +65,7 @@ def test_a_device_that_becomes_slower_is_noticed():
     assert speed_of(*before, *after).prompt_token_s == pytest.approx(2e-4, rel=0.05)
 
 
-def meter_of(batches, queue=None, times=(40.0, 41.0, 42.0)):
+def meter_of(batches, times=(40.0, 41.0, 42.0)):
     """A meter that is built at the first of the times and measures a batch of iterations at each other one."""
     asked, batches, clock = [], list(batches), iter(times)
 
@@ -73,7 +73,7 @@ def meter_of(batches, queue=None, times=(40.0, 41.0, 42.0)):
         asked.append(after)
         return after + len(batches[0]), batches.pop(0)
 
-    queue = queue or EngineLoad(
+    queue = EngineLoad(
         free_kv_bytes=7.0, kv_capacity_bytes=10.0, kv_bytes_per_token=1.0, waiting_tokens=30, num_running=2
     )
     return LoadMeter("e1", 0.5, lambda: queue, read_iterations, clock=lambda: next(clock)), asked
