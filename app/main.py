@@ -11,12 +11,12 @@ from ray import serve
 from ray.serve import Application
 from ray.serve.config import RequestRouterConfig
 
-from app.http import attach_routes
+from app.http.app import attach_routes
 from core.config import AppArgs
 from core.errors import ConfigError
-from deployments.control import Control
+from deployments.control.deployment import Control
 from deployments.executor import Executor
-from deployments.router import REPORT_PERIOD_S
+from deployments.routing.router import REPORT_PERIOD_S
 
 _MAX_QUEUED = 1024
 
@@ -48,7 +48,7 @@ def build_app(args: AppArgs) -> Application:
 def executor_router(args: AppArgs) -> RequestRouterConfig:
     """Serve's option that routes requests by what executors report. With one executor it looks at nothing."""
     return RequestRouterConfig(
-        request_router_class="deployments.router.ExecutorRouter",
+        request_router_class="deployments.routing.router.ExecutorRouter",
         request_router_kwargs={"scheduler": args.scheduler.model_dump(mode="json")},
         request_routing_stats_period_s=REPORT_PERIOD_S,
     )

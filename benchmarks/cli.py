@@ -8,9 +8,9 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks import feedback, publish_cost, weights
-from benchmarks.memory import command as memory
-from benchmarks.models import ModelName, model_directories
+from benchmarks.harness.models import ModelName, model_directories
+from benchmarks.studies import feedback, publish_cost, weights
+from benchmarks.studies.memory import command as memory
 from core.errors import MaceError
 
 bench = typer.Typer(no_args_is_help=True, help=__doc__)
@@ -50,8 +50,8 @@ def slo(
     state_dir: _StateDir = Path("state"),
 ) -> None:
     """SLO attainment and training throughput of every policy on the CPU engine."""
-    from benchmarks.jobs import run_job
-    from benchmarks.slo import SloOptions, measure_model
+    from benchmarks.harness.jobs import run_job
+    from benchmarks.studies.slo import SloOptions, measure_model
 
     options = SloOptions(
         seconds=seconds,
@@ -86,7 +86,7 @@ def scheduler(
     iterations: Annotated[int, typer.Option(min=100, help="Iterations timed")] = 5000,
 ) -> None:
     """What the decisions of one engine iteration cost, without a device."""
-    from benchmarks.scheduler_cost import CostOptions, measure_cost
+    from benchmarks.studies.scheduler_cost import CostOptions, measure_cost
 
     result = measure_cost(
         CostOptions(num_running=running, num_waiting=waiting, num_tasks=tasks, iterations=iterations)

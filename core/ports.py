@@ -5,8 +5,8 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from core.batch import ForwardShape, IterationSample
-from core.messages import BatchOutcome, Headroom, HeldOutPairs, TrainingBatch
 from core.types import FineTuneTask, SliceKind, TaskResult
+from core.wire import BatchOutcome, Headroom, HeldOutPairs, TrainingBatch
 
 
 class ControlPort(Protocol):
@@ -34,7 +34,7 @@ class ControlPort(Protocol):
 
 
 class EnginePort(Protocol):
-    """What learning and publishing need of an engine; `engine.hybrid_engine.HybridEngine` is the real one."""
+    """What learning and publishing need of an engine; `engine.vllm.engine.HybridEngine` is the real one."""
 
     free_memory_bytes: float
 

@@ -15,25 +15,25 @@ from typing import Any
 from alignment.versions.registry import AdapterRegistry
 from core.batch import IterationSample
 from core.config import AppArgs
-from deployments.canary import CanaryTrial
-from deployments.control_client import ControlClient
-from deployments.heartbeat import end_with
-from deployments.iteration_monitor import IterationMonitor
-from deployments.learner import Learner
-from deployments.load_meter import LoadMeter
-from deployments.prefix_index import PrefixIndex, follow_prefixes
-from deployments.prefix_monitor import PrefixMonitor
-from deployments.profiling import background_profiler, target_warnings, with_profile_path
+from deployments.control.client import ControlClient
+from deployments.learning.learner import Learner
+from deployments.learning.training_progress import CheckpointSlot
+from deployments.monitors.heartbeat import end_with
+from deployments.monitors.iteration_monitor import IterationMonitor
+from deployments.monitors.prefix_monitor import PrefixMonitor
+from deployments.monitors.profiling import background_profiler, target_warnings, with_profile_path
+from deployments.monitors.response_log import ResponseLog
 from deployments.pruning_gate import with_pruning_gate
-from deployments.response_log import ResponseLog
-from deployments.router import PREFIXES_KEY
-from deployments.training_progress import CheckpointSlot
-from deployments.versions import AdapterVersions
-from engine.engine_load import EngineLoad, read_engine_load
-from engine.hybrid_engine import HybridEngine
+from deployments.publishing.canary import CanaryTrial
+from deployments.publishing.versions import AdapterVersions
+from deployments.routing.load_meter import LoadMeter
+from deployments.routing.prefix_index import PrefixIndex, follow_prefixes
+from deployments.routing.router import PREFIXES_KEY
 from engine.model_source import base_model_name, resolve_model
-from engine.pair_tokens import PairTokenizer
-from engine.vllm_compat import configure_environment
+from engine.training.pair_tokens import PairTokenizer
+from engine.vllm.compat import configure_environment
+from engine.vllm.engine import HybridEngine
+from engine.vllm.engine_load import EngineLoad, read_engine_load
 
 logger = logging.getLogger(__name__)
 
@@ -114,7 +114,7 @@ class Executor:
             await self.engine.check_health()
 
     async def record_routing_stats(self) -> dict[str, Any]:
-        """Serve pulls this for `deployments.router`; empty before the engine serves."""
+        """Serve pulls this for `deployments.routing.router`; empty before the engine serves."""
         if not self.is_ready:
             return {}
         known = {} if self.prefixes is None else {PREFIXES_KEY: await self.prefixes.held_names()}

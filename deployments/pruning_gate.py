@@ -4,9 +4,9 @@ import logging
 from pathlib import Path
 
 from core.config import AppArgs
-from engine.vllm_compat import pruning_block_tokens, worker_binding
+from engine.pruning.gate import decide_from_file, find_report
+from engine.vllm.compat import pruning_block_tokens, worker_binding
 from profiler.device import describe_device, worker_threads
-from profiler.pruning_gate import decide_from_file, find_report
 
 logger = logging.getLogger(__name__)
 

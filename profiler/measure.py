@@ -24,7 +24,7 @@ _WARM_UP = (GridPoint(PointKind.DECODE, 0, 8, 2), GridPoint(PointKind.PREFILL, 6
 
 
 class ProfiledEngine(Protocol):
-    """What measuring needs of an engine; `engine.hybrid_engine.HybridEngine` is the real one."""
+    """What measuring needs of an engine; `engine.vllm.engine.HybridEngine` is the real one."""
 
     def decode(
         self, prompt_ids: Sequence[int], request_id: str, max_tokens: int, handle: Any = None, priority: int = 0

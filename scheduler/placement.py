@@ -24,7 +24,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from core.config import SchedulerConfig
-from core.messages import ExecutorLoad
+from core.wire import ExecutorLoad
 from scheduler.packing import Bin, Demand
 
 

@@ -15,9 +15,9 @@ from core.batch import ForwardShape, IterationSample
 from core.config import EngineConfig
 from core.errors import ConfigError
 from core.pair_groups import PairShape
-from scheduler.iteration import EngineLimits, IterationPlanner
-from scheduler.memory_ledger import MemoryLedger
-from scheduler.waiting import WaitingQueue
+from scheduler.iteration.planner import EngineLimits, IterationPlanner
+from scheduler.memory.ledger import MemoryLedger
+from scheduler.queues.waiting import WaitingQueue
 from simulator.device import Device
 from simulator.events import EventKind, EventQueue
 from simulator.executor import Executor
@@ -197,7 +197,7 @@ class Simulation:
         )
 
     def _planner(self) -> IterationPlanner:
-        """As `engine.planning.build_planner` builds it."""
+        """As `engine.vllm.planning.build_planner` builds it."""
         args, hardware = self._trace.args, self._hardware
         predictor = hardware.new_predictor()
         return IterationPlanner(

@@ -1,4 +1,4 @@
-"""The slices of a DPO step as data: what `engine.dpo.DpoStep` would run, in its order, without a model.
+"""The slices of a DPO step as data: what `engine.training.dpo.DpoStep` would run, in its order, without a model.
 
 A test compares the two.
 """
@@ -10,7 +10,7 @@ from core.pair_groups import PairGroup, PairShape, group_pairs
 from core.types import SliceKind
 
 _MIN_CHUNK_TOKENS = 16
-"""As in `engine.dpo`: a smaller head chunk costs the reading of the head's weights all the same."""
+"""As in `engine.training.dpo`: a smaller head chunk costs the reading of the head's weights all the same."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,11 +1,11 @@
-"""KV pruning as the engine does it (`engine.kv_pruning`), by number of blocks: which ones does not matter here.
+"""KV pruning as the engine does it (`engine.pruning.pruner`), by number of blocks: which ones does not matter here.
 
 Harm is the share of a request's blocks that are gone, so it is known without keys. Blocks are offered one iteration
 after the planner asks for scores. With `start: always` all that are offered are dropped.
 """
 
 from core.config import KvPruningConfig
-from scheduler.plan import PruneOffer
+from scheduler.iteration.plan import PruneOffer
 from simulator.running import RunningSet, SimRequest
 
 

@@ -9,7 +9,7 @@ from typing import Protocol
 
 from core.batch import ForwardShape
 from core.config import SchedulerConfig, SloConfig
-from core.messages import ExecutorLoad
+from core.wire import ExecutorLoad
 from scheduler.placement import choose_executor
 from simulator.device import DeviceModel
 from simulator.executor import Executor

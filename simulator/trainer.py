@@ -1,6 +1,6 @@
 """The fine-tune side of a simulated executor: tasks, the step in progress, and the production gate before each slice.
 
-What `engine.finetune_runner` and `engine.task_table` do, with the device's latency model in place of torch.
+What `engine.training.runner` and `engine.vllm.task_table` do, with the device's latency model in place of torch.
 """
 
 from dataclasses import dataclass, field
@@ -8,13 +8,13 @@ from dataclasses import dataclass, field
 from core.config import TrainingConfig
 from core.pair_groups import PairShape
 from core.types import SliceTiming
-from scheduler.plan import FineTuneState, Plan
-from scheduler.slice_gate import SliceGate
+from scheduler.iteration.plan import FineTuneState, Plan
+from scheduler.iteration.slice_gate import SliceGate
 from simulator.device import Device
 from simulator.finetune import SliceWork, StepModel, step_slices
 
 _WARM_UP_TOKENS = 16
-"""As in `engine.finetune_runner`: every kind of slice runs once, with a made-up pair, before anything is served."""
+"""As in `engine.training.runner`: every kind of slice runs once, with a made-up pair, before anything is served."""
 
 
 @dataclass(slots=True)

@@ -14,7 +14,7 @@ from alignment.records.pairs import PairDraft, Prompt, Split, contrary_key, pair
 from alignment.store.response_store import chunked
 from alignment.store.schema import pairs
 from core.alignment_config import FeedbackConfig
-from core.messages import CachedReference
+from core.wire import CachedReference
 
 PairState = Literal["pending", "parked"]
 PENDING, PARKED = "pending", "parked"

@@ -74,10 +74,10 @@ def report(
 async def _measure(
     args: AppArgs, out: Path | None, seconds: float, seed: int, *, show_progress: bool
 ) -> tuple[Profile, Path]:
-    from deployments.profiling import measure_plan, origin_of, with_profile_path
-    from engine.hybrid_engine import HybridEngine
+    from deployments.monitors.profiling import measure_plan, origin_of, with_profile_path
     from engine.model_source import resolve_model
-    from engine.vllm_compat import configure_environment
+    from engine.vllm.compat import configure_environment
+    from engine.vllm.engine import HybridEngine
 
     model_dir = resolve_model(args.model, args.state_dir, show_progress=show_progress)
     configure_environment(args, model_dir)

@@ -15,13 +15,13 @@ from rich.table import Table
 from app.commands.profile_settings import CONFIG_OPTION, JSON_OPTION, clear_errors, read_args
 from core.config import AppArgs
 from core.errors import ConfigError
-from deployments.profiling import origin_of
+from deployments.monitors.profiling import origin_of
+from engine.pruning.gate import Decision, Estimate, PruningReport, decide, pruning_report_path
+from engine.pruning.tasks import TaskKind, make_recall
 from profiler.device import describe_device, worker_threads
-from profiler.pruning_gate import Decision, Estimate, PruningReport, decide, pruning_report_path
-from profiler.pruning_tasks import TaskKind, make_recall
 
 if TYPE_CHECKING:
-    from engine.pruned_reader import PrunedReader, TokenPassage
+    from engine.pruning.reader import PrunedReader, TokenPassage
 
 _KINDS: tuple[TaskKind, ...] = ("needle", "qa")
 _DEFAULT_CONTEXT_TOKENS = 1024
@@ -110,11 +110,11 @@ def measure_pruning(args: AppArgs, options: PruningOptions, *, show_progress: bo
     Raises:
         MaceError: model, adapter or data set cannot be used.
     """
-    from engine.kv_scores import make_scorer
     from engine.model_source import resolve_model
-    from engine.pruned_reader import PrunedReader, PruningPlan
-    from engine.pruning_accuracy import loaded_model, measure
-    from engine.vllm_compat import CPU_PRUNING_BLOCK_TOKENS, worker_binding
+    from engine.pruning.accuracy import loaded_model, measure
+    from engine.pruning.reader import PrunedReader, PruningPlan
+    from engine.pruning.scores import make_scorer
+    from engine.vllm.compat import CPU_PRUNING_BLOCK_TOKENS, worker_binding
 
     started_s = time.monotonic()
     model_dir = resolve_model(args.model, args.state_dir, show_progress=show_progress)
@@ -199,7 +199,7 @@ def _context_tokens(asked: int | None, max_model_len: int | None, config: Any) -
 def _passages(
     reader: "PrunedReader", options: PruningOptions, length: int, rng: random.Random
 ) -> "Iterator[TokenPassage]":
-    from engine.pruning_passages import generated_passages, reply_passages, text_passages
+    from engine.pruning.passages import generated_passages, reply_passages, text_passages
 
     if options.dataset is None:
         if options.text_column or options.prompt_column or options.response_column:

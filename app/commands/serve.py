@@ -19,7 +19,7 @@ import yaml
 
 from app.commands.processes import become_subreaper, end_descendants, own_children
 from core.errors import ConfigError
-from deployments.prefix_proxy import CALLBACK, CALLBACK_VARIABLE
+from deployments.routing.prefix_proxy import CALLBACK, CALLBACK_VARIABLE
 
 _SHUTDOWN_GRACE_S = 10.0
 _NOT_OPTIONS = frozenset({"name", "user_config"})
@@ -107,7 +107,7 @@ def _check_port(http: dict[str, Any]) -> None:
 def _prepare(application: dict[str, Any]) -> None:
     """Validate our settings and make sure that the model is there, before Ray starts."""
     from app.main import parse_args
-    from deployments.profiling import target_warnings, with_profile_path
+    from deployments.monitors.profiling import target_warnings, with_profile_path
     from engine.model_source import resolve_model
 
     args = parse_args(application.get("args", {}))

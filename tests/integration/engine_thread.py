@@ -5,8 +5,8 @@ import threading
 from concurrent.futures import Future
 
 from core.config import AppArgs
-from engine.hybrid_engine import HybridEngine
-from engine.vllm_compat import configure_environment
+from engine.vllm.compat import configure_environment
+from engine.vllm.engine import HybridEngine
 
 
 class EngineThread:

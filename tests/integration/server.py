@@ -13,7 +13,7 @@ import httpx
 import psutil
 import yaml
 
-from benchmarks.chaos_server import title_of
+from benchmarks.studies.chaos.server import title_of
 
 ROOT = Path(__file__).parents[2]
 START_TIMEOUT_S = 240

@@ -15,18 +15,18 @@ from transformers import AutoModelForCausalLM
 
 from alignment.versions.adapter_files import AdapterManifest
 from alignment.versions.registry import AdapterRegistry
-from benchmarks.ports import free_port
+from benchmarks.harness.ports import free_port
 from core.config import AppArgs, LoraConfig, TrainingConfig
-from core.messages import TrainingPair
 from core.types import FineTuneTask, TaskKind
-from engine.dpo import DpoStep
-from engine.pair_tokens import PairTokenizer
-from engine.shadow import ShadowAdapter
-from engine.skeleton import training_mode
+from core.wire import TrainingPair
 from engine.tiny.knowledge import preference_questions
 from engine.tiny.styles import Style, judge, render
-from engine.trainable import TrainableModel
-from engine.vllm_compat import worker_binding
+from engine.training.dpo import DpoStep
+from engine.training.pair_tokens import PairTokenizer
+from engine.training.shadow import ShadowAdapter
+from engine.training.skeleton import training_mode
+from engine.training.trainable import TrainableModel
+from engine.vllm.compat import worker_binding
 
 pytestmark = pytest.mark.vllm
 

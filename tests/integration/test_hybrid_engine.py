@@ -13,11 +13,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from core.config import TrainingConfig
 from core.errors import DamagedAdapterError, TrainingError
-from core.messages import TrainingPair
 from core.types import Checkpoint, FineTuneTask, TaskKind, TokenizedPair
-from engine.pair_tokens import PairTokenizer
+from core.wire import TrainingPair
 from engine.tiny.knowledge import preference_questions
 from engine.tiny.styles import Style, render
+from engine.training.pair_tokens import PairTokenizer
 from tests.integration.engine_thread import EngineThread
 
 pytestmark = pytest.mark.vllm

@@ -9,13 +9,13 @@ from pathlib import Path
 import httpx
 import pytest
 
-from app.prefix_context import PrefixContext
-from deployments.prefix_index import follow_prefixes
-from deployments.prefix_text import HEADER, prefixes_of
-from engine.kv_events import KvEventStream, kv_events_config
-from engine.prefix_counts import read_prefix_counts
-from scheduler.prefix_changes import apply_change
-from scheduler.prefix_tree import PrefixTree
+from app.http.prefix_context import PrefixContext
+from deployments.routing.prefix_index import follow_prefixes
+from deployments.routing.prefix_text import HEADER, prefixes_of
+from engine.prefixes.counts import read_prefix_counts
+from engine.prefixes.kv_events import KvEventStream, kv_events_config
+from scheduler.prefixes.changes import apply_change
+from scheduler.prefixes.tree import PrefixTree
 from tests.integration.engine_thread import EngineThread
 
 pytestmark = pytest.mark.vllm
@@ -67,7 +67,7 @@ def ask(engine, prompt, lora=None, max_tokens=4):
     """Answer of the engine, and how many prompt tokens it says were cached."""
 
     async def generate():
-        from engine.vllm_compat import make_sampling_params
+        from engine.vllm.compat import make_sampling_params
 
         outputs = engine.engine.client.generate(
             {"prompt_token_ids": prompt}, make_sampling_params(max_tokens), next(request_ids), lora_request=lora

@@ -11,12 +11,12 @@ from vllm import SamplingParams
 from alignment.versions.adapter_files import AdapterManifest
 from alignment.versions.registry import AdapterRegistry
 from core.config import TrainingConfig
-from core.messages import TrainingPair
 from core.types import FineTuneTask, TaskKind
-from deployments.versions import AdapterVersions, Published
-from engine.pair_tokens import PairTokenizer
+from core.wire import TrainingPair
+from deployments.publishing.versions import AdapterVersions, Published
 from engine.tiny.knowledge import preference_questions
 from engine.tiny.styles import Style, render
+from engine.training.pair_tokens import PairTokenizer
 from tests.integration.engine_thread import EngineThread
 
 pytestmark = pytest.mark.vllm

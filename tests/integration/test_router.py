@@ -14,12 +14,12 @@ import ray
 from ray import serve
 
 from app.main import executor_router
-from benchmarks.ports import free_port
+from benchmarks.harness.ports import free_port
 from core.config import AppArgs
-from core.messages import ExecutorLoad
-from deployments.prefix_proxy import CALLBACK, CALLBACK_VARIABLE
-from deployments.prefix_text import prefixes_of
-from deployments.router import PREFIXES_KEY, REPORT_PERIOD_S
+from core.wire import ExecutorLoad
+from deployments.routing.prefix_proxy import CALLBACK, CALLBACK_VARIABLE
+from deployments.routing.prefix_text import prefixes_of
+from deployments.routing.router import PREFIXES_KEY, REPORT_PERIOD_S
 
 pytestmark = pytest.mark.ray
 

@@ -15,7 +15,7 @@ import pytest
 from openai import NotFoundError, OpenAI
 
 from app.demo.run import DemoOptions, run_demo
-from benchmarks.ports import free_port
+from benchmarks.harness.ports import free_port
 from engine.tiny.styles import Style
 from tests.integration.server import Server
 

@@ -7,9 +7,9 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from benchmarks.models import vocab_size
-from benchmarks.ports import free_port
-from deployments.router import REPORT_PERIOD_S
+from benchmarks.harness.models import vocab_size
+from benchmarks.harness.ports import free_port
+from deployments.routing.router import REPORT_PERIOD_S
 from tests.integration.server import Server
 from tests.support.small_llama import save_small_llama
 

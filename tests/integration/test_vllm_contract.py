@@ -107,7 +107,7 @@ def test_adapters_are_cached_by_name_so_each_version_needs_its_own():
 def test_the_waiting_queue_has_the_methods_that_we_implement():
     from vllm.v1.core.sched.request_queue import RequestQueue
 
-    from engine.waiting_queue import AgeingRequestQueue
+    from engine.vllm.waiting_queue import AgeingRequestQueue
 
     assert AgeingRequestQueue.__abstractmethods__ == frozenset()
     assert RequestQueue.__abstractmethods__ <= set(vars(AgeingRequestQueue))
@@ -130,7 +130,7 @@ def test_the_limits_that_the_plan_sets_are_read_in_every_iteration():
 def test_the_scheduler_replaces_no_method_of_vllms_by_accident():
     from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 
-    from engine.hybrid_scheduler import HybridSchedulerMixin
+    from engine.vllm.scheduler import HybridSchedulerMixin
 
     ours = {name for name in vars(HybridSchedulerMixin) if not name.startswith("__")}
     assert ours & set(dir(AsyncScheduler)) == {
@@ -203,7 +203,7 @@ def test_a_refused_prompt_is_one_of_these_errors():
     from vllm.exceptions import VLLMValidationError
     from vllm.renderers import params
 
-    from engine.vllm_compat import refusals
+    from engine.vllm.compat import refusals
 
     assert VLLMValidationError in refusals()
     assert "raise VLLMValidationError" in inspect.getsource(params)
@@ -212,7 +212,7 @@ def test_a_refused_prompt_is_one_of_these_errors():
 def test_greedy_answers_come_whole_and_stop_at_the_end_of_the_turn():
     from vllm.sampling_params import RequestOutputKind
 
-    from engine.vllm_compat import make_answer_params
+    from engine.vllm.compat import make_answer_params
 
     params = make_answer_params(7)
     assert (params.max_tokens, params.temperature, params.ignore_eos) == (7, 0.0, False)

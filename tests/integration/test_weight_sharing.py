@@ -3,9 +3,9 @@
 import pytest
 
 from core.config import TrainingConfig
-from core.messages import TrainingPair
 from core.types import FineTuneTask, TaskKind
-from engine.pair_tokens import PairTokenizer
+from core.wire import TrainingPair
+from engine.training.pair_tokens import PairTokenizer
 from tests.integration.engine_thread import EngineThread
 
 pytestmark = pytest.mark.vllm

@@ -10,8 +10,8 @@ import torch
 
 from core.config import AppArgs
 from core.types import FineTuneTask, TaskResult
-from engine.finetune_runner import FineTuneRunner
-from engine.skeleton import training_mode
+from engine.training.runner import FineTuneRunner
+from engine.training.skeleton import training_mode
 
 
 @dataclass(frozen=True)

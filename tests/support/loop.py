@@ -10,11 +10,11 @@ from alignment.quality.monitor import QualityMonitor
 from alignment.store.feedback_store import FeedbackStore
 from alignment.store.pair_store import StoredPair
 from core.config import AppArgs
-from core.messages import CachedReference, TrainingPair
 from core.types import FineTuneTask, PairScore, TaskKind, TokenizedPair
-from engine.pair_tokens import PairTokenizer
+from core.wire import CachedReference, TrainingPair
 from engine.tiny.knowledge import Question
 from engine.tiny.styles import Style, render
+from engine.training.pair_tokens import PairTokenizer
 from tests.support.in_process_engine import InProcessEngine
 
 SCORED_AT_ONCE = 32

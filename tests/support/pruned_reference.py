@@ -6,11 +6,11 @@ import torch
 from transformers import DynamicCache
 
 from core.config import KvPruningConfig
-from engine.kv_scores import choose_blocks, make_scorer
+from engine.pruning.scores import choose_blocks, make_scorer
 
 
 class PrunedReference:
-    """Greedy decoding that drops blocks by the rules of `engine.kv_pruning` with `start: always`."""
+    """Greedy decoding that drops blocks by the rules of `engine.pruning.pruner` with `start: always`."""
 
     def __init__(self, model, config: KvPruningConfig, block_tokens: int) -> None:
         self._model = model

@@ -14,13 +14,13 @@ from alignment.store.feedback_store import FeedbackStore
 from alignment.store.pair_store import StoredPair
 from alignment.versions.registry import AdapterRegistry
 from core.config import AppArgs
-from core.messages import BatchOutcome, Headroom, HeldOutPairs, TrainingBatch, TrainingPair
 from core.types import FineTuneTask, PairScore, TaskKind, TokenizedPair
-from deployments.central_scheduler import CentralScheduler
-from deployments.drift_monitor import DriftMonitor
-from deployments.learner import Learner
-from deployments.versions import AdapterVersions
-from engine.pair_tokens import PairTokenizer
+from core.wire import BatchOutcome, Headroom, HeldOutPairs, TrainingBatch, TrainingPair
+from deployments.control.central_scheduler import CentralScheduler
+from deployments.control.drift_monitor import DriftMonitor
+from deployments.learning.learner import Learner
+from deployments.publishing.versions import AdapterVersions
+from engine.training.pair_tokens import PairTokenizer
 from tests.support.in_process_engine import InProcessEngine
 
 BASE_MODEL = "tiny"
@@ -30,7 +30,7 @@ _MAX_TURNS = 2000
 
 
 class InProcessControl:
-    """`core.ports.ControlPort`: the calls of `deployments.control.Control`, in its order, without Ray."""
+    """`core.ports.ControlPort`: the calls of `deployments.control.deployment.Control`, in its order, without Ray."""
 
     def __init__(self, monitor: DriftMonitor, scheduler: CentralScheduler) -> None:
         self._monitor = monitor

@@ -5,8 +5,8 @@ from typing import Any
 import pytest
 
 from core.alignment_config import FeedbackConfig
-from core.messages import CachedReference
 from core.types import PairScore
+from core.wire import CachedReference
 
 
 def row(number: int, **extra: Any) -> dict[str, Any]:

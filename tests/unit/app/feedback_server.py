@@ -11,10 +11,10 @@ from starlette.responses import JSONResponse
 
 from alignment.store.feedback_store import FeedbackStore
 from alignment.store.formats import import_jsonl
-from app.errors import install_error_handlers
-from app.guard import RequestGuard
-from app.routes import feedback
-from benchmarks.ports import free_port
+from app.http.errors import install_error_handlers
+from app.http.guard import RequestGuard
+from app.http.routes import feedback
+from benchmarks.harness.ports import free_port
 from core.alignment_config import FeedbackConfig
 
 

@@ -5,9 +5,9 @@ import json
 
 import pytest
 
-from app.canary_router import CanaryRouter
-from app.guard import BODY_KEY, RequestGuard
-from deployments.canary import Draw
+from app.http.canary_router import CanaryRouter
+from app.http.guard import BODY_KEY, RequestGuard
+from deployments.publishing.canary import Draw
 
 
 class Trial:

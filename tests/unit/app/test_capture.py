@@ -5,8 +5,8 @@ from fastapi import FastAPI
 from starlette.responses import JSONResponse, StreamingResponse
 from starlette.testclient import TestClient
 
-from app.capture import ResponseCapture
-from app.guard import RequestGuard
+from app.http.capture import ResponseCapture
+from app.http.guard import RequestGuard
 
 MESSAGES = [{"role": "user", "content": "hi"}]
 

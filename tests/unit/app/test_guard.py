@@ -4,8 +4,8 @@ import pytest
 from fastapi import FastAPI, Request
 from starlette.testclient import TestClient
 
-from app.errors import BadRequestError
-from app.guard import BODY_KEY, RequestGuard, check_internal_keys
+from app.http.errors import BadRequestError
+from app.http.guard import BODY_KEY, RequestGuard, check_internal_keys
 
 
 @pytest.fixture
@@ -102,7 +102,7 @@ def test_the_error_names_the_argument():
     ],
 )
 def test_log_probabilities_of_the_prompt_are_refused(client, refused, body):
-    """They would end vLLM's engine, see `app.guard.check_prompt_logprobs`."""
+    """They would end vLLM's engine, see `app.http.guard.check_prompt_logprobs`."""
     assert client.post("/echo", json=body).status_code == 400
     assert refused == ["prompt_logprobs"]
 

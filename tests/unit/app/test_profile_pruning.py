@@ -10,8 +10,8 @@ from typer.testing import CliRunner
 
 from app.commands.profile import app
 from core.config import KvPruningConfig, ModelConfig
-from profiler.pruning_gate import PruningReport, decide
-from profiler.pruning_tasks import all_words
+from engine.pruning.gate import PruningReport, decide
+from engine.pruning.tasks import all_words
 from tests.unit.engine.trainable_models import save_model
 
 CLI = CliRunner()

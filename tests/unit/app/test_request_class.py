@@ -4,7 +4,7 @@ import pytest
 from fastapi import FastAPI, Request
 from starlette.testclient import TestClient
 
-from app.guard import BODY_KEY, RequestGuard
+from app.http.guard import BODY_KEY, RequestGuard
 
 FIELD_PATHS = ["/v1/completions", "/v1/chat/completions", "/v1/chat/completions/batch", "/v1/responses"]
 

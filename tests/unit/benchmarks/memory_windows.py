@@ -2,10 +2,10 @@
 
 import numpy as np
 
-from benchmarks.memory.counts import Counts
-from benchmarks.memory.windows import WindowResult
-from benchmarks.records import RunRecord
-from benchmarks.results import summarize
+from benchmarks.harness.records import RunRecord
+from benchmarks.harness.results import summarize
+from benchmarks.studies.memory.counts import Counts
+from benchmarks.studies.memory.windows import WindowResult
 from core.config import SloConfig
 
 EMPTY = summarize(RunRecord(10.0), SloConfig())

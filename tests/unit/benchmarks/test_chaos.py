@@ -10,9 +10,9 @@ import psutil
 import pytest
 from typer import BadParameter
 
-from benchmarks.chaos import _directories, _ended_by_sigterm, _Options, _parse_kinds, _run
-from benchmarks.chaos_plan import KINDS, MOMENTS, TARGETS, make_plan
-from benchmarks.chaos_server import ChaosError, ServerProcess, is_alive, title_of
+from benchmarks.studies.chaos.command import _directories, _ended_by_sigterm, _Options, _parse_kinds, _run
+from benchmarks.studies.chaos.plan import KINDS, MOMENTS, TARGETS, make_plan
+from benchmarks.studies.chaos.server import ChaosError, ServerProcess, is_alive, title_of
 
 
 def test_every_kind_is_hit_once_before_any_is_hit_twice():

@@ -9,8 +9,8 @@ from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, StreamingResponse
 from openai import AsyncOpenAI
 
-from benchmarks.chaos_ledger import Ledger, preferences
-from benchmarks.chaos_load import ChatLoad, FeedbackLoad, export_all_pairs, read_all_feedback
+from benchmarks.studies.chaos.ledger import Ledger, preferences
+from benchmarks.studies.chaos.load import ChatLoad, FeedbackLoad, export_all_pairs, read_all_feedback
 
 
 def entries_of(bodies):
@@ -144,7 +144,7 @@ def feedback_app(fail_first):
 
 
 def test_feedback_is_repeated_under_its_id_until_it_is_acknowledged(monkeypatch):
-    monkeypatch.setattr("benchmarks.chaos_load._REPEAT_PAUSE_S", 0.0)
+    monkeypatch.setattr("benchmarks.studies.chaos.load._REPEAT_PAUSE_S", 0.0)
     app, stored = feedback_app(fail_first=3)
 
     async def run():

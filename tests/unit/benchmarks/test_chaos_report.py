@@ -2,11 +2,11 @@ import json
 
 import pytest
 
-from benchmarks.chaos_ledger import Audit, Ledger
-from benchmarks.chaos_load import ChatRequest
-from benchmarks.chaos_report import Findings, downtime_s, failures_by_kill, make_report
-from benchmarks.chaos_strike import Kill
-from benchmarks.chaos_watch import VersionWatch
+from benchmarks.studies.chaos.ledger import Audit, Ledger
+from benchmarks.studies.chaos.load import ChatRequest
+from benchmarks.studies.chaos.report import Findings, downtime_s, failures_by_kill, make_report
+from benchmarks.studies.chaos.strike import Kill
+from benchmarks.studies.chaos.watch import VersionWatch
 
 
 def a_kill(number=1, struck_s=100.0, **changes):

@@ -5,8 +5,8 @@ import pytest
 
 from alignment.versions.adapter_files import AdapterManifest
 from alignment.versions.registry import AdapterRegistry
-from benchmarks.chaos_strike import count_lost_steps
-from benchmarks.chaos_watch import Learning, SavedTraining, VersionWatch, read_checkpoint
+from benchmarks.studies.chaos.strike import count_lost_steps
+from benchmarks.studies.chaos.watch import Learning, SavedTraining, VersionWatch, read_checkpoint
 
 
 def safetensors(header, data=b"\0" * 8):

@@ -2,8 +2,8 @@ import asyncio
 
 import pytest
 
-from benchmarks.client import ClientOptions, run_window
-from benchmarks.feeder import BACKLOG_TASKS, FineTuneFeeder, random_pairs
+from benchmarks.harness.client import ClientOptions, run_window
+from benchmarks.harness.feeder import BACKLOG_TASKS, FineTuneFeeder, random_pairs
 from core.errors import TrainingError
 from simulator.trace import FineTune, TraceRequest
 from tests.unit.benchmarks.fake_engine import FakeEngine

@@ -11,19 +11,19 @@ from peft import LoraConfig, get_peft_model
 from rich.console import Console
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from benchmarks.drift import driver
-from benchmarks.drift.comparisons import compare
-from benchmarks.drift.curves import Run, write_csv
-from benchmarks.drift.driver import DriverError, look_of, pause, versions_by_style
-from benchmarks.drift.plan import DriftPlan, asks, held_out_pairs, posts
-from benchmarks.drift.plot import draw
-from benchmarks.drift.policies import Policy, scheduler_section, sections
-from benchmarks.drift.record import Look, Posts, Reply, RunRecord, Stream
-from benchmarks.drift.report import show
-from benchmarks.drift.run import RunError, run_all
-from benchmarks.drift.scoring import Scorer
-from benchmarks.drift.statistics import crossed_interval, ratio_interval
-from benchmarks.drift.summary import recovery, summarize
+from benchmarks.studies.drift import driver
+from benchmarks.studies.drift.comparisons import compare
+from benchmarks.studies.drift.curves import Run, write_csv
+from benchmarks.studies.drift.driver import DriverError, look_of, pause, versions_by_style
+from benchmarks.studies.drift.plan import DriftPlan, asks, held_out_pairs, posts
+from benchmarks.studies.drift.plot import draw
+from benchmarks.studies.drift.policies import Policy, scheduler_section, sections
+from benchmarks.studies.drift.record import Look, Posts, Reply, RunRecord, Stream
+from benchmarks.studies.drift.report import show
+from benchmarks.studies.drift.run import RunError, run_all
+from benchmarks.studies.drift.scoring import Scorer
+from benchmarks.studies.drift.statistics import crossed_interval, ratio_interval
+from benchmarks.studies.drift.summary import recovery, summarize
 from core.config import AppArgs, SchedulerConfig
 from core.types import TokenizedPair
 from engine.tiny.knowledge import held_out_questions, preference_questions

@@ -2,8 +2,8 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.kernel_cache import plan_cells, summarize
-from benchmarks.memory.running import MemoryOptions
+from benchmarks.studies.kernel_cache import plan_cells, summarize
+from benchmarks.studies.memory.running import MemoryOptions
 from tests.unit.benchmarks.memory_windows import window
 
 CAPACITIES = [32, 1024]

@@ -3,13 +3,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from benchmarks.memory import ablation, prefix, pruning
-from benchmarks.memory.capacity import Capacity
-from benchmarks.memory.counts import Counts
-from benchmarks.memory.plot import draw
-from benchmarks.memory.running import MemoryOptions, load_trace
-from benchmarks.memory.soak import _Seen, summarize_soak
-from benchmarks.memory.tables import sheets
+from benchmarks.studies.memory import ablation, prefix, pruning
+from benchmarks.studies.memory.capacity import Capacity
+from benchmarks.studies.memory.counts import Counts
+from benchmarks.studies.memory.plot import draw
+from benchmarks.studies.memory.running import MemoryOptions, load_trace
+from benchmarks.studies.memory.soak import _Seen, summarize_soak
+from benchmarks.studies.memory.tables import sheets
 from tests.unit.benchmarks.memory_windows import TIMES, grow, window
 
 MODEL = Path("model")

@@ -7,10 +7,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from benchmarks import needle_model
-from benchmarks.needle_model import NeedleRecipe, ensure_needle_model
-from benchmarks.pruning_methods import METHODS, OldestFirst, RandomScorer, method_scorer
-from engine.kv_scores import choose_blocks
+from benchmarks.studies import needle_model
+from benchmarks.studies.needle_model import NeedleRecipe, ensure_needle_model
+from benchmarks.studies.pruning_methods import METHODS, OldestFirst, RandomScorer, method_scorer
+from engine.pruning.scores import choose_blocks
 
 RECIPE = NeedleRecipe(steps=6, tokens_per_step=400)
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from benchmarks.publish_traffic import CostOptions, Run, Served, draw_arrivals, summarize
+from benchmarks.studies.publish_traffic import CostOptions, Run, Served, draw_arrivals, summarize
 
 OPTIONS = CostOptions(num_systems=3, system_tokens=64, question_tokens=8, before=20, after=4)
 

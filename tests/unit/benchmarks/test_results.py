@@ -1,7 +1,7 @@
 import pytest
 
-from benchmarks.records import IterationLog, RequestRecord, RunRecord, TaskRecord
-from benchmarks.results import medians, meets_slo, percentile, summarize
+from benchmarks.harness.records import IterationLog, RequestRecord, RunRecord, TaskRecord
+from benchmarks.harness.results import medians, meets_slo, percentile, summarize
 from core.batch import ForwardShape, IterationSample
 from core.config import SloConfig
 from core.types import SliceKind, SliceTiming

@@ -2,11 +2,11 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.agreement import TRACES, compare_numbers
-from benchmarks.jobs import Job, JobResult, MeasurementError, run_job, warm_up_requests
-from benchmarks.records import RunRecord
-from benchmarks.results import RunMetrics, summarize
-from benchmarks.slo import ALONE, SloOptions, measure_model, summarize_runs
+from benchmarks.harness.jobs import Job, JobResult, MeasurementError, run_job, warm_up_requests
+from benchmarks.harness.records import RunRecord
+from benchmarks.harness.results import RunMetrics, summarize
+from benchmarks.studies.agreement import TRACES, compare_numbers
+from benchmarks.studies.slo import ALONE, SloOptions, measure_model, summarize_runs
 from core.config import SloConfig
 from simulator.trace import Trace
 

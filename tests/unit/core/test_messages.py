@@ -1,6 +1,6 @@
 import pytest
 
-from core.messages import TrainingBatch, TrainingPair
+from core.wire import TrainingBatch, TrainingPair
 
 
 def pair(loss):

@@ -5,8 +5,8 @@ import struct
 from pathlib import Path
 
 from core.errors import ControlUnavailableError
-from core.messages import HeldOutPairs
 from core.types import PairScore, StepMetrics, TaskKind, TaskResult
+from core.wire import HeldOutPairs
 
 
 def write_peft(directory: Path):

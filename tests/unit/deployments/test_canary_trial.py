@@ -9,8 +9,8 @@ from alignment.versions.registry import AdapterRegistry
 from core.alignment_config import VersionsConfig
 from core.config import SloConfig
 from core.errors import ControlUnavailableError
-from deployments.canary import CanaryTrial
-from deployments.versions import AdapterVersions
+from deployments.publishing.canary import CanaryTrial
+from deployments.publishing.versions import AdapterVersions
 from tests.unit.deployments.fakes import FakeEngine
 from tests.unit.deployments.test_versions_policy import commit, publish
 
@@ -176,7 +176,7 @@ def test_an_answer_in_one_piece_is_measured_by_its_length(running):
 
 def test_the_keeper_follows_judges_and_prunes_until_cancelled(running, ratings, monkeypatch):
     versions, trial = running
-    monkeypatch.setattr("deployments.canary.REFRESH_INTERVAL_S", 0.01)
+    monkeypatch.setattr("deployments.publishing.canary.REFRESH_INTERVAL_S", 0.01)
     ratings.update({"v0001": (1, 9), None: (40, 5)})
     calls = []
     twice = asyncio.Event()

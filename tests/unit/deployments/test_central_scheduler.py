@@ -2,9 +2,9 @@ import json
 
 import pytest
 
-from core.messages import HORIZON_S, BatchOutcome, ExecutorLoad, Headroom, TrainingPair
 from core.types import TaskKind
-from deployments.central_scheduler import LEASE_S, CentralScheduler
+from core.wire import HORIZON_S, BatchOutcome, ExecutorLoad, Headroom, TrainingPair
+from deployments.control.central_scheduler import LEASE_S, CentralScheduler
 
 BATCH, MAX_AGE_S, ATTEMPTS = 4, 20.0, 3
 

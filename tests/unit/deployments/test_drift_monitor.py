@@ -4,13 +4,13 @@ import itertools
 import pytest
 
 from core.errors import StoreUnavailableError
-from core.messages import BatchOutcome
 from core.types import PairScore, TaskKind
-from deployments.drift_monitor import DriftMonitor
+from core.wire import BatchOutcome
+from deployments.control.drift_monitor import DriftMonitor
 
 
 class FakeQueue:
-    """Implements `deployments.pair_stream.FineTuneQueue`."""
+    """Implements `deployments.control.pair_stream.FineTuneQueue`."""
 
     def __init__(self):
         self.pairs = {}

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from core.errors import ControlUnavailableError
-from deployments.heartbeat import with_heartbeat
+from deployments.monitors.heartbeat import with_heartbeat
 
 ROOT = Path(__file__).parents[3]
 

@@ -2,7 +2,7 @@ import pytest
 
 from core.batch import ForwardShape, IterationSample
 from core.types import SliceKind, SliceTiming
-from deployments.iteration_monitor import IterationMonitor
+from deployments.monitors.iteration_monitor import IterationMonitor
 
 
 def sample(forward_s, predicted_s, *, slices_s=0.0, budget_s=0.0, tokens=1):

@@ -5,12 +5,12 @@ import pytest
 from alignment.versions.registry import AdapterRegistry
 from core.config import AppArgs
 from core.errors import AdapterError, PairTooLongError, StoreUnavailableError
-from core.messages import CachedReference, TrainingBatch, TrainingPair
 from core.types import TaskKind, TokenizedPair
-from deployments import learner as learner_module
-from deployments.learner import Learner
-from deployments.versions import AdapterVersions
-from engine.pair_tokens import reference_key
+from core.wire import CachedReference, TrainingBatch, TrainingPair
+from deployments.learning import learner as learner_module
+from deployments.learning.learner import Learner
+from deployments.publishing.versions import AdapterVersions
+from engine.training.pair_tokens import reference_key
 from tests.unit.deployments.fakes import FakeControl, FakeEngine
 
 BASE_MODEL = "base-model"

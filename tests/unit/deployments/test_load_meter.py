@@ -6,8 +6,8 @@ from hypothesis import strategies as st
 
 from core.batch import ForwardShape, IterationSample
 from core.types import SliceKind, SliceTiming
-from deployments.load_meter import LoadMeter, PromptSpeed
-from engine.engine_load import EngineLoad
+from deployments.routing.load_meter import LoadMeter, PromptSpeed
+from engine.vllm.engine_load import EngineLoad
 
 
 def iteration(num_prefill_tokens, wall_s):

@@ -6,11 +6,11 @@ import itertools
 import pytest
 from prometheus_client import REGISTRY, Counter
 
-from deployments.prefix_index import MAX_NAMES, PrefixIndex, note_request
-from deployments.prefix_monitor import PrefixMonitor
-from deployments.prefix_text import prefixes_of
-from engine.prefix_counts import PrefixCounts, read_prefix_counts
-from scheduler.prefix_changes import BlocksRemoved, BlocksStored, CacheCleared
+from deployments.monitors.prefix_monitor import PrefixMonitor
+from deployments.routing.prefix_index import MAX_NAMES, PrefixIndex, note_request
+from deployments.routing.prefix_text import prefixes_of
+from engine.prefixes.counts import PrefixCounts, read_prefix_counts
+from scheduler.prefixes.changes import BlocksRemoved, BlocksStored, CacheCleared
 
 BLOCK = 16
 clock = (float(i) for i in itertools.count())

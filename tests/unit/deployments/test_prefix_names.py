@@ -8,9 +8,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from deployments.prefix_proxy import PrefixNames, middlewares
-from deployments.prefix_text import HEADER, LENGTHS, MAX_TEXT_BYTES, TextPrefixes, prefixes_of
-from deployments.sent_prefixes import SentPrefixes, cached_text_bytes
+from deployments.routing.prefix_proxy import PrefixNames, middlewares
+from deployments.routing.prefix_text import HEADER, LENGTHS, MAX_TEXT_BYTES, TextPrefixes, prefixes_of
+from deployments.routing.sent_prefixes import SentPrefixes, cached_text_bytes
 
 
 def chat(*contents, model="m"):

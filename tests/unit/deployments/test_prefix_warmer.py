@@ -8,8 +8,8 @@ import pytest
 from alignment.versions.adapter_files import AdapterManifest
 from alignment.versions.registry import AdapterRegistry
 from core.alignment_config import VersionsConfig
-from deployments.prefix_warmer import PrefixWarmer, StepPace
-from deployments.versions import AdapterVersions, Published
+from deployments.publishing.prefix_warmer import PrefixWarmer, StepPace
+from deployments.publishing.versions import AdapterVersions, Published
 from tests.unit.deployments.fakes import FakeEngine, write_peft
 
 SYSTEM = list(range(100, 112))

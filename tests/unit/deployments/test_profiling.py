@@ -3,7 +3,7 @@ import pytest
 from core.batch import ForwardShape, IterationSample
 from core.config import AppArgs
 from core.types import SliceKind, SliceTiming
-from deployments.profiling import origin_of, target_warnings, with_profile_path
+from deployments.monitors.profiling import origin_of, target_warnings, with_profile_path
 from profiler.fit import fit_profile
 
 

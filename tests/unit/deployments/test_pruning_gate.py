@@ -6,9 +6,9 @@ import pytest
 
 from core.config import AppArgs
 from deployments.pruning_gate import with_pruning_gate
-from engine.vllm_compat import worker_binding
+from engine.pruning.gate import pruning_report_path
+from engine.vllm.compat import worker_binding
 from profiler.device import describe_device, worker_threads
-from profiler.pruning_gate import pruning_report_path
 
 
 @pytest.fixture

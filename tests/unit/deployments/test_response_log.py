@@ -4,11 +4,11 @@ import pytest
 
 from alignment.records.pairs import StoredResponse
 from core.errors import ControlUnavailableError
-from deployments.response_log import ResponseLog
+from deployments.monitors.response_log import ResponseLog
 
 
 class Sink:
-    """Implements `deployments.response_log.ResponseSink`."""
+    """Implements `deployments.monitors.response_log.ResponseSink`."""
 
     def __init__(self):
         self.stored = []
@@ -53,7 +53,7 @@ def test_nothing_is_lost_while_control_is_away():
 
 
 def test_the_buffer_is_bounded_and_drops_the_oldest(monkeypatch):
-    monkeypatch.setattr("deployments.response_log._MAX_WAITING", 3)
+    monkeypatch.setattr("deployments.monitors.response_log._MAX_WAITING", 3)
 
     async def scenario():
         sink = Sink()

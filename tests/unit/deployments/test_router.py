@@ -18,8 +18,15 @@ from ray.serve._private.common import (
 )
 from ray.serve.request_router import PendingRequest, RequestRouter
 
-from core.messages import ExecutorLoad
-from deployments.router import BYTES_PER_TOKEN, STALE_S, ExecutorRouter, load_of, prompt_tokens_of, scope_of
+from core.wire import ExecutorLoad
+from deployments.routing.router import (
+    BYTES_PER_TOKEN,
+    STALE_S,
+    ExecutorRouter,
+    load_of,
+    prompt_tokens_of,
+    scope_of,
+)
 
 DEPLOYMENT = DeploymentID("Executor", "mace")
 request_ids = (f"internal-{i}" for i in itertools.count())

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from core.errors import AdapterError
-from deployments.training_progress import CheckpointSlot, TrainingProgress
+from deployments.learning.training_progress import CheckpointSlot, TrainingProgress
 
 ROOT = Path(__file__).parents[3]
 

@@ -5,7 +5,7 @@ import pytest
 from alignment.versions.adapter_files import AdapterManifest
 from alignment.versions.registry import AdapterRegistry
 from core.errors import DamagedAdapterError, UnknownVersionError
-from deployments.versions import AdapterVersions
+from deployments.publishing.versions import AdapterVersions
 from tests.unit.deployments.fakes import FakeEngine, write_peft
 
 

@@ -9,7 +9,7 @@ from alignment.versions.adapter_files import AdapterManifest
 from alignment.versions.registry import AdapterRegistry
 from core.alignment_config import VersionsConfig
 from core.errors import AdapterError, UnknownVersionError
-from deployments.versions import AdapterVersions, Published
+from deployments.publishing.versions import AdapterVersions, Published
 from tests.unit.deployments.fakes import FakeEngine, write_peft
 
 CANARY = VersionsConfig(canary_share=0.1)

@@ -24,11 +24,11 @@ from vllm.v1.structured_output import StructuredOutputManager
 
 from core.config import AppArgs
 from core.types import FineTuneTask, SliceReport, TaskKind, TokenizedPair
-from engine.hybrid_scheduler import AsyncHybridScheduler
-from engine.messages import REPORT_ATTRIBUTE, TASK_KEY, IterationReport
-from engine.planning import KvPool, kv_pool_of
-from engine.vllm_compat import make_engine_args
-from scheduler.memory_ledger import Pool
+from engine.vllm.compat import make_engine_args
+from engine.vllm.directive import REPORT_ATTRIBUTE, TASK_KEY, IterationReport
+from engine.vllm.planning import KvPool, kv_pool_of
+from engine.vllm.scheduler import AsyncHybridScheduler
+from scheduler.memory.ledger import Pool
 
 BLOCK_TOKENS = 16
 ARENA_BYTES = 64 << 20

@@ -5,9 +5,9 @@ import pytest
 import torch
 
 from core.errors import AdapterError
-from engine import checkpoint_writer
-from engine.checkpoint_writer import CheckpointWriter
-from engine.training_state import TrainingState, read_training_state
+from engine.training import checkpoint_writer
+from engine.training.checkpoint_writer import CheckpointWriter
+from engine.training.training_state import TrainingState, read_training_state
 
 WAIT_S = 20.0
 

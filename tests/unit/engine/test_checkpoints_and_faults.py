@@ -13,8 +13,8 @@ import torch
 
 from core.config import AppArgs
 from core.types import Checkpoint, SliceKind, TaskKind
-from engine.dpo import DpoStep
-from engine.finetune_runner import FineTuneRunner
+from engine.training.dpo import DpoStep
+from engine.training.runner import FineTuneRunner
 from tests.unit.engine.trainable_models import make_task, make_training, save_model
 
 WAIT_S = 20.0

@@ -5,8 +5,8 @@ from transformers import AutoModelForCausalLM
 
 from core.errors import DivergedError, PairTooLongError, TrainingError
 from core.types import FineTuneTask, SliceKind, TaskKind, TokenizedPair
-from engine.dpo import DpoStep
-from engine.shadow import ShadowAdapter
+from engine.training.dpo import DpoStep
+from engine.training.shadow import ShadowAdapter
 from tests.unit.engine.trainable_models import build, make_task, make_training, run, run_to_loss, save_model, start
 
 

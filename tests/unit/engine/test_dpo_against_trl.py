@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 from trl import DPOConfig, DPOTrainer
 
 from core.types import FineTuneTask, TaskKind, TokenizedPair
-from engine.trainable import TARGET_MODULES
+from engine.training.trainable import TARGET_MODULES
 from tests.unit.engine.trainable_models import VOCAB, make_training, run, run_to_loss, save_model, start
 
 MAX_LENGTH = 16

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from core.errors import PairTooLongError, TrainingError
 from core.types import TokenizedPair
-from engine.dpo_batch import cut_pair, make_micro_batches
+from engine.training.dpo_batch import cut_pair, make_micro_batches
 
 CPU = torch.device("cpu")
 

@@ -8,8 +8,8 @@ from torch.nn import functional
 
 from core.errors import DivergedError, TrainingError
 from core.types import SliceKind, TaskKind
-from engine.dpo import DpoStep
-from engine.shadow import ShadowAdapter
+from engine.training.dpo import DpoStep
+from engine.training.shadow import ShadowAdapter
 from tests.unit.engine.trainable_models import build, make_task, make_training, run, run_to_loss, save_model, start
 
 REFERENCE_KINDS = {SliceKind.REFERENCE_LAYER, SliceKind.REFERENCE_HEAD}
@@ -103,7 +103,8 @@ def _sequence_logp(model, prompt, completion):
 
 
 def plain_loss(model, pairs, config):
-    """The formula of `engine.dpo`'s docstring on Hugging Face's forward pass; also each pair's own DPO loss."""
+    """The formula of `engine.training.dpo`'s docstring on Hugging Face's forward pass; also each pair's own DPO
+    loss."""
     total, nll, tokens, losses = 0.0, 0.0, 0.0, []
     for pair in pairs:
         sides = [(pair.prompt_ids, pair.chosen_ids), (pair.prompt_ids, pair.rejected_ids)]

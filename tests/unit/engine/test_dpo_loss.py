@@ -1,8 +1,8 @@
 import pytest
 import torch
 
-from engine import dpo_loss
-from engine.dpo_loss import sigmoid_dpo, sum_per_row, token_log_probs, token_log_probs_and_grad
+from engine.training import dpo_loss
+from engine.training.dpo_loss import sigmoid_dpo, sum_per_row, token_log_probs, token_log_probs_and_grad
 from tests.unit.engine.trainable_models import VOCAB, build, save_model
 
 

@@ -9,9 +9,9 @@ from torch.nn import functional
 
 from core import pair_groups
 from core.types import FineTuneTask, SliceKind, TaskKind, TokenizedPair
-from engine.dpo import DpoStep
-from engine.prompt_sharing import SharedPrompts
-from engine.shadow import ShadowAdapter
+from engine.training.dpo import DpoStep
+from engine.training.prompt_sharing import SharedPrompts
+from engine.training.shadow import ShadowAdapter
 from tests.unit.engine.trainable_models import (
     CONFIGS,
     VOCAB,

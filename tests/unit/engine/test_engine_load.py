@@ -9,8 +9,8 @@ from vllm.sampling_params import SamplingParams
 from vllm.v1.engine import EngineCoreOutput, EngineCoreRequest
 from vllm.v1.engine.output_processor import OutputProcessor
 
-from engine import engine_load
-from engine.engine_load import read_engine_load
+from engine.vllm import engine_load
+from engine.vllm.engine_load import read_engine_load
 
 TOKEN_BYTES = 2 * 2 * 3 * 16 * 4
 

@@ -6,9 +6,9 @@ import torch
 
 from core.config import AppArgs
 from core.types import SliceKind, TaskKind
-from engine.finetune_runner import FineTuneRunner
-from engine.task_table import TaskTable
-from engine.trainable import TrainableModel
+from engine.training.runner import FineTuneRunner
+from engine.training.trainable import TrainableModel
+from engine.vllm.task_table import TaskTable
 from tests.unit.engine.trainable_models import make_task, make_training, save_model
 
 

@@ -6,7 +6,7 @@ import psutil
 import pytest
 import torch
 
-from engine.heap_trim import HeapTrimmer, HeapUse, heap_use
+from engine.vllm.heap_trim import HeapTrimmer, HeapUse, heap_use
 
 MIB = 1 << 20
 

@@ -5,8 +5,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from engine.kv_block_stats import KeyStatistics
-from engine.kv_scores import make_scorer
+from engine.pruning.block_stats import KeyStatistics
+from engine.pruning.scores import make_scorer
 
 BLOCK, HEADS, SIZE = 4, 2, 8
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from core.errors import ConfigError
-from engine.kv_scores import choose_blocks, make_scorer
+from engine.pruning.scores import choose_blocks, make_scorer
 
 LAYERS, BLOCKS, BLOCK_TOKENS, HEADS, HEAD_SIZE = 3, 7, 16, 2, 24
 NUM_TOKENS = BLOCKS * BLOCK_TOKENS

@@ -5,9 +5,9 @@ from transformers import AutoTokenizer
 
 from core.config import TrainingConfig
 from core.errors import PairTooLongError, TrainingError
-from core.messages import TrainingPair
 from core.types import TokenizedPair
-from engine.pair_tokens import PairTokenizer, reference_key
+from core.wire import TrainingPair
+from engine.training.pair_tokens import PairTokenizer, reference_key
 
 MESSAGES = [
     {"role": "system", "content": "Be kind."},

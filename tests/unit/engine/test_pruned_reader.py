@@ -7,10 +7,10 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from core.errors import UnsupportedModelError
-from engine.kv_scores import make_scorer
-from engine.pruned_reader import PrunedReader, PruningPlan
+from engine.pruning.reader import PrunedReader, PruningPlan
+from engine.pruning.scores import make_scorer
+from engine.pruning.tasks import make_recall
 from engine.tiny.tokenizer import train_tokenizer
-from profiler.pruning_tasks import make_recall
 from tests.unit.engine.trainable_models import VOCAB, save_model
 
 BLOCK = 4

@@ -7,12 +7,12 @@ from transformers import AutoModelForCausalLM
 
 from core.config import ModelConfig
 from core.errors import AdapterError, ConfigError, ProfileError
-from engine.kv_scores import make_scorer
-from engine.pruned_reader import PrunedReader, PruningPlan
-from engine.pruning_accuracy import BlockCounts, PruningMeasurement, loaded_model, measure
-from engine.pruning_passages import generated_passages, reply_passages, text_passages
+from engine.pruning.accuracy import BlockCounts, PruningMeasurement, loaded_model, measure
+from engine.pruning.passages import generated_passages, reply_passages, text_passages
+from engine.pruning.reader import PrunedReader, PruningPlan
+from engine.pruning.scores import make_scorer
+from engine.pruning.tasks import make_recall
 from engine.tiny.tokenizer import VOCAB_SIZE, train_tokenizer
-from profiler.pruning_tasks import make_recall
 from tests.unit.engine.trainable_models import save_model
 
 PLAN = PruningPlan(make_scorer("key_norm"), 16, sink_tokens=16, recent_tokens=32)

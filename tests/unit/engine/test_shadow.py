@@ -7,8 +7,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from core.errors import AdapterError, DamagedAdapterError, DivergedError
-from engine.dpo import DpoStep
-from engine.shadow import ShadowAdapter
+from engine.training.dpo import DpoStep
+from engine.training.shadow import ShadowAdapter
 from tests.unit.engine.trainable_models import build, make_task, make_training, run, run_to_loss, save_model, start
 
 
@@ -194,7 +194,9 @@ def test_progress_and_random_numbers_come_back(qwen, tmp_path):
 
 def test_random_numbers_of_another_torch_are_left_out(qwen, tmp_path, monkeypatch):
     shadow, path = ShadowAdapter(build(qwen), make_training()), tmp_path / "training.safetensors"
-    monkeypatch.setattr("engine.shadow.random_state", lambda device: {"cpu": torch.zeros(7, dtype=torch.uint8)})
+    monkeypatch.setattr(
+        "engine.training.shadow.random_state", lambda device: {"cpu": torch.zeros(7, dtype=torch.uint8)}
+    )
     shadow.save_training_state(path, {"step": 1})
     before = torch.get_rng_state()
     assert shadow.load_training_state(path) == {"step": 1}

@@ -16,9 +16,9 @@ from transformers import (
 
 from core.config import LoraConfig, TrainingConfig
 from core.types import FineTuneTask, TaskKind, TokenizedPair
-from engine.dpo import DpoStep
-from engine.shadow import ShadowAdapter
-from engine.trainable import TrainableModel
+from engine.training.dpo import DpoStep
+from engine.training.shadow import ShadowAdapter
+from engine.training.trainable import TrainableModel
 
 VOCAB = 61
 CONFIGS = {"llama": LlamaConfig, "mistral": MistralConfig, "qwen2": Qwen2Config, "qwen3": Qwen3Config}

@@ -16,7 +16,7 @@ import torch
 from alignment.versions.adapter_files import AdapterManifest
 from core.config import AppArgs
 from core.types import FineTuneTask, TaskKind
-from deployments import learner as learner_module
+from deployments.learning import learner as learner_module
 from engine.tiny.knowledge import held_out_questions, preference_questions
 from tests.support.loop import flipped
 from tests.support.whole_loop import TestScore, WholeLoop

@@ -7,8 +7,7 @@ import pytest
 
 from core.config import KvPruningConfig, ModelConfig
 from core.errors import ProfileError
-from profiler.profile import Origin, profile_path
-from profiler.pruning_gate import (
+from engine.pruning.gate import (
     Estimate,
     FractionResult,
     PruningReport,
@@ -20,6 +19,7 @@ from profiler.pruning_gate import (
     find_report,
     pruning_report_path,
 )
+from profiler.profile import Origin, profile_path
 
 MODEL = ModelConfig(model_id="m", model_source="/models/m")
 CONFIG = KvPruningConfig()  # keydiff, at most 0.25, 0.05 nats, 2 % of the answers

@@ -5,7 +5,7 @@ import re
 
 import pytest
 
-from profiler.pruning_tasks import all_words, first_sentence, is_right, make_passage, make_recall
+from engine.pruning.tasks import all_words, first_sentence, is_right, make_passage, make_recall
 
 
 def count_words(text: str) -> int:

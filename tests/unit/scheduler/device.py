@@ -3,8 +3,8 @@
 from core.batch import ForwardShape
 from core.config import SchedulerConfig, SloConfig
 from core.types import SliceKind
-from scheduler.iteration import EngineLimits, IterationPlanner
-from scheduler.memory_ledger import MemoryLedger
+from scheduler.iteration.planner import EngineLimits, IterationPlanner
+from scheduler.memory.ledger import MemoryLedger
 
 
 class KnownDevice:

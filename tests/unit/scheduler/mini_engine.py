@@ -5,10 +5,10 @@ from dataclasses import dataclass
 from core.batch import ForwardShape, IterationSample
 from core.config import KvPruningConfig, SloConfig
 from core.types import SliceKind, SliceTiming
-from scheduler.iteration import EngineLimits, IterationPlanner
-from scheduler.memory_ledger import MemoryLedger
-from scheduler.plan import MAX_PREFILLS_SEEN, FineTuneState, IterationView, PrefillTask, PruneOffer
-from scheduler.waiting import WaitingQueue
+from scheduler.iteration.plan import MAX_PREFILLS_SEEN, FineTuneState, IterationView, PrefillTask, PruneOffer
+from scheduler.iteration.planner import EngineLimits, IterationPlanner
+from scheduler.memory.ledger import MemoryLedger
+from scheduler.queues.waiting import WaitingQueue
 
 KV_BYTES_PER_TOKEN = 10
 ARENA_BYTES_PER_TOKEN = 20
@@ -129,7 +129,7 @@ class MiniEngine:
         return max(0, min(int(self.pruning.max_fraction * full), full - kept))
 
     def _offer(self):
-        """Harm as `engine.kv_pruning` has it."""
+        """Harm as `engine.pruning.pruner` has it."""
         self.offered = []
         if self.pruning.start == "off" or not self.has_scores:
             return None

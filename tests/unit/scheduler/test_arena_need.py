@@ -1,4 +1,4 @@
-"""The predicted memory of a step against what `engine.dpo.DpoStep` really holds and autograd really keeps."""
+"""The predicted memory of a step against what `engine.training.dpo.DpoStep` really holds and autograd really keeps."""
 
 from pathlib import Path
 
@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from core.errors import ConfigError
-from scheduler.arena import ArenaModel
-from scheduler.arena_need import ArenaNeed, ModelDims
+from scheduler.memory.arena import ArenaModel
+from scheduler.memory.arena_need import ArenaNeed, ModelDims
 from tests.unit.engine.trainable_models import make_task, make_training, save_model, start
 
 HELD_FACTOR = 1.5

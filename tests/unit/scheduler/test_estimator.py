@@ -1,7 +1,7 @@
 import pytest
 
 from core.types import SliceKind
-from scheduler.estimator import SliceEstimator
+from scheduler.iteration.estimator import SliceEstimator
 
 
 def test_a_slice_is_estimated_by_the_slowest_recent_one():

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from scheduler.hot_prefixes import HotPrefixes
+from scheduler.prefixes.hot import HotPrefixes
 
 BLOCK = 2
 prompts = st.lists(st.lists(st.integers(0, 1), min_size=0, max_size=9), max_size=25)

@@ -3,7 +3,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from core.errors import LedgerError
-from scheduler.memory_ledger import MemoryLedger, Pool
+from scheduler.memory.ledger import MemoryLedger, Pool
 
 
 def test_a_reservation_that_does_not_fit_changes_nothing():

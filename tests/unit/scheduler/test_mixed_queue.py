@@ -3,9 +3,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from core.config import SchedulerConfig
-from scheduler.mixed_queue import MixedQueue
-from scheduler.scoring_queue import ScoringQueue
-from scheduler.task_queue import QueuedTask
+from scheduler.queues.mixed_queue import MixedQueue
+from scheduler.queues.scoring_queue import ScoringQueue
+from scheduler.queues.task_queue import QueuedTask
 
 SHARES = {"new": 0.5, "hard": 0.25, "replay": 0.25}
 

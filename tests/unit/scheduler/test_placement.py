@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from core.config import SchedulerConfig
-from core.messages import ExecutorLoad
+from core.wire import ExecutorLoad
 from scheduler.placement import choose_executor, predict_ttft_s
 
 CONFIG = SchedulerConfig(tau_mem=1.0)

@@ -2,7 +2,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from scheduler.prefix_tree import BLOCK_OVERHEAD_BYTES, PrefixTree
+from scheduler.prefixes.tree import BLOCK_OVERHEAD_BYTES, PrefixTree
 
 BLOCK = 2
 BLOCK_BYTES = 4 * BLOCK + BLOCK_OVERHEAD_BYTES

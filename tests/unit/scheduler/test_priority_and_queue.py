@@ -7,9 +7,9 @@ from hypothesis import strategies as st
 
 from core.batch import ForwardShape
 from core.config import SchedulerConfig
-from scheduler.plan import FineTuneState, IterationView
+from scheduler.iteration.plan import FineTuneState, IterationView
 from scheduler.priority import decode_priority, finetune_priority, prefill_priority
-from scheduler.task_queue import QueuedTask, TaskQueue
+from scheduler.queues.task_queue import QueuedTask, TaskQueue
 from tests.unit.scheduler.device import make_planner
 
 CONFIG = SchedulerConfig()

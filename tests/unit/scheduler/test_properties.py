@@ -9,10 +9,10 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
 from core.config import SchedulerConfig
-from scheduler.memory_ledger import Pool
+from scheduler.iteration.slice_size import ARENA_OWNER
+from scheduler.memory.ledger import Pool
 from scheduler.packing import Bin, Demand, pack
 from scheduler.priority import starvation_bound_s
-from scheduler.slice_size import ARENA_OWNER
 from tests.unit.scheduler.device import KnownDevice
 from tests.unit.scheduler.mini_engine import MiniEngine, Request
 

@@ -1,7 +1,7 @@
 import pytest
 
 from core.config import SchedulerConfig
-from scheduler.retrain import RetrainMeter
+from scheduler.iteration.retrain import RetrainMeter
 
 
 def meter(**config):

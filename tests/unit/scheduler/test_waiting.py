@@ -4,7 +4,7 @@ from hypothesis import strategies as st
 
 from core.config import SchedulerConfig
 from scheduler.priority import prefill_priority
-from scheduler.waiting import WaitingQueue
+from scheduler.queues.waiting import WaitingQueue
 
 CONFIG = SchedulerConfig(base_priority_prefill=10, rate_prefill=1, base_priority_batch=5, rate_batch=0.2)
 rows = st.lists(st.tuples(st.floats(0, 100), st.integers(-12, 12)), max_size=30)

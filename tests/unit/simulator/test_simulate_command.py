@@ -5,7 +5,7 @@ import pytest
 from typer import Typer
 from typer.testing import CliRunner
 
-from benchmarks.simulate import simulate
+from benchmarks.studies.simulate import simulate
 from tests.unit.simulator.devices import make_profile
 
 _TRACE = """

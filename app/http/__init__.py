@@ -1,0 +1,1 @@
+"""The HTTP application of an executor: middleware chain, errors and routes."""

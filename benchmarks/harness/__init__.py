@@ -1,0 +1,1 @@
+"""What measurements share: engines and servers under test, clients, statistics."""

@@ -1,0 +1,120 @@
+"""Fine-tune work for a measured engine: a backlog that never empties, or pairs at a fixed rate."""
+
+import asyncio
+import contextlib
+import itertools
+from collections.abc import Callable
+
+import numpy as np
+
+from benchmarks.harness.engine_seam import MeasuredEngine
+from benchmarks.harness.records import TaskRecord
+from core.errors import TrainingError
+from core.types import FineTuneTask, TaskKind, TokenizedPair
+from simulator.trace import FineTune
+
+BACKLOG_TASKS = 2
+"""Steps that are submitted at any time: one runs, and the next is there before it ends."""
+
+_POOL_PAIRS = 64
+"""Distinct pairs; they repeat, as production repeats pairs, so that the loss stays in bounds however long a run is."""
+
+_ERROR_PAUSE_S = 0.1
+"""After a failed step; an engine that refuses every task must not be asked in a tight loop."""
+
+
+class FineTuneFeeder:
+    """Submits DPO steps of random pairs and records how each ends. `start`, then `stop`."""
+
+    def __init__(
+        self, engine: MeasuredEngine, load: FineTune, *, pairs_per_step: int, vocab_size: int, seed: int = 0
+    ) -> None:
+        self._engine = engine
+        self._load = load
+        self._pairs_per_step = pairs_per_step
+        self._pool = random_pairs(load, vocab_size, seed)
+        self._numbers = itertools.count()
+        self._workers: set[asyncio.Task[None]] = set()
+        self._clock: Callable[[], float] = lambda: 0.0
+        self._has_finished = asyncio.Event()
+        self.finished: list[TaskRecord] = []
+        """Every step that ended since `start`, failed ones too."""
+
+    def start(self, clock: Callable[[], float]) -> None:
+        """Begin to submit; `clock` gives the seconds that records carry."""
+        self._clock = clock
+        if self._load.pairs_per_s is None:
+            for _ in range(BACKLOG_TASKS):
+                self._spawn(self._keep_busy())
+        elif self._load.pairs_per_s > 0:
+            self._spawn(self._at_rate(self._load.pairs_per_s))
+
+    async def stop(self) -> None:
+        """Abort what is submitted. Steps that were cut off leave no record."""
+        workers = list(self._workers)
+        for worker in workers:
+            worker.cancel()
+        await asyncio.gather(*workers, return_exceptions=True)
+
+    async def wait_for_one(self, limit_s: float) -> bool:
+        """Until a step has ended since `start`, or the limit; whether one has (or none will ever come).
+
+        Raises:
+            TrainingError: the first step failed.
+        """
+        if not self._workers:
+            return True
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self._has_finished.wait(), limit_s)
+        if self.finished and self.finished[0].error is not None:
+            raise TrainingError(f"the first fine-tune step failed: {self.finished[0].error}")
+        return bool(self.finished)
+
+    def _spawn(self, work: "asyncio._CoroutineLike[None]") -> None:
+        task = asyncio.get_running_loop().create_task(work)
+        self._workers.add(task)
+        task.add_done_callback(self._workers.discard)
+
+    async def _keep_busy(self) -> None:
+        while True:
+            await self._run_step()
+
+    async def _at_rate(self, pairs_per_s: float) -> None:
+        """A step is submitted when its last pair has arrived, whether or not earlier ones are done."""
+        started_s = self._clock()
+        for number in itertools.count(1):
+            due_s = started_s + number * self._pairs_per_step / pairs_per_s
+            await asyncio.sleep(max(0.0, due_s - self._clock()))
+            self._spawn(self._run_step())
+
+    async def _run_step(self) -> None:
+        number = next(self._numbers)
+        first = number * self._pairs_per_step
+        pairs = tuple(self._pool[(first + i) % len(self._pool)] for i in range(self._pairs_per_step))
+        record = TaskRecord(f"bench-{number}", len(pairs))
+        try:
+            result = await self._engine.run_task(FineTuneTask(record.task_id, TaskKind.TRAIN, pairs))
+            record.busy_s, record.longest_slice_s = result.busy_s, result.longest_slice_s
+            record.error = result.error
+        except Exception as error:  # noqa: BLE001 - a failed step is a result of the measurement
+            record.error = f"{type(error).__name__}: {error}"
+        record.finished_s = self._clock()
+        self.finished.append(record)
+        self._has_finished.set()
+        if record.error is not None:
+            await asyncio.sleep(_ERROR_PAUSE_S)
+
+
+def random_pairs(load: FineTune, vocab_size: int, seed: int) -> list[TokenizedPair]:
+    """The pool of distinct pairs, all of the trace's lengths."""
+    rng = np.random.default_rng([seed, 1])
+
+    def ids(count: int) -> tuple[int, ...]:
+        return tuple(rng.integers(0, vocab_size, count).tolist())
+
+    return [
+        TokenizedPair(
+            f"pair-{i}", ids(load.prompt_tokens), ids(load.completion_tokens), ids(load.completion_tokens)
+        )
+        for i in range(_POOL_PAIRS)
+    ]

@@ -1,0 +1,204 @@
+"""One measurement on one engine in a process of its own, so that no run inherits threads, caches or settings.
+
+`run_job` starts `python -m benchmarks.harness.jobs JOB RESULT` and reads the result file; both files are JSON.
+"""
+
+import asyncio
+import itertools
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from benchmarks.harness.calibration import calibrate_rate
+from benchmarks.harness.client import ClientOptions, run_window
+from benchmarks.harness.engine_seam import MeasuredEngine
+from benchmarks.harness.feeder import FineTuneFeeder
+from benchmarks.harness.models import ModelName, args_for, vocab_size
+from benchmarks.harness.profiling import write_profile
+from benchmarks.harness.results import RunMetrics, summarize
+from core.errors import MaceError
+from simulator.trace import Trace, TraceRequest
+
+_ENGINE_START_S = 300.0
+_LOG_TAIL_CHARS = 2000
+
+
+class MeasurementError(MaceError):
+    """A run of a benchmark ended without a result; the message holds the end of its log."""
+
+
+class Job(BaseModel):
+    """What one process measures."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+
+    model: ModelName
+    model_dir: Path
+    trace: Trace
+    """Its `args` are the engine's settings."""
+    kind: Literal["serve", "calibrate", "profile"] = "serve"
+    with_requests: bool = True
+    """False: training alone."""
+    with_training: bool = True
+    """False: no fine-tune work is submitted."""
+    window_s: float = Field(gt=0)
+    warm_up_s: float = Field(5.0, ge=0)
+    drain_s: float = Field(30.0, gt=0)
+    profile_out: Path | None = None
+    """Measure a profile on this engine first, and write it here; kind `profile` does nothing else."""
+    busy_share: float = Field(0.4, gt=0, lt=1)
+    """What `calibrate` looks for."""
+
+    @property
+    def limit_s(self) -> float:
+        """Wall time after which the process is ended."""
+        windows = 8 if self.kind == "calibrate" else 1
+        profile_s = 0.0 if self.profile_out is None else 3 * self.trace.args.profile.max_measure_s
+        return (
+            _ENGINE_START_S
+            + profile_s
+            + self.warm_up_s
+            + 11 * self.drain_s
+            + windows * (self.window_s + self.drain_s)
+        )
+
+
+class JobResult(BaseModel):
+    """What it found."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    metrics: RunMetrics | None = None
+    """Of kind `serve`."""
+    rate_per_s: float | None = None
+    """Of kind `calibrate`."""
+    threads: str
+    """Cores that the worker's threads were bound to."""
+
+    @property
+    def served(self) -> RunMetrics:
+        """The metrics of a job of kind `serve`; MeasurementError for another kind."""
+        if self.metrics is None:
+            raise MeasurementError("this job measured no window")
+        return self.metrics
+
+    @property
+    def calibrated_rate_per_s(self) -> float:
+        """The rate of a job of kind `calibrate`; MeasurementError for another kind."""
+        if self.rate_per_s is None:
+            raise MeasurementError("this job calibrated no rate")
+        return self.rate_per_s
+
+
+def run_job(job: Job) -> JobResult:
+    """Run a job in a fresh process.
+
+    Raises:
+        MeasurementError: it failed or took too long; its whole process group is ended.
+    """
+    root = Path(__file__).resolve().parents[1]
+    with tempfile.TemporaryDirectory(prefix="mace-job-") as directory:
+        job_path, result_path, log_path = (Path(directory) / name for name in ("job.json", "result.json", "log"))
+        job_path.write_text(job.model_dump_json(), encoding="utf-8")
+        with log_path.open("wb") as log:
+            child = subprocess.Popen(
+                [sys.executable, "-m", "benchmarks.harness.jobs", str(job_path), str(result_path)],
+                env={**os.environ, "PYTHONPATH": os.pathsep.join([str(root), os.environ.get("PYTHONPATH", "")])},
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+            )
+            code = _wait(child, job.limit_s)
+        if code != 0 or not result_path.exists():
+            tail = log_path.read_text(encoding="utf-8", errors="replace")[-_LOG_TAIL_CHARS:]
+            raise MeasurementError(f"the run of {job.trace.name} ended with {_reason(code, job.limit_s)}:\n{tail}")
+        return JobResult.model_validate_json(result_path.read_bytes())
+
+
+def _wait(child: subprocess.Popen[bytes], limit_s: float) -> int | None:
+    """Exit code, or None if it took too long. The engine's processes are in the child's group."""
+    try:
+        return child.wait(limit_s)
+    except subprocess.TimeoutExpired:
+        return None
+    finally:
+        if child.poll() is None:
+            os.killpg(child.pid, signal.SIGKILL)
+            child.wait()
+
+
+def _reason(code: int | None, limit_s: float) -> str:
+    return f"no result after {limit_s:.0f} s" if code is None else f"exit code {code}"
+
+
+async def execute(job: Job) -> JobResult:
+    """Start the engine, measure, shut down."""
+    # A wrong directory shows here, before imports that take seconds.
+    args, vocabulary = args_for(job.model, job.model_dir, job.trace.args), vocab_size(job.model_dir)
+    from engine.vllm.compat import configure_environment
+    from engine.vllm.engine import HybridEngine
+
+    configure_environment(args, job.model_dir)
+    engine = await HybridEngine.start(args, str(job.model_dir))
+    threads = os.environ["VLLM_CPU_OMP_THREADS_BIND"]
+    try:
+        if job.profile_out is not None:
+            await write_profile(engine, args, job.profile_out)
+        if job.kind == "profile":
+            return JobResult(threads=threads)
+        if job.kind == "calibrate":
+            rate = await calibrate_rate(engine, job.trace, vocabulary, job.window_s, job.busy_share)
+            return JobResult(rate_per_s=rate, threads=threads)
+        return JobResult(metrics=await serve(engine, job, vocabulary), threads=threads)
+    finally:
+        engine.shutdown()
+
+
+async def serve(engine: MeasuredEngine, job: Job, vocabulary: int) -> RunMetrics:
+    """Measure the window of a job on an engine that runs with the job's settings."""
+    trace = job.trace
+    feeder = None
+    if job.with_training:
+        feeder = FineTuneFeeder(
+            engine,
+            trace.finetune,
+            pairs_per_step=trace.args.training.pairs_per_step,
+            vocab_size=vocabulary,
+            seed=trace.seed,
+        )
+    run = await run_window(
+        engine,
+        list(trace.requests()) if job.with_requests else [],
+        ClientOptions(window_s=job.window_s, vocab_size=vocabulary, seed=trace.seed, drain_s=job.drain_s),
+        feeder,
+        warm_up_requests(trace, job.warm_up_s) if job.with_requests else [],
+    )
+    return summarize(run, trace.args.slo)
+
+
+def warm_up_requests(trace: Trace, warm_up_s: float) -> list[TraceRequest]:
+    """Requests of the same kind for that long, none of them in the trace."""
+    other = trace.model_copy(update={"seed": trace.seed + 1_000_003})
+    return list(itertools.takewhile(lambda request: request.arrival_s < warm_up_s, other.requests()))
+
+
+def main() -> None:
+    """Entry point of the child process: paths of the job and of the result."""
+    job_path, result_path = map(Path, sys.argv[1:3])
+    job = Job.model_validate_json(job_path.read_bytes())
+    started_s = time.perf_counter()
+    result = asyncio.run(execute(job))
+    result_path.write_text(result.model_dump_json(), encoding="utf-8")
+    sys.stderr.write(f"done in {time.perf_counter() - started_s:.0f} s\n")
+
+
+if __name__ == "__main__":
+    main()

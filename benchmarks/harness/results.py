@@ -1,0 +1,164 @@
+"""From what the client saw to numbers. Definitions are in docs/benchmarks.md; all times in seconds, shares in 0..1."""
+
+import statistics
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict
+
+from benchmarks.harness.records import RequestRecord, RunRecord, TaskRecord
+from core.config import SloConfig
+
+
+class RunMetrics(BaseModel):
+    """The numbers of one run. None where there is nothing to take a statistic of."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    num_requests: int
+    num_errors: int
+    """Requests that did not end with all their tokens; each misses its SLO."""
+    request_rate_per_s: float
+    output_tokens_per_s: float
+    ttft_p50_s: float | None
+    ttft_p90_s: float | None
+    ttft_p99_s: float | None
+    tbt_p50_s: float | None
+    tbt_p90_s: float | None
+    tbt_p99_s: float | None
+    tbt_max_s: float | None
+    slo_attainment: float | None
+    """Share of requests that ended, with TTFT and every TBT within the targets."""
+    ttft_attainment: float | None
+    """Share of requests with TTFT within its target."""
+    tbt_token_attainment: float | None
+    """Share of gaps between tokens within the TBT target."""
+    pairs_per_s: float
+    """From the slices' device time in the window and the mean device time of a pair: no step is cut off."""
+    finished_pairs_per_s: float
+    """Pairs of the steps that ended within the window: whole steps only."""
+    num_failed_steps: int
+    longest_slice_s: float
+    forward_share: float
+    """Device time of inference forward passes and sampling, of the window's wall time."""
+    slices_share: float
+    overhead_share: float
+    """Scheduling and message passing of iterations that did something."""
+    num_iterations: int
+    num_lost_iterations: int
+    """Iterations that the engine had forgotten when asked; the shares are too low if this is not 0."""
+    forward_error_p50: float | None
+    """Median of |predicted / measured - 1| over forward passes that were predicted."""
+    merged_token_share: float
+    """Tokens that came in one output with an earlier one: 0 if the client kept up."""
+    send_lag_p99_s: float | None
+    """How late the client sent; it counts into TTFT."""
+
+    @property
+    def idle_share(self) -> float:
+        """Of the device, as far as forward passes go."""
+        return 1.0 - self.forward_share
+
+
+def summarize(run: RunRecord, slo: SloConfig) -> RunMetrics:
+    """All metrics of one run against SLO targets."""
+    ttfts = [record.ttft_s for record in run.requests if record.ttft_s is not None]
+    gaps = [gap for record in run.requests for gap in record.gaps_s]
+    lags = [record.sent_s - record.scheduled_s for record in run.requests if record.sent_s is not None]
+    num_tokens = len(ttfts) + len(gaps)
+    return RunMetrics(
+        num_requests=len(run.requests),
+        num_errors=sum(record.error is not None for record in run.requests),
+        request_rate_per_s=len(run.requests) / run.window_s,
+        output_tokens_per_s=num_tokens / run.window_s,
+        **{f"ttft_p{q}_s": percentile(ttfts, q) for q in (50, 90, 99)},
+        **{f"tbt_p{q}_s": percentile(gaps, q) for q in (50, 90, 99)},
+        tbt_max_s=max(gaps, default=None),
+        slo_attainment=_share(meets_slo(record, slo) for record in run.requests),
+        ttft_attainment=_share(r.ttft_s is not None and r.ttft_s <= slo.ttft_s for r in run.requests),
+        tbt_token_attainment=_share(gap <= slo.tbt_s for gap in gaps),
+        merged_token_share=sum(record.num_merged_tokens for record in run.requests) / max(1, num_tokens),
+        send_lag_p99_s=percentile(lags, 99),
+        **_training_metrics(run),
+        **_device_metrics(run),
+    )
+
+
+def meets_slo(record: RequestRecord, slo: SloConfig) -> bool:
+    """Whether the request ended, with TTFT and every gap between tokens within the targets."""
+    if record.error is not None or record.ttft_s is None:
+        return False
+    return record.ttft_s <= slo.ttft_s and max(record.gaps_s, default=0.0) <= slo.tbt_s
+
+
+def percentile(values: Sequence[float], percent: float) -> float | None:
+    """With linear interpolation between order statistics (numpy's default); None of nothing."""
+    return float(np.percentile(values, percent)) if values else None
+
+
+def medians(runs: Sequence[RunMetrics]) -> dict[str, float | None]:
+    """The median of each metric over repeats; repeats without a value are left out."""
+    names = RunMetrics.model_fields
+    columns = {name: [v for run in runs if (v := getattr(run, name)) is not None] for name in names}
+    return {name: statistics.median(column) if column else None for name, column in columns.items()}
+
+
+def pooled_attainment(runs: Sequence[RunMetrics]) -> float | None:
+    """Over the requests of all repeats: one repeat of a slow model has too few to tell 0.99 from 1."""
+    met = [(r.slo_attainment * r.num_requests, r.num_requests) for r in runs if r.slo_attainment is not None]
+    total = sum(count for _, count in met)
+    return sum(part for part, _ in met) / total if total else None
+
+
+def _training_metrics(run: RunRecord) -> dict[str, float | int]:
+    succeeded = [task for task in run.tasks if task.error is None]
+    in_window = [task for task in succeeded if 0 <= task.finished_s <= run.window_s]
+    slices_s = sum(sample.slices_s for sample in run.iterations.samples)
+    return {
+        "pairs_per_s": _pairs_per_s(succeeded, len(run.tasks), slices_s, run.iterations.covered_s),
+        "finished_pairs_per_s": sum(task.num_pairs for task in in_window) / run.window_s,
+        "num_failed_steps": len(run.tasks) - len(succeeded),
+        "longest_slice_s": max(
+            (timing.latency_s for sample in run.iterations.samples for timing in sample.slices), default=0.0
+        ),
+    }
+
+
+def _pairs_per_s(succeeded: Sequence[TaskRecord], num_ended: int, slices_s: float, covered_s: float) -> float:
+    """Steps are long against the window, so counting whole ones would be off by up to one step at each end.
+
+    All steps of a run are alike, hence: slice time in the window / slice time of a pair. Failed steps spent time
+    too and trained nothing, so their share is taken off.
+    """
+    busy_s = sum(task.busy_s for task in succeeded)
+    if busy_s <= 0 or covered_s <= 0:
+        return 0.0
+    per_pair_s = busy_s / sum(task.num_pairs for task in succeeded)
+    return slices_s / per_pair_s / covered_s * len(succeeded) / num_ended
+
+
+def _device_metrics(run: RunRecord) -> dict[str, float | int | None]:
+    samples, covered_s = run.iterations.samples, run.iterations.covered_s
+    errors = [
+        abs(sample.predicted_forward_s / sample.forward_s - 1)
+        for sample in samples
+        if sample.predicted_forward_s and sample.forward_s > 0 and sample.shape.num_tokens
+    ]
+
+    def share(seconds: Iterable[float]) -> float:
+        return sum(seconds) / covered_s if covered_s > 0 else 0.0
+
+    return {
+        "forward_share": share(sample.forward_s for sample in samples if sample.shape.num_tokens),
+        "slices_share": share(sample.slices_s for sample in samples),
+        "overhead_share": share(sample.overhead_s for sample in samples),
+        "num_iterations": len(samples),
+        "num_lost_iterations": run.iterations.num_lost,
+        "forward_error_p50": percentile(errors, 50),
+    }
+
+
+def _share(outcomes: Iterable[bool]) -> float | None:
+    """Share of true ones; None of nothing."""
+    values = list(outcomes)
+    return sum(values) / len(values) if values else None

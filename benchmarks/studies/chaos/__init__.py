@@ -1,0 +1,1 @@
+"""`mace chaos`: kill processes of a server under load and count what is lost."""

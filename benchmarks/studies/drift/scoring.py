@@ -1,0 +1,121 @@
+"""Log-probs of held-out pairs under an adapter version, from its directory, and a check that this is what is served.
+
+Versions are immutable, so one that was live from 10 s to 18 s had the same accuracy all that time. Scoring each
+version once, after the run and with the usual libraries (transformers, peft), gives the curves that scoring through the
+server every second would give, and costs the run nothing: requests that only measure would count as requests
+for the policies that train by them. `served_gap` then asks the server for answers with log-probs and compares.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import httpx
+
+from core.config import TrainingConfig
+from core.errors import MaceError
+from core.types import TokenizedPair
+
+_SEQUENCES_AT_ONCE = 64
+_ANSWER_TOKENS = 24
+_CHECKED_ANSWERS = 8
+
+PairLogProbs = tuple[tuple[float, float], ...]
+"""Chosen and rejected, in nats, for each pair."""
+
+Sequences = list[tuple[list[int], list[int]]]
+"""Prompt and completion, as token ids."""
+
+
+class ScoringError(MaceError):
+    """The server did not give log-probs."""
+
+
+def tokenized(model_dir: Path, pairs: Sequence[Any]) -> list[TokenizedPair]:
+    """Training pairs as the server would tokenize them (`engine.training.pair_tokens`)."""
+    from engine.training.pair_tokens import PairTokenizer
+
+    tokenizer = PairTokenizer.load(str(model_dir), TrainingConfig())
+    return [tokenizer.tokenize(pair) for pair in pairs]
+
+
+class Scorer:
+    """The base model in this process, in float32."""
+
+    def __init__(self, model_dir: Path) -> None:
+        import torch
+        from transformers import AutoModelForCausalLM
+
+        self._model: Any = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32).eval()
+
+    def score(self, adapter_dir: Path | None, pairs: Sequence[TokenizedPair]) -> PairLogProbs:
+        """Sum of the log-probs of each completion's tokens, given the prompt; None is the bare base model."""
+        rows: Sequences = [
+            (list(pair.prompt_ids), list(completion))
+            for pair in pairs
+            for completion in (pair.chosen_ids, pair.rejected_ids)
+        ]
+        sums = [sum(row) for row in self.token_logprobs(adapter_dir, rows)]
+        return tuple(zip(sums[::2], sums[1::2], strict=True))
+
+    def token_logprobs(self, adapter_dir: Path | None, rows: Sequences) -> list[list[float]]:
+        """Of every token of each completion."""
+        from peft import PeftModel
+
+        if adapter_dir is None:
+            return self._forward_all(self._model, rows)
+        adapted = PeftModel.from_pretrained(self._model, str(adapter_dir)).eval()
+        try:
+            return self._forward_all(adapted, rows)
+        finally:
+            self._model = adapted.unload()
+
+    @staticmethod
+    def _forward_all(model: Any, rows: Sequences) -> list[list[float]]:
+        chunks = [rows[i : i + _SEQUENCES_AT_ONCE] for i in range(0, len(rows), _SEQUENCES_AT_ONCE)]
+        return [values for chunk in chunks for values in _forward(model, chunk)]
+
+
+def _forward(model: Any, rows: Sequences) -> list[list[float]]:
+    import torch
+
+    whole = [torch.tensor(prompt + completion) for prompt, completion in rows]
+    ids = torch.nn.utils.rnn.pad_sequence(whole, batch_first=True)
+    lengths = torch.tensor([len(one) for one in whole])
+    mask = torch.arange(ids.shape[1]) < lengths[:, None]
+    with torch.inference_mode():
+        logits = model(input_ids=ids, attention_mask=mask.long()).logits[:, :-1].float()
+        logps = torch.log_softmax(logits, dim=-1).gather(-1, ids[:, 1:, None])[..., 0]
+    return [
+        logps[row, len(prompt) - 1 : len(prompt) + len(completion) - 1].tolist()
+        for row, (prompt, completion) in enumerate(rows)
+    ]
+
+
+async def served_gap(
+    client: httpx.AsyncClient, model: str, scorer: Scorer, adapter_dir: Path | None, pairs: Sequence[TokenizedPair]
+) -> float:
+    """Largest difference, over the tokens of some answers, of the server's log-probs and the scorer's (nats).
+
+    Raises:
+        ScoringError: the server refuses.
+        httpx.TransportError: it is not there.
+    """
+    prompts = [list(pair.prompt_ids) for pair in pairs[:_CHECKED_ANSWERS]]
+    body = {
+        "model": model,
+        "prompt": prompts,
+        "max_tokens": _ANSWER_TOKENS,
+        "temperature": 0.0,
+        "logprobs": 0,
+        "return_token_ids": True,
+        "store": False,
+    }
+    reply = await client.post("/v1/completions", json=body)
+    if reply.is_error:
+        raise ScoringError(f"{model} gives no log-probs: HTTP {reply.status_code}: {reply.text[:300]}")
+    choices = sorted(reply.json()["choices"], key=lambda choice: choice["index"])
+    served = [choice["logprobs"]["token_logprobs"] for choice in choices]
+    answers = [choice["token_ids"] for choice in choices]
+    ours = scorer.token_logprobs(adapter_dir, list(zip(prompts, answers, strict=True)))
+    return max(abs(a - b) for one, two in zip(served, ours, strict=True) for a, b in zip(one, two, strict=True))

@@ -1,0 +1,258 @@
+"""What the decisions of one engine iteration cost. `mace bench scheduler`.
+
+The engine's own code on request-like objects, no device: memory record, view of 256 running and 1,000 waiting
+requests, plan, waiting-queue operations of one arrival and one start, shape of the scheduled pass, settle, observe;
+and one turn of the fine-tune queue with 500 tasks. The garbage collector is on. Latencies that `observe` is fed with
+come from a made-up linear device with noise: they decide nothing but which branches run.
+"""
+
+import gc
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict
+
+from core.batch import ForwardShape, IterationSample
+from core.config import SchedulerConfig, SloConfig
+from core.types import SliceKind, SliceReport, SliceTiming
+from scheduler.iteration.plan import IterationView, Plan
+from scheduler.iteration.planner import EngineLimits, IterationPlanner
+from scheduler.memory.ledger import MemoryLedger
+from scheduler.queues.task_queue import QueuedTask, TaskQueue
+
+TARGET_MEDIAN_MS = 0.2
+TARGET_P99_MS = 1.0
+
+_BLOCK_TOKENS = 16
+_NUM_PREFIXES = 32
+"""Different leading blocks that requests share."""
+_GIB = 1 << 30
+_KV_BYTES_PER_TOKEN = 12_288
+_FREE_SEATS = 32
+_MAX_TOKENS = 2048
+_SLICES_PER_ITERATION = 4
+_SLICE_TOKENS = 256
+
+
+class CostOptions(BaseModel):
+    """How much state, and how long."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    num_running: int = 256
+    num_waiting: int = 1000
+    num_tasks: int = 500
+    iterations: int = 5000
+    warm_up: int = 500
+    seed: int = 0
+
+
+@dataclass(slots=True)
+class StandInRequest:
+    """The attributes of vLLM's `Request` that planning reads."""
+
+    request_id: str
+    arrival_time: float
+    num_tokens: int
+    num_computed_tokens: int
+    priority: int = 0
+    num_output_placeholders: int = 0
+    block_hashes: tuple[int, ...] = ()
+
+    @property
+    def num_prompt_tokens(self) -> int:
+        """All of them, for a request that waits."""
+        return self.num_tokens
+
+    @property
+    def num_tokens_with_spec(self) -> int:
+        """Prompt and answer so far."""
+        return self.num_tokens
+
+
+class Stopwatch:
+    """Laps of named parts; an iteration's total is the sum of its laps."""
+
+    def __init__(self) -> None:
+        self.laps_s: dict[str, list[float]] = {}
+        self.totals_s: list[float] = []
+        self._total_s = self._last_s = 0.0
+
+    def resume(self) -> None:
+        """Begin a lap; what happened before it is not counted."""
+        self._last_s = time.perf_counter()
+
+    def lap(self, name: str) -> None:
+        """Book the time since the last lap, and begin the next."""
+        lap_s = time.perf_counter() - self._last_s
+        self.laps_s.setdefault(name, []).append(lap_s)
+        self._total_s += lap_s
+        self._last_s = time.perf_counter()
+
+    def stop(self) -> None:
+        """End the iteration."""
+        self.totals_s.append(self._total_s)
+        self._total_s = 0.0
+
+
+def measure_cost(options: CostOptions) -> dict[str, Any]:
+    """Median and p99 of a decision, in milliseconds, in all and by part; and whether the targets are met."""
+    engine = _PlanningEngine(options)
+    watch = Stopwatch()
+    for _ in range(options.warm_up):
+        engine.iterate(Stopwatch())
+    collections = sum(generation["collections"] for generation in gc.get_stats())
+    for _ in range(options.iterations):
+        engine.iterate(watch)
+    collections = sum(generation["collections"] for generation in gc.get_stats()) - collections
+    total = _statistics_ms(watch.totals_s)
+    return {
+        "settings": options.model_dump(),
+        "total": total,
+        "parts": {name: _statistics_ms(laps) for name, laps in watch.laps_s.items()},
+        "gc_collections": collections,
+        "targets": {"median_ms": TARGET_MEDIAN_MS, "p99_ms": TARGET_P99_MS},
+        "passed": total["median_ms"] <= TARGET_MEDIAN_MS and total["p99_ms"] <= TARGET_P99_MS,
+    }
+
+
+class _PlanningEngine:
+    """The scheduler side of an engine: as `engine.vllm.scheduler`, without vLLM's own scheduling."""
+
+    def __init__(self, options: CostOptions) -> None:
+        from engine.vllm.iteration_view import shape_of, view_of
+        from engine.vllm.planning import KvPool
+        from engine.vllm.task_table import TaskTable
+        from engine.vllm.waiting_queue import AgeingRequestQueue
+        from profiler.online import OnlineLatencyModel
+
+        config = SchedulerConfig()
+        self._rng = np.random.default_rng(options.seed)
+        self._view_of: Callable[..., IterationView] = view_of
+        self._shape_of: Callable[..., ForwardShape] = shape_of
+        block_bytes = _BLOCK_TOKENS * _KV_BYTES_PER_TOKEN
+        self._pool = KvPool(8 * _GIB // block_bytes, block_bytes, _BLOCK_TOKENS)
+        self._now_s = 1000.0
+        self._number = 0
+        self._waiting = AgeingRequestQueue(config, _BLOCK_TOKENS)
+        self._tasks = TaskTable()
+        self._queue: TaskQueue[int] = TaskQueue(config)
+        self._running = [self._request(prompt_done=True) for _ in range(options.num_running)]
+        self._requests = {request.request_id: request for request in self._running}
+        self._planner = IterationPlanner(
+            config=config,
+            slo=SloConfig(ttft_s=1.0, tbt_s=0.1),
+            predictor=OnlineLatencyModel(None),
+            limits=EngineLimits(_MAX_TOKENS, 1024, kv_bytes_per_token=_KV_BYTES_PER_TOKEN),
+            memory=MemoryLedger(kv_bytes=8 * _GIB, arena_bytes=2 * _GIB, tau_mem=config.tau_mem),
+        )
+        for _ in range(options.num_waiting):
+            self._waiting.add_request(self._request(prompt_done=False))
+        for _ in range(options.num_tasks):
+            self._queue.push(self._task())
+            self._tasks.add(self._request(prompt_done=False), {"pairs": []}, self._now_s)
+
+    def iterate(self, watch: Stopwatch) -> None:
+        """One iteration, timed where the engine would spend time; the state moves on afterwards."""
+        self._now_s += 0.02
+        self._waiting.now_s = self._now_s
+        arriving, task = self._request(prompt_done=False), self._task()
+        used_bytes = _KV_BYTES_PER_TOKEN * sum(request.num_computed_tokens for request in self._running)
+        watch.resume()
+        self._waiting.note_running(self._running)
+        watch.lap("prefix order")
+        view = self._view_of(
+            self._now_s,
+            self._running,
+            self._waiting,
+            free_seats=_FREE_SEATS,
+            pool=self._pool,
+            free_kv_blocks=self._pool.num_blocks - used_bytes // self._pool.block_bytes,
+            finetune=self._tasks.state(self._now_s),
+        )
+        watch.lap("view")
+        plan = self._planner.plan(view)
+        watch.lap("plan")
+        started = self._turn_waiting(arriving)
+        watch.lap("waiting queue")
+        scheduled = self._schedule(started, plan)
+        watch.resume()
+        shape = self._shape_of(scheduled, self._requests)
+        watch.lap("shape")
+        plan = self._planner.settle(plan, view, shape)
+        watch.lap("settle")
+        sample = self._sample(plan, shape)
+        watch.resume()
+        self._planner.observe(sample)
+        self._tasks.note_progress(SliceReport(sample.slices), self._now_s)
+        watch.lap("observe")
+        self._turn_tasks(task)
+        watch.lap("fine-tune queue")
+        watch.stop()
+        self._advance(started)
+
+    def _turn_waiting(self, arriving: StandInRequest) -> StandInRequest:
+        """One request comes, the first one starts."""
+        self._planner.note_requests()
+        self._waiting.add_request(arriving)
+        started: StandInRequest = self._waiting.peek_request()
+        self._waiting.pop_request()
+        return started
+
+    def _schedule(self, started: StandInRequest, plan: Plan) -> dict[str, int]:
+        """What vLLM would answer: all running requests decode, the started one gets its chunk."""
+        scheduled = {request.request_id: 1 for request in self._running}
+        chunk = min(plan.max_chunk_tokens or started.num_tokens, started.num_tokens)
+        scheduled[started.request_id] = chunk
+        started.num_computed_tokens += chunk
+        self._requests[started.request_id] = started
+        return scheduled
+
+    def _turn_tasks(self, task: QueuedTask[int]) -> None:
+        """A task comes and the first one is leased."""
+        self._queue.push(task)
+        self._queue.peek()
+        self._queue.pop()
+
+    def _sample(self, plan: Plan, shape: ForwardShape) -> IterationSample:
+        noise = self._rng.normal(1.0, 0.05, 1 + _SLICES_PER_ITERATION).tolist()
+        forward_s = (4e-3 + 1e-4 * shape.num_tokens + 1e-8 * shape.decode_context) * noise[0]
+        kinds = (
+            SliceKind.REFERENCE_LAYER,
+            SliceKind.POLICY_LAYER,
+            SliceKind.BACKWARD_LAYER,
+            SliceKind.POLICY_HEAD,
+        )
+        slices = [SliceTiming(k, _SLICE_TOKENS, 3e-3 * x) for k, x in zip(kinds, noise[1:], strict=True)]
+        return IterationSample(shape, forward_s, 1e-3, slices, plan.predicted_forward_s, plan.finetune_budget_s)
+
+    def _advance(self, started: StandInRequest) -> None:
+        """The oldest request ends, the started one takes its place, the others are one token further."""
+        del self._requests[self._running.pop(0).request_id]
+        self._running.append(started)
+        for request in self._running:
+            request.num_tokens += 1
+            request.num_computed_tokens = request.num_tokens - 1
+
+    def _request(self, *, prompt_done: bool) -> StandInRequest:
+        self._number += 1
+        length = int(self._rng.integers(16, 512))
+        computed = length - 1 if prompt_done else 0
+        hashes = (int(self._rng.integers(_NUM_PREFIXES)),) * (length // _BLOCK_TOKENS)
+        return StandInRequest(f"r{self._number}", self._now_s, length, computed, block_hashes=hashes)
+
+    def _task(self) -> QueuedTask[int]:
+        self._number += 1
+        return QueuedTask(f"t{self._number}", self._number, self._now_s, float(self._rng.uniform(0, 2)))
+
+
+def _statistics_ms(values_s: list[float]) -> dict[str, float]:
+    return {
+        "median_ms": 1e3 * statistics.median(values_s),
+        "p99_ms": 1e3 * float(np.percentile(values_s, 99)),
+        "max_ms": 1e3 * max(values_s),
+    }

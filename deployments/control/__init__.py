@@ -1,0 +1,1 @@
+"""The one-replica Control deployment with its CentralScheduler and DriftMonitor actors."""

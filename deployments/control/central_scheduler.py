@@ -1,0 +1,267 @@
+"""CentralScheduler: the global fine-tune queue and which executor gets what.
+
+The queue holds preference pairs in three roles (new, hard, replay), each ordered by `P_ft(t) + γ·L_DPO`. When an
+executor asks for work, its share of each role becomes one batch, and best-fit packing over the executors' reported
+headroom says whether this executor is the one. Pairs that wait for their first scores are handed out in between:
+scoring is cheap, and what is not scored has no `L_DPO` yet. A leased batch that is not heard of again returns.
+
+From the same reports `advice` ranks the executors for a prompt. It is there to be looked at: requests are routed by
+`deployments.routing.router`, which has the same numbers and the same function, and goes on when this actor is away.
+
+Everything here can be rebuilt: the DriftMonitor owns the durable state and streams pairs again after a restart.
+`now_s` comes from the clock that is passed in, so the class is plain and testable; app.main makes it a Ray actor.
+"""
+
+import math
+import time
+import uuid
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from core.config import AppArgs
+from core.types import TaskKind
+from core.wire import BatchOutcome, Headroom, TrainingBatch, TrainingPair
+from deployments.monitors.metrics import Meter
+from scheduler.packing import Bin, Demand, best_fit, first_fit
+from scheduler.placement import RankedExecutor, choose_executor
+from scheduler.queues.mixed_queue import MixedQueue
+from scheduler.queues.scoring_queue import ScoringQueue
+from scheduler.queues.task_queue import QueuedTask
+
+LEASE_S = 60.0
+"""A batch goes to another executor when its own has not been heard of for so long; see `heartbeat`."""
+
+_HEADROOM_TTL_S = 5.0
+_SMOOTHING = 0.2
+_SCORE_STEPS = 2
+"""A batch to score has at most so many steps' worth of pairs: a forward pass each, about a third of training them."""
+_UNKNOWN_MEMORY_BYTES = float(1 << 60)
+"""Stands for the infinite free memory that executors report until they know; f has no value at infinity."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Lease:
+    batch: TrainingBatch
+    executor_id: str
+    expires_s: float
+    attempts: dict[str, int]
+    """Failures of each pair so far."""
+
+
+class CentralScheduler:
+    """Queue, leases and packing. All methods are quick and run one at a time (a Ray actor's default)."""
+
+    def __init__(self, args: dict[str, Any], clock: Callable[[], float] = time.monotonic) -> None:
+        config = AppArgs.model_validate(args)
+        self._config = config
+        self._clock = clock
+        training = config.training
+        shares = {"new": training.new_share, "hard": training.hard_share, "replay": training.replay_share}
+        self._queue: MixedQueue[TrainingPair] = MixedQueue(config.scheduler, shares)
+        self._to_score: ScoringQueue[TrainingPair] = ScoringQueue()
+        self._scored_last = False
+        self._gamma = config.scheduler.gamma
+        self._leases: dict[str, _Lease] = {}
+        self._headrooms: dict[str, tuple[float, Headroom]] = {}
+        self._busy_s_per_pair = 0.0
+        self._bytes_per_batch = 0.0
+        self._meter = Meter("central_scheduler")
+
+    def enqueue(self, pairs: list[TrainingPair]) -> None:
+        """Add pairs; those already queued or leased are left as they are."""
+        now_s = self._clock()
+        leased = self._leased_ids()
+        for pair in pairs:
+            if pair.pair_id not in self._queue and pair.pair_id not in leased:
+                self._queue.push(QueuedTask(pair.pair_id, pair, now_s, pair.dpo_loss), pair.role)
+        self._meter.set_gauge("finetune_queue_pairs", len(self._queue))
+
+    def withdraw(self, pair_ids: list[str]) -> int:
+        """Take pairs out of the queue that should not be trained after all; returns how many were in it."""
+        return sum([self._queue.remove(pair_id) for pair_id in pair_ids])
+
+    def enqueue_scoring(self, pairs: list[TrainingPair]) -> None:
+        """Add pairs to be scored by the live adapter; those that wait for it already are left as they are."""
+        leased = self._leased_ids(TaskKind.EVALUATE)
+        for pair in pairs:
+            if pair.pair_id not in leased:
+                self._to_score.push(pair.pair_id, pair)
+
+    def set_gamma(self, gamma: float) -> None:
+        """Weight of the loss in the priority of everything queued, from now on."""
+        if gamma != self._gamma:
+            self._gamma = gamma
+            self._queue.set_gamma(gamma)
+        self._meter.set_gauge("finetune_gamma", gamma)
+
+    def known_pair_ids(self) -> dict[str, list[str]]:
+        """Ids of all pairs that are queued or leased, under `train` and `score`."""
+        self._expire_leases()
+        return {
+            "train": [*self._queue.ids(), *self._leased_ids(TaskKind.TRAIN)],
+            "score": [*self._to_score.ids(), *self._leased_ids(TaskKind.EVALUATE)],
+        }
+
+    def poll(self, headroom: Headroom) -> TrainingBatch | None:
+        """Work for an executor, or None: nothing is due, or another executor fits better."""
+        now_s = self._clock()
+        self._headrooms[headroom.executor_id] = (now_s, headroom)
+        self._meter.refresh()
+        self._expire_leases()
+        if any(lease.executor_id == headroom.executor_id for lease in self._leases.values()):
+            self._release_executor(headroom.executor_id)  # it restarted and forgot
+        size = min(len(self._queue), self._config.training.pairs_per_step)
+        is_due = headroom.may_train and self._is_due(size, now_s) and self._is_best_fit(headroom, size, now_s)
+        if self._to_score and not (is_due and self._scored_last):  # alternately, if both wait
+            return self._lease_scoring(headroom.executor_id, now_s)
+        return self._lease(headroom.executor_id, size, now_s) if is_due else None
+
+    def heartbeat(self, executor_id: str) -> None:
+        """An executor still works on its batch: a step may take longer than a lease."""
+        expires_s = self._clock() + LEASE_S
+        for task_id, lease in self._leases.items():
+            if lease.executor_id == executor_id:
+                self._leases[task_id] = replace(lease, expires_s=expires_s)
+
+    def failed_for_good(self, outcome: BatchOutcome) -> list[str]:
+        """Ids of the batch's pairs that failed as often as allowed and must be parked. Changes nothing."""
+        lease = self._leases.get(outcome.task_id)
+        if lease is None or outcome.error is None:
+            return []
+        if lease.batch.kind is TaskKind.EVALUATE and len(lease.batch.pairs) > 1:
+            return []  # the bad pair of a batch is found by scoring them one by one
+        limit = self._config.training.max_attempts
+        return [pair_id for pair_id, attempts in lease.attempts.items() if attempts + 1 >= limit]
+
+    def complete(self, outcome: BatchOutcome) -> None:
+        """Close a lease. A failed batch goes back with one more attempt, which lowers its priority."""
+        failed_for_good = set(self.failed_for_good(outcome))
+        lease = self._leases.pop(outcome.task_id, None)
+        self._meter.count("finetune_batches", outcome="failed" if outcome.error else "trained")
+        if lease is None:
+            return
+        if outcome.error is None:
+            if lease.batch.kind is TaskKind.EVALUATE:
+                return
+            num_pairs = len(lease.batch.pairs)
+            self._busy_s_per_pair = _smooth(self._busy_s_per_pair, outcome.busy_s / num_pairs)
+            self._bytes_per_batch = _smooth(self._bytes_per_batch, outcome.peak_bytes)
+            return
+        unusable = failed_for_good | {pair_id for pair_id, _ in outcome.unusable}
+        left = [pair for pair in lease.batch.pairs if pair.pair_id not in unusable]
+        self._requeue(lease, left, failures=1)
+
+    def advice(
+        self, prompt_tokens: int, cached_prefix_tokens: Mapping[str, int] | None = None
+    ) -> list[RankedExecutor]:
+        """Executors with a fresh report, the one that fits a prompt best first.
+
+        Args:
+            prompt_tokens: length of the prompt.
+            cached_prefix_tokens: tokens of it in an executor's prefix cache, by executor id.
+        """
+        loads = [room.load for room in self._fresh_headrooms(self._clock()) if room.load is not None]
+        return choose_executor(prompt_tokens, loads, cached_prefix_tokens or {}, self._config.scheduler)
+
+    def stats(self) -> dict[str, Any]:
+        """Queue length, leases, executors, and where a short prompt would go, for `/v1/training`."""
+        top, config = self._queue.peek(), self._config.scheduler
+        return {
+            "queued_pairs": len(self._queue),
+            "queued_by_role": self._queue.lengths(),
+            "pairs_to_score": len(self._to_score),
+            "gamma": self._gamma,
+            "leased_batches": len(self._leases),
+            "executors": sorted(self._headrooms),
+            "placement": [_to_wire(ranked) for ranked in self.advice(1)],
+            "top_priority": None if top is None else top.priority_at(self._clock(), config, self._gamma),
+        }
+
+    def _is_due(self, size: int, now_s: float) -> bool:
+        if size == 0:
+            return False
+        if size >= self._config.training.pairs_per_step:
+            return True
+        top = self._queue.peek()
+        assert top is not None  # size > 0
+        return top.payload.times_trained > 0 or now_s - top.arrived_s >= self._config.training.max_age_s
+
+    def _is_best_fit(self, headroom: Headroom, size: int, now_s: float) -> bool:
+        free = [room for room in self._fresh_headrooms(now_s) if not self._has_lease(room.executor_id)]
+        # Memory is a hard limit. Time is not: a step can be interrupted, so it may be longer than any free window.
+        longest_s = max(room.latency_s for room in free)
+        demand = Demand(self._bytes_per_batch, min(self._busy_s_per_pair * size, longest_s))
+        bins = [self._bin(room) for room in free]
+        config = self._config.scheduler
+        chosen = first_fit(demand, bins) if config.packing == "first_fit" else best_fit(demand, bins, config)
+        return chosen is not None and chosen.bin_id == headroom.executor_id
+
+    def _fresh_headrooms(self, now_s: float) -> list[Headroom]:
+        """Reports that still count, by executor id."""
+        fresh = [room for seen_s, room in self._headrooms.values() if now_s - seen_s <= _HEADROOM_TTL_S]
+        return sorted(fresh, key=lambda room: room.executor_id)
+
+    def _bin(self, room: Headroom) -> Bin:
+        memory_bytes = min(room.memory_bytes, _UNKNOWN_MEMORY_BYTES)
+        return Bin(room.executor_id, self._config.scheduler.tau_mem * memory_bytes, room.latency_s)
+
+    def _lease(self, executor_id: str, size: int, now_s: float) -> TrainingBatch:
+        tasks = self._queue.pop_batch(size)
+        attempts = max(task.attempts for task in tasks)
+        pairs = tuple(task.payload for task in tasks)
+        batch = TrainingBatch(f"ft-{uuid.uuid4().hex[:12]}", pairs, attempts, gamma=self._gamma)
+        counts = {task.task_id: task.attempts for task in tasks}
+        self._leases[batch.task_id] = _Lease(batch, executor_id, now_s + LEASE_S, counts)
+        self._scored_last = False
+        self._meter.set_gauge("finetune_queue_pairs", len(self._queue))
+        return batch
+
+    def _lease_scoring(self, executor_id: str, now_s: float) -> TrainingBatch:
+        """The pairs that wait longest for their scores."""
+        pairs, attempts = self._to_score.pop_batch(_SCORE_STEPS * self._config.training.pairs_per_step)
+        task_id = f"score-{uuid.uuid4().hex[:12]}"
+        batch = TrainingBatch(task_id, tuple(pairs), attempts, TaskKind.EVALUATE, self._gamma)
+        counts = {pair.pair_id: attempts for pair in pairs}
+        self._leases[batch.task_id] = _Lease(batch, executor_id, now_s + LEASE_S, counts)
+        self._scored_last = True
+        return batch
+
+    def _has_lease(self, executor_id: str) -> bool:
+        return any(lease.executor_id == executor_id for lease in self._leases.values())
+
+    def _leased_ids(self, kind: TaskKind = TaskKind.TRAIN) -> set[str]:
+        batches = [lease.batch for lease in self._leases.values() if lease.batch.kind is kind]
+        return {pair.pair_id for batch in batches for pair in batch.pairs}
+
+    def _expire_leases(self) -> None:
+        now_s = self._clock()
+        self._return_leases(lambda lease: lease.expires_s <= now_s)
+
+    def _release_executor(self, executor_id: str) -> None:
+        self._return_leases(lambda lease: lease.executor_id == executor_id)
+
+    def _return_leases(self, is_over: Callable[[_Lease], bool]) -> None:
+        """Pairs of leases that will not be reported any more go back into the queue."""
+        for task_id, lease in list(self._leases.items()):
+            if is_over(lease):
+                del self._leases[task_id]
+                self._requeue(lease, lease.batch.pairs, failures=0)
+
+    def _requeue(self, lease: _Lease, pairs: Iterable[TrainingPair], failures: int) -> None:
+        for pair in pairs:
+            attempts = lease.attempts[pair.pair_id] + failures
+            if lease.batch.kind is TaskKind.EVALUATE:
+                self._to_score.push(pair.pair_id, pair, attempts)
+            else:
+                task = QueuedTask(pair.pair_id, pair, self._clock(), pair.dpo_loss, attempts)
+                self._queue.push(task, pair.role)
+
+
+def _to_wire(ranked: RankedExecutor) -> dict[str, Any]:
+    known = math.isfinite(ranked.predicted_ttft_s)
+    return {**asdict(ranked), "predicted_ttft_s": ranked.predicted_ttft_s if known else None}
+
+
+def _smooth(mean: float, value: float) -> float:
+    return value if mean == 0.0 else mean + _SMOOTHING * (value - mean)

@@ -1,0 +1,1 @@
+"""The learning loop of an executor: batches in, candidates out."""

@@ -1,0 +1,134 @@
+"""One candidate on its way: written, scored on held-out pairs, made to speak, judged, committed.
+
+The shadow adapter does not change meanwhile: the learner waits for the verdict before it trains on.
+"""
+
+import asyncio
+import itertools
+from pathlib import Path
+
+from alignment.versions.activation_log import BASE
+from alignment.versions.adapter_files import AdapterManifest
+from alignment.versions.gate import GateDecision, WindowScores, judge_candidate
+from alignment.versions.generation_check import GenerationReport, pairs_to_score, report_generation
+from alignment.versions.registry import AdapterRegistry, AdapterVersion
+from core.config import AppArgs
+from core.errors import AdapterError, TrainingError
+from core.ports import EnginePort
+from core.types import FineTuneTask, PairScore, StepMetrics, TaskKind, TokenizedPair
+from core.wire import HeldOutPairs, TrainingPair
+from deployments.learning.tokenizing import PairBatcher
+from deployments.learning.training_progress import TrainingProgress
+from deployments.publishing.versions import AdapterVersions
+
+_FIRST_NUMBER = 1 << 30
+"""Candidates have numbers of their own inside vLLM, and names never used before; versions count from 1."""
+_numbers = itertools.count(_FIRST_NUMBER)
+
+
+class CandidateJudge:
+    """Turns the shadow adapter into a version, published or rejected."""
+
+    def __init__(
+        self,
+        engine: EnginePort,
+        versions: AdapterVersions,
+        registry: AdapterRegistry,
+        batcher: PairBatcher,
+        args: AppArgs,
+    ) -> None:
+        self._engine = engine
+        self._versions = versions
+        self._registry = registry
+        self._batcher = batcher
+        self._args = args
+
+    async def offer(
+        self, held_out: HeldOutPairs, progress: TrainingProgress, last: StepMetrics | None
+    ) -> tuple[AdapterVersion, GateDecision]:
+        """Judge the shadow adapter and commit it with the verdict; publishing is the caller's.
+
+        Raises:
+            AdapterError: it cannot be written; nothing is left behind.
+        """
+        staging = await asyncio.to_thread(self._registry.begin)
+        try:
+            await self._engine.save_adapter(staging, self._batcher.base_model)
+            compared_with = self._versions.live
+            decision = await self._judge(staging, held_out)
+            manifest = self._manifest(decision, progress, last, compared_with)
+            return await asyncio.to_thread(self._registry.commit, staging, manifest), decision
+        except BaseException:
+            await asyncio.to_thread(self._registry.abandon, staging)
+            raise
+
+    async def _judge(self, staging: Path, held_out: HeldOutPairs) -> GateDecision:
+        try:
+            windows = [
+                WindowScores(name, *await self._score_both(pairs))
+                for name, pairs in (("recent", held_out.recent), ("old", held_out.old))
+            ]
+            decision = judge_candidate(windows, self._args.gate)
+            if not decision.accepted:
+                return decision
+            report = await self._check_generation(staging, held_out.recent)
+        except (TrainingError, AdapterError) as error:  # it must not be offered again and again
+            return GateDecision(False, f"it could not be evaluated: {error}")
+        if report is None:
+            return decision
+        problems = report.problems(self._args.gate)
+        reason = " and ".join(problems) or decision.reason
+        return GateDecision(not problems, reason, decision.windows, report.metrics())
+
+    async def _score_both(self, pairs: tuple[TrainingPair, ...]) -> tuple[list[PairScore], list[PairScore]]:
+        tokenized, _ = await asyncio.to_thread(self._batcher.tokenize, pairs)
+        return await self._score(tokenized, on_live=False), await self._score(tokenized, on_live=True)
+
+    async def _score(self, pairs: list[TokenizedPair], *, on_live: bool) -> list[PairScore]:
+        if not pairs:
+            return []
+        task_id = f"evaluate-{'live' if on_live else 'candidate'}"
+        result = await self._engine.run_task(FineTuneTask(task_id, TaskKind.EVALUATE, tuple(pairs), on_live))
+        if result.error is not None:
+            raise TrainingError(f"held-out pairs cannot be scored: {result.error}")
+        return list(result.scores)
+
+    async def _check_generation(self, staging: Path, pairs: tuple[TrainingPair, ...]) -> GenerationReport | None:
+        """None if there is no prompt to answer, or the check is switched off."""
+        gate = self._args.gate
+        tokenized, _ = await asyncio.to_thread(self._batcher.tokenize, pairs[: gate.generation_prompts])
+        prompts = [list(pair.prompt_ids) for pair in tokenized if pair.prompt_ids]
+        if not prompts:
+            return None
+        number = next(_numbers)
+        handle = self._engine.version_handle(f"candidate-{staging.name}-{number}", number, staging)
+        try:
+            candidate = await self._engine.generate(handle, prompts, gate.generation_tokens)
+        finally:
+            await self._engine.unload_version(handle)
+        live = await self._engine.generate(self._versions.live_handle, prompts, gate.generation_tokens)
+        answers = pairs_to_score(prompts, candidate, self._args.training.max_length_tokens)
+        return report_generation(candidate, live, answers, await self._score(answers, on_live=False))
+
+    def _manifest(
+        self, decision: GateDecision, progress: TrainingProgress, last: StepMetrics | None, compared_with: str
+    ) -> AdapterManifest:
+        metrics: dict[str, float | None] = dict(decision.metrics())
+        if last is not None:
+            metrics |= {"train_loss": last.loss, "train_margin": last.margin}
+        return AdapterManifest(
+            parent=None if progress.base == BASE else progress.base,
+            base_model=self._batcher.base_model,
+            status="published" if decision.accepted else "rejected",
+            reason=decision.reason,
+            pair_ids=progress.candidate_pairs,
+            optimizer_steps=progress.steps_since_candidate,
+            metrics=metrics,
+            config={
+                "lora": self._args.lora.model_dump(mode="json"),
+                "training": self._args.training.model_dump(mode="json"),
+                "total_steps": progress.total_steps,
+                "trained_from": progress.base,
+                "compared_with": compared_with,
+            },
+        )

@@ -1,0 +1,1 @@
+"""What an executor and Control report of themselves."""

@@ -1,0 +1,72 @@
+"""Responses on their way to the response store: kept in memory until Control has committed them.
+
+Requests never wait for it. Feedback does: `flush` first, so that an id that a client has just received is known.
+While Control is away, a bounded number is kept; the oldest are dropped first, and counted.
+"""
+
+import asyncio
+import logging
+from collections import deque
+from typing import Any, Protocol
+
+from alignment.records.pairs import StoredResponse
+from core.errors import MaceError
+from deployments.monitors.metrics import Meter
+
+logger = logging.getLogger(__name__)
+
+_INTERVAL_S = 0.5
+_MAX_WAITING = 10_000
+_BATCH = 500
+
+
+class ResponseSink(Protocol):
+    """Where responses end up."""
+
+    async def put_responses(self, responses: list[Any]) -> int:
+        """Commit them; raises a MaceError if that is not possible now."""
+        ...
+
+
+class ResponseLog:
+    """Bounded buffer in front of the response store."""
+
+    def __init__(self, sink: ResponseSink) -> None:
+        self._sink = sink
+        self._waiting: deque[StoredResponse] = deque()
+        self._flushing = asyncio.Lock()
+        self._meter = Meter("executor")
+
+    def add(self, response: StoredResponse) -> None:
+        """Take one response; never blocks."""
+        self._waiting.append(response)
+        while len(self._waiting) > _MAX_WAITING:
+            self._waiting.popleft()
+            self._meter.count("responses_dropped")
+
+    async def flush(self) -> None:
+        """Commit everything that waits.
+
+        Raises:
+            ControlUnavailableError, StoreUnavailableError: not now; nothing was lost.
+        """
+        async with self._flushing:
+            while self._waiting:
+                batch = [self._waiting[i] for i in range(min(_BATCH, len(self._waiting)))]
+                await self._sink.put_responses(batch)
+                for response in batch:
+                    if self._waiting and self._waiting[0] is response:  # else dropped meanwhile
+                        self._waiting.popleft()
+
+    async def run(self) -> None:
+        """Flush now and then, for ever."""
+        while True:
+            await asyncio.sleep(_INTERVAL_S)
+            try:
+                await self.flush()
+            except MaceError as error:
+                logger.warning("responses wait in memory: %s", error)
+                await asyncio.sleep(2.0)
+            except Exception:  # what it is must not end the loop: nobody would notice
+                logger.exception("responses wait in memory")
+                await asyncio.sleep(2.0)

@@ -1,0 +1,1 @@
+"""Adapter versions going live: names, pointer, canary, warm caches."""

@@ -1,0 +1,297 @@
+"""Adapter versions as names that clients can ask for, and which of them is live.
+
+`<name>` is the live version, `<name>@base` the bare base model, `<name>@v000N` one version. vLLM looks a model name up
+in one dict and keeps the handle it found for the whole request; so publishing is one assignment in that dict, made
+on the event loop: requests see either the old or the new version, and running ones finish on their own.
+Each version has its own name and number inside vLLM, because its prefix cache is keyed by the adapter's name; what
+prompts share is computed for a version before it goes live (`deployments.publishing.prefix_warmer`).
+The registry on disk, which several executors share, is the truth; here is its image in this process.
+"""
+
+import asyncio
+import logging
+import time
+from collections.abc import Collection, Sequence
+from enum import StrEnum
+from typing import Any
+
+from alignment.versions.activation_log import BASE, Actor
+from alignment.versions.adapter_files import version_number
+from alignment.versions.lineage import is_rollback, lineage_row, lineage_rows
+from alignment.versions.registry import AdapterRegistry, AdapterVersion
+from alignment.versions.retention import prune
+from alignment.versions.serving_state import Serving
+from core.alignment_config import VersionsConfig
+from core.errors import AdapterError, UnknownVersionError
+from core.ports import EnginePort
+from deployments.monitors.metrics import Meter
+from deployments.publishing.prefix_warmer import PrefixWarmer
+from deployments.publishing.served_names import ServedNames
+from deployments.publishing.version_loading import PublishTiming, VersionLoader
+
+logger = logging.getLogger(__name__)
+
+
+class Published(StrEnum):
+    """What became of a version that passed the gate."""
+
+    LIVE = "live"
+    CANARY = "canary"
+    """On trial; training goes on from it."""
+    HELD = "held"
+    """A pin or another trial keeps it from the traffic; training goes back to what is live."""
+
+
+class AdapterVersions:
+    """The served names. Methods run on the replica's event loop; disk work goes to threads."""
+
+    def __init__(
+        self, engine: EnginePort, registry: AdapterRegistry, model_id: str, config: VersionsConfig | None = None
+    ) -> None:
+        self._engine = engine
+        self._registry = registry
+        self._model_id = model_id
+        self._config = config or VersionsConfig()
+        self._names = ServedNames(engine, model_id)
+        self._warmer = PrefixWarmer(engine, self._config)
+        self._loader = VersionLoader(engine, self._names, self._warmer, registry.root)
+        self._known: set[str] = set()
+        """Versions on disk that have been looked at, usable or not."""
+        self._serving = Serving()
+        self._pointed_at: str | None = None
+        """What `<name>` is here."""
+        self._training_base: str | None = None
+        """As the learner knows it; see `follow_registry`."""
+        self._changing = asyncio.Lock()
+        self._meter = Meter("executor")
+
+    @property
+    def live(self) -> str:
+        """Version that `<name>` answers with: `v000N` or `base`."""
+        return self._serving.live or BASE
+
+    @property
+    def pinned(self) -> str | None:
+        """What is pinned, `v000N` or `base`; None if publishing is free."""
+        return self._serving.pinned
+
+    @property
+    def canary(self) -> str | None:
+        """The version on trial with a share of the traffic."""
+        return self._serving.canary
+
+    @property
+    def training_base(self) -> str:
+        """What training goes on from: the canary while there is one, else the live version; `v000N` or `base`."""
+        return self._serving.training_base or BASE
+
+    @property
+    def last_publish(self) -> PublishTiming:
+        """How the last version was brought in, on trial or live."""
+        return self._loader.last
+
+    @property
+    def live_handle(self) -> Any:
+        """The inference side's handle of what is live; None is the bare base model."""
+        return self._names.live
+
+    @property
+    def base_names(self) -> list[str]:
+        """Names of the base model. `<name>` is one of them until a version is live."""
+        return [self._names.of(BASE), self._model_id]
+
+    def name_of(self, version: str) -> str:
+        """Model name of a version or of `base`."""
+        return self._names.of(version)
+
+    async def attach(self, names: dict[str | None, Any]) -> None:
+        """Take over vLLM's dict of adapter names; fill in the versions on disk and restore the live one.
+
+        A damaged version is left out; if it is the live one, the newest sound one before it takes its place.
+        """
+        self._names.attach(names)
+        await asyncio.to_thread(self._registry.recover_live)
+        await self.refresh()
+        self._training_base = self._serving.training_base
+        self._engine.watch_prompts(self._see_prompt)
+
+    async def publish(self, version: AdapterVersion) -> Published:
+        """Take in a version that passed the gate: live at once, on trial first, or held by a pin.
+
+        Raises:
+            AdapterError: it cannot be loaded, or the disk refuses; what was live stays live.
+        """
+        async with self._changing:
+            serving, reason = self._registry.serving, version.manifest.reason
+            over = version.manifest.config.get("compared_with")
+            if self._config.canary_share > 0:
+                is_free = self._serving.pinned is None and self._serving.canary is None
+                await self._loader.load(version, warm=is_free)
+                started = await asyncio.to_thread(serving.start_canary, version.name, reason, over)
+                outcome = Published.CANARY if started else Published.HELD
+                self._serving = await asyncio.to_thread(serving.read)
+            else:
+                moved = await self._move(version, "gate", reason, over=over)
+                outcome = Published.LIVE if moved else Published.HELD
+            if outcome is Published.HELD:
+                logger.info("%s passed the gate but is held; its lineage says why", version.name)
+            else:
+                self._training_base = self._serving.training_base
+            return outcome
+
+    async def activate(self, name: str, *, pin: bool | None = None, reason: str = "") -> None:
+        """Point `<name>` at a version, or at `base`, because someone said so; ends a trial.
+
+        `pin`: whether the gate may move on from it; None: pinned if it is older than the newest good version.
+
+        Raises:
+            UnknownVersionError: no such published version.
+            DamagedAdapterError: it cannot be loaded; what was live stays live.
+        """
+        async with self._changing:
+            version = None if name == BASE else await asyncio.to_thread(self._registry.get, name)
+            if version is not None and version.manifest.status != "published":
+                raise UnknownVersionError(f"{name} was rejected by the gate: {version.manifest.reason}")
+            if pin is None:
+                pin = await asyncio.to_thread(is_rollback, self._registry, name)
+            await self._move(version, "api", reason, pin=pin)
+
+    async def release_pin(self, reason: str = "") -> bool:
+        """Let the gate publish again; False if nothing was pinned."""
+        async with self._changing:
+            released = await asyncio.to_thread(self._registry.serving.release_pin, reason)
+            self._serving = await asyncio.to_thread(self._registry.serving.read)
+            return released
+
+    async def promote_canary(self, name: str, reason: str) -> bool:
+        """End a trial well: the canary goes live. False if it is not on trial (any more)."""
+        async with self._changing:
+            return await self._move(await asyncio.to_thread(self._registry.get, name), "canary", reason)
+
+    async def roll_back_canary(self, name: str, reason: str) -> bool:
+        """End a trial badly: the canary gets no more traffic. False if it is not on trial (any more)."""
+        async with self._changing:
+            ended = await asyncio.to_thread(lambda: self._registry.serving.roll_back(name, reason=reason))
+            self._serving = await asyncio.to_thread(self._registry.serving.read)
+            return ended
+
+    async def follow_registry(self) -> bool:
+        """`refresh`, for the learner.
+
+        Returns:
+            Whether `training_base` is another one than at the last call, not counting what `publish` did.
+
+        Raises:
+            AdapterError: the version cannot be loaded; what was live here stays live here.
+        """
+        await self.refresh()
+        changed = self._serving.training_base != self._training_base
+        self._training_base = self._serving.training_base
+        return changed
+
+    async def refresh(self) -> None:
+        """Take over what is on disk: new and deleted versions, and where this or another executor moved the pointers.
+
+        Raises:
+            AdapterError: the live version cannot be loaded; what was live here stays live here.
+        """
+        async with self._changing:
+            serving, new, gone = await asyncio.to_thread(self._look)
+            for version in new:
+                self._names.add(version)
+            await self._forget(serving.retired.keys(), gone)
+            if serving.live != self._pointed_at:
+                await self._follow(serving.live, by_hand=serving.pinned is not None)
+            if serving.canary is not None and serving.canary != self._serving.canary:
+                canary = await asyncio.to_thread(self._registry.get, serving.canary)
+                await self._loader.load(canary, warm=True)
+            self._serving = serving
+
+    async def prune(self) -> list[str]:
+        """Retire versions beyond `versions.keep` and delete retired ones that have rested; returns what was deleted."""
+        async with self._changing:
+            in_use = {name.rpartition("@")[2] for name in self._engine.versions_in_use()}
+            in_use.add(self._training_base or BASE)
+            retired, deleted = await asyncio.to_thread(prune, self._registry, self._config.keep, in_use)
+            await self._forget(retired, deleted)
+            return deleted
+
+    def cards(self) -> list[dict[str, Any]]:
+        """What `/v1/models` lists: live, with the version behind it as parent, base, then every version."""
+        return self._names.cards(self.live)
+
+    async def listing(self) -> list[dict[str, Any]]:
+        """What `/v1/adapters` lists: every version on disk with its lineage, damaged ones with their error."""
+        return await asyncio.to_thread(lineage_rows, self._registry)
+
+    async def detail(self, name: str) -> dict[str, Any]:
+        """One version, or `base`, with all that happened to it; UnknownVersionError if there is none."""
+        return await asyncio.to_thread(lineage_row, self._registry, name)
+
+    async def canary_since_s(self) -> float | None:
+        """When the trial began (Unix seconds); None if there is none."""
+        return await asyncio.to_thread(self._registry.serving.canary_since_s)
+
+    async def _move(
+        self, version: AdapterVersion | None, by: Actor, reason: str, *, pin: bool = False, over: str | None = None
+    ) -> bool:
+        """Engine first, then the pointer on disk, then the name; a failure or a refusal takes the steps back."""
+        before = self._serving.live
+        # Who moves it by hand wants it now, and what a pin holds back would be warmed for nobody.
+        await self._loader.load_live(version, warm=by != "api" and self._serving.pinned is None)
+        name = version.name if version else None
+        try:
+            moved = await asyncio.to_thread(
+                lambda: self._registry.serving.activate(name, by=by, reason=reason, pin=pin, over=over)
+            )
+        except AdapterError:
+            await self._loader.take_back(before)
+            raise
+        if moved:
+            self._point_at(version)
+        else:
+            await self._loader.take_back(before)
+        self._serving = await asyncio.to_thread(self._registry.serving.read)
+        return moved
+
+    async def _follow(self, name: str | None, *, by_hand: bool) -> None:
+        version = None if name is None else await asyncio.to_thread(self._registry.get, name)
+        await self._loader.load_live(version, warm=not by_hand)
+        self._point_at(version)
+
+    async def _forget(self, retired: Collection[str], deleted: Collection[str]) -> None:
+        for name in {*retired, *deleted}:
+            self._names.drop(name)
+        for name in deleted:
+            self._known.discard(name)
+            await self._names.unload(name, self._registry.root)
+
+    def _point_at(self, version: AdapterVersion | None) -> None:
+        started_s = time.perf_counter()
+        self._names.point_at(version)
+        self.last_publish.move_s = time.perf_counter() - started_s
+        self._pointed_at = version.name if version else None
+        self._meter.set_gauge("adapter_version", (version_number(version.name) or 0) if version else 0)
+
+    def _see_prompt(self, lora_name: str | None, prompt_ids: Sequence[int]) -> None:
+        """What is asked of the live version, or of the one on trial, is what the next version will be asked."""
+        canary = self._serving.canary
+        live = None if self._pointed_at is None else self.name_of(self._pointed_at)
+        if lora_name == live or (canary is not None and lora_name == self.name_of(canary)):
+            self._warmer.observe(prompt_ids)
+
+    def _look(self) -> tuple[Serving, list[AdapterVersion], set[str]]:
+        """The pointers, what is new on disk and can be served, and what is gone from there."""
+        serving, on_disk = self._registry.serving.read(), self._registry.names()
+        new = []
+        for name in sorted(on_disk - self._known):
+            try:
+                version = self._registry.get(name)
+            except AdapterError as error:
+                logger.error("adapter version %s is left out: %s", name, error)
+            else:
+                if version.manifest.status == "published":
+                    new.append(version)
+        gone = self._known - on_disk
+        self._known = on_disk
+        return serving, new, gone

@@ -1,0 +1,1 @@
+"""Routing of requests to executors by load and by cached prefix."""

@@ -1,0 +1,116 @@
+"""What an executor tells request routers of itself: its queue, its KV memory, and how fast prompts have been lately.
+
+The speed is learnt from the engine's own iterations: least squares of an iteration's wall time on its prompt tokens,
+with forgetting. The slope is what one more prompt token costs, the intercept what an iteration costs without any
+(decoding, slices, overhead).
+
+How long a prompt waits follows from the iterations since the last report. One that comes at any moment of these `T`
+seconds comes into iteration `i` with probability `wall_i / T` and waits for half of it: `sum(wall_i²) / 2T`. Then it
+pays for what its own iteration does besides, if the engine has anything besides: the intercept, times the busy share
+of `T`. An engine that did little is thus not taken for one that is always at work.
+"""
+
+import time
+from collections.abc import Awaitable, Callable
+from dataclasses import asdict
+
+from core.batch import IterationSample
+from core.wire import ExecutorLoad
+from engine.vllm.engine_load import EngineLoad
+
+_FORGETTING = 0.98
+"""Weight of the past for each iteration that is seen: about the last 50 count."""
+
+ReadIterations = Callable[[int], Awaitable[tuple[int, list[IterationSample]]]]
+
+
+class PromptSpeed:
+    """Seconds of an iteration as `fixed_s + prompt_token_s * prompt tokens`."""
+
+    def __init__(self) -> None:
+        self._weight = 0.0
+        self._tokens = 0.0
+        self._seconds = 0.0
+        self._tokens_squared = 0.0
+        self._tokens_seconds = 0.0
+
+    def observe(self, sample: IterationSample) -> None:
+        """Take in one measured iteration."""
+        num_tokens = sample.shape.num_prefill_tokens
+        wall_s = _wall_s(sample)
+        self._weight = _FORGETTING * self._weight + 1
+        self._tokens = _FORGETTING * self._tokens + num_tokens
+        self._seconds = _FORGETTING * self._seconds + wall_s
+        self._tokens_squared = _FORGETTING * self._tokens_squared + num_tokens * num_tokens
+        self._tokens_seconds = _FORGETTING * self._tokens_seconds + num_tokens * wall_s
+
+    @property
+    def prompt_token_s(self) -> float | None:
+        """Seconds that one more prompt token takes; None before any prompt token was measured."""
+        if self._tokens == 0:
+            return None
+        spread = self._weight * self._tokens_squared - self._tokens**2
+        slope = self._weight * self._tokens_seconds - self._tokens * self._seconds
+        if spread > 1e-9 * self._weight * self._tokens_squared and slope > 0:
+            return slope / spread
+        return self._tokens_seconds / self._tokens_squared  # one size of chunk only, or noise: all time is theirs
+
+    @property
+    def fixed_s(self) -> float:
+        """Seconds of an iteration apart from its prompt tokens."""
+        per_token = self.prompt_token_s or 0.0
+        return max(0.0, (self._seconds - per_token * self._tokens) / self._weight) if self._weight else 0.0
+
+
+class LoadMeter:
+    """One per executor."""
+
+    def __init__(
+        self,
+        executor_id: str,
+        ttft_target_s: float,
+        read_load: Callable[[], EngineLoad],
+        read_iterations: ReadIterations,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        self._executor_id = executor_id
+        self._ttft_target_s = ttft_target_s
+        self._read_load = read_load
+        self._read_iterations = read_iterations
+        self._clock = clock
+        self._speed = PromptSpeed()
+        self._seen = 0
+        self._measured_s = clock()
+        self.latest: ExecutorLoad | None = None
+        """What `measure` gave last."""
+
+    async def measure(self) -> ExecutorLoad:
+        """Read the engine's iterations since the last call, and its queue."""
+        self._seen, samples = await self._read_iterations(self._seen)
+        for sample in samples:
+            self._speed.observe(sample)
+        load = self._read_load()
+        now_s = self._clock()
+        period_s, self._measured_s = now_s - self._measured_s, now_s
+        self.latest = ExecutorLoad(
+            executor_id=self._executor_id,
+            reported_s=now_s,
+            ttft_target_s=self._ttft_target_s,
+            prompt_token_s=self._speed.prompt_token_s,
+            wait_s=_wait_s([_wall_s(sample) for sample in samples], period_s, self._speed.fixed_s),
+            **asdict(load),
+        )
+        return self.latest
+
+
+def _wall_s(sample: IterationSample) -> float:
+    return sample.forward_s + sample.overhead_s + sample.slices_s
+
+
+def _wait_s(walls_s: list[float], period_s: float, fixed_s: float) -> float:
+    """Expected wait of a prompt that comes at any moment of the period. See the module docstring."""
+    busy_s = sum(walls_s)
+    if busy_s <= 0.0:
+        return 0.0
+    period_s = max(period_s, busy_s)  # iterations may overlap, and the first ones began before the meter
+    return sum(wall_s * wall_s for wall_s in walls_s) / (2 * period_s) + busy_s / period_s * fixed_s

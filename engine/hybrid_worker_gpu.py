@@ -1,9 +1,0 @@
-"""The hybrid worker on vLLM's GPU worker."""
-
-from vllm.v1.worker.gpu_worker import Worker
-
-from engine.hybrid_worker import HybridWorkerMixin
-
-
-class HybridGpuWorker(HybridWorkerMixin, Worker):
-    """`worker_cls` on one CUDA device."""

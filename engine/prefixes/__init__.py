@@ -1,0 +1,1 @@
+"""What vLLM's prefix cache holds and serves."""

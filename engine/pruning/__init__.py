@@ -1,0 +1,1 @@
+"""KV pruning: which blocks go, attention without them, and what that costs in accuracy."""

@@ -1,0 +1,201 @@
+"""Reads on behind a pruned context, on the Hugging Face side of a model.
+
+A context is prefilled once. For every fraction the blocks with the lowest scores leave a copy of its key-value cache
+(`engine.pruning.scores`; sinks and the recent window stay), the positions of what follows stay what they were, and the
+model reads on. That is what pruning does on vLLM's paged cache, where a dropped block is left out of attention.
+The questions come after pruning, so the choice of blocks knows nothing of them.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from core.errors import ConfigError, UnsupportedModelError
+from engine.pruning.scores import BlockScorer, choose_blocks
+from engine.pruning.tasks import Question, Recall, first_sentence
+
+TokenPassage = tuple[list[int], list[int]]
+"""Token ids of a context and of how it goes on."""
+
+_MAX_REPLY_TOKENS = 16
+
+
+@dataclass(frozen=True, slots=True)
+class PruningPlan:
+    """How a cache is pruned."""
+
+    scorer: BlockScorer
+    block_tokens: int
+    sink_tokens: int
+    recent_tokens: int
+
+    def droppable(self, num_full_blocks: int) -> range:
+        """Blocks that may go; sinks and recent window are rounded up to whole blocks (as `engine.pruning.pruner`)."""
+        size = self.block_tokens
+        return range(-(-self.sink_tokens // size), num_full_blocks - -(-self.recent_tokens // size))
+
+
+@dataclass(slots=True)
+class Prefilled:
+    """A context in the cache, and which of its blocks go first."""
+
+    cache: Any
+    """DynamicCache of all tokens."""
+    num_tokens: int
+    order: list[int]
+    """Blocks that may be dropped, lowest score first."""
+    block_tokens: int
+
+    @property
+    def num_full_blocks(self) -> int:
+        """Blocks in use but for an unfinished last one: what fractions are taken of."""
+        return self.num_tokens // self.block_tokens
+
+    def dropped(self, fraction: float) -> list[int]:
+        """The blocks that go at `fraction`: rounded down, and no more than may go."""
+        return self.order[: math.floor(fraction * self.num_full_blocks + 1e-9)]
+
+
+class PrunedReader:
+    """A model that reads on behind a pruned context. Reads one sequence at a time; keeps nothing between contexts."""
+
+    def __init__(self, model: Any, tokenizer: Any, plan: PruningPlan) -> None:
+        self._model = model
+        self._tokenizer = tokenizer
+        self._plan = plan
+        self._device = next(model.parameters()).device
+        ends = getattr(model.generation_config, "eos_token_id", None)
+        self._ends = set(ends if isinstance(ends, list) else [ends]) - {None} | {tokenizer.eos_token_id}
+
+    def count_tokens(self, text: str) -> int:
+        """Tokens of a text on its own."""
+        return len(self.encode(text))
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of a text on its own, without what the tokenizer puts around texts."""
+        return list(self._tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    @torch.inference_mode()
+    def prefill(self, context: Sequence[int]) -> Prefilled:
+        """Read a context of token ids and score its blocks."""
+        from transformers import DynamicCache
+
+        cache = DynamicCache(config=self._model.config)
+        if any(getattr(layer, "is_sliding", False) or not hasattr(layer, "crop") for layer in cache.layers):
+            raise UnsupportedModelError(
+                "KV pruning needs full attention in every layer; this model has other layers"
+            )
+        self._model(input_ids=self._ids(context), past_key_values=cache, use_cache=True, logits_to_keep=1)
+        return Prefilled(cache, len(context), self._order(cache, len(context)), self._plan.block_tokens)
+
+    @torch.inference_mode()
+    def logprobs(self, context: Prefilled, fraction: float, continuation: Sequence[int]) -> Tensor:
+        """Log-probs `[len(continuation) - 1]` of the second and later tokens behind the pruned context.
+
+        The first one was predicted before anything was dropped, so pruning cannot change it.
+        """
+        cache = self._pruned(context, fraction)
+        logits = self._read(cache, context.num_tokens, continuation[:-1])
+        chosen = torch.tensor(continuation[1:], device=self._device)
+        return logits.float().log_softmax(-1).gather(-1, chosen[:, None])[:, 0].cpu()
+
+    @torch.inference_mode()
+    def replies(self, context: Prefilled, fraction: float, questions: Sequence[Sequence[int]]) -> list[str]:
+        """Greedy replies to questions (token ids), each as if it were the only one."""
+        cache = self._pruned(context, fraction)
+        return [self._reply(cache, context.num_tokens, question) for question in questions]
+
+    def passage_ids(self, context: str, continuation: str) -> TokenPassage:
+        """Token ids of a text that the model reads as it stands."""
+        return self._start() + self.encode(context), self.encode(continuation)
+
+    def prompt_ids(self, prompt: str | list[dict[str, Any]]) -> list[int]:
+        """Token ids of a prompt: through the chat template if there is one; else it must be text."""
+        if not self._tokenizer.chat_template:
+            if not isinstance(prompt, str):
+                raise ConfigError("the prompts are messages, and the model has no chat template")
+            return self._start() + self.encode(prompt)
+        messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+        text: str = self._tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        return self.encode(text)
+
+    def recall_ids(self, recall: Recall) -> tuple[list[int], list[list[int]]]:
+        """Token ids of the context and of its questions: through the chat template if there is one."""
+        if not self._tokenizer.chat_template:
+            asked = [self.encode(f" {question.text} {question.cue}") for question in recall.questions]
+            return self._start() + self.encode(recall.context), asked
+        parts = [self._chat_parts(recall.context, question) for question in recall.questions]
+        return self.encode(parts[0][0]), [self.encode(rest) for _, rest in parts]
+
+    def _chat_parts(self, context: str, question: Question) -> tuple[str, str]:
+        content = f"{context}\n\n{question.text} Answer with one word."
+        text: str = self._tokenizer.apply_chat_template(
+            [{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True
+        )
+        split = text.find(context)
+        if split < 0:
+            raise ConfigError("the chat template changes the text of a message: pruning accuracy cannot use it")
+        split += len(context)
+        return text[:split], text[split:]
+
+    def _start(self) -> list[int]:
+        """What the tokenizer puts before every text."""
+        bos = self._tokenizer.bos_token_id
+        return [bos] if bos is not None and self._tokenizer("a")["input_ids"][:1] == [bos] else []
+
+    def _ids(self, tokens: Sequence[int]) -> Tensor:
+        return torch.tensor([list(tokens)], dtype=torch.int64, device=self._device)
+
+    def _order(self, cache: Any, num_tokens: int) -> list[int]:
+        plan, size = self._plan, self._plan.block_tokens
+        num_full = num_tokens // size
+        free = plan.droppable(num_full)
+        if not free:
+            return []
+        layers = []
+        for layer in cache.layers:
+            heads = layer.keys[0, :, : num_full * size]  # [heads, tokens, head_size]
+            layers.append(plan.scorer.summarize(heads.transpose(0, 1).unflatten(0, (num_full, size))))
+        scores = plan.scorer.score(torch.stack(layers), num_full * size).tolist()
+        protected = [block for block in range(num_full) if block not in free]
+        return choose_blocks(scores, num_full, protected)
+
+    def _pruned(self, context: Prefilled, fraction: float) -> Any:
+        """A copy of the cache without the dropped blocks; the original stays as it is."""
+        from transformers import DynamicCache
+
+        dropped = set(context.dropped(fraction))
+        positions = [i for i in range(context.num_tokens) if i // context.block_tokens not in dropped]
+        keep = torch.tensor(positions, device=self._device)
+        pruned = DynamicCache(config=self._model.config)
+        for index, layer in enumerate(context.cache.layers):
+            pruned.update(layer.keys.index_select(2, keep), layer.values.index_select(2, keep), index)
+        return pruned
+
+    def _read(self, cache: Any, position: int, tokens: Sequence[int]) -> Tensor:
+        """Logits `[len(tokens), vocab]`. `position` is where the first token stands, dropped ones counted."""
+        positions = torch.arange(position, position + len(tokens), device=self._device)[None]
+        out = self._model(
+            input_ids=self._ids(tokens), position_ids=positions, past_key_values=cache, use_cache=True
+        )
+        return out.logits[0]
+
+    def _reply(self, cache: Any, position: int, question: Sequence[int]) -> str:
+        kept = cache.get_seq_length()
+        reply: list[int] = []
+        text = ""
+        tokens = list(question)
+        while len(reply) < _MAX_REPLY_TOKENS and not first_sentence(text)[1]:
+            token = int(self._read(cache, position, tokens)[-1].argmax())
+            position += len(tokens)
+            if token in self._ends:
+                break
+            reply.append(token)
+            tokens = [token]
+            text = str(self._tokenizer.decode(reply, skip_special_tokens=True))
+        cache.crop(kept - cache.get_seq_length())
+        return text

@@ -1,0 +1,1 @@
+"""The sliced DPO step on a LoRA adapter, on the base weights that vLLM serves."""

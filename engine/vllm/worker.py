@@ -1,0 +1,194 @@
+"""vLLM's worker plus fine-tune slices, on the same device and between the same forward passes.
+
+An iteration is: slices within the scheduler's budget, then vLLM's forward pass and sampling. Slices come first so
+that the tokens of this iteration leave as soon as they exist; the time between two tokens is the same either way.
+"""
+
+import copy
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import asdict
+from functools import partial
+from typing import Any
+
+from vllm.v1.outputs import AsyncModelRunnerOutput, ModelRunnerOutput
+
+from core.config import AppArgs, KvPruningConfig
+from core.errors import ConfigError, MaceError
+from core.types import SliceReport
+from engine.pruning.pruner import unsupported
+from engine.pruning.worker import Scores, WorkerPruning, to_wire
+from engine.training.adapter_keeper import AdapterKeeper
+from engine.training.base_weights import WeightViews, huggingface_views, is_shared, unpacked_cpu_weights
+from engine.training.runner import FineTuneRunner, free_memory_bytes
+from engine.vllm.compat import app_args_of
+from engine.vllm.directive import (
+    DIRECTIVE_ATTRIBUTE,
+    REPORT_ATTRIBUTE,
+    Directive,
+    IterationReport,
+    MemoryCounters,
+    WorkerFacts,
+)
+from engine.vllm.forward_timer import ForwardTimer
+from engine.vllm.iteration_log import IterationLog
+from engine.vllm.orphan_watch import exit_with_parent
+
+
+class HybridWorkerMixin:
+    """Adds a `FineTuneRunner` to a vLLM worker; see the module docstring."""
+
+    _runner: FineTuneRunner | None = None
+    _facts: WorkerFacts | None = None
+    """To be sent with the next report."""
+    _pruning: WorkerPruning | None = None
+    _pruning_refusal: str | None = None
+    _kv_scores: Scores = {}  # noqa: RUF012 - replaced, never changed
+    _memory = MemoryCounters()
+    _log: IterationLog
+    _directive: Directive
+    _finetune_report: SliceReport
+    _timer: ForwardTimer
+
+    def load_model(self, **kwargs: Any) -> None:
+        """Load the inference model, then the trainable model beside it (or on its very weights)."""
+        exit_with_parent()
+        self._log = IterationLog()
+        args = app_args_of(self.vllm_config)  # type: ignore[attr-defined]
+        shared = args.training.enabled and is_shared(args.engine, self.device.type)  # type: ignore[attr-defined]
+        with unpacked_cpu_weights() if shared else nullcontext():
+            super().load_model(**kwargs)  # type: ignore[misc]
+        if args.training.enabled:
+            self._runner = self._build_runner(args, shared)
+
+    def compile_or_warm_up_model(self) -> Any:
+        """vLLM's last preparation before it serves; what is free on the device after it, training may use."""
+        self._attach_pruning(app_args_of(self.vllm_config).kv_pruning)  # type: ignore[attr-defined]
+        result = super().compile_or_warm_up_model()  # type: ignore[misc]
+        if self._runner is not None:
+            free_bytes = free_memory_bytes(self.device)  # type: ignore[attr-defined]
+            self._facts = WorkerFacts(self._runner.warm_up_slices, free_bytes)
+        return result
+
+    def _attach_pruning(self, config: KvPruningConfig) -> None:
+        if config.start == "off":
+            return
+        runner = self.model_runner  # type: ignore[attr-defined]
+        self._pruning_refusal = unsupported(runner.vllm_config, runner.kv_cache_config)
+        if self._pruning_refusal is None:
+            self._pruning = WorkerPruning.attach(runner, config)
+
+    def _build_runner(self, args: AppArgs, shared: bool) -> FineTuneRunner:
+        model_config = self.vllm_config.model_config  # type: ignore[attr-defined]
+        weights: WeightViews | None = None
+        if shared:
+            weights = huggingface_views(self.get_model(), model_config.hf_text_config)  # type: ignore[attr-defined]
+        return FineTuneRunner.build(
+            model_dir=model_config.model,
+            args=args,
+            dtype=model_config.dtype,
+            device=self.device,  # type: ignore[attr-defined]
+            weights=weights,
+        )
+
+    def execute_model(self, scheduler_output: Any) -> Any:
+        """Slices, then vLLM's forward pass. Returns None when `sample_tokens` follows."""
+        self._directive = getattr(scheduler_output, DIRECTIVE_ATTRIBUTE, None) or Directive()
+        self._finetune_report = self._run_slices(self._directive)
+        self._timer = ForwardTimer(self.device)  # type: ignore[attr-defined]
+        self._memory = self._directive.memory
+        if self._pruning is None:
+            return self._finish(super().execute_model(scheduler_output))  # type: ignore[misc]
+        self._pruning.drop(self._directive.dropped_blocks)
+        output = super().execute_model(scheduler_output)  # type: ignore[misc]
+        self._kv_scores = self._pruning.score(
+            self._directive.score_request_ids, scheduler_output.num_scheduled_tokens
+        )
+        return self._finish(output)
+
+    def sample_tokens(self, grammar_output: Any) -> Any:
+        """vLLM's sampling; its output carries the iteration's report."""
+        return self._finish(super().sample_tokens(grammar_output))  # type: ignore[misc]
+
+    def mace_call(self, method: str, *args: Any) -> dict[str, Any]:
+        """Call a method of `AdapterKeeper`, or `describe`, between two iterations (through `collective_rpc`).
+
+        Returns `{"value": ...}`, or `{"error": class name, "message": ...}` for errors of our tree: vLLM would turn
+        an exception into text.
+        """
+        if self._runner is None:
+            return _error(ConfigError("training is disabled in this engine (training.enabled: false)"))
+        if method == "describe":
+            return {"value": self._runner.describe()}
+        if method not in AdapterKeeper.REMOTE_METHODS:
+            return _error(ConfigError(f"not a remote method of the fine-tune runner: {method}"))
+        try:
+            return {"value": getattr(self._runner.adapters, method)(*args)}
+        except MaceError as error:
+            return _error(error)
+
+    def mace_iterations(self, after: int) -> dict[str, Any]:
+        """Samples of the iterations since number `after`, and the number to ask for next (`IterationLog.since`)."""
+        return self._log.since(after)
+
+    def mace_memory(self) -> dict[str, Any]:
+        """`MemoryCounters` of the last iteration."""
+        return asdict(self._memory)
+
+    def mace_pruning_refusal(self) -> str | None:
+        """Why KV blocks cannot be dropped although the settings ask for it; None if they can, or need not."""
+        return self._pruning_refusal
+
+    def _run_slices(self, directive: Directive) -> SliceReport:
+        if self._runner is None:
+            return SliceReport()
+        for task in directive.new_tasks:
+            self._runner.submit(task)
+        for task_id in directive.aborted_task_ids:
+            self._runner.abort(task_id)
+        if directive.is_blocking:
+            return self._runner.run_step()
+        self._runner.set_slice_tokens(directive.slice_tokens)
+        return self._runner.run(directive.finetune_budget_s, directive.min_slices)
+
+    def _finish(self, output: Any) -> Any:
+        if output is None:
+            return None
+        self._timer.stop()
+        finish = partial(self._with_report, self._directive, self._finetune_report, self._timer, self._kv_scores)
+        if isinstance(output, AsyncModelRunnerOutput):
+            return _ReportingAsyncOutput(output, finish)
+        return finish(output)
+
+    def _with_report(
+        self,
+        directive: Directive,
+        finetune: SliceReport,
+        timer: ForwardTimer,
+        kv_scores: Scores,
+        output: ModelRunnerOutput,
+    ) -> ModelRunnerOutput:
+        """A copy with the report: vLLM's empty output is one shared constant."""
+        forward_s = timer.seconds()
+        self._log.add(directive, finetune, forward_s)
+        facts, self._facts = self._facts, None
+        output = copy.copy(output)
+        setattr(output, REPORT_ATTRIBUTE, IterationReport(finetune, forward_s, facts, to_wire(kv_scores)))
+        return output
+
+
+class _ReportingAsyncOutput(AsyncModelRunnerOutput):
+    """Adds the report when the copy to the host is done (async scheduling on GPU)."""
+
+    def __init__(
+        self, inner: AsyncModelRunnerOutput, finish: Callable[[ModelRunnerOutput], ModelRunnerOutput]
+    ) -> None:
+        self._inner = inner
+        self._finish = finish
+
+    def get_output(self) -> ModelRunnerOutput:
+        return self._finish(self._inner.get_output())
+
+
+def _error(error: MaceError) -> dict[str, Any]:
+    return {"error": type(error).__name__, "message": str(error)}

@@ -1,0 +1,27 @@
+"""The hybrid worker on vLLM's CPU worker. Its own module, since that import sets up shared memory for CPU."""
+
+from typing import Any
+
+from vllm.v1.worker.cpu_worker import CPUWorker
+
+from engine.vllm.heap_trim import HeapTrimmer, heap_use
+from engine.vllm.worker import HybridWorkerMixin
+
+
+class HybridCpuWorker(HybridWorkerMixin, CPUWorker):
+    """`worker_cls` on machines without a GPU."""
+
+    _trimmer: HeapTrimmer | None = None
+
+    def execute_model(self, scheduler_output: Any) -> Any:
+        """As the mixin's; between two iterations free memory goes back to the system."""
+        if self._trimmer is None:
+            self._trimmer = HeapTrimmer()
+        self._trimmer.tick()
+        return super().execute_model(scheduler_output)
+
+    def mace_memory(self) -> dict[str, Any]:
+        """As the mixin's, and the C library's heap: what grows there is a leak, or holes."""
+        use = heap_use()
+        heap = {} if use is None else {"heap_used_bytes": use.used_bytes, "heap_free_bytes": use.free_bytes}
+        return {**super().mace_memory(), **heap}

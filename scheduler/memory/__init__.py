@@ -1,0 +1,1 @@
+"""Memory of a device: KV blocks and the fine-tune arena under one capacity."""

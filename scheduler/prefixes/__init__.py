@@ -1,0 +1,1 @@
+"""Prefixes of prompts: which executor caches which, and which ones come again and again."""

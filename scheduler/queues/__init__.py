@@ -1,0 +1,1 @@
+"""Waiting orders of requests and of fine-tune tasks."""
