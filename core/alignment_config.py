@@ -1,12 +1,27 @@
 """Configuration of the alignment loop: feedback, drift, quality of feedback, gate and versions. See `core.config`."""
 
+from typing import Any, ClassVar
+
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 
 class Section(BaseModel):
-    """One section of the configuration: frozen, and an unknown key is an error."""
+    """One section of the configuration: frozen, and an unknown key is an error.
+
+    `gone` names the keys that a section had once, each with what to write instead: `"is now experiments.packing"`, or
+    `"is now the constant 0.002"`. Such a key is refused with that text.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+    gone: ClassVar[dict[str, str]] = {}
+
+    @model_validator(mode="before")
+    @classmethod
+    def _refuse_gone_keys(cls, values: Any) -> Any:
+        if isinstance(values, dict):
+            for key in cls.gone.keys() & values.keys():
+                raise ValueError(f"the setting {key} {cls.gone[key]}")
+        return values
 
 
 class FeedbackConfig(Section):

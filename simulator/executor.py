@@ -14,8 +14,8 @@ from dataclasses import dataclass
 
 from core.batch import ForwardShape, IterationSample
 from core.errors import MaceError
-from scheduler.iteration.plan import IterationView, Plan
 from scheduler.iteration.planner import IterationPlanner
+from scheduler.plan import IterationView, Plan
 from simulator.device import Device
 from simulator.requests import Fill, RequestPool
 from simulator.running import SimRequest

@@ -5,7 +5,7 @@ after the planner asks for scores. With `start: always` all that are offered are
 """
 
 from core.config import KvPruningConfig
-from scheduler.iteration.plan import PruneOffer
+from scheduler.plan import PruneOffer
 from simulator.running import RunningSet, SimRequest
 
 

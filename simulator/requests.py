@@ -8,7 +8,7 @@ vLLM does: decodes first, then prompts in progress, then the waiting queue while
 from dataclasses import dataclass, field
 
 from core.batch import ForwardShape
-from scheduler.iteration.plan import FineTuneState, IterationView, Plan, PrefillTask
+from scheduler.plan import FineTuneState, IterationView, Plan, PrefillTask
 from scheduler.queues.waiting import WaitingQueue
 from simulator.kv_pruning import KvPruner
 from simulator.running import RunningSet, SimRequest

@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 from core.config import TrainingConfig
 from core.pair_groups import PairShape
 from core.types import SliceTiming
-from scheduler.iteration.plan import FineTuneState, Plan
 from scheduler.iteration.slice_gate import SliceGate
+from scheduler.plan import FineTuneState, Plan
 from simulator.device import Device
 from simulator.finetune import SliceWork, StepModel, step_slices
 

@@ -19,9 +19,9 @@ from pydantic import BaseModel, ConfigDict
 from core.batch import ForwardShape, IterationSample
 from core.config import SchedulerConfig, SloConfig
 from core.types import SliceKind, SliceReport, SliceTiming
-from scheduler.iteration.plan import IterationView, Plan
 from scheduler.iteration.planner import EngineLimits, IterationPlanner
 from scheduler.memory.ledger import MemoryLedger
+from scheduler.plan import IterationView, Plan
 from scheduler.queues.task_queue import QueuedTask, TaskQueue
 
 TARGET_MEDIAN_MS = 0.2

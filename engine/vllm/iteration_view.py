@@ -6,7 +6,7 @@ from typing import Any
 from core.batch import ForwardShape
 from engine.vllm.planning import KvPool
 from engine.vllm.waiting_queue import AgeingRequestQueue
-from scheduler.iteration.plan import FineTuneState, IterationView, PrefillTask, PruneOffer
+from scheduler.plan import FineTuneState, IterationView, PrefillTask, PruneOffer
 
 
 def view_of(

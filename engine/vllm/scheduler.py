@@ -43,8 +43,8 @@ from engine.vllm.orphan_watch import exit_with_parent
 from engine.vllm.planning import build_planner, kv_pool_of
 from engine.vllm.task_table import TaskTable
 from engine.vllm.waiting_queue import AgeingRequestQueue
-from scheduler.iteration.plan import IterationView, Plan
 from scheduler.memory.ledger import MemoryLedger, Pool
+from scheduler.plan import IterationView, Plan
 
 logger = logging.getLogger(__name__)
 

@@ -16,7 +16,6 @@ from core.batch import ForwardShape, IterationSample
 from core.config import KvPruningConfig, SchedulerConfig, SloConfig
 from core.ports import LatencyPredictor
 from core.types import SliceKind
-from scheduler.iteration.plan import FineTuneState, IterationView, Plan
 from scheduler.iteration.prefill import PrefillPacker
 from scheduler.iteration.retrain import RetrainMeter
 from scheduler.iteration.slice_size import ARENA_OWNER, SliceSizer
@@ -26,6 +25,7 @@ from scheduler.memory.arena_need import ArenaNeed, ModelDims
 from scheduler.memory.ledger import MemoryLedger, Pool
 from scheduler.memory.relief import BlockBudget, MemoryRelief
 from scheduler.packing import Bin
+from scheduler.plan import FineTuneState, IterationView, Plan
 from scheduler.priority import decode_priority, finetune_priority, prefill_priority
 
 IDLE_QUANTUM_S = 0.01

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from core.batch import ForwardShape
 from core.config import SchedulerConfig
 from core.ports import LatencyPredictor
-from scheduler.iteration.plan import IterationView, PrefillTask
 from scheduler.memory.relief import FREE, BlockBudget, Quote
 from scheduler.packing import Bin, Demand, choose_candidate
+from scheduler.plan import IterationView, PrefillTask
 
 _CHUNK_MULTIPLE = 16
 """Chunks that do not end a prompt are multiples of this: kernels and KV blocks like it."""

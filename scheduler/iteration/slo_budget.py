@@ -6,7 +6,7 @@ prompt, and the prompts ahead of it, still need; what is left until its target m
 """
 
 from core.config import SloConfig
-from scheduler.iteration.plan import IterationView
+from scheduler.plan import IterationView
 
 _UNSERVED_SHARE_OF_TTFT = 0.5
 """With nobody decoding, an iteration may last this share of the TTFT target: a request that arrives just after its

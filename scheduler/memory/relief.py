@@ -13,8 +13,8 @@ import math
 from dataclasses import dataclass
 
 from core.config import KvPruningConfig
-from scheduler.iteration.plan import IterationView, Plan, PrefillTask, PruneOffer, PruneReason
 from scheduler.memory.ledger import MemoryLedger, Pool
+from scheduler.plan import IterationView, Plan, PrefillTask, PruneOffer, PruneReason
 
 _SHORT_SHARE = 0.1
 _ENOUGH_SHARE = 0.2

@@ -10,7 +10,7 @@ from engine.vllm.iteration_view import shape_of, view_of
 from engine.vllm.planning import KvPool
 from engine.vllm.task_table import TaskTable
 from engine.vllm.waiting_queue import AgeingRequestQueue
-from scheduler.iteration.plan import MAX_PREFILLS_SEEN
+from scheduler.plan import MAX_PREFILLS_SEEN
 
 
 def request(name, num_prompt, *, computed=0, arrived_s=0.0, priority=0, output=0):

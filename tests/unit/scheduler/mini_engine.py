@@ -5,9 +5,9 @@ from dataclasses import dataclass
 from core.batch import ForwardShape, IterationSample
 from core.config import KvPruningConfig, SloConfig
 from core.types import SliceKind, SliceTiming
-from scheduler.iteration.plan import MAX_PREFILLS_SEEN, FineTuneState, IterationView, PrefillTask, PruneOffer
 from scheduler.iteration.planner import EngineLimits, IterationPlanner
 from scheduler.memory.ledger import MemoryLedger
+from scheduler.plan import MAX_PREFILLS_SEEN, FineTuneState, IterationView, PrefillTask, PruneOffer
 from scheduler.queues.waiting import WaitingQueue
 
 KV_BYTES_PER_TOKEN = 10

@@ -3,10 +3,10 @@ import pytest
 from core.batch import ForwardShape, IterationSample
 from core.config import SloConfig
 from core.types import SliceKind, SliceTiming
-from scheduler.iteration.plan import FineTuneState, IterationView, PrefillTask
 from scheduler.iteration.planner import IDLE_QUANTUM_S, EngineLimits
 from scheduler.iteration.slice_size import ARENA_OWNER
 from scheduler.memory.ledger import Pool
+from scheduler.plan import FineTuneState, IterationView, PrefillTask
 from scheduler.priority import starvation_bound_s
 from tests.unit.scheduler.device import KnownDevice, UnknownDevice, make_planner
 

@@ -7,8 +7,8 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
 from core.config import KvPruningConfig, SchedulerConfig
-from scheduler.iteration.plan import PruneOffer
 from scheduler.memory.ledger import Pool
+from scheduler.plan import PruneOffer
 from tests.unit.scheduler.device import KnownDevice
 from tests.unit.scheduler.mini_engine import KV_BYTES_PER_TOKEN, MiniEngine, Request
 

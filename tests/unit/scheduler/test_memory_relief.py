@@ -2,11 +2,11 @@ import pytest
 
 from core.batch import ForwardShape
 from core.config import KvPruningConfig
-from scheduler.iteration.plan import FineTuneState, IterationView, PrefillTask, PruneOffer
 from scheduler.iteration.planner import EngineLimits
 from scheduler.iteration.slice_size import ARENA_OWNER
 from scheduler.memory.ledger import Pool
 from scheduler.memory.relief import BlockBudget
+from scheduler.plan import FineTuneState, IterationView, PrefillTask, PruneOffer
 from tests.unit.scheduler.device import KnownDevice, make_planner
 
 BLOCK = 16

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from core.batch import ForwardShape
 from core.config import SchedulerConfig
-from scheduler.iteration.plan import FineTuneState, IterationView
+from scheduler.plan import FineTuneState, IterationView
 from scheduler.priority import decode_priority, finetune_priority, prefill_priority
 from scheduler.queues.task_queue import QueuedTask, TaskQueue
 from tests.unit.scheduler.device import make_planner
