@@ -52,7 +52,9 @@ def configure_environment(args: AppArgs, model_dir: Path) -> None:
     """Set the environment variables that vLLM reads at import; call before any vLLM import."""
     os.environ[_BINDING_VARIABLE] = worker_binding(args, model_dir)
     if args.kv_pruning.start != "off":
-        os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "0"  # rows of the block table are V1's (engine.kv_row_compaction)
+        os.environ["VLLM_USE_V2_MODEL_RUNNER"] = (
+            "0"  # rows of the block table are V1's (engine.pruning.row_compaction)
+        )
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
     os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")  # stdout belongs to --json
@@ -86,14 +88,14 @@ def make_engine_args(args: AppArgs, model_dir: str) -> Any:
         "kv_cache_memory_bytes": args.engine.kv_cache_memory_bytes or (_cpu_kv_bytes() if on_cpu else None),
         "enable_prefix_caching": True,
         "kv_events_config": kv_events_config(),
-        "scheduling_policy": "priority",  # lets requests carry one; the order is ours (engine.waiting_queue)
+        "scheduling_policy": "priority",  # lets requests carry one; the order is ours (engine.vllm.waiting_queue)
         "enable_lora": True,
         "max_lora_rank": _lora_rank_of_vllm(args.lora.rank),
         "max_loras": args.lora.max_loaded,
         "max_cpu_loras": 2 * args.lora.max_loaded,
         "enforce_eager": on_cpu,
         "additional_config": {CONFIG_KEY: args.model_dump(mode="json")},
-        "scheduler_cls": f"engine.hybrid_scheduler.{'HybridScheduler' if on_cpu else 'AsyncHybridScheduler'}",
+        "scheduler_cls": f"engine.vllm.scheduler.{'HybridScheduler' if on_cpu else 'AsyncHybridScheduler'}",
         "worker_cls": (
             "engine.vllm.worker_cpu.HybridCpuWorker" if on_cpu else "engine.vllm.worker_gpu.HybridGpuWorker"
         ),
