@@ -7,9 +7,8 @@ import pytest
 
 from engine.tiny.build import ensure_tiny_assistant
 
-
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
-    # A shell that starts tests in the background ignores Ctrl-C for them; the commands under test must not inherit that.
+    # A shell ignores Ctrl-C for what it starts in the background; the commands under test must not inherit that.
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
