@@ -21,9 +21,7 @@ from engine.vllm.front_end import (
     read_engine_load,
     watch_prompts,
 )
-
-_BACKGROUND_PRIORITY = 1
-"""Class `background` (`scheduler.priority`)."""
+from scheduler.priority import BACKGROUND_PRIORITY
 
 
 class HybridEngine:
@@ -182,7 +180,7 @@ class HybridEngine:
             params,
             request_id,
             lora_request=handle,
-            priority=_BACKGROUND_PRIORITY,
+            priority=BACKGROUND_PRIORITY,
         )
         async for output in outputs:
             ids, num_cached = list(output.outputs[0].token_ids), output.num_cached_tokens or 0
