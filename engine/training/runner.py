@@ -41,7 +41,7 @@ class FineTuneRunner:
         self._shadow = shadow
         self._config = args.training
         self._share_prompt = args.experiments.share_prompt
-        self._admission = SliceAdmission()
+        self.admission = SliceAdmission()
         self._slice_tokens = args.training.max_slice_tokens
         self.warm_up_slices: list[SliceTiming] = []
         """Every kind of slice, measured once before anything was served."""
@@ -113,7 +113,7 @@ class FineTuneRunner:
                         self._checkpoints.wait(min(max(0.0, left_s), _HELD_BACK_WAIT_S))
                     break
                 enough = len(report.slices) >= min_slices
-                if enough and not self._admission.fits(
+                if enough and not self.admission.fits(
                     spec.kind, spec.num_tokens, left_s, first=not report.slices
                 ):
                     break
@@ -214,7 +214,7 @@ class FineTuneRunner:
         running.count(latency_s, held_bytes)
         report.peak_bytes = max(report.peak_bytes, held_bytes)
         if not report.out_of_memory:  # such a slice did not do its work
-            self._admission.observe(spec.kind, spec.num_tokens, latency_s)
+            self.admission.observe(spec.kind, spec.num_tokens, latency_s)
             report.slices.append(SliceTiming(spec.kind, spec.num_tokens, latency_s))
 
     def _shrink(self, running: RunningStep, error: DeviceMemoryError, report: SliceReport) -> None:
@@ -244,7 +244,7 @@ class FineTuneRunner:
         prompt = (0,) * half
         pair = TokenizedPair("warm-up", prompt, (0,) * half, (1,) * half)
         for _ in range(2):  # the first pass pays for lazy set-up inside torch
-            self._admission = SliceAdmission()
+            self.admission = SliceAdmission()
             self.submit(FineTuneTask("warm-up", TaskKind.TRAIN, (pair,)).to_wire())
             report = self.run(float("inf"), sys.maxsize)
             result, self.warm_up_slices = report.finished[0], report.slices

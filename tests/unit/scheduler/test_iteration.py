@@ -1,13 +1,12 @@
 import pytest
 
 from core.batch import ForwardShape, IterationSample
-from core.config import ExperimentsConfig, SloConfig
+from core.config import SloConfig
 from core.types import SliceKind, SliceReport, SliceTiming
 from scheduler.iteration.planner import IDLE_QUANTUM_S
 from scheduler.memory.ledger import Pool
-from scheduler.priority import starvation_bound_s
 from scheduler.view import FineTuneState, IterationView, PrefillTask
-from tests.unit.scheduler.device import KnownDevice, UnknownDevice, make_planner
+from tests.unit.scheduler.device import STARVATION_BOUND_S, KnownDevice, UnknownDevice, make_planner
 
 
 def work(last_progress_s=0.0, **kwargs):
@@ -140,7 +139,7 @@ def test_while_somebody_waits_for_a_seat_or_for_blocks_nothing_is_spent():
 
 def test_aged_work_gets_a_slice_without_slack_within_the_stated_bound():
     planner = make_planner()
-    bound_s = starvation_bound_s(ExperimentsConfig())
+    bound_s = STARVATION_BOUND_S
     starved = view(decode=400, now_s=bound_s + 1, finetune=work(dpo_loss=0.0))
     assert run(planner, starved).min_slices == 1
     early = view(decode=400, now_s=0.5 * bound_s, finetune=work(dpo_loss=0.0))
@@ -148,7 +147,7 @@ def test_aged_work_gets_a_slice_without_slack_within_the_stated_bound():
 
 
 def test_a_high_loss_reaches_its_turn_sooner_unless_the_reward_term_is_off():
-    now_s = starvation_bound_s(ExperimentsConfig()) - 10
+    now_s = STARVATION_BOUND_S - 10
     state = view(decode=400, now_s=now_s, finetune=work(dpo_loss=5.0))
     assert run(make_planner(), state).min_slices == 1
     assert run(make_planner(reward_term=False), state).min_slices == 0
