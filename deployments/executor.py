@@ -43,8 +43,8 @@ AttachRoutes = Callable[[Any, "Executor"], Any]
 class Executor:
     """Serving and learning on one device. Cheap to construct; `__serve_build_asgi_app__` starts everything."""
 
-    def __init__(self, args: dict[str, Any], control: Any, attach_routes: AttachRoutes) -> None:
-        self.args = AppArgs.model_validate(args)
+    def __init__(self, args: AppArgs, control: Any, attach_routes: AttachRoutes) -> None:
+        self.args = args
         self.executor_id = f"executor-{uuid.uuid4().hex[:8]}"
         self.control = ControlClient(control)
         self.responses = ResponseLog(self.control)

@@ -9,7 +9,8 @@ from pathlib import Path
 import httpx
 import pytest
 
-from app.http.prefix_context import PrefixContext
+from app.http.app import prefix_names
+from app.http.request import RequestChain
 from deployments.routing.prefix_index import follow_prefixes
 from deployments.routing.prefix_text import HEADER, prefixes_of
 from engine.prefixes.counts import read_prefix_counts
@@ -162,7 +163,8 @@ def test_an_executor_reports_the_names_of_the_prefixes_in_its_cache(engine):
         app = await engine.engine.build_openai_app(["mace-tiny"])
         index, following = follow_prefixes("me", engine.engine, app, "mace-tiny")
         async with httpx.AsyncClient(
-            transport=httpx.ASGITransport(PrefixContext(app, "mace-tiny")), base_url="http://test"
+            transport=httpx.ASGITransport(RequestChain(app, [prefix_names("mace-tiny")], 1 << 20, print)),
+            base_url="http://test",
         ) as client:
             headers = {HEADER.decode(): names.to_header().decode()}
             reply = await client.post("/v1/chat/completions", json=body, headers=headers)
