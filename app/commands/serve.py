@@ -20,7 +20,7 @@ import yaml
 from app.commands.processes import become_subreaper, end_descendants, own_children
 from core.config import AppArgs
 from core.errors import ConfigError
-from deployments.routing.prefix_proxy import CALLBACK, CALLBACK_VARIABLE
+from deployments.routing.prefix_names import CALLBACK, CALLBACK_VARIABLE
 
 _SHUTDOWN_GRACE_S = 10.0
 _NOT_OPTIONS = frozenset({"name", "user_config"})

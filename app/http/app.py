@@ -12,7 +12,7 @@ from app.http.routes import feedback, training, versions
 from deployments.executor import Executor
 from deployments.monitors.metrics import Meter
 from deployments.routing.prefix_index import note_request
-from deployments.routing.prefix_text import TextPrefixes
+from deployments.routing.prefix_names import TextPrefixes
 
 _REMOVED_PATHS = frozenset(
     {

@@ -1,5 +1,6 @@
 """vLLM's KV events: the tree that follows them says what the engine's own prefix cache says."""
 
+import asyncio
 import itertools
 import random
 import stat
@@ -12,7 +13,7 @@ import pytest
 from app.http.app import prefix_names
 from app.http.request import RequestChain
 from deployments.routing.prefix_index import follow_prefixes
-from deployments.routing.prefix_text import HEADER, prefixes_of
+from deployments.routing.prefix_names import HEADER, prefixes_of
 from engine.prefixes.counts import read_prefix_counts
 from engine.prefixes.kv_events import KvEventStream, kv_events_config
 from scheduler.prefixes.changes import apply_change
@@ -161,7 +162,8 @@ def test_an_executor_reports_the_names_of_the_prefixes_in_its_cache(engine):
 
     async def serve():
         app = await engine.engine.build_openai_app(["mace-tiny"])
-        index, following = follow_prefixes("me", engine.engine, app, "mace-tiny")
+        index, stream = follow_prefixes("me", engine.engine, lambda: None)
+        following = asyncio.create_task(stream.run())
         async with httpx.AsyncClient(
             transport=httpx.ASGITransport(RequestChain(app, [prefix_names("mace-tiny")], 1 << 20, print)),
             base_url="http://test",
