@@ -56,9 +56,9 @@ class Executor:
         self.load = LoadMeter(self.executor_id, args.slo.ttft_s)
         self.monitor = EngineMonitor()
         self.prefixes: PrefixIndex | None = None
-        """What the prefix cache holds; None if the engine's KV events are off."""
+        """The names of prefixes in the cache; None if the engine's KV events are off."""
         self.kv_pruning = ""
-        """Why KV pruning is on or off."""
+        """The reason why KV pruning is on or off."""
         self.base_model = ""
         """Identity of the served model: a hub id or a directory's name."""
         self.is_ready = False
@@ -112,7 +112,7 @@ class Executor:
         return {**asdict(load), **known}
 
     async def status(self) -> dict[str, Any]:
-        """What this executor knows of its training and its iterations."""
+        """Training, iterations, prefix cache and memory of this executor, as JSON values."""
         return {
             "executor_id": self.executor_id,
             "live_version": self.versions.live,

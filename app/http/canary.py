@@ -59,7 +59,7 @@ class CanaryRouter:
 
 
 def _user_of(request: dict[str, Any]) -> str | None:
-    """Who asks, by OpenAI's old name for it or the new one."""
+    """Read the user's name, from OpenAI's old field for it or the new one."""
     for key in ("user", "safety_identifier"):
         if isinstance(user := request.get(key), str) and user:
             return user

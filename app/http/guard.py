@@ -1,4 +1,4 @@
-"""What a client may send: no key that is ours alone, nothing that would end the engine, and a class of its requests.
+"""Rules for what clients send: no key that is ours alone, nothing that would end the engine, and request classes.
 
 Fine-tune work enters only from inside: vLLM passes `vllm_xargs` on to `SamplingParams.extra_args`, where our
 scheduler looks for tasks, so a body that carries one of our keys at any depth is refused.

@@ -16,18 +16,18 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from app.http.errors import BadRequestError, error_response
 
 REQUEST_KEY = "mace.request"
-"""Where the `ClientRequest` stands in the ASGI scope, for routes of ours."""
+"""Key of the `ClientRequest` in the ASGI scope, for routes of ours."""
 
 _METHODS_WITH_BODY = frozenset({"POST", "PUT", "PATCH"})
 
 
 class Answer:
-    """What went back to the client, as it passed; times are those of `time.perf_counter`."""
+    """The answer as it went to the client; times are those of `time.perf_counter`."""
 
     def __init__(self, send: Send) -> None:
         self._send = send
         self.status = 0
-        """Of HTTP; 0 before the answer began."""
+        """HTTP status; 0 before the answer began."""
         self.is_stream = False
         """Server-sent events."""
         self.is_complete = False
@@ -73,13 +73,13 @@ class ClientRequest:
         """The JSON that the client sent, whatever was rewritten since; None if there is none."""
         self._receive = receive
         self._unread: Message | None = None
-        """What the application receives first; None: it has received that."""
+        """The message that the application receives first; None once it has."""
         self._changes: dict[str, Any] = {}
         self._json_error = "the request body is empty; JSON is expected"
 
     @property
     def headers(self) -> list[tuple[bytes, bytes]]:
-        """As ASGI gives them to the application."""
+        """The headers, as ASGI gives them to the application."""
         headers: list[tuple[bytes, bytes]] = self.scope["headers"]
         return headers
 

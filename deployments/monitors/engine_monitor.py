@@ -1,4 +1,4 @@
-"""What `/v1/training` and the metrics tell of the engine: predictions against measurements, and prefix sharing."""
+"""The engine as `/v1/training` and the metrics show it: predictions against measurements, and prefix sharing."""
 
 import statistics
 from collections import deque

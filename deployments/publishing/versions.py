@@ -36,7 +36,7 @@ logger = logging.getLogger(__name__)
 
 
 class Published(StrEnum):
-    """What became of a version that passed the gate."""
+    """The fate of a version that passed the gate."""
 
     LIVE = "live"
     CANARY = "canary"
@@ -66,7 +66,7 @@ class AdapterVersions:
         self._changing = asyncio.Lock()
         self._meter = Meter("executor")
         self.last_publish = PublishTiming()
-        """How the last version was brought in, on trial or live."""
+        """Timing of the last version that was brought in, on trial or live."""
 
     @property
     def live(self) -> str:
@@ -75,7 +75,7 @@ class AdapterVersions:
 
     @property
     def pinned(self) -> str | None:
-        """What is pinned, `v000N` or `base`; None if publishing is free."""
+        """The pinned version, `v000N` or `base`; None if publishing is free."""
         return self._serving.pinned
 
     @property
@@ -85,17 +85,17 @@ class AdapterVersions:
 
     @property
     def training_base(self) -> str:
-        """What training goes on from: the canary while there is one, else the live version; `v000N` or `base`."""
+        """The version that training goes on from: the canary while there is one, else the live one; or `base`."""
         return self._serving.training_base or BASE
 
     @property
     def live_adapter(self) -> str | None:
-        """The inference side's name of what is live; None is the bare base model."""
+        """The inference side's name of the live version; None is the bare base model."""
         return None if self._serving.live is None else self.name_of(self._serving.live)
 
     @property
     def live_handle(self) -> Any:
-        """The inference side's handle of what is live; None is the bare base model."""
+        """The inference side's handle of the live version; None is the bare base model."""
         return self._names.get(self._model_id)
 
     @property
@@ -210,7 +210,7 @@ class AdapterVersions:
             return deleted
 
     def cards(self) -> list[dict[str, Any]]:
-        """What `/v1/models` lists: live, with the version behind it as parent, base, then every version."""
+        """List the names for `/v1/models`: live, with the version behind it as parent, base, then every version."""
         base = self.name_of(BASE)
         versions = sorted(filter(None, self._names.keys() - {self._model_id}))
         return [
@@ -220,15 +220,15 @@ class AdapterVersions:
         ]
 
     async def listing(self) -> list[dict[str, Any]]:
-        """What `/v1/adapters` lists: every version on disk with its lineage, damaged ones with their error."""
+        """List for `/v1/adapters` every version on disk with its lineage, damaged ones with their error."""
         return await asyncio.to_thread(lineage_rows, self._registry)
 
     async def detail(self, name: str) -> dict[str, Any]:
-        """One version, or `base`, with all that happened to it; UnknownVersionError if there is none."""
+        """Describe one version, or `base`, with all that happened to it; UnknownVersionError if there is none."""
         return await asyncio.to_thread(lineage_row, self._registry, name)
 
     async def canary_since_s(self) -> float | None:
-        """When the trial began (Unix seconds); None if there is none."""
+        """Start of the trial in Unix seconds; None if there is none."""
         return await asyncio.to_thread(self._registry.serving.canary_since_s)
 
     async def _move(
@@ -289,7 +289,7 @@ class AdapterVersions:
             tell(self.live)
 
     async def _read_pointers(self) -> None:
-        """See what a change has left on disk. Where another executor moved `<name>` to, the next `refresh` follows."""
+        """Read what a change has left on disk. Where another executor moved `<name>` to, the next `refresh` follows."""
         on_disk = await asyncio.to_thread(self._registry.serving.read)
         self._serving = replace(on_disk, live=self._serving.live)
 
@@ -307,7 +307,7 @@ class AdapterVersions:
         )
 
     def _see_prompt(self, lora_name: str | None, prompt_ids: Sequence[int]) -> None:
-        """What is asked of the live version, or of the one on trial, is what the next version will be asked."""
+        """Observe a prompt for the live version or the one on trial: the next version will be asked such prompts."""
         canary = self._serving.canary
         if lora_name == self.live_adapter or (canary is not None and lora_name == self.name_of(canary)):
             self._warmer.observe(prompt_ids)

@@ -1,4 +1,4 @@
-"""What an executor tells request routers of itself: its queue, its KV memory, and how fast prompts have been lately.
+"""An executor's report to request routers: its queue, its KV memory, and how fast prompts have been lately.
 
 The speed is learnt from the engine's own iterations: least squares of an iteration's wall time on its prompt tokens,
 with forgetting. The slope is what one more prompt token costs, the intercept what an iteration costs without any
@@ -70,7 +70,7 @@ class LoadMeter:
         self._speed = PromptSpeed()
         self._measured_s = clock()
         self.latest: ExecutorLoad | None = None
-        """What `measure` gave last."""
+        """The last report; None before the first."""
 
     def measure(self, load: EngineLoad, samples: Sequence[IterationSample]) -> ExecutorLoad:
         """Report the engine's queue, and what its iterations since the last call say of its speed."""

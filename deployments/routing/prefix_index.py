@@ -1,4 +1,4 @@
-"""Which named prefixes an executor's cache holds now: the summary that request routers get.
+"""The names of the prefixes that an executor's cache holds now: the summary that request routers get.
 
 The executor sees for each prompt both its names (`deployments.routing.prefix_names`, from the request's header) and
 its token ids. A radix tree follows the engine's KV events. Together they tell which names stand for tokens that are
@@ -8,9 +8,9 @@ before.
 """
 
 import asyncio
-import logging
 import time
 from array import array
+from bisect import bisect_right
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from contextvars import ContextVar
@@ -22,10 +22,8 @@ from engine.vllm.engine import HybridEngine
 from scheduler.prefixes.changes import PrefixChange, apply_change
 from scheduler.prefixes.tree import PrefixTree
 
-logger = logging.getLogger(__name__)
-
 MAX_NAMES = 512
-"""In one report: 8 kB, once a second."""
+"""Names in one report: 8 kB, once a second."""
 _MAX_PROMPTS = 256
 _MAX_PROMPT_TOKENS = 16_384
 _MAX_REPORT_S = 0.02
@@ -54,14 +52,12 @@ class _Prompt:
     def held(self, num_cached: int) -> tuple[str, ...]:
         """Names of the prefixes within the first `num_cached` tokens, if text and tokens keep step."""
         share = num_cached / self.num_tokens
-        count = sum(
-            1 for length in LENGTHS[: len(self.prefixes.digests)] if length <= share * self.prefixes.num_bytes
-        )
-        return self.prefixes.digests[:count]
+        names = self.prefixes.digests
+        return names[: bisect_right(LENGTHS, share * self.prefixes.num_bytes, hi=len(names))]
 
 
 class PrefixIndex:
-    """One per executor."""
+    """The index of one executor, from the engine's events and its prompts."""
 
     def __init__(
         self,

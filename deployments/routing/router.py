@@ -39,7 +39,7 @@ BYTES_PER_TOKEN = 4
 """A usual figure for English text; JSON around the prompt makes the estimate a little high, images far too high."""
 
 REPORT_PERIOD_S = 1.0
-"""How often Serve asks an executor for its load."""
+"""Seconds between two times that Serve asks an executor for its load."""
 
 STALE_S = 10 * REPORT_PERIOD_S
 """A report older than this says nothing; executors answer late while the engine is in a long iteration."""
@@ -50,13 +50,13 @@ PREFIXES_KEY = "prefixes"
 _MIN_TOKEN_S = 1e-9
 _MAX_SESSIONS = 65_536
 _MAX_DIGITS = 15
-"""Of a content-length; Python refuses to parse numbers of many thousand digits."""
+"""Longest content-length that is read; Python refuses to parse numbers of many thousand digits."""
 
 Candidates = list[RunningReplica]
 
 
 class ExecutorRouter(RequestRouter):
-    """See the module docstring."""
+    """Ranks replicas for each request; see the module docstring."""
 
     _config = SchedulerConfig()
 

@@ -1,4 +1,4 @@
-"""What a request router knows by itself: what it sent to each replica, until the replica's reports tell.
+"""A request router's own books: what it sent to each replica, until the replica's reports tell.
 
 Times are those of the router's clock, the wall clock.
 """
@@ -19,7 +19,7 @@ _MAX_NAMES = 65_536
 
 @dataclass(slots=True)
 class Booking:
-    """One request. A replica is booked when it is proposed, so that the next request of a burst sees it."""
+    """One request. A replica is booked when it is proposed, so that the next request of a burst counts it."""
 
     replica_id: Hashable
     sent_s: float
@@ -94,6 +94,6 @@ class SentPrefixes:
             self._sent_s.popitem(last=False)
 
     def since(self, replica_id: str, reported_s: float, prefixes: TextPrefixes) -> set[str]:
-        """Those of the names that were sent to a replica too late for its report."""
+        """Select the names that were sent to a replica too late for its report."""
         earliest_s = reported_s - _BELIEVED_S
         return {name for name in prefixes.digests if self._sent_s.get((replica_id, name), -math.inf) > earliest_s}

@@ -18,7 +18,7 @@ _STARTED_AT = int(time.time())
 
 
 class Activation(BaseModel):
-    """How to activate a version."""
+    """Options of an activation."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -47,7 +47,7 @@ async def release_pin(executor: ExecutorOf) -> dict[str, Any]:
 
 @router.get("/v1/adapters/{version}", tags=["adapters"])
 async def show_adapter(executor: ExecutorOf, version: str) -> dict[str, Any]:
-    """One version (or `base`) with its training configuration and everything that happened to it."""
+    """Show one version (or `base`) with its training configuration and everything that happened to it."""
     return await executor.versions.detail(version)
 
 
@@ -66,13 +66,13 @@ async def activate_adapter(
 
 @router.get("/v1/models", tags=["models"])
 async def list_models(executor: ExecutorOf) -> dict[str, Any]:
-    """Every name that `model` may be: the live model, the bare base and every version."""
+    """List every name that `model` may be: the live model, the bare base and every version."""
     return {"object": "list", "data": _cards(executor)}
 
 
 @router.get("/v1/models/{model_id:path}", tags=["models"])
 async def retrieve_model(executor: ExecutorOf, model_id: str) -> dict[str, Any]:
-    """One of them."""
+    """Show one of these names."""
     for card in _cards(executor):
         if card["id"] == model_id:
             return card
