@@ -108,7 +108,7 @@ class Executor:
         samples = await self.monitor.read(self.engine.iterations)
         num_cached = None if self.prefixes is None else self.prefixes.num_cached
         load = self.load.measure(read_engine_load(self.engine.client, num_cached), samples)
-        known = {} if self.prefixes is None else {PREFIXES_KEY: await self.prefixes.held_names()}
+        known = {} if self.prefixes is None else {PREFIXES_KEY: await self.prefixes.cached_names()}
         return {**asdict(load), **known}
 
     async def status(self) -> dict[str, Any]:

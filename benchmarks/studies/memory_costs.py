@@ -167,7 +167,7 @@ def _forgetting_ms() -> float:
 
 
 def _executor_report() -> Costs:
-    """`PrefixIndex.held_names` with 256 prompts of four bytes a token, all cached; once a second, in turns of 1 ms."""
+    """`PrefixIndex.cached_names` with 256 prompts of 4 bytes a token, all cached; once a second, in turns of 1 ms."""
     return {f"blocks of {block_tokens}": _report_us(block_tokens) for block_tokens in (16, 128)}
 
 
@@ -181,7 +181,7 @@ def _report_us(block_tokens: int) -> float:
         assert named is not None
         note_request(named, asks_live=True)
         index.on_prompt(None, prompt)
-    return _median_us(lambda: asyncio.run(index.held_names()))
+    return _median_us(lambda: asyncio.run(index.cached_names()))
 
 
 def _prefix_lookup() -> Costs:

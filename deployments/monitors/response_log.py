@@ -21,7 +21,7 @@ _INTERVAL_S = 0.5
 _PAUSE_S = 2.0
 """Further pause after a failed commit."""
 _MAX_WAITING = 10_000
-_BATCH = 500
+_AT_ONCE = 500
 
 
 class ResponseLog:
@@ -48,9 +48,9 @@ class ResponseLog:
         """
         async with self._flushing:
             while self._waiting:
-                batch = list(islice(self._waiting, _BATCH))
-                await self._put(batch)
-                for response in batch:
+                some = list(islice(self._waiting, _AT_ONCE))
+                await self._put(some)
+                for response in some:
                     if self._waiting and self._waiting[0] is response:  # else dropped meanwhile
                         self._waiting.popleft()
 

@@ -41,7 +41,7 @@ class Published(StrEnum):
     LIVE = "live"
     CANARY = "canary"
     """On trial; training goes on from it."""
-    HELD = "held"
+    BLOCKED = "blocked"
     """A pin or another trial keeps it from the traffic; training goes back to what is live."""
 
 
@@ -123,7 +123,7 @@ class AdapterVersions:
         self._engine.watch_prompts(self._see_prompt)
 
     async def publish(self, version: AdapterVersion) -> Published:
-        """Take in a version that passed the gate: live at once, on trial first, or held by a pin.
+        """Take in a version that passed the gate: live at once, on trial first, or blocked by a pin.
 
         Raises:
             AdapterError: it cannot be loaded, or the disk refuses; what was live stays live.
@@ -136,12 +136,12 @@ class AdapterVersions:
                 await self._load(version, warm=is_free)
                 started = await asyncio.to_thread(self._registry.serving.start_canary, version.name, reason, over)
                 await self._read_pointers()
-                outcome = Published.CANARY if started else Published.HELD
+                outcome = Published.CANARY if started else Published.BLOCKED
             else:
                 moved = await self._move(version, "gate", reason, over=over)
-                outcome = Published.LIVE if moved else Published.HELD
-            if outcome is Published.HELD:
-                logger.info("%s passed the gate but is held; its lineage says why", version.name)
+                outcome = Published.LIVE if moved else Published.BLOCKED
+            if outcome is Published.BLOCKED:
+                logger.info("%s passed the gate but is blocked; its lineage says why", version.name)
             return outcome
 
     async def activate(self, name: str, *, pin: bool | None = None, reason: str = "") -> None:

@@ -49,7 +49,7 @@ class _Prompt:
     num_tokens: int
     """Length of the whole prompt."""
 
-    def held(self, num_cached: int) -> tuple[str, ...]:
+    def cached(self, num_cached: int) -> tuple[str, ...]:
         """Names of the prefixes within the first `num_cached` tokens, if text and tokens keep step."""
         share = num_cached / self.num_tokens
         names = self.prefixes.digests
@@ -95,13 +95,13 @@ class PrefixIndex:
         """Tokens at the start of a prompt that are in the cache now."""
         return self.tree.longest_match(namespace, token_ids, self._clock()).get(self._executor_id, 0)
 
-    async def held_names(self) -> list[str]:
+    async def cached_names(self) -> list[str]:
         """Names of prefixes that are in the cache, those used last first; at most `MAX_NAMES`. Gives way in between."""
         names: dict[str, None] = {}
         busy_s, turn_started_s = 0.0, time.perf_counter()
         for prompt in [*reversed(self._prompts.values())]:
             namespace = self._live_namespace() if prompt.is_live else prompt.namespace
-            names.update(dict.fromkeys(prompt.held(self.num_cached(namespace, prompt.token_ids))))
+            names.update(dict.fromkeys(prompt.cached(self.num_cached(namespace, prompt.token_ids))))
             turn_s = time.perf_counter() - turn_started_s
             if len(names) >= MAX_NAMES or busy_s + turn_s > _MAX_REPORT_S:
                 break

@@ -175,10 +175,10 @@ def test_an_executor_reports_the_names_of_the_prefixes_in_its_cache(engine):
 
     index, following = engine.run(serve())
     assert len(names.digests) == 2
-    eventually(lambda: set(engine.run(index.held_names())) == set(names.digests))
+    eventually(lambda: set(engine.run(index.cached_names())) == set(names.digests))
     engine.run(engine.engine.client.reset_prefix_cache())
     ask(engine, prompt_of(7))  # events leave with an iteration
-    eventually(lambda: engine.run(index.held_names()) == [])
+    eventually(lambda: engine.run(index.cached_names()) == [])
     engine.loop.call_soon_threadsafe(following.cancel)
 
 

@@ -36,7 +36,7 @@ class Executor:
 
     @property
     def held(self):
-        return set(asyncio.run(self.index.held_names()))
+        return set(asyncio.run(self.index.cached_names()))
 
 
 def test_prefixes_of_computed_prompts_are_held_and_of_others_not():
@@ -112,7 +112,7 @@ def test_the_report_is_bounded_and_keeps_what_was_used_last(monkeypatch):
     executor = Executor()
     for number in range(400):
         last = executor.ask(f"{number:05}" * 220)
-    names = asyncio.run(executor.index.held_names())
+    names = asyncio.run(executor.index.cached_names())
     assert len(names) == MAX_NAMES
     assert set(last) <= set(names)
     assert not set(executor.ask("00000" * 220, is_computed=False)) - executor.held
