@@ -12,6 +12,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from alignment.versions.activation_log import BASE
 from alignment.versions.registry import AdapterRegistry
 from core.config import AppArgs
 from deployments.control.client import ControlClient
@@ -82,7 +83,8 @@ class Executor:
         registry = await asyncio.to_thread(AdapterRegistry.open, state_dir / "adapters", self.base_model)
         self.versions = AdapterVersions(self.engine, registry, self.args.model.model_id, self.args.versions)
         self.trial = CanaryTrial(self.versions, self.args.versions, self.args.slo, self.control.rating_counts)
-        app = await self.engine.build_openai_app(self.versions.base_names)
+        base_names = [self.versions.name_of(BASE), self.args.model.model_id]  # until a version is live, both are
+        app = await self.engine.build_openai_app(base_names)
         await self.versions.attach(app.state.openai_serving_models.lora_requests)
         self.prefixes, kv_events = follow_prefixes(
             self.executor_id, self.engine, lambda: self.versions.live_adapter

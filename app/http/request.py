@@ -92,7 +92,8 @@ class ClientRequest:
         if self.scope["method"] not in _METHODS_WITH_BODY:
             return
         declared = dict(self.headers).get(b"content-length", b"0")
-        num_declared, received, is_complete = int(declared) if declared.isdigit() else 0, bytearray(), False
+        num_declared = int(declared) if declared.isdigit() else 0
+        received, is_complete = bytearray(), False
         while not is_complete and max(num_declared, len(received)) <= max_bytes:
             message = await self._receive()
             if message["type"] != "http.request":

@@ -98,11 +98,6 @@ class AdapterVersions:
         """The inference side's handle of the live version; None is the bare base model."""
         return self._names.get(self._model_id)
 
-    @property
-    def base_names(self) -> list[str]:
-        """Names of the base model. `<name>` is one of them until a version is live."""
-        return [self.name_of(BASE), self._model_id]
-
     def name_of(self, version: str) -> str:
         """Model name of a version or of `base`."""
         return f"{self._model_id}@{version}"
