@@ -32,7 +32,6 @@ from engine.model_source import base_model_name, resolve_model
 from engine.training.pair_tokens import PairTokenizer
 from engine.vllm.compat import configure_environment
 from engine.vllm.engine import HybridEngine
-from engine.vllm.engine_load import read_engine_load
 
 logger = logging.getLogger(__name__)
 
@@ -86,9 +85,7 @@ class Executor:
         base_names = [self.versions.name_of(BASE), self.args.model.model_id]  # until a version is live, both are
         app = await self.engine.build_openai_app(base_names)
         await self.versions.attach(app.state.openai_serving_models.lora_requests)
-        self.prefixes, kv_events = follow_prefixes(
-            self.executor_id, self.engine, lambda: self.versions.live_adapter
-        )
+        self.prefixes, kv_events = follow_prefixes(self.engine, lambda: self.versions.live_adapter)
         if self.args.training.enabled and self.args.scheduler.policy != "inference_only":
             self.learner = await self._make_learner(model_dir, registry)
         profiler = background_profiler(self.engine, self.args)
@@ -109,7 +106,7 @@ class Executor:
             return {}
         samples = await self.monitor.read(self.engine.iterations)
         num_cached = None if self.prefixes is None else self.prefixes.num_cached
-        load = self.load.measure(read_engine_load(self.engine.client, num_cached), samples)
+        load = self.load.measure(self.engine.load(num_cached), samples)
         known = {} if self.prefixes is None else {PREFIXES_KEY: await self.prefixes.cached_names()}
         return {**asdict(load), **known}
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from core.batch import IterationSample
 from deployments.monitors.metrics import Meter
-from engine.prefixes.counts import PrefixCounts, read_prefix_counts
+from engine.prefix_cache import PrefixCounts, read_prefix_counts
 
 ReadIterations = Callable[[int], Awaitable[tuple[int, list[IterationSample]]]]
 """Iterations since a number, and the number to ask for next: `HybridEngine.iterations`."""
@@ -41,10 +41,11 @@ class EngineMonitor:
     def observe(self, samples: list[IterationSample]) -> None:
         """Take in new iterations, and read the engine's counts."""
         for sample in samples:
-            if sample.predicted_forward_s is not None and sample.shape.num_tokens and sample.forward_s > 0:
-                self._errors.append(abs(sample.predicted_forward_s - sample.forward_s) / sample.forward_s)
-            if sample.slices and sample.shape.num_tokens:  # an idle engine has no budget to keep, only a quantum
-                self._over_budget.append(max(0.0, sample.slices_s - sample.finetune_budget_s))
+            predicted_s, is_idle = sample.plan.predicted_forward_s, not sample.shape.num_tokens
+            if predicted_s is not None and not is_idle and sample.forward_s > 0:
+                self._errors.append(abs(predicted_s - sample.forward_s) / sample.forward_s)
+            if sample.report.slices and not is_idle:  # an idle engine has no budget to keep, only a quantum
+                self._over_budget.append(max(0.0, sample.slices_s - sample.plan.finetune_budget_s))
         forward_s = sum(sample.forward_s for sample in samples if sample.shape.num_tokens)
         overhead_s = sum(sample.overhead_s for sample in samples if sample.shape.num_tokens)
         self._totals["iterations"] += len(samples)

@@ -6,7 +6,7 @@ import itertools
 from deployments.routing import prefix_index
 from deployments.routing.prefix_index import MAX_NAMES, PrefixIndex, note_request
 from deployments.routing.prefix_names import prefixes_of
-from scheduler.prefixes.changes import BlocksRemoved, BlocksStored, CacheCleared
+from scheduler.prefixes.tree import BlocksRemoved, BlocksStored, CacheCleared
 
 BLOCK = 16
 clock = (float(i) for i in itertools.count())
@@ -17,7 +17,7 @@ class Executor:
 
     def __init__(self):
         self.live = None
-        self.index = PrefixIndex("e1", BLOCK, lambda: self.live, lambda: next(clock))
+        self.index = PrefixIndex(BLOCK, lambda: self.live, lambda: next(clock))
 
     def ask(self, text, namespace=None, *, asks_live=True, is_computed=True):
         prefixes = prefixes_of({"prompt": text})
