@@ -113,9 +113,7 @@ class FineTuneRunner:
                         self._checkpoints.wait(min(max(0.0, left_s), _HELD_BACK_WAIT_S))
                     break
                 enough = len(report.slices) >= min_slices
-                if enough and not self.admission.fits(
-                    spec.kind, spec.num_tokens, left_s, first=not report.slices
-                ):
+                if enough and not self.admission.fits(spec.kind, spec.num_tokens, left_s, first=not report.slices):
                     break
                 self._run_slice(running, spec, report)
                 if report.out_of_memory:  # what failed has cost its time; smaller slices start with a new budget
