@@ -160,14 +160,14 @@ def test_without_ageing_nothing_is_forced():
 
 def test_the_floor_of_the_retrain_rate_trains_without_slack_and_the_cap_stops_it_with_slack():
     floor = make_planner(retrain_rate_floor=0.5)
-    floor.note_requests(10)
+    floor.retrain.note_requests(10)
     assert run(floor, view(decode=400, finetune=work())).min_slices == 1
-    floor.note_trained(5)
+    floor.retrain.note_trained(5)
     assert run(floor, view(decode=400, finetune=work())).min_slices == 0
     cap = make_planner(retrain_rate_cap=0.5)
-    cap.note_requests(10)
+    cap.retrain.note_requests(10)
     assert run(cap, view(decode=1, finetune=work())).finetune_budget_s > 0
-    cap.note_trained(5)
+    cap.retrain.note_trained(5)
     assert run(cap, view(decode=1, finetune=work())).finetune_budget_s == 0
 
 
@@ -175,21 +175,21 @@ def test_the_floor_of_the_retrain_rate_trains_without_slack_and_the_cap_stops_it
 def test_a_blocking_baseline_stops_inference_until_its_quota_is_trained(policy, period):
     planner = make_planner(policy=policy, retrain_rate=0.5)
     state = view(decode=4, finetune=work())
-    planner.note_requests(period - 1)
+    planner.retrain.note_requests(period - 1)
     assert run(planner, state).finetune_budget_s == 0  # they never train beside inference
-    planner.note_requests(1)
+    planner.retrain.note_requests(1)
     plan = planner.plan(state)
     assert plan.is_blocking
     assert plan.token_budget == 0
-    planner.note_trained(period // 2)
+    planner.retrain.note_trained(period // 2)
     assert not planner.plan(state).is_blocking
-    planner.note_requests(period - 1)
+    planner.retrain.note_requests(period - 1)
     assert not planner.plan(state).is_blocking
 
 
 def test_a_baseline_does_not_block_for_work_that_is_not_there():
     planner = make_planner(policy="continuous")
-    planner.note_requests(100)
+    planner.retrain.note_requests(100)
     assert not planner.plan(view(decode=4)).is_blocking
 
 
@@ -274,8 +274,8 @@ def test_work_that_waited_too_long_may_pass_tau_but_not_the_arena():
 
 def test_a_cap_on_training_does_not_hold_back_a_score():
     planner = make_planner(retrain_rate_cap=0.1)
-    planner.note_requests(10)
-    planner.note_trained(8)
+    planner.retrain.note_requests(10)
+    planner.retrain.note_trained(8)
     assert run(planner, view(finetune=work())).min_slices == 0
     assert run(planner, view(finetune=work(is_training=False))).min_slices == 1
 
@@ -326,8 +326,8 @@ def test_the_upper_estimate_and_not_the_mean_has_to_fit():
 
 def test_an_engine_that_may_not_train_sleeps_but_wakes_to_score():
     capped = make_planner(retrain_rate_cap=0.1)
-    capped.note_requests(1)
-    capped.note_trained(8)
+    capped.retrain.note_requests(1)
+    capped.retrain.note_trained(8)
     assert not capped.may_run(None)
     assert not capped.may_run(work())
     assert capped.may_run(work(is_training=False))
