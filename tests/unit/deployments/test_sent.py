@@ -1,6 +1,7 @@
-"""What a router believes to be under way to each replica."""
+"""A router's own books: what is under way to each replica, and the prefixes that it was sent."""
 
-from deployments.routing.sent import Bookings
+from deployments.routing.prefix_names import TextPrefixes, prefixes_of
+from deployments.routing.sent import Bookings, SentPrefixes
 
 
 def test_a_booked_request_counts_until_a_report_knows_of_it():
@@ -70,3 +71,20 @@ def test_replicas_that_are_gone_are_forgotten():
     assert [bookings.tokens_since(name, 0.0) for name in "abc"] == [1, 0, 0]
     assert not bookings.settle("r-b", "a", 2.0)
     assert bookings.tokens_since("a", 0.0) == 2
+
+
+def test_sent_prefixes_count_until_a_report_had_time_to_name_them():
+    sent, prefixes = SentPrefixes(), prefixes_of({"prompt": "x" * 1000})
+    sent.note("a", prefixes, 10.0)
+    assert sent.since("a", 9.0, prefixes) == set(prefixes.digests)
+    assert sent.since("a", 12.0, prefixes) == set(prefixes.digests)
+    assert sent.since("a", 13.5, prefixes) == set()
+    assert sent.since("b", 9.0, prefixes) == set()
+
+
+def test_sent_prefixes_are_bounded_and_the_oldest_go_first():
+    sent = SentPrefixes()
+    for number in range(70_000):
+        sent.note("a", TextPrefixes(256, (str(number),)), float(number))
+    assert sent.since("a", 0.0, TextPrefixes(256, ("69999",))) == {"69999"}
+    assert sent.since("a", 0.0, TextPrefixes(256, ("10",))) == set()
