@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple, Protocol
 
-from alignment.drift.events import EventKind
+EventKind = Literal["accuracy", "margin", "loss", "prompt_length", "prompt_novelty", "window"]
 
 
 class Row(NamedTuple):
@@ -26,7 +26,7 @@ class Detector(Protocol):
     """What a stream needs of a detector."""
 
     def update(self, value: float) -> bool:
-        """Take one value; has the mean changed?"""
+        """Take one value; True if the mean has changed."""
         ...
 
 
@@ -42,15 +42,15 @@ class Adwin:
         self._adwin = ADWIN(delta=delta, clock=1)
 
     def update(self, value: float) -> bool:
-        """Take one value; has the mean changed, up or down?"""
+        """Take one value in 0..1; True if the mean has changed, up or down."""
         self._adwin.update(value)
         return bool(self._adwin.drift_detected)
 
 
 class ErrorRise:
-    """HDDM_A (Frías-Blanco et al., 2015) on errors, 0 or 1: has their mean since some point risen above that before?
+    """HDDM_A (Frías-Blanco et al., 2015) on errors, 0 or 1: finds a point since which their mean is above that before.
 
-    It knows that it looks for a rise of a share, and finds a sudden one in a third of the pairs that ADWIN needs.
+    It looks for a rise of a share only, and finds a sudden one in a third of the pairs that ADWIN needs.
     """
 
     def __init__(self, confidence: float) -> None:
@@ -59,7 +59,7 @@ class ErrorRise:
         self._test = HDDMA(drift_confidence=confidence)
 
     def update(self, value: float) -> bool:
-        """Take one error; has their share risen?"""
+        """Take one error; True if their share has risen."""
         self._test.update(bool(value))
         return bool(self._test.drift_detected)
 
@@ -91,7 +91,7 @@ class LossRise:
         """Begins with one largest loss, because rare ones have not been seen yet."""
 
     def update(self, value: float) -> bool:
-        """Take one loss; has the mean risen?"""
+        """Take one loss in nats; True if the mean has risen."""
         value = min(max(value, -self._MAX_LOSS), self._MAX_LOSS)
         slack = math.log(self._total_exp / self._num_seen) / self._rate - self._total / self._num_seen
         self._test.delta = max(self._MIN_SLACK, slack)
@@ -111,7 +111,7 @@ class Channel:
     """Name of the detector, for people."""
     detector: Callable[[], Detector]
     watched: Callable[[Row], float]
-    """What the detector is given."""
+    """The value that the detector is given."""
     reported: Callable[[Row], float]
     """The same quantity in the unit that people read."""
     alarming: Literal["fall", "rise", "both"]
@@ -132,7 +132,7 @@ class Change:
 
     @property
     def detail(self) -> str:
-        """In words."""
+        """The change in words, for people."""
         quantity = self.channel.kind.replace("_", " ")
         return (
             f"{self.channel.method}: mean {quantity} {self.before:.2f} -> {self.after:.2f} "

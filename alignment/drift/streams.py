@@ -1,14 +1,24 @@
-"""Streams of scores (all pairs, each user, each tag), and the changes for the worse in them."""
+"""Streams of scores (all pairs, each user, each tag), and the changes for the worse in them.
+
+What goes into drift detection is a `ScoredPair`; what comes out of it is a `DriftEvent`.
+"""
 
 import math
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
-from alignment.drift.change_streams import Adwin, Change, ChangeStream, Channel, ErrorRise, LossRise, Row
-from alignment.drift.events import DriftEvent, ScoredPair
-from core.alignment_config import DriftConfig
+from alignment.drift.change_streams import (
+    Adwin,
+    Change,
+    ChangeStream,
+    Channel,
+    ErrorRise,
+    EventKind,
+    LossRise,
+    Row,
+)
 
 GLOBAL = "global"
 _GLOBAL_ROWS = 1024
@@ -18,6 +28,71 @@ _SHOWN_ROWS = 32
 _MAX_TAGS = 8
 """Tags of one pair that are watched, the first by name."""
 _MAX_NAME = 256
+MAX_STREAMS = 200
+"""Users and tags watched at a time, besides the global stream; the least recent are dropped first."""
+MAX_SCORE = 1e6
+"""Losses and margins (nats) beyond this are absurd: they say something about the adapter, not about preferences."""
+TRUSTED_WEIGHT = 0.5
+"""Pairs of smaller weight are seen on their user's stream only, so that one hostile user raises no alarm for all."""
+
+
+@dataclass(frozen=True, slots=True)
+class Sensitivity:
+    """How readily the detectors report a change (docs/drift.md has the measurements behind the defaults)."""
+
+    adwin_delta: float = 0.002
+    """Chance that ADWIN reports a change in a stream that has none."""
+    hddm_confidence: float = 0.001
+    """Chance that HDDM_A takes wrong pairs that come as before for more of them; it finds sudden changes first."""
+    page_hinkley_threshold: float = 5.0
+    """Page-Hinkley reports a rise of the loss once its cumulated excess is above this (nats)."""
+
+
+SENSITIVITY = Sensitivity()
+
+
+@dataclass(frozen=True, slots=True)
+class ScoredPair:
+    """A new pair as the live adapter sees it before any training on it ("test, then train")."""
+
+    pair_id: str
+    seq: int
+    """Position of the pair in the order of arrival."""
+    loss: float
+    """DPO loss in nats; ln 2 = 0.693 if the adapter has no preference."""
+    margin: float
+    """Implicit reward margin: beta times (CLPD of the live adapter minus CLPD of the reference)."""
+    prompt: str
+    user: str | None
+    tags: Mapping[str, str]
+    weight: float
+    """How far the pair is trusted, in 0..1 (clients may ask for more)."""
+    at: float
+    """Unix seconds."""
+
+    @property
+    def trusted(self) -> bool:
+        """True if the pair speaks for more than its own user."""
+        return is_trusted(self.weight)
+
+
+@dataclass(frozen=True, slots=True)
+class DriftEvent:
+    """A change, as it is stored and shown."""
+
+    at: float
+    """Unix seconds."""
+    stream: str
+    """`global`, `prompts`, `user:<id>` or `tag:<key>=<value>`."""
+    kind: EventKind
+    value: float
+    """Mean of the watched quantity after the change."""
+    detail: str
+    """The change in words, with the value before."""
+
+    def to_wire(self) -> dict[str, Any]:
+        """The event as JSON."""
+        return asdict(self)
 
 
 class StreamChange(NamedTuple):
@@ -31,15 +106,14 @@ class StreamChange(NamedTuple):
 class _Stream:
     changes: ChangeStream
     num_pairs: int = 0
-    last_event: dict[str, Any] | None = field(default=None)
+    last_event: dict[str, Any] | None = None
 
 
 class ScoreStreams:
-    """The global stream and at most `config.max_streams` others, the least recently updated dropped first."""
+    """The global stream and at most `MAX_STREAMS` others, the least recently updated dropped first."""
 
-    def __init__(self, config: DriftConfig) -> None:
-        self._config = config
-        self._channels = _channels(config)
+    def __init__(self, sensitivity: Sensitivity | None = None) -> None:
+        self._channels = channels(sensitivity or SENSITIVITY)
         self._streams: OrderedDict[str, _Stream] = OrderedDict()
         self._global = self._new(GLOBAL)
 
@@ -65,7 +139,7 @@ class ScoreStreams:
         return {name: _show(stream) for name, stream in rows}
 
     def to_state(self) -> list[dict[str, Any]]:
-        """As JSON, the global stream first, then the least recently updated first."""
+        """All streams as JSON, the global one first, then the least recently updated first."""
         return [
             {
                 "name": name,
@@ -77,9 +151,9 @@ class ScoreStreams:
         ]
 
     @classmethod
-    def from_state(cls, state: Iterable[Mapping[str, Any]], config: DriftConfig) -> "ScoreStreams":
+    def from_state(cls, state: Iterable[Mapping[str, Any]]) -> "ScoreStreams":
         """Inverse of `to_state`."""
-        streams = cls(config)
+        streams = cls()
         for entry in state:
             rows = [Row(int(seq), float(a), float(b)) for seq, a, b in zip(*entry["rows"], strict=True)]
             stream = streams._new(entry["name"], rows)
@@ -102,7 +176,7 @@ class ScoreStreams:
         return _Stream(ChangeStream(self._channels, _GLOBAL_ROWS if name == GLOBAL else _STREAM_ROWS, rows))
 
     def _drop_oldest(self) -> None:
-        while len(self._streams) > self._config.max_streams:
+        while len(self._streams) > MAX_STREAMS:
             self._streams.popitem(last=False)
 
     @staticmethod
@@ -118,14 +192,33 @@ def stream_names(pair: ScoredPair) -> tuple[str, ...]:
     return tuple(name[:_MAX_NAME] for name in users + tags)
 
 
-def _channels(config: DriftConfig) -> tuple[Channel, ...]:
-    """A margin is watched as the probability sigmoid(margin) that the model of Bradley and Terry gives the choice."""
+def channels(sensitivity: Sensitivity) -> tuple[Channel, ...]:
+    """What is watched of a stream of scores.
+
+    A margin is watched as the probability sigmoid(margin) that the model of Bradley and Terry gives the choice.
+    """
+
+    def adwin() -> Adwin:
+        return Adwin(sensitivity.adwin_delta)
+
     return (
-        Channel("accuracy", "HDDM_A", lambda: ErrorRise(config.hddm_confidence), _error, _accuracy, "fall"),
-        Channel("accuracy", "ADWIN", lambda: Adwin(config.adwin_delta), _accuracy, _accuracy, "fall"),
-        Channel("margin", "ADWIN", lambda: Adwin(config.adwin_delta), _probability, _margin, "fall"),
-        Channel("loss", "Page-Hinkley", lambda: LossRise(config.page_hinkley_threshold), _loss, _loss, "rise"),
+        Channel("accuracy", "HDDM_A", lambda: ErrorRise(sensitivity.hddm_confidence), _error, _accuracy, "fall"),
+        Channel("accuracy", "ADWIN", adwin, _accuracy, _accuracy, "fall"),
+        Channel("margin", "ADWIN", adwin, _probability, _margin, "fall"),
+        Channel(
+            "loss", "Page-Hinkley", lambda: LossRise(sensitivity.page_hinkley_threshold), _loss, _loss, "rise"
+        ),
     )
+
+
+def is_score(loss: float, margin: float) -> bool:
+    """True if both are finite and of a size that a preference can have."""
+    return math.isfinite(loss) and math.isfinite(margin) and abs(loss) < MAX_SCORE and abs(margin) < MAX_SCORE
+
+
+def is_trusted(weight: float) -> bool:
+    """True if a pair of this weight speaks for more than its own user. A weight that is no number does not."""
+    return weight >= TRUSTED_WEIGHT
 
 
 def _loss(row: Row) -> float:

@@ -1,4 +1,4 @@
-"""Does the live adapter agree with the newest preferences? Fixed bounds on the scores of the newest pairs.
+"""Whether the live adapter agrees with the newest preferences: fixed bounds on the scores of the newest pairs.
 
 Under one version of the adapter, every pair counts once. When another version goes live the scores are void: they
 describe the adapter before it. The pairs stay known and are scored again. The bounds are fixed, because the untrained
@@ -12,9 +12,12 @@ from typing import Any, NamedTuple
 
 from core.alignment_config import DriftConfig
 
+MIN_PAIRS = 8
+"""Scores in the window before drift is reported; a smaller window needs to be full."""
+
 
 class Score(NamedTuple):
-    """Of one pair under the live adapter: DPO loss (nats) and implicit reward margin."""
+    """DPO loss (nats) and implicit reward margin of one pair under the live adapter."""
 
     loss: float
     margin: float
@@ -75,8 +78,8 @@ class LevelWindow:
 
     @property
     def full_enough(self) -> bool:
-        """Are there scores enough to judge? A window smaller than `min_pairs` could otherwise never report."""
-        return self.num_pairs >= min(self._config.min_pairs, self._config.window)
+        """True if there are scores enough to judge."""
+        return self.num_pairs >= self._needed
 
     @property
     def accuracy(self) -> float | None:
@@ -111,11 +114,11 @@ class LevelWindow:
         if complaint is not None:
             return complaint
         if not self.full_enough:
-            return f"{self.num_pairs} of {min(self._config.min_pairs, self._config.window)} pairs needed"
+            return f"{self.num_pairs} of {self._needed} pairs needed"
         return f"the live adapter agrees with the newest {self.num_pairs} pairs"
 
     def to_state(self) -> list[list[Any]]:
-        """As JSON, oldest first."""
+        """Pairs and scores as JSON, oldest first."""
         return [[pair_id, *(score or (None, None))] for pair_id, score in self._scores.items()]
 
     @classmethod
@@ -127,6 +130,10 @@ class LevelWindow:
         }
         window._scores = OrderedDict(list(rows.items())[-config.window :])
         return window
+
+    @property
+    def _needed(self) -> int:
+        return min(MIN_PAIRS, self._config.window)
 
     def _valid(self) -> list[Score]:
         return [score for score in self._scores.values() if score is not None]

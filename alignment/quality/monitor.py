@@ -19,13 +19,12 @@ from alignment.quality.findings import Finding, make_finding, name_of, parse_fin
 from alignment.quality.flooding import judge_volume
 from alignment.quality.near_duplicates import BandHasher, alike, num_probes
 from alignment.quality.outliers import LossRange
-from alignment.quality.revision import QualityChange, Revision
+from alignment.quality.revision import Revision
 from alignment.quality.trust import MAX_OF_ONE_USER, Score, Standing, judge, settle
-from alignment.store.pair_rows import StoredPair
-from alignment.store.training_store import TrainingStore
+from alignment.records.pairs import contrary_key
+from alignment.store.feedback_store import FeedbackStore
+from alignment.store.pairs import QualityChange, StoredPair
 from core.alignment_config import QualityConfig
-
-__all__ = ["QualityChange", "QualityMonitor"]
 
 RECENT_PAIRS = 256
 """Newest scored pairs that everything is compared with."""
@@ -45,7 +44,7 @@ _Standings = OrderedDict[str | None, Standing]
 class QualityMonitor:
     """Judges scored pairs. Not thread-safe."""
 
-    def __init__(self, config: QualityConfig, store: TrainingStore) -> None:
+    def __init__(self, config: QualityConfig, store: FeedbackStore) -> None:
         self._config = config
         self._store = store
         self._hasher: BandHasher | None = None
@@ -66,7 +65,7 @@ class QualityMonitor:
         if not self._config.enabled or not pairs:
             return []
         ordered = sorted(pairs, key=lambda pair: pair.seq)
-        recent = self._store.newest_scored(RECENT_PAIRS)
+        recent = self._store.sampling.newest_scored(RECENT_PAIRS)
         before, self._standings = self._standings, self._judged(ordered, recent)
         try:
             return self._revise(ordered, recent, before)
@@ -103,9 +102,9 @@ class QualityMonitor:
                 revision.set(pair.pair_id, "trust", _trust_finding(standing))
         changes = revision.changes()
         if changes:
-            self._store.set_quality([(change.pair_id, change.weight, change.reasons) for change in changes])
+            self._store.pairs.set_quality(changes)
         if bands:
-            self._store.put_bands(bands)
+            self._store.matches.put_bands(bands)
         return changes
 
     def _judged(self, pairs: list[StoredPair], recent: list[StoredPair]) -> _Standings:
@@ -135,7 +134,7 @@ class QualityMonitor:
     def _own_scores(self, user: str | None, recent: list[Score]) -> list[Score]:
         if user is None:
             return [score for score in recent if score.user is None]
-        scores = self._store.user_scores(user, 2 * MAX_OF_ONE_USER)  # some may say nothing
+        scores = self._store.matches.user_scores(user, 2 * MAX_OF_ONE_USER)  # some may say nothing
         return [Score(user, score.margin, score.version) for score in scores]
 
     def _changed_users(self, before: _Standings, recent: list[StoredPair]) -> list[str | None]:
@@ -153,8 +152,8 @@ class QualityMonitor:
         pairs = [pair for pair in recent if pair.user is None] if None in users else []
         for user in users:
             if user is not None:
-                scores = self._store.user_scores(user, REVISED_PAIRS)
-                pairs += self._store.find_pairs([score.pair_id for score in scores])
+                scores = self._store.matches.user_scores(user, REVISED_PAIRS)
+                pairs += self._store.pairs.find([score.pair_id for score in scores])
         return pairs
 
     def _find_copies(self, pairs: list[StoredPair], revision: Revision) -> list[tuple[str, int]]:
@@ -182,12 +181,14 @@ class QualityMonitor:
         """By band key the pairs in it, as far as they can matter: most pairs are like no other in the first bands."""
         first = num_probes(self._config.near_duplicate)
         found: defaultdict[str, list[str]] = defaultdict(list)
-        for key, pair_id in self._store.band_matches(
+        for key, pair_id in self._store.matches.band_matches(
             [key for keys in keys_of_pairs for key in keys[:first]], MAX_COPIES
         ):
             found[key].append(pair_id)
         hit = [keys for keys in keys_of_pairs if any(key in found for key in keys[:first])]
-        for key, pair_id in self._store.band_matches([key for keys in hit for key in keys[first:]], MAX_COPIES):
+        for key, pair_id in self._store.matches.band_matches(
+            [key for keys in hit for key in keys[first:]], MAX_COPIES
+        ):
             found[key].append(pair_id)
         return found
 
@@ -197,13 +198,13 @@ class QualityMonitor:
         return hasher.band_keys(owner, pair.prompt, pair.chosen, pair.rejected)
 
     def _find_contradictions(self, pairs: list[StoredPair], revision: Revision) -> None:
-        groups = {min(pair.pair_key, pair.contrary_key) for pair in pairs}
+        groups = {min(pair.pair_key, contrary_key(pair.pair_key)) for pair in pairs}
         verdicts: dict[str, list[Finding]] = {}
-        for voices in self._store.matches(groups).values():
+        for voices in self._store.matches.find(groups).values():
             if len({voice.is_contrary for voice in voices}) == 2:
                 verdicts |= judge_group(voices, self._is_distrusted)
         missing = [pair_id for pair_id in verdicts if pair_id not in revision]
-        revision.add(self._store.find_pairs(missing) if missing else ())
+        revision.add(self._store.pairs.find(missing) if missing else ())
         for pair_id in {*verdicts, *(pair.pair_id for pair in pairs)}:
             findings = {finding.kind: finding for finding in verdicts.get(pair_id, ())}
             revision.set(pair_id, "superseded", findings.get("superseded"))
@@ -211,11 +212,11 @@ class QualityMonitor:
 
     def _find_flooding(self, pairs: list[StoredPair], revision: Revision) -> None:
         """A finding stays with the pair when its user's share falls, since the pair was part of the flood."""
-        counts = self._store.user_share(self._config.flood_window)
+        counts = self._store.matches.user_share(self._config.flood_window)
         total, max_share = sum(counts.values()), self._config.max_user_share
         if not any(counts.get(pair.user or "", 0) > max_share * total for pair in pairs):
             return
-        present = len(self._store.user_share(PRESENCE_WINDOWS * self._config.flood_window))
+        present = len(self._store.matches.user_share(PRESENCE_WINDOWS * self._config.flood_window))
         for pair in pairs:
             finding = judge_volume(pair.user, counts, present, max_share)
             known = revision.get(pair.pair_id, "flooding")

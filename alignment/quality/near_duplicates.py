@@ -12,7 +12,8 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Iterator
 
-from alignment.records.pairs import Prompt, text_of
+from alignment.records.chat import text_of
+from core.wire import Prompt
 
 NUM_BANDS = 8
 ROWS_PER_PART = 3

@@ -1,21 +1,9 @@
 """The records that one round of judging may rewrite: as they are stored, and as they will be."""
 
 from collections.abc import Iterable
-from dataclasses import dataclass
 
 from alignment.quality.findings import Finding, FindingKind, lines_of, parse_findings, weight_of
-from alignment.store.pair_rows import StoredPair
-
-
-@dataclass(frozen=True, slots=True)
-class QualityChange:
-    """A pair's new standing."""
-
-    pair_id: str
-    weight: float
-    """0 to 1, to be multiplied with the weight that the user gave."""
-    reasons: tuple[str, ...]
-    """One line for each finding (see `alignment.quality.findings`); none for a weight of 1."""
+from alignment.store.pairs import QualityChange, StoredPair
 
 
 class Revision:

@@ -20,15 +20,10 @@ import re
 from datetime import UTC, datetime
 from typing import Annotated, Any, Literal, NamedTuple
 
-from pydantic import (
-    AliasChoices,
-    Field,
-    ValidationError,
-    field_validator,
-)
+from pydantic import AliasChoices, Field, ValidationError, field_validator
 
+from alignment.records.chat import Messages, ShortText, TextOrMessages, WireModel
 from alignment.records.json_checks import check_json
-from alignment.records.messages import Messages, ShortText, TextOrMessages, WireModel
 from core.errors import InvalidFeedbackError
 
 MAX_WEIGHT = 10.0

@@ -1,4 +1,4 @@
-"""Taking in feedback: everything that happens between a raw item and its committed rows.
+"""Taking in feedback: everything that happens between a raw item and its rows.
 
 `prepare` needs no database and runs in the caller's thread; `write_items` runs inside one transaction. Its order
 matters: known ids are looked up *before* response ids are resolved, so that a retry is answered as a duplicate
@@ -36,10 +36,10 @@ from alignment.records.pairs import (
     pair_from_ids,
     pair_from_row,
 )
-from alignment.store.database import insert_new
-from alignment.store.pair_rows import put_pairs
-from alignment.store.rating_pairs import put_rating
-from alignment.store.response_store import chunked, find_responses
+from alignment.store.database import chunked, insert_new
+from alignment.store.pairs import put_pairs
+from alignment.store.ratings import put_rating
+from alignment.store.responses import find_responses
 from alignment.store.schema import feedback
 from core.alignment_config import FeedbackConfig
 from core.errors import FeedbackError, InvalidFeedbackError, StoreUnavailableError
@@ -135,7 +135,7 @@ def write_items(
     responses = find_responses(connection, refs)
     fresh = [prepared for prepared in batch if not prepared.error and _admit(prepared, known, responses, config)]
     fresh = _insert_feedback(connection, fresh, now)
-    put_pairs(connection, list(_new_pairs(fresh)), config, now)
+    put_pairs(connection, list(_new_pairs(fresh)), config.holdout_fraction, now)
     for prepared in fresh:
         if isinstance(prepared.item, Rating):
             _settle_rating(connection, prepared, config, now)
@@ -256,8 +256,9 @@ def _settle_rating(connection: Connection, prepared: Prepared, config: FeedbackC
     match = put_rating(connection, record.id, item, response, pair_id=pair_id, config=config, now=now)
     if match is None:
         return
-    put_pairs(connection, [(pair_id, match.draft, item)], config, now)
-    both = update(feedback).where(feedback.c.id.in_([record.id, match.partner_feedback_id]))
+    draft, partner_id = match
+    put_pairs(connection, [(pair_id, draft, item)], config.holdout_fraction, now)
+    both = update(feedback).where(feedback.c.id.in_([record.id, partner_id]))
     connection.execute(both.values(pair_id=pair_id))
     record.pair_id = pair_id
 

@@ -9,8 +9,8 @@ from collections.abc import Collection
 from typing import Protocol
 
 from alignment.store.feedback_store import FeedbackStore
-from alignment.store.pair_rows import PENDING, StoredPair
 from alignment.store.pair_sampling import NewOrder
+from alignment.store.pairs import PENDING, StoredPair
 from core.config import AppArgs
 from core.wire import PairRole, TrainingPair
 from deployments.control.score_judge import ScoreJudge, stored_version
@@ -46,7 +46,7 @@ class FineTuneQueue(Protocol):
 
 
 class PairStream:
-    """Fills the queue from the store. Not thread-safe; one thread calls `stream_once`."""
+    """Fills the queue from the store. Not thread-safe: one thread calls `stream_once`."""
 
     def __init__(self, config: AppArgs, store: FeedbackStore, judge: ScoreJudge, queue: FineTuneQueue) -> None:
         self._config = config
@@ -68,16 +68,16 @@ class PairStream:
         return num_to_score + self._stream_training(known["train"], is_busy=is_busy)
 
     def _stream_scoring(self, known: Collection[str]) -> int:
-        """New pairs in order of arrival, for drift is a matter of order; then what another version has scored."""
+        """Queue new pairs in order of arrival, for drift is a matter of order; then what another version has scored."""
         room = self._ahead - len(known)
         if room <= 0:
             return 0
-        newest = self._store.unscored_pairs(_SCORING_BACKLOG_PAIRS, exclude=known)
+        newest = self._store.sampling.unscored_pairs(_SCORING_BACKLOG_PAIRS, exclude=known)
         is_flooded = len(newest) == _SCORING_BACKLOG_PAIRS  # more may wait behind: who speaks now comes first
         pairs = (newest[:room] if is_flooded else newest[-room:])[::-1]
         if len(pairs) < room:
             again = [pair_id for pair_id in self._judge.unscored_ids if pair_id not in known]
-            found = [pair for pair in self._store.find_pairs(again) if pair.state == PENDING]
+            found = [pair for pair in self._store.pairs.find(again) if pair.state == PENDING]
             self._judge.forget(
                 set(again) - {pair.pair_id for pair in found}
             )  # parked or deleted: never scored again
@@ -87,9 +87,9 @@ class PairStream:
         return len(pairs)
 
     def _drop_old_taste(self, queued: Collection[str]) -> None:
-        """Preferences changed: what was queued before would teach the old ones, and its slots are needed now."""
+        """Take out of the queue what would teach the preferences before the change; its slots are needed now."""
         change_seq = self._judge.last_change_seq
-        old = [pair.pair_id for pair in self._store.find_pairs(queued) if pair.seq <= change_seq]
+        old = [pair.pair_id for pair in self._store.pairs.find(queued) if pair.seq <= change_seq]
         self._judge.give_back(self._queue.withdraw(old))
         self._followed_change_seq = change_seq
 
@@ -97,9 +97,7 @@ class PairStream:
         room = self._ahead - len(known)
         if room <= 0:
             return 0
-        if (
-            not is_busy and self._judge.is_complaining
-        ):  # everything was tried, scored and published, and is not enough
+        if not is_busy and self._judge.is_complaining:  # all was tried, scored and published, and is not enough
             self._judge.top_up(self._config.drift.window)
         granted = self._judge.grant(room)
         if granted <= 0:
@@ -113,8 +111,8 @@ class PairStream:
         return len(chosen)
 
     def _rescore(self, limit: int) -> int:
-        """Pairs whose scores are not the live version's: a refused candidate may have learnt what that has not."""
-        stale = self._store.stale_pairs(limit, stored_version(self._judge.live_version))
+        """Queue pairs whose scores are not the live version's: a refused candidate may have learnt more."""
+        stale = self._store.sampling.stale_pairs(limit, stored_version(self._judge.live_version))
         if stale:
             self._queue.enqueue_scoring([training_pair(pair) for pair in stale])
         return len(stale)
@@ -123,9 +121,9 @@ class PairStream:
         """Up to `limit` pairs of all roles. Replay keeps its share of what is trained: alone it would teach nothing."""
         training = self._config.training
         order: NewOrder = "newest" if self._judge.is_alarmed else "loss"
-        fresh = self._store.new_pairs(limit, exclude, order, self._judge.last_change_seq)
+        fresh = self._store.sampling.new_pairs(limit, exclude, order, self._judge.last_change_seq)
         exclude = exclude | {pair.pair_id for pair in fresh}
-        hard = self._store.hard_pairs(
+        hard = self._store.sampling.hard_pairs(
             limit,
             training.max_epochs,
             exclude=exclude,
@@ -151,7 +149,7 @@ class PairStream:
         if number == 0:
             return []
         self._draw += 1
-        return self._store.replay_pairs(
+        return self._store.sampling.replay_pairs(
             number,
             exclude=exclude,
             seed=training.seed + self._draw,
@@ -165,7 +163,7 @@ class PairStream:
 
 
 def training_pair(pair: StoredPair, role: PairRole = "new") -> TrainingPair:
-    """A stored pair as executors get it: weighted by its user's word and its quality."""
+    """The pair as executors get it: its weight is the user's word times its quality."""
     return TrainingPair(
         pair_id=pair.pair_id,
         prompt=pair.prompt,

@@ -1,4 +1,4 @@
-"""ScoreJudge: what the live adapter's scores mean. Drift, quality of feedback, and how much training they call for.
+"""ScoreJudge: what the live adapter's scores mean: drift, quality of feedback, and how much training they call for.
 
 Part of the DriftMonitor; one lock guards it. What it knows is in the store every few seconds, so that a restart goes on
 from there; scores that fell in between are in the store too and are only missing from the drift streams.
@@ -12,13 +12,12 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
 from typing import Any
 
-from alignment.drift.retrain_rate import TrainingCredit
-from alignment.drift.streams import GLOBAL
-from alignment.drift.tracker import DriftEvent, DriftTracker, ScoredPair
+from alignment.drift.streams import GLOBAL, DriftEvent, ScoredPair
+from alignment.drift.tracker import DriftTracker, TrainingCredit
 from alignment.quality.monitor import QualityMonitor
-from alignment.records.pairs import canonical_texts
+from alignment.records.chat import whole_text
 from alignment.store.feedback_store import FeedbackStore
-from alignment.store.pair_store import StoredPair
+from alignment.store.pairs import StoredPair
 from alignment.versions.activation_log import BASE
 from core.config import AppArgs
 from core.wire import BatchOutcome
@@ -30,6 +29,10 @@ _SAVE_INTERVAL_S = 5.0
 _CATCH_UP_PAIRS = 256
 """Pairs scored between the last saved state and a crash, at most; more of them are missing from the streams."""
 _QUIET_CREDIT_BATCHES = 4
+_CHANGE_SLOTS = 128
+"""Training slots granted at once when a change in all pairs is found, for the pairs since then."""
+_ALARM_LOSS = 0.25
+"""While alarmed, a pair is trained again until its loss (nats) is below this; while not, `drift.max_loss`."""
 
 
 class ScoreJudge:
@@ -45,11 +48,14 @@ class ScoreJudge:
         self._saved_s = 0.0
         self._unjudged: set[str] = set()
         """Scores of these are stored, and what follows from them is not; a report may have to come twice."""
-        saved = store.load_state(_STATE_KEY) or {}
+        saved = store.loop.load_state(_STATE_KEY) or {}
         self._tracker, self._credit = self._restore(saved)
-        self.live_version: str | None = saved.get("live")
-        """Version that executors serve now, as the last one that said so; None before anyone did."""
         self._catch_up()
+
+    @property
+    def live_version(self) -> str | None:
+        """Version that executors serve now, as the last one that said so; None before anyone did."""
+        return self._tracker.live_version
 
     @property
     def retrain_rate(self) -> float:
@@ -64,12 +70,12 @@ class ScoreJudge:
 
     @property
     def is_alarmed(self) -> bool:
-        """New pairs are trained newest first and old lessons are repeated, instead of only where the loss is high."""
+        """True if new pairs are trained newest first and old lessons repeated, not only where the loss is high."""
         return self._is_baseline or self._tracker.level >= 0.5
 
     @property
     def is_complaining(self) -> bool:
-        """The live adapter gets the newest preferences wrong, and it is ours to do something about it."""
+        """True if the live adapter gets the newest preferences wrong, and the monitor is in charge of training."""
         with self._lock:
             return not self._is_baseline and self._tracker.complains
 
@@ -82,9 +88,9 @@ class ScoreJudge:
     @property
     def min_hard_loss(self) -> float:
         """A pair is worth another pass from this loss on (nats); the baselines repeat whatever they have."""
-        drift = self._config.drift
-        quiet_or_alarm = drift.alarm_loss if self.is_alarmed else drift.max_loss
-        return 0.0 if self._is_baseline else quiet_or_alarm
+        if self._is_baseline:
+            return 0.0
+        return _ALARM_LOSS if self.is_alarmed else self._config.drift.max_loss
 
     @property
     def last_change_seq(self) -> int:
@@ -92,20 +98,18 @@ class ScoreJudge:
         return self._tracker.last_change_seq
 
     def note_live(self, version: str) -> None:
-        """Another version is live: its scores are to be collected anew. Nothing happens if that was known."""
+        """Take note that a version is live: its scores are collected anew. Nothing happens if that was known."""
         with self._lock:
-            if version != self.live_version:
-                self.live_version = version
-                self._tracker.note_live(version)
+            if self._tracker.note_live(version):
                 self._save(at_once=True)
 
     def take_scores(self, outcome: BatchOutcome, version: str | None) -> None:
         """Keep the scores of a batch that the live adapter `version` gave, and draw the conclusions."""
         with self._lock:
             ids = [score.pair_id for score in outcome.scores]
-            before = {pair.pair_id: pair for pair in self._store.find_pairs(ids)}
+            before = {pair.pair_id: pair for pair in self._store.pairs.find(ids)}
             self._unjudged |= {pair.pair_id for pair in before.values() if pair.scored_at is None}
-            self._store.record_scores(outcome.scores, stored_version(version), outcome.reference_keys)
+            self._store.pairs.record_scores(outcome.scores, stored_version(version), outcome.reference_keys)
             scored = [
                 replace(before[score.pair_id], last_loss=score.loss, last_margin=score.margin)
                 for score in outcome.scores
@@ -115,14 +119,13 @@ class ScoreJudge:
             again = [pair for pair in scored if pair.pair_id not in self._unjudged]
             self._judge_fresh(sorted(fresh, key=lambda pair: pair.seq))
             self._unjudged.difference_update(ids)
-            if version == self.live_version:
-                for pair in again:
-                    self._tracker.rescore(pair.pair_id, *_score(pair), version or BASE)
+            for pair in again:
+                self._tracker.rescore(pair.pair_id, *_score(pair), version or BASE)
             self._cool_down()
             self._save()
 
     def forget(self, pair_ids: Collection[str]) -> None:
-        """These pairs cannot be scored any more: the window must not wait for them."""
+        """Let the window not wait for pairs that cannot be scored any more."""
         with self._lock:
             for pair_id in pair_ids:
                 self._tracker.forget(pair_id)
@@ -133,29 +136,28 @@ class ScoreJudge:
             return self._credit.spend(num_slots)
 
     def give_back(self, num_slots: int) -> None:
-        """Slots that found no pair."""
+        """Return slots that found no pair."""
         with self._lock:
             self._credit.refund(num_slots)
 
     def top_up(self, num_slots: int) -> None:
-        """Credit for another pass over the newest pairs, because the live adapter still gets them wrong."""
+        """Grant credit for another pass over the newest pairs, because the live adapter still gets them wrong."""
         with self._lock:
             self._credit.top_up(num_slots)
 
     def summary(self) -> dict[str, Any]:
-        """For `/v1/training`: the global stream, the retrain rate and γ."""
+        """The global stream, the retrain rate and γ, for `/v1/training`."""
         with self._lock:
             state = self._tracker.to_wire()
             keys = ("drifted", "reason", "level", "accuracy", "mean_loss", "mean_margin")
             return {**{key: state[key] for key in keys}, **self._consequences()}
 
     def report(self) -> dict[str, Any]:
-        """For `/v1/drift`: everything but the history."""
+        """Everything but the history, for `/v1/drift`."""
         with self._lock:
             return {
                 **self._tracker.to_wire(),
                 **self._consequences(),
-                "live_version": self.live_version,
                 "distrusted_users": self._quality.user_report(),
             }
 
@@ -164,11 +166,11 @@ class ScoreJudge:
         return {"retrain_rate": self.retrain_rate, "gamma": self.gamma, "training_credit": self._credit.balance}
 
     def _judge_fresh(self, pairs: Sequence[StoredPair]) -> None:
-        """Pairs scored for the first time, in order of arrival."""
+        """Draw the conclusions from pairs scored for the first time, in order of arrival."""
         changes = self._quality.assess(pairs) if pairs else []
         for change in changes:
-            self._tracker.reweigh(change.pair_id, change.weight)
-        weights = {change.pair_id: change.weight for change in changes}
+            self._tracker.reweigh(change.pair_id, change.quality)
+        weights = {change.pair_id: change.quality for change in changes}
         events: list[DriftEvent] = []
         for pair in pairs:
             weight = weights.get(pair.pair_id, pair.quality)
@@ -176,9 +178,9 @@ class ScoreJudge:
             if pair.split == "train" and weight > 0:
                 self._credit.earn(1, self.retrain_rate)
         if any(event.stream == GLOBAL and event.kind != "window" for event in events):
-            self._credit.top_up(self._config.drift.change_slots)
+            self._credit.top_up(_CHANGE_SLOTS)
         if events:
-            self._store.put_drift_events(events)
+            self._store.loop.put_drift_events(events)
             for event in events:
                 logger.info("drift in stream %s: %s", event.stream, event.detail)
 
@@ -190,7 +192,7 @@ class ScoreJudge:
 
     def _catch_up(self) -> None:
         """Observe what was scored after the saved state: a crash must not hide a change of preferences."""
-        newest = self._store.newest_scored(_CATCH_UP_PAIRS)
+        newest = self._store.sampling.newest_scored(_CATCH_UP_PAIRS)
         missed = [pair for pair in reversed(newest) if pair.seq > self._tracker.last_seq]
         for pair in missed:
             self._tracker.observe(_observation(pair, pair.quality, pair.scored_at or self._clock()))
@@ -213,7 +215,7 @@ class ScoreJudge:
         if at_once or now_s - self._saved_s >= _SAVE_INTERVAL_S:
             self._saved_s = now_s
             state = {"tracker": self._tracker.to_state(), "credit": self._credit.to_state()}
-            self._store.save_state(_STATE_KEY, {**state, "live": self.live_version})
+            self._store.loop.save_state(_STATE_KEY, state)
 
 
 def _observation(pair: StoredPair, weight: float, at: float) -> ScoredPair:
@@ -223,7 +225,7 @@ def _observation(pair: StoredPair, weight: float, at: float) -> ScoredPair:
         seq=pair.seq,
         loss=loss,
         margin=margin,
-        prompt=pair.prompt if isinstance(pair.prompt, str) else canonical_texts(pair.prompt),
+        prompt=whole_text(pair.prompt),
         user=pair.user,
         tags=pair.tags,
         weight=weight,
@@ -232,7 +234,7 @@ def _observation(pair: StoredPair, weight: float, at: float) -> ScoredPair:
 
 
 def _score(pair: StoredPair) -> tuple[float, float]:
-    """Not finite ones are stored as null."""
+    """Loss and margin; the store keeps null for what is not finite."""
     loss, margin = pair.last_loss, pair.last_margin
     return math.nan if loss is None else loss, math.nan if margin is None else margin
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from alignment.store.feedback_store import FeedbackStore
-from alignment.store.pair_store import StoredPair
+from alignment.store.pairs import StoredPair
 from alignment.versions.registry import AdapterRegistry
 from core.config import AppArgs
 from core.types import FineTuneTask, PairScore, TaskKind, TokenizedPair
@@ -118,12 +118,12 @@ class WholeLoop:
     def stored_pairs(self) -> list[StoredPair]:
         """Every pair that was ever scored, newest first, as the disk has it."""
         with self._store() as store:
-            return store.newest_scored(10_000)
+            return store.sampling.newest_scored(10_000)
 
     def num_unscored(self) -> int:
         """Stored pairs that no adapter has scored."""
         with self._store() as store:
-            return len(store.unscored_pairs(10_000))
+            return len(store.sampling.unscored_pairs(10_000))
 
     async def test(self, version: str | None) -> TestScore:
         """How a version does on the test items; None is the bare base."""

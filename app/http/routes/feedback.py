@@ -81,7 +81,7 @@ def _status(outcome: dict[str, Any]) -> int:
     return status_of(kind(outcome["message"]))
 
 
-async def _export(control: ControlClient, format: str) -> AsyncIterator[bytes]:
+async def _export(control: ControlClient, format: Literal["trl", "openai"]) -> AsyncIterator[bytes]:
     cursor: int | None = 0
     while cursor is not None:
         rows, cursor = await control.export_chunk(format, cursor)
