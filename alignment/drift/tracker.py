@@ -12,11 +12,10 @@ them (`TrainingCredit`).
 """
 
 import math
+import threading
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
-
-from pydantic import BaseModel
 
 from alignment.drift.input_drift import PROMPTS, InputDrift
 from alignment.drift.streams import (
@@ -39,33 +38,14 @@ QUIET_GAMMA, ALARM_GAMMA = 0.5, 2.0
 
 _INPUT_LEVEL = 0.5
 """New prompts call for a closer look, not for an alarm."""
+_SAVED = ("level", "alarm", "answered", "complained", "version", "version_since_seq", "last_seq", "last_change_seq",
+          "last_change", "num_ignored")  # fmt: skip
 _ROUNDING = 1e-9
 """Ten times 0.1 is one slot."""
 _ANSWERED_LEVEL = 0.5
 """An alarm is over: the level sank to this, or the newest version agrees with its users."""
 _MUTED_WINDOWS = 4
 """Distrusted pairs that are remembered, in windows, so that scoring them again does not let them in."""
-
-
-class _State(BaseModel):
-    """What the tracker knows beside its window and its streams."""
-
-    level: float = 1.0
-    """Nothing is known yet: the first pairs of all count as an alarm."""
-    alarm: str | None = None
-    """The last change in the global stream, until it is answered."""
-    answered: bool = False
-    """Another version went live since `alarm`."""
-    complained: bool = False
-    """The present complaint was reported. Until the level is low again: one that wavers is one event."""
-    version: str | None = None
-    """The live version; None before anyone said."""
-    version_since_seq: int = 0
-    last_seq: int = 0
-    last_change_seq: int = 0
-    last_change: dict[str, Any] | None = None
-    num_ignored: int = 0
-    """Scores that were not finite, or absurd."""
 
 
 class DriftTracker:
@@ -79,17 +59,34 @@ class DriftTracker:
         self._members: deque[tuple[str, ...]] = deque(maxlen=config.window)
         """Streams of the newest trusted pairs: how much of the traffic a user or tag is."""
         self._muted: deque[str] = deque(maxlen=_MUTED_WINDOWS * config.window)
-        self._now = _State()
+        self.level = 1.0
+        """Level of alarm in 0..1. Nothing is known yet: the first pairs of all count as an alarm."""
+        self.alarm: str | None = None
+        """The last change in the global stream, until it is answered."""
+        self.answered = False
+        """Another version went live since `alarm`."""
+        self.complained = False
+        """The present complaint was reported. Until the level is low again: one that wavers is one event."""
+        self.version: str | None = None
+        """The live version; None before anyone said."""
+        self.version_since_seq = 0
+        self.last_seq = 0
+        """Newest pair observed: after a restart, later ones in the store have to be observed again."""
+        self.last_change_seq = 0
+        """Pairs after this sequence number belong to the present preferences; 0 if they never changed."""
+        self.last_change: dict[str, Any] | None = None
+        self.num_ignored = 0
+        """Scores that were not finite, or absurd."""
 
     def observe(self, pair: ScoredPair) -> list[DriftEvent]:
         """Take a new pair, in order of arrival. A pair that is known only has its score replaced."""
         if not is_score(pair.loss, pair.margin):
-            self._now.num_ignored += 1
+            self.num_ignored += 1
             return []
         if pair.pair_id in self._window or pair.pair_id in self._muted:
             self._rescore(pair.pair_id, Score(pair.loss, pair.margin))
             return []
-        self._now.last_seq = max(self._now.last_seq, pair.seq)
+        self.last_seq = max(self.last_seq, pair.seq)
         found = self._streams.update(pair)
         if pair.trusted:
             self._window.add(pair.pair_id, Score(pair.loss, pair.margin))
@@ -102,21 +99,22 @@ class DriftTracker:
 
     def rescore(self, pair_id: str, loss: float, margin: float, version: str) -> None:
         """Take the score that `version` gave a known pair; of a version that is not live it says nothing."""
-        if version != self._now.version:
+        if version != self.version:
             return
         if is_score(loss, margin):
             self._rescore(pair_id, Score(loss, margin))
         else:
-            self._now.num_ignored += 1
+            self.num_ignored += 1
 
     def reweigh(self, pair_id: str, weight: float) -> None:
         """Let a known pair that turned out to be less trustworthy leave the window. What it did to streams is done."""
         if not is_trusted(weight) and self._window.discard(pair_id):
             self._muted.append(pair_id)
 
-    def forget(self, pair_id: str) -> None:
-        """Let a pair that was deleted or parked leave the window."""
-        self._window.discard(pair_id)
+    def forget(self, pair_ids: Iterable[str]) -> None:
+        """Let pairs that were deleted or parked leave the window."""
+        for pair_id in pair_ids:
+            self._window.discard(pair_id)
 
     def note_live(self, version: str) -> bool:
         """Take note that a version is live; False if that was known.
@@ -124,10 +122,10 @@ class DriftTracker:
         The window is void until its pairs (`unscored_ids`) are scored again. The change detectors keep their streams: a
         better adapter is a change for the better, which is no alarm.
         """
-        if version == self._now.version:
+        if version == self.version:
             return False
-        self._now.version, self._now.version_since_seq = version, self._now.last_seq
-        self._now.answered = True
+        self.version, self.version_since_seq = version, self.last_seq
+        self.answered = True
         self._window.clear_scores()
         return True
 
@@ -142,63 +140,43 @@ class DriftTracker:
         return self._window.complaint() is not None
 
     @property
-    def level(self) -> float:
-        """Level of alarm, in 0..1."""
-        return self._now.level
-
-    @property
     def drifted(self) -> bool:
         """True if the window complains, or a change in all pairs together is not yet answered."""
-        return self.complains or self._now.alarm is not None
+        return self.complains or self.alarm is not None
 
     @property
     def reason(self) -> str:
         """Why `drifted` is what it is, in words."""
-        if self._now.alarm is not None and not self.complains:
-            return self._now.alarm
+        if self.alarm is not None and not self.complains:
+            return self.alarm
         return self._window.verdict()
-
-    @property
-    def live_version(self) -> str | None:
-        """Version that executors serve now, as the last one that said so; None before anyone did."""
-        return self._now.version
-
-    @property
-    def last_change_seq(self) -> int:
-        """Pairs after this sequence number belong to the present preferences; 0 if they never changed."""
-        return self._now.last_change_seq
-
-    @property
-    def last_seq(self) -> int:
-        """Newest pair observed: after a restart, later ones in the store have to be observed again."""
-        return self._now.last_seq
 
     @property
     def retrain_rate(self) -> float:
         """Training slots that each new pair earns now."""
-        return interpolate(self._config.quiet_rate, self._config.alarm_rate, self._now.level)
+        return interpolate(self._config.quiet_rate, self._config.alarm_rate, self.level)
 
     @property
     def gamma_factor(self) -> float:
         """Factor of `scheduler.gamma`, the weight of the loss in the priority of fine-tune tasks, now."""
-        return interpolate(QUIET_GAMMA, ALARM_GAMMA, self._now.level)
+        return interpolate(QUIET_GAMMA, ALARM_GAMMA, self.level)
 
     def to_wire(self) -> dict[str, Any]:
         """The state for people, as `GET /v1/drift` shows it."""
         return {
             "drifted": self.drifted,
             "reason": self.reason,
-            "level": self._now.level,
+            "level": self.level,
             "retrain_rate": self.retrain_rate,
             "gamma_factor": self.gamma_factor,
-            "live_version": self.live_version,
+            "live_version": self.version,
             "num_pairs": self._window.num_pairs,
             "accuracy": self._window.accuracy,
             "mean_loss": self._window.mean_loss,
             "mean_margin": self._window.mean_margin,
-            "last_change_seq": self._now.last_change_seq,
-            "last_change": self._now.last_change,
-            "num_ignored": self._now.num_ignored,
+            "last_change_seq": self.last_change_seq,
+            "last_change": self.last_change,
+            "num_ignored": self.num_ignored,
             "streams": self._streams.to_wire(),
             "prompts": self._prompts.to_wire(),
         }
@@ -211,7 +189,7 @@ class DriftTracker:
             "prompts": self._prompts.to_state(),
             "members": [list(names) for names in self._members],
             "muted": list(self._muted),
-            **self._now.model_dump(),
+            **{name: getattr(self, name) for name in _SAVED},
         }
 
     @classmethod
@@ -227,7 +205,8 @@ class DriftTracker:
         tracker._prompts = InputDrift.from_state(state["prompts"])
         tracker._members.extend(tuple(names) for names in state["members"])
         tracker._muted.extend(state["muted"])
-        tracker._now = _State.model_validate({name: state[name] for name in _State.model_fields})
+        for name in _SAVED:
+            setattr(tracker, name, state[name])
         return tracker
 
     def _rescore(self, pair_id: str, score: Score) -> None:
@@ -237,19 +216,19 @@ class DriftTracker:
     def _settle(self) -> None:
         """After one trusted score: a complaint keeps the level up, else it decays."""
         if self.complains:
-            self._now.level = 1.0
+            self.level = 1.0
             return
-        self._now.level *= 0.5 ** (1.0 / HALF_LIFE_PAIRS)
-        if self._now.answered and self._window.full_enough:
-            self._now.level = min(self._now.level, _ANSWERED_LEVEL)
-        if self._now.level <= _ANSWERED_LEVEL:
-            self._now.complained, self._now.alarm = False, None
+        self.level *= 0.5 ** (1.0 / HALF_LIFE_PAIRS)
+        if self.answered and self._window.full_enough:
+            self.level = min(self.level, _ANSWERED_LEVEL)
+        if self.level <= _ANSWERED_LEVEL:
+            self.complained, self.alarm = False, None
 
     def _complaint_event(self, at: float) -> list[DriftEvent]:
         complaint = self._window.complaint()
-        if complaint is None or self._now.complained:
+        if complaint is None or self.complained:
             return []
-        self._now.complained = True
+        self.complained = True
         event = DriftEvent(at, GLOBAL, "window", self._window.accuracy or 0.0, complaint)
         self._streams.note_event(event)
         return [event]
@@ -260,7 +239,7 @@ class DriftTracker:
         detail = change.detail
         if stream == GLOBAL:
             level = 1.0
-            self._now.last_change_seq = change.last_seq_before
+            self.last_change_seq = change.last_seq_before
             self._window.keep_newest(change.num_rows)
         elif stream == PROMPTS:
             level = _INPUT_LEVEL
@@ -268,15 +247,15 @@ class DriftTracker:
         else:
             level = sum(stream in names for names in self._members) / max(1, len(self._members))
             detail += f" ({level:.0%} of the newest pairs)"
-        if stream != PROMPTS and change.last_seq_before <= self._now.version_since_seq < self._now.last_seq:
-            detail += f"; {self._now.version} went live meanwhile"
+        if stream != PROMPTS and change.last_seq_before <= self.version_since_seq < self.last_seq:
+            detail += f"; {self.version} went live meanwhile"
         event = DriftEvent(at, stream, change.channel.kind, change.after, detail)
         if stream == GLOBAL:
-            self._now.alarm, self._now.answered, self._now.last_change = detail, False, event.to_wire()
+            self.alarm, self.answered, self.last_change = detail, False, event.to_wire()
         if stream == PROMPTS:
             self._prompts.last_event = event.to_wire()
         self._streams.note_event(event)
-        self._now.level = max(self._now.level, level)
+        self.level = max(self.level, level)
         return event
 
 
@@ -294,11 +273,15 @@ def interpolate(quiet: float, alarm: float, level: float) -> float:
 
 
 class TrainingCredit:
-    """A token bucket of training slots; one slot trains one pair once. Never above its bound, never below 0."""
+    """A token bucket of training slots; one slot trains one pair once. Never above its bound, never below 0.
+
+    Thread-safe.
+    """
 
     def __init__(self, max_slots: float = 256.0) -> None:
         self._max_slots = max_slots
         self._balance = 0.0
+        self._lock = threading.Lock()
 
     @property
     def balance(self) -> float:
@@ -306,24 +289,27 @@ class TrainingCredit:
         return self._balance
 
     def earn(self, num_new_pairs: int, rate: float) -> None:
-        """New scored training pairs came in, each worth `rate` slots."""
+        """Take in slots for new scored training pairs, `rate` for each."""
         earned = num_new_pairs * rate
         if math.isfinite(earned) and earned > 0:
-            self._balance = min(self._max_slots, self._balance + earned)
+            self.refund(earned)
 
     def top_up(self, num_slots: int) -> None:
         """Grant slots for another pass: up to `num_slots` in all, so that asking again adds nothing."""
-        self._balance = max(self._balance, min(self._max_slots, float(num_slots)))
+        with self._lock:
+            self._balance = max(self._balance, min(self._max_slots, float(num_slots)))
 
     def spend(self, num_slots: int) -> int:
         """Take up to `num_slots` whole slots; returns how many were there."""
-        granted = max(0, min(num_slots, int(self._balance + _ROUNDING)))
-        self._balance = max(0.0, self._balance - granted)
-        return granted
+        with self._lock:
+            granted = max(0, min(num_slots, int(self._balance + _ROUNDING)))
+            self._balance = max(0.0, self._balance - granted)
+            return granted
 
-    def refund(self, num_slots: int) -> None:
+    def refund(self, num_slots: float) -> None:
         """Give back slots that found no pair."""
-        self._balance = min(self._max_slots, self._balance + max(0, num_slots))
+        with self._lock:
+            self._balance = min(self._max_slots, self._balance + max(0, num_slots))
 
     def to_state(self) -> dict[str, Any]:
         """The balance as JSON."""

@@ -22,6 +22,7 @@ from typing import Any
 from core.config import AppArgs
 from core.types import TaskKind
 from core.wire import BatchOutcome, Headroom, TrainingBatch, TrainingPair
+from deployments.control.pair_stream import SHARES
 from deployments.monitors.metrics import Meter
 from scheduler.packing import Bin, Demand, best_fit, first_fit
 from scheduler.placement import RankedExecutor, choose_executor
@@ -31,7 +32,8 @@ from scheduler.queues.task_queue import QueuedTask
 
 LEASE_S = 60.0
 """A batch goes to another executor when its own has not been heard of for so long; see `heartbeat`."""
-
+MAX_ATTEMPTS = 3
+"""A pair that fails as often is parked."""
 _HEADROOM_TTL_S = 5.0
 _SMOOTHING = 0.2
 _SCORE_STEPS = 2
@@ -56,9 +58,7 @@ class CentralScheduler:
         config = AppArgs.model_validate(args)
         self._config = config
         self._clock = clock
-        training = config.training
-        shares = {"new": training.new_share, "hard": training.hard_share, "replay": training.replay_share}
-        self._queue: MixedQueue[TrainingPair] = MixedQueue(config.scheduler, shares)
+        self._queue: MixedQueue[TrainingPair] = MixedQueue(config.scheduler, SHARES)
         self._to_score: ScoringQueue[TrainingPair] = ScoringQueue()
         self._scored_last = False
         self._gamma = config.scheduler.gamma
@@ -130,8 +130,7 @@ class CentralScheduler:
             return []
         if lease.batch.kind is TaskKind.EVALUATE and len(lease.batch.pairs) > 1:
             return []  # the bad pair of a batch is found by scoring them one by one
-        limit = self._config.training.max_attempts
-        return [pair_id for pair_id, attempts in lease.attempts.items() if attempts + 1 >= limit]
+        return [pair_id for pair_id, attempts in lease.attempts.items() if attempts + 1 >= MAX_ATTEMPTS]
 
     def complete(self, outcome: BatchOutcome) -> None:
         """Close a lease. A failed batch goes back with one more attempt, which lowers its priority."""

@@ -99,7 +99,7 @@ class DriftMonitor:
     def held_out_pairs(self) -> HeldOutPairs:
         """The gate's test set: the newest held-out pairs, and a sample of those before, back to the last change."""
         gate, parts = self._config.gate, self._open()
-        since_seq, seed = parts.judge.last_change_seq, self._config.training.seed
+        since_seq, seed = parts.judge.appetite().last_change_seq, self._config.training.seed
         recent, old = parts.store.sampling.held_out(gate.max_pairs, _MAX_OLD_PAIRS, since_seq, seed)
         return HeldOutPairs(tuple(map(training_pair, recent)), tuple(map(training_pair, old)))
 

@@ -10,7 +10,7 @@ import threading
 import time
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 from alignment.drift.streams import GLOBAL, DriftEvent, ScoredPair
 from alignment.drift.tracker import DriftTracker, TrainingCredit
@@ -31,8 +31,29 @@ _CATCH_UP_PAIRS = 256
 _QUIET_CREDIT_BATCHES = 4
 _CHANGE_SLOTS = 128
 """Training slots granted at once when a change in all pairs is found, for the pairs since then."""
+_ALARM_LEVEL = 0.5
+"""Drift levels from here on count as an alarm."""
 _ALARM_LOSS = 0.25
 """While alarmed, a pair is trained again until its loss (nats) is below this; while not, `drift.max_loss`."""
+
+
+class Appetite(NamedTuple):
+    """What the scores call for."""
+
+    gamma: float
+    """Weight of the loss in the priority of fine-tune tasks."""
+    is_alarmed: bool
+    """New pairs are trained newest first and old lessons repeated, instead of only where the loss is high."""
+    is_complaining: bool
+    """The live adapter gets the newest preferences wrong, and it is ours to do something about it."""
+    min_hard_loss: float
+    """A pair is worth another pass from this loss on (nats); the baselines repeat whatever they have."""
+    last_change_seq: int
+    """Pairs after this position belong to the present preferences."""
+    unscored_ids: list[str]
+    """Pairs of the drift window that the live version has not scored yet."""
+    live_version: str | None
+    """Version that executors serve, as the last one that said so; None before anyone did."""
 
 
 class ScoreJudge:
@@ -49,53 +70,23 @@ class ScoreJudge:
         self._unjudged: set[str] = set()
         """Scores of these are stored, and what follows from them is not; a report may have to come twice."""
         saved = store.loop.load_state(_STATE_KEY) or {}
-        self._tracker, self._credit = self._restore(saved)
+        self._tracker, self.credit = self._restore(saved)
         self._catch_up()
 
-    @property
-    def live_version(self) -> str | None:
-        """Version that executors serve now, as the last one that said so; None before anyone did."""
-        return self._tracker.live_version
-
-    @property
-    def retrain_rate(self) -> float:
-        """Training slots that each new pair earns. The baselines have no monitor in charge: theirs is fixed."""
-        return self._config.drift.alarm_rate if self._is_baseline else self._tracker.retrain_rate
-
-    @property
-    def gamma(self) -> float:
-        """Weight of the loss in the priority of fine-tune tasks now."""
-        factor = 1.0 if self._is_baseline else self._tracker.gamma_factor
-        return self._config.scheduler.gamma * factor
-
-    @property
-    def is_alarmed(self) -> bool:
-        """True if new pairs are trained newest first and old lessons repeated, not only where the loss is high."""
-        return self._is_baseline or self._tracker.level >= 0.5
-
-    @property
-    def is_complaining(self) -> bool:
-        """True if the live adapter gets the newest preferences wrong, and the monitor is in charge of training."""
+    def appetite(self) -> Appetite:
+        """What the scores call for now. The baselines have no monitor in charge: theirs is fixed."""
         with self._lock:
-            return not self._is_baseline and self._tracker.complains
-
-    @property
-    def unscored_ids(self) -> list[str]:
-        """Pairs of the drift window that the live version has not scored yet."""
-        with self._lock:
-            return self._tracker.unscored_ids
-
-    @property
-    def min_hard_loss(self) -> float:
-        """A pair is worth another pass from this loss on (nats); the baselines repeat whatever they have."""
-        if self._is_baseline:
-            return 0.0
-        return _ALARM_LOSS if self.is_alarmed else self._config.drift.max_loss
-
-    @property
-    def last_change_seq(self) -> int:
-        """Pairs after this position belong to the present preferences."""
-        return self._tracker.last_change_seq
+            tracker, drift = self._tracker, self._config.drift
+            is_alarmed = self._is_baseline or tracker.level >= _ALARM_LEVEL
+            return Appetite(
+                gamma=self._gamma,
+                is_alarmed=is_alarmed,
+                is_complaining=tracker.complains and not self._is_baseline,
+                min_hard_loss=0.0 if self._is_baseline else _ALARM_LOSS if is_alarmed else drift.max_loss,
+                last_change_seq=tracker.last_change_seq,
+                unscored_ids=tracker.unscored_ids,
+                live_version=tracker.version,
+            )
 
     def note_live(self, version: str) -> None:
         """Take note that a version is live: its scores are collected anew. Nothing happens if that was known."""
@@ -127,23 +118,7 @@ class ScoreJudge:
     def forget(self, pair_ids: Collection[str]) -> None:
         """Let the window not wait for pairs that cannot be scored any more."""
         with self._lock:
-            for pair_id in pair_ids:
-                self._tracker.forget(pair_id)
-
-    def grant(self, num_slots: int) -> int:
-        """Take up to `num_slots` training slots from the credit; returns how many there were."""
-        with self._lock:
-            return self._credit.spend(num_slots)
-
-    def give_back(self, num_slots: int) -> None:
-        """Return slots that found no pair."""
-        with self._lock:
-            self._credit.refund(num_slots)
-
-    def top_up(self, num_slots: int) -> None:
-        """Grant credit for another pass over the newest pairs, because the live adapter still gets them wrong."""
-        with self._lock:
-            self._credit.top_up(num_slots)
+            self._tracker.forget(pair_ids)
 
     def summary(self) -> dict[str, Any]:
         """The global stream, the retrain rate and γ, for `/v1/training`."""
@@ -163,7 +138,16 @@ class ScoreJudge:
 
     def _consequences(self) -> dict[str, float]:
         """What follows from the drift level, or for a baseline is fixed."""
-        return {"retrain_rate": self.retrain_rate, "gamma": self.gamma, "training_credit": self._credit.balance}
+        return {"retrain_rate": self._retrain_rate, "gamma": self._gamma, "training_credit": self.credit.balance}
+
+    @property
+    def _retrain_rate(self) -> float:
+        """Training slots that each new pair earns."""
+        return self._config.drift.alarm_rate if self._is_baseline else self._tracker.retrain_rate
+
+    @property
+    def _gamma(self) -> float:
+        return self._config.scheduler.gamma * (1.0 if self._is_baseline else self._tracker.gamma_factor)
 
     def _judge_fresh(self, pairs: Sequence[StoredPair]) -> None:
         """Draw the conclusions from pairs scored for the first time, in order of arrival."""
@@ -176,9 +160,9 @@ class ScoreJudge:
             weight = weights.get(pair.pair_id, pair.quality)
             events += self._tracker.observe(_observation(pair, weight, self._clock()))
             if pair.split == "train" and weight > 0:
-                self._credit.earn(1, self.retrain_rate)
+                self.credit.earn(1, self._retrain_rate)
         if any(event.stream == GLOBAL and event.kind != "window" for event in events):
-            self._credit.top_up(_CHANGE_SLOTS)
+            self.credit.top_up(_CHANGE_SLOTS)
         if events:
             self._store.loop.put_drift_events(events)
             for event in events:
@@ -186,9 +170,9 @@ class ScoreJudge:
 
     def _cool_down(self) -> None:
         """Once the live adapter agrees with its users, what is left of an alarm's credit would train for nothing."""
-        if not self.is_alarmed:
+        if not self._is_baseline and self._tracker.level < _ALARM_LEVEL:
             keep = _QUIET_CREDIT_BATCHES * self._config.training.pairs_per_step
-            self._credit.spend(int(self._credit.balance) - keep)
+            self.credit.spend(int(self.credit.balance) - keep)
 
     def _catch_up(self) -> None:
         """Observe what was scored after the saved state: a crash must not hide a change of preferences."""
@@ -197,7 +181,7 @@ class ScoreJudge:
         for pair in missed:
             self._tracker.observe(_observation(pair, pair.quality, pair.scored_at or self._clock()))
             if pair.split == "train" and pair.times_trained == 0:
-                self._credit.earn(1, self.retrain_rate)
+                self.credit.earn(1, self._retrain_rate)
 
     def _restore(self, saved: dict[str, Any]) -> tuple[DriftTracker, TrainingCredit]:
         try:
@@ -205,32 +189,20 @@ class ScoreJudge:
             return tracker, TrainingCredit.from_state(saved["credit"])
         except (LookupError, TypeError, ValueError, AttributeError) as error:
             if saved:
-                logger.warning(
-                    "drift state is not readable, it starts afresh: %s: %s", type(error).__name__, error
-                )
+                logger.warning("drift state is not readable, it starts afresh: %r", error)
             return DriftTracker(self._config.drift), TrainingCredit()
 
     def _save(self, *, at_once: bool = False) -> None:
         now_s = time.monotonic()
         if at_once or now_s - self._saved_s >= _SAVE_INTERVAL_S:
             self._saved_s = now_s
-            state = {"tracker": self._tracker.to_state(), "credit": self._credit.to_state()}
+            state = {"tracker": self._tracker.to_state(), "credit": self.credit.to_state()}
             self._store.loop.save_state(_STATE_KEY, state)
 
 
 def _observation(pair: StoredPair, weight: float, at: float) -> ScoredPair:
-    loss, margin = _score(pair)
-    return ScoredPair(
-        pair_id=pair.pair_id,
-        seq=pair.seq,
-        loss=loss,
-        margin=margin,
-        prompt=whole_text(pair.prompt),
-        user=pair.user,
-        tags=pair.tags,
-        weight=weight,
-        at=at,
-    )
+    prompt = whole_text(pair.prompt)
+    return ScoredPair(pair.pair_id, pair.seq, *_score(pair), prompt, pair.user, pair.tags, weight, at)
 
 
 def _score(pair: StoredPair) -> tuple[float, float]:

@@ -5,6 +5,7 @@ from itertools import count
 
 import pytest
 
+from alignment.quality import monitor as quality_monitor
 from alignment.quality.monitor import MAX_COPIES, QualityMonitor
 from core.alignment_config import QualityConfig
 from core.types import PairScore
@@ -200,8 +201,8 @@ def test_a_flood_is_held_at_its_share(store, monitor):
     assert "flooding: user 'eve' sent 66% of the newest 106 pairs, at most 30% count" in reasons(store, flood[0])
 
 
-def test_a_flood_that_fills_the_whole_window_is_still_seen(store):
-    monitor = QualityMonitor(QualityConfig(flood_window=40), store)
+def test_a_flood_that_fills_the_whole_window_is_still_seen(store, monitor, monkeypatch):
+    monkeypatch.setattr(quality_monitor, "FLOOD_WINDOW", 40)
     crowd(store, monitor, hostile=(), users=USERS[:3], rounds=4)
     flood = say(store, monitor, "eve", 60)
     assert max(qualities(store, flood)) < 0.05
