@@ -135,7 +135,7 @@ class CanaryTrial:
                 await self._versions.refresh()
                 if turn % _REFRESHES_PER_ROUND == 0:
                     await self.judge()
-                    await self._versions.prune()
+                    await self._versions.retire_old()
             except MaceError as error:
                 logger.warning("versions cannot be looked after: %s", error)
             except Exception:  # an error of vLLM or the disk must not end retention and trials
