@@ -21,7 +21,7 @@ from typing import Any
 
 from core.config import AppArgs
 from core.types import TaskKind
-from core.wire import BatchOutcome, Headroom, TrainingBatch, TrainingPair
+from core.wire import ROLE_SHARES, BatchOutcome, Headroom, TrainingBatch, TrainingPair
 from deployments.monitors.metrics import Meter
 from scheduler.packing import Bin, Demand, best_fit, first_fit
 from scheduler.placement import RankedExecutor, choose_executor
@@ -38,6 +38,8 @@ _SCORE_STEPS = 2
 """A batch to score has at most so many steps' worth of pairs: a forward pass each, about a third of training them."""
 _UNKNOWN_MEMORY_BYTES = float(1 << 60)
 """Stands for the infinite free memory that executors report until they know; f has no value at infinity."""
+MAX_ATTEMPTS = 3
+"""A pair whose training failed so many times in a row is parked."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,9 +58,7 @@ class CentralScheduler:
         config = AppArgs.model_validate(args)
         self._config = config
         self._clock = clock
-        training = config.training
-        shares = {"new": training.new_share, "hard": training.hard_share, "replay": training.replay_share}
-        self._queue: MixedQueue[TrainingPair] = MixedQueue(config.scheduler, shares)
+        self._queue: MixedQueue[TrainingPair] = MixedQueue(config.scheduler, ROLE_SHARES)
         self._to_score: ScoringQueue[TrainingPair] = ScoringQueue()
         self._scored_last = False
         self._gamma = config.scheduler.gamma
@@ -131,8 +131,7 @@ class CentralScheduler:
             return []
         if lease.batch.kind is TaskKind.EVALUATE and len(lease.batch.pairs) > 1:
             return []  # the bad pair of a batch is found by scoring them one by one
-        limit = self._config.training.max_attempts
-        return [pair_id for pair_id, attempts in lease.attempts.items() if attempts + 1 >= limit]
+        return [pair_id for pair_id, attempts in lease.attempts.items() if attempts + 1 >= MAX_ATTEMPTS]
 
     def complete(self, outcome: BatchOutcome) -> None:
         """Close a lease. A failed batch goes back with one more attempt, which lowers its priority."""

@@ -12,7 +12,7 @@ from alignment.store.feedback_store import FeedbackStore
 from alignment.store.pair_rows import PENDING, StoredPair
 from alignment.store.pair_sampling import NewOrder
 from core.config import AppArgs
-from core.wire import PairRole, TrainingPair
+from core.wire import ROLE_SHARES, PairRole, TrainingPair
 from deployments.control.score_judge import ScoreJudge, stored_version
 
 _QUEUE_AHEAD_BATCHES = 4
@@ -134,7 +134,7 @@ class PairStream:
         )
         replay = self._replayed(limit, len(fresh) + len(hard), exclude | {pair.pair_id for pair in hard})
         room = limit - len(replay)
-        of_new = training.new_share / (training.new_share + training.hard_share)
+        of_new = ROLE_SHARES["new"] / (ROLE_SHARES["new"] + ROLE_SHARES["hard"])
         num_new = min(len(fresh), max(room - len(hard), round(room * of_new)))
         roles: tuple[tuple[list[StoredPair], PairRole], ...] = (
             (fresh[:num_new], "new"),
@@ -146,7 +146,7 @@ class PairStream:
     def _replayed(self, limit: int, num_others: int, exclude: set[str]) -> list[StoredPair]:
         """Pairs trained before, of the present preferences: what users changed their minds about is not kept alive."""
         training = self._config.training
-        share = training.replay_share / (training.new_share + training.hard_share + training.replay_share)
+        share = ROLE_SHARES["replay"] / sum(ROLE_SHARES.values())
         number = round(min(limit * share, num_others * share / max(1.0 - share, 1e-9)))
         if number == 0:
             return []
