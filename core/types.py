@@ -45,9 +45,9 @@ class TokenizedPair:
     """Log-probabilities of chosen and rejected under the frozen reference (nats), if they are known already."""
 
     @property
-    def num_tokens(self) -> int:
-        """Tokens of both sequences, prompt counted twice, without padding."""
-        return 2 * len(self.prompt_ids) + len(self.chosen_ids) + len(self.rejected_ids)
+    def lengths(self) -> tuple[int, int, int]:
+        """Tokens of prompt, chosen and rejected completion."""
+        return len(self.prompt_ids), len(self.chosen_ids), len(self.rejected_ids)
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,7 +136,7 @@ def _pair_from_wire(data: dict[str, Any]) -> TokenizedPair:
     )
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class TaskResult:
     """How a fine-tune task ended. Exactly one of `metrics` and `error` is set."""
 

@@ -7,13 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from core.batch import ForwardShape
-from core.config import AppArgs, TrainingConfig
+from core.config import AppArgs
 from core.errors import ConfigError
 from core.types import SliceKind
 from profiler.online import OnlineLatencyModel
 from profiler.profile import QUANTILE_LEVELS, Profile
 from simulator.device import Quantiles
-from simulator.finetune import StepModel
 from simulator.hardware import Hardware
 
 _BLOCK_TOKENS = 16
@@ -67,10 +66,6 @@ class ModelShape:
             raise ConfigError(f"model configuration {path} cannot be read: {error}") from error
         return cls.of(config)
 
-    def step_model(self, training: TrainingConfig) -> StepModel:
-        """What decides the slices of a step."""
-        return StepModel(self.num_layers, self.layer_weights, self.head_weights, training.head_chunk_tokens)
-
 
 class ProfiledDevice:
     """`simulator.device.DeviceModel` of a profile."""
@@ -113,7 +108,7 @@ def hardware_of(profile: Profile, shape: ModelShape, args: AppArgs) -> Hardware:
     return Hardware(
         device=ProfiledDevice(profile),
         new_predictor=lambda: OnlineLatencyModel(profile),
-        step_model=shape.step_model(args.training),
+        step_model=shape,
         kv_tokens=int(args.engine.kv_cache_memory_bytes / kv_bytes),
         kv_bytes_per_token=kv_bytes,
         arena_bytes=int(2 * profile.memory.step_bytes(largest)),

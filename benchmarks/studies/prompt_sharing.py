@@ -200,7 +200,7 @@ def _compare(model: Any, shadow: Any, task: FineTuneTask, repeats: int) -> dict[
     runs: dict[bool, list[Run]] = {False: [], True: []}
     for number in range(repeats + 1):
         for shares in (number % 2 == 0, number % 2 == 1):
-            run = _run(model, shadow, task, TrainingConfig().model_copy(update={"share_prompt": shares}))
+            run = _run(model, shadow, task, share_prompts=shares)
             if number:  # the first one warms up
                 runs[shares].append(run)
     ratios = [off.cpu_s / on.cpu_s for off, on in zip(runs[False], runs[True], strict=True)]
@@ -219,7 +219,7 @@ def _compare(model: Any, shadow: Any, task: FineTuneTask, repeats: int) -> dict[
     }
 
 
-def _run(model: Any, shadow: Any, task: FineTuneTask, config: TrainingConfig) -> Run:
+def _run(model: Any, shadow: Any, task: FineTuneTask, *, share_prompts: bool) -> Run:
     """One step from a fresh adapter, building of its tensors included."""
     from core.types import SliceKind
     from engine.training.dpo import DpoStep
@@ -228,7 +228,7 @@ def _run(model: Any, shadow: Any, task: FineTuneTask, config: TrainingConfig) ->
     gc.collect()
     peak_bytes = 0
     started_s = time.process_time()
-    step = DpoStep(model, shadow, task, config)
+    step = DpoStep(model, shadow, task, TrainingConfig(), share_prompts=share_prompts)
     layers = [spec for spec in step.pending if spec.kind is SliceKind.BACKWARD_LAYER]
     while step.next_slice is not None:
         step.run_slice()

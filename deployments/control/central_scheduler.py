@@ -21,8 +21,7 @@ from typing import Any
 
 from core.config import AppArgs
 from core.types import TaskKind
-from core.wire import BatchOutcome, Headroom, TrainingBatch, TrainingPair
-from deployments.control.pair_stream import SHARES
+from core.wire import ROLE_SHARES, BatchOutcome, Headroom, TrainingBatch, TrainingPair
 from deployments.monitors.metrics import Meter
 from scheduler.packing import Bin, Demand, best_fit, first_fit
 from scheduler.placement import RankedExecutor, choose_executor
@@ -58,7 +57,7 @@ class CentralScheduler:
         config = AppArgs.model_validate(args)
         self._config = config
         self._clock = clock
-        self._queue: MixedQueue[TrainingPair] = MixedQueue(config.scheduler, SHARES)
+        self._queue: MixedQueue[TrainingPair] = MixedQueue(config.scheduler, ROLE_SHARES)
         self._to_score: ScoringQueue[TrainingPair] = ScoringQueue()
         self._scored_last = False
         self._gamma = config.scheduler.gamma

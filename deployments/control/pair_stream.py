@@ -12,13 +12,9 @@ from alignment.store.feedback_store import FeedbackStore
 from alignment.store.pair_sampling import NewOrder
 from alignment.store.pairs import PENDING, StoredPair
 from core.config import AppArgs
-from core.wire import PairRole, TrainingPair
+from core.wire import ROLE_SHARES, PairRole, TrainingPair
 from deployments.control.score_judge import Appetite, ScoreJudge, stored_version
 
-SHARES: dict[str, float] = {"new": 0.5, "hard": 0.25, "replay": 0.25}
-"""Shares of a batch: pairs that were never trained, pairs that the live adapter still gets wrong (highest loss first),
-and a sample of pairs trained before, so that fixing today does not forget yesterday. What one share cannot fill, the
-others may."""
 _QUEUE_AHEAD_BATCHES = 4
 """Pairs kept queued ahead of training, in batches: enough to have a choice, few enough to follow new feedback."""
 _SCORING_BACKLOG_PAIRS = 256
@@ -127,7 +123,7 @@ class PairStream:
         exclude = exclude | {pair.pair_id for pair in fresh}
         hard = sampling.hard_pairs(limit, epochs, exclude, wanted.min_hard_loss, since_seq)
         exclude = exclude | {pair.pair_id for pair in hard}
-        share = SHARES["replay"]
+        share = ROLE_SHARES["replay"]
         num_replayed = round(min(limit * share, (len(fresh) + len(hard)) * share / (1.0 - share)))
         replay: list[StoredPair] = []
         if num_replayed:  # of the present preferences: what users changed their minds about is not kept alive
@@ -135,7 +131,7 @@ class PairStream:
             seed = self._config.training.seed + self._draw
             replay = sampling.replay_pairs(num_replayed, epochs, exclude, seed, since_seq)
         room = limit - len(replay)
-        of_new = SHARES["new"] / (SHARES["new"] + SHARES["hard"])
+        of_new = ROLE_SHARES["new"] / (ROLE_SHARES["new"] + ROLE_SHARES["hard"])
         num_new = min(len(fresh), max(room - len(hard), round(room * of_new)))
         roles: tuple[tuple[list[StoredPair], PairRole], ...] = (
             (fresh[:num_new], "new"),

@@ -33,6 +33,8 @@ POLL_INTERVAL_S = 0.25
 _CONTROL_BACKOFF_S = 1.0
 _MAX_FAILURES_IN_A_ROW = 10
 """After as many failed tasks in a row, training pauses itself until someone resumes it."""
+_FAILURE_BACKOFF_S = 1.0
+"""Rest after a failed task; doubles with each further failure in a row, up to `_MAX_BACKOFF_S`."""
 _MAX_BACKOFF_S = 60.0
 _REFUSALS_PER_GENERATION = 4
 """After as many refused candidates in a row training goes on from the parent of the version that it went on from.
@@ -243,7 +245,7 @@ class Learner:
         status.failed_steps += 1
         status.last_error = result.error
         self._failures_in_a_row += 1
-        backoff_s = self._args.training.failure_backoff_s * 2 ** (self._failures_in_a_row - 1)
+        backoff_s = _FAILURE_BACKOFF_S * 2 ** (self._failures_in_a_row - 1)
         self._rest_until_s = time.monotonic() + min(backoff_s, _MAX_BACKOFF_S)
         if self._failures_in_a_row >= _MAX_FAILURES_IN_A_ROW:
             self.pause(f"{_MAX_FAILURES_IN_A_ROW} failed tasks in a row, the last: {result.error}")

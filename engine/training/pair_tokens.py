@@ -13,7 +13,7 @@ from core.config import TrainingConfig
 from core.errors import TrainingError
 from core.types import TokenizedPair
 from core.wire import Prompt, TrainingPair
-from engine.training.dpo_batch import cut_pair
+from engine.training.micro_batch import cut_pair
 
 
 class PairTokenizer:

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from core.config import AppArgs
+from core.dpo_slices import HEAD_CHUNK_TOKENS
 from core.errors import ConfigError, ProfileError
 from profiler.online import OnlineLatencyModel
 from profiler.profile import Profile
@@ -91,7 +92,7 @@ def _dims_of(model: Any, args: AppArgs) -> ModelDims | None:
             model.hf_text_config.to_dict(),
             dtype_bytes=model.dtype.itemsize,
             lora_rank=args.lora.rank,
-            head_chunk_tokens=args.training.head_chunk_tokens,
+            head_chunk_tokens=HEAD_CHUNK_TOKENS,
         )
     except ConfigError as error:
         logger.warning("memory of training is learnt from its first steps: %s", error)

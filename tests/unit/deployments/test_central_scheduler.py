@@ -4,9 +4,9 @@ import pytest
 
 from core.types import TaskKind
 from core.wire import HORIZON_S, BatchOutcome, ExecutorLoad, Headroom, TrainingPair
-from deployments.control.central_scheduler import LEASE_S, CentralScheduler
+from deployments.control.central_scheduler import LEASE_S, MAX_ATTEMPTS, CentralScheduler
 
-BATCH, MAX_AGE_S, ATTEMPTS = 4, 20.0, 3
+BATCH, MAX_AGE_S = 4, 20.0
 
 
 class Clock:
@@ -24,7 +24,7 @@ def clock():
 
 @pytest.fixture
 def scheduler(clock):
-    training = {"pairs_per_step": BATCH, "max_age_s": MAX_AGE_S, "max_attempts": ATTEMPTS}
+    training = {"pairs_per_step": BATCH, "max_age_s": MAX_AGE_S}
     return CentralScheduler({"training": training}, clock)
 
 
@@ -79,10 +79,10 @@ def test_a_completed_batch_is_forgotten(scheduler):
 
 def test_a_failed_batch_comes_back_until_its_attempts_are_used_up(scheduler, clock):
     scheduler.enqueue(pairs(*"abcd"))
-    for attempt in range(1, ATTEMPTS + 1):
+    for attempt in range(1, MAX_ATTEMPTS + 1):
         batch = scheduler.poll(room())
         outcome = BatchOutcome(batch.task_id, "e1", error="DivergedError: nan")
-        expected = list("abcd") if attempt == ATTEMPTS else []
+        expected = list("abcd") if attempt == MAX_ATTEMPTS else []
         assert sorted(scheduler.failed_for_good(outcome)) == expected
         scheduler.complete(outcome)
     assert known(scheduler) == []
@@ -319,7 +319,7 @@ def test_a_small_first_batch_does_not_make_full_ones_look_too_large(scheduler, c
 
 def test_only_the_pairs_that_failed_often_are_parked(scheduler, clock):
     scheduler.enqueue(pairs("bad"))
-    for _ in range(ATTEMPTS - 1):
+    for _ in range(MAX_ATTEMPTS - 1):
         clock.now_s += MAX_AGE_S
         batch = scheduler.poll(room())
         scheduler.complete(BatchOutcome(batch.task_id, "e1", error="DivergedError: x"))

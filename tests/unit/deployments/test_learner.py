@@ -34,6 +34,7 @@ def batch(number, *prompts):
 def _fast(monkeypatch):
     monkeypatch.setattr(learner_module, "POLL_INTERVAL_S", 0.001)
     monkeypatch.setattr(learner_module, "_CONTROL_BACKOFF_S", 0.001)
+    monkeypatch.setattr(learner_module, "_FAILURE_BACKOFF_S", 0.001)
 
 
 class World:
@@ -42,7 +43,6 @@ class World:
     def __init__(self, tmp_path, control, **training):
         self.control = control
         self.engine = FakeEngine()
-        training = {"failure_backoff_s": 0.001, **training}
         self.args = AppArgs.model_validate({"training": training, "state_dir": tmp_path})
         self.checkpoint = tmp_path / "training" / "checkpoint.safetensors"
         self.registry = AdapterRegistry.open(tmp_path / "adapters", BASE_MODEL)
@@ -148,8 +148,9 @@ def test_a_failed_step_is_reported_and_the_next_one_runs(tmp_path):
     assert world.versions.live == "base"
 
 
-def test_ten_failures_in_a_row_pause_training_with_the_reason(tmp_path):
-    world = World(tmp_path, FakeControl([batch(i) for i in range(12)]), failure_backoff_s=0)
+def test_ten_failures_in_a_row_pause_training_with_the_reason(tmp_path, monkeypatch):
+    monkeypatch.setattr(learner_module, "_FAILURE_BACKOFF_S", 0.0)
+    world = World(tmp_path, FakeControl([batch(i) for i in range(12)]))
     world.engine.error = "DivergedError: x"
     status = world.run()
     assert status.paused
@@ -340,8 +341,9 @@ def test_the_candidate_speaks_under_a_name_of_its_own_and_is_forgotten(tmp_path)
     assert manifest.metrics["generation_length"] == 8.0
 
 
-def test_failures_in_a_row_rest_longer_each_time(tmp_path):
-    world = World(tmp_path, FakeControl([batch(i) for i in range(12)]), failure_backoff_s=0.02)
+def test_failures_in_a_row_rest_longer_each_time(tmp_path, monkeypatch):
+    monkeypatch.setattr(learner_module, "_FAILURE_BACKOFF_S", 0.02)
+    world = World(tmp_path, FakeControl([batch(i) for i in range(12)]))
     world.engine.error = "DivergedError: x"
     status = world.run(turns=400)
     assert 1 < status.failed_steps < 7  # 0.02 + 0.04 + 0.08 + 0.16 + 0.32 s

@@ -2,12 +2,15 @@
 
 A safetensors file with a JSON header under the key `mace`: `format`, `num_steps`, `shapes` (of the LoRA matrices, to
 tell another model's file) and `progress` (JSON of the learner, not looked at here). Format 1 had neither progress nor
-random numbers.
+random numbers. `CheckpointWriter` writes such files in a thread of its own, so that neither inference nor slices wait
+for the disk.
 """
 
 import json
 import logging
-from collections.abc import Mapping
+import threading
+import time
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,7 +19,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
-from core.errors import AdapterError, DamagedAdapterError
+from core.errors import AdapterError, DamagedAdapterError, MaceError
 from core.files import atomic_file
 
 logger = logging.getLogger(__name__)
@@ -24,6 +27,8 @@ logger = logging.getLogger(__name__)
 _FORMAT = 2
 _READABLE_FORMATS = (1, 2)
 _RNG_PREFIX = "rng_"
+PATIENCE_S = 10.0
+"""A write that takes longer is behind no more: training must not stand still for a disk that hangs."""
 
 
 @dataclass(slots=True)
@@ -47,15 +52,10 @@ def write_training_state(path: Path, state: TrainingState, progress: dict[str, A
     Raises:
         AdapterError: The file cannot be written, or progress is no JSON; an older file at `path` is intact.
     """
+    header = {"format": _FORMAT, "num_steps": state.num_steps, "shapes": state.shapes, "progress": progress}
+    named = state.tensors | {f"{_RNG_PREFIX}{device}": tensor for device, tensor in state.rng.items()}
     try:
-        header = {
-            "format": _FORMAT,
-            "num_steps": state.num_steps,
-            "shapes": state.shapes,
-            "progress": progress,
-        }
         metadata = {"mace": json.dumps(header)}
-        named = state.tensors | {f"{_RNG_PREFIX}{device}": tensor for device, tensor in state.rng.items()}
         path.parent.mkdir(parents=True, exist_ok=True)
         with atomic_file(path) as partial:
             save_file(_on_host(named), partial, metadata=metadata)
@@ -64,7 +64,7 @@ def write_training_state(path: Path, state: TrainingState, progress: dict[str, A
 
 
 def read_training_state(path: Path) -> tuple[TrainingState, dict[str, Any]]:
-    """A written state, on the CPU, and its progress.
+    """Read a written state, to the CPU, and its progress.
 
     Raises:
         DamagedAdapterError: The file is missing, unreadable or of an unknown format.
@@ -126,3 +126,87 @@ def _on_host(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
     with torch.cuda.device(device), torch.cuda.stream(stream):
         return {name: tensor.cpu() for name, tensor in tensors.items()}
+
+
+@dataclass(slots=True)
+class _Job:
+    path: Path
+    state: TrainingState
+    progress: dict[str, Any]
+    submitted_s: float = field(default_factory=time.monotonic)
+
+
+class CheckpointWriter:
+    """One write at a time; of the states that wait behind it only the newest is kept.
+
+    A submitted state is leased (`is_leased`) until it is on disk or was overtaken. Failures are logged once and kept
+    for `take_error`; nothing here raises because of a disk.
+    """
+
+    def __init__(
+        self, write: Callable[[Path, TrainingState, dict[str, Any]], None] = write_training_state
+    ) -> None:
+        self._write = write
+        self._changed = threading.Condition()
+        self._writing: _Job | None = None
+        self._waiting: _Job | None = None
+        self._thread: threading.Thread | None = None
+        self._error: str | None = None
+        self._logged_error: str | None = None
+
+    def submit(self, path: Path, state: TrainingState, progress: dict[str, Any]) -> None:
+        """Write a state as soon as the one before it is written. Whoever made it must not change it until then."""
+        state.is_leased = True
+        with self._changed:
+            if self._waiting is not None:
+                self._waiting.state.is_leased = False
+            self._waiting = _Job(path, state, progress)
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._run, name="mace-checkpoints", daemon=True)
+                self._thread.start()
+            self._changed.notify_all()
+
+    def is_behind(self) -> bool:
+        """A state is still on its way to disk, and not for longer than `PATIENCE_S`."""
+        with self._changed:
+            oldest = self._writing or self._waiting
+            return oldest is not None and time.monotonic() - oldest.submitted_s < PATIENCE_S
+
+    def wait(self, timeout_s: float) -> bool:
+        """Wait until every submitted state was written or has failed; False if that takes longer."""
+        with self._changed:
+            return self._changed.wait_for(lambda: self._writing is None and self._waiting is None, timeout_s)
+
+    def note_error(self, message: str) -> None:
+        """Remember a failure; logged unless it is the same as the last one."""
+        with self._changed:
+            self._error = message
+            is_new = message != self._logged_error
+            self._logged_error = message
+        if is_new:
+            logger.error("checkpoint failed, training goes on without it: %s", message)
+
+    def take_error(self) -> str | None:
+        """The last failure since this was asked before, or None."""
+        with self._changed:
+            error, self._error = self._error, None
+            return error
+
+    def _run(self) -> None:
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._waiting is not None)
+                job, self._waiting = self._waiting, None
+                self._writing = job
+            assert job is not None
+            try:
+                self._write(job.path, job.state, job.progress)
+                self._logged_error = None
+            except MaceError as error:
+                self.note_error(str(error))
+            except Exception as error:  # noqa: BLE001 - the thread must outlive any failure
+                self.note_error(f"{type(error).__name__}: {error}")
+            with self._changed:
+                job.state.is_leased = False
+                self._writing = None
+                self._changed.notify_all()
