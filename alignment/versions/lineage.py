@@ -2,15 +2,14 @@
 
 from typing import Any
 
-from alignment.versions.activation_log import BASE, Activation
 from alignment.versions.adapter_files import version_number
 from alignment.versions.registry import AdapterRegistry, AdapterVersion
-from alignment.versions.serving_state import Serving
+from alignment.versions.serving_state import BASE, Activation, Serving
 from core.errors import UnknownVersionError
 
 
 def lineage_rows(registry: AdapterRegistry) -> list[dict[str, Any]]:
-    """One row for each version on disk, oldest first; damaged ones with their error."""
+    """All versions on disk as rows, oldest first; damaged ones with their error."""
     serving, failed = registry.serving.read(), registry.serving.rolled_back()
     last: dict[str, Activation] = {}
     for entry in registry.serving.activations():

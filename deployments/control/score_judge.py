@@ -18,7 +18,7 @@ from alignment.quality.monitor import QualityMonitor
 from alignment.records.chat import whole_text
 from alignment.store.feedback_store import FeedbackStore
 from alignment.store.pairs import StoredPair
-from alignment.versions.activation_log import BASE
+from alignment.versions.serving_state import BASE
 from core.config import AppArgs
 from core.wire import BatchOutcome
 

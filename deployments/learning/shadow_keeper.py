@@ -4,8 +4,8 @@ import asyncio
 import logging
 from pathlib import Path
 
-from alignment.versions.activation_log import BASE
 from alignment.versions.registry import AdapterRegistry
+from alignment.versions.serving_state import BASE
 from core.errors import AdapterError
 from core.ports import EnginePort
 from deployments.learning.training_progress import TrainingProgress
