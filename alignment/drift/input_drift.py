@@ -1,4 +1,4 @@
-"""Drift of the prompts: are they longer or shorter than before, or about something else?
+"""Drift of the prompts: whether they are longer or shorter than before, or about something else.
 
 No model of embeddings. Length is the number of words on a log scale. Novelty is 1 minus the cosine between the hashed
 words and word pairs of a prompt and their running mean: about constant while topics stay, higher when they change, and
@@ -8,9 +8,10 @@ back as the mean follows. In a script without spaces every sentence is one new w
 import base64
 import math
 from collections.abc import Iterable, Mapping
+from functools import partial
 from typing import Any
 
-from alignment.drift.change_streams import Adwin, ChangeStream, Channel, Row
+from alignment.drift.change_streams import ChangeStream, Channel, Row, adwin
 from alignment.drift.streams import StreamChange
 
 PROMPTS = "prompts"
@@ -23,7 +24,7 @@ _MEAN_PROMPTS = 256
 _WARM_UP = 32
 """Prompts that make up the first mean; to an empty one every prompt is new."""
 _READ_CHARS = 4000
-"""Of a longer prompt, its beginning and end of this length in all are hashed (under 1 ms)."""
+"""Characters of a prompt that are hashed (under 1 ms): half of them from its beginning, half from its end."""
 _LOG2_MAX_WORDS = 12.0
 """Prompts of 4,095 words and longer are all the same length."""
 
@@ -112,8 +113,8 @@ def _num_words(row: Row) -> float:
     return float(2.0 ** (row.first * _LOG2_MAX_WORDS) - 1)
 
 
-_LENGTH = Channel("prompt_length", "ADWIN", lambda: Adwin(_ADWIN_DELTA), _first, _num_words, "both")
-_NOVELTY = Channel("prompt_novelty", "ADWIN", lambda: Adwin(_ADWIN_DELTA), _first, _first, "rise")
+_LENGTH = Channel("prompt_length", "ADWIN", partial(adwin, _ADWIN_DELTA), _first, _num_words, "both")
+_NOVELTY = Channel("prompt_novelty", "ADWIN", partial(adwin, _ADWIN_DELTA), _first, _first, "rise")
 
 
 def _mean(values: list[float]) -> float | None:

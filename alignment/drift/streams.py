@@ -7,17 +7,18 @@ import math
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 from alignment.drift.change_streams import (
-    Adwin,
     Change,
     ChangeStream,
     Channel,
-    ErrorRise,
     EventKind,
     LossRise,
     Row,
+    adwin,
+    error_rise,
 )
 
 GLOBAL = "global"
@@ -66,7 +67,7 @@ class ScoredPair:
     user: str | None
     tags: Mapping[str, str]
     weight: float
-    """How far the pair is trusted, in 0..1 (clients may ask for more)."""
+    """Trust in the pair, in 0..1 (clients may ask for more)."""
     at: float
     """Unix seconds."""
 
@@ -193,21 +194,17 @@ def stream_names(pair: ScoredPair) -> tuple[str, ...]:
 
 
 def channels(sensitivity: Sensitivity) -> tuple[Channel, ...]:
-    """What is watched of a stream of scores.
+    """The quantities of a stream of scores that are watched.
 
     A margin is watched as the probability sigmoid(margin) that the model of Bradley and Terry gives the choice.
     """
-
-    def adwin() -> Adwin:
-        return Adwin(sensitivity.adwin_delta)
-
+    hddm, any_change = partial(error_rise, sensitivity.hddm_confidence), partial(adwin, sensitivity.adwin_delta)
+    page_hinkley = partial(LossRise, sensitivity.page_hinkley_threshold)
     return (
-        Channel("accuracy", "HDDM_A", lambda: ErrorRise(sensitivity.hddm_confidence), _error, _accuracy, "fall"),
-        Channel("accuracy", "ADWIN", adwin, _accuracy, _accuracy, "fall"),
-        Channel("margin", "ADWIN", adwin, _probability, _margin, "fall"),
-        Channel(
-            "loss", "Page-Hinkley", lambda: LossRise(sensitivity.page_hinkley_threshold), _loss, _loss, "rise"
-        ),
+        Channel("accuracy", "HDDM_A", hddm, _error, _accuracy, "fall"),
+        Channel("accuracy", "ADWIN", any_change, _accuracy, _accuracy, "fall"),
+        Channel("margin", "ADWIN", any_change, _probability, _margin, "fall"),
+        Channel("loss", "Page-Hinkley", page_hinkley, _loss, _loss, "rise"),
     )
 
 

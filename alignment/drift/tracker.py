@@ -170,10 +170,7 @@ class DriftTracker:
             "retrain_rate": self.retrain_rate,
             "gamma_factor": self.gamma_factor,
             "live_version": self.version,
-            "num_pairs": self._window.num_pairs,
-            "accuracy": self._window.accuracy,
-            "mean_loss": self._window.mean_loss,
-            "mean_margin": self._window.mean_margin,
+            **self._window.means()._asdict(),
             "last_change_seq": self.last_change_seq,
             "last_change": self.last_change,
             "num_ignored": self.num_ignored,
@@ -214,7 +211,7 @@ class DriftTracker:
             self._settle()
 
     def _settle(self) -> None:
-        """After one trusted score: a complaint keeps the level up, else it decays."""
+        """Move the level after one trusted score: a complaint keeps it up, else it decays."""
         if self.complains:
             self.level = 1.0
             return
@@ -229,7 +226,7 @@ class DriftTracker:
         if complaint is None or self.complained:
             return []
         self.complained = True
-        event = DriftEvent(at, GLOBAL, "window", self._window.accuracy or 0.0, complaint)
+        event = DriftEvent(at, GLOBAL, "window", self._window.means().accuracy or 0.0, complaint)
         self._streams.note_event(event)
         return [event]
 

@@ -23,13 +23,24 @@ class Score(NamedTuple):
     margin: float
 
 
+class Means(NamedTuple):
+    """What the window says; means are None for an empty one."""
+
+    num_pairs: int
+    """Scores in the window."""
+    accuracy: float | None
+    """Share of pairs whose margin is above zero."""
+    mean_loss: float | None
+    mean_margin: float | None
+
+
 class LevelWindow:
     """The newest `config.window` pairs and their scores. Deterministic; callers check that scores are finite."""
 
     def __init__(self, config: DriftConfig) -> None:
         self._config = config
         self._scores: OrderedDict[str, Score | None] = OrderedDict()
-        """By pair id, oldest first; None: not scored by the version that is live now."""
+        """Scores by pair id, oldest first; None: not scored by the version that is live now."""
 
     def __contains__(self, pair_id: str) -> bool:
         return pair_id in self._scores
@@ -72,50 +83,41 @@ class LevelWindow:
         return [pair_id for pair_id, score in reversed(self._scores.items()) if score is None]
 
     @property
-    def num_pairs(self) -> int:
-        """Scores in the window."""
-        return len(self._valid())
-
-    @property
     def full_enough(self) -> bool:
         """True if there are scores enough to judge."""
-        return self.num_pairs >= self._needed
+        return self.means().num_pairs >= self._needed
 
-    @property
-    def accuracy(self) -> float | None:
-        """Share of pairs whose margin is above zero; None for an empty window."""
-        return _mean(float(score.margin > 0) for score in self._valid())
-
-    @property
-    def mean_loss(self) -> float | None:
-        """Mean DPO loss; None for an empty window."""
-        return _mean(score.loss for score in self._valid())
-
-    @property
-    def mean_margin(self) -> float | None:
-        """Mean implicit reward margin; None for an empty window."""
-        return _mean(score.margin for score in self._valid())
+    def means(self) -> Means:
+        """Over the scores of the version that is live now."""
+        valid = [score for score in self._scores.values() if score is not None]
+        return Means(
+            len(valid),
+            _mean(float(score.margin > 0) for score in valid),
+            _mean(score.loss for score in valid),
+            _mean(score.margin for score in valid),
+        )
 
     def complaint(self) -> str | None:
-        """What the live adapter gets wrong, in words; None if nothing, or if there are too few scores."""
-        accuracy, mean_loss = self.accuracy, self.mean_loss
-        if accuracy is None or mean_loss is None or not self.full_enough:
+        """The live adapter's failings, in words; None if nothing, or if there are too few scores."""
+        number, accuracy, mean_loss, _ = self.means()
+        if accuracy is None or mean_loss is None or number < self._needed:
             return None
         complaints = []
         if accuracy < self._config.min_accuracy:
             complaints.append(f"preference accuracy {accuracy:.2f} is below {self._config.min_accuracy:.2f}")
         if mean_loss > self._config.max_loss:
             complaints.append(f"mean DPO loss {mean_loss:.3f} is above {self._config.max_loss:.3f}")
-        return f"{' and '.join(complaints)} over {self.num_pairs} pairs" if complaints else None
+        return f"{' and '.join(complaints)} over {number} pairs" if complaints else None
 
     def verdict(self) -> str:
         """The complaint, or why there is none."""
         complaint = self.complaint()
         if complaint is not None:
             return complaint
-        if not self.full_enough:
-            return f"{self.num_pairs} of {self._needed} pairs needed"
-        return f"the live adapter agrees with the newest {self.num_pairs} pairs"
+        number = self.means().num_pairs
+        if number < self._needed:
+            return f"{number} of {self._needed} pairs needed"
+        return f"the live adapter agrees with the newest {number} pairs"
 
     def to_state(self) -> list[list[Any]]:
         """Pairs and scores as JSON, oldest first."""
@@ -134,9 +136,6 @@ class LevelWindow:
     @property
     def _needed(self) -> int:
         return min(MIN_PAIRS, self._config.window)
-
-    def _valid(self) -> list[Score]:
-        return [score for score in self._scores.values() if score is not None]
 
 
 def _mean(values: Iterable[float]) -> float | None:

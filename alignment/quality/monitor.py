@@ -180,7 +180,7 @@ class QualityMonitor:
         return bands
 
     def _band_contents(self, keys_of_pairs: list[tuple[str, ...]]) -> defaultdict[str, list[str]]:
-        """By band key the pairs in it, as far as they can matter: most pairs are like no other in the first bands."""
+        """Pairs by band key, as far as they can matter: most pairs are like no other in the first bands."""
         found: defaultdict[str, list[str]] = defaultdict(list)
 
         def look_up(keys: list[str]) -> None:

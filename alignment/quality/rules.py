@@ -29,7 +29,7 @@ _NOT_WORTH_SAYING = 0.95
 _OUTLIER_Z = 3.5
 """Robust z-score of a pair's loss among recent ones above which it is an outlier."""
 _OUTLIER_WEIGHT = 0.5
-"""What is left of an outlier. Below 0.5 the drift detectors would not see the first pairs of a new taste."""
+"""Factor of an outlier. Below 0.5 the drift detectors would not see the first pairs of a new taste."""
 _MIN_SCORES = 20
 """Scores under one version before a loss among them can stand out."""
 _WINDOW = 32

@@ -38,7 +38,7 @@ class UserMargin:
 
 @dataclass(frozen=True, slots=True)
 class Standing:
-    """How often the live adapter agrees with one user (None: all who gave no name), and what follows."""
+    """Agreement of the live adapter with one user (None: all who gave no name), and what follows from it."""
 
     user: str | None
     agreement: float

@@ -90,7 +90,7 @@ def _normal(prompt: Prompt, normalise: Callable[[str], str]) -> object:
 
 
 def split_of(key: str, holdout_fraction: float) -> Split:
-    """Which side a prompt falls on. All pairs of one prompt fall on the same side, now and after a restart."""
+    """The side that a prompt falls on: all its pairs fall on the same side, now and after a restart."""
     return "heldout" if int(key[:13], 16) / 16**13 < holdout_fraction else "train"
 
 
@@ -147,11 +147,12 @@ def pair_from_ids(item: PreferenceByIds, find: FindResponse, max_chars: int) -> 
         UnknownResponseError: an id is not in the response store.
         InvalidFeedbackError: the same response twice, responses to different prompts, or see `checked_pair`.
     """
-    if item.chosen_ref == item.rejected_ref:
+    chosen_ref, rejected_ref = item.refs
+    if chosen_ref == rejected_ref:
         message = "chosen_id and rejected_id name the same response; with n>1 send the choice indices too"
         raise InvalidFeedbackError(message, "rejected_id")
-    chosen = found_response(item.chosen_ref, find, "chosen_id")
-    rejected = found_response(item.rejected_ref, find, "rejected_id")
+    chosen = found_response(chosen_ref, find, "chosen_id")
+    rejected = found_response(rejected_ref, find, "rejected_id")
     if prompt_key(chosen.prompt) != prompt_key(rejected.prompt):
         message = "chosen_id and rejected_id answer different prompts, so they cannot be compared"
         raise InvalidFeedbackError(message, "rejected_id")
@@ -213,7 +214,7 @@ def _draft(
 
 
 def _split_answer(value: str | list[Message], param: str) -> tuple[list[dict[str, Any]], str]:
-    """What comes before the last assistant turn, and the text of that turn."""
+    """Split at the last assistant turn: what comes before it, and its text."""
     if isinstance(value, str):
         return [], value
     last = value[-1]

@@ -28,7 +28,7 @@ PartT = TypeVar("PartT", bound="Part")
 Job = TypeVar("Job")
 Result = TypeVar("Result")
 BUSY_TIMEOUT_S = 5.0
-"""How long a writer waits for another process's transaction, which take milliseconds, and for a connection."""
+"""Time that a writer waits for another process's transaction, which take milliseconds, and for a connection."""
 _WRITE_OPTION = "mace_write"
 _MAX_RACES = 3
 
@@ -191,7 +191,7 @@ def open_engine(url: str | URL) -> Engine:
 
 
 def _open_server(url: URL) -> Engine:
-    """As patient and as durable as with SQLite: whatever the server's defaults are, 2xx means on disk."""
+    """An engine as patient and as durable as SQLite's: whatever the server's defaults are, 2xx means on disk."""
     if url.get_backend_name() == "postgresql" and "connect_timeout" not in url.query:
         url = url.update_query_dict({"connect_timeout": str(round(BUSY_TIMEOUT_S))})
     engine = create_engine(url, pool_pre_ping=True, pool_timeout=BUSY_TIMEOUT_S)
@@ -222,7 +222,7 @@ def chunked(values: Iterable[Any]) -> Iterator[list[Any]]:
 
 
 def _lost_a_race(error: SQLAlchemyError) -> bool:
-    """Did PostgreSQL roll the transaction back only because of another one, so that repeating it is right?
+    """True if PostgreSQL rolled the transaction back only because of another one, so that repeating it is right.
 
     Serialization failure, deadlock, and the unique violation that two processes creating the tables can see; all
     inserts of ours that may collide use `insert_new`. SQLite has one writer and no such errors.
@@ -247,14 +247,14 @@ def _prepare_postgres(connection: Any, _record: object) -> None:
 
 
 def _begin_sqlite(connection: Connection) -> None:
-    """Writers take the lock first: a transaction that reads and then writes may fail to get it later."""
+    """Let writers take the lock first: a transaction that reads and then writes may fail to get it later."""
     writes = connection.get_execution_options().get(_WRITE_OPTION, False)
     connection.exec_driver_sql("BEGIN IMMEDIATE" if writes else "BEGIN")
 
 
 @contextmanager
 def _named_errors(engine: Engine) -> Iterator[None]:
-    """Foreign errors end here. The message keeps the driver's words and drops SQL and parameters: users' texts."""
+    """Name foreign errors. The message keeps the driver's words and drops SQL and parameters: users' texts."""
     try:
         yield
     except SQLAlchemyError as error:

@@ -39,7 +39,7 @@ class StoreCounts:
     """Sizes, for status pages and metrics."""
 
     feedback: dict[str, int]
-    """By type."""
+    """Items by type."""
     pairs: dict[str, int]
     """See `PairStore.counts`."""
     responses: int
@@ -85,7 +85,7 @@ class FeedbackStore:
 
 
 class LoopStore(Part):
-    """What the alignment loop remembers over a restart: the history of drift, and small states by name."""
+    """The memory of the alignment loop over a restart: the history of drift, and small states by name."""
 
     @writes
     def put_drift_events(self, connection: Connection, events: Sequence[DriftEvent]) -> None:

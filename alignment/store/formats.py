@@ -33,7 +33,7 @@ class LineError:
 
 @dataclass(slots=True)
 class ImportReport:
-    """What became of a file."""
+    """Counts and errors of an imported file."""
 
     num_accepted: int = 0
     num_duplicates: int = 0
@@ -64,7 +64,7 @@ def read_jsonl(lines: Iterable[str | bytes]) -> Iterator[tuple[int, ApiRow | Inv
 
 
 BLANK = object()
-"""What `decode_line` gives for an empty line."""
+"""Result of `decode_line` for an empty line."""
 
 
 def decode_line(line: str | bytes) -> object:

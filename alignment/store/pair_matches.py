@@ -1,4 +1,4 @@
-"""Which stored pairs resemble a pair, and what a user sent: what the quality checks look up.
+"""Look-ups of the quality checks: stored pairs that resemble a pair, and what a user sent.
 
 Every answer is bounded, newest first: of a pair that was sent a hundred thousand times, the newest copies are enough.
 """
@@ -52,7 +52,7 @@ class PairMatches(Part):
     def find(
         self, connection: Connection, pair_keys: Collection[str], limit: int = 100
     ) -> dict[str, list[PairMatch]]:
-        """By key: the pairs with that key and the contrary ones, up to `limit` of either, newest first."""
+        """The pairs with each key and the contrary ones, up to `limit` of either, newest first."""
         found: dict[str, list[PairMatch]] = {}
         for key in set(pair_keys):
             both = [
@@ -97,7 +97,7 @@ class PairMatches(Part):
 
     @reads
     def user_share(self, connection: Connection, newest: int) -> dict[str, int]:
-        """How many of the `newest` newest pairs each user sent; "" are those that named no user."""
+        """Each user's number among the `newest` newest pairs; "" are those that named no user."""
         users = connection.execute(select(pairs.c.user_id).order_by(pairs.c.seq.desc()).limit(newest)).scalars()
         return dict(Counter(user or "" for user in users))
 

@@ -1,4 +1,4 @@
-"""Which pairs are trained, scored and tested with next.
+"""Sampling: the pairs that are trained, scored and tested with next.
 
 Every query reads a range of one index (`alignment.store.schema`), at most a few times as many rows as it returns. So
 none grows with the table, nor with the pairs that are parked, distrusted or trained to their limit. Pairs trained

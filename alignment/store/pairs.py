@@ -53,7 +53,7 @@ class StoredPair:
     park_reason: str | None = None
     tags: dict[str, str] = field(default_factory=dict)
     quality: float = 1.0
-    """What the quality checks left of its weight, 0 to 1; at 0 it is neither trained on nor tested with."""
+    """Factor of its weight by the quality checks, 0 to 1; at 0 it is neither trained on nor tested with."""
     quality_reasons: tuple[str, ...] = ()
     reference: CachedReference | None = None
     pair_key: str = ""
@@ -66,7 +66,7 @@ class StoredPair:
 
 @dataclass(frozen=True, slots=True)
 class QualityChange:
-    """What the quality checks newly leave of a pair's weight."""
+    """A pair's new quality."""
 
     pair_id: str
     quality: float

@@ -1,4 +1,4 @@
-"""How thumbs become pairs: one up and one down on the same prompt.
+"""Ratings: thumbs become pairs, one up and one down on the same prompt.
 
 Rule. A rating takes as partner the newest rating of the other direction that
 
@@ -90,7 +90,7 @@ def _row(
 
 
 def _is_usable(response: StoredResponse, config: FeedbackConfig) -> bool:
-    """Could this response ever be half of a pair? Checked against a dummy that differs from it."""
+    """True if this response can ever be half of a pair. Checked against a dummy that differs from it."""
     probe = PairDraft(response.prompt, response.text, "-" if response.text.strip() != "-" else "+")
     try:
         checked_pair(probe, config.max_text_chars, ("prompt", "text", "probe"))

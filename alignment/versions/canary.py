@@ -41,7 +41,7 @@ class Arm:
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """What to do with the canary."""
+    """The decision on the canary."""
 
     action: Literal["wait", "promote", "roll_back"]
     reason: str

@@ -37,7 +37,7 @@ GENERATION_TOKENS = 64
 MAX_LENGTH_FACTOR = 3.0
 """Mean length of the candidate's answers against the live adapter's: at most this, at least its inverse."""
 MAX_REPETITION_RISE = 0.3
-"""How much larger the share of repeated 3-grams may be than in the live adapter's answers."""
+"""The share of repeated 3-grams may be larger by this than in the live adapter's answers."""
 _GRAM = 3
 _LENGTH_PRIOR = 4.0
 """Tokens added to both mean lengths, so that answers of one and of three tokens do not count as a collapse."""
@@ -84,7 +84,7 @@ class GateDecision:
     reason: str
     windows: tuple[WindowComparison, ...] = ()
     generation: dict[str, float] = field(default_factory=dict)
-    """What the generation check measured; empty if it did not run."""
+    """Measurements of the generation check; empty if it did not run."""
 
     @property
     def num_pairs(self) -> int:

@@ -1,4 +1,4 @@
-"""Where every version comes from and what became of it, as rows for the API and the command line."""
+"""Lineage: where every version comes from and what became of it, as rows for the API and the command line."""
 
 from typing import Any
 
@@ -43,7 +43,7 @@ def lineage_row(registry: AdapterRegistry, name: str) -> dict[str, Any]:
 
 
 def is_rollback(registry: AdapterRegistry, name: str) -> bool:
-    """Is there a newer version than `name` (`v000N` or `base`) that passed the gate and did not fail its trial?"""
+    """True if a newer version than `name` (`v000N` or `base`) passed the gate and did not fail its trial."""
     failed = registry.serving.rolled_back()
     number = version_number(name) or 0
     return any(

@@ -68,9 +68,9 @@ class AdapterRegistry:
     def __init__(self, root: Path, base_model: str | None = None) -> None:
         self.root = root
         self.damaged: dict[str, DamagedAdapterError] = {}
-        """What the last `list` had to skip, by name, and why."""
+        """Versions that the last `list` had to skip, with the reason, by name."""
         self.serving = ServingState(root, self._check_servable)
-        """What answers for the model: the live version, a pin, a canary."""
+        """The pointers: the live version, a pin, a canary."""
         self._base_model = base_model
         self._locks_held: dict[Path, int] = {}
 

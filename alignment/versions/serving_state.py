@@ -1,4 +1,4 @@
-"""Which adapter version answers for the model, and who decided that: the pointers beside the versions.
+"""The pointers beside the versions: which one answers for the model, and who decided that.
 
 ::
 
@@ -58,7 +58,7 @@ class Activation(BaseModel):
     version: str
     """`v000N` or `base`."""
     previous: str | None = None
-    """What was live before (`v000N` or `base`)."""
+    """The version that was live before (`v000N` or `base`)."""
     by: Actor
     reason: str = ""
     pinned: bool = False
@@ -136,7 +136,7 @@ class Serving:
 
     @property
     def training_base(self) -> str | None:
-        """What training goes on from: the canary while there is one, as it will be live if it is good."""
+        """The version that training goes on from: the canary while there is one, as it will be live if it is good."""
         return self.canary or self.live
 
 
@@ -367,7 +367,7 @@ def _parse_retired(text: str) -> dict[str, float]:
 
 
 def _obstacle(serving: Serving, over: str | None) -> str | None:
-    """What keeps a version that passed the gate, compared with `over`, from the traffic."""
+    """The obstacle that keeps a version which passed the gate, compared with `over`, from the traffic, in words."""
     if serving.pinned is not None:
         return f"{serving.pinned} is pinned"
     live = serving.live or BASE

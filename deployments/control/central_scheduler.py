@@ -1,4 +1,4 @@
-"""CentralScheduler: the global fine-tune queue and which executor gets what.
+"""CentralScheduler: the global fine-tune queue, and its best-fit packing onto executors.
 
 The queue holds preference pairs in three roles (new, hard, replay), each ordered by `P_ft(t) + γ·L_DPO`. When an
 executor asks for work, its share of each role becomes one batch, and best-fit packing over the executors' reported

@@ -36,7 +36,7 @@ _MAX_OLD_PAIRS = 64
 
 @dataclass(frozen=True, slots=True)
 class _Parts:
-    """What needs the store; made when that can be opened."""
+    """Objects that need the store; made when that can be opened."""
 
     store: FeedbackStore
     judge: ScoreJudge

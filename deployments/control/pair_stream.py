@@ -1,4 +1,4 @@
-"""PairStream: which pairs are scored next, and which are trained.
+"""PairStream: chooses the pairs that are scored and trained next.
 
 New pairs are scored first; then each earns training slots at the retrain rate. A slot goes to a new pair, to one that
 the live adapter still gets wrong, or to a replayed one, in fixed shares. So a quiet stream costs
@@ -18,11 +18,11 @@ from deployments.control.score_judge import Appetite, ScoreJudge, stored_version
 _QUEUE_AHEAD_BATCHES = 4
 """Pairs kept queued ahead of training, in batches: enough to have a choice, few enough to follow new feedback."""
 _SCORING_BACKLOG_PAIRS = 256
-"""After a large import the newest so many are scored first."""
+"""The newest pairs are scored first, so many of them, after a large import."""
 
 
 class FineTuneQueue(Protocol):
-    """What the monitor needs of the CentralScheduler."""
+    """The part of the CentralScheduler that the monitor calls."""
 
     def known_pair_ids(self) -> dict[str, list[str]]:
         """Ids that are queued or leased, under `train` and `score`."""

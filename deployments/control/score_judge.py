@@ -38,7 +38,7 @@ _ALARM_LOSS = 0.25
 
 
 class Appetite(NamedTuple):
-    """What the scores call for."""
+    """The training that the scores call for."""
 
     gamma: float
     """Weight of the loss in the priority of fine-tune tasks."""
@@ -74,7 +74,7 @@ class ScoreJudge:
         self._catch_up()
 
     def appetite(self) -> Appetite:
-        """What the scores call for now. The baselines have no monitor in charge: theirs is fixed."""
+        """The training that the scores call for now. The baselines have no monitor in charge: theirs is fixed."""
         with self._lock:
             tracker, drift = self._tracker, self._config.drift
             is_alarmed = self._is_baseline or tracker.level >= _ALARM_LEVEL
@@ -137,7 +137,7 @@ class ScoreJudge:
             }
 
     def _consequences(self) -> dict[str, float]:
-        """What follows from the drift level, or for a baseline is fixed."""
+        """Rates that follow from the drift level; for a baseline they are fixed."""
         return {"retrain_rate": self._retrain_rate, "gamma": self._gamma, "training_credit": self.credit.balance}
 
     @property

@@ -188,16 +188,16 @@ def test_the_split_of_least_squares_dates_a_change():
 
 def test_no_single_loss_raises_an_alarm():
     test = LossRise(streams.SENSITIVITY.page_hinkley_threshold)
-    assert not any(test.update(0.1) for _ in range(100))
-    assert not test.update(1e5)
-    assert not any(test.update(0.1) for _ in range(100))
+    assert not any(test(0.1) for _ in range(100))
+    assert not test(1e5)
+    assert not any(test(0.1) for _ in range(100))
 
 
 @pytest.mark.parametrize("threshold", [1e-3, 1e6])
 def test_an_extreme_threshold_does_not_overflow(threshold):
     test = LossRise(threshold)
     for value in (0.0, 1e300, -1e300):
-        test.update(value)
+        test(value)
 
 
 @pytest.fixture(scope="module")
