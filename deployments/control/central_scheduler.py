@@ -88,7 +88,7 @@ class CentralScheduler:
                 self._to_score.push(pair.pair_id, pair)
 
     def set_gamma(self, gamma: float) -> None:
-        """Weight of the loss in the priority of everything queued, from now on."""
+        """Set the weight of the loss in the priority of everything queued."""
         if gamma != self._gamma:
             self._gamma = gamma
             self._queue.set_gamma(gamma)
@@ -96,7 +96,7 @@ class CentralScheduler:
 
     def known_pair_ids(self) -> dict[str, list[str]]:
         """Ids of all pairs that are queued or leased, under `train` and `score`."""
-        self._expire_leases()
+        self._return_leases()
         return {
             "train": [*self._queue.ids(), *self._leased_ids(TaskKind.TRAIN)],
             "score": [*self._to_score.ids(), *self._leased_ids(TaskKind.EVALUATE)],
@@ -107,7 +107,6 @@ class CentralScheduler:
         now_s = self._clock()
         self._headrooms[headroom.executor_id] = (now_s, headroom)
         self._meter.refresh()
-        self._expire_leases()
         self._return_leases(lambda lease: lease.executor_id == headroom.executor_id)  # it restarted and forgot
         size = min(len(self._queue), self._config.training.pairs_per_step)
         is_due = headroom.may_train and self._is_due(size, now_s) and self._is_best_fit(headroom, size, now_s)
@@ -179,8 +178,11 @@ class CentralScheduler:
         # Memory is a hard limit. Time is not: a step can be interrupted, so it may be longer than any free window.
         longest_s = max(room.latency_s for room in free)
         demand = Demand(self._bytes_per_batch, min(self._busy_s_per_pair * size, longest_s))
-        bins = [self._bin(room) for room in free]
         config = self._config.scheduler
+        bins = [
+            Bin(one.executor_id, config.tau_mem * min(one.memory_bytes, _UNKNOWN_MEMORY_BYTES), one.latency_s)
+            for one in free
+        ]
         chosen = first_fit(demand, bins) if config.packing == "first_fit" else best_fit(demand, bins, config)
         return chosen is not None and chosen.bin_id == headroom.executor_id
 
@@ -188,10 +190,6 @@ class CentralScheduler:
         """Reports that are young enough to count, ordered by executor id."""
         fresh = [room for seen_s, room in self._headrooms.values() if now_s - seen_s <= _HEADROOM_TTL_S]
         return sorted(fresh, key=lambda room: room.executor_id)
-
-    def _bin(self, room: Headroom) -> Bin:
-        memory_bytes = min(room.memory_bytes, _UNKNOWN_MEMORY_BYTES)
-        return Bin(room.executor_id, self._config.scheduler.tau_mem * memory_bytes, room.latency_s)
 
     def _lease_training(self, executor_id: str, size: int) -> TrainingBatch:
         tasks = self._queue.pop_batch(size)
@@ -218,14 +216,11 @@ class CentralScheduler:
         batches = [lease.batch for lease in self._leases.values() if lease.batch.kind is kind]
         return {pair.pair_id for batch in batches for pair in batch.pairs}
 
-    def _expire_leases(self) -> None:
+    def _return_leases(self, is_over: Callable[[_Lease], bool] = lambda _: False) -> None:
+        """Put pairs of leases that expired, or are over, back into the queue."""
         now_s = self._clock()
-        self._return_leases(lambda lease: lease.expires_s <= now_s)
-
-    def _return_leases(self, is_over: Callable[[_Lease], bool]) -> None:
-        """Pairs of leases that will not be reported any more go back into the queue."""
         for task_id, lease in list(self._leases.items()):
-            if is_over(lease):
+            if lease.expires_s <= now_s or is_over(lease):
                 del self._leases[task_id]
                 self._requeue(lease, lease.batch.pairs, failures=0)
 

@@ -7,9 +7,10 @@ durable is in the store, so the actor can be killed at any moment.
 
 import logging
 import threading
+import time
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from typing import Any
 
 from alignment.records.feedback import FEEDBACK_TYPES
@@ -34,15 +35,6 @@ _MAX_OLD_PAIRS = 64
 """Held-out pairs before the newest ones that the gate looks at, a sample."""
 
 
-@dataclass(frozen=True, slots=True)
-class _Parts:
-    """Objects that need the store; made when that can be opened."""
-
-    store: FeedbackStore
-    judge: ScoreJudge
-    stream: PairStream
-
-
 class DriftMonitor:
     """See the module docstring. Call `start` after construction; calling it again is harmless."""
 
@@ -51,8 +43,8 @@ class DriftMonitor:
         self._queue = queue
         self._lock = threading.Lock()
         self._meter = Meter("drift_monitor")
-        self._parts: _Parts | None = None
-        self._stopped = threading.Event()
+        self._stream: PairStream | None = None
+        """Made when the store can be opened, with the store and the judge."""
         self._recorded: deque[str] = deque(maxlen=_RECORDED_TASKS)
         self._thread: threading.Thread | None = None
 
@@ -72,10 +64,8 @@ class DriftMonitor:
         outcomes = self._open().store.feedback.add(items, idempotency_key=idempotency_key)
         for item, outcome in zip(items, outcomes, strict=True):
             kind = item.get("type", "preference") if isinstance(item, dict) else "malformed"
-            known = (
-                kind if isinstance(kind, str) and kind in FEEDBACK_TYPES else "other"
-            )  # never what a client sent
-            self._meter.count("feedback_received", type=known, status=outcome.status)
+            label = kind if isinstance(kind, str) and kind in FEEDBACK_TYPES else "other"  # not what a client sent
+            self._meter.count("feedback_received", type=label, status=outcome.status)
         return [outcome.to_wire() for outcome in outcomes]
 
     def import_feedback(self, body: bytes) -> dict[str, Any]:
@@ -118,9 +108,7 @@ class DriftMonitor:
             return
         if outcome.scores and outcome.kind is TaskKind.TRAIN:
             ids = [score.pair_id for score in outcome.scores]
-            parts.store.pairs.mark_trained(
-                ids, outcome.scores, f"{version}+"
-            )  # the shadow's, which may be refused
+            parts.store.pairs.mark_trained(ids, outcome.scores, f"{version}+")
             self._meter.count("pairs_trained", len(outcome.scores))
         elif outcome.scores:
             parts.judge.take_scores(outcome, version)
@@ -133,7 +121,7 @@ class DriftMonitor:
         self._show(parts.judge)
 
     def drift(self, limit: int = 50, stream: str | None = None) -> dict[str, Any]:
-        """State of all streams, what follows from it, and the newest events; for `/v1/drift`."""
+        """The state of all streams, what follows from it, and the newest events; for `/v1/drift`."""
         parts = self._open()
         events = parts.store.loop.drift_events(min(max(limit, 0), _MAX_HISTORY), stream)
         return {**parts.judge.report(), "history": [asdict(event) for event in events]}
@@ -149,32 +137,32 @@ class DriftMonitor:
 
     def stream_once(self) -> int:
         """Queue pairs that should be scored or trained on; returns how many."""
-        return self._open().stream.stream_once()
+        return self._open().stream_once()
 
-    def _open(self) -> _Parts:
-        """The store and what works on it.
+    def _open(self) -> PairStream:
+        """The stream, with its store and its judge.
 
         Raises:
             StoreUnavailableError: it cannot be opened now; the next call tries again.
         """
         with self._lock:
-            if self._parts is None:
+            if self._stream is None:
                 store = FeedbackStore.open(self._config.feedback, self._config.state_dir)
-                judge = ScoreJudge(self._config, store)
-                self._parts = _Parts(store, judge, PairStream(self._config, store, judge, self._queue))
-            return self._parts
+                self._stream = PairStream(self._config, store, ScoreJudge(self._config, store), self._queue)
+            return self._stream
 
     def _stream_forever(self) -> None:
-        while not self._stopped.wait(STREAM_INTERVAL_S):
+        while True:
+            time.sleep(STREAM_INTERVAL_S)
             try:
                 self.stream_once()
                 self._meter.refresh()
             except StoreUnavailableError as error:
                 logger.warning("no pairs are streamed: %s", error)
-                self._stopped.wait(5.0)
+                time.sleep(5.0)
             except Exception:  # the stream must outlive a restart of the scheduler actor
                 logger.exception("streaming pairs failed, will go on")
-                self._stopped.wait(1.0)
+                time.sleep(1.0)
 
     def _show(self, judge: ScoreJudge) -> None:
         state = judge.summary()

@@ -50,8 +50,8 @@ class PairStream:
 
     def __init__(self, config: AppArgs, store: FeedbackStore, judge: ScoreJudge, queue: FineTuneQueue) -> None:
         self._config = config
-        self._store = store
-        self._judge = judge
+        self.store = store
+        self.judge = judge
         self._queue = queue
         self._draw = 0
         self._followed_change_seq = judge.appetite().last_change_seq
@@ -59,7 +59,7 @@ class PairStream:
 
     def stream_once(self) -> int:
         """Queue what should be scored and trained; returns how many pairs that were."""
-        wanted = self._judge.appetite()
+        wanted = self.judge.appetite()
         self._queue.set_gamma(wanted.gamma)  # each time: the queue may have been restarted
         known = self._queue.known_pair_ids()
         if wanted.last_change_seq != self._followed_change_seq:
@@ -71,8 +71,8 @@ class PairStream:
 
     def _drop_old_taste(self, queued: Collection[str], change_seq: int) -> None:
         """Take out of the queue what would teach the preferences before the change; its slots are needed now."""
-        old = [pair.pair_id for pair in self._store.pairs.find(queued) if pair.seq <= change_seq]
-        self._judge.credit.refund(self._queue.withdraw(old))
+        old = [pair.pair_id for pair in self.store.pairs.find(queued) if pair.seq <= change_seq]
+        self.judge.credit.refund(self._queue.withdraw(old))
         self._followed_change_seq = change_seq
 
     def _stream_scoring(self, known: Collection[str], wanted: Appetite) -> int:
@@ -80,13 +80,13 @@ class PairStream:
         room = self._ahead - len(known)
         if room <= 0:
             return 0
-        newest = self._store.sampling.unscored_pairs(_SCORING_BACKLOG_PAIRS, exclude=known)
+        newest = self.store.sampling.unscored_pairs(_SCORING_BACKLOG_PAIRS, exclude=known)
         is_flooded = len(newest) == _SCORING_BACKLOG_PAIRS  # more may wait behind: who speaks now comes first
         pairs = (newest[:room] if is_flooded else newest[-room:])[::-1]
         if len(pairs) < room:
             again = set(wanted.unscored_ids).difference(known)
-            found = [pair for pair in self._store.pairs.find(again) if pair.state == PENDING]
-            self._judge.forget(again.difference(pair.pair_id for pair in found))  # parked or deleted for good
+            found = [pair for pair in self.store.pairs.find(again) if pair.state == PENDING]
+            self.judge.forget(again.difference(pair.pair_id for pair in found))  # parked or deleted for good
             pairs += found[: room - len(pairs)]
         return self._enqueue_scoring(pairs)
 
@@ -96,7 +96,7 @@ class PairStream:
         return len(pairs)
 
     def _stream_training(self, known: Collection[str], wanted: Appetite, *, is_busy: bool) -> int:
-        room, credit = self._ahead - len(known), self._judge.credit
+        room, credit = self._ahead - len(known), self.judge.credit
         if room <= 0:
             return 0
         was_not_enough = wanted.is_complaining and not is_busy  # all was tried, scored and published
@@ -111,12 +111,12 @@ class PairStream:
             self._queue.enqueue(chosen)
         elif was_not_enough:  # a refused candidate may have learnt what the live version has not
             version = stored_version(wanted.live_version)
-            return self._enqueue_scoring(self._store.sampling.stale_pairs(room, version))
+            return self._enqueue_scoring(self.store.sampling.stale_pairs(room, version))
         return len(chosen)
 
     def _choose(self, limit: int, exclude: set[str], wanted: Appetite) -> list[TrainingPair]:
         """Up to `limit` pairs of all roles. Replay keeps its share of what is trained: alone it would teach nothing."""
-        sampling, since_seq = self._store.sampling, wanted.last_change_seq
+        sampling, since_seq = self.store.sampling, wanted.last_change_seq
         epochs = self._config.training.max_epochs
         order: NewOrder = "newest" if wanted.is_alarmed else "loss"
         fresh = sampling.new_pairs(limit, exclude, order, since_seq)

@@ -187,7 +187,7 @@ def test_executors_that_do_not_know_their_memory_yet_are_ordered_by_id(clock):
     scheduler.poll(room("b-tight", float("inf")))
     scheduler.enqueue(pairs(*"ijkl"))
     clock.now_s += 1
-    scheduler._release_executor("b-tight")
+    scheduler._return_leases(lambda lease: lease.executor_id == "b-tight")
     assert scheduler.poll(room("c", float("inf"))) is None
     assert scheduler.poll(room("a-roomy", float("inf"))) is not None
 
