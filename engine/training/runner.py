@@ -88,7 +88,7 @@ class FineTuneRunner:
         """Queue a task given as `FineTuneTask.to_wire()`. A malformed one is a failed result of the next `run`."""
         try:
             self._waiting.append(FineTuneTask.from_wire(task))
-        except (AttributeError, KeyError, TypeError, ValueError) as error:
+        except ValueError as error:
             unread = FineTuneTask(str(task.get("task_id")), TaskKind.EVALUATE, ())
             self._fail(unread, error, self._malformed)
 
