@@ -4,14 +4,11 @@ Plain dataclasses of built-in types only, so that they cross process borders as 
 (`to_wire` / `from_wire`) and the pure packages need no torch.
 """
 
-import functools
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Any, TypeVar
+from typing import Any
 
 from pydantic import TypeAdapter
-
-_T = TypeVar("_T")
 
 
 class SliceKind(StrEnum):
@@ -110,7 +107,8 @@ class FineTuneTask:
 
     def to_wire(self) -> dict[str, Any]:
         """Built-in types only."""
-        return asdict(self)
+        wire: dict[str, Any] = _TASK.dump_python(self)
+        return wire
 
     @classmethod
     def from_wire(cls, data: dict[str, Any]) -> "FineTuneTask":
@@ -119,7 +117,7 @@ class FineTuneTask:
         Raises:
             ValueError: it is no task.
         """
-        return _adapter(cls).validate_python(data)
+        return _TASK.validate_python(data)
 
 
 @dataclass(slots=True)
@@ -147,17 +145,17 @@ class TaskResult:
 
     def to_wire(self) -> dict[str, Any]:
         """Built-in types only."""
-        return asdict(self)
+        wire: dict[str, Any] = _RESULT.dump_python(self)
+        return wire
 
     @classmethod
     def from_wire(cls, data: dict[str, Any]) -> "TaskResult":
         """Inverse of `to_wire`."""
-        return _adapter(cls).validate_python(data)
+        return _RESULT.validate_python(data)
 
 
-@functools.cache
-def _adapter(kind: type[_T]) -> TypeAdapter[_T]:
-    return TypeAdapter(kind)
+_TASK = TypeAdapter(FineTuneTask)
+_RESULT = TypeAdapter(TaskResult)
 
 
 @dataclass(slots=True)
