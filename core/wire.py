@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from core.types import PairScore, StepMetrics, TaskKind
+from core.types import PairScore, TaskKind
 
 Prompt = str | list[dict[str, Any]]
 """Plain text for completions, chat messages otherwise."""
@@ -114,7 +114,6 @@ class BatchOutcome:
     task_id: str
     executor_id: str
     scores: tuple[PairScore, ...] = ()
-    metrics: StepMetrics | None = None
     error: str | None = None
     busy_s: float = 0.0
     peak_bytes: int = 0

@@ -17,7 +17,7 @@ from core.batch import IterationSample
 from core.config import AppArgs
 from deployments.control.client import ControlClient
 from deployments.learning.learner import Learner
-from deployments.learning.training_progress import CheckpointSlot
+from deployments.learning.training_progress import claim_checkpoint
 from deployments.monitors.heartbeat import end_with
 from deployments.monitors.iteration_monitor import IterationMonitor
 from deployments.monitors.prefix_monitor import PrefixMonitor
@@ -33,7 +33,7 @@ from engine.model_source import base_model_name, resolve_model
 from engine.training.pair_tokens import PairTokenizer
 from engine.vllm.compat import configure_environment
 from engine.vllm.engine import HybridEngine
-from engine.vllm.engine_load import EngineLoad, read_engine_load
+from engine.vllm.front_end import EngineLoad
 
 logger = logging.getLogger(__name__)
 
@@ -50,7 +50,6 @@ class Executor:
         self.responses = ResponseLog(self.control)
         self._attach_routes = attach_routes
         self._background: list[asyncio.Task[Any]] = []
-        self._slot = CheckpointSlot(self.args.state_dir / "training")
         self.engine: HybridEngine
         self.versions: AdapterVersions
         self.learner: Learner | None = None
@@ -93,7 +92,7 @@ class Executor:
         self.trial = CanaryTrial(self.versions, self.args.versions, self.args.slo, self.control.rating_counts)
         app = await self.engine.build_openai_app(self.versions.base_names)
         await self.versions.attach(app.state.openai_serving_models.lora_requests)
-        following = follow_prefixes(self.executor_id, self.engine, app, self.args.model.model_id)
+        following = follow_prefixes(self.engine, app, self.args.model.model_id)
         if following is not None:
             self.prefixes, task = following
             self._background.append(task)
@@ -122,7 +121,7 @@ class Executor:
 
     def _read_load(self) -> EngineLoad:
         cached_tokens = None if self.prefixes is None else self.prefixes.num_cached
-        return read_engine_load(self.engine.client, cached_tokens)
+        return self.engine.load(cached_tokens)
 
     async def status(self) -> dict[str, Any]:
         """What this executor knows of its training and its iterations."""
@@ -156,8 +155,14 @@ class Executor:
         training = self.args.training
         limit = min(training.max_length_tokens, self.engine.max_model_len)
         tokenizer = await asyncio.to_thread(
-            PairTokenizer.load, str(model_dir), training.model_copy(update={"max_length_tokens": limit})
+            PairTokenizer.load,
+            str(model_dir),
+            training.model_copy(update={"max_length_tokens": limit}),
+            self.base_model,
+            self.args.model.dtype,
         )
+        # The descriptor of the lock is never closed: the file is this replica's until the process ends.
+        checkpoint, _ = await asyncio.to_thread(claim_checkpoint, self.args.state_dir / "training")
         self.learner = Learner(
             executor_id=self.executor_id,
             engine=self.engine,
@@ -166,8 +171,7 @@ class Executor:
             registry=registry,
             tokenizer=tokenizer,
             args=self.args,
-            base_model=self.base_model,
-            checkpoint=await asyncio.to_thread(self._slot.claim),
+            checkpoint=checkpoint,
             current_load=lambda: self.load.latest,
         )
         await self.learner.restore()

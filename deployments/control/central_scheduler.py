@@ -25,9 +25,7 @@ from core.wire import ROLE_SHARES, BatchOutcome, Headroom, TrainingBatch, Traini
 from deployments.monitors.metrics import Meter
 from scheduler.packing import Bin, Demand, best_fit, first_fit
 from scheduler.placement import RankedExecutor, choose_executor
-from scheduler.queues.mixed_queue import MixedQueue
-from scheduler.queues.scoring_queue import ScoringQueue
-from scheduler.queues.task_queue import QueuedTask
+from scheduler.queues.finetune import MixedQueue, QueuedTask, ScoringQueue
 
 LEASE_S = 60.0
 """A batch goes to another executor when its own has not been heard of for so long; see `heartbeat`."""
@@ -57,7 +55,7 @@ class CentralScheduler:
         config = AppArgs.model_validate(args)
         self._config = config
         self._clock = clock
-        self._queue: MixedQueue[TrainingPair] = MixedQueue(config.scheduler, ROLE_SHARES)
+        self._queue: MixedQueue[TrainingPair] = MixedQueue(config.experiments, config.scheduler.gamma, ROLE_SHARES)
         self._to_score: ScoringQueue[TrainingPair] = ScoringQueue()
         self._scored_last = False
         self._gamma = config.scheduler.gamma
@@ -150,7 +148,7 @@ class CentralScheduler:
 
     def stats(self) -> dict[str, Any]:
         """Queue length, leases, executors, and how they rank for a prompt of one token, for `/v1/training`."""
-        top, config = self._queue.peek(), self._config.scheduler
+        top, experiments, tau_mem = self._queue.peek(), self._config.experiments, self._config.scheduler.tau_mem
         loads = [room.load for room in self._fresh_headrooms(self._clock()) if room.load is not None]
         return {
             "queued_pairs": len(self._queue),
@@ -159,8 +157,8 @@ class CentralScheduler:
             "gamma": self._gamma,
             "leased_batches": len(self._leases),
             "executors": sorted(self._headrooms),
-            "placement": [_to_wire(ranked) for ranked in choose_executor(1, loads, {}, config)],
-            "top_priority": None if top is None else top.priority_at(self._clock(), config, self._gamma),
+            "placement": [_to_wire(ranked) for ranked in choose_executor(1, loads, {}, tau_mem)],
+            "top_priority": None if top is None else top.priority_at(self._clock(), self._gamma, experiments),
         }
 
     def _is_due(self, size: int, now_s: float) -> bool:
@@ -178,12 +176,13 @@ class CentralScheduler:
         # Memory is a hard limit. Time is not: a step can be interrupted, so it may be longer than any free window.
         longest_s = max(room.latency_s for room in free)
         demand = Demand(self._bytes_per_batch, min(self._busy_s_per_pair * size, longest_s))
-        config = self._config.scheduler
+        tau_mem = self._config.scheduler.tau_mem
         bins = [
-            Bin(one.executor_id, config.tau_mem * min(one.memory_bytes, _UNKNOWN_MEMORY_BYTES), one.latency_s)
+            Bin(one.executor_id, tau_mem * min(one.memory_bytes, _UNKNOWN_MEMORY_BYTES), one.latency_s)
             for one in free
         ]
-        chosen = first_fit(demand, bins) if config.packing == "first_fit" else best_fit(demand, bins, config)
+        fit = first_fit if self._config.experiments.packing == "first_fit" else best_fit
+        chosen = fit(demand, bins)
         return chosen is not None and chosen.bin_id == headroom.executor_id
 
     def _fresh_headrooms(self, now_s: float) -> list[Headroom]:

@@ -46,8 +46,9 @@ class DpoStep:
         task: FineTuneTask,
         config: TrainingConfig,
         *,
-        share_prompts: bool = True,
+        share_prompt: bool = True,
     ) -> None:
+        """`share_prompt` is `experiments.share_prompt`."""
         model.check_lengths(config)
         self.task = task
         self._model, self._shadow, self._config = model, shadow, config
@@ -63,7 +64,7 @@ class DpoStep:
                 max_slice_tokens=config.max_slice_tokens,
                 vocab_size=model.vocab_size,
                 device=model.device,
-                share_prompts=share_prompts,
+                share_prompts=share_prompt,
             )
         groups = [batch.group for batch in self._batches]
         self.largest_batch_pairs = max(len(group.members) for group in groups)

@@ -23,7 +23,7 @@ from engine.training.base_weights import WeightViews
 from engine.training.dpo import DpoStep
 from engine.training.shadow import AdapterKeeper, ShadowAdapter
 from engine.training.trainable import TrainableModel
-from scheduler.iteration.slice_gate import SliceGate
+from scheduler.iteration.slices import SliceAdmission
 
 logger = logging.getLogger(__name__)
 
@@ -49,8 +49,8 @@ class FineTuneRunner:
         self._model = model
         self._shadow = shadow
         self._config = args.training
-        self._share_prompts = args.training.share_prompt
-        self._gate = SliceGate()
+        self._share_prompt = args.experiments.share_prompt
+        self.admission = SliceAdmission()
         self._slice_tokens = args.training.max_slice_tokens
         self.warm_up_slices: list[SliceTiming] = []
         """Every kind of slice, measured once before anything was served."""
@@ -88,7 +88,7 @@ class FineTuneRunner:
         """Queue a task given as `FineTuneTask.to_wire()`. A malformed one is a failed result of the next `run`."""
         try:
             self._waiting.append(FineTuneTask.from_wire(task))
-        except (AttributeError, KeyError, TypeError, ValueError) as error:
+        except ValueError as error:
             unread = FineTuneTask(str(task.get("task_id")), TaskKind.EVALUATE, ())
             self._fail(unread, error, self._malformed)
 
@@ -120,7 +120,7 @@ class FineTuneRunner:
                         self._checkpoints.wait(min(max(0.0, left_s), _CHECKPOINT_WAIT_S))
                     break
                 enough = len(report.slices) >= min_slices
-                if enough and not self._gate.fits(spec.kind, spec.num_tokens, left_s, first=not report.slices):
+                if enough and not self.admission.fits(spec.kind, spec.num_tokens, left_s, first=not report.slices):
                     break
                 self._run_slice(spec, report)
                 if report.out_of_memory:  # what failed has cost its time; smaller slices start with a new budget
@@ -177,7 +177,7 @@ class FineTuneRunner:
 
     def _new_step(self, task: FineTuneTask, slice_tokens: int) -> DpoStep:
         config = self._config.model_copy(update={"max_slice_tokens": slice_tokens})
-        return DpoStep(self._model, self._shadow, task, config, share_prompts=self._share_prompts)
+        return DpoStep(self._model, self._shadow, task, config, share_prompt=self._share_prompt)
 
     def _finish(self, running: _RunningStep, report: SliceReport) -> None:
         result = running.result
@@ -216,7 +216,7 @@ class FineTuneRunner:
         cost.peak_bytes = max(cost.peak_bytes, held_bytes)
         report.peak_bytes = max(report.peak_bytes, held_bytes)
         if not report.out_of_memory:  # such a slice did not do its work
-            self._gate.observe(spec.kind, spec.num_tokens, latency_s)
+            self.admission.observe(spec.kind, spec.num_tokens, latency_s)
             report.slices.append(SliceTiming(spec.kind, spec.num_tokens, latency_s))
 
     def _shrink(self, running: _RunningStep, error: DeviceMemoryError, report: SliceReport) -> None:
@@ -248,7 +248,7 @@ class FineTuneRunner:
         half = min(_WARM_UP_TOKENS, self._config.max_prompt_tokens, self._config.max_length_tokens // 2)
         pair = TokenizedPair("warm-up", (0,) * half, (0,) * half, (1,) * half)
         for _ in range(2):  # the first pass pays for lazy set-up inside torch
-            self._gate = SliceGate()
+            self.admission = SliceAdmission()
             self.submit(FineTuneTask("warm-up", TaskKind.TRAIN, (pair,)).to_wire())
             report = self.run(float("inf"), sys.maxsize)
             result, self.warm_up_slices = report.finished[0], report.slices

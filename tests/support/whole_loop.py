@@ -76,7 +76,7 @@ class WholeLoop:
         self.args = args
         self.scheduler = CentralScheduler(args.model_dump(mode="json"), clock=lambda: self._now_s)
         self.monitor = DriftMonitor(args.model_dump(mode="json"), self.scheduler)
-        self.tokenizer = PairTokenizer.load(str(model_dir), args.training)
+        self.tokenizer = PairTokenizer.load(str(model_dir), args.training, BASE_MODEL, args.model.dtype)
         self.engine = InProcessEngine(model_dir, args, end_tokens(model_dir))
         self.registry = AdapterRegistry.open(args.state_dir / "adapters", BASE_MODEL)
         self.versions = AdapterVersions(self.engine, self.registry, "m", args.versions)
@@ -88,7 +88,6 @@ class WholeLoop:
             registry=self.registry,
             tokenizer=self.tokenizer,
             args=args,
-            base_model=BASE_MODEL,
             checkpoint=args.state_dir / "training" / "checkpoint.safetensors",
         )
         self._now_s = 0.0

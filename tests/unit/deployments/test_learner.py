@@ -3,24 +3,27 @@ import asyncio
 import pytest
 
 from alignment.versions.registry import AdapterRegistry
-from core.config import AppArgs
+from core.config import AppArgs, TrainingConfig
 from core.errors import AdapterError, PairTooLongError, StoreUnavailableError
 from core.types import TaskKind, TokenizedPair
 from core.wire import CachedReference, TrainingBatch, TrainingPair
 from deployments.learning import learner as learner_module
 from deployments.learning.learner import Learner
 from deployments.publishing.versions import AdapterVersions
-from engine.training.pair_tokens import reference_key
+from engine.training.pair_tokens import PairTokenizer
 from tests.unit.deployments.fakes import FakeControl, FakeEngine
 
 BASE_MODEL = "base-model"
 
 
-class FakeTokenizer:
-    def tokenize(self, pair):
+class FakeTokenizer(PairTokenizer):
+    def __init__(self):
+        super().__init__(None, set(), TrainingConfig(), BASE_MODEL)
+
+    def token_ids(self, pair):
         if pair.prompt == "long":
             raise PairTooLongError("too long")
-        return TokenizedPair(pair.pair_id, (1,), (2,), (3,))
+        return (1,), (2,), (3,)
 
 
 def batch(number, *prompts):
@@ -71,7 +74,6 @@ class World:
             registry=self.registry,
             tokenizer=FakeTokenizer(),
             args=self.args,
-            base_model=BASE_MODEL,
             checkpoint=self.checkpoint,
         )
         await self.learner.restore()
@@ -238,7 +240,7 @@ def test_a_batch_to_score_is_scored_by_the_live_adapter_and_changes_nothing(tmp_
 
 def test_a_cached_reference_is_used_for_the_same_tokens_and_no_others(tmp_path):
     pair = TokenizedPair("p", (1,), (2,), (3,))
-    good = CachedReference(reference_key(BASE_MODEL, pair), -5.0, -6.0)
+    good = CachedReference(FakeTokenizer().reference_key(pair), -5.0, -6.0)
     stale = CachedReference("of other tokens", -7.0, -8.0)
     pairs = (TrainingPair("p", "q", "a", "b", reference=good), TrainingPair("o", "q", "a", "b", reference=stale))
     world = World(tmp_path, FakeControl([TrainingBatch("t", pairs)]))

@@ -45,9 +45,6 @@ def task_of(sizes, kind=TaskKind.TRAIN):
     return FineTuneTask("t", kind, pairs_of(sizes))
 
 
-PLAIN = {"share_prompts": False}
-
-
 def layouts(step):
     return [batch.shared is not None for batch in step._batches]
 
@@ -91,8 +88,8 @@ def test_equals_the_plain_step(tmp_path, kind, max_slice_tokens):
     task = task_of(UNEVEN)
     config = make_training(max_slice_tokens=max_slice_tokens, beta=0.3, sft_weight=0.7, max_length_tokens=200)
     assert all(layouts(start(directory, task, config)[2]))
-    assert not any(layouts(start(directory, task, config, **PLAIN)[2]))
-    assert_equal_steps(outcome(directory, task, config), outcome(directory, task, config, **PLAIN))
+    assert not any(layouts(start(directory, task, config, share_prompt=False)[2]))
+    assert_equal_steps(outcome(directory, task, config), outcome(directory, task, config, share_prompt=False))
 
 
 @pytest.mark.parametrize(
@@ -109,7 +106,7 @@ def test_equals_the_plain_step(tmp_path, kind, max_slice_tokens):
 def test_equals_the_plain_step_at_the_edges(llama, sizes):
     task, config = task_of(sizes), make_training(beta=0.3)
     assert layouts(start(llama, task, config)[2]) == [True]
-    assert_equal_steps(outcome(llama, task, config), outcome(llama, task, config, **PLAIN))
+    assert_equal_steps(outcome(llama, task, config), outcome(llama, task, config, share_prompt=False))
 
 
 def test_rejected_tokens_do_not_see_chosen_ones_nor_other_pairs(llama):
@@ -125,19 +122,19 @@ def test_rejected_tokens_do_not_see_chosen_ones_nor_other_pairs(llama):
 
 def test_equals_the_plain_step_with_a_cached_reference_and_as_an_evaluation(llama):
     task, config = task_of(UNEVEN, TaskKind.EVALUATE), make_training(max_slice_tokens=100)
-    ours, theirs = outcome(llama, task, config), outcome(llama, task, config, **PLAIN)
+    ours, theirs = outcome(llama, task, config), outcome(llama, task, config, share_prompt=False)
     assert_equal_steps(ours, theirs)
     known = [(score.reference_chosen_logp, score.reference_rejected_logp) for score in theirs[1][1]]
     pairs = [replace(p, reference=values) for p, values in zip(task.pairs, known, strict=True)]
     cached = replace(task, kind=TaskKind.TRAIN, pairs=(*pairs[:3], *task.pairs[3:]))
-    assert_equal_steps(outcome(llama, cached, config), outcome(llama, cached, config, **PLAIN))
+    assert_equal_steps(outcome(llama, cached, config), outcome(llama, cached, config, share_prompt=False))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_is_as_near_to_fp32_as_the_plain_step(llama, dtype):
     task, config = task_of(UNEVEN), make_training()
     exact = outcome(llama, task, config)
-    ours, theirs = (outcome(llama, task, config, dtype=dtype, **layout) for layout in ({}, PLAIN))
+    ours, theirs = (outcome(llama, task, config, share_prompt=on, dtype=dtype) for on in (True, False))
 
     def error(result):
         names = exact[0].keys()
@@ -155,7 +152,7 @@ def test_truncation_is_that_of_the_plain_step(llama):
     assert specs[0].num_tokens == sum(
         16 + min(len(p.chosen_ids), 8) + min(len(p.rejected_ids), 8) - 2 for p in task.pairs
     )
-    assert_equal_steps(outcome(llama, task, config), outcome(llama, task, config, **PLAIN))
+    assert_equal_steps(outcome(llama, task, config), outcome(llama, task, config, share_prompt=False))
 
 
 def test_an_interrupted_shared_step_is_bit_equal(llama):
@@ -164,7 +161,7 @@ def test_an_interrupted_shared_step_is_bit_equal(llama):
     model = build(llama)
     shadow = ShadowAdapter(model, config)
     step = DpoStep(model, shadow, task, config)
-    other = DpoStep(model, shadow, task_of([(7, 9, 9)], TaskKind.EVALUATE), config, **PLAIN)
+    other = DpoStep(model, shadow, task_of([(7, 9, 9)], TaskKind.EVALUATE), config, share_prompt=False)
     while step.next_slice is not None:
         with torch.inference_mode(len(step.pending) % 2 == 0):
             step.run_slice()
@@ -177,8 +174,8 @@ def test_an_interrupted_shared_step_is_bit_equal(llama):
 def test_slices_and_memory_count_each_prompt_once(llama):
     task = task_of([(60, 10, 10), (60, 10, 10)])
     peaks = []
-    for layout, tokens in (({}, 2 * (60 + 9 + 9)), (PLAIN, 4 * 69)):
-        _, _, step = start(llama, task, make_training(), **layout)
+    for shares, tokens in ((True, 2 * (60 + 9 + 9)), (False, 4 * 69)):
+        _, _, step = start(llama, task, share_prompt=shares)
         assert {s.num_tokens for s in step.pending if "layer" in s.kind or s.kind is SliceKind.EMBED} == {tokens}
         held = []
         while step.next_slice is not None:
@@ -200,7 +197,7 @@ def test_the_plain_layout_is_kept_where_sharing_saves_little(llama):
 @pytest.mark.parametrize("wrong", ["everything is seen", "pads of prompts are seen"])
 def test_these_comparisons_notice_a_wrong_mask(llama, monkeypatch, wrong):
     task, config = task_of(UNEVEN), make_training()
-    expected, right = outcome(llama, task, config, **PLAIN), SharedPrompts.mask
+    expected, right = outcome(llama, task, config, share_prompt=False), SharedPrompts.mask
 
     def mask(self):
         seen = right(self).clone()
@@ -216,11 +213,13 @@ def test_the_bound_that_decides_is_of_tokens(llama, monkeypatch):
     monkeypatch.setattr(dpo_slices, "_MIN_SAVED_SHARE", -1.0)
     task = task_of([(0, 20, 20), (0, 9, 9)])
     assert layouts(start(llama, task, make_training())[2]) == [True]
-    assert_equal_steps(outcome(llama, task, make_training()), outcome(llama, task, make_training(), **PLAIN))
+    assert_equal_steps(
+        outcome(llama, task, make_training()), outcome(llama, task, make_training(), share_prompt=False)
+    )
 
 
 @pytest.mark.gpu
 def test_equals_the_plain_step_on_cuda(llama):
     task, config = task_of(UNEVEN), make_training(max_slice_tokens=100)
-    ours, theirs = (outcome(llama, task, config, device="cuda", **layout) for layout in ({}, PLAIN))
+    ours, theirs = (outcome(llama, task, config, share_prompt=on, device="cuda") for on in (True, False))
     assert_equal_steps(ours, theirs)

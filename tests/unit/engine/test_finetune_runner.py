@@ -42,7 +42,7 @@ def parameters(runner):
 def test_the_warm_up_leaves_no_trace_and_knows_every_kind_of_slice(runner):
     assert runner._shadow.num_steps == 0
     assert all(bool((t == 0).all()) for name, t in parameters(runner).items() if "lora_B" in name)
-    assert all(runner._gate.fits(kind, 8, 60.0, first=True) for kind in SliceKind)
+    assert all(runner.admission.fits(kind, 8, 60.0, first=True) for kind in SliceKind)
 
 
 def test_without_work_nothing_runs(runner):
@@ -58,7 +58,7 @@ def test_without_budget_nothing_runs(runner):
 
 def test_a_slice_that_does_not_fit_is_not_started(runner, monkeypatch):
     runner.submit(make_task().to_wire())
-    monkeypatch.setattr(runner._gate._estimator, "predict", lambda kind, tokens: 5.0)
+    monkeypatch.setattr(runner.admission, "upper_s", lambda kind, tokens: 5.0)
     assert runner.run(4.0, 0).slices == []
     assert len(runner.run(4.0, 1).slices) == 1
 
@@ -67,8 +67,8 @@ def test_an_estimate_that_bars_a_slice_is_relaxed_in_the_end(runner):
     runner.submit(make_task().to_wire())
     spec = (SliceKind.EMBED, 56)
     for _ in range(3):
-        runner._gate.observe(*spec, 30.0)
-    runner._gate.observe(*spec, 1e-6)
+        runner.admission.observe(*spec, 30.0)
+    runner.admission.observe(*spec, 1e-6)
     runs = [bool(runner.run(0.05, 0).slices) for _ in range(40)]
     assert not runs[0]
     assert any(runs)

@@ -116,10 +116,10 @@ def start(
     task: FineTuneTask,
     config: TrainingConfig | None = None,
     *,
-    share_prompts: bool = True,
+    share_prompt: bool = True,
     **kwargs: Any,
 ) -> tuple[TrainableModel, ShadowAdapter, DpoStep]:
     config = config or make_training()
     model = build(directory, **kwargs)
     shadow = ShadowAdapter(model, config)
-    return model, shadow, DpoStep(model, shadow, task, config, share_prompts=share_prompts)
+    return model, shadow, DpoStep(model, shadow, task, config, share_prompt=share_prompt)

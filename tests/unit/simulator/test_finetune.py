@@ -1,11 +1,11 @@
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 
 from core import dpo_slices
 from core.dpo_slices import group_pairs, step_slices
 from core.types import SliceKind
-from simulator.profiled import ModelShape
 from tests.unit.engine.trainable_models import make_task, make_training, save_model, start
 
 
@@ -35,7 +35,7 @@ def test_slices_are_those_of_the_real_step(
 
 
 def test_a_head_that_is_wider_than_a_layer_is_cut_into_smaller_chunks():
-    wide = ModelShape(num_layers=2, layer_weights=100, head_weights=900, kv_values_per_token=1)
+    wide = SimpleNamespace(num_layers=2, layer_weights=100, head_weights=900)
     slices = slices_of([(200, 100, 100)], wide, 1024)
     heads = [s.num_tokens for s in slices if s.kind is SliceKind.POLICY_HEAD]
     assert heads == [398 // 9] * 4 + [24]
@@ -43,7 +43,7 @@ def test_a_head_that_is_wider_than_a_layer_is_cut_into_smaller_chunks():
 
 
 def test_a_micro_batch_ends_with_the_backward_slice_of_its_first_layer():
-    model = ModelShape(num_layers=2, layer_weights=1, head_weights=1, kv_values_per_token=1)
+    model = SimpleNamespace(num_layers=2, layer_weights=1, head_weights=1)
     slices = slices_of([(8, 8, 8)] * 2, model, 32)
     ends = [i for i, s in enumerate(slices[:-1]) if slices[i + 1].group != s.group or s is slices[-2]]
     assert [(slices[i].kind, slices[i].part) for i in ends] == [(SliceKind.BACKWARD_LAYER, 0)] * 2
