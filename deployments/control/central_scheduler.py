@@ -51,8 +51,7 @@ class _Lease:
 class CentralScheduler:
     """Queue, leases and packing. All methods are quick and run one at a time (a Ray actor's default)."""
 
-    def __init__(self, args: dict[str, Any], clock: Callable[[], float] = time.monotonic) -> None:
-        config = AppArgs.model_validate(args)
+    def __init__(self, config: AppArgs, clock: Callable[[], float] = time.monotonic) -> None:
         self._config = config
         self._clock = clock
         self._queue: MixedQueue[TrainingPair] = MixedQueue(config.experiments, config.scheduler.gamma, ROLE_SHARES)

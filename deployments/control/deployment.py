@@ -9,6 +9,7 @@ from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import ray
 
+from core.config import AppArgs
 from core.wire import BatchOutcome
 from deployments.control.central_scheduler import CentralScheduler
 from deployments.control.drift_monitor import DriftMonitor
@@ -45,11 +46,11 @@ class _QueueHandle:
 class Control:
     """Owner of the two actors."""
 
-    def __init__(self, args: dict[str, Any]) -> None:
+    def __init__(self, config: AppArgs) -> None:
         options = {"num_cpus": 0, "max_restarts": -1, "max_task_retries": 0}
-        self._scheduler = ray.remote(CentralScheduler).options(**options).remote(args)
+        self._scheduler = ray.remote(CentralScheduler).options(**options).remote(config)
         threads = {**options, "max_concurrency": _MONITOR_THREADS}
-        self._monitor = ray.remote(DriftMonitor).options(**threads).remote(args, _QueueHandle(self._scheduler))
+        self._monitor = ray.remote(DriftMonitor).options(**threads).remote(config, _QueueHandle(self._scheduler))
         self._actors = {CentralScheduler.__name__: self._scheduler, DriftMonitor.__name__: self._monitor}
         self._monitor.start.remote()
 

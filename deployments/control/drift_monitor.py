@@ -38,8 +38,8 @@ _MAX_OLD_PAIRS = 64
 class DriftMonitor:
     """See the module docstring. Call `start` after construction; calling it again is harmless."""
 
-    def __init__(self, args: dict[str, Any], queue: FineTuneQueue) -> None:
-        self._config = AppArgs.model_validate(args)
+    def __init__(self, config: AppArgs, queue: FineTuneQueue) -> None:
+        self._config = config
         self._queue = queue
         self._lock = threading.Lock()
         self._meter = Meter("drift_monitor")

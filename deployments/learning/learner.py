@@ -298,7 +298,7 @@ class Learner:
             except Exception:
                 self._follow = True  # else it would be offered, and committed, on every turn
                 raise
-            if published is not Published.HELD:
+            if published is not Published.BLOCKED:
                 await self._shadow.begin_at(version.name)
                 self._refusals_in_a_row = 0
                 return

@@ -24,12 +24,12 @@ _STEP_S = 0.02
 _STEP_TOKENS = 128
 """The first step, and the least: below it an iteration's fixed part is most of a step."""
 _CACHE_SHARE = 0.25
-"""Of the KV cache, at most, goes to warming: the rest keeps what other versions and the base have there."""
+"""Part of the KV cache that warming may fill: the rest keeps what other versions and the base have there."""
 
 
 @dataclass(slots=True)
 class PublishTiming:
-    """How long a publish took, and what was warmed for it."""
+    """Durations of a publish, in seconds, and what was warmed for it."""
 
     load_s: float = 0.0
     """Loading into vLLM and the trainer."""
@@ -39,7 +39,7 @@ class PublishTiming:
     warmed_tokens: int = 0
     """Tokens whose keys are in the cache now; those that prefixes share count once."""
     warm_error: str | None = None
-    """Why warming ended early; None if it did not."""
+    """The reason why warming ended early; None if it did not."""
     warm_failures: int = 0
     """Times that warming ended early, for lack of time too, since the start."""
     move_s: float = 0.0
@@ -47,7 +47,7 @@ class PublishTiming:
 
 
 class PrefixWarmer:
-    """One per executor. `observe` the prompts for `<name>`, `warm` a version before `<name>` moves to it."""
+    """The warmer of an executor: `observe` the prompts for `<name>`, `warm` a version before `<name>` moves to it."""
 
     def __init__(self, engine: EnginePort, config: VersionsConfig) -> None:
         self._engine = engine
@@ -98,7 +98,7 @@ class PrefixWarmer:
 
 
 class StepPace:
-    """How many tokens the next step computes, so that it lasts about `_STEP_S`; always whole blocks."""
+    """Sets the number of tokens of the next step so that it lasts about `_STEP_S`; always whole blocks."""
 
     def __init__(self, block_tokens: int) -> None:
         self._block_tokens = block_tokens

@@ -34,12 +34,12 @@ logger = logging.getLogger(__name__)
 
 
 class Published(StrEnum):
-    """What became of a version that passed the gate."""
+    """The fate of a version that passed the gate."""
 
     LIVE = "live"
     CANARY = "canary"
     """On trial; training goes on from it."""
-    HELD = "held"
+    BLOCKED = "blocked"
     """A pin or another trial keeps it from the traffic; training goes back to what is live."""
 
 
@@ -64,7 +64,7 @@ class AdapterVersions:
         self._changing = asyncio.Lock()
         self._meter = Meter("executor")
         self.last_publish = PublishTiming()
-        """How the last version was brought in, on trial or live."""
+        """Timing of the last version that was brought in, on trial or live."""
 
     @property
     def live(self) -> str:
@@ -73,7 +73,7 @@ class AdapterVersions:
 
     @property
     def pinned(self) -> str | None:
-        """What is pinned, `v000N` or `base`; None if publishing is free."""
+        """The pinned version, `v000N` or `base`; None if publishing is free."""
         return self._serving.pinned
 
     @property
@@ -83,23 +83,18 @@ class AdapterVersions:
 
     @property
     def training_base(self) -> str:
-        """What training goes on from: the canary while there is one, else the live version; `v000N` or `base`."""
+        """The version that training goes on from: the canary while there is one, else the live one; or `base`."""
         return self._serving.training_base or BASE
 
     @property
     def live_adapter(self) -> str | None:
-        """The inference side's name of what is live; None is the bare base model."""
+        """The inference side's name of the live version; None is the bare base model."""
         return None if self._serving.live is None else self.name_of(self._serving.live)
 
     @property
     def live_handle(self) -> Any:
-        """The inference side's handle of what is live; None is the bare base model."""
+        """The inference side's handle of the live version; None is the bare base model."""
         return self._names.get(self._model_id)
-
-    @property
-    def base_names(self) -> list[str]:
-        """Names of the base model. `<name>` is one of them until a version is live."""
-        return [self.name_of(BASE), self._model_id]
 
     def name_of(self, version: str) -> str:
         """Model name of a version or of `base`."""
@@ -121,7 +116,7 @@ class AdapterVersions:
         self._engine.watch_prompts(self._see_prompt)
 
     async def publish(self, version: AdapterVersion) -> Published:
-        """Take in a version that passed the gate: live at once, on trial first, or held by a pin.
+        """Take in a version that passed the gate: live at once, on trial first, or blocked by a pin.
 
         Raises:
             AdapterError: it cannot be loaded, or the disk refuses; what was live stays live.
@@ -134,12 +129,12 @@ class AdapterVersions:
                 await self._load(version, warm=is_free)
                 started = await asyncio.to_thread(self._registry.serving.start_canary, version.name, reason, over)
                 await self._read_pointers()
-                outcome = Published.CANARY if started else Published.HELD
+                outcome = Published.CANARY if started else Published.BLOCKED
             else:
                 moved = await self._move(version, "gate", reason, over=over)
-                outcome = Published.LIVE if moved else Published.HELD
-            if outcome is Published.HELD:
-                logger.info("%s passed the gate but is held; its lineage says why", version.name)
+                outcome = Published.LIVE if moved else Published.BLOCKED
+            if outcome is Published.BLOCKED:
+                logger.info("%s passed the gate but is blocked; its lineage says why", version.name)
             return outcome
 
     async def activate(self, name: str, *, pin: bool | None = None, reason: str = "") -> None:
@@ -207,7 +202,7 @@ class AdapterVersions:
             return deleted
 
     def cards(self) -> list[dict[str, Any]]:
-        """What `/v1/models` lists: live, with the version behind it as parent, base, then every version."""
+        """List the names for `/v1/models`: live, with the version behind it as parent, base, then every version."""
         base = self.name_of(BASE)
         versions = sorted(filter(None, self._names.keys() - {self._model_id}))
         return [
@@ -217,15 +212,15 @@ class AdapterVersions:
         ]
 
     async def listing(self) -> list[dict[str, Any]]:
-        """What `/v1/adapters` lists: every version on disk with its lineage, damaged ones with their error."""
+        """List for `/v1/adapters` every version on disk with its lineage, damaged ones with their error."""
         return await asyncio.to_thread(lineage_rows, self._registry)
 
     async def detail(self, name: str) -> dict[str, Any]:
-        """One version, or `base`, with all that happened to it; UnknownVersionError if there is none."""
+        """Describe one version, or `base`, with all that happened to it; UnknownVersionError if there is none."""
         return await asyncio.to_thread(lineage_row, self._registry, name)
 
     async def canary_since_s(self) -> float | None:
-        """When the trial began (Unix seconds); None if there is none."""
+        """Start of the trial in Unix seconds; None if there is none."""
         return await asyncio.to_thread(self._registry.serving.canary_since_s)
 
     async def _move(
@@ -286,7 +281,7 @@ class AdapterVersions:
             tell(self.live)
 
     async def _read_pointers(self) -> None:
-        """See what a change has left on disk. Where another executor moved `<name>` to, the next `refresh` follows."""
+        """Read what a change has left on disk. Where another executor moved `<name>` to, the next `refresh` follows."""
         on_disk = await asyncio.to_thread(self._registry.serving.read)
         self._serving = replace(on_disk, live=self._serving.live)
 
@@ -304,7 +299,7 @@ class AdapterVersions:
         )
 
     def _see_prompt(self, lora_name: str | None, prompt_ids: Sequence[int]) -> None:
-        """What is asked of the live version, or of the one on trial, is what the next version will be asked."""
+        """Observe a prompt for the live version or the one on trial: the next version will be asked such prompts."""
         canary = self._serving.canary
         if lora_name == self.live_adapter or (canary is not None and lora_name == self.name_of(canary)):
             self._warmer.observe(prompt_ids)

@@ -74,8 +74,8 @@ class WholeLoop:
 
     def __init__(self, args: AppArgs, model_dir: Path, test_items: Sequence[dict[str, Any]] = ()) -> None:
         self.args = args
-        self.scheduler = CentralScheduler(args.model_dump(mode="json"), clock=lambda: self._now_s)
-        self.monitor = DriftMonitor(args.model_dump(mode="json"), self.scheduler)
+        self.scheduler = CentralScheduler(args, clock=lambda: self._now_s)
+        self.monitor = DriftMonitor(args, self.scheduler)
         self.tokenizer = PairTokenizer.load(str(model_dir), args.training, BASE_MODEL, args.model.dtype)
         self.engine = InProcessEngine(model_dir, args, end_tokens(model_dir))
         self.registry = AdapterRegistry.open(args.state_dir / "adapters", BASE_MODEL)

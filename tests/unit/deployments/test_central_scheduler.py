@@ -2,6 +2,7 @@ import json
 
 import pytest
 
+from core.config import AppArgs
 from core.types import TaskKind
 from core.wire import HORIZON_S, BatchOutcome, ExecutorLoad, Headroom, TrainingPair
 from deployments.control.central_scheduler import LEASE_S, MAX_ATTEMPTS, CentralScheduler
@@ -25,7 +26,7 @@ def clock():
 @pytest.fixture
 def scheduler(clock):
     training = {"pairs_per_step": BATCH, "max_age_s": MAX_AGE_S}
-    return CentralScheduler({"training": training}, clock)
+    return CentralScheduler(AppArgs.model_validate({"training": training}), clock)
 
 
 def pairs(*names, loss=None, times_trained=0):
@@ -148,7 +149,7 @@ def test_a_busy_executor_that_is_alone_still_trains(scheduler):
 
 def test_tau_mem_of_an_executors_memory_may_be_filled_and_no_more(clock):
     args = {"training": {"pairs_per_step": BATCH}, "scheduler": {"tau_mem": 0.5}}
-    scheduler = CentralScheduler(args, clock)
+    scheduler = CentralScheduler(AppArgs.model_validate(args), clock)
     scheduler.enqueue(pairs(*"abcd"))
     batch = scheduler.poll(room())
     scheduler.complete(BatchOutcome(batch.task_id, "e1", busy_s=1.0, peak_bytes=4_000))
@@ -160,7 +161,7 @@ def test_tau_mem_of_an_executors_memory_may_be_filled_and_no_more(clock):
 def fleet_of(packing, clock):
     """A scheduler that knows a batch to take 400 kB and 4 s, with `a-roomy` and `b-tight` free."""
     args = {"training": {"pairs_per_step": BATCH}, "scheduler": {"packing": packing}}
-    scheduler = CentralScheduler(args, clock)
+    scheduler = CentralScheduler(AppArgs.model_validate(args), clock)
     scheduler.enqueue(pairs(*"abcd"))
     batch = scheduler.poll(room("b-tight", 1e6, 5.0))
     scheduler.complete(BatchOutcome(batch.task_id, "b-tight", busy_s=4.0, peak_bytes=400_000))
@@ -194,7 +195,7 @@ def test_executors_that_do_not_know_their_memory_yet_are_ordered_by_id(clock):
 
 def test_without_the_reward_term_the_loss_orders_nothing(clock):
     args = {"training": {"pairs_per_step": 1}, "scheduler": {"reward_term": False}}
-    scheduler = CentralScheduler(args, clock)
+    scheduler = CentralScheduler(AppArgs.model_validate(args), clock)
     scheduler.enqueue(pairs("first", loss=0.1))
     clock.now_s += 0.1
     scheduler.enqueue(pairs("second", loss=5.0))

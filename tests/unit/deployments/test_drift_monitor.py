@@ -4,6 +4,7 @@ import itertools
 import pytest
 
 from alignment.drift import streams, tracker, window
+from core.config import AppArgs
 from core.errors import StoreUnavailableError
 from core.types import PairScore, TaskKind
 from core.wire import BatchOutcome
@@ -56,7 +57,7 @@ class World:
     """A monitor with its queue, and an adapter that likes pairs or not."""
 
     def __init__(self, tmp_path, **changes):
-        self.args = {**ARGS, "state_dir": str(tmp_path), **changes}
+        self.args = AppArgs.model_validate({**ARGS, "state_dir": str(tmp_path), **changes})
         self.queue = FakeQueue()
         self.monitor = DriftMonitor(self.args, self.queue)
         self.version = "base"

@@ -99,7 +99,7 @@ def test_another_executor_warms_for_its_own_traffic_before_it_follows(registry):
     assert engine.prompts == [SYSTEM]
 
 
-def test_moves_by_hand_and_held_versions_are_not_warmed(registry):
+def test_moves_by_hand_and_blocked_versions_are_not_warmed(registry):
     versions, engine, _ = attached(registry)
     other, others_engine, _ = attached(registry)
     for _ in range(2):
@@ -110,7 +110,7 @@ def test_moves_by_hand_and_held_versions_are_not_warmed(registry):
     asyncio.run(versions.activate("v0001"))
     asyncio.run(other.refresh())
     ask(engine, "m@v0001")
-    assert asyncio.run(versions.publish(commit(registry))) is Published.HELD
+    assert asyncio.run(versions.publish(commit(registry))) is Published.BLOCKED
     asyncio.run(versions.activate("base"))
     assert (engine.prompts, others_engine.prompts) == ([], [])
     assert versions.last_publish.warmed_tokens == 0
@@ -120,7 +120,7 @@ def test_a_canary_that_a_pin_holds_back_is_not_warmed(registry):
     versions, engine, _ = attached(registry, canary_share=0.1)
     asyncio.run(versions.activate("base", pin=True))
     ask(engine, None)
-    assert asyncio.run(versions.publish(commit(registry))) is Published.HELD
+    assert asyncio.run(versions.publish(commit(registry))) is Published.BLOCKED
     assert engine.prompts == []
 
 

@@ -44,7 +44,7 @@ def test_rolling_back_pins_until_released_across_restarts_and_executors(registry
     assert publish(versions, registry) is Published.LIVE
     asyncio.run(versions.activate("v0001", reason="it swore"))
     assert (versions.live, versions.pinned) == ("v0001", "v0001")
-    assert publish(versions, registry) is Published.HELD
+    assert publish(versions, registry) is Published.BLOCKED
     assert versions.live == "v0001"
     assert names["m"][0] == "m@v0001"
     assert names["m@v0003"][1] == 3  # by its own name it can be tried
@@ -52,7 +52,7 @@ def test_rolling_back_pins_until_released_across_restarts_and_executors(registry
     assert (again.live, again.pinned) == ("v0001", "v0001")
     asyncio.run(other.refresh())
     assert (other.live, other.pinned) == ("v0001", "v0001")
-    assert publish(other, registry) is Published.HELD
+    assert publish(other, registry) is Published.BLOCKED
     assert asyncio.run(other.release_pin())
     assert publish(versions, registry) is Published.LIVE
     assert versions.live == "v0005"
@@ -64,7 +64,7 @@ def test_the_base_is_pinned_too_and_going_forward_pins_nothing(registry):
     publish(versions, registry)
     asyncio.run(versions.activate("base"))
     assert versions.pinned == "base"
-    assert publish(versions, registry) is Published.HELD
+    assert publish(versions, registry) is Published.BLOCKED
     assert "m" not in names
     asyncio.run(versions.activate("v0002"))
     assert versions.pinned is None
@@ -106,7 +106,7 @@ def test_a_canary_is_not_live_until_promoted_and_training_goes_on_from_it(regist
     assert names["m@v0001"][1] == 1
     asyncio.run(versions.refresh())
     assert versions.training_base == "v0001"
-    assert publish(versions, registry) is Published.HELD  # one at a time
+    assert publish(versions, registry) is Published.BLOCKED  # one at a time
     assert asyncio.run(versions.promote_canary("v0001", "good"))
     asyncio.run(versions.refresh())
     assert (versions.live, versions.canary) == ("v0001", None)
