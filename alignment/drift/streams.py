@@ -4,7 +4,6 @@ What goes into drift detection is a `ScoredPair`; what comes out of it is a `Dri
 """
 
 import math
-from collections import OrderedDict
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -115,29 +114,33 @@ class ScoreStreams:
 
     def __init__(self, sensitivity: Sensitivity | None = None) -> None:
         self._channels = channels(sensitivity or SENSITIVITY)
-        self._streams: OrderedDict[str, _Stream] = OrderedDict()
-        self._global = self._new(GLOBAL)
+        self._streams = {GLOBAL: self._new(GLOBAL)}
+        """The global stream first, then the least recently updated first."""
 
     def update(self, pair: ScoredPair) -> list[StreamChange]:
         """Take the score of a new pair. One that is not trusted is seen on its user's stream only."""
         row = Row(pair.seq, _rounded(pair.loss), _rounded(pair.margin))
         found = []
-        if pair.trusted:
-            found += self._feed(GLOBAL, self._global, row)
-        for name in stream_names(pair):
-            found += self._feed(name, self._stream(name), row)
+        for name in ((GLOBAL,) if pair.trusted else ()) + stream_names(pair):
+            stream = self._streams.get(name) or self._new(name)
+            if name != GLOBAL:
+                self._streams.pop(name, None)
+                self._streams[name] = stream
+                self._drop_oldest()
+            stream.num_pairs += 1
+            found += [StreamChange(name, change) for change in stream.changes.update(row)]
         return found
 
     def note_event(self, event: DriftEvent) -> None:
         """Remember the newest event of a stream, for people."""
-        stream = self._global if event.stream == GLOBAL else self._streams.get(event.stream)
+        stream = self._streams.get(event.stream)
         if stream is not None:
             stream.last_event = event.to_wire()
 
     def to_wire(self) -> dict[str, Any]:
         """Each stream's pairs so far, accuracy and mean margin over its newest pairs, and last event."""
-        rows = [(GLOBAL, self._global), *reversed(self._streams.items())]
-        return {name: _show(stream) for name, stream in rows}
+        first, *others = self._streams.items()
+        return {name: _show(stream) for name, stream in (first, *reversed(others))}
 
     def to_state(self) -> list[dict[str, Any]]:
         """All streams as JSON, the global one first, then the least recently updated first."""
@@ -148,7 +151,7 @@ class ScoreStreams:
                 "last_event": stream.last_event,
                 "rows": [list(column) for column in zip(*stream.changes.rows, strict=True)],
             }
-            for name, stream in [(GLOBAL, self._global), *self._streams.items()]
+            for name, stream in self._streams.items()
         ]
 
     @classmethod
@@ -159,31 +162,16 @@ class ScoreStreams:
             rows = [Row(int(seq), float(a), float(b)) for seq, a, b in zip(*entry["rows"], strict=True)]
             stream = streams._new(entry["name"], rows)
             stream.num_pairs, stream.last_event = int(entry["num_pairs"]), entry["last_event"]
-            if entry["name"] == GLOBAL:
-                streams._global = stream
-            else:
-                streams._streams[entry["name"]] = stream
+            streams._streams[entry["name"]] = stream
         streams._drop_oldest()
         return streams
-
-    def _stream(self, name: str) -> _Stream:
-        if name not in self._streams:
-            self._streams[name] = self._new(name)
-            self._drop_oldest()
-        self._streams.move_to_end(name)
-        return self._streams[name]
 
     def _new(self, name: str, rows: Iterable[Row] = ()) -> _Stream:
         return _Stream(ChangeStream(self._channels, _GLOBAL_ROWS if name == GLOBAL else _STREAM_ROWS, rows))
 
     def _drop_oldest(self) -> None:
-        while len(self._streams) > MAX_STREAMS:
-            self._streams.popitem(last=False)
-
-    @staticmethod
-    def _feed(name: str, stream: _Stream, row: Row) -> list[StreamChange]:
-        stream.num_pairs += 1
-        return [StreamChange(name, change) for change in stream.changes.update(row)]
+        while len(self._streams) > MAX_STREAMS + 1:
+            del self._streams[next(name for name in self._streams if name != GLOBAL)]
 
 
 def stream_names(pair: ScoredPair) -> tuple[str, ...]:

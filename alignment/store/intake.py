@@ -9,7 +9,7 @@ import hashlib
 import time
 import uuid
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from sqlalchemy import or_, select, update
@@ -60,10 +60,6 @@ class ItemOutcome:
     """Name of the class in core.errors."""
     message: str | None = None
     param: str | None = None
-
-    def to_wire(self) -> dict[str, Any]:
-        """Built-in types only."""
-        return asdict(self)
 
 
 @dataclass(slots=True)

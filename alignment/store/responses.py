@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Collection, Sequence
+from dataclasses import asdict
 from typing import Any
 
 from sqlalchemy import delete, func, select
@@ -51,15 +52,9 @@ def find_responses(connection: Connection, refs: Collection[ResponseRef]) -> dic
     found = {}
     for ids in chunked({ref.response_id for ref in refs if is_storable(ref.response_id)}):
         for row in connection.execute(select(responses).where(responses.c.response_id.in_(ids))):
-            found[ResponseRef(row.response_id, row.choice_index)] = StoredResponse(
-                row.response_id,
-                row.choice_index,
-                json.loads(row.prompt),
-                row.text,
-                row.adapter,
-                row.model,
-                row.created_at,
-            )
+            ref = ResponseRef(row.response_id, row.choice_index)
+            prompt = json.loads(row.prompt)
+            found[ref] = StoredResponse(*ref, prompt, row.text, row.adapter, row.model, row.created_at)
     return found
 
 
@@ -75,12 +70,5 @@ def _is_storable(item: StoredResponse) -> bool:
 
 
 def _row(item: StoredResponse, now: float) -> dict[str, Any]:
-    return {
-        "response_id": item.response_id,
-        "choice_index": item.choice_index,
-        "prompt": canonical_json(plain_prompt(item.prompt)),
-        "text": item.text,
-        "adapter": item.adapter,
-        "model": item.model,
-        "created_at": now if item.created_at is None else item.created_at,
-    }
+    created_at = now if item.created_at is None else item.created_at
+    return {**asdict(item), "prompt": canonical_json(plain_prompt(item.prompt)), "created_at": created_at}

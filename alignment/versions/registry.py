@@ -108,11 +108,18 @@ class AdapterRegistry:
         check_files(temporary)
         try:
             with one_writer(self.root):
-                version = self._commit(temporary, manifest)
+                last = version_number(self.serving.pointer(_LAST_FILE)) or 0
+                name = version_name(1 + max([last, *self._numbers()]))
+                complete = manifest.model_copy(update={"version": name})
+                write_atomically(temporary / MANIFEST_FILE, complete.model_dump_json(indent=2) + "\n")
+                sync_tree(temporary)
+                write_atomically(self.root / _LAST_FILE, f"{name}\n")
+                temporary.rename(self.root / name)
+                sync(self.root)
         except OSError as error:
             raise AdapterError(f"cannot commit an adapter version to {self.root}: {error}") from error
         self._release(temporary)
-        return version
+        return AdapterVersion(name, self.root / name, complete)
 
     def abandon(self, temporary: Path) -> None:
         """Remove the directory from `begin`; harmless if it is gone."""
@@ -165,7 +172,9 @@ class AdapterRegistry:
                     return False
                 doomed = self.root / f"{_TEMPORARY}{uuid.uuid4().hex}"
                 if (self.root / name).is_dir():
-                    self._remember_number(name)
+                    # The highest number outlives its directory, also one that was copied here by hand.
+                    if (version_number(name) or 0) > (version_number(self.serving.pointer(_LAST_FILE)) or 0):
+                        write_atomically(self.root / _LAST_FILE, f"{name}\n")
                     (self.root / name).rename(doomed)
                     sync(self.root)
                 self.serving.forget_retired(name)
@@ -222,25 +231,9 @@ class AdapterRegistry:
         due = rested(serving.retired, time.time())
         return sorted(serving.retired), [name for name in due if self.delete(name)]
 
-    def _commit(self, temporary: Path, manifest: AdapterManifest) -> AdapterVersion:
-        name = version_name(1 + max([version_number(self.serving.pointer(_LAST_FILE)) or 0, *self._numbers()]))
-        complete = manifest.model_copy(update={"version": name})
-        write_atomically(temporary / MANIFEST_FILE, complete.model_dump_json(indent=2) + "\n")
-        sync_tree(temporary)
-        write_atomically(self.root / _LAST_FILE, f"{name}\n")
-        temporary.rename(self.root / name)
-        sync(self.root)
-        return AdapterVersion(name, self.root / name, complete)
-
     def _check_servable(self, name: str) -> None:
         if self.get(name).manifest.status != "published":
             raise AdapterError(f"{name} was rejected by the gate and cannot go live")
-
-    def _remember_number(self, name: str) -> None:
-        """The highest number outlives its directory, also one that was copied here by hand."""
-        last = version_number(self.serving.pointer(_LAST_FILE)) or 0
-        if (version_number(name) or 0) > last:
-            write_atomically(self.root / _LAST_FILE, f"{name}\n")
 
     def _numbers(self) -> set[int]:
         """Every number that a directory has, damaged ones too."""

@@ -66,7 +66,7 @@ class DriftMonitor:
             kind = item.get("type", "preference") if isinstance(item, dict) else "malformed"
             label = kind if isinstance(kind, str) and kind in FEEDBACK_TYPES else "other"  # not what a client sent
             self._meter.count("feedback_received", type=label, status=outcome.status)
-        return [outcome.to_wire() for outcome in outcomes]
+        return [asdict(outcome) for outcome in outcomes]
 
     def import_feedback(self, body: bytes) -> dict[str, Any]:
         """Store a JSONL body line by line; returns the report (counts, errors with line numbers)."""
