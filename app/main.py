@@ -4,8 +4,8 @@
 unvalidated dict instead of `AppArgs`.
 
 Settings are validated once, where they come in: by `parse_args` in commands of ours, by Ray before it calls
-`build_app`. Executor and Control get the `AppArgs` themselves. Only the engine's processes, which vLLM starts, and the
-routers, which Serve configures, read them again from JSON.
+`build_app`. Executor and Control get the `AppArgs` themselves; only the engine's processes, which vLLM starts, read
+them again from JSON.
 """
 
 from typing import Any
@@ -47,7 +47,7 @@ def executor_router(args: AppArgs) -> RequestRouterConfig:
     """Serve's option that routes requests by what executors report. With one executor it looks at nothing."""
     return RequestRouterConfig(
         request_router_class="deployments.routing.router.ExecutorRouter",
-        request_router_kwargs={"scheduler": args.scheduler.model_dump(mode="json")},
+        request_router_kwargs={"tau_mem": args.scheduler.tau_mem},
         request_routing_stats_period_s=REPORT_PERIOD_S,
     )
 

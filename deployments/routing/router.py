@@ -21,13 +21,12 @@ report of every replica: power of two choices.
 import logging
 import random
 from collections import OrderedDict
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from ray import cloudpickle
 from ray.serve.request_router import PendingRequest, ReplicaID, RequestRouter, RunningReplica
 
-from core.config import SchedulerConfig
 from core.wire import ExecutorLoad
 from deployments.routing.prefix_names import TextPrefixes
 from deployments.routing.sent import Bookings, SentPrefixes
@@ -55,14 +54,28 @@ _MAX_DIGITS = 15
 Candidates = list[RunningReplica]
 
 
+@dataclass(frozen=True, slots=True)
+class _Prompt:
+    """A request's prompt, as far as a router can see it."""
+
+    num_tokens: int
+    prefixes: TextPrefixes | None
+    session: str
+    """Empty if the client names none."""
+
+    @classmethod
+    def of(cls, request: PendingRequest) -> "_Prompt":
+        scope = scope_of(request)
+        prefixes = TextPrefixes.from_headers(scope["headers"])
+        return cls(prompt_tokens_of(scope), prefixes, request.metadata.session_id)
+
+
 class ExecutorRouter(RequestRouter):
     """Ranks replicas for each request; see the module docstring."""
 
-    _config = SchedulerConfig()
-
-    def initialize_state(self, scheduler: dict[str, Any] | None = None) -> None:
-        """Serve calls this once, with `request_router_kwargs`: the scheduler's configuration."""
-        self._config = SchedulerConfig.model_validate(scheduler or {})
+    def initialize_state(self, tau_mem: float) -> None:
+        """Take `request_router_kwargs`, once, from Serve: the share of its KV memory that an executor may fill."""
+        self._tau_mem = tau_mem
         self._bookings = Bookings()
         self._sessions: OrderedDict[str, tuple[str, int]] = OrderedDict()
         self._sent_prefixes = SentPrefixes()
@@ -88,9 +101,7 @@ class ExecutorRouter(RequestRouter):
         """Serve says who took a request: rarely another replica than the first one proposed."""
         now_s = self._get_curr_time_s()
         if not self._bookings.settle(pending_request.metadata.internal_request_id, replica_id, now_s):
-            scope = scope_of(pending_request)
-            prefixes = TextPrefixes.from_headers(scope["headers"])
-            self._note_prefixes(pending_request, replica_id, prompt_tokens_of(scope), prefixes, now_s)
+            self._note(_Prompt.of(pending_request), replica_id, now_s)
 
     def on_request_completed(self, replica_id: ReplicaID, internal_request_id: str) -> None:
         """Serve says that a request ended, well or not: long before a report, its prompt is not waiting any more."""
@@ -99,57 +110,39 @@ class ExecutorRouter(RequestRouter):
     def _ranked(
         self, candidates: Candidates, loads: list[ExecutorLoad], request: PendingRequest, now_s: float
     ) -> list[Candidates]:
-        scope = scope_of(request)
-        prompt_tokens = prompt_tokens_of(scope)
-        prefixes = TextPrefixes.from_headers(scope["headers"])
-        cached = self._cached_tokens(candidates, loads, prefixes, request.metadata.session_id, prompt_tokens)
+        prompt = _Prompt.of(request)
+        cached = self._cached_tokens(candidates, loads, prompt)
         by_id = {replica.replica_id.unique_id: replica for replica in candidates}
-        ranks = [
-            [by_id[r.executor_id]] for r in choose_executor(prompt_tokens, loads, cached, self._config.tau_mem)
-        ]
-        best = ranks[0][0].replica_id
-        uncached = max(1, prompt_tokens - cached.get(best.unique_id, 0))
+        ranking = choose_executor(prompt.num_tokens, loads, cached, self._tau_mem)
+        best = by_id[ranking[0].executor_id].replica_id
+        uncached = max(1, prompt.num_tokens - cached.get(best.unique_id, 0))
         self._bookings.book(request.metadata.internal_request_id, best, uncached, now_s)
-        self._note_prefixes(request, best, prompt_tokens, prefixes, now_s)
-        return ranks
+        self._note(prompt, best, now_s)
+        return [[by_id[ranked.executor_id]] for ranked in ranking]
 
-    def _note_prefixes(
-        self,
-        request: PendingRequest,
-        replica_id: ReplicaID,
-        prompt_tokens: int,
-        prefixes: TextPrefixes | None,
-        now_s: float,
-    ) -> None:
-        """Note that session and prefixes of a request are now, or soon, in that replica's cache."""
-        if session := request.metadata.session_id:
-            self._sessions[session] = (replica_id.unique_id, prompt_tokens)
-            self._sessions.move_to_end(session)
+    def _note(self, prompt: _Prompt, replica_id: ReplicaID, now_s: float) -> None:
+        """Note that session and prefixes of a prompt are now, or soon, in that replica's cache."""
+        if prompt.session:
+            self._sessions[prompt.session] = (replica_id.unique_id, prompt.num_tokens)
+            self._sessions.move_to_end(prompt.session)
             if len(self._sessions) > _MAX_SESSIONS:
                 self._sessions.popitem(last=False)
-        if prefixes is not None:
-            self._sent_prefixes.note(replica_id.unique_id, prefixes, now_s)
+        if prompt.prefixes is not None:
+            self._sent_prefixes.note(replica_id.unique_id, prompt.prefixes, now_s)
 
-    def _cached_tokens(
-        self,
-        candidates: Candidates,
-        loads: list[ExecutorLoad],
-        prefixes: TextPrefixes | None,
-        session: str,
-        prompt_tokens: int,
-    ) -> dict[str, int]:
+    def _cached_tokens(self, candidates: Candidates, loads: list[ExecutorLoad], prompt: _Prompt) -> dict[str, int]:
         """Prompt tokens in each replica's cache, as far as this router can know."""
         cached = {}
-        if session in self._sessions:
-            replica_id, num_tokens = self._sessions[session]
+        if prompt.session in self._sessions:
+            replica_id, num_tokens = self._sessions[prompt.session]
             cached[replica_id] = num_tokens
         for replica, load in zip(candidates, loads, strict=True):
             reported = replica.routing_stats.get(PREFIXES_KEY)
-            if prefixes is None or reported is None:
+            if prompt.prefixes is None or reported is None:
                 continue  # no names, or nobody who knows them: the session is all there is
-            sent = self._sent_prefixes.since(load.executor_id, load.reported_s, prefixes)
-            cached[load.executor_id] = prefixes.bytes_among({*reported, *sent}) // BYTES_PER_TOKEN
-        return {name: min(num_tokens, prompt_tokens) for name, num_tokens in cached.items()}
+            sent = self._sent_prefixes.since(load.executor_id, load.reported_s, prompt.prefixes)
+            cached[load.executor_id] = prompt.prefixes.bytes_among({*reported, *sent}) // BYTES_PER_TOKEN
+        return {name: min(num_tokens, prompt.num_tokens) for name, num_tokens in cached.items()}
 
     def _loads(self, candidates: Candidates, now_s: float) -> list[ExecutorLoad] | None:
         """Every candidate's report brought up to now; None if one is missing, stale or unmeasured.
