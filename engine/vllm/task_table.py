@@ -4,7 +4,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from core.pair_groups import PairShape
+from core.dpo_slices import PairGroup
 from core.types import SliceReport, TaskKind
 from scheduler.view import FineTuneState
 
@@ -82,7 +82,7 @@ class TaskTable:
 def _largest_pair(pairs: Iterable[dict[str, Any]], share_prompts: bool) -> int:
     """Tokens of the largest pair in the layout that the step will choose; 0 for malformed pairs, which it will name."""
     try:
-        lengths = [[len(p[key]) for key in ("prompt_ids", "chosen_ids", "rejected_ids")] for p in pairs]
+        lengths = [(len(p["prompt_ids"]), len(p["chosen_ids"]), len(p["rejected_ids"])) for p in pairs]
     except (KeyError, TypeError):
         return 0
-    return max((PairShape(*three).tokens(share_prompts=share_prompts) for three in lengths), default=0)
+    return max((PairGroup.of(three, may_share=share_prompts).num_tokens for three in lengths), default=0)

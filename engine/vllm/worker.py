@@ -19,9 +19,9 @@ from core.errors import ConfigError, MaceError
 from core.types import SliceReport
 from engine.pruning.pruner import unsupported
 from engine.pruning.worker import Scores, WorkerPruning, to_wire
-from engine.training.adapter_keeper import AdapterKeeper
 from engine.training.base_weights import WeightViews, huggingface_views, is_shared, unpacked_cpu_weights
 from engine.training.runner import FineTuneRunner, free_memory_bytes
+from engine.training.shadow import AdapterKeeper
 from engine.vllm.compat import app_args_of, exit_with_parent
 from engine.vllm.directive import (
     DIRECTIVE_ATTRIBUTE,

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 
 from core.batch import ForwardShape, IterationSample, Plan
 from core.config import AppArgs
+from core.dpo_slices import HEAD_CHUNK_TOKENS
 from core.model_dims import ModelDims
 from core.ports import LatencyPredictor
 from core.types import SliceKind
@@ -72,7 +73,7 @@ class IterationPlanner:
         self._limits = limits
         need = None
         if limits.dims is not None:
-            need = ArenaNeed(limits.dims, args.lora.rank, args.training.head_chunk_tokens)
+            need = ArenaNeed(limits.dims, args.lora.rank, HEAD_CHUNK_TOKENS)
         arena = ArenaModel(limits.arena_fixed_bytes, limits.arena_bytes_per_token, need)
         max_slice_tokens = args.training.max_slice_tokens
         self._sizer = SliceSizer(args.experiments, predictor, self.memory, max_slice_tokens, arena)

@@ -6,6 +6,7 @@ import torch
 
 from core.config import AppArgs
 from core.types import SliceKind, TaskKind
+from engine.training import dpo
 from engine.training.runner import FineTuneRunner
 from engine.training.trainable import TrainableModel
 from engine.vllm.task_table import TaskTable
@@ -117,9 +118,9 @@ def test_an_aborted_evaluation_of_live_gives_the_shadow_back(runner):
     assert all(torch.equal(before[name], t) for name, t in parameters(runner).items())
 
 
-def test_a_diverging_step_is_a_named_result_and_changes_nothing(runner):
+def test_a_diverging_step_is_a_named_result_and_changes_nothing(runner, monkeypatch):
     before = parameters(runner)
-    runner._config = make_training(max_loss=1e-6)
+    monkeypatch.setattr(dpo, "MAX_LOSS", 1e-6)
     runner.submit(make_task().to_wire())
     [result] = finish(runner)
     assert result.error.startswith("DivergedError: ")

@@ -5,7 +5,7 @@ until prompt and completion fit `max_length_tokens`. (TRL's `keep_start` also cu
 
 A sequence is prompt and completion without its last token, which predicts nothing. Sequences of a micro-batch are all
 chosen ones, then all rejected ones in the same order. They are rows, padded on the right; or, where that is fewer
-tokens, all lie in one row in which each prompt stands once (`core.pair_groups`, `engine.training.prompt_sharing`).
+tokens, all lie in one row in which each prompt stands once (`core.dpo_slices`, `engine.training.attention`).
 
 Pairs whose reference log-probabilities are known never share a micro-batch with pairs whose are not, which would cost
 them the reference forward pass.
@@ -13,29 +13,31 @@ them the reference forward pass.
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 
+from core.dpo_slices import PairGroup, group_pairs
 from core.errors import PairTooLongError, TrainingError
-from core.pair_groups import PairGroup, PairShape, group_pairs
 from core.types import TokenizedPair
-from engine.training.prompt_sharing import SharedPrompts
+from engine.training.attention import SharedPrompts
 
 _PAD_ID = 0
 """Any valid id will do: no real token attends to a pad and no loss is taken there."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class MicroBatch:
-    """Some pairs of a task as tensors. n pairs, T tokens per row, N in all, C completion tokens of all sequences."""
+    """Some pairs of a task as tensors, and what is alive of them between two slices.
 
-    pair_indices: tuple[int, ...]
-    """Positions of the pairs in the task."""
+    Shapes: n pairs, T tokens per row, N in all (`group.num_tokens`), C completion tokens of all sequences
+    (`group.num_targets`), H hidden size. Hidden states have the model's dtype.
+    """
+
+    group: PairGroup
+    """Which pairs of the task these are, and their numbers of tokens."""
     ids: torch.Tensor
     """int64 [2n, T], or [1, N] with shared prompts."""
-    width: int
-    """Tokens of the longest sequence."""
     positions: torch.Tensor
     """int64 [C]: index into the flattened `ids` of the state that predicts each completion token.
 
@@ -49,23 +51,35 @@ class MicroBatch:
     """fp32 [n]: factors of the pairs' losses."""
     reference: torch.Tensor | None
     """fp32 [2n]: log-probabilities of the sequences under the reference; None: they are to be computed."""
-    shared: SharedPrompts | None = None
+    shared: SharedPrompts | None
     """Where each token belongs, if every prompt stands once."""
 
-    @property
-    def num_pairs(self) -> int:
-        """Of the task, n."""
-        return len(self.pair_indices)
+    hidden: torch.Tensor | None = None
+    """[2n, T, H] or [1, N, H]; after a last layer the scored positions [C, H]; in backward the gradient, as before."""
+    layer_inputs: list[torch.Tensor] = field(default_factory=list)
+    """Kept by the policy's forward pass, popped by backward."""
+    reference_logps: list[torch.Tensor] = field(default_factory=list)
+    """Token log-probabilities under the reference, by head chunk."""
+    policy_logps: list[torch.Tensor] = field(default_factory=list)
+    head_grads: list[torch.Tensor] = field(default_factory=list)
+    """d logp / d hidden by head chunk, [c, H]."""
 
     @property
-    def num_tokens(self) -> int:
-        """Tokens that a layer slice computes, padding included."""
-        return self.ids.numel()
+    def state(self) -> torch.Tensor:
+        """The hidden state that the slice before has left.
+
+        Raises:
+            TrainingError: There is none.
+        """
+        if self.hidden is None:
+            raise TrainingError("slices ran out of order")
+        return self.hidden
 
     @property
-    def num_targets(self) -> int:
-        """C, the completion tokens that are scored."""
-        return self.targets.numel()
+    def activation_bytes(self) -> int:
+        """Device memory of what is alive; ids and indices are not counted."""
+        kept = [*self.layer_inputs, *self.reference_logps, *self.policy_logps, *self.head_grads]
+        return sum(tensor.nbytes for tensor in kept) + (0 if self.hidden is None else self.hidden.nbytes)
 
 
 def cut_pair(pair: TokenizedPair, max_prompt_tokens: int, max_length_tokens: int) -> TokenizedPair:
@@ -118,25 +132,21 @@ def make_micro_batches(
             raise TrainingError(
                 f"pair {pair.pair_id}: its weight is {pair.weight}, allowed are finite ones from 0"
             )
-    shapes = [PairShape(len(p.prompt_ids), len(p.chosen_ids), len(p.rejected_ids)) for p in pairs]
-    is_cached = [_is_cached(pair) for pair in pairs]
-    groups = group_pairs(shapes, is_cached, max_slice_tokens, share_prompts=share_prompts)
-    return [_collate(pairs, group, device) for group in groups]
+    is_cached = [pair.reference is not None and all(map(math.isfinite, pair.reference)) for pair in pairs]
+    groups = group_pairs(
+        [pair.lengths for pair in pairs], is_cached, max_slice_tokens, share_prompts=share_prompts
+    )
+    return [_collate([pairs[i] for i in group.members], group, device) for group in groups]
 
 
-def _is_cached(pair: TokenizedPair) -> bool:
-    return pair.reference is not None and all(map(math.isfinite, pair.reference))
-
-
-def _collate(pairs: Sequence[TokenizedPair], group: PairGroup, device: torch.device) -> MicroBatch:
+def _collate(pairs: list[TokenizedPair], group: PairGroup, device: torch.device) -> MicroBatch:
     """Build the tensors of one group."""
-    members = [pairs[i] for i in group.members]
-    layout = _share if group.shares_prompts else _pad
-    ids, starts = layout(members, group.row_tokens)
+    sequences = [(p.prompt_ids, p.chosen_ids) for p in pairs] + [(p.prompt_ids, p.rejected_ids) for p in pairs]
+    ids, starts = _share(pairs, sequences) if group.shares_prompts else _pad(sequences, group.row_tokens)
     positions: list[int] = []
     targets: list[int] = []
     rows: list[int] = []
-    for row, (prompt, completion) in enumerate(_sequences(members)):
+    for row, (prompt, completion) in enumerate(sequences):
         before, own = starts[row]
         # The very first token of a sequence is predicted by nothing.
         positions.extend([before + len(prompt) - 1] if prompt else [])
@@ -144,50 +154,45 @@ def _collate(pairs: Sequence[TokenizedPair], group: PairGroup, device: torch.dev
         scored = completion if prompt else completion[1:]
         targets.extend(scored)
         rows.extend([row] * len(scored))
-    known = [pair.reference for pair in members if _is_cached(pair) and pair.reference]
-    reference = [values[side] for side in (0, 1) for values in known]
-    computed = [(len(p.prompt_ids), len(p.chosen_ids) - 1, len(p.rejected_ids) - 1) for p in members]
+    reference = [p.reference[side] for side in (0, 1) for p in pairs if group.is_cached and p.reference]
+    computed = [(len(p.prompt_ids), len(p.chosen_ids) - 1, len(p.rejected_ids) - 1) for p in pairs]
     return MicroBatch(
-        tuple(group.members),
+        group,
         ids=torch.tensor(ids, dtype=torch.int64, device=device),
-        width=group.row_tokens,
         positions=torch.tensor(positions, dtype=torch.int64, device=device),
         targets=torch.tensor(targets, dtype=torch.int64, device=device),
         rows=torch.tensor(rows, dtype=torch.int64, device=device),
-        weights=torch.tensor([pair.weight for pair in members], dtype=torch.float32, device=device),
-        reference=torch.tensor(reference, dtype=torch.float32, device=device) if known else None,
+        weights=torch.tensor([pair.weight for pair in pairs], dtype=torch.float32, device=device),
+        reference=torch.tensor(reference, dtype=torch.float32, device=device) if reference else None,
         shared=SharedPrompts.of(computed, device) if group.shares_prompts else None,
     )
 
 
-def _sequences(members: list[TokenizedPair]) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
-    """Prompt and completion: all chosen, then all rejected."""
-    return [(p.prompt_ids, p.chosen_ids) for p in members] + [(p.prompt_ids, p.rejected_ids) for p in members]
-
-
+_Sequences = list[tuple[tuple[int, ...], tuple[int, ...]]]
+"""Prompt and completion: all chosen, then all rejected."""
 _Layout = tuple[list[list[int]], list[tuple[int, int]]]
 """Rows of ids, and for each sequence where its prompt and its completion start among them."""
 
 
-def _pad(members: list[TokenizedPair], width: int) -> _Layout:
-    """A row for each sequence."""
+def _pad(sequences: _Sequences, width: int) -> _Layout:
+    """Lay out a row for each sequence."""
     ids, starts = [], []
-    for row, (prompt, completion) in enumerate(_sequences(members)):
+    for row, (prompt, completion) in enumerate(sequences):
         tokens = [*prompt, *completion[:-1]]
         ids.append(tokens + [_PAD_ID] * (width - len(tokens)))
         starts.append((row * width, row * width + len(prompt)))
     return ids, starts
 
 
-def _share(members: list[TokenizedPair], _width: int) -> _Layout:
-    """One row, in the order that `SharedPrompts` wants."""
+def _share(pairs: list[TokenizedPair], sequences: _Sequences) -> _Layout:
+    """Lay out one row, in the order that `SharedPrompts` wants."""
     ids: list[int] = []
     prompt_starts: list[int] = []
-    for pair in members:
+    for pair in pairs:
         prompt_starts.append(len(ids))
         ids.extend(pair.prompt_ids)
     starts = []
-    for row, (_, completion) in enumerate(_sequences(members)):
-        starts.append((prompt_starts[row % len(members)], len(ids)))
+    for row, (_, completion) in enumerate(sequences):
+        starts.append((prompt_starts[row % len(pairs)], len(ids)))
         ids.extend(completion[:-1])
     return [ids], starts

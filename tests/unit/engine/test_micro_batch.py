@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from core.errors import PairTooLongError, TrainingError
 from core.types import TokenizedPair
-from engine.training.dpo_batch import cut_pair, make_micro_batches
+from engine.training.micro_batch import cut_pair, make_micro_batches
 
 CPU = torch.device("cpu")
 
@@ -53,12 +53,12 @@ def test_a_cut_pair_keeps_its_id_weight_and_reference():
 def test_rows_and_targets():
     pairs = [_pair([1, 2], [3, 4], [5], "a"), _pair([6], [7, 8, 9], [10, 11], "b")]
     (batch,) = _batches(pairs, share_prompts=False)
-    assert batch.pair_indices == (0, 1)
+    assert batch.group.members == (0, 1)
     assert batch.ids.tolist() == [[1, 2, 3], [6, 7, 8], [1, 2, 0], [6, 10, 0]]
     assert batch.targets.tolist() == [3, 4, 7, 8, 9, 5, 10, 11]
     assert batch.rows.tolist() == [0, 0, 1, 1, 1, 2, 3, 3]
     assert batch.positions.tolist() == [1, 2, 3, 4, 5, 7, 9, 10]
-    assert (batch.num_pairs, batch.num_tokens, batch.num_targets) == (2, 12, 8)
+    assert (batch.group.num_tokens, batch.group.num_targets) == (12, 8)
 
 
 def test_shared_prompts_lie_in_one_row_without_padding():
@@ -78,14 +78,14 @@ def test_shared_prompts_lie_in_one_row_without_padding():
         ]
         * 2
     )
-    assert (batch.num_pairs, batch.num_tokens, batch.num_targets, batch.width) == (2, 7, 8, 3)
+    assert (batch.group.num_tokens, batch.group.num_targets, batch.group.row_tokens) == (7, 8, 3)
 
 
 def test_uneven_pairs_do_not_blow_up_the_padded_attention():
     """59 short pairs and a long one are 884 tokens: few for a layer, but 60 rows of 202 keys, twice, for attention."""
     pairs = [_pair([1, 2, 3, 4], [5, 6, 7], [8, 9, 10]) for _ in range(59)]
     pairs.append(_pair([1] * 150, [5] * 51, [6] * 51))
-    assert [batch.num_pairs for batch in _batches(pairs, 1024)] == [59, 1]
+    assert [len(batch.group.members) for batch in _batches(pairs, 1024)] == [59, 1]
 
 
 def test_empty_prompt_scores_from_the_second_token():
@@ -108,21 +108,23 @@ def test_every_pair_once_within_the_bound_and_apart_by_reference(raw, bound, sha
         for i, (*parts, is_cached) in enumerate(raw)
     ]
     batches = _batches(pairs, bound, share_prompts)
-    assert sorted(i for batch in batches for i in batch.pair_indices) == list(range(len(pairs)))
+    assert sorted(i for batch in batches for i in batch.group.members) == list(range(len(pairs)))
     for batch in batches:
-        assert batch.num_pairs == 1 or batch.num_tokens <= bound
-        expected = [t for i in batch.pair_indices for t in pairs[i].chosen_ids]
-        expected += [t for i in batch.pair_indices for t in pairs[i].rejected_ids]
+        num_pairs = len(batch.group.members)
+        assert (batch.ids.numel(), len(batch.targets)) == (batch.group.num_tokens, batch.group.num_targets)
+        assert num_pairs == 1 or batch.ids.numel() <= bound
+        expected = [t for i in batch.group.members for t in pairs[i].chosen_ids]
+        expected += [t for i in batch.group.members for t in pairs[i].rejected_ids]
         assert batch.targets.tolist() == expected
-        assert batch.weights.tolist() == [0.5 + i for i in batch.pair_indices]
-        known = [pairs[i].reference for i in batch.pair_indices if pairs[i].reference]
-        assert len(known) in (0, batch.num_pairs)
+        assert batch.weights.tolist() == [0.5 + i for i in batch.group.members]
+        known = [pairs[i].reference for i in batch.group.members if pairs[i].reference]
+        assert len(known) in (0, num_pairs)
         assert (batch.reference is None) == (not known)
         if known:
             assert batch.reference.tolist() == [values[side] for side in (0, 1) for values in known]
-        rows = [pairs[i].prompt_ids + ids for i in batch.pair_indices for ids in (pairs[i].chosen_ids,)]
-        rows += [pairs[i].prompt_ids + pairs[i].rejected_ids for i in batch.pair_indices]
-        assert batch.num_tokens <= 2 * batch.num_pairs * (max(map(len, rows)) - 1)
+        rows = [pairs[i].prompt_ids + ids for i in batch.group.members for ids in (pairs[i].chosen_ids,)]
+        rows += [pairs[i].prompt_ids + pairs[i].rejected_ids for i in batch.group.members]
+        assert batch.ids.numel() <= 2 * num_pairs * (max(map(len, rows)) - 1)
         assert share_prompts or batch.shared is None
 
 

@@ -1,4 +1,4 @@
-"""How thumbs become pairs: one up and one down on the same prompt.
+"""Ratings: thumbs become pairs, one up and one down on the same prompt.
 
 Rule. A rating takes as partner the newest rating of the other direction that
 
@@ -9,11 +9,12 @@ Rule. A rating takes as partner the newest rating of the other direction that
 
 A user's newest rating of a response replaces the older one, so a changed mind never trains both ways. A lone thumb
 stays open; no answer is ever invented for it.
+
+Functions take the connection of the caller's transaction.
 """
 
 import hashlib
 import json
-from dataclasses import dataclass
 from typing import Any
 
 from sqlalchemy import delete, insert, select, update
@@ -29,14 +30,6 @@ from core.errors import InvalidFeedbackError
 OPEN, PAIRED, REPLACED, UNUSABLE = "open", "paired", "replaced", "unusable"
 
 
-@dataclass(frozen=True, slots=True)
-class RatingMatch:
-    """Two ratings that make a pair."""
-
-    draft: PairDraft
-    partner_feedback_id: str
-
-
 def put_rating(
     connection: Connection,
     feedback_id: str,
@@ -46,8 +39,11 @@ def put_rating(
     pair_id: str,
     config: FeedbackConfig,
     now: float,
-) -> RatingMatch | None:
-    """Store one rating and find its partner; both are then marked as used by `pair_id`."""
+) -> tuple[PairDraft, str] | None:
+    """Store one rating and find its partner; both are then marked as used by `pair_id`.
+
+    Returns the pair that they make and the partner's feedback id; None if the rating stays alone.
+    """
     row = _row(feedback_id, item, response, config, now)
     _replace_older(connection, row)
     partner = (
@@ -56,7 +52,12 @@ def put_rating(
     if partner is not None:
         row |= {"state": PAIRED, "pair_id": pair_id}
     connection.execute(insert(ratings), row)
-    return _match(item, response, partner) if partner is not None else None
+    if partner is None:
+        return None
+    new, old = (response.text, response.adapter), (partner.text, partner.adapter)
+    chosen, rejected = (new, old) if item.value > 0 else (old, new)
+    draft = PairDraft(json.loads(partner.prompt), chosen[0], rejected[0], chosen[1], rejected[1])
+    return draft, partner.feedback_id
 
 
 def drop_rating(connection: Connection, feedback_id: str, pair_id: str | None) -> None:
@@ -89,7 +90,7 @@ def _row(
 
 
 def _is_usable(response: StoredResponse, config: FeedbackConfig) -> bool:
-    """Could this response ever be half of a pair? Checked against a dummy that differs from it."""
+    """True if this response can ever be half of a pair. Checked against a dummy that differs from it."""
     probe = PairDraft(response.prompt, response.text, "-" if response.text.strip() != "-" else "+")
     try:
         checked_pair(probe, config.max_text_chars, ("prompt", "text", "probe"))
@@ -128,10 +129,3 @@ def _claim_partner(connection: Connection, row: dict[str, Any], pair_id: str, ol
         if connection.execute(claim.values(state=PAIRED, pair_id=pair_id)).rowcount == 1:
             return partner
     return None
-
-
-def _match(item: Rating, response: StoredResponse, partner: Row[Any]) -> RatingMatch:
-    new, old = (response.text, response.adapter), (partner.text, partner.adapter)
-    chosen, rejected = (new, old) if item.value > 0 else (old, new)
-    draft = PairDraft(json.loads(partner.prompt), chosen[0], rejected[0], chosen[1], rejected[1])
-    return RatingMatch(draft, partner.feedback_id)
