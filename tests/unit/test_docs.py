@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 from typer import Typer
-from typer.main import get_group
+from typer.main import get_command, get_group
 
 from app.cli import app
 from app.main import parse_args
@@ -21,9 +21,7 @@ PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
 _FENCE = re.compile(r"^```.*?^```", re.M | re.S)
 _LINK = re.compile(r"\]\(([^)\s]+)\)")
 _FILE = re.compile(r"`((?:[\w.-]+/)+[\w.-]+\.(?:py|yaml|json|jsonl|md|png|toml))(?::(?:\w+\.)?(\w+))?`")
-_COMMAND = re.compile(r"(?:^\s*|`|\$ )mace ((?:[a-z][a-z-]* ?){1,3})", re.M)
-_GROUPS = ("bench", "profile", "feedback")
-"""Commands that do nothing without a subcommand."""
+_COMMAND = re.compile(r"(?:^\s*|`|[$] )mace ([a-z][^`#|\n;,()]*)", re.M)
 _FOLDERS = {path.name for path in ROOT.iterdir() if path.is_dir()} - {"state", "build"}
 
 
@@ -72,26 +70,36 @@ def test_files_and_names_that_a_page_mentions_exist(path, text):
 
 
 @cache
-def known_commands():
-    """Every `mace` command with its subcommands, those of packages above `app` included."""
-    known = {name: set(getattr(command, "commands", ())) for name, command in get_group(app).commands.items()}
+def mace():
+    """The `mace` command with those of packages above `app`, which `app.cli.main` adds when they are asked for."""
+    group = get_group(app)
     points = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["entry-points"]
-    for name, target in points["mace.commands"].items():
-        loaded = EntryPoint(name, target, "mace.commands").load()
-        known[name] = set(get_group(loaded).commands) if isinstance(loaded, Typer) else set()
-    known["demo"] |= points["mace.commands.demo"].keys()
-    return known
+    for entries, parent in (("mace.commands", group), ("mace.commands.demo", group.commands["demo"])):
+        for name, target in points[entries].items():
+            loaded = EntryPoint(name, target, entries).load()
+            if not isinstance(loaded, Typer):
+                command, loaded = loaded, Typer()
+                loaded.command(name)(command)
+                parent.commands[name] = get_command(loaded)
+            else:
+                parent.commands[name] = get_group(loaded)
+    return group
+
+
+def is_unknown(line):
+    """Whether `mace` lacks a command or an option of this command line."""
+    command, words = mace(), line.split()
+    while (commands := getattr(command, "commands", None)) and words and words[0][0].isalpha():
+        command = commands.get(words.pop(0))
+    options = {
+        name for option in getattr(command, "params", ()) for name in (*option.opts, *option.secondary_opts)
+    }
+    return command is None or any(word.startswith("--") and word.split("=")[0] not in options for word in words)
 
 
 @pytest.mark.parametrize(("path", "text"), of_every_page(with_code=True))
-def test_commands_that_a_page_shows_exist(path, text):
-    known = known_commands()
-    unknown = []
-    for words in _COMMAND.findall(text):
-        first, *more = words.split()
-        if first not in known or (more and first in _GROUPS and more[0] not in known[first]):
-            unknown.append(words)
-    assert unknown == []
+def test_commands_and_options_that_a_page_shows_exist(path, text):
+    assert [line for line in _COMMAND.findall(text) if is_unknown(line)] == []
 
 
 def test_the_page_of_settings_is_what_the_settings_say():
