@@ -47,7 +47,7 @@ class EngineConfig(Section):
     num_threads: int = Field(0, ge=0)
     """CPU threads of the worker. 0: every core that this process may use, or one if the weights are below 64 MiB."""
     share_base_weights: Literal["auto", "always", "never"] = "auto"
-    """`auto`: shared on CUDA; on CPU whichever docs/weights.md measured as better."""
+    """`auto`: shared on CUDA; on CPU whichever docs/measurements/weights.md measured as better."""
     engine_kwargs: dict[str, Any] = Field(default_factory=dict)
     """Passed to vLLM's AsyncEngineArgs unchanged."""
     frontend_kwargs: dict[str, Any] = Field(default_factory=dict)
@@ -178,7 +178,7 @@ class ExperimentsConfig(Section):
     reward_term: bool = True
     """False is the ablation: no `γ·L_DPO` in the priority."""
     share_prompt: bool = True
-    """Compute the prompt of a pair once for both completions, where that is fewer tokens (docs/prompt_sharing.md)."""
+    """Compute the prompt of a pair once for both completions, where that is fewer tokens (docs/measurements)."""
     retrain_rate: float = Field(0.4, gt=0)
     """Preference pairs trained for each inference request by the baselines `periodic` and `continuous`."""
     period_requests: int = Field(50, ge=1)

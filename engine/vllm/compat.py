@@ -22,7 +22,7 @@ CONFIG_KEY = "mace"
 """Our key in vLLM's `additional_config`, which reaches the scheduler and the worker."""
 
 _SMALL_MODEL_BYTES = 64 << 20
-"""Below this, splitting a layer over threads costs more than it saves (docs/weights.md)."""
+"""Below this, splitting a layer over threads costs more than it saves (docs/measurements/weights.md)."""
 
 _BINDING_VARIABLE = "VLLM_CPU_OMP_THREADS_BIND"
 
@@ -31,7 +31,7 @@ CPU_PRUNING_BLOCK_TOKENS = 32
 
 _ONEDNN_KERNELS = 128
 """Compiled matrix products that oneDNN keeps, one for each size of batch and shape of weight. Its own default of 1,024
-takes 0.24 GiB more, and replacing the oldest left holes in the heap that kept growing (docs/memory_benchmarks.md)."""
+takes 0.24 GiB more, and replacing the oldest left holes in the heap that kept growing (docs/measurements/memory.md)."""
 
 _CPU_KV_SHARE = 0.1
 _CPU_KV_BOUNDS = (256 << 20, 8 << 30)

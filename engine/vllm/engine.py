@@ -100,11 +100,6 @@ class HybridEngine:
         progress: dict[str, Any] | None = await self._call_worker("load_training_state", str(path))
         return progress
 
-    async def describe_trainer(self) -> dict[str, int]:
-        """`base_weight_bytes` of the trainer and the `shared_bytes` among them, which are vLLM's own tensors."""
-        description: dict[str, int] = await self._call_worker("describe")
-        return description
-
     async def iterations(self, after: int = 0) -> tuple[int, list[IterationSample]]:
         """Measured iterations since number `after`, oldest first, and the number to ask for next.
 
@@ -114,7 +109,11 @@ class HybridEngine:
         return reply["next"], [IterationSample.from_wire(sample) for sample in reply["samples"]]
 
     async def memory_status(self) -> dict[str, Any]:
-        """`engine.vllm.directive.MemoryCounters` as of the last iteration; on CPU also the worker's `heap_*_bytes`."""
+        """`engine.vllm.directive.MemoryCounters` as of the last iteration, and what the worker adds.
+
+        With training `base_weight_bytes` of the trainer, and the `shared_bytes` among them, which are vLLM's own
+        tensors; on CPU the `heap_*_bytes`.
+        """
         status: dict[str, Any] = await self._call_worker("memory")
         return status
 

@@ -1,7 +1,7 @@
 """Gives free heap memory back to the system, on CPU.
 
 oneDNN's cache of compiled products replaces its entries for as long as shapes are new, and activations of all sizes
-come and go between them, so the C library's heap gets holes that it keeps (docs/memory_benchmarks.md, "Soak"; how many
+come and go between them, so the C library's heap gets holes that it keeps (docs/measurements/memory.md; how many
 kernels the cache holds is set by `engine.vllm.compat`). That is no leak, but nothing says where it ends. `malloc_trim`
 returns the pages of the holes.
 """

@@ -44,6 +44,7 @@ class HybridWorkerMixin:
     _pruning_refusal: str | None = None
     _kv_scores: Scores = {}  # noqa: RUF012 - replaced, never changed
     _memory = MemoryCounters()
+    _weights: dict[str, int] = {}  # noqa: RUF012 - replaced, never changed
     _log: IterationLog
     _directive: Directive
     _finetune_report: SliceReport
@@ -59,6 +60,7 @@ class HybridWorkerMixin:
             super().load_model(**kwargs)  # type: ignore[misc]
         if args.training.enabled:
             self._runner = self._build_runner(args, shared)
+            self._weights = self._runner.describe()
 
     def compile_or_warm_up_model(self) -> Any:
         """vLLM's last preparation before it serves; what is free on the device after it, training may use."""
@@ -113,8 +115,7 @@ class HybridWorkerMixin:
         """Answer `HybridEngine` between two iterations (through `collective_rpc`).
 
         `iterations` (`IterationLog.since`), `memory` (`memory_status`), `pruning_refusal` (the reason why KV blocks
-        cannot be dropped although the settings ask for it, or None), `describe` (the trainer's weights), and the
-        methods of `AdapterKeeper`.
+        cannot be dropped although the settings ask for it, or None), and the methods of `AdapterKeeper`.
 
         Returns `{"value": ...}`, or `{"error": class name, "message": ...}` for errors of our tree: vLLM would turn
         an exception into text.
@@ -125,8 +126,8 @@ class HybridWorkerMixin:
             return {"error": type(error).__name__, "message": str(error)}
 
     def memory_status(self) -> dict[str, Any]:
-        """`MemoryCounters` of the last iteration."""
-        return asdict(self._memory)
+        """`MemoryCounters` of the last iteration, and the trainer's weights."""
+        return {**asdict(self._memory), **self._weights}
 
     def _method(self, name: str) -> Callable[..., Any]:
         if name == "iterations":
@@ -137,8 +138,6 @@ class HybridWorkerMixin:
             return lambda: self._pruning_refusal
         if self._runner is None:
             raise ConfigError("training is disabled in this engine (training.enabled: false)")
-        if name == "describe":
-            return self._runner.describe
         if name not in AdapterKeeper.REMOTE_METHODS:
             raise ConfigError(f"not a remote method of the fine-tune runner: {name}")
         return getattr(self._runner.adapters, name)

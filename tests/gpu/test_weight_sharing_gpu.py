@@ -21,7 +21,7 @@ def engine(tiny_assistant):
 
 
 def test_no_weight_exists_twice(engine):
-    description = engine.run(engine.engine.describe_trainer())
+    description = engine.run(engine.engine.memory_status())
     assert description["shared_bytes"] == description["base_weight_bytes"] > 0
 
 

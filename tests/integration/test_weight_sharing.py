@@ -19,7 +19,7 @@ def engine(tiny_assistant):
 
 
 def test_every_base_weight_of_the_trainer_is_vllms(engine):
-    description = engine.run(engine.engine.describe_trainer())
+    description = engine.run(engine.engine.memory_status())
     assert description["base_weight_bytes"] > 1_000_000
     assert description["shared_bytes"] == description["base_weight_bytes"]
 
