@@ -1,4 +1,4 @@
-"""The verdict on a canary: is the version on trial worse than the live one, by its users and by the clock? Pure.
+"""The verdict on a canary: whether the version on trial is worse than the live one, for its users and by the clock.
 
 Both questions compare two shares of independent trials (thumbs up of all thumbs, requests within their SLO of all
 requests) by a one-sided lower bound of their difference: Newcombe's hybrid of two Wilson intervals (Statistics in
@@ -11,6 +11,11 @@ from typing import Literal
 
 from alignment.intervals import wilson
 from core.alignment_config import VersionsConfig
+
+CONFIDENCE = 0.95
+"""One-sided confidence of both comparisons."""
+MAX_SLO_DROP = 0.02
+"""How much lower than the live version's the share of requests within their SLO may be."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,7 +31,7 @@ class Share:
 
 @dataclass(frozen=True, slots=True)
 class Arm:
-    """What was seen of one version since the trial began."""
+    """Ratings and requests of one version since the trial began."""
 
     ratings: Share = field(default_factory=Share)
     """Thumbs up of all thumbs."""
@@ -36,7 +41,7 @@ class Arm:
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """What to do with the canary."""
+    """The decision on the canary."""
 
     action: Literal["wait", "promote", "roll_back"]
     reason: str
@@ -53,18 +58,16 @@ def judge_canary(canary: Arm, live: Arm, elapsed_s: float, config: VersionsConfi
     served = min(canary.slo.total, live.slo.total) >= config.canary_min_requests
     complaints = []
     if rated or over:
-        drop = least_drop(canary.ratings, live.ratings, config.canary_confidence)
+        drop = least_drop(canary.ratings, live.ratings, CONFIDENCE)
         if drop > 0:
             complaints.append(f"thumbs up {canary.ratings} (live {live.ratings})")
     if served or over:
-        drop = least_drop(canary.slo, live.slo, config.canary_confidence)
-        if drop > config.canary_max_slo_drop:
+        drop = least_drop(canary.slo, live.slo, CONFIDENCE)
+        if drop > MAX_SLO_DROP:
             complaints.append(f"within the SLO {canary.slo} requests (live {live.slo})")
     seen = f"thumbs up {canary.ratings} (live {live.ratings}), within the SLO {canary.slo} (live {live.slo})"
     if complaints:
-        return Verdict(
-            "roll_back", f"worse than live at {config.canary_confidence:.0%}: {' and '.join(complaints)}"
-        )
+        return Verdict("roll_back", f"worse than live at {CONFIDENCE:.0%}: {' and '.join(complaints)}")
     if rated and served:
         return Verdict("promote", f"not worse than live: {seen}")
     if over:
@@ -73,7 +76,7 @@ def judge_canary(canary: Arm, live: Arm, elapsed_s: float, config: VersionsConfi
 
 
 def least_drop(canary: Share, live: Share, confidence: float) -> float:
-    """By how much the canary's share is below the live one's at least, at this one-sided confidence; -1 if unknown."""
+    """Lower bound of how far the canary's share is below the live one's, one-sided at `confidence`; -1 if unknown."""
     if not canary.total or not live.total:
         return -1.0
     p_live, p_canary = live.hits / live.total, canary.hits / canary.total

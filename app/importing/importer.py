@@ -22,6 +22,7 @@ from alignment.store.formats import with_id
 from app.importing.delivery import Delivered, Sink
 from app.importing.sources import Source, SourceRow
 from core.errors import InvalidFeedbackError
+from core.files import write_atomically
 
 _MAX_REASONS = 100
 _MAX_COLUMNS = 100
@@ -137,13 +138,12 @@ class ProgressFile:
             return None
 
     def save(self, progress: Progress) -> None:
-        """Write, then rename: a reader sees the old progress or the new one.
+        """Replace what was saved before.
 
         Raises:
             OSError: the cache directory cannot be written.
         """
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        new = self.path.with_suffix(f".{os.getpid()}.new")
         data = {
             "next_after": progress.next_after,
             "last_id": progress.last_id,
@@ -151,8 +151,7 @@ class ProgressFile:
             "rejected_bytes": progress.rejected_bytes,
             "tally": progress.tally.to_json(),
         }
-        new.write_text(json.dumps(data), encoding="utf-8")
-        new.replace(self.path)
+        write_atomically(self.path, json.dumps(data))
 
     def remove(self) -> None:
         """Forget; also if there is nothing to forget."""

@@ -14,8 +14,6 @@ import functools
 import hashlib
 import random
 import re
-import shutil
-import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +21,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from engine.pruning.tasks import TaskKind, all_words, make_recall
+from core.files import atomic_directory
+from engine.pruning.tasks import RecallKind, all_words, make_recall
 
 if TYPE_CHECKING:
     import torch
@@ -83,17 +82,11 @@ def ensure_needle_model(
     if target.is_dir():
         return target
     target.parent.mkdir(parents=True, exist_ok=True)
-    staging = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
-    try:
+    with atomic_directory(target) as staging:
         tokenizer = _train_tokenizer()
         model = train_needle_model(tokenizer, recipe, seed, on_progress)
         model.save_pretrained(staging)
         tokenizer.save_pretrained(staging)
-        staging.chmod(0o755)
-        staging.rename(target)
-    except BaseException:
-        shutil.rmtree(staging, ignore_errors=True)
-        raise
     return target
 
 
@@ -246,7 +239,7 @@ def _repeat(length: int, vocab_size: int, rng: random.Random) -> _Row:
 
 
 def _recall(length: int, encode: Callable[[str], list[int]], recipe: NeedleRecipe, rng: random.Random) -> _Row:
-    kind: TaskKind = rng.choice(["needle", "qa"])
+    kind: RecallKind = rng.choice(["needle", "qa"])
     recall = make_recall(kind, length, recipe.questions, _count_words, rng)
     ids = list(encode(recall.context))
     row = _Row(ids, [_TEXT_WEIGHT] * len(ids))

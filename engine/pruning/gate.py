@@ -4,8 +4,6 @@
 """
 
 import math
-import os
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +13,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from core.config import KvPruningConfig, ModelConfig
 from core.errors import ProfileError
-from engine.pruning.tasks import TaskKind
+from core.files import write_atomically
+from engine.pruning.tasks import RecallKind
 from profiler.profile import Origin, profile_path
 
 MIN_PASSAGES = 20
@@ -57,7 +56,7 @@ class TaskBaseline(_Model):
         return self.accuracy - self.guess_accuracy >= MIN_SKILL * (1 - self.guess_accuracy)
 
 
-class TaskResult(_Model):
+class RecallResult(_Model):
     """The same questions after pruning."""
 
     accuracy: _Share
@@ -71,7 +70,7 @@ class FractionResult(_Model):
     fraction: float = Field(ge=0, le=0.9)
     logprob_drop: Estimate
     """Nats per token of what follows the context; positive: pruning made it less likely."""
-    tasks: dict[TaskKind, TaskResult]
+    tasks: dict[RecallKind, RecallResult]
     dropped_blocks: float = Field(ge=0)
     """Mean over all contexts; fewer than asked for where sinks and recent window leave no more."""
     total_blocks: float = Field(gt=0)
@@ -95,7 +94,7 @@ class PruningReport(_Model):
     """Where the passages of the log-prob come from; None: generated."""
     num_skipped: int = Field(0, ge=0)
     """Passages that were too short to drop a block."""
-    baseline: dict[TaskKind, TaskBaseline]
+    baseline: dict[RecallKind, TaskBaseline]
     baseline_nats_per_token: _Finite
     """Mean negative log-prob of the continuations, unpruned."""
     fractions: tuple[FractionResult, ...] = Field(min_length=1)
@@ -109,13 +108,7 @@ class PruningReport(_Model):
         """
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            with tempfile.NamedTemporaryFile(
-                "w", encoding="utf-8", dir=path.parent, prefix=f".{path.name}.", delete=False
-            ) as file:
-                file.write(self.model_dump_json(indent=1))
-                file.flush()
-                os.fsync(file.fileno())
-            Path(file.name).replace(path)
+            write_atomically(path, self.model_dump_json(indent=1))
         except OSError as error:
             raise ProfileError(f"cannot write pruning report {path}: {error.strerror}") from error
 

@@ -1,4 +1,4 @@
-"""What the hybrid scheduler and worker say to each other inside an engine.
+"""The messages between the hybrid scheduler and its worker inside an engine.
 
 Both ride as attributes on vLLM's own objects, which are plain dataclasses and are pickled whole between the
 two processes: a `Directive` on `SchedulerOutput`, an `IterationReport` on a copy of `ModelRunnerOutput`.
@@ -7,7 +7,7 @@ two processes: a `Directive` on `SchedulerOutput`, an `IterationReport` on a cop
 from dataclasses import dataclass, field
 from typing import Any
 
-from core.batch import ForwardShape
+from core.batch import ForwardShape, Plan
 from core.types import SliceReport, SliceTiming
 
 TASK_KEY = "mace_finetune_task"
@@ -24,26 +24,23 @@ class MemoryCounters:
     num_blocks: int = 0
     """KV blocks that can be given out."""
     free_blocks: int = 0
-    """Of these, how many nobody holds; the prefix cache may still know what is in them."""
+    """Those that nobody holds; the prefix cache may still know what is in them."""
     pruned_blocks: int = 0
     pruned_requests: int = 0
     preemptions: int = 0
     arena_capacity_bytes: int = 0
     arena_used_bytes: int = 0
     ledger_error: str | None = None
-    """What `MemoryLedger.check_integrity` found; None if the books balance."""
+    """The finding of `MemoryLedger.check_integrity`; None if the books balance."""
 
 
 @dataclass(slots=True)
 class Directive:
     """Scheduler to worker, once per iteration."""
 
-    finetune_budget_s: float = 0.0
-    min_slices: int = 0
-    slice_tokens: int = 0
-    """Padded tokens of micro-batches of steps that start from now on; 0: as configured."""
-    is_blocking: bool = False
-    """Run the step in progress, or the next one, to its end whatever it takes."""
+    plan: Plan = field(default_factory=Plan)
+    shape: ForwardShape = field(default_factory=ForwardShape)
+    """The forward pass that was scheduled under the plan."""
     new_tasks: list[dict[str, Any]] = field(default_factory=list)
     """`FineTuneTask.to_wire()` of tasks that entered since the last iteration."""
     aborted_task_ids: list[str] = field(default_factory=list)
@@ -52,17 +49,15 @@ class Directive:
     score_request_ids: list[str] = field(default_factory=list)
     """Requests whose KV blocks are to be scored."""
     memory: MemoryCounters = field(default_factory=MemoryCounters)
-    shape: ForwardShape = field(default_factory=ForwardShape)
-    predicted_forward_s: float | None = None
     started_s: float = 0.0
     """`time.perf_counter` of the scheduler's process."""
     overhead_s: float = 0.0
-    """Of the iteration before; the last one is not over when its slices run."""
+    """Overhead of the iteration before; the last one is not over when its slices run."""
 
 
 @dataclass(slots=True)
 class WorkerFacts:
-    """What the worker knew before the first iteration."""
+    """Measurements of the worker from before the first iteration."""
 
     warm_up: list[SliceTiming]
     """Every kind of slice, measured once."""
@@ -78,6 +73,6 @@ class IterationReport:
     forward_s: float
     """Inference forward pass and sampling."""
     facts: WorkerFacts | None = None
-    """In the first report only."""
+    """Only the first report has them."""
     kv_scores: dict[str, list[tuple[int, float]]] = field(default_factory=dict)
-    """By request id: position and score of its full KV blocks; higher is kept."""
+    """Position and score of full KV blocks, keyed by request id; higher is kept."""

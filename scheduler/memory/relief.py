@@ -1,4 +1,6 @@
-"""What is done when memory is short, in this order: smaller slices, prune, defer training, let vLLM preempt.
+"""The measures when memory is short, in this order: smaller slices, prune, defer training, let vLLM preempt.
+
+With `kv_pruning.start: always` whatever may be dropped is dropped before anything else is decided.
 
 One `BlockBudget` is opened for each iteration. It knows the KV blocks that are free and those that the pruner offers,
 and gives them out in order of need: first to the decoding requests, whose next token would otherwise cost somebody
@@ -10,23 +12,25 @@ Pure: engine and simulator drop the blocks (`Plan.prune_blocks`), and enforce `m
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+from core.batch import Plan, PruneReason
 from core.config import KvPruningConfig
 from scheduler.memory.ledger import MemoryLedger, Pool
-from scheduler.plan import IterationView, Plan, PrefillTask, PruneOffer, PruneReason
+from scheduler.view import IterationView, PrefillTask, PruneOffer
 
 _SHORT_SHARE = 0.1
 _ENOUGH_SHARE = 0.2
-"""Of the KV blocks, and of the joint budget while there is training: below the first blocks are scored, until the
-second is free. Scores come one iteration after they are asked for; a prompt may take a tenth of the blocks in one."""
+"""Shares of the KV blocks, and of the joint budget while there is training: below the first, blocks are scored until
+the second is free. Scores come one iteration after they are asked for; a prompt may take a tenth of the blocks in it.
+"""
 
 _NOTHING = PruneOffer(())
 
 
 @dataclass(slots=True)
 class Quote:
-    """What has to be dropped for a task to get its memory."""
+    """The blocks that have to be dropped for a task to get its memory."""
 
     num_blocks: int
     pruned_bytes: float
@@ -40,18 +44,6 @@ FREE = Quote(0, 0.0, 0.0)
 
 class BlockBudget:
     """One iteration's KV blocks: free, droppable and given out."""
-
-    __slots__ = (
-        "_offer",
-        "block_bytes",
-        "block_tokens",
-        "chunk_tokens",
-        "decode_blocks",
-        "free_blocks",
-        "is_short",
-        "pruned_blocks",
-        "reason",
-    )
 
     def __init__(self, view: IterationView, block_bytes: float) -> None:
         self.block_bytes = block_bytes
@@ -70,7 +62,7 @@ class BlockBudget:
 
     @property
     def growth_bytes(self) -> float:
-        """By how much the KV blocks in use grow with this iteration; negative if more are dropped."""
+        """Growth of the KV blocks in use with this iteration; negative if more are dropped."""
         chunk_blocks = self.chunk_tokens / self.block_tokens if self.chunk_tokens else 0.0
         return (self.decode_blocks + chunk_blocks - self.pruned_blocks) * self.block_bytes
 
@@ -92,7 +84,7 @@ class BlockBudget:
         return blocks * self.block_tokens - prefill.context_tokens
 
     def quote(self, num_blocks: int = 0, missing_bytes: float = 0.0) -> Quote | None:
-        """What to drop for so many new blocks, and for bytes of the joint budget; None if that is not on offer."""
+        """The price of so many new blocks, and of bytes of the joint budget; None if that is not on offer."""
         missing = num_blocks - self.free_blocks
         if missing_bytes > 0:
             missing = max(missing, math.ceil(missing_bytes / self.block_bytes) if self.block_bytes else 1 << 60)
@@ -139,13 +131,28 @@ class MemoryRelief:
         self._kv_bytes_per_token = kv_bytes_per_token
         self._is_short = False
 
+    def drop_at_once(self, view: IterationView) -> tuple[IterationView, int]:
+        """The view without the blocks on offer, and their number, for `start: always`; else the view as it is."""
+        if self._start != "always" or view.prune_offer is None:
+            return view, 0
+        dropped = view.prune_offer.num_blocks
+        tokens = dropped * view.block_tokens
+        rest = replace(
+            view,
+            decode_context=view.decode_context - tokens,
+            used_kv_bytes=view.used_kv_bytes - round(tokens * self._kv_bytes_per_token),
+            free_kv_blocks=view.free_kv_blocks + dropped,
+            prune_offer=None,
+        )
+        return rest, dropped
+
     def open(self, view: IterationView) -> BlockBudget:
         """The iteration's blocks; what decoding needs is given out already."""
         blocks = BlockBudget(view, view.block_tokens * self._kv_bytes_per_token)
         blocks.take_for_decode(view.decode_blocks)
         return blocks
 
-    def close(self, blocks: BlockBudget, view: IterationView, plan: Plan, kv_owner: str) -> None:
+    def close(self, blocks: BlockBudget, view: IterationView, plan: Plan) -> None:
         """Write the decision into the plan, and the KV memory after it into the ledger."""
         plan.wants_prune_scores = self._wants_scores(blocks, view)
         plan.defers_training = blocks.is_short
@@ -153,7 +160,7 @@ class MemoryRelief:
             plan.prune_blocks, plan.prune_reason = blocks.pruned_blocks, blocks.reason
         # What is given out now is not free for slices; a step that fits today must fit when it is.
         used_bytes = min(view.used_kv_bytes + int(blocks.growth_bytes), self._memory.pool_capacity_bytes(Pool.KV))
-        self._memory.record(kv_owner, Pool.KV, max(0, used_bytes))
+        self._memory.record(Pool.KV, max(0, used_bytes))
 
     def _wants_scores(self, blocks: BlockBudget, view: IterationView) -> bool:
         if self._start != "memory_pressure":
@@ -163,7 +170,7 @@ class MemoryRelief:
         return self._is_short
 
     def _lacks(self, share: float, blocks: BlockBudget, view: IterationView) -> bool:
-        """Whether less than `share` is free, or less than the first prompt in line needs."""
+        """True if less than `share` is free, or less than the first prompt in line needs."""
         block_bytes = max(blocks.block_bytes, 1e-9)
         kv_blocks = self._memory.pool_capacity_bytes(Pool.KV) / block_bytes
         if blocks.free_blocks < share * kv_blocks:

@@ -12,7 +12,7 @@ from starlette.responses import JSONResponse
 from alignment.store.feedback_store import FeedbackStore
 from alignment.store.formats import import_jsonl
 from app.http.errors import install_error_handlers
-from app.http.guard import RequestGuard
+from app.http.request import RequestChain
 from app.http.routes import feedback
 from benchmarks.harness.ports import free_port
 from core.alignment_config import FeedbackConfig
@@ -23,10 +23,10 @@ class _Control:
         self._store = store
 
     async def import_feedback(self, body):
-        return asdict(await asyncio.to_thread(import_jsonl, body.splitlines(), self._store.add))
+        return asdict(await asyncio.to_thread(import_jsonl, body.splitlines(), self._store.feedback.add))
 
     async def feedback_page(self, after, limit, kind):
-        return asdict(await asyncio.to_thread(self._store.page, after=after, limit=limit, type=kind))
+        return asdict(await asyncio.to_thread(self._store.feedback.page, after=after, limit=limit, type=kind))
 
 
 class _Executor:
@@ -48,7 +48,7 @@ class FeedbackServer:
         install_error_handlers(app)
         self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}"
-        self._app = RequestGuard(app, max_body_bytes, lambda _: None)
+        self._app = RequestChain(app, [], max_body_bytes, lambda _: None)
         self._server = None
 
     def start(self):

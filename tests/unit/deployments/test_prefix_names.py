@@ -8,9 +8,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from deployments.routing.prefix_proxy import PrefixNames, middlewares
-from deployments.routing.prefix_text import HEADER, LENGTHS, MAX_TEXT_BYTES, TextPrefixes, prefixes_of
-from deployments.routing.sent_prefixes import SentPrefixes, cached_text_bytes
+from deployments.routing.prefix_names import (
+    HEADER,
+    LENGTHS,
+    MAX_TEXT_BYTES,
+    PrefixNames,
+    TextPrefixes,
+    middlewares,
+    prefixes_of,
+)
 
 
 def chat(*contents, model="m"):
@@ -19,7 +25,7 @@ def chat(*contents, model="m"):
 
 def shared_bytes(a, b):
     """Length of the longest prefix that two requests are seen to share."""
-    return cached_text_bytes(prefixes_of(a), prefixes_of(b).digests)
+    return prefixes_of(a).bytes_among(prefixes_of(b).digests)
 
 
 def test_lengths_grow_by_no_more_than_a_quarter_and_end_at_the_bound():
@@ -160,24 +166,7 @@ def test_serve_gets_the_middleware():
     assert [middleware.cls for middleware in middlewares()] == [PrefixNames]
 
 
-def test_sent_prefixes_count_until_a_report_had_time_to_name_them():
-    sent, prefixes = SentPrefixes(), prefixes_of(chat("x" * 1000))
-    sent.note("a", prefixes, 10.0)
-    assert sent.since("a", 9.0, prefixes) == set(prefixes.digests)
-    assert sent.since("a", 12.0, prefixes) == set(prefixes.digests)
-    assert sent.since("a", 13.5, prefixes) == set()
-    assert sent.since("b", 9.0, prefixes) == set()
-
-
-def test_sent_prefixes_are_bounded_and_the_oldest_go_first():
-    sent = SentPrefixes()
-    for number in range(70_000):
-        sent.note("a", TextPrefixes(256, (str(number),)), float(number))
-    assert sent.since("a", 0.0, TextPrefixes(256, ("69999",))) == {"69999"}
-    assert sent.since("a", 0.0, TextPrefixes(256, ("10",))) == set()
-
-
 def test_the_longest_known_name_decides():
     prefixes = prefixes_of(chat("x" * 1000))
-    assert cached_text_bytes(prefixes, {prefixes.digests[0], prefixes.digests[2]}) == LENGTHS[2]
-    assert cached_text_bytes(prefixes, set()) == 0
+    assert prefixes.bytes_among({prefixes.digests[0], prefixes.digests[2]}) == LENGTHS[2]
+    assert prefixes.bytes_among(set()) == 0
