@@ -13,6 +13,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from pydantic import TypeAdapter
+
 from alignment.versions.activation_log import BASE
 from alignment.versions.registry import AdapterRegistry
 from core.errors import AdapterError
@@ -57,18 +59,15 @@ class TrainingProgress:
 
     @classmethod
     def from_wire(cls, data: dict[str, Any]) -> "TrainingProgress":
-        """Inverse of `to_wire`; what is missing or odd counts as nothing known.
+        """Inverse of `to_wire`.
 
         Raises:
-            ValueError: a number is not a number.
+            ValueError: it is no progress.
         """
-        return cls(
-            base=str(data.get("base", "")),
-            instead_of=str(data.get("instead_of", "")),
-            total_steps=int(data.get("total_steps", 0)),
-            steps_since_candidate=int(data.get("steps_since_candidate", 0)),
-            candidate_pairs=tuple(map(str, data.get("candidate_pairs", ()))),
-        )
+        return _PROGRESS.validate_python(data)
+
+
+_PROGRESS = TypeAdapter(TrainingProgress)
 
 
 class ShadowKeeper:
@@ -88,13 +87,14 @@ class ShadowKeeper:
         saved = await self._engine.load_training_state(self.checkpoint)
         base = self._versions.training_base
         try:
-            self.progress = TrainingProgress.from_wire(saved or {})
-        except (TypeError, ValueError) as error:
+            known = TrainingProgress.from_wire(saved) if saved else None
+        except ValueError as error:
             logger.warning("the checkpoint's progress is not readable: %s", error)
-            saved = None
-        if saved is not None and await self._is_checkpoint_of(base):
-            self.progress = self.progress.from_version(base)  # published, and killed before that was written down
-        elif saved is None or base not in (self.progress.base, self.progress.instead_of):
+            known = None
+        self.progress = known or self.progress
+        if known is not None and await self._is_checkpoint_of(base):
+            self.progress = known.from_version(base)  # published, and killed before that was written down
+        elif known is None or base not in (known.base, known.instead_of):
             await self.return_to_base()
 
     async def return_to_base(self, generations: int = 0) -> None:

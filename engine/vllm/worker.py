@@ -11,6 +11,7 @@ from dataclasses import asdict
 from functools import partial
 from typing import Any
 
+import torch
 from vllm.v1.outputs import AsyncModelRunnerOutput, ModelRunnerOutput
 
 from core.batch import IterationSample
@@ -19,9 +20,9 @@ from core.errors import ConfigError, MaceError
 from core.types import SliceReport
 from engine.pruning.pruner import unsupported
 from engine.pruning.worker import Scores, WorkerPruning, to_wire
-from engine.training.base_weights import WeightViews, huggingface_views, is_shared, unpacked_cpu_weights
+from engine.training.base_weights import huggingface_views, is_shared, unpacked_cpu_weights
 from engine.training.runner import FineTuneRunner, free_memory_bytes
-from engine.training.shadow import AdapterKeeper
+from engine.training.shadow import ShadowAdapter
 from engine.vllm.compat import app_args_of, exit_with_parent
 from engine.vllm.directive import (
     DIRECTIVE_ATTRIBUTE,
@@ -79,7 +80,7 @@ class HybridWorkerMixin:
 
     def _build_runner(self, args: AppArgs, shared: bool) -> FineTuneRunner:
         model_config = self.vllm_config.model_config  # type: ignore[attr-defined]
-        weights: WeightViews | None = None
+        weights: dict[str, torch.Tensor] | None = None
         if shared:
             weights = huggingface_views(self.get_model(), model_config.hf_text_config)  # type: ignore[attr-defined]
         return FineTuneRunner.build(
@@ -110,7 +111,7 @@ class HybridWorkerMixin:
         return self._finish(super().sample_tokens(grammar_output))  # type: ignore[misc]
 
     def mace_call(self, method: str, *args: Any) -> dict[str, Any]:
-        """Call a method of `AdapterKeeper`, or `describe`, between two iterations (through `collective_rpc`).
+        """Call a method of `ShadowAdapter`, or `describe`, between two iterations (through `collective_rpc`).
 
         Returns `{"value": ...}`, or `{"error": class name, "message": ...}` for errors of our tree: vLLM would turn
         an exception into text.
@@ -119,10 +120,10 @@ class HybridWorkerMixin:
             return _error(ConfigError("training is disabled in this engine (training.enabled: false)"))
         if method == "describe":
             return {"value": self._runner.describe()}
-        if method not in AdapterKeeper.REMOTE_METHODS:
+        if method not in ShadowAdapter.REMOTE_METHODS:
             return _error(ConfigError(f"not a remote method of the fine-tune runner: {method}"))
         try:
-            return {"value": getattr(self._runner.adapters, method)(*args)}
+            return {"value": getattr(self._runner.shadow, method)(*args)}
         except MaceError as error:
             return _error(error)
 
