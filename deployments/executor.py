@@ -21,9 +21,13 @@ from deployments.learning.training_progress import CheckpointSlot
 from deployments.monitors.heartbeat import end_with
 from deployments.monitors.iteration_monitor import IterationMonitor
 from deployments.monitors.prefix_monitor import PrefixMonitor
-from deployments.monitors.profiling import background_profiler, target_warnings, with_profile_path
+from deployments.monitors.profiling import (
+    profile_at_start,
+    target_warnings,
+    with_profile_path,
+    with_pruning_gate,
+)
 from deployments.monitors.response_log import ResponseLog
-from deployments.pruning_gate import with_pruning_gate
 from deployments.publishing.canary import CanaryTrial
 from deployments.publishing.versions import AdapterVersions
 from deployments.routing.load_meter import LoadMeter
@@ -102,9 +106,7 @@ class Executor:
         self._background.append(asyncio.create_task(end_with(self.engine.check_health)))
         self._background.append(asyncio.create_task(self.responses.run()))
         self._background.append(asyncio.create_task(self.trial.run()))
-        profiler = background_profiler(self.engine, self.args)
-        if profiler is not None:
-            self._background.append(asyncio.create_task(profiler.run()))
+        self._background.append(asyncio.create_task(profile_at_start(self.engine, self.args)))
         self.is_ready = True
         return self._attach_routes(app, self)
 

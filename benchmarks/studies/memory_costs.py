@@ -67,15 +67,14 @@ def _key_statistics() -> Costs:
     """One layer's hook for so many tokens, and the scores of 64 blocks over 24 layers."""
     import torch
 
-    from engine.pruning.block_stats import KeyStatistics
-    from engine.pruning.scores import make_scorer
+    from engine.pruning.worker import KeyStatistics
 
     torch.set_num_threads(1)
     costs: Costs = {}
     with torch.inference_mode():
-        for method in ("keydiff", "key_norm"):
+        for method in ("keydiff",):
             statistic = KeyStatistics(
-                make_scorer(method), _LAYERS, _KV_BLOCKS, _KV_BLOCK_TOKENS, torch.device("cpu")
+                _LAYERS, _KV_BLOCKS, _KV_BLOCK_TOKENS, torch.device("cpu")
             )
             for layer in range(_LAYERS):
                 statistic.add(layer, torch.randn(1, _HEADS, _HEAD_SIZE), torch.zeros(1, dtype=torch.int64))

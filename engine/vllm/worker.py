@@ -13,7 +13,7 @@ from typing import Any
 
 from vllm.v1.outputs import AsyncModelRunnerOutput, ModelRunnerOutput
 
-from core.config import AppArgs, KvPruningConfig
+from core.config import AppArgs
 from core.errors import ConfigError, MaceError
 from core.types import SliceReport
 from engine.pruning.pruner import unsupported
@@ -63,20 +63,20 @@ class HybridWorkerMixin:
 
     def compile_or_warm_up_model(self) -> Any:
         """vLLM's last preparation before it serves; what is free on the device after it, training may use."""
-        self._attach_pruning(app_args_of(self.vllm_config).kv_pruning)  # type: ignore[attr-defined]
+        self._attach_pruning(app_args_of(self.vllm_config))  # type: ignore[attr-defined]
         result = super().compile_or_warm_up_model()  # type: ignore[misc]
         if self._runner is not None:
             free_bytes = free_memory_bytes(self.device)  # type: ignore[attr-defined]
             self._facts = WorkerFacts(self._runner.warm_up_slices, free_bytes)
         return result
 
-    def _attach_pruning(self, config: KvPruningConfig) -> None:
-        if config.start == "off":
+    def _attach_pruning(self, args: AppArgs) -> None:
+        if args.kv_pruning.start == "off":
             return
         runner = self.model_runner  # type: ignore[attr-defined]
         self._pruning_refusal = unsupported(runner.vllm_config, runner.kv_cache_config)
         if self._pruning_refusal is None:
-            self._pruning = WorkerPruning.attach(runner, config)
+            self._pruning = WorkerPruning(runner)
 
     def _build_runner(self, args: AppArgs, shared: bool) -> FineTuneRunner:
         model_config = self.vllm_config.model_config  # type: ignore[attr-defined]

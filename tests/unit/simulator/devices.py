@@ -4,8 +4,7 @@ from typing import Any
 
 from core.batch import ForwardShape
 from core.types import SliceKind
-from profiler.models import LatencyModel, MemoryModel
-from profiler.profile import QUANTILE_LEVELS, FitError, Origin, Profile, RawSamples
+from profiler.profile import QUANTILE_LEVELS, FitError, LatencyModel, MemoryModel, Origin, Profile, RawSamples
 from simulator.device import Quantiles
 from simulator.finetune import StepModel
 from simulator.hardware import Hardware
