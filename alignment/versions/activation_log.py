@@ -12,7 +12,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from alignment.versions.adapter_files import sync_directory
+from core.files import sync
 
 LOG_FILE = "activations.jsonl"
 BASE = "base"
@@ -73,7 +73,7 @@ class ActivationLog:
         finally:
             os.close(descriptor)
         if size == 0:
-            sync_directory(self.path.parent)
+            sync(self.path.parent)
 
     def read(self) -> tuple[Activation, ...]:
         """The newest entries, oldest first. Only what was appended since the last call is read.

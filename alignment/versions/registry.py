@@ -27,14 +27,12 @@ from alignment.versions.adapter_files import (
     AdapterManifest,
     check_files,
     read_manifest,
-    sync_directory,
-    sync_tree,
     version_name,
     version_number,
-    write_durably,
 )
 from alignment.versions.serving_state import LIVE_FILE, ServingState, one_writer
 from core.errors import AdapterError, DamagedAdapterError, UnknownVersionError
+from core.files import sync, sync_tree, write_atomically
 
 _TEMPORARY = ".tmp-"
 _LAST_FILE = "last"
@@ -160,7 +158,7 @@ class AdapterRegistry:
                 if (self.root / name).is_dir():
                     self._remember_number(name)
                     (self.root / name).rename(doomed)
-                    sync_directory(self.root)
+                    sync(self.root)
                 self.serving.forget_retired(name)
         except OSError as error:
             raise AdapterError(f"cannot delete {name} from {self.root}: {error}") from error
@@ -207,11 +205,11 @@ class AdapterRegistry:
     def _commit(self, temporary: Path, manifest: AdapterManifest) -> AdapterVersion:
         name = version_name(1 + max([version_number(self.serving.pointer(_LAST_FILE)) or 0, *self._numbers()]))
         complete = manifest.model_copy(update={"version": name})
-        write_durably(temporary / MANIFEST_FILE, complete.model_dump_json(indent=2) + "\n")
+        write_atomically(temporary / MANIFEST_FILE, complete.model_dump_json(indent=2) + "\n")
         sync_tree(temporary)
-        write_durably(self.root / _LAST_FILE, f"{name}\n")
+        write_atomically(self.root / _LAST_FILE, f"{name}\n")
         temporary.rename(self.root / name)
-        sync_directory(self.root)
+        sync(self.root)
         return AdapterVersion(name, self.root / name, complete)
 
     def _check_servable(self, name: str) -> None:
@@ -222,7 +220,7 @@ class AdapterRegistry:
         """The highest number outlives its directory, also one that was copied here by hand."""
         last = version_number(self.serving.pointer(_LAST_FILE)) or 0
         if (version_number(name) or 0) > last:
-            write_durably(self.root / _LAST_FILE, f"{name}\n")
+            write_atomically(self.root / _LAST_FILE, f"{name}\n")
 
     def _numbers(self) -> set[int]:
         """Every number that a directory has, damaged ones too."""

@@ -21,8 +21,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from alignment.versions.activation_log import BASE, LOG_FILE, Activation, ActivationLog, Actor, Event
-from alignment.versions.adapter_files import version_number, write_durably
+from alignment.versions.adapter_files import version_number
 from core.errors import AdapterError
+from core.files import write_atomically
 
 LIVE_FILE = "live"
 PIN_FILE = "pin"
@@ -246,7 +247,7 @@ class ServingState:
         )
 
     def _write(self, name: str, text: str) -> None:
-        write_durably(self._root / name, f"{text}\n")
+        write_atomically(self._root / name, f"{text}\n")
 
     def _keep_retired(self, retired: Mapping[str, float], before: Serving) -> None:
         if retired != before.retired:

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 
 from core.errors import DamagedAdapterError
+from core.files import remove_partial_files
 from core.types import Checkpoint
 from engine.training.checkpoint_writer import CheckpointWriter
 from engine.training.shadow import ShadowAdapter
-from engine.training.tensor_files import remove_partial_files
 
 logger = logging.getLogger(__name__)
 
@@ -102,7 +102,7 @@ class AdapterKeeper:
     def load_training_state(self, path: str) -> dict[str, Any] | None:
         """Restore shadow adapter and optimizer and return the progress; None if there is no usable file (logged)."""
         self.checkpoints.wait(_DISK_PATIENCE_S)
-        remove_partial_files(Path(path).parent)
+        remove_partial_files(Path(path))
         if not Path(path).exists():
             return None
         try:

