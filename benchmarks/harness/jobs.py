@@ -104,7 +104,7 @@ def run_job(job: Job) -> JobResult:
     Raises:
         MeasurementError: it failed or took too long; its whole process group is ended.
     """
-    root = Path(__file__).resolve().parents[1]
+    root = Path(__file__).resolve().parents[2]
     with tempfile.TemporaryDirectory(prefix="mace-job-") as directory:
         job_path, result_path, log_path = (Path(directory) / name for name in ("job.json", "result.json", "log"))
         job_path.write_text(job.model_dump_json(), encoding="utf-8")

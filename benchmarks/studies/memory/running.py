@@ -17,7 +17,7 @@ from benchmarks.studies.slo import with_rate
 from core.config import AppArgs
 from simulator.trace import Trace
 
-TRACES = Path(__file__).parents[1] / "traces"
+TRACES = Path(__file__).parents[2] / "traces"
 
 _WARM_UP_S = 3.0
 """Before each window: the engine is warm, the prefix cache is not."""
