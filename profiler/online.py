@@ -37,7 +37,8 @@ _OVERHEAD_SMOOTHING = 0.1
 _OVERHEAD_CLIP = 4.0
 
 _NOISE_VARIANCE = 0.15**2
-"""Variance of a relative error. With the walk below it sets the gain; true noise only decides how smooth the level is."""
+"""Variance of a relative error. With the walk below it sets the gain; the true noise only changes how
+smooth the level is."""
 _LEVEL_WALK = 0.2**2 / 0.8 * _NOISE_VARIANCE
 """Variance that the log level gains with each sample: a steady gain of 0.2, an average over some ten samples."""
 _RELAX = 1e-4

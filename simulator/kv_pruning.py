@@ -4,7 +4,7 @@ Harm is the share of a request's blocks that are gone, so it is known without ke
 after the planner asks for scores. With `start: always` all that are offered are dropped.
 """
 
-from core.config import KvPruningConfig
+from core.config import KV_PRUNING_SINK_TOKENS, KvPruningConfig
 from scheduler.plan import PruneOffer
 from simulator.running import RunningSet, SimRequest
 
@@ -18,7 +18,9 @@ class KvPruner:
         self.drops_all = config.start == "always"
         """Whatever is on offer is dropped at once."""
         self._max_fraction = config.max_fraction
-        self._num_kept = sum(-(-tokens // block_tokens) for tokens in (config.sink_tokens, config.recent_tokens))
+        self._num_kept = sum(
+            -(-tokens // block_tokens) for tokens in (KV_PRUNING_SINK_TOKENS, config.recent_tokens)
+        )
         self._offered: list[tuple[float, int, SimRequest]] = []
 
     def offer(self, running: RunningSet) -> PruneOffer | None:

@@ -73,9 +73,7 @@ def _key_statistics() -> Costs:
     costs: Costs = {}
     with torch.inference_mode():
         for method in ("keydiff",):
-            statistic = KeyStatistics(
-                _LAYERS, _KV_BLOCKS, _KV_BLOCK_TOKENS, torch.device("cpu")
-            )
+            statistic = KeyStatistics(_LAYERS, _KV_BLOCKS, _KV_BLOCK_TOKENS, torch.device("cpu"))
             for layer in range(_LAYERS):
                 statistic.add(layer, torch.randn(1, _HEADS, _HEAD_SIZE), torch.zeros(1, dtype=torch.int64))
             for count in (1, 16, 64, 512):

@@ -12,7 +12,7 @@ import torch
 
 from core.config import ModelConfig
 from core.errors import AdapterError, ProfileError
-from engine.pruning.gate import FractionResult, RecallBaseline, RecallOutcome, estimate
+from engine.pruning.gate import FractionResult, RecallBaseline, RecallResult, estimate
 from engine.pruning.reader import Prefilled, PrunedReader, TokenPassage
 from engine.pruning.tasks import Recall, RecallKind, is_right
 
@@ -65,11 +65,11 @@ class PruningMeasurement:
         return tuple(self._result(fraction) for fraction in self.fractions)
 
     def _result(self, fraction: float) -> FractionResult:
-        tasks: dict[RecallKind, RecallOutcome] = {}
+        tasks: dict[RecallKind, RecallResult] = {}
         for kind in self.guesses:
             before, after = self.right[kind, 0.0], self.right[kind, fraction]
             drop = estimate([b - a for b, a in zip(before, after, strict=True)])
-            tasks[kind] = RecallOutcome(accuracy=statistics.fmean(after), drop=drop)
+            tasks[kind] = RecallResult(accuracy=statistics.fmean(after), drop=drop)
         before, after = self.nats[0.0], self.nats[fraction]
         return FractionResult(
             fraction=fraction,

@@ -59,7 +59,7 @@ class RecallBaseline(_Model):
         return self.accuracy - self.guess_accuracy >= MIN_SKILL * (1 - self.guess_accuracy)
 
 
-class RecallOutcome(_Model):
+class RecallResult(_Model):
     """The same questions after pruning."""
 
     accuracy: _Share
@@ -73,7 +73,7 @@ class FractionResult(_Model):
     fraction: float = Field(ge=0, le=0.9)
     logprob_drop: Estimate
     """Nats per token of what follows the context; positive: pruning made it less likely."""
-    tasks: dict[RecallKind, RecallOutcome]
+    tasks: dict[RecallKind, RecallResult]
     dropped_blocks: float = Field(ge=0)
     """Mean over all contexts; fewer than asked for where sinks and recent window leave no more."""
     total_blocks: float = Field(gt=0)

@@ -58,10 +58,7 @@ class PrunedReference:
         left = [i for i in range(full) if i not in self.dropped]
         stats = [
             torch.stack(
-                [
-                    summarize(k[0, :, i * size : (i + 1) * size].transpose(0, 1).unsqueeze(0))[0]
-                    for i in left
-                ]
+                [summarize(k[0, :, i * size : (i + 1) * size].transpose(0, 1).unsqueeze(0))[0] for i in left]
             )
             for k, _ in self._layers
         ]
