@@ -46,9 +46,10 @@ class MiniEngine:
         max_tokens=512,
         block_tokens=1,
         pruning=None,
+        sink_tokens=4,
     ):
         self.config, self.device, self.slo = config, device, slo or SloConfig(ttft_s=1.0, tbt_s=0.1)
-        self.block_tokens, self.pruning = block_tokens, pruning or KvPruningConfig()
+        self.block_tokens, self.pruning, self.sink_tokens = block_tokens, pruning or KvPruningConfig(), sink_tokens
         memory = MemoryLedger(
             kv_bytes=kv_tokens * KV_BYTES_PER_TOKEN,
             arena_bytes=arena_tokens * ARENA_BYTES_PER_TOKEN,
@@ -125,7 +126,7 @@ class MiniEngine:
         if r.computed < r.num_prompt:
             return 0
         full, size = r.computed // self.block_tokens, self.block_tokens
-        kept = -(-self.pruning.sink_tokens // size) + -(-self.pruning.recent_tokens // size)
+        kept = -(-self.sink_tokens // size) + -(-self.pruning.recent_tokens // size)
         return max(0, min(int(self.pruning.max_fraction * full), full - kept))
 
     def _offer(self):

@@ -32,7 +32,7 @@ class PressedEngine(RuleBasedStateMachine):
             kv_tokens=kv_tokens,
             arena_tokens=arena_tokens,
             block_tokens=block_tokens,
-            pruning=KvPruningConfig(start=start, max_fraction=max_fraction, sink_tokens=4, recent_tokens=8),
+            pruning=KvPruningConfig(start=start, max_fraction=max_fraction, recent_tokens=8),
         )
         self.names = itertools.count()
         self.arrived = 0
@@ -117,7 +117,8 @@ def crowd(start, seed_tokens=150):
         seats=6,
         kv_tokens=1000,
         block_tokens=16,
-        pruning=KvPruningConfig(start=start, max_fraction=0.4, sink_tokens=16, recent_tokens=32),
+        pruning=KvPruningConfig(start=start, max_fraction=0.4, recent_tokens=32),
+        sink_tokens=16,
     )
     for i in range(6):
         engine.arrive(Request(f"r{i}", 0.0, seed_tokens, 60))
