@@ -4,9 +4,11 @@ Everything random comes from the seed, and events are in a total order, so the s
 same run and the same event log, byte for byte.
 """
 
+import heapq
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
+from enum import IntEnum
 from typing import Literal
 
 import numpy as np
@@ -19,15 +21,12 @@ from scheduler.iteration.planner import EngineLimits, IterationPlanner
 from scheduler.memory.ledger import MemoryLedger
 from scheduler.queues.waiting import WaitingQueue
 from simulator.device import Device
-from simulator.events import EventKind, EventQueue
-from simulator.executor import Executor
+from simulator.executor import SimulatedExecutor
 from simulator.hardware import FrozenPredictor, Hardware
-from simulator.kv_pruning import KvPruner
 from simulator.requests import RequestPool
-from simulator.result import Result
 from simulator.routing import LeastLoadedRouter, PlacementRouter, Router
-from simulator.running import RunningSet, SimRequest
-from simulator.statistics import Statistics
+from simulator.running import RunningSet, SimRequest, SimulatedPruner
+from simulator.statistics import Result, Statistics
 from simulator.token_meter import TokenMeter
 from simulator.trace import Trace
 from simulator.trainer import Trainer
@@ -40,6 +39,53 @@ _LARGE_REQUESTS = 200_000
 _LARGE_STEP = 8
 _MOST_RANKED = 8
 """Executors up to which `auto` ranks all of them for each request."""
+
+
+class EventKind(IntEnum):
+    """In the order in which events of one instant happen."""
+
+    ITERATION_END = 0
+    TASK = 1
+    ARRIVAL = 2
+
+
+Event = tuple[float, int, int, int, int]
+"""Time in seconds, kind, sequence number, executor, and the run of that executor which the event belongs to."""
+
+
+class EventQueue:
+    """The pending events. Time never runs backwards."""
+
+    __slots__ = ("_heap", "_sequence", "now_s")
+
+    def __init__(self) -> None:
+        self._heap: list[Event] = []
+        self._sequence = 0
+        self.now_s = 0.0
+
+    def __len__(self) -> int:
+        return len(self._heap)
+
+    def push(self, time_s: float, kind: EventKind, executor: int = 0, run: int = 0) -> None:
+        """Schedule an event, not before now.
+
+        Raises:
+            ValueError: `time_s` is in the past or not a number.
+        """
+        if not time_s >= self.now_s:
+            raise ValueError(f"an event at {time_s} s cannot be scheduled at {self.now_s} s")
+        self._sequence += 1
+        heapq.heappush(self._heap, (time_s, int(kind), self._sequence, executor, run))
+
+    def next_time_s(self) -> float | None:
+        """When the next event happens; None if there is none."""
+        return self._heap[0][0] if self._heap else None
+
+    def pop(self) -> Event:
+        """Take the next event and move time to it."""
+        event = heapq.heappop(self._heap)
+        self.now_s = event[0]
+        return event
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,7 +163,7 @@ class Simulation:
             statistics=self._statistics,
         )
 
-    def _end(self, executor: Executor, work: int, now_s: float) -> None:
+    def _end(self, executor: SimulatedExecutor, work: int, now_s: float) -> None:
         executor.end(work, now_s)
         if executor.meter.finished:
             for request in executor.meter.finished:
@@ -153,7 +199,7 @@ class Simulation:
         if rate and training.enabled:
             self._events.push(self._events.now_s + training.pairs_per_step / rate, EventKind.TASK)
 
-    def _executor(self, index: int, seed: np.random.SeedSequence) -> Executor:
+    def _executor(self, index: int, seed: np.random.SeedSequence) -> SimulatedExecutor:
         trace, hardware, options = self._trace, self._hardware, self._options
         device = Device(hardware.device, seed=seed, noise=options.noise, slow_down=trace.slow_down)
         trainer = self._trainer(device)
@@ -167,7 +213,7 @@ class Simulation:
             block_tokens=hardware.block_tokens,
         )
         pruning = trace.args.kv_pruning
-        return Executor(
+        return SimulatedExecutor(
             index,
             planner=planner,
             device=device,
@@ -176,7 +222,7 @@ class Simulation:
                 running=running,
                 waiting=WaitingQueue(trace.args.scheduler),
                 kv_bytes_per_token=hardware.kv_bytes_per_token,
-                pruner=None if pruning.start == "off" else KvPruner(pruning, hardware.block_tokens),
+                pruner=None if pruning.start == "off" else SimulatedPruner(pruning, hardware.block_tokens),
             ),
             meter=TokenMeter(index, self._statistics, None if self._write_log is None else self._log),
             statistics=self._statistics,

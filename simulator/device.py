@@ -34,7 +34,7 @@ class Quantiles:
 
 
 class DeviceModel(Protocol):
-    """What a profile says of a device (`simulator.profiled.ProfiledDevice` is the real one)."""
+    """What a profile says of a device (`simulator.hardware.ProfiledDevice` is the real one)."""
 
     @property
     def overhead_s(self) -> float:

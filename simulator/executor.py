@@ -53,7 +53,7 @@ class _Stretch:
     """Cached tokens before the first."""
 
 
-class Executor:
+class SimulatedExecutor:
     """See the module docstring. `schedule_end(executor, run, end_s)` is told when the work in progress ends."""
 
     def __init__(

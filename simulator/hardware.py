@@ -1,13 +1,23 @@
-"""What a simulated executor is made of: a device, its memory, and what the planner knows of it at the start."""
+"""The parts of a simulated executor: a device, its memory, and what the planner knows of it at the start."""
 
-from collections.abc import Callable
+import json
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 from core.batch import ForwardShape, IterationSample
+from core.config import AppArgs, TrainingConfig
+from core.errors import ConfigError
 from core.ports import LatencyPredictor
 from core.types import SliceKind
-from simulator.device import DeviceModel
-from simulator.finetune import StepModel
+from profiler.online import OnlineLatencyModel
+from profiler.profile import QUANTILE_LEVELS, Profile
+from simulator.device import DeviceModel, Quantiles
+from simulator.trainer import StepModel
+
+_BLOCK_TOKENS = 16
+"""vLLM's block on CUDA; `engine.engine_kwargs.block_size` says otherwise."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,28 +41,111 @@ class FrozenPredictor:
     """A predictor that learns nothing: the profile as it was measured, whatever the device does now."""
 
     def __init__(self, predictor: LatencyPredictor) -> None:
-        self._predictor = predictor
-
-    @property
-    def overhead_s(self) -> float:
-        """As at the start."""
-        return self._predictor.overhead_s
-
-    def forward_s(self, shape: ForwardShape) -> float | None:
-        """As at the start."""
-        return self._predictor.forward_s(shape)
-
-    def forward_upper_s(self, shape: ForwardShape) -> float | None:
-        """As at the start."""
-        return self._predictor.forward_upper_s(shape)
-
-    def slice_s(self, kind: SliceKind, num_tokens: int) -> float | None:
-        """As at the start."""
-        return self._predictor.slice_s(kind, num_tokens)
-
-    def slice_upper_s(self, kind: SliceKind, num_tokens: int) -> float | None:
-        """As at the start."""
-        return self._predictor.slice_upper_s(kind, num_tokens)
+        self.overhead_s = predictor.overhead_s
+        self.forward_s, self.forward_upper_s = predictor.forward_s, predictor.forward_upper_s
+        self.slice_s, self.slice_upper_s = predictor.slice_s, predictor.slice_upper_s
 
     def observe(self, sample: IterationSample) -> None:
-        """Nothing is learnt."""
+        """Learn nothing."""
+
+
+@dataclass(frozen=True, slots=True)
+class ModelShape:
+    """What a decoder's `config.json` says about its size."""
+
+    num_layers: int
+    layer_weights: int
+    head_weights: int
+    kv_values_per_token: int
+    """Keys and values of one token over all layers."""
+
+    @classmethod
+    def of(cls, config: Mapping[str, Any]) -> "ModelShape":
+        """Read a Hugging Face configuration; layers as Llama, Mistral and Qwen have them.
+
+        Raises:
+            ConfigError: a size is missing.
+        """
+        try:
+            hidden, heads = int(config["hidden_size"]), int(config["num_attention_heads"])
+            intermediate, vocabulary = int(config["intermediate_size"]), int(config["vocab_size"])
+            num_layers = int(config["num_hidden_layers"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise ConfigError(f"the model's config.json lacks a size: {error}") from error
+        head_dim = int(config.get("head_dim") or hidden // heads)
+        kv_heads = int(config.get("num_key_value_heads") or heads)
+        attention = hidden * head_dim * (2 * heads + 2 * kv_heads)
+        return cls(
+            num_layers=num_layers,
+            layer_weights=attention + 3 * hidden * intermediate,
+            head_weights=hidden * vocabulary,
+            kv_values_per_token=2 * num_layers * kv_heads * head_dim,
+        )
+
+    @classmethod
+    def load(cls, path: Path) -> "ModelShape":
+        """From a `config.json`, or the directory that holds one.
+
+        Raises:
+            ConfigError: it cannot be read.
+        """
+        path = path / "config.json" if path.is_dir() else path
+        try:
+            config = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise ConfigError(f"model configuration {path} cannot be read: {error}") from error
+        return cls.of(config)
+
+    def step_model(self, training: TrainingConfig) -> StepModel:
+        """What decides the slices of a step."""
+        return StepModel(self.num_layers, self.layer_weights, self.head_weights, training.head_chunk_tokens)
+
+
+class ProfiledDevice:
+    """`simulator.device.DeviceModel` of a profile."""
+
+    def __init__(self, profile: Profile) -> None:
+        self._profile = profile
+        model = OnlineLatencyModel(profile)  # learns nothing: it is the profile's model, in its fast form
+        self._forward_s = model.forward_s
+        self.slice_s = model.slice_s
+        self.overhead_s = profile.overhead_s
+        self.overhead_noise = Quantiles(QUANTILE_LEVELS, profile.overhead_quantiles_s)
+        self.forward_noise = Quantiles(QUANTILE_LEVELS, profile.forward_noise)
+
+    def slice_noise(self, kind: SliceKind) -> Quantiles:
+        """Measured latency of slices of a kind over that of their like."""
+        noise = self._profile.slice_noise.get(kind)
+        return Quantiles.exactly(1.0) if noise is None else Quantiles(QUANTILE_LEVELS, noise)
+
+    def forward_s(self, shape: ForwardShape) -> float:
+        """Latency of a forward pass in seconds; 0 if it is empty."""
+        return self._forward_s(shape) or 0.0
+
+
+def hardware_of(profile: Profile, shape: ModelShape, args: AppArgs) -> Hardware:
+    """An executor on the profile's device.
+
+    Args:
+        profile: latency and memory of the device.
+        shape: the model that was profiled.
+        args: settings; `engine.kv_cache_memory_bytes` must be given, there is no device to ask.
+
+    Raises:
+        ConfigError: the size of the KV cache is not given.
+    """
+    if args.engine.kv_cache_memory_bytes is None:
+        raise ConfigError("engine.kv_cache_memory_bytes is needed in the trace's args: there is no device to ask")
+    value_bytes = 4 if args.model.dtype == "float32" else 2
+    kv_bytes = profile.memory.kv_bytes_per_token or shape.kv_values_per_token * value_bytes
+    largest = args.training.max_slice_tokens + 2 * args.training.max_length_tokens
+    return Hardware(
+        device=ProfiledDevice(profile),
+        new_predictor=lambda: OnlineLatencyModel(profile),
+        step_model=shape.step_model(args.training),
+        kv_tokens=int(args.engine.kv_cache_memory_bytes / kv_bytes),
+        kv_bytes_per_token=kv_bytes,
+        arena_bytes=int(2 * profile.memory.step_bytes(largest)),
+        arena_bytes_per_token=profile.memory.arena_bytes_per_token,
+        block_tokens=int(args.engine.engine_kwargs.get("block_size") or _BLOCK_TOKENS),
+    )

@@ -5,8 +5,7 @@ from typing import TYPE_CHECKING
 
 from core.config import SloConfig
 from core.errors import ConfigError
-from simulator.result import Result
-from simulator.statistics import Histogram
+from simulator.statistics import Histogram, Result
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

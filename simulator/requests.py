@@ -10,8 +10,7 @@ from dataclasses import dataclass, field
 from core.batch import ForwardShape
 from scheduler.plan import FineTuneState, IterationView, Plan, PrefillTask
 from scheduler.queues.waiting import WaitingQueue
-from simulator.kv_pruning import KvPruner
-from simulator.running import RunningSet, SimRequest
+from simulator.running import RunningSet, SimRequest, SimulatedPruner
 
 
 @dataclass(slots=True)
@@ -45,7 +44,7 @@ class RequestPool:
         running: RunningSet,
         waiting: WaitingQueue[SimRequest],
         kv_bytes_per_token: float,
-        pruner: KvPruner | None = None,
+        pruner: SimulatedPruner | None = None,
     ) -> None:
         """`pruner`: None if KV blocks are never dropped."""
         self.running = running

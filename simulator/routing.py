@@ -12,7 +12,7 @@ from core.config import SchedulerConfig, SloConfig
 from core.wire import ExecutorLoad
 from scheduler.placement import choose_executor
 from simulator.device import DeviceModel
-from simulator.executor import Executor
+from simulator.executor import SimulatedExecutor
 from simulator.running import SimRequest
 
 _PROMPT = 256
@@ -64,7 +64,7 @@ class PlacementRouter:
 
     def __init__(
         self,
-        executors: Sequence[Executor],
+        executors: Sequence[SimulatedExecutor],
         device: DeviceModel,
         *,
         kv_bytes_per_token: float,
@@ -87,7 +87,7 @@ class PlacementRouter:
     def ended(self, request: SimRequest, executor: int) -> None:
         """Nothing is remembered."""
 
-    def _load(self, executor: Executor, now_s: float) -> ExecutorLoad:
+    def _load(self, executor: SimulatedExecutor, now_s: float) -> ExecutorLoad:
         running = executor.requests.running
         capacity = running.kv_capacity
         return ExecutorLoad(

@@ -1,16 +1,22 @@
-"""The requests that hold a seat of one executor, with nothing done for each token.
+"""The requests that hold a seat of one executor, and their KV blocks, with nothing done for each token.
 
 Every decoding request gets a token in every forward pass, so a request's end is known when its decoding begins: the
 number of the pass that brings its last token. Decoding requests wait in a heap by that number, their cached tokens
-are one sum, and `advance` moves all of them by any number of passes at once.
+are one sum, and `advance` moves all of them by any number of passes at once. A decoding request takes a block every
+`block_tokens` passes, in a rhythm that is known as well: requests are counted by that rhythm, and any number of passes
+costs a few additions.
+
+KV pruning goes by number of blocks: which ones does not matter here. Harm is the share of a request's blocks that are
+gone, so it is known without keys.
 """
 
 import heapq
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from core.config import KV_PRUNING_SINK_TOKENS, KvPruningConfig
 from core.errors import ConfigError
-from simulator.kv_blocks import KvBlocks
+from scheduler.plan import PruneOffer
 from simulator.trace import TraceRequest
 
 
@@ -59,6 +65,56 @@ class SimRequest:
     def left(self) -> int:
         """Tokens to compute before the next one comes out."""
         return self.target - self.computed
+
+
+class KvBlocks:
+    """Blocks in use, and when the decoding requests will take more."""
+
+    def __init__(self, *, kv_tokens: int, block_tokens: int) -> None:
+        self.block_tokens = block_tokens
+        self.capacity = kv_tokens // block_tokens
+        self.used = 0
+        self._num_decode = 0
+        self._takers = [0] * block_tokens
+        """Decoding requests by the number, modulo `block_tokens`, of a pass before which they need a block."""
+
+    @property
+    def free(self) -> int:
+        """Blocks that can be given out."""
+        return self.capacity - self.used
+
+    def holding(self, num_tokens: int) -> int:
+        """Blocks of so many tokens."""
+        return -(-num_tokens // self.block_tokens)
+
+    def join(self, num_tokens: int, passes: int) -> None:
+        """A request with so many cached tokens, whose blocks are counted, decodes from pass number `passes` on."""
+        self._takers[(passes - num_tokens) % self.block_tokens] += 1
+        self._num_decode += 1
+
+    def leave(self, num_tokens: int, passes: int) -> None:
+        """It decodes no more; arguments as in `join`."""
+        self._takers[(passes - num_tokens) % self.block_tokens] -= 1
+        self._num_decode -= 1
+
+    def taken_in(self, passes: int, count: int) -> int:
+        """Blocks that the decoding requests take in the `count` passes from number `passes` on."""
+        cycles, rest = divmod(count, self.block_tokens)
+        return cycles * self._num_decode + sum(self._takers[(passes + i) % self.block_tokens] for i in range(rest))
+
+    def passes_left(self, passes: int, most: int) -> int:
+        """How many passes, `most` at the utmost, the free blocks last."""
+        if not self._num_decode:
+            return most
+        free = self.free
+        cycles = free // self._num_decode
+        left, count = free - cycles * self._num_decode, cycles * self.block_tokens
+        while count < most:
+            left -= self._takers[(passes + count) % self.block_tokens]
+            if left < 0:
+                return count
+            count += 1
+        return most
 
 
 class RunningSet:
@@ -226,3 +282,39 @@ class RunningSet:
         """Forget the ends of requests that were preempted meanwhile."""
         while self._ends and self._ends[0][2].end_pass != self._ends[0][0]:
             heapq.heappop(self._ends)
+
+
+class SimulatedPruner:
+    """Offers and drops blocks of one executor's decoding requests, as `engine.pruning.pruner.KvPruner` does.
+
+    Blocks are offered one iteration after the planner asks for scores. With `start: always` all are dropped.
+    """
+
+    def __init__(self, config: KvPruningConfig, block_tokens: int) -> None:
+        self.is_asked = False
+        """The planner has asked for scores in the last iteration."""
+        self.drops_all = config.start == "always"
+        """Whatever is on offer is dropped at once."""
+        self._max_fraction = config.max_fraction
+        self._num_kept = sum(
+            -(-tokens // block_tokens) for tokens in (KV_PRUNING_SINK_TOKENS, config.recent_tokens)
+        )
+        self._offered: list[tuple[float, int, SimRequest]] = []
+
+    def offer(self, running: RunningSet) -> PruneOffer | None:
+        """What may be dropped now, least harm first; None if nothing, or if nobody has asked."""
+        self._offered = []
+        if self.is_asked:
+            for order, request in enumerate(running.decodes):
+                full = running.cached_tokens(request) // running.blocks.block_tokens
+                most = min(int(self._max_fraction * full), full - self._num_kept)
+                self._offered += [(gone / full, order, request) for gone in range(request.num_dropped, most)]
+            self._offered.sort(key=lambda entry: entry[:2])
+        return PruneOffer([harm for harm, _, _ in self._offered]) if self._offered else None
+
+    def prune(self, count: int, running: RunningSet) -> int:
+        """Drop the first `count` blocks of the last offer, less if there are not as many; returns how many."""
+        dropped, self._offered = self._offered[:count], self._offered[count:]
+        for _, _, request in dropped:
+            running.drop_block(request)
+        return len(dropped)

@@ -17,9 +17,9 @@ from rich.table import Table
 from core.errors import ConfigError, MaceError
 from profiler.profile import Profile
 from simulator.cluster import Options, Simulation
+from simulator.hardware import ModelShape, hardware_of
 from simulator.plot import write_plot
-from simulator.profiled import ModelShape, hardware_of
-from simulator.result import Result
+from simulator.statistics import Result
 from simulator.trace import Trace
 
 _AGREEMENT = "agreement"

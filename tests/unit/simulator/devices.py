@@ -6,9 +6,9 @@ from core.batch import ForwardShape
 from core.types import SliceKind
 from profiler.profile import QUANTILE_LEVELS, FitError, LatencyModel, MemoryModel, Origin, Profile, RawSamples
 from simulator.device import Quantiles
-from simulator.finetune import StepModel
 from simulator.hardware import Hardware
 from simulator.trace import Trace
+from simulator.trainer import StepModel
 
 _SLICE_COST_S = {
     SliceKind.EMBED: 1e-5,

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from simulator.cluster import Options, Simulation
-from simulator.kv_blocks import KvBlocks
+from simulator.running import KvBlocks
 from tests.unit.simulator.devices import make_hardware, make_trace
 
 

@@ -4,7 +4,7 @@ import pytest
 
 from core.types import SliceKind
 from simulator.cluster import Options, Simulation
-from simulator.profiled import ModelShape, hardware_of
+from simulator.hardware import ModelShape, hardware_of
 from simulator.statistics import Statistics
 from tests.unit.simulator.devices import make_profile, make_trace
 
