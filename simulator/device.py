@@ -1,4 +1,4 @@
-"""The device that the simulated executors run on: what iterations really cost, as far as the profile knows.
+"""The device of a simulated executor: the true cost of its iterations, as far as the profile knows.
 
 Noise is drawn from the quantiles in the profile, independently for each iteration and each slice. Iterations and slices
 draw from separate streams of the executor's own, one draw for each, so a run gives the same numbers whether its
@@ -34,22 +34,14 @@ class Quantiles:
 
 
 class DeviceModel(Protocol):
-    """What a profile says of a device (`simulator.hardware.ProfiledDevice` is the real one)."""
+    """A device as its profile describes it (`simulator.hardware.ProfiledDevice` is the real one)."""
 
-    @property
-    def overhead_s(self) -> float:
-        """Usual time of an iteration that is neither forward pass nor slices."""
-        ...
-
-    @property
-    def overhead_noise(self) -> Quantiles:
-        """Its distribution, in seconds."""
-        ...
-
-    @property
-    def forward_noise(self) -> Quantiles:
-        """Measured over predicted latency of forward passes."""
-        ...
+    overhead_s: float
+    """Usual time of an iteration that is neither forward pass nor slices."""
+    overhead_noise: Quantiles
+    """Its distribution, in seconds."""
+    forward_noise: Quantiles
+    """Measured over predicted latency of forward passes."""
 
     def slice_noise(self, kind: SliceKind) -> Quantiles:
         """Measured over predicted latency of slices of a kind."""
@@ -125,7 +117,7 @@ class Device:
         return self._factors.ahead(count)
 
     def take(self, count: int) -> None:
-        """So many iterations have happened."""
+        """Use up the noise of `count` iterations, which have happened."""
         self._overheads.take(count)
         self._factors.take(count)
 

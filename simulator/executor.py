@@ -54,7 +54,7 @@ class _Stretch:
 
 
 class SimulatedExecutor:
-    """See the module docstring. `schedule_end(executor, run, end_s)` is told when the work in progress ends."""
+    """See the module docstring. `schedule_end(run, end_s)` is told when the work in progress ends."""
 
     def __init__(
         self,
@@ -66,7 +66,7 @@ class SimulatedExecutor:
         requests: RequestPool,
         meter: TokenMeter,
         statistics: Statistics,
-        schedule_end: Callable[[int, int, float], None],
+        schedule_end: Callable[[int, float], None],
         observe_every: int = 1,
         is_fast: bool = True,
     ) -> None:
@@ -153,7 +153,7 @@ class SimulatedExecutor:
     def _begin(self, work: _Iteration | _Stretch, end_s: float) -> None:
         self._current = work
         self._run += 1
-        self._schedule_end(self.index, self._run, end_s)
+        self._schedule_end(self._run, end_s)
 
     def _may_stretch(self) -> bool:
         return (

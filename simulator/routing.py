@@ -1,4 +1,4 @@
-"""Which executor a request goes to.
+"""Routers: they choose the executor that a request goes to.
 
 `PlacementRouter` is the production ranking with loads that are never stale. It looks at every executor in Python, so
 large clusters use `LeastLoadedRouter`: least predicted work, from a number kept for each executor.
@@ -25,11 +25,11 @@ class Router(Protocol):
     """Places requests and hears when they end."""
 
     def choose(self, request: SimRequest, now_s: float) -> int:
-        """Index of the executor that gets the request."""
+        """Choose the executor that gets the request; returns its index."""
         ...
 
     def ended(self, request: SimRequest, executor: int) -> None:
-        """A request's last token is out."""
+        """Hear that a request's last token is out."""
         ...
 
 
@@ -45,7 +45,7 @@ class LeastLoadedRouter:
         self._output_tokens = 0
 
     def choose(self, request: SimRequest, now_s: float) -> int:  # noqa: ARG002
-        """The executor with the least work; ties go to the first."""
+        """Choose the executor with the least work; ties go to the first."""
         expected = self._output_tokens / self._num_ended if self._num_ended else _CONTEXT
         request.work_ns = int(request.num_prompt * self._prompt_token_ns + expected * self._output_token_ns)
         executor = self._work_ns.index(min(self._work_ns))
@@ -78,14 +78,14 @@ class PlacementRouter:
         self._slo = slo
 
     def choose(self, request: SimRequest, now_s: float) -> int:
-        """The best rank."""
+        """Choose the executor of the best rank."""
         if len(self._executors) == 1:
             return 0
         loads = [self._load(executor, now_s) for executor in self._executors]
         return int(choose_executor(request.num_prompt, loads, {}, self._config)[0].executor_id)
 
     def ended(self, request: SimRequest, executor: int) -> None:
-        """Nothing is remembered."""
+        """Remember nothing."""
 
     def _load(self, executor: SimulatedExecutor, now_s: float) -> ExecutorLoad:
         running = executor.requests.running
