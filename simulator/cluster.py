@@ -192,8 +192,7 @@ class Simulation:
         trainer = self._trainer(device)
         planner = self._planner()
         if trace.args.training.enabled and trace.finetune.pairs_per_s != 0:
-            trainer.measure_all_kinds()
-            planner.observe(IterationSample(ForwardShape(), 0.0, slices=trainer.warm_up))
+            planner.observe(IterationSample(ForwardShape(), 0.0, slices=trainer.warm_up()))
         running = RunningSet(
             max_seats=trace.args.engine.max_num_seqs,
             kv_tokens=hardware.kv_tokens,

@@ -33,7 +33,7 @@ class SliceWork:
 
 @dataclass(frozen=True, slots=True)
 class StepModel:
-    """What a model's shape and the settings say about a step."""
+    """Sizes of a model, and settings, that decide the slices of a step."""
 
     num_layers: int
     head_chunk_tokens: int
@@ -53,23 +53,19 @@ def step_slices(
     pairs: Sequence[PairShape],
     model: StepModel,
     slice_tokens: int,
-    num_cached: int = 0,
     *,
     share_prompts: bool = True,
 ) -> list[SliceWork]:
-    """All slices of one training step, in order.
+    """List all slices of one training step on pairs without cached reference log-probabilities, in order.
 
     Args:
         pairs: the step's pairs, grouped by `core.pair_groups` as in the engine.
         model: shape of the model.
         slice_tokens: padded tokens that a micro-batch may have; a single pair may have more.
-        num_cached: so many of `pairs`, the first ones, have cached reference log-probabilities. They come first, in
-            micro-batches of their own, which have no reference forward pass.
         share_prompts: `training.share_prompt`.
     """
     slices: list[SliceWork] = []
-    is_cached = [number < num_cached for number in range(len(pairs))]
-    for group in group_pairs(pairs, is_cached, slice_tokens, share_prompts=share_prompts):
+    for group in group_pairs(pairs, [False] * len(pairs), slice_tokens, share_prompts=share_prompts):
         slices.extend(_micro_batch_slices([pairs[i] for i in group.members], group, model))
     return [*slices, SliceWork(SliceKind.OPTIMIZER, 0, 0)]
 
@@ -78,11 +74,10 @@ def _micro_batch_slices(pairs: list[PairShape], group: PairGroup, model: StepMod
     tokens = group.num_tokens
     targets = sum(pair.num_targets for pair in pairs)
     chunk = model.chunk_tokens(tokens)
-    passes = [
+    for layer_kind, head_kind in (
         (SliceKind.REFERENCE_LAYER, SliceKind.REFERENCE_HEAD),
         (SliceKind.POLICY_LAYER, SliceKind.POLICY_HEAD),
-    ]
-    for layer_kind, head_kind in passes[group.is_cached :]:
+    ):
         yield SliceWork(SliceKind.EMBED, tokens, tokens)
         for _ in range(model.num_layers):
             yield SliceWork(layer_kind, tokens, tokens)
@@ -95,7 +90,7 @@ def _micro_batch_slices(pairs: list[PairShape], group: PairGroup, model: StepMod
 
 @dataclass(slots=True)
 class Trained:
-    """What slices did in one iteration."""
+    """Slices of one iteration."""
 
     slices: list[SliceTiming] = field(default_factory=list)
     busy_s: float = 0.0
@@ -104,10 +99,7 @@ class Trained:
 
 
 class Trainer:
-    """Tasks of equal pairs, in order of arrival. Each is one optimizer step on `training.pairs_per_step` pairs.
-
-    `num_cached_pairs` of them have cached reference log-probabilities; with drift monitoring all have.
-    """
+    """Tasks of equal pairs, in order of arrival. Each is one optimizer step on `training.pairs_per_step` pairs."""
 
     def __init__(
         self,
@@ -118,16 +110,13 @@ class Trainer:
         config: TrainingConfig,
         arena_bytes_per_token: float,
         has_backlog: bool,
-        num_cached_pairs: int = 0,
     ) -> None:
-        self.warm_up: list[SliceTiming] = []
         self._device = device
         self._model = model
         self._pair = pair
         self._config = config
         self._arena_bytes_per_token = arena_bytes_per_token
         self._has_backlog = has_backlog
-        self._num_cached_pairs = num_cached_pairs
         self._gate = SliceGate()
         self._arrived_s: list[float] = []
         self._slice_tokens = config.max_slice_tokens
@@ -159,7 +148,7 @@ class Trainer:
         self._arrived_s.append(now_s)
 
     def state(self) -> FineTuneState | None:
-        """What the planner is told; None if there is no work."""
+        """Describe the work to the planner; None if there is none."""
         if not self.has_work:
             return None
         arrived_s = self._arrived_s[0] if self._arrived_s else 0.0
@@ -170,13 +159,11 @@ class Trainer:
             max_batch_tokens=self._pair.tokens(share_prompts=self._config.share_prompt),
         )
 
-    def measure_all_kinds(self) -> None:
-        """Fill the gate as the worker does at its start; the timings are in `warm_up` for the planner."""
+    def warm_up(self) -> list[SliceTiming]:
+        """Fill the gate as the worker does at its start; the planner learns from the timings."""
         half = min(_WARM_UP_TOKENS, self._config.max_prompt_tokens, self._config.max_length_tokens // 2)
-        for work in self._slices([PairShape(half, half, half)], self._config.max_slice_tokens):
-            timing = SliceTiming(work.kind, work.num_tokens, self._device.slice_s(work.kind, work.num_tokens, 0.0))
-            self._gate.observe(timing.kind, timing.num_tokens, timing.latency_s)
-            self.warm_up.append(timing)
+        work = self._slices([PairShape(half, half, half)], self._config.max_slice_tokens)
+        return [self._run_slice(one, 0.0) for one in work]
 
     def run(self, plan: Plan, start_s: float) -> Trained:
         """Run the slices that the plan and the gate allow, from `start_s` on."""
@@ -190,14 +177,18 @@ class Trainer:
             work = self._next_work()
             if not plan.is_blocking and not self._may_run(work, plan, done):
                 break
-            latency_s = self._device.slice_s(work.kind, work.num_tokens, start_s + done.busy_s)
-            self._gate.observe(work.kind, work.num_tokens, latency_s)
-            done.slices.append(SliceTiming(work.kind, work.num_tokens, latency_s))
-            done.busy_s += latency_s
+            timing = self._run_slice(work, start_s + done.busy_s)
+            done.slices.append(timing)
+            done.busy_s += timing.latency_s
             self._advance(done)
         if done.slices:
             self._last_progress_s = start_s + done.busy_s
         return done
+
+    def _run_slice(self, work: SliceWork, start_s: float) -> SliceTiming:
+        latency_s = self._device.slice_s(work.kind, work.num_tokens, start_s)
+        self._gate.observe(work.kind, work.num_tokens, latency_s)
+        return SliceTiming(work.kind, work.num_tokens, latency_s)
 
     def _may_run(self, work: SliceWork, plan: Plan, done: Trained) -> bool:
         left_s = plan.finetune_budget_s - done.busy_s
@@ -209,14 +200,12 @@ class Trainer:
         if not self._program:
             pairs = [self._pair] * self._config.pairs_per_step
             if self._slice_tokens not in self._programs:
-                program = self._slices(pairs, self._slice_tokens, self._num_cached_pairs)
-                self._programs[self._slice_tokens] = program
+                self._programs[self._slice_tokens] = self._slices(pairs, self._slice_tokens)
             self._program, self._step_tokens = self._programs[self._slice_tokens], self._slice_tokens
         return self._program[self._next]
 
-    def _slices(self, pairs: list[PairShape], slice_tokens: int, num_cached: int = 0) -> list[SliceWork]:
-        share_prompts = self._config.share_prompt
-        return step_slices(pairs, self._model, slice_tokens, num_cached, share_prompts=share_prompts)
+    def _slices(self, pairs: list[PairShape], slice_tokens: int) -> list[SliceWork]:
+        return step_slices(pairs, self._model, slice_tokens, share_prompts=self._config.share_prompt)
 
     def _advance(self, done: Trained) -> None:
         self._next += 1

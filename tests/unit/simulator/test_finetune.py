@@ -1,5 +1,3 @@
-from dataclasses import replace
-
 import pytest
 
 from core.pair_groups import PairShape
@@ -15,11 +13,8 @@ def llama(tmp_path_factory):
 
 @pytest.mark.parametrize("num_pairs", [1, 3, 8])
 @pytest.mark.parametrize(("slice_tokens", "head_chunk_tokens"), [(16, 4), (64, 7), (1024, 128)])
-@pytest.mark.parametrize("num_cached", [0, 1, 5, 8])
-def test_slices_are_those_of_the_real_step(llama, num_pairs, slice_tokens, head_chunk_tokens, num_cached):
+def test_slices_are_those_of_the_real_step(llama, num_pairs, slice_tokens, head_chunk_tokens):
     task = make_task(num_pairs, seed=num_pairs)
-    cached = [replace(pair, reference=(-1.0, -2.0)) for pair in task.pairs[:num_cached]]
-    task = replace(task, pairs=(*cached, *task.pairs[num_cached:]))
     config = make_training(max_slice_tokens=slice_tokens, head_chunk_tokens=head_chunk_tokens)
     model, _, step = start(llama, task, config)
     shape = StepModel(
@@ -29,7 +24,7 @@ def test_slices_are_those_of_the_real_step(llama, num_pairs, slice_tokens, head_
         head_chunk_tokens=head_chunk_tokens,
     )
     pairs = [PairShape(len(p.prompt_ids), len(p.chosen_ids), len(p.rejected_ids)) for p in task.pairs]
-    slices = step_slices(pairs, shape, slice_tokens, num_cached)
+    slices = step_slices(pairs, shape, slice_tokens)
     assert [(s.kind, s.num_tokens) for s in slices] == [(s.kind, s.num_tokens) for s in step.pending]
 
 
