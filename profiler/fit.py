@@ -1,4 +1,4 @@
-"""From measured iterations to a profile: least squares on relative errors with non-negative coefficients.
+"""Fits a profile to measured iterations: least squares on relative errors with non-negative coefficients.
 
 A noisy machine gives outliers, nearly always too slow. Rows are weighted by 1 / measured in a first fit, then rows
 whose measured / predicted is far from its median (five median absolute deviations of the log, and at least 1.5x) are

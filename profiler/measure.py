@@ -35,7 +35,7 @@ class PointKind(StrEnum):
     DECODE = "decode"
     """`batch` prompts of `context` tokens, then some tokens of each."""
     MIXED = "mixed"
-    """As DECODE, with a prompt of `num_tokens` coming in between: hybrid iterations."""
+    """Like DECODE, with a prompt of `num_tokens` coming in between: hybrid iterations."""
     EVALUATE = "evaluate"
     """A fine-tune task that changes nothing: one micro-batch of `num_tokens` padded tokens."""
     TRAIN = "train"
@@ -122,7 +122,7 @@ class Measurement:
 
     samples: list[IterationSample] = field(default_factory=list)
     memory: list[tuple[int, int]] = field(default_factory=list)
-    """For each training step, padded tokens of its micro-batch and the bytes that it held at most."""
+    """Padded tokens of each training step's micro-batch, and the bytes that it held at most."""
     num_points: int = 0
     num_interrupted: int = 0
     measured_s: float = 0.0
@@ -224,7 +224,7 @@ class _Measurer:
         return self._plan.budget_s - self._result.measured_s
 
     def _expected_s(self, point: GridPoint) -> float:
-        """In proportion to the measured point of the same kind that is nearest in work; 0 if there is none."""
+        """Time of a point in proportion to the measured one of its kind that is nearest in work; 0 without one."""
         done = self._walls.get(point.kind)
         if not done:
             return 0.0

@@ -103,7 +103,7 @@ class LevelFilter:
         self.coefficients = tuple(level * value for value in self._theta)
 
     def _shrink(self, projected: list[float], precision: float) -> None:
-        """What the sample has told leaves the covariance; then it relaxes towards its bound."""
+        """Take out of the covariance what the sample has told, then relax it towards its bound."""
         keep = 1.0 - _RELAX
         for i, row in enumerate(self._covariance):
             gain = keep * precision * projected[i]
@@ -138,7 +138,7 @@ class RatioWindow:
 
 
 class _Latency:
-    """What is known of one latency: its model, and how far measurements come above it."""
+    """One latency: its model, and how far measurements come above it."""
 
     def __init__(self, model: LevelFilter, ratios: Iterable[float] = _UNSEEN_RATIO) -> None:
         self.model = model

@@ -52,7 +52,7 @@ class _Model(BaseModel):
 
 
 class Origin(_Model):
-    """What was measured, by which code and when."""
+    """Device, model, code and time of a measurement."""
 
     device: str = Field(min_length=1)
     model: str = Field(min_length=1)
@@ -135,7 +135,7 @@ class Profile(_Model):
     """Quantiles of measured / predicted at `QUANTILE_LEVELS`: the device's noise and the model's error together."""
     slice_ratios: dict[SliceKind, _Quantiles]
     forward_noise: _Quantiles
-    """The same, each ratio over the median of its like (rows of nearly equal features): the noise without the error."""
+    """Quantiles of each ratio over the median of its like (rows of nearly equal features): noise without error."""
     slice_noise: dict[SliceKind, _Quantiles]
     overhead_s: _Seconds
     """Median time of an iteration that was neither forward pass nor slices."""

@@ -29,7 +29,7 @@ class Quantiles:
 
     @classmethod
     def exactly(cls, value: float) -> "Quantiles":
-        """No spread."""
+        """A distribution without spread."""
         return cls((0.0, 1.0), (value, value))
 
 
@@ -39,7 +39,7 @@ class DeviceModel(Protocol):
     overhead_s: float
     """Usual time of an iteration that is neither forward pass nor slices."""
     overhead_noise: Quantiles
-    """Its distribution, in seconds."""
+    """Distribution of that time, in seconds."""
     forward_noise: Quantiles
     """Measured over predicted latency of forward passes."""
 

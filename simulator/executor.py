@@ -1,4 +1,4 @@
-"""One simulated executor: the production planner in virtual time.
+"""One executor of a simulation: the production planner in virtual time.
 
 An iteration is: view, plan, fill as vLLM fills, settle, slices through the gate, forward pass; it lasts overhead +
 slices + forward pass, and its tokens are out at its end.
@@ -88,7 +88,7 @@ class SimulatedExecutor:
         self._iterations = 0
 
     def submit(self, request: SimRequest, now_s: float) -> None:
-        """A request arrives.
+        """Take in a request.
 
         Raises:
             ConfigError: it can never fit the KV cache.
@@ -99,12 +99,12 @@ class SimulatedExecutor:
         self._wake(now_s)
 
     def add_task(self, now_s: float) -> None:
-        """Fine-tune work arrives."""
+        """Take in fine-tune work."""
         self.trainer.add_task(now_s)
         self._wake(now_s)
 
     def end(self, run: int, now_s: float) -> None:
-        """Work number `run` is over; nothing happens if it was cut short meanwhile."""
+        """End work number `run`; nothing happens if it was cut short meanwhile."""
         if run != self._run:
             return
         if isinstance(self._current, _Stretch):
@@ -124,7 +124,7 @@ class SimulatedExecutor:
             self._start_iteration(now_s)
 
     def wait_s(self, now_s: float) -> float:
-        """Until the iteration in progress ends."""
+        """Seconds until the iteration in progress ends."""
         current = self._current
         if current is None:
             return 0.0
@@ -134,13 +134,11 @@ class SimulatedExecutor:
 
     def kv_tokens_used(self, now_s: float) -> int:
         """Tokens of KV memory that cannot be given out, with the passes of a stretch that are over by now."""
-        running = self.requests.running
-        if not isinstance(self._current, _Stretch):
-            return running.kv_used
-        return running.kv_used_after(bisect_right(self._current.ends_s, now_s))
+        over = bisect_right(self._current.ends_s, now_s) if isinstance(self._current, _Stretch) else 0
+        return self.requests.running.kv_used(over)
 
     def _wake(self, now_s: float) -> None:
-        """Something arrived: a sleeping executor starts, a stretch ends with the iteration in progress."""
+        """Something arrived: start if asleep; a stretch ends with the iteration in progress."""
         current = self._current
         if current is None:
             self.start(now_s)

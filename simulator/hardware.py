@@ -27,7 +27,7 @@ class Hardware:
     device: DeviceModel
     """The truth."""
     new_predictor: Callable[[], LatencyPredictor]
-    """What production would start from: one for each executor, because it learns."""
+    """Makes the predictor that production would start from: one for each executor, because it learns."""
     step_model: StepModel
     kv_tokens: int
     kv_bytes_per_token: float
@@ -51,7 +51,7 @@ class FrozenPredictor:
 
 @dataclass(frozen=True, slots=True)
 class ModelShape:
-    """What a decoder's `config.json` says about its size."""
+    """Sizes of a decoder, from its `config.json`."""
 
     num_layers: int
     layer_weights: int
@@ -84,7 +84,7 @@ class ModelShape:
 
     @classmethod
     def load(cls, path: Path) -> "ModelShape":
-        """From a `config.json`, or the directory that holds one.
+        """Read a `config.json`, or the one in a directory.
 
         Raises:
             ConfigError: it cannot be read.
@@ -97,7 +97,7 @@ class ModelShape:
         return cls.of(config)
 
     def step_model(self, training: TrainingConfig) -> StepModel:
-        """What decides the slices of a step."""
+        """Sizes that decide the slices of a step."""
         return StepModel(self.num_layers, self.layer_weights, self.head_weights, training.head_chunk_tokens)
 
 

@@ -1,8 +1,7 @@
 """The requests of one executor, waiting and running, and how an iteration is filled with them.
 
-`view` describes them to the planner as `engine.vllm.iteration_view` describes vLLM's; `fill` gives out the token
-budget as
-vLLM does: decodes first, then prompts in progress, then the waiting queue while seats and KV memory last.
+`view` describes them to the planner as `engine.vllm.iteration_view` describes vLLM's; `fill` gives out the token budget
+as vLLM does: decodes first, then prompts in progress, then the waiting queue while seats and KV memory last.
 """
 
 from dataclasses import dataclass, field
@@ -15,14 +14,14 @@ from simulator.running import RunningSet, SimRequest, SimulatedPruner
 
 @dataclass(slots=True)
 class Fill:
-    """What a forward pass computes."""
+    """The work of one forward pass."""
 
     shape: ForwardShape = field(default_factory=ForwardShape)
     chunks: list[tuple[SimRequest, int]] = field(default_factory=list)
     preempted: list[SimRequest] = field(default_factory=list)
 
     def add_chunk(self, request: SimRequest, left: int, max_chunk_tokens: int) -> int:
-        """Take what the budget allows of a prompt; returns its tokens."""
+        """Take as much of a prompt as the budget allows; returns its tokens."""
         tokens = min(request.left, left, max_chunk_tokens or left)
         if tokens <= 0:
             return 0
@@ -58,29 +57,24 @@ class RequestPool:
         return len(self.waiting) + len(self.running)
 
     @property
-    def used_kv_bytes(self) -> int:
-        """KV memory that cannot be given out."""
-        return int(self.running.kv_used * self._kv_bytes_per_token)
-
-    @property
     def only_decodes(self) -> bool:
         """Every request is past its prompt."""
         return self.running.num_decode > 0 and not self.running.prefills and not self.waiting
 
     def enqueue(self, request: SimRequest) -> None:
-        """Into the waiting queue; a preempted request keeps its arrival."""
+        """Put a request into the waiting queue; a preempted one keeps its arrival."""
         self.waiting.push(request.request_id, request, request.arrival_s, request.user_priority)
         self.waiting_tokens += request.target
 
     def view(self, now_s: float, finetune: FineTuneState | None) -> IterationView:
-        """The state before an iteration is planned."""
+        """Describe the state before an iteration is planned."""
         running = self.running
         view = IterationView(
             now_s,
             running.num_decode,
             running.decode_context,
             free_seats=running.max_seats - len(running),
-            used_kv_bytes=self.used_kv_bytes,
+            used_kv_bytes=int(running.kv_used() * self._kv_bytes_per_token),
             finetune=finetune,
             free_kv_blocks=running.blocks.free,
             block_tokens=running.blocks.block_tokens,
@@ -122,7 +116,7 @@ class RequestPool:
         return fill
 
     def _make_room(self, fill: Fill) -> None:
-        """Every decoding request needs room for one more token."""
+        """Preempt until every decoding request has room for one more token."""
         running = self.running
         while running.decode_blocks > running.blocks.free:
             request = running.preempt()

@@ -33,7 +33,7 @@ class SimRequest:
     """Tokens to compute before the next one comes out: the prompt, after a preemption also what was generated."""
     computed: int = 0
     generated: int = 0
-    """While the request decodes: as of `start_pass`."""
+    """Tokens that are out; while the request decodes, as of `start_pass`."""
     start_pass: int = 0
     end_pass: int = -1
     """-1: does not decode."""
@@ -47,7 +47,7 @@ class SimRequest:
     num_dropped: int = 0
     """KV blocks of it that pruning has dropped."""
     work_ns: int = 0
-    """What the router predicted it to cost."""
+    """Cost that the router predicted, in nanoseconds."""
 
     @classmethod
     def of(cls, request: TraceRequest) -> "SimRequest":
@@ -84,16 +84,16 @@ class KvBlocks:
         return self.capacity - self.used
 
     def holding(self, num_tokens: int) -> int:
-        """Blocks of so many tokens."""
+        """Blocks that `num_tokens` take."""
         return -(-num_tokens // self.block_tokens)
 
     def join(self, num_tokens: int, passes: int) -> None:
-        """A request with so many cached tokens, whose blocks are counted, decodes from pass number `passes` on."""
+        """Add a request with `num_tokens` cached tokens, whose blocks are counted; it decodes from pass `passes` on."""
         self._takers[(passes - num_tokens) % self.block_tokens] += 1
         self._num_decode += 1
 
     def leave(self, num_tokens: int, passes: int) -> None:
-        """It decodes no more; arguments as in `join`."""
+        """Take a request out that decodes no more; arguments as in `join`."""
         self._takers[(passes - num_tokens) % self.block_tokens] -= 1
         self._num_decode -= 1
 
@@ -103,7 +103,7 @@ class KvBlocks:
         return cycles * self._num_decode + sum(self._takers[(passes + i) % self.block_tokens] for i in range(rest))
 
     def passes_left(self, passes: int, most: int) -> int:
-        """How many passes, `most` at the utmost, the free blocks last."""
+        """Number of passes, `most` at the utmost, that the free blocks last."""
         if not self._num_decode:
             return most
         free = self.free
@@ -124,7 +124,7 @@ class RunningSet:
         self.max_seats = max_seats
         self.blocks = KvBlocks(kv_tokens=kv_tokens, block_tokens=block_tokens)
         self.prefills: list[SimRequest] = []
-        """In order of admission."""
+        """Requests whose prompt is in progress, in order of admission."""
         self.num_decode = 0
         self.decode_context = 0
         """Tokens of the decoding requests in the KV cache, those of dropped blocks not among them."""
@@ -147,13 +147,8 @@ class RunningSet:
         """Tokens of all blocks."""
         return self.blocks.capacity * self.blocks.block_tokens
 
-    @property
-    def kv_used(self) -> int:
-        """Tokens of the blocks in use."""
-        return self.kv_used_after(0)
-
-    def kv_used_after(self, passes: int) -> int:
-        """The same after so many passes, in which no request ends."""
+    def kv_used(self, passes: int = 0) -> int:
+        """Tokens of the blocks in use after `passes` more, in which no request ends."""
         return (self.blocks.used + self.blocks.taken_in(self.passes, passes)) * self.blocks.block_tokens
 
     @property
@@ -207,12 +202,12 @@ class RunningSet:
         return True
 
     def passes_to_change(self) -> int:
-        """How many passes the same requests can decode: until one ends, or the KV cache is full."""
+        """Number of passes that the same requests can decode: until one ends, or the KV cache is full."""
         self._drop_stale()
         return self.blocks.passes_left(self.passes, self._ends[0][0] - self.passes)
 
     def advance(self, passes: int) -> None:
-        """So many forward passes with every decoding request in them."""
+        """Move on by forward passes with every decoding request in them."""
         self.blocks.used += self.blocks.taken_in(self.passes, passes)
         self.passes += passes
         self.decode_context += passes * self.num_decode
@@ -302,7 +297,7 @@ class SimulatedPruner:
         self._offered: list[tuple[float, int, SimRequest]] = []
 
     def offer(self, running: RunningSet) -> PruneOffer | None:
-        """What may be dropped now, least harm first; None if nothing, or if nobody has asked."""
+        """Offer the blocks that may be dropped now, least harm first; None if none may, or nobody has asked."""
         self._offered = []
         if self.is_asked:
             for order, request in enumerate(running.decodes):

@@ -1,4 +1,4 @@
-"""What a run measured: latencies in log-spaced histograms, attainment, and work over virtual time.
+"""Measurements of a run: latencies in log-spaced histograms, attainment, and work over virtual time.
 
 Iterations are counted by the million, so nothing is kept for each token or request. A histogram's bin is 0.5 % wide;
 a percentile is the middle of its bin.
@@ -35,7 +35,7 @@ class Histogram:
             self.max_s = value_s
 
     def percentile(self, percent: float) -> float | None:
-        """The value in seconds that `percent` of the events do not exceed; None if there are none."""
+        """Value in seconds that `percent` of the events do not exceed; None if there are none."""
         if not self.total:
             return None
         wanted = math.ceil(self.total * percent / 100)
@@ -107,7 +107,7 @@ class Statistics:
         self._slo = slo
 
     def add_gap(self, gap_s: float, weight: int) -> bool:
-        """`weight` requests got a token so long after the one before; returns whether that was too late."""
+        """Count a token of `weight` requests, `gap_s` after the one before; returns True if that was too late."""
         self.tbt.add(gap_s, weight)
         self.output_tokens += weight
         if gap_s <= self._slo.tbt_s:
@@ -116,19 +116,19 @@ class Statistics:
         return True
 
     def add_first_token(self, ttft_s: float, *, is_batch: bool) -> None:
-        """A request's first token is out."""
+        """Count a request's first token."""
         self.classes["batch" if is_batch else "interactive"].ttft.add(ttft_s)
         self.output_tokens += 1
 
     def add_finished(self, ttft_s: float, *, is_late: bool, is_batch: bool) -> None:
-        """A request is done; `is_late`: some token of it missed the TBT target."""
+        """Count a request that is done; `is_late`: some token of it missed the TBT target."""
         count = self.classes["batch" if is_batch else "interactive"]
         count.finished += 1
         if ttft_s <= self._slo.ttft_s and not is_late:
             count.attained += 1
 
     def add_work(self, start_s: float, end_s: float, forward_s: float, slices_s: float) -> None:
-        """An iteration, or a run of them, kept the device busy for so long between these moments."""
+        """Count the seconds that an iteration, or a run of them, kept the device busy between two moments."""
         self.forward_s += forward_s
         self.slices_s += slices_s
         first, last = int(start_s / self.bucket_s), int(end_s / self.bucket_s)
@@ -141,7 +141,7 @@ class Statistics:
             self.slices_per_bucket[bucket] += share * slices_s
 
     def add_pairs(self, end_s: float, num_pairs: int) -> None:
-        """An optimizer step ended."""
+        """Count the pairs of an optimizer step that ended."""
         self.pairs += num_pairs
         self.pairs_per_bucket[int(end_s / self.bucket_s)] += num_pairs
 
@@ -202,7 +202,15 @@ class Result:
             "ttft": self.ttft.summary(),
             "tbt": found.tbt.summary(),
             "late_tokens": found.late_tokens,
-            "classes": {name: _class_json(count) for name, count in found.classes.items() if count.finished},
+            "classes": {
+                name: {
+                    "requests": count.finished,
+                    "slo_attainment": count.attained / count.finished,
+                    "ttft": count.ttft.summary(),
+                }
+                for name, count in found.classes.items()
+                if count.finished
+            },
             "pairs": found.pairs,
             "pairs_per_s": self.pairs_per_s,
             "output_tokens_per_s": found.output_tokens / self.virtual_s,
@@ -218,11 +226,3 @@ class Result:
 
     def _share(self, busy_s: float) -> float:
         return busy_s / (self.virtual_s * self.num_executors)
-
-
-def _class_json(count: ClassCount) -> dict[str, Any]:
-    return {
-        "requests": count.finished,
-        "slo_attainment": count.attained / count.finished,
-        "ttft": count.ttft.summary(),
-    }

@@ -1,4 +1,4 @@
-"""When tokens come out of one executor: TTFT, TBT, attainment and the event log."""
+"""Takes the times at which tokens come out of one executor: TTFT, TBT, attainment and the event log."""
 
 from collections.abc import Callable
 
@@ -26,18 +26,18 @@ class TokenMeter:
         self._last_late_s = -1.0
 
     def decoded(self, end_s: float, num_decode: int) -> None:
-        """A forward pass has given every decoding request a token."""
+        """Count a forward pass that gave every decoding request a token."""
         if self._statistics.add_gap(end_s - self._last_token_s, num_decode):
             self._last_late_s = end_s
         self._last_token_s = end_s
 
     def computed(self, end_s: float, num_prompt_tokens: int) -> None:
-        """A forward pass has ended that computed so many prompt tokens."""
+        """Count a forward pass that computed prompt tokens."""
         self._statistics.prompt_tokens += num_prompt_tokens
         self._last_token_s = end_s
 
     def prompt_done(self, request: SimRequest, end_s: float) -> None:
-        """A prompt is computed (anew, after a preemption) and one token is out."""
+        """Count the token that follows a prompt (computed anew, after a preemption)."""
         if request.first_token_s < 0:
             request.first_token_s = end_s
             self._statistics.add_first_token(end_s - request.arrival_s, is_batch=request.user_priority > 0)
@@ -47,7 +47,7 @@ class TokenMeter:
         request.late_since_s = end_s
 
     def preempted(self, request: SimRequest) -> None:
-        """A request has lost its seat; what was late until now stays with it."""
+        """Count a request that lost its seat; its lateness until now stays with it."""
         self._statistics.preemptions += 1
         if request.generated:
             request.last_token_s = self._last_token_s
@@ -55,12 +55,12 @@ class TokenMeter:
         self.note("preempted", request.request_id)
 
     def pruned(self, num_blocks: int) -> None:
-        """So many KV blocks were dropped."""
+        """Count dropped KV blocks."""
         self._statistics.pruned_blocks += num_blocks
         self.note("pruned", str(num_blocks))
 
     def ended(self, request: SimRequest) -> None:
-        """A request's last token is out."""
+        """Count a request whose last token is out."""
         is_late = request.is_late or self._last_late_s > request.late_since_s
         ttft_s = request.first_token_s - request.arrival_s
         self._statistics.add_finished(ttft_s, is_late=is_late, is_batch=request.user_priority > 0)
@@ -68,7 +68,7 @@ class TokenMeter:
         self.note("finished", request.request_id)
 
     def trained(self, end_s: float, num_pairs: int) -> None:
-        """Optimizer steps on so many pairs have ended."""
+        """Count the pairs of optimizer steps that ended."""
         self._statistics.add_pairs(end_s, num_pairs)
         self.note("trained", str(num_pairs))
 

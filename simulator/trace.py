@@ -90,7 +90,7 @@ class Arrivals(_Part):
 
     process: Literal["poisson", "gamma", "constant"] = "poisson"
     rate_per_s: float = Field(gt=0)
-    """Over the whole cluster."""
+    """Arrivals per second over the whole cluster."""
     cv: float | None = Field(None, gt=0)
     """Coefficient of variation of the gaps; only for `gamma` (1 is Poisson, above 1 is burstier)."""
     bursts: tuple[Burst, ...] = ()
@@ -138,7 +138,7 @@ class FineTune(_Part):
     """The preference pairs that wait for training, and their lengths (all alike)."""
 
     pairs_per_s: float | None = Field(None, ge=0)
-    """Over the whole cluster, evenly spaced. None: a backlog that never empties. 0: none."""
+    """Pairs per second over the whole cluster, evenly spaced. None: a backlog that never empties. 0: none."""
     prompt_tokens: int = Field(24, ge=1)
     completion_tokens: int = Field(24, ge=1)
 

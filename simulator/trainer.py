@@ -15,9 +15,10 @@ from scheduler.plan import FineTuneState, Plan
 from simulator.device import Device
 
 _MIN_CHUNK_TOKENS = 16
-"""As in `engine.training.dpo`: a smaller head chunk costs the reading of the head's weights all the same."""
+"""Least size of a head chunk, as in `engine.training.dpo`: a smaller one reads the head's weights all the same."""
 _WARM_UP_TOKENS = 16
-"""As in `engine.training.runner`: every kind of slice runs once, with a made-up pair, before anything is served."""
+"""Length of the made-up pair with which every kind of slice runs once before anything is served, as in
+`engine.training.runner`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,7 +122,7 @@ class Trainer:
         self._arrived_s: list[float] = []
         self._slice_tokens = config.max_slice_tokens
         self._step_tokens = 0
-        """Of the step in progress, which keeps the size that it began with."""
+        """Slice size of the step in progress, which keeps the size that it began with."""
         self._programs: dict[int, list[SliceWork]] = {}
         self._program: list[SliceWork] = []
         self._next = 0

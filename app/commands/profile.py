@@ -44,12 +44,12 @@ _FRACTIONS = (0.1, 0.25, 0.5)
 """Measured shares of the blocks, beside `kv_pruning.max_fraction`."""
 _DEFAULT_CONTEXT_TOKENS = 1024
 _RESERVED_TOKENS = 128
-"""For a continuation, or a question and its reply."""
+"""Room for a continuation, or a question and its reply."""
 _CONTINUATION_TOKENS = 96
 _QUESTIONS = 4
 """About each context."""
 _SEED = 0
-"""Of the generated texts and questions."""
+"""Seed of the generated texts and questions."""
 
 
 @app.command()

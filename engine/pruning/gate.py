@@ -19,7 +19,7 @@ from engine.pruning.tasks import RecallKind
 from profiler.profile import Origin, profile_path
 
 METHOD = "keydiff"
-"""How blocks are scored (`engine.pruning.scores`)."""
+"""Name of the rule that scores blocks (`engine.pruning.scores`)."""
 MIN_PASSAGES = 20
 """Passages that the log-prob must be measured on."""
 MIN_QUESTIONS = 50
@@ -46,7 +46,7 @@ class Estimate(_Model):
 
 
 class RecallBaseline(_Model):
-    """What the model answers to questions of one kind when nothing is pruned."""
+    """Answers to questions of one kind when nothing is pruned."""
 
     num_questions: int = Field(ge=1)
     accuracy: _Share
@@ -60,7 +60,7 @@ class RecallBaseline(_Model):
 
 
 class RecallResult(_Model):
-    """The same questions after pruning."""
+    """Answers to the same questions after pruning."""
 
     accuracy: _Share
     drop: Estimate
@@ -68,7 +68,7 @@ class RecallResult(_Model):
 
 
 class FractionResult(_Model):
-    """What pruning this fraction of the blocks costs."""
+    """Costs of pruning this fraction of the blocks."""
 
     fraction: float = Field(ge=0, le=0.9)
     logprob_drop: Estimate
@@ -135,7 +135,7 @@ class PruningReport(_Model):
 
 @dataclass(frozen=True, slots=True)
 class Decision:
-    """Whether pruning may switch on."""
+    """Verdict on pruning: it may switch on or not."""
 
     allowed: bool
     reason: str

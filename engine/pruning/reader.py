@@ -27,7 +27,7 @@ _MAX_REPLY_TOKENS = 16
 
 @dataclass(frozen=True, slots=True)
 class PruningPlan:
-    """How a cache is pruned."""
+    """Rules by which a cache is pruned."""
 
     block_tokens: int
     recent_tokens: int

@@ -77,7 +77,7 @@ class Question:
 
     text: str
     cue: str
-    """How an answer begins: for a model without a chat template, which goes on instead of answering."""
+    """Beginning of an answer: for a model without a chat template, which goes on instead of answering."""
     answer: str
     num_candidates: int
     """Different answers to questions of this form that the context offers: 1 in so many guesses is right."""

@@ -22,7 +22,7 @@ from core.errors import ConfigError
 from engine.pruning.scores import score_blocks, summarize
 
 Scores = dict[str, tuple[list[int], torch.Tensor]]
-"""By request id: positions of its full blocks in the block table's row, and their scores."""
+"""Request id -> positions of its full blocks in the block table's row, and their scores."""
 
 _NULL_BLOCK = 0
 
