@@ -188,7 +188,7 @@ class Simulation:
 
     def _executor(self, index: int, seed: np.random.SeedSequence) -> SimulatedExecutor:
         trace, hardware, options = self._trace, self._hardware, self._options
-        device = Device(hardware.device, seed=seed, noise=options.noise, slow_down=trace.slow_down)
+        device = Device(hardware.profile, seed=seed, noise=options.noise, slow_down=trace.slow_down)
         trainer = self._trainer(device)
         planner = self._planner()
         if trace.args.training.enabled and trace.finetune.pairs_per_s != 0:
@@ -251,13 +251,13 @@ class Simulation:
         )
 
     def _new_router(self) -> Router:
-        args, device = self._trace.args, self._hardware.device
+        args, latency = self._trace.args, self._hardware.profile.latency
         chosen = self._options.router
         if chosen == "least_loaded" or (chosen == "auto" and len(self.executors) > _MOST_RANKED):
-            return LeastLoadedRouter(len(self.executors), device)
+            return LeastLoadedRouter(len(self.executors), latency)
         return PlacementRouter(
             self.executors,
-            device,
+            latency,
             kv_bytes_per_token=self._hardware.kv_bytes_per_token,
             config=args.scheduler,
             slo=args.slo,

@@ -166,11 +166,11 @@ class SimulatedExecutor:
         running, forward_s = self.requests.running, self._device.forward_s
         count = min(running.passes_to_change(), self._stretch_limit)
         shape = ForwardShape(num_decode=running.num_decode, decode_context=running.decode_context)
-        overheads_s = self._device.overheads_s(count)
+        overheads_s = self._device.overheads.ahead(count)
         start_s = now_s
         ends_s: list[float] = []
         forwards_s: list[float] = []
-        for overhead_s, factor in zip(overheads_s, self._device.factors(count), strict=True):
+        for overhead_s, factor in zip(overheads_s, self._device.factors.ahead(count), strict=True):
             latency_s = forward_s(shape, now_s, factor)
             now_s = now_s + overhead_s + latency_s
             ends_s.append(now_s)
@@ -211,9 +211,9 @@ class SimulatedExecutor:
             return  # nothing is allowed to train: sleep until something arrives
         forward_s = 0.0
         if fill.shape.num_tokens:
-            factor = self._device.factors(1)[0]
+            factor = self._device.factors.ahead(1)[0]
             forward_s = self._device.forward_s(fill.shape, now_s + trained.busy_s, factor)
-        overhead_s = self._device.overheads_s(1)[0]
+        overhead_s = self._device.overheads.ahead(1)[0]
         end_s = now_s + overhead_s + forward_s + trained.busy_s
         self._begin(_Iteration(now_s, end_s, plan, fill, overhead_s, forward_s, trained), end_s)
 

@@ -6,14 +6,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from core.batch import ForwardShape, IterationSample
+from core.batch import IterationSample
 from core.config import AppArgs, TrainingConfig
 from core.errors import ConfigError
 from core.ports import LatencyPredictor
-from core.types import SliceKind
 from profiler.online import OnlineLatencyModel
-from profiler.profile import QUANTILE_LEVELS, Profile
-from simulator.device import DeviceModel, Quantiles
+from profiler.profile import Profile
 from simulator.trainer import StepModel
 
 _BLOCK_TOKENS = 16
@@ -24,8 +22,8 @@ _BLOCK_TOKENS = 16
 class Hardware:
     """One kind of executor; all executors of a run are alike."""
 
-    device: DeviceModel
-    """The truth."""
+    profile: Profile
+    """What iterations really cost."""
     new_predictor: Callable[[], LatencyPredictor]
     """Makes the predictor that production would start from: one for each executor, because it learns."""
     step_model: StepModel
@@ -101,28 +99,6 @@ class ModelShape:
         return StepModel(self.num_layers, self.layer_weights, self.head_weights, training.head_chunk_tokens)
 
 
-class ProfiledDevice:
-    """`simulator.device.DeviceModel` of a profile."""
-
-    def __init__(self, profile: Profile) -> None:
-        self._profile = profile
-        model = OnlineLatencyModel(profile)  # learns nothing: it is the profile's model, in its fast form
-        self._forward_s = model.forward_s
-        self.slice_s = model.slice_s
-        self.overhead_s = profile.overhead_s
-        self.overhead_noise = Quantiles(QUANTILE_LEVELS, profile.overhead_quantiles_s)
-        self.forward_noise = Quantiles(QUANTILE_LEVELS, profile.forward_noise)
-
-    def slice_noise(self, kind: SliceKind) -> Quantiles:
-        """Measured latency of slices of a kind over that of their like."""
-        noise = self._profile.slice_noise.get(kind)
-        return Quantiles.exactly(1.0) if noise is None else Quantiles(QUANTILE_LEVELS, noise)
-
-    def forward_s(self, shape: ForwardShape) -> float:
-        """Latency of a forward pass in seconds; 0 if it is empty."""
-        return self._forward_s(shape) or 0.0
-
-
 def hardware_of(profile: Profile, shape: ModelShape, args: AppArgs) -> Hardware:
     """An executor on the profile's device.
 
@@ -140,7 +116,7 @@ def hardware_of(profile: Profile, shape: ModelShape, args: AppArgs) -> Hardware:
     kv_bytes = profile.memory.kv_bytes_per_token or shape.kv_values_per_token * value_bytes
     largest = args.training.max_slice_tokens + 2 * args.training.max_length_tokens
     return Hardware(
-        device=ProfiledDevice(profile),
+        profile=profile,
         new_predictor=lambda: OnlineLatencyModel(profile),
         step_model=shape.step_model(args.training),
         kv_tokens=int(args.engine.kv_cache_memory_bytes / kv_bytes),

@@ -10,8 +10,8 @@ from typing import Protocol
 from core.batch import ForwardShape
 from core.config import SchedulerConfig, SloConfig
 from core.wire import ExecutorLoad
+from profiler.profile import LatencyModel
 from scheduler.placement import choose_executor
-from simulator.device import DeviceModel
 from simulator.executor import SimulatedExecutor
 from simulator.running import SimRequest
 
@@ -36,11 +36,11 @@ class Router(Protocol):
 class LeastLoadedRouter:
     """Least predicted work: prompt tokens plus the answer's expected length, at the profile's cost of a token."""
 
-    def __init__(self, num_executors: int, device: DeviceModel) -> None:
+    def __init__(self, num_executors: int, latency: LatencyModel) -> None:
         self._work_ns = [0] * num_executors
-        self._prompt_token_ns = _prompt_token_s(device) * 1e9
+        self._prompt_token_ns = _prompt_token_s(latency) * 1e9
         decode = ForwardShape(num_decode=_BATCH, decode_context=_BATCH * _CONTEXT)
-        self._output_token_ns = device.forward_s(decode) / _BATCH * 1e9
+        self._output_token_ns = latency.forward_s(decode) / _BATCH * 1e9
         self._num_ended = 0
         self._output_tokens = 0
 
@@ -65,14 +65,14 @@ class PlacementRouter:
     def __init__(
         self,
         executors: Sequence[SimulatedExecutor],
-        device: DeviceModel,
+        latency: LatencyModel,
         *,
         kv_bytes_per_token: float,
         config: SchedulerConfig,
         slo: SloConfig,
     ) -> None:
         self._executors = executors
-        self._prompt_token_s = _prompt_token_s(device)
+        self._prompt_token_s = _prompt_token_s(latency)
         self._kv_bytes_per_token = kv_bytes_per_token
         self._config = config
         self._slo = slo
@@ -104,9 +104,9 @@ class PlacementRouter:
         )
 
 
-def _prompt_token_s(device: DeviceModel) -> float:
+def _prompt_token_s(latency: LatencyModel) -> float:
     """Seconds that one more prompt token takes."""
     short, long = ForwardShape(), ForwardShape()
     short.add_chunk(_PROMPT, 0)
     long.add_chunk(2 * _PROMPT, 0)
-    return max(0.0, device.forward_s(long) - device.forward_s(short)) / _PROMPT
+    return max(0.0, latency.forward_s(long) - latency.forward_s(short)) / _PROMPT

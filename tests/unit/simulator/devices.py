@@ -1,11 +1,10 @@
-"""A device of known costs, and short traces on it."""
+"""A device of known costs and its profile, and short traces on it."""
 
 from typing import Any
 
 from core.batch import ForwardShape
 from core.types import SliceKind
 from profiler.profile import QUANTILE_LEVELS, FitError, LatencyModel, MemoryModel, Origin, Profile, RawSamples
-from simulator.device import Quantiles
 from simulator.hardware import Hardware
 from simulator.trace import Trace
 from simulator.trainer import StepModel
@@ -23,17 +22,12 @@ _SLICE_COST_S = {
 
 
 class KnownDevice:
-    """Affine costs; also the perfect predictor of itself."""
+    """The perfect predictor of a device with affine costs."""
 
     overhead_s = 0.001
-    overhead_noise = Quantiles((0, 0.5, 1), (0.0005, 0.001, 0.003))
-    forward_noise = Quantiles((0, 0.25, 0.5, 0.75, 1), (0.9, 0.95, 1.0, 1.05, 1.2))
 
     def __init__(self):
         self.num_observed = 0
-
-    def slice_noise(self, kind: SliceKind) -> Quantiles:
-        return Quantiles((0, 0.5, 1), (0.9, 1.0, 1.1))
 
     def forward_s(self, shape: ForwardShape) -> float:
         if not shape.num_tokens:
@@ -57,9 +51,9 @@ class KnownDevice:
 STEP_MODEL = StepModel(num_layers=3, layer_weights=100_000, head_weights=200_000, head_chunk_tokens=128)
 
 
-def make_hardware(device=None, *, new_predictor=KnownDevice, kv_tokens=20_000, step_model=STEP_MODEL) -> Hardware:
+def make_hardware(*, profile=None, new_predictor=KnownDevice, kv_tokens=20_000, step_model=STEP_MODEL) -> Hardware:
     return Hardware(
-        device=device or KnownDevice(),
+        profile=profile or make_profile(spread=0.2),
         new_predictor=new_predictor,
         step_model=step_model,
         kv_tokens=kv_tokens,
@@ -82,10 +76,10 @@ def make_trace(**changes: Any) -> Trace:
     return Trace.model_validate(fields | changes)
 
 
-def make_profile() -> Profile:
-    """Of a device that costs what `KnownDevice` does, with a little noise."""
+def make_profile(spread=0.06) -> Profile:
+    """Of a device that costs what `KnownDevice` does, with noise between 1 - spread / 2 and 1 + spread / 2."""
     device = KnownDevice()
-    ratios = tuple(0.97 + 0.06 * level for level in QUANTILE_LEVELS)
+    ratios = tuple(1 - spread / 2 + spread * level for level in QUANTILE_LEVELS)
     error = FitError(num_rows=100, median=0.01, p95=0.03)
     slices = {kind: (0.3 * cost_s, cost_s / 512) for kind, cost_s in _SLICE_COST_S.items()}
     return Profile(

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from core.errors import ConfigError
 from simulator.cluster import Options, Simulation
-from tests.unit.simulator.devices import make_hardware, make_trace
+from tests.unit.simulator.devices import KnownDevice, make_hardware, make_trace
 
 
 class Watched:
@@ -182,7 +182,7 @@ def test_planners_learn_from_every_nth_iteration():
     made = []
 
     def new_predictor():
-        made.append(make_hardware().device)
+        made.append(KnownDevice())
         return made[-1]
 
     for every in (1, 4):

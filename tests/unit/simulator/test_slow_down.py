@@ -85,4 +85,4 @@ def test_the_profiled_device_is_the_profile():
     trace = make_trace(args={"engine": {"kv_cache_memory_bytes": 1 << 20}})
     hardware = hardware_of(profile, _SHAPE, trace.args)
     assert hardware.kv_tokens == (1 << 20) // 512
-    assert hardware.device.slice_s(SliceKind.BACKWARD_LAYER, 512) == pytest.approx(0.0039)
+    assert hardware.profile.latency.slice_s(SliceKind.BACKWARD_LAYER, 512) == pytest.approx(0.0039)
