@@ -73,7 +73,7 @@ def fit_profile(
             features = (shape.num_decode, shape.decode_context, shape.num_prefill_tokens, shape.prefill_attention)
             overhead_s = overhead_s if 0 <= overhead_s < math.inf else 0.0
             forward.append((*features, shape.num_prefills, sample.forward_s, overhead_s))
-        for timing in () if sample.out_of_memory else sample.slices:
+        for timing in () if sample.report.out_of_memory else sample.report.slices:
             if _is_usable(timing.latency_s):
                 slices.setdefault(timing.kind, []).append((timing.num_tokens, timing.latency_s))
     raw = RawSamples(

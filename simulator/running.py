@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 from core.config import KV_PRUNING_SINK_TOKENS, KvPruningConfig
 from core.errors import ConfigError
-from scheduler.plan import PruneOffer
+from scheduler.view import PruneOffer
 from simulator.trace import TraceRequest
 
 
@@ -282,14 +282,12 @@ class RunningSet:
 class SimulatedPruner:
     """Offers and drops blocks of one executor's decoding requests, as `engine.pruning.pruner.KvPruner` does.
 
-    Blocks are offered one iteration after the planner asks for scores. With `start: always` all are dropped.
+    Blocks are offered one iteration after the planner asks for scores.
     """
 
     def __init__(self, config: KvPruningConfig, block_tokens: int) -> None:
         self.is_asked = False
         """The planner has asked for scores in the last iteration."""
-        self.drops_all = config.start == "always"
-        """Whatever is on offer is dropped at once."""
         self._max_fraction = config.max_fraction
         self._num_kept = sum(
             -(-tokens // block_tokens) for tokens in (KV_PRUNING_SINK_TOKENS, config.recent_tokens)

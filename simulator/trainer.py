@@ -1,4 +1,4 @@
-"""The fine-tune side of a simulated executor: tasks, the step in progress, and the production gate before each slice.
+"""The fine-tune side of a simulated executor: tasks, the step in progress, and production's admission of slices.
 
 What `engine.training.runner` and `engine.vllm.task_table` do, with the device's latency model in place of torch. The
 slices of a step are data: what `engine.training.dpo.DpoStep` would run, in its order; a test compares the two.
@@ -7,11 +7,12 @@ slices of a step are data: what `engine.training.dpo.DpoStep` would run, in its 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
+from core.batch import Plan
 from core.config import TrainingConfig
 from core.pair_groups import PairGroup, PairShape, group_pairs
 from core.types import SliceKind, SliceTiming
-from scheduler.iteration.slice_gate import SliceGate
-from scheduler.plan import FineTuneState, Plan
+from scheduler.iteration.slices import SliceAdmission
+from scheduler.view import FineTuneState
 from simulator.device import Device
 
 _MIN_CHUNK_TOKENS = 16
@@ -63,7 +64,7 @@ def step_slices(
         pairs: the step's pairs, grouped by `core.pair_groups` as in the engine.
         model: shape of the model.
         slice_tokens: padded tokens that a micro-batch may have; a single pair may have more.
-        share_prompts: `training.share_prompt`.
+        share_prompts: `experiments.share_prompt`.
     """
     slices: list[SliceWork] = []
     for group in group_pairs(pairs, [False] * len(pairs), slice_tokens, share_prompts=share_prompts):
@@ -111,6 +112,7 @@ class Trainer:
         config: TrainingConfig,
         arena_bytes_per_token: float,
         has_backlog: bool,
+        share_prompt: bool = True,
     ) -> None:
         self._device = device
         self._model = model
@@ -118,7 +120,8 @@ class Trainer:
         self._config = config
         self._arena_bytes_per_token = arena_bytes_per_token
         self._has_backlog = has_backlog
-        self._gate = SliceGate()
+        self._share_prompt = share_prompt
+        self._admission = SliceAdmission()
         self._arrived_s: list[float] = []
         self._slice_tokens = config.max_slice_tokens
         self._step_tokens = 0
@@ -157,17 +160,17 @@ class Trainer:
             last_progress_s=max(arrived_s, self._last_progress_s),
             held_bytes=self.held_bytes,
             step_tokens=self._step_tokens,
-            max_batch_tokens=self._pair.tokens(share_prompts=self._config.share_prompt),
+            max_batch_tokens=self._pair.tokens(share_prompts=self._share_prompt),
         )
 
     def warm_up(self) -> list[SliceTiming]:
-        """Fill the gate as the worker does at its start; the planner learns from the timings."""
+        """Measure every kind of slice as the worker does at its start; the planner learns from the timings."""
         half = min(_WARM_UP_TOKENS, self._config.max_prompt_tokens, self._config.max_length_tokens // 2)
         work = self._slices([PairShape(half, half, half)], self._config.max_slice_tokens)
         return [self._run_slice(one, 0.0) for one in work]
 
     def run(self, plan: Plan, start_s: float) -> Trained:
-        """Run the slices that the plan and the gate allow, from `start_s` on."""
+        """Run the slices that the plan and its budget allow, from `start_s` on."""
         done = Trained()
         if not plan.is_blocking:
             limit = self._config.max_slice_tokens
@@ -188,14 +191,14 @@ class Trainer:
 
     def _run_slice(self, work: SliceWork, start_s: float) -> SliceTiming:
         latency_s = self._device.slice_s(work.kind, work.num_tokens, start_s)
-        self._gate.observe(work.kind, work.num_tokens, latency_s)
+        self._admission.observe(work.kind, work.num_tokens, latency_s)
         return SliceTiming(work.kind, work.num_tokens, latency_s)
 
     def _may_run(self, work: SliceWork, plan: Plan, done: Trained) -> bool:
         left_s = plan.finetune_budget_s - done.busy_s
         if len(done.slices) < plan.min_slices:
             return True
-        return self._gate.fits(work.kind, work.num_tokens, left_s, first=not done.slices)
+        return self._admission.fits(work.kind, work.num_tokens, left_s, first=not done.slices)
 
     def _next_work(self) -> SliceWork:
         if not self._program:
@@ -206,7 +209,7 @@ class Trainer:
         return self._program[self._next]
 
     def _slices(self, pairs: list[PairShape], slice_tokens: int) -> list[SliceWork]:
-        return step_slices(pairs, self._model, slice_tokens, share_prompts=self._config.share_prompt)
+        return step_slices(pairs, self._model, slice_tokens, share_prompts=self._share_prompt)
 
     def _advance(self, done: Trained) -> None:
         self._next += 1

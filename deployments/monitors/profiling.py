@@ -14,7 +14,7 @@ from profiler.device import describe_device, git_commit, software_versions, work
 from profiler.measure import MEASURE_S, MeasurePlan, measure_in_background
 from profiler.online import OnlineLatencyModel
 from profiler.profile import Origin, Profile, profile_path
-from scheduler.iteration.slo_check import slo_warnings
+from scheduler.iteration.slo import slo_warnings
 
 logger = logging.getLogger(__name__)
 
@@ -81,7 +81,7 @@ def measure_plan(
         budget_s=budget_s,
         max_point_s=1.0 if in_background else max(1.0, budget_s / _POINTS_AT_LEAST),
         seed=seed,
-        share_prompt=args.training.share_prompt,
+        share_prompt=args.experiments.share_prompt,
         trains=trains and not in_background,
         is_background=in_background,
     )

@@ -43,30 +43,30 @@ TITLES = {
 }
 
 
-def scheduler_section(policy: Policy, plan: DriftPlan) -> dict[str, Any]:
-    """The `scheduler` section of a policy; the same retrain rate in all of them, `mace` has no use for it."""
+def policy_sections(policy: Policy, plan: DriftPlan) -> dict[str, dict[str, Any]]:
+    """What makes a policy; the same retrain rate in all of them, `mace` has no use for it."""
     slots_per_s = DriftConfig().alarm_rate * plan.pairs_per_s
-    section: dict[str, Any] = {
+    experiments: dict[str, Any] = {
         "retrain_rate": HEADROOM * slots_per_s / plan.requests_per_s,
         "period_requests": max(1, round(plan.requests_per_s * plan.phase_s / WINDOWS_PER_PHASE)),
     }
+    name = policy.value
     match policy:
         case Policy.NO_REWARD:
-            return {**section, "policy": "mace", "reward_term": False}
+            name, experiments["reward_term"] = "mace", False
         case Policy.PERIODIC:
-            return {**section, "policy": "periodic", "phase_gap_s": FIRST_CANDIDATE_GAP_S}
+            experiments["phase_gap_s"] = FIRST_CANDIDATE_GAP_S
         case Policy.PERIODIC_FULL:
-            return {**section, "policy": "periodic"}
+            name = "periodic"
         case Policy.FROZEN:
-            return {**section, "policy": "inference_only"}
-        case _:
-            return {**section, "policy": policy.value}
+            name = "inference_only"
+    return {"scheduler": {"policy": name}, "experiments": experiments}
 
 
 def sections(policy: Policy, plan: DriftPlan) -> dict[str, dict[str, Any]]:
     """Settings of a run beside those of serve_config.yaml."""
     return {
-        "scheduler": scheduler_section(policy, plan),
+        **policy_sections(policy, plan),
         "profile": {"measure_at_start": False},
         "versions": {"keep": _KEPT_VERSIONS},
     }

@@ -17,14 +17,14 @@ from benchmarks.studies.drift.curves import Run, write_csv
 from benchmarks.studies.drift.driver import DriverError, look_of, pause, versions_by_style
 from benchmarks.studies.drift.plan import DriftPlan, asks, held_out_pairs, posts
 from benchmarks.studies.drift.plot import draw
-from benchmarks.studies.drift.policies import Policy, scheduler_section, sections
+from benchmarks.studies.drift.policies import Policy, policy_sections, sections
 from benchmarks.studies.drift.record import Look, Posts, Reply, RunRecord, Stream
 from benchmarks.studies.drift.report import show
 from benchmarks.studies.drift.run import RunError, run_all
 from benchmarks.studies.drift.scoring import Scorer
 from benchmarks.studies.drift.statistics import crossed_interval, ratio_interval
 from benchmarks.studies.drift.summary import recovery, summarize
-from core.config import AppArgs, SchedulerConfig
+from core.config import AppArgs, ExperimentsConfig
 from core.types import TokenizedPair
 from engine.tiny.knowledge import held_out_questions, preference_questions
 from engine.tiny.styles import Style, judge
@@ -141,16 +141,15 @@ def test_policies_differ_in_nothing_but_who_decides():
     settings = {policy: sections(policy, PLAN) for policy in Policy}
     for section in settings.values():
         AppArgs.model_validate(section)
-        section["scheduler"] = {
-            k: v for k, v in section["scheduler"].items() if k not in ("policy", "reward_term")
-        }
-    assert settings[Policy.PERIODIC]["scheduler"].pop("phase_gap_s") < SchedulerConfig().phase_gap_s
+        section["scheduler"].pop("policy")
+        section["experiments"].pop("reward_term", None)
+    assert settings[Policy.PERIODIC]["experiments"].pop("phase_gap_s") < ExperimentsConfig().phase_gap_s
     assert all(section == settings[Policy.MACE] for section in settings.values())
 
 
 def test_every_policy_is_the_one_it_is_called():
-    named = {policy: scheduler_section(policy, PLAN) for policy in Policy}
-    assert [named[policy]["policy"] for policy in Policy] == [
+    named = {policy: policy_sections(policy, PLAN) for policy in Policy}
+    assert [named[policy]["scheduler"]["policy"] for policy in Policy] == [
         "mace",
         "mace",
         "periodic",
@@ -158,14 +157,16 @@ def test_every_policy_is_the_one_it_is_called():
         "continuous",
         "inference_only",
     ]
-    assert [policy for policy in Policy if named[policy].get("reward_term") is False] == [Policy.NO_REWARD]
+    assert [policy for policy in Policy if named[policy]["experiments"].get("reward_term") is False] == [
+        Policy.NO_REWARD
+    ]
 
 
 def test_the_baselines_may_train_more_than_what_comes_in():
-    section = scheduler_section(Policy.CONTINUOUS, PLAN)
+    section = policy_sections(Policy.CONTINUOUS, PLAN)["experiments"]
     slots_per_s = AppArgs().drift.alarm_rate * PLAN.pairs_per_s
     assert section["retrain_rate"] * PLAN.requests_per_s > slots_per_s
-    assert scheduler_section(Policy.PERIODIC_FULL, PLAN)["retrain_rate"] == section["retrain_rate"]
+    assert policy_sections(Policy.PERIODIC_FULL, PLAN)["experiments"]["retrain_rate"] == section["retrain_rate"]
     assert section["period_requests"] == 15  # 3 requests/s, two windows in 10 s
 
 
