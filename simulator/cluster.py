@@ -17,7 +17,7 @@ from core.batch import ForwardShape, IterationSample
 from core.errors import ConfigError
 from core.pair_groups import PairShape
 from core.types import SliceReport
-from scheduler.iteration.planner import EngineLimits, IterationPlanner
+from scheduler.iteration.planner import IterationPlanner
 from scheduler.queues.waiting import WaitingQueue
 from simulator.device import Device
 from simulator.executor import SimulatedExecutor
@@ -207,7 +207,7 @@ class Simulation:
             requests=RequestPool(
                 running=running,
                 waiting=WaitingQueue(trace.args.experiments),
-                kv_bytes_per_token=hardware.kv_bytes_per_token,
+                kv_bytes_per_token=hardware.limits.kv_bytes_per_token,
                 pruner=None if pruning.start == "off" else SimulatedPruner(pruning, hardware.block_tokens),
             ),
             meter=TokenMeter(index, self._statistics, None if self._write_log is None else self._log),
@@ -221,29 +221,18 @@ class Simulation:
         finetune, training = self._trace.finetune, self._trace.args.training
         return Trainer(
             device=device,
-            model=self._hardware.step_model,
+            dims=self._hardware.dims,
             pair=PairShape(finetune.prompt_tokens, finetune.completion_tokens, finetune.completion_tokens),
             config=training,
-            arena_bytes_per_token=self._hardware.arena_bytes_per_token,
+            arena_bytes_per_token=self._hardware.limits.arena_bytes_per_token,
             has_backlog=training.enabled and finetune.pairs_per_s is None,
             share_prompt=self._trace.args.experiments.share_prompt,
         )
 
     def _planner(self) -> IterationPlanner:
-        hardware = self._hardware
-        predictor = hardware.new_predictor()
-        limits = EngineLimits(
-            max_tokens=self._trace.args.engine.max_num_batched_tokens,
-            kv_bytes=int(hardware.kv_tokens * hardware.kv_bytes_per_token),
-            arena_bytes=hardware.arena_bytes,
-            kv_bytes_per_token=hardware.kv_bytes_per_token,
-            arena_fixed_bytes=hardware.arena_fixed_bytes,
-            arena_bytes_per_token=hardware.arena_bytes_per_token,
-            dims=hardware.dims,
-        )
-        return IterationPlanner(
-            self._trace.args, predictor if self._options.adapt else FrozenPredictor(predictor), limits
-        )
+        predictor = self._hardware.new_predictor()
+        known = predictor if self._options.adapt else FrozenPredictor(predictor)
+        return IterationPlanner(self._trace.args, known, self._hardware.limits)
 
     def _new_router(self) -> Router:
         args, latency = self._trace.args, self._hardware.profile.latency
@@ -253,7 +242,7 @@ class Simulation:
         return PlacementRouter(
             self.executors,
             latency,
-            kv_bytes_per_token=self._hardware.kv_bytes_per_token,
+            kv_bytes_per_token=self._hardware.limits.kv_bytes_per_token,
             tau_mem=args.scheduler.tau_mem,
             slo=args.slo,
         )

@@ -10,7 +10,7 @@ from core.model_dims import ModelDims
 from core.ports import LatencyPredictor
 from profiler.online import OnlineLatencyModel
 from profiler.profile import Profile
-from simulator.trainer import StepModel
+from scheduler.iteration.planner import EngineLimits
 
 _BLOCK_TOKENS = 16
 """vLLM's block on CUDA; `engine.engine_kwargs.block_size` says otherwise."""
@@ -24,14 +24,10 @@ class Hardware:
     """What iterations really cost."""
     new_predictor: Callable[[], LatencyPredictor]
     """Makes the predictor that production would start from: one for each executor, because it learns."""
-    step_model: StepModel
+    limits: EngineLimits
+    """What the planner is told."""
+    dims: ModelDims
     kv_tokens: int
-    kv_bytes_per_token: float
-    arena_bytes: int
-    arena_bytes_per_token: float
-    arena_fixed_bytes: float = 0.0
-    dims: ModelDims | None = None
-    """Dimensions of the model in training; None: the planner knows only the profile's memory."""
     block_tokens: int = 1
     """Tokens of a KV block; `kv_tokens` are rounded down to whole blocks."""
 
@@ -62,18 +58,21 @@ def hardware_of(profile: Profile, dims: ModelDims, args: AppArgs) -> Hardware:
     if args.engine.kv_cache_memory_bytes is None:
         raise ConfigError("engine.kv_cache_memory_bytes is needed in the trace's args: there is no device to ask")
     kv_bytes = profile.memory.kv_bytes_per_token or dims.kv_bytes_per_token
+    kv_tokens = int(args.engine.kv_cache_memory_bytes / kv_bytes)
     largest = args.training.max_slice_tokens + 2 * args.training.max_length_tokens
     return Hardware(
         profile=profile,
         new_predictor=lambda: OnlineLatencyModel(profile),
-        step_model=StepModel(
-            dims.num_layers, args.training.head_chunk_tokens, dims.layer_weights, dims.head_weights
+        limits=EngineLimits(
+            max_tokens=args.engine.max_num_batched_tokens,
+            kv_bytes=int(kv_tokens * kv_bytes),
+            arena_bytes=int(2 * profile.memory.step_bytes(largest)),
+            kv_bytes_per_token=kv_bytes,
+            arena_fixed_bytes=profile.memory.arena_bytes,
+            arena_bytes_per_token=profile.memory.arena_bytes_per_token,
+            dims=dims if args.training.enabled else None,
         ),
-        kv_tokens=int(args.engine.kv_cache_memory_bytes / kv_bytes),
-        kv_bytes_per_token=kv_bytes,
-        arena_bytes=int(2 * profile.memory.step_bytes(largest)),
-        arena_bytes_per_token=profile.memory.arena_bytes_per_token,
-        arena_fixed_bytes=profile.memory.arena_bytes,
-        dims=dims if args.training.enabled else None,
+        dims=dims,
+        kv_tokens=kv_tokens,
         block_tokens=int(args.engine.engine_kwargs.get("block_size") or _BLOCK_TOKENS),
     )

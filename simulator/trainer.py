@@ -9,7 +9,8 @@ from dataclasses import dataclass, field
 
 from core.batch import Plan
 from core.config import TrainingConfig
-from core.pair_groups import PairGroup, PairShape, group_pairs
+from core.model_dims import ModelDims
+from core.pair_groups import PairShape, group_pairs
 from core.types import SliceKind, SliceTiming
 from scheduler.iteration.slices import SliceAdmission
 from scheduler.view import FineTuneState
@@ -33,60 +34,45 @@ class SliceWork:
     """Padded tokens of the micro-batch that is in progress after it; 0 if none is."""
 
 
-@dataclass(frozen=True, slots=True)
-class StepModel:
-    """Sizes of a model, and settings, that decide the slices of a step."""
-
-    num_layers: int
-    head_chunk_tokens: int
-    """`training.head_chunk_tokens`."""
-    layer_weights: int
-    head_weights: int
-    """Parameters of one layer and of the head. With 152k words a head is nine layers: its chunks are cut until one
-    is a layer's work."""
-
-    def chunk_tokens(self, layer_tokens: int) -> int:
-        """Completion tokens of one head chunk beside layers of `layer_tokens`."""
-        as_a_layer = layer_tokens * self.layer_weights // self.head_weights
-        return min(self.head_chunk_tokens, max(as_a_layer, _MIN_CHUNK_TOKENS))
-
-
 def step_slices(
     pairs: Sequence[PairShape],
-    model: StepModel,
+    dims: ModelDims,
     slice_tokens: int,
     *,
+    head_chunk_tokens: int,
     share_prompts: bool = True,
 ) -> list[SliceWork]:
     """List all slices of one training step on pairs without cached reference log-probabilities, in order.
 
     Args:
         pairs: the step's pairs, grouped by `core.pair_groups` as in the engine.
-        model: shape of the model.
+        dims: sizes of the model.
         slice_tokens: padded tokens that a micro-batch may have; a single pair may have more.
+        head_chunk_tokens: completion tokens that the head takes at once, at most.
         share_prompts: `experiments.share_prompt`.
     """
     slices: list[SliceWork] = []
     for group in group_pairs(pairs, [False] * len(pairs), slice_tokens, share_prompts=share_prompts):
-        slices.extend(_micro_batch_slices([pairs[i] for i in group.members], group, model))
+        num_targets = sum(pairs[i].num_targets for i in group.members)
+        slices.extend(_micro_batch_slices(group.num_tokens, num_targets, dims, head_chunk_tokens))
     return [*slices, SliceWork(SliceKind.OPTIMIZER, 0, 0)]
 
 
-def _micro_batch_slices(pairs: list[PairShape], group: PairGroup, model: StepModel) -> Iterator[SliceWork]:
-    tokens = group.num_tokens
-    targets = sum(pair.num_targets for pair in pairs)
-    chunk = model.chunk_tokens(tokens)
+def _micro_batch_slices(tokens: int, targets: int, dims: ModelDims, head_chunk_tokens: int) -> Iterator[SliceWork]:
+    # With 152k words a head is nine layers: its chunks are cut until one is a layer's work.
+    as_a_layer = tokens * dims.layer_weights // dims.head_weights
+    chunk = min(head_chunk_tokens, max(as_a_layer, _MIN_CHUNK_TOKENS))
     for layer_kind, head_kind in (
         (SliceKind.REFERENCE_LAYER, SliceKind.REFERENCE_HEAD),
         (SliceKind.POLICY_LAYER, SliceKind.POLICY_HEAD),
     ):
         yield SliceWork(SliceKind.EMBED, tokens, tokens)
-        for _ in range(model.num_layers):
+        for _ in range(dims.num_layers):
             yield SliceWork(layer_kind, tokens, tokens)
         for start in range(0, targets, chunk):
             yield SliceWork(head_kind, min(chunk, targets - start), tokens)
     yield SliceWork(SliceKind.LOSS, targets, tokens)
-    for left in reversed(range(model.num_layers)):
+    for left in reversed(range(dims.num_layers)):
         yield SliceWork(SliceKind.BACKWARD_LAYER, tokens, tokens if left else 0)
 
 
@@ -107,7 +93,7 @@ class Trainer:
         self,
         *,
         device: Device,
-        model: StepModel,
+        dims: ModelDims,
         pair: PairShape,
         config: TrainingConfig,
         arena_bytes_per_token: float,
@@ -115,7 +101,7 @@ class Trainer:
         share_prompt: bool = True,
     ) -> None:
         self._device = device
-        self._model = model
+        self._dims = dims
         self._pair = pair
         self._config = config
         self._arena_bytes_per_token = arena_bytes_per_token
@@ -209,7 +195,13 @@ class Trainer:
         return self._program[self._next]
 
     def _slices(self, pairs: list[PairShape], slice_tokens: int) -> list[SliceWork]:
-        return step_slices(pairs, self._model, slice_tokens, share_prompts=self._share_prompt)
+        return step_slices(
+            pairs,
+            self._dims,
+            slice_tokens,
+            head_chunk_tokens=self._config.head_chunk_tokens,
+            share_prompts=self._share_prompt,
+        )
 
     def _advance(self, done: Trained) -> None:
         self._next += 1

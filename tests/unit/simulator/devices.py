@@ -3,11 +3,12 @@
 from typing import Any
 
 from core.batch import ForwardShape
+from core.model_dims import ModelDims
 from core.types import SliceKind
 from profiler.profile import QUANTILE_LEVELS, FitError, LatencyModel, MemoryModel, Origin, Profile, RawSamples
+from scheduler.iteration.planner import EngineLimits
 from simulator.hardware import Hardware
 from simulator.trace import Trace
-from simulator.trainer import StepModel
 
 _SLICE_COST_S = {
     SliceKind.EMBED: 1e-5,
@@ -48,18 +49,22 @@ class KnownDevice:
         self.num_observed += 1
 
 
-STEP_MODEL = StepModel(num_layers=3, layer_weights=100_000, head_weights=200_000, head_chunk_tokens=128)
+DIMS = ModelDims(3, 64, 340, num_heads=4, num_kv_heads=4, head_dim=16, vocab_size=3072, dtype_bytes=2)
 
 
-def make_hardware(*, profile=None, new_predictor=KnownDevice, kv_tokens=20_000, step_model=STEP_MODEL) -> Hardware:
+def make_hardware(*, profile=None, new_predictor=KnownDevice, kv_tokens=20_000, max_tokens=2048) -> Hardware:
     return Hardware(
         profile=profile or make_profile(spread=0.2),
         new_predictor=new_predictor,
-        step_model=step_model,
+        limits=EngineLimits(
+            max_tokens=max_tokens,
+            kv_bytes=512 * kv_tokens,
+            arena_bytes=1 << 28,
+            kv_bytes_per_token=512.0,
+            arena_bytes_per_token=4096.0,
+        ),
+        dims=DIMS,
         kv_tokens=kv_tokens,
-        kv_bytes_per_token=512.0,
-        arena_bytes=1 << 28,
-        arena_bytes_per_token=4096.0,
     )
 
 

@@ -1,8 +1,9 @@
 import pytest
 
+from core.model_dims import ModelDims
 from core.pair_groups import PairShape
 from core.types import SliceKind
-from simulator.trainer import StepModel, step_slices
+from simulator.trainer import step_slices
 from tests.unit.engine.trainable_models import make_task, make_training, save_model, start
 
 
@@ -17,28 +18,30 @@ def test_slices_are_those_of_the_real_step(llama, num_pairs, slice_tokens, head_
     task = make_task(num_pairs, seed=num_pairs)
     config = make_training(max_slice_tokens=slice_tokens, head_chunk_tokens=head_chunk_tokens)
     model, _, step = start(llama, task, config)
-    shape = StepModel(
-        num_layers=model.num_layers,
-        layer_weights=model.layer_weights,
-        head_weights=model.head_weight.numel(),
-        head_chunk_tokens=head_chunk_tokens,
-    )
+    dims = ModelDims.of(model.hf_config.to_dict(), dtype_bytes=4)
+    assert (dims.num_layers, dims.layer_weights) == (model.num_layers, model.layer_weights)
+    assert dims.head_weights == model.head_weight.numel()
     pairs = [PairShape(len(p.prompt_ids), len(p.chosen_ids), len(p.rejected_ids)) for p in task.pairs]
-    slices = step_slices(pairs, shape, slice_tokens)
+    slices = step_slices(pairs, dims, slice_tokens, head_chunk_tokens=head_chunk_tokens)
     assert [(s.kind, s.num_tokens) for s in slices] == [(s.kind, s.num_tokens) for s in step.pending]
 
 
+def make_dims(vocab_size):
+    """Two layers of 700 weights."""
+    return ModelDims(2, 10, 10, num_heads=1, num_kv_heads=1, head_dim=10, vocab_size=vocab_size, dtype_bytes=2)
+
+
 def test_a_head_that_is_wider_than_a_layer_is_cut_into_smaller_chunks():
-    wide = StepModel(num_layers=2, layer_weights=100, head_weights=900, head_chunk_tokens=128)
-    slices = step_slices([PairShape(200, 100, 100)], wide, 1024)
+    wide = make_dims(vocab_size=630)
+    assert wide.head_weights == 9 * wide.layer_weights
+    slices = step_slices([PairShape(200, 100, 100)], wide, 1024, head_chunk_tokens=128)
     heads = [s.num_tokens for s in slices if s.kind is SliceKind.POLICY_HEAD]
     assert heads == [398 // 9] * 4 + [24]
     assert slices[-1].kind is SliceKind.OPTIMIZER
 
 
 def test_nothing_is_held_after_a_micro_batch():
-    model = StepModel(num_layers=2, layer_weights=1, head_weights=1, head_chunk_tokens=128)
-    slices = step_slices([PairShape(8, 8, 8)] * 2, model, 32)
+    slices = step_slices([PairShape(8, 8, 8)] * 2, make_dims(vocab_size=70), 32, head_chunk_tokens=128)
     ends = [i for i, s in enumerate(slices) if s.batch_tokens == 0]
     assert [slices[i].kind for i in ends] == [
         SliceKind.BACKWARD_LAYER,

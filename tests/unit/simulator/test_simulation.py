@@ -39,7 +39,8 @@ class Watched:
 
 def simulate(trace, *, kv_tokens=20_000, **options):
     log = []
-    simulation = Simulation(trace, make_hardware(kv_tokens=kv_tokens), Options(**options), write_log=log.append)
+    hardware = make_hardware(kv_tokens=kv_tokens, max_tokens=trace.args.engine.max_num_batched_tokens)
+    simulation = Simulation(trace, hardware, Options(**options), write_log=log.append)
     watched = Watched(simulation)
     return simulation.run(), [json.loads(line) for line in log], watched.ended_requests
 
