@@ -15,18 +15,15 @@ import numpy as np
 
 from core.batch import ForwardShape, IterationSample
 from core.errors import ConfigError
-from core.pair_groups import PairShape
 from core.types import SliceReport
 from scheduler.iteration.planner import IterationPlanner
-from scheduler.queues.waiting import WaitingQueue
 from simulator.device import Device
 from simulator.executor import SimulatedExecutor
 from simulator.hardware import FrozenPredictor, Hardware
 from simulator.requests import RequestPool
-from simulator.routing import LeastLoadedRouter, PlacementRouter, Router
-from simulator.running import RunningSet, SimRequest, SimulatedPruner
-from simulator.statistics import Result, Statistics
-from simulator.token_meter import TokenMeter
+from simulator.routing import LeastLoadedRouter, PlacementRouter
+from simulator.running import SimRequest
+from simulator.statistics import Result, Statistics, TokenMeter
 from simulator.trace import Trace
 from simulator.trainer import Trainer
 
@@ -189,69 +186,33 @@ class Simulation:
     def _executor(self, index: int, seed: np.random.SeedSequence) -> SimulatedExecutor:
         trace, hardware, options = self._trace, self._hardware, self._options
         device = Device(hardware.profile, seed=seed, noise=options.noise, slow_down=trace.slow_down)
-        trainer = self._trainer(device)
-        planner = self._planner()
+        trainer = Trainer(trace, hardware, device)
+        predictor = hardware.new_predictor()
+        known = predictor if options.adapt else FrozenPredictor(predictor)
+        planner = IterationPlanner(trace.args, known, hardware.limits)
         if trace.args.training.enabled and trace.finetune.pairs_per_s != 0:
             planner.observe(IterationSample(ForwardShape(), 0.0, report=SliceReport(trainer.warm_up())))
-        running = RunningSet(
-            max_seats=trace.args.engine.max_num_seqs,
-            kv_tokens=hardware.kv_tokens,
-            block_tokens=hardware.block_tokens,
-        )
-        pruning = trace.args.kv_pruning
+        is_large = trace.expected_s * trace.arrivals.rate_per_s >= _LARGE_REQUESTS
         return SimulatedExecutor(
             index,
             planner=planner,
             device=device,
             trainer=trainer,
-            requests=RequestPool(
-                running=running,
-                waiting=WaitingQueue(trace.args.experiments),
-                kv_bytes_per_token=hardware.limits.kv_bytes_per_token,
-                pruner=None if pruning.start == "off" else SimulatedPruner(pruning, hardware.block_tokens),
-            ),
+            requests=RequestPool(trace.args, hardware),
             meter=TokenMeter(index, self._statistics, None if self._write_log is None else self._log),
             statistics=self._statistics,
             schedule_end=lambda run, end_s: self._push(end_s, EventKind.ITERATION_END, index, run),
-            observe_every=options.observe_every or _observe_every(trace),
+            observe_every=options.observe_every or (_LARGE_STEP if is_large else 1),
             is_fast=options.fast,
         )
 
-    def _trainer(self, device: Device) -> Trainer:
-        finetune, training = self._trace.finetune, self._trace.args.training
-        return Trainer(
-            device=device,
-            dims=self._hardware.dims,
-            pair=PairShape(finetune.prompt_tokens, finetune.completion_tokens, finetune.completion_tokens),
-            config=training,
-            arena_bytes_per_token=self._hardware.limits.arena_bytes_per_token,
-            has_backlog=training.enabled and finetune.pairs_per_s is None,
-            share_prompt=self._trace.args.experiments.share_prompt,
-        )
-
-    def _planner(self) -> IterationPlanner:
-        predictor = self._hardware.new_predictor()
-        known = predictor if self._options.adapt else FrozenPredictor(predictor)
-        return IterationPlanner(self._trace.args, known, self._hardware.limits)
-
-    def _new_router(self) -> Router:
-        args, latency = self._trace.args, self._hardware.profile.latency
+    def _new_router(self) -> LeastLoadedRouter | PlacementRouter:
         chosen = self._options.router
         if chosen == "least_loaded" or (chosen == "auto" and len(self.executors) > _MOST_RANKED):
-            return LeastLoadedRouter(len(self.executors), latency)
-        return PlacementRouter(
-            self.executors,
-            latency,
-            kv_bytes_per_token=self._hardware.limits.kv_bytes_per_token,
-            tau_mem=args.scheduler.tau_mem,
-            slo=args.slo,
-        )
+            return LeastLoadedRouter(len(self.executors), self._hardware.profile.latency)
+        return PlacementRouter(self.executors, self._trace.args, self._hardware)
 
     def _log(self, event: str, subject: str, executor: int) -> None:
         if self._write_log is not None:
             line = {"time_s": self._now_s, "event": event, "subject": subject, "executor": executor}
             self._write_log(json.dumps(line) + "\n")
-
-
-def _observe_every(trace: Trace) -> int:
-    return _LARGE_STEP if trace.expected_s * trace.arrivals.rate_per_s >= _LARGE_REQUESTS else 1

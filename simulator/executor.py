@@ -19,8 +19,7 @@ from scheduler.iteration.planner import IterationPlanner
 from simulator.device import Device
 from simulator.requests import Fill, RequestPool
 from simulator.running import SimRequest
-from simulator.statistics import Statistics
-from simulator.token_meter import TokenMeter
+from simulator.statistics import Statistics, TokenMeter
 from simulator.trainer import Trained, Trainer
 
 _FIRST_STRETCH = 8
@@ -155,7 +154,7 @@ class SimulatedExecutor:
 
     def _may_stretch(self) -> bool:
         return (
-            self.requests.pruner is None  # then the planner watches the blocks
+            not self.requests.prunes  # else the planner watches the blocks
             and self.requests.only_decodes
             and not self.trainer.has_work
             and self._knows_no_work
@@ -197,11 +196,8 @@ class SimulatedExecutor:
         view = self.requests.view(now_s, self.trainer.state())
         self._knows_no_work = view.finetune is None
         plan = self._planner.plan(view)
-        pruned = self.requests.prune(plan.prune_blocks) if plan.prune_blocks else 0
-        if pruned:
+        if pruned := self.requests.prune(plan):
             self.meter.pruned(pruned)
-        if self.requests.pruner is not None:
-            self.requests.pruner.is_asked = plan.wants_prune_scores
         fill = self.requests.fill(plan, now_s)
         for request in fill.preempted:
             self.meter.preempted(request)

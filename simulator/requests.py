@@ -7,8 +7,10 @@ vLLM does: decodes first, then prompts in progress, then the waiting queue while
 from dataclasses import dataclass, field
 
 from core.batch import ForwardShape, Plan
+from core.config import AppArgs
 from scheduler.queues.waiting import WaitingQueue
 from scheduler.view import FineTuneState, IterationView, PrefillTask
+from simulator.hardware import Hardware
 from simulator.running import RunningSet, SimRequest, SimulatedPruner
 
 
@@ -37,21 +39,14 @@ class Fill:
 class RequestPool:
     """The waiting queue and the seats of one executor."""
 
-    def __init__(
-        self,
-        *,
-        running: RunningSet,
-        waiting: WaitingQueue[SimRequest],
-        kv_bytes_per_token: float,
-        pruner: SimulatedPruner | None = None,
-    ) -> None:
-        """`pruner`: None if KV blocks are never dropped."""
-        self.running = running
-        self.waiting = waiting
+    def __init__(self, args: AppArgs, hardware: Hardware) -> None:
+        self.running = RunningSet(args.engine.max_num_seqs, hardware.kv_tokens, hardware.block_tokens)
+        self.waiting: WaitingQueue[SimRequest] = WaitingQueue(args.experiments)
         self.waiting_tokens = 0
         """Prompt tokens of the waiting queue."""
-        self.pruner = pruner
-        self._kv_bytes_per_token = kv_bytes_per_token
+        self.prunes = args.kv_pruning.start != "off"
+        self._pruner = SimulatedPruner(args.kv_pruning, self.running)
+        self._kv_bytes_per_token = hardware.limits.kv_bytes_per_token
 
     def __len__(self) -> int:
         return len(self.waiting) + len(self.running)
@@ -79,7 +74,7 @@ class RequestPool:
             free_kv_blocks=running.blocks.free,
             block_tokens=running.blocks.block_tokens,
             decode_blocks=running.decode_blocks,
-            prune_offer=None if self.pruner is None else self.pruner.offer(running),
+            prune_offer=self._pruner.offer() if self.prunes else None,
         )
         for request in running.prefills:
             if request.left <= 1:
@@ -92,9 +87,9 @@ class RequestPool:
             view.add_waiting(head, len(self.waiting), self.waiting.oldest_arrival_s())
         return view
 
-    def prune(self, num_blocks: int) -> int:
-        """Drop KV blocks of the last view's offer; returns how many."""
-        return 0 if self.pruner is None else self.pruner.prune(num_blocks, self.running)
+    def prune(self, plan: Plan) -> int:
+        """Drop the KV blocks that the plan takes of the last view's offer; returns how many."""
+        return self._pruner.prune(plan) if self.prunes else 0
 
     def fill(self, plan: Plan, now_s: float) -> Fill:
         """Choose what the forward pass computes; preempts if decoding needs the KV memory."""

@@ -5,32 +5,20 @@ large clusters use `LeastLoadedRouter`: least predicted work, from a number kept
 """
 
 from collections.abc import Sequence
-from typing import Protocol
 
 from core.batch import ForwardShape
-from core.config import SloConfig
+from core.config import AppArgs
 from core.wire import ExecutorLoad
 from profiler.profile import LatencyModel
 from scheduler.placement import choose_executor
 from simulator.executor import SimulatedExecutor
+from simulator.hardware import Hardware
 from simulator.running import SimRequest
 
 _PROMPT = 256
 _BATCH = 32
 _CONTEXT = 256
 """Tokens and requests of the passes that the costs of one token are taken from."""
-
-
-class Router(Protocol):
-    """Places requests and hears when they end."""
-
-    def choose(self, request: SimRequest, now_s: float) -> int:
-        """Choose the executor that gets the request; returns its index."""
-        ...
-
-    def ended(self, request: SimRequest, executor: int) -> None:
-        """Hear that a request's last token is out."""
-        ...
 
 
 class LeastLoadedRouter:
@@ -65,17 +53,14 @@ class PlacementRouter:
     def __init__(
         self,
         executors: Sequence[SimulatedExecutor],
-        latency: LatencyModel,
-        *,
-        kv_bytes_per_token: float,
-        tau_mem: float,
-        slo: SloConfig,
+        args: AppArgs,
+        hardware: Hardware,
     ) -> None:
         self._executors = executors
-        self._prompt_token_s = _prompt_token_s(latency)
-        self._kv_bytes_per_token = kv_bytes_per_token
-        self._tau_mem = tau_mem
-        self._slo = slo
+        self._prompt_token_s = _prompt_token_s(hardware.profile.latency)
+        self._kv_bytes_per_token = hardware.limits.kv_bytes_per_token
+        self._tau_mem = args.scheduler.tau_mem
+        self._ttft_s = args.slo.ttft_s
 
     def choose(self, request: SimRequest, now_s: float) -> int:
         """Choose the executor of the best rank."""
@@ -96,7 +81,7 @@ class PlacementRouter:
             free_kv_bytes=(capacity - executor.kv_tokens_used(now_s)) * self._kv_bytes_per_token,
             kv_capacity_bytes=capacity * self._kv_bytes_per_token,
             kv_bytes_per_token=self._kv_bytes_per_token,
-            ttft_target_s=self._slo.ttft_s,
+            ttft_target_s=self._ttft_s,
             waiting_tokens=executor.requests.waiting_tokens + sum(r.left for r in running.prefills),
             num_running=running.num_decode,
             prompt_token_s=self._prompt_token_s,

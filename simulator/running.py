@@ -14,6 +14,7 @@ import heapq
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from core.batch import Plan
 from core.config import KV_PRUNING_SINK_TOKENS, KvPruningConfig
 from core.errors import ConfigError
 from scheduler.view import PruneOffer
@@ -120,7 +121,7 @@ class KvBlocks:
 class RunningSet:
     """Seats and KV cache of one executor. A prompt's blocks are reserved when it is admitted."""
 
-    def __init__(self, *, max_seats: int, kv_tokens: int, block_tokens: int = 1) -> None:
+    def __init__(self, max_seats: int, kv_tokens: int, block_tokens: int) -> None:
         self.max_seats = max_seats
         self.blocks = KvBlocks(kv_tokens=kv_tokens, block_tokens=block_tokens)
         self.prefills: list[SimRequest] = []
@@ -285,29 +286,29 @@ class SimulatedPruner:
     Blocks are offered one iteration after the planner asks for scores.
     """
 
-    def __init__(self, config: KvPruningConfig, block_tokens: int) -> None:
-        self.is_asked = False
-        """The planner has asked for scores in the last iteration."""
+    def __init__(self, config: KvPruningConfig, running: RunningSet) -> None:
+        kept_tokens = (KV_PRUNING_SINK_TOKENS, config.recent_tokens)
+        self._running = running
         self._max_fraction = config.max_fraction
-        self._num_kept = sum(
-            -(-tokens // block_tokens) for tokens in (KV_PRUNING_SINK_TOKENS, config.recent_tokens)
-        )
+        self._num_kept = sum(map(running.blocks.holding, kept_tokens))
+        self._is_asked = False
         self._offered: list[tuple[float, int, SimRequest]] = []
 
-    def offer(self, running: RunningSet) -> PruneOffer | None:
+    def offer(self) -> PruneOffer | None:
         """Offer the blocks that may be dropped now, least harm first; None if none may, or nobody has asked."""
         self._offered = []
-        if self.is_asked:
-            for order, request in enumerate(running.decodes):
-                full = running.cached_tokens(request) // running.blocks.block_tokens
+        if self._is_asked:
+            for order, request in enumerate(self._running.decodes):
+                full = self._running.cached_tokens(request) // self._running.blocks.block_tokens
                 most = min(int(self._max_fraction * full), full - self._num_kept)
                 self._offered += [(gone / full, order, request) for gone in range(request.num_dropped, most)]
             self._offered.sort(key=lambda entry: entry[:2])
         return PruneOffer([harm for harm, _, _ in self._offered]) if self._offered else None
 
-    def prune(self, count: int, running: RunningSet) -> int:
-        """Drop the first `count` blocks of the last offer, less if there are not as many; returns how many."""
-        dropped, self._offered = self._offered[:count], self._offered[count:]
+    def prune(self, plan: Plan) -> int:
+        """Drop the first blocks of the last offer, as many as the plan says; returns how many there were."""
+        self._is_asked = plan.wants_prune_scores
+        dropped = self._offered[: plan.prune_blocks]
         for _, _, request in dropped:
-            running.drop_block(request)
+            self._running.drop_block(request)
         return len(dropped)

@@ -8,13 +8,14 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 from core.batch import Plan
-from core.config import TrainingConfig
 from core.model_dims import ModelDims
 from core.pair_groups import PairShape, group_pairs
 from core.types import SliceKind, SliceTiming
 from scheduler.iteration.slices import SliceAdmission
 from scheduler.view import FineTuneState
 from simulator.device import Device
+from simulator.hardware import Hardware
+from simulator.trace import Trace
 
 _MIN_CHUNK_TOKENS = 16
 """Least size of a head chunk, as in `engine.training.dpo`: a smaller one reads the head's weights all the same."""
@@ -89,27 +90,17 @@ class Trained:
 class Trainer:
     """Tasks of equal pairs, in order of arrival. Each is one optimizer step on `training.pairs_per_step` pairs."""
 
-    def __init__(
-        self,
-        *,
-        device: Device,
-        dims: ModelDims,
-        pair: PairShape,
-        config: TrainingConfig,
-        arena_bytes_per_token: float,
-        has_backlog: bool,
-        share_prompt: bool = True,
-    ) -> None:
+    def __init__(self, trace: Trace, hardware: Hardware, device: Device) -> None:
+        finetune, self._config = trace.finetune, trace.args.training
         self._device = device
-        self._dims = dims
-        self._pair = pair
-        self._config = config
-        self._arena_bytes_per_token = arena_bytes_per_token
-        self._has_backlog = has_backlog
-        self._share_prompt = share_prompt
+        self._dims = hardware.dims
+        self._pair = PairShape(finetune.prompt_tokens, finetune.completion_tokens, finetune.completion_tokens)
+        self._arena_bytes_per_token = hardware.limits.arena_bytes_per_token
+        self._has_backlog = self._config.enabled and finetune.pairs_per_s is None
+        self._share_prompt = trace.args.experiments.share_prompt
         self._admission = SliceAdmission()
         self._arrived_s: list[float] = []
-        self._slice_tokens = config.max_slice_tokens
+        self._slice_tokens = self._config.max_slice_tokens
         self._step_tokens = 0
         """Slice size of the step in progress, which keeps the size that it began with."""
         self._programs: dict[int, list[SliceWork]] = {}
