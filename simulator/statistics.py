@@ -90,7 +90,7 @@ class Statistics:
 
     def __init__(self, slo: SloConfig, bucket_s: float) -> None:
         self.tbt = Histogram()
-        self.classes = {"interactive": ClassCount(), "batch": ClassCount()}
+        self.classes = {"interactive": ClassCount(), "background": ClassCount()}
         self.bucket_s = bucket_s
         self.forward_s = 0.0
         self.slices_s = 0.0
@@ -117,14 +117,14 @@ class Statistics:
         self.late_tokens += weight
         return True
 
-    def add_first_token(self, ttft_s: float, *, is_batch: bool) -> None:
+    def add_first_token(self, ttft_s: float, *, is_background: bool) -> None:
         """Count a request's first token."""
-        self.classes["batch" if is_batch else "interactive"].ttft.add(ttft_s)
+        self.classes["background" if is_background else "interactive"].ttft.add(ttft_s)
         self.output_tokens += 1
 
-    def add_finished(self, ttft_s: float, *, is_late: bool, is_batch: bool) -> None:
+    def add_finished(self, ttft_s: float, *, is_late: bool, is_background: bool) -> None:
         """Count a request that is done; `is_late`: some token of it missed the TBT target."""
-        count = self.classes["batch" if is_batch else "interactive"]
+        count = self.classes["background" if is_background else "interactive"]
         count.finished += 1
         if ttft_s <= self._slo.ttft_s and not is_late:
             count.attained += 1
@@ -183,7 +183,7 @@ class TokenMeter:
         """Count the token that follows a prompt (computed anew, after a preemption)."""
         if request.first_token_s < 0:
             request.first_token_s = end_s
-            self._statistics.add_first_token(end_s - request.arrival_s, is_batch=request.user_priority > 0)
+            self._statistics.add_first_token(end_s - request.arrival_s, is_background=request.user_priority > 0)
             self._note("first_token", request.request_id)
         elif self._statistics.add_gap(end_s - request.last_token_s, 1):
             request.is_late = True
@@ -206,7 +206,7 @@ class TokenMeter:
         """Count a request whose last token is out."""
         is_late = request.is_late or self._last_late_s > request.late_since_s
         ttft_s = request.first_token_s - request.arrival_s
-        self._statistics.add_finished(ttft_s, is_late=is_late, is_batch=request.user_priority > 0)
+        self._statistics.add_finished(ttft_s, is_late=is_late, is_background=request.user_priority > 0)
         self.finished.append(request)
         self._note("finished", request.request_id)
 
