@@ -1,4 +1,4 @@
-"""What vLLM's prefix cache holds, by its KV events, and what it has served, by its counters.
+"""vLLM's prefix cache: its content, by KV events, and what it has served, by counters.
 
 The events come from the EngineCore process to this one and become changes of a `scheduler.prefixes.tree.PrefixTree`.
 
@@ -179,7 +179,7 @@ class KvEventStream:
 
 
 def changes_of(event: Any, block_tokens: int) -> Iterator[PrefixChange]:
-    """What one vLLM event says of prompts that token ids alone identify.
+    """The changes that one vLLM event says, of prompts that token ids alone identify.
 
     Passed over: further KV cache groups of a hybrid model (the first one stands for all), other storage tiers, partial
     blocks, and blocks whose content depends on more than tokens and adapter (images, prompt embeddings, cache salts).

@@ -20,7 +20,9 @@ RATE_DECODE = RATE_PREFILL = 1.0
 RATE_PREFILL_BACKGROUND = RATE_FINETUNE = 0.2
 """Priority gained with each second of waiting."""
 PRIORITY_STEP = 1.0
-"""What one unit of a request's `priority` field (lower is sooner) takes from its base."""
+"""Taken from a request's base for each unit of its `priority` field (lower is sooner)."""
+BACKGROUND_PRIORITY = 1
+"""The `priority` field of a request that says no more than its class, `background`."""
 MAX_USER_PRIORITY = 10
 """A request's `priority` field counts within ±10: beyond, one client could push all others back for ever."""
 MAX_LOSS_TERM = 5.0

@@ -126,7 +126,7 @@ def make_engine_args(args: AppArgs, model_dir: str) -> Any:
 
 
 def _pruning_kwargs(on_cpu: bool) -> dict[str, Any]:
-    """What dropping KV blocks needs: small blocks, and attention outside of captured graphs, on closed-up rows."""
+    """For dropping KV blocks: small blocks, and attention outside of captured graphs, on closed-up rows."""
     if on_cpu:
         return {"block_size": CPU_PRUNING_BLOCK_TOKENS}
     return {"attention_backend": "FLASH_ATTN", "compilation_config": {"cudagraph_mode": "PIECEWISE"}}
@@ -188,7 +188,7 @@ def make_answer_params(max_tokens: int) -> Any:
 
 
 def refusals() -> tuple[type[Exception], ...]:
-    """What vLLM raises for a prompt that it does not take."""
+    """The errors that vLLM raises for a prompt that it does not take."""
     from vllm.exceptions import VLLMValidationError
 
     return (ValueError, VLLMValidationError)

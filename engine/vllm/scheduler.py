@@ -176,7 +176,7 @@ class HybridSchedulerMixin:
             self._directive.dropped_blocks.setdefault(request_id, []).extend(positions)
 
     def _note_scheduled(self, output: SchedulerOutput, plan: Plan) -> None:
-        """What pruning must know of the forward pass, and what the worker passes on to whoever asks."""
+        """Tell the pruner of the forward pass, and the worker the counters that others ask it for."""
         directive, pruner, memory = self._directive, self._pruner, self._planner.memory
         directive.memory = MemoryCounters(
             self._pool.num_blocks,
@@ -260,11 +260,11 @@ class HybridSchedulerMixin:
 
 
 class HybridScheduler(HybridSchedulerMixin, Scheduler):
-    """For engines without async scheduling (CPU)."""
+    """Scheduler of engines without async scheduling (CPU)."""
 
 
 class AsyncHybridScheduler(HybridSchedulerMixin, AsyncScheduler):
-    """For engines with async scheduling (one GPU); a plain Scheduler subclass would turn it off."""
+    """Scheduler of engines with async scheduling (one GPU); a plain Scheduler subclass would turn it off."""
 
 
 def _ledger_error(memory: MemoryLedger) -> str | None:

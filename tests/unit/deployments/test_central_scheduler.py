@@ -159,7 +159,7 @@ def test_tau_mem_of_an_executors_memory_may_be_filled_and_no_more(clock):
 
 def fleet_of(packing, clock):
     """A scheduler that knows a batch to take 400 kB and 4 s, with `a-roomy` and `b-tight` free."""
-    args = {"training": {"pairs_per_step": BATCH}, "scheduler": {"packing": packing}}
+    args = {"training": {"pairs_per_step": BATCH}, "experiments": {"packing": packing}}
     scheduler = CentralScheduler(args, clock)
     scheduler.enqueue(pairs(*"abcd"))
     batch = scheduler.poll(room("b-tight", 1e6, 5.0))
@@ -193,7 +193,7 @@ def test_executors_that_do_not_know_their_memory_yet_are_ordered_by_id(clock):
 
 
 def test_without_the_reward_term_the_loss_orders_nothing(clock):
-    args = {"training": {"pairs_per_step": 1}, "scheduler": {"reward_term": False}}
+    args = {"training": {"pairs_per_step": 1}, "experiments": {"reward_term": False}}
     scheduler = CentralScheduler(args, clock)
     scheduler.enqueue(pairs("first", loss=0.1))
     clock.now_s += 0.1
