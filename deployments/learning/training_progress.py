@@ -1,4 +1,4 @@
-"""Where the shadow adapter stands: which version it is trained on from, its checkpoint, and the way back.
+"""State of the shadow adapter: the version that it is trained on from, its checkpoint, and the way back.
 
 A checkpoint is written after every optimizer step by the worker, atomically; what a learner must know to go on after a
 restart travels in its header. Replicas on one state directory each claim a file of their own.
@@ -28,7 +28,7 @@ _MAX_REPLICAS = 1024
 
 @dataclass(frozen=True, slots=True)
 class TrainingProgress:
-    """State of the shadow adapter in words."""
+    """History of the shadow adapter, as a checkpoint tells it."""
 
     base: str = BASE
     """Version that the shadow adapter was trained on from: `v000N`, or `base` for the bare model."""
@@ -46,7 +46,7 @@ class TrainingProgress:
         return self.instead_of or self.base
 
     def after_step(self, pair_ids: Iterable[str]) -> "TrainingProgress":
-        """What holds once one more step on these pairs is done."""
+        """Progress once one more step on these pairs is done."""
         return replace(
             self,
             total_steps=self.total_steps + 1,

@@ -24,7 +24,7 @@ ATTENTION = "mace_sdpa"
 
 @dataclass(frozen=True, slots=True)
 class SharedPrompts:
-    """Where the N tokens of n pairs lie. The device tensors are made once for a micro-batch."""
+    """Layout of the N tokens of n pairs. The device tensors are made once for a micro-batch."""
 
     num_pairs: int
     prompt_width: int

@@ -39,7 +39,7 @@ class _RunningStep:
     step: DpoStep
     slice_tokens: int
     result: TaskResult
-    """What it has cost so far; metrics and scores come at the end."""
+    """Its cost so far; metrics and scores come at the end."""
 
 
 class FineTuneRunner:
