@@ -45,41 +45,34 @@ class _RunningStep:
 class FineTuneRunner:
     """Owner of the trainable model, the shadow adapter and the task in progress."""
 
-    def __init__(self, model: TrainableModel, shadow: ShadowAdapter, args: AppArgs) -> None:
-        self._model = model
-        self.shadow = shadow
-        self._config = args.training
-        self._share_prompt = args.experiments.share_prompt
-        self.admission = SliceAdmission()
-        self._slice_tokens = args.training.max_slice_tokens
-        self.warm_up_slices: list[SliceTiming] = []
-        """Every kind of slice, measured once before anything was served."""
-        self._waiting: deque[dict[str, Any]] = deque()
-        self._running: _RunningStep | None = None
-        self._shared_pointers: frozenset[int] = frozenset()
-
-    @classmethod
-    def build(
-        cls,
+    def __init__(
+        self,
         *,
         model_dir: str,
         args: AppArgs,
         dtype: torch.dtype,
         device: torch.device,
         weights: Mapping[str, torch.Tensor] | None,
-    ) -> "FineTuneRunner":
+    ) -> None:
         """Build the trainable model and measure every kind of slice once.
 
         Raises:
             UnsupportedModelError, ConfigError: see `TrainableModel.build`.
         """
-        model = TrainableModel.build(
-            model_dir, args.lora, dtype=dtype, device=device, seed=args.training.seed, weights=weights
+        self._config = args.training
+        self._share_prompt = args.experiments.share_prompt
+        self._model = TrainableModel.build(
+            model_dir, args.lora, dtype=dtype, device=device, seed=self._config.seed, weights=weights
         )
-        runner = cls(model, ShadowAdapter(model, args.training), args)
-        runner._shared_pointers = frozenset(tensor.data_ptr() for tensor in (weights or {}).values())
-        runner._warm_up()
-        return runner
+        self._shared_pointers = frozenset(tensor.data_ptr() for tensor in (weights or {}).values())
+        self.shadow = ShadowAdapter(self._model, self._config)
+        self.admission = SliceAdmission()
+        self._slice_tokens = self._config.max_slice_tokens
+        self._waiting: deque[dict[str, Any]] = deque()
+        self._running: _RunningStep | None = None
+        self.warm_up_slices: list[SliceTiming] = []
+        """Every kind of slice, measured once before anything was served."""
+        self._warm_up()
 
     def submit(self, task: dict[str, Any]) -> None:
         """Queue a task given as `FineTuneTask.to_wire()`. A malformed one is a failed result when its turn comes."""

@@ -83,7 +83,7 @@ class HybridWorkerMixin:
         weights: dict[str, torch.Tensor] | None = None
         if shared:
             weights = huggingface_views(self.get_model(), model_config.hf_text_config)  # type: ignore[attr-defined]
-        return FineTuneRunner.build(
+        return FineTuneRunner(
             model_dir=model_config.model,
             args=args,
             dtype=model_config.dtype,

@@ -30,7 +30,7 @@ class InProcessEngine:
         self.free_memory_bytes = float("inf")
         self.kv_cache_tokens = self.prefix_block_tokens = None
         self._eos_token_ids = set(eos_token_ids)
-        self._runner = FineTuneRunner.build(
+        self._runner = FineTuneRunner(
             model_dir=str(model_dir), args=args, dtype=torch.float32, device=torch.device("cpu"), weights=None
         )
 

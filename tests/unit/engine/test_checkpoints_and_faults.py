@@ -27,7 +27,7 @@ def model_dir(tmp_path_factory):
 
 
 def make_runner(model_dir):
-    return FineTuneRunner.build(
+    return FineTuneRunner(
         model_dir=model_dir,
         args=AppArgs(training=make_training(), lora={"rank": 4, "alpha": 8.0}),
         dtype=torch.float32,

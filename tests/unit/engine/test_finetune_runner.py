@@ -16,7 +16,7 @@ from tests.unit.engine.trainable_models import make_task, make_training, save_mo
 @pytest.fixture
 def runner(tmp_path):
     args = AppArgs(training=make_training(), lora={"rank": 4, "alpha": 8.0})
-    return FineTuneRunner.build(
+    return FineTuneRunner(
         model_dir=save_model(tmp_path / "model", "llama"),
         args=args,
         dtype=torch.float32,
