@@ -12,8 +12,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from alignment.versions.activation_log import BASE
 from alignment.versions.registry import AdapterRegistry
+from alignment.versions.serving_state import BASE
 from core.config import AppArgs
 from deployments.control.client import ControlClient
 from deployments.learning.learner import Learner

@@ -6,6 +6,9 @@ The paper's equation, with `wait` in seconds:
 
 Requests are of class `interactive`, or of class `background` if their `priority` field is above 0 (`service_tier:
 flex` sets it). With `experiments.ageing` off no rate counts; with `experiments.reward_term` off no loss does.
+
+While inference is saturated, fine-tune work without a loss passes decoding after (20 - 1) / 0.2 = 95 s: then one slice
+runs whatever the slack.
 """
 
 import math
@@ -76,12 +79,3 @@ def finetune_priority(
         return aged
     loss = math.log(2) if dpo_loss is None else min(max(dpo_loss, 0.0), MAX_LOSS_TERM)
     return aged + gamma * loss * RETRY_DECAY**attempts
-
-
-def starvation_bound_s(experiments: ExperimentsConfig) -> float:
-    """Longest time that fine-tune work in an engine goes without a slice while inference is saturated.
-
-    After it the work's priority is above that of decoding, and one slice runs whatever the slack. Infinite with
-    ageing switched off.
-    """
-    return (BASE_DECODE - BASE_FINETUNE) / RATE_FINETUNE if experiments.ageing else math.inf

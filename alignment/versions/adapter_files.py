@@ -59,7 +59,7 @@ def version_name(number: int) -> str:
 
 
 def check_files(directory: Path) -> None:
-    """Are the PEFT files complete and readable?
+    """Check that the PEFT files are complete and readable.
 
     Raises:
         DamagedAdapterError: a file is missing, is not JSON, or the weights are truncated or not safetensors.

@@ -8,11 +8,18 @@ import itertools
 from collections.abc import Sequence
 from pathlib import Path
 
-from alignment.versions.activation_log import BASE
 from alignment.versions.adapter_files import AdapterManifest
-from alignment.versions.gate import GateDecision, WindowScores, judge_candidate
-from alignment.versions.generation_check import GenerationReport, pairs_to_score, report_generation
+from alignment.versions.gate import (
+    GENERATION_TOKENS,
+    GateDecision,
+    GenerationReport,
+    WindowScores,
+    judge_candidate,
+    pairs_to_score,
+    report_generation,
+)
 from alignment.versions.registry import AdapterRegistry, AdapterVersion
+from alignment.versions.serving_state import BASE
 from core.config import AppArgs
 from core.errors import AdapterError, TrainingError
 from core.ports import EnginePort
@@ -104,10 +111,10 @@ class CandidateJudge:
         number = next(_numbers)
         handle = self._engine.version_handle(f"candidate-{staging.name}-{number}", number, staging)
         try:
-            candidate = await self._engine.generate(handle, prompts, gate.generation_tokens)
+            candidate = await self._engine.generate(handle, prompts, GENERATION_TOKENS)
         finally:
             await self._engine.unload_version(handle)
-        live = await self._engine.generate(self._versions.live_handle, prompts, gate.generation_tokens)
+        live = await self._engine.generate(self._versions.live_handle, prompts, GENERATION_TOKENS)
         answers = pairs_to_score(prompts, candidate, self._args.training.max_length_tokens)
         return report_generation(candidate, live, answers, await self._score(answers, on_live=False))
 

@@ -15,8 +15,8 @@ from typing import Any
 
 from pydantic import TypeAdapter
 
-from alignment.versions.activation_log import BASE
 from alignment.versions.registry import AdapterRegistry
+from alignment.versions.serving_state import BASE
 from core.errors import AdapterError
 from core.ports import EnginePort
 from deployments.publishing.versions import AdapterVersions

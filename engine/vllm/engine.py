@@ -37,7 +37,10 @@ class HybridEngine:
     @classmethod
     async def start(cls, args: AppArgs, model_dir: str, stat_loggers: list[Any] | None = None) -> "HybridEngine":
         """Start the engine processes; returns when the model is loaded."""
-        return cls(await vllm_compat.start_engine(args, model_dir, stat_loggers), args)
+        from vllm.v1.engine.async_llm import AsyncLLM
+
+        engine_args = vllm_compat.make_engine_args(args, model_dir)
+        return cls(AsyncLLM.from_engine_args(engine_args, stat_loggers=stat_loggers), args)
 
     async def run_task(self, task: FineTuneTask) -> TaskResult:
         """Run a fine-tune task to its end, slice by slice between inference. Cancelling aborts it.
@@ -126,7 +129,7 @@ class HybridEngine:
 
     async def unload_version(self, handle: Any) -> None:
         """Forget an adapter version on the inference side. None of its requests may be running (`versions_in_use`)."""
-        await vllm_compat.remove_lora(self.client, handle)
+        await self.client.remove_lora(handle.lora_int_id)
 
     def versions_in_use(self) -> set[str]:
         """Names of the adapter versions of unfinished requests."""

@@ -67,7 +67,8 @@ class IterationPlanner:
             tau_mem=args.scheduler.tau_mem,
         )
         self.predictor = predictor
-        self._retrain = RetrainMeter(args)
+        self.retrain = RetrainMeter(args)
+        """Tell it of arrived requests and of trained pairs."""
         self._config, self._experiments, self._slo = args.scheduler, args.experiments, args.slo
         self._limits = limits
         need = None
@@ -91,7 +92,7 @@ class IterationPlanner:
         """True if slices could run with nothing to serve now. No rate delays the scoring of a candidate."""
         if state is None or self._config.policy == "inference_only":
             return False
-        return not state.is_training or self._retrain.may_train()
+        return not state.is_training or self.retrain.may_train()
 
     def plan(self, view: IterationView) -> Plan:
         """Token budget, chunk cap and KV blocks to drop, or a blocking training phase of a baseline.
@@ -152,18 +153,6 @@ class IterationPlanner:
                 self.memory.shrink(Pool.ARENA, wanted)
         elif has_grown and arena_bytes < self._full_arena_bytes:
             self.memory.set_capacity(Pool.ARENA, min(2 * arena_bytes, self._full_arena_bytes))
-
-    def note_requests(self, count: int = 1) -> None:
-        """Count arrived inference requests."""
-        self._retrain.note_requests(count)
-
-    def note_trained(self, num_pairs: int) -> None:
-        """Count pairs of finished optimizer steps."""
-        self._retrain.note_trained(num_pairs)
-
-    def release_arena(self) -> None:
-        """No step is in progress any more."""
-        self.memory.release(Pool.ARENA)
 
     def _plan_forward(self, view: IterationView, shape: ForwardShape, blocks: BlockBudget) -> Plan:
         """The plan for inference; chunks are added to `shape`, which holds what decodes."""
@@ -239,9 +228,9 @@ class IterationPlanner:
 
     def _is_blocking_due(self, state: FineTuneState | None, now_s: float) -> bool:
         """A baseline stops inference for a step; scoring a candidate is one as well, and is never put off."""
-        if state is not None and not state.is_training and self._retrain.is_blocking_policy:
+        if state is not None and not state.is_training and self.retrain.is_blocking_policy:
             return True
-        return self._retrain.is_blocking_due(state is not None, now_s)
+        return self.retrain.is_blocking_due(state is not None, now_s)
 
     def _may_train(self, state: FineTuneState) -> bool:
         """True if slices may run beside inference."""
@@ -249,7 +238,7 @@ class IterationPlanner:
 
     def _must_train(self, view: IterationView, state: FineTuneState) -> bool:
         """True if a slice runs even without slack: below the rate's floor, or it has waited above all others."""
-        if self._retrain.is_below_floor():
+        if self.retrain.is_below_floor():
             return True
         return self._finetune_priority(view, state) > max(
             decode_priority(0.0, self._experiments) if view.num_decode else float("-inf"),

@@ -76,9 +76,9 @@ class MemoryLedger:
             raise LedgerError(f"{pool} cannot hold {num_bytes} bytes: {self._capacity[pool]} in all")
         self._used[pool] = num_bytes
 
-    def release(self, pool: Pool) -> None:
-        """Nothing of the pool is used any more."""
-        self._used[pool] = 0
+    def release_arena(self) -> None:
+        """No step is in progress any more."""
+        self._used[Pool.ARENA] = 0
 
     def set_capacity(self, pool: Pool, num_bytes: int) -> None:
         """Set a pool's hard limit, as soon as it is known; never below what is used."""

@@ -55,14 +55,14 @@ def test_the_live_pointer_moves_to_published_versions_and_back_to_the_base(adapt
     assert adapters.live() is None
     commit(adapters)
     commit(adapters, status="rejected", reason="accuracy fell")
-    adapters.activate("v0001")
+    adapters.serving.activate("v0001")
     assert adapters.live().name == "v0001"
     with pytest.raises(AdapterError, match="rejected"):
-        adapters.activate("v0002")
+        adapters.serving.activate("v0002")
     with pytest.raises(UnknownVersionError):
-        adapters.activate("v0009")
+        adapters.serving.activate("v0009")
     assert AdapterRegistry.open(adapters.root).live().name == "v0001"
-    adapters.activate(None)
+    adapters.serving.activate(None)
     assert adapters.live() is None
     assert adapters.get("v0002").manifest.reason == "accuracy fell"
 
@@ -114,7 +114,7 @@ DAMAGE = {
 def test_a_damaged_version_is_named_and_skipped_and_the_live_one_recovers(adapters, damage):
     for _ in range(3):
         commit(adapters)
-    adapters.activate("v0002")
+    adapters.serving.activate("v0002")
     damage(adapters.root / "v0002")
     with pytest.raises(DamagedAdapterError, match="v0002"):
         adapters.get("v0002")
@@ -129,7 +129,7 @@ def test_a_damaged_version_is_named_and_skipped_and_the_live_one_recovers(adapte
 
 def test_recovery_ends_at_the_base_model(adapters):
     commit(adapters)
-    adapters.activate("v0001")
+    adapters.serving.activate("v0001")
     (adapters.root / "live").write_text("nonsense\n")
     assert adapters.recover_live().name == "v0001"
     DAMAGE["no weights"](adapters.root / "v0001")

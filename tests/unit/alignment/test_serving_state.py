@@ -8,9 +8,9 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from alignment.versions.activation_log import Activation, ActivationLog
 from alignment.versions.lineage import is_rollback, lineage_row, lineage_rows
 from alignment.versions.registry import AdapterRegistry
+from alignment.versions.serving_state import Activation, ActivationLog
 from core.errors import AdapterError, DamagedAdapterError, UnknownVersionError
 from tests.unit.alignment.test_registry import ROOT, commit, truncate
 
