@@ -17,14 +17,13 @@ logger = logging.getLogger(__name__)
 
 
 async def write_profile(engine: "HybridEngine", args: AppArgs, path: Path) -> None:
-    """Measure for `profile.max_measure_s`, fit and write. The shadow adapter, which this trains, is reset after.
+    """Measure for `MEASURE_S`, fit and write. The shadow adapter, which this trains, is reset after.
 
     Raises:
         ProfileError: too little could be measured.
         MaceError: the engine ended a task without a result.
     """
-    budget_s = args.profile.max_measure_s
-    measurement = await measure_grid(engine, measure_plan(engine, args, budget_s=budget_s))
+    measurement = await measure_grid(engine, measure_plan(engine, args))
     profile = await asyncio.to_thread(fit_profile, measurement.samples, origin_of(args), memory=measurement.memory)
     profile.save(path)
     await engine.load_adapter(None)
