@@ -16,7 +16,7 @@ from core.batch import IterationSample
 from core.pair_groups import PairShape
 from core.types import FineTuneTask, TaskKind, TaskResult, TokenizedPair
 from profiler.fit import fit_profile
-from profiler.profile import Origin
+from profiler.profile import Origin, Profile
 
 logger = logging.getLogger(__name__)
 
@@ -139,6 +139,25 @@ async def measure_grid(
     return await _Measurer(engine, plan, on_progress).run()
 
 
+async def measure_profile(
+    engine: ProfiledEngine,
+    plan: MeasurePlan,
+    origin: Origin,
+    kv_bytes_per_token: int | None = None,
+    on_progress: Callable[[Measurement], None] | None = None,
+) -> Profile:
+    """Measure the grid and fit a profile.
+
+    Raises:
+        ProfileError: too little could be measured.
+        MaceError: the engine ended a task without a result.
+    """
+    found = await measure_grid(engine, plan, on_progress)
+    return await asyncio.to_thread(
+        fit_profile, found.samples, origin, memory=found.memory, kv_bytes_per_token=kv_bytes_per_token
+    )
+
+
 async def measure_in_background(
     engine: ProfiledEngine, plan: MeasurePlan, origin: Origin, path: Path, kv_bytes_per_token: int | None = None
 ) -> None:
@@ -154,24 +173,12 @@ async def measure_in_background(
     if plan.trains or not plan.is_background:
         raise ValueError("a background plan gives way to requests and never trains")
     try:
-        measurement = await measure_grid(engine, plan)
-        profile = await asyncio.to_thread(
-            fit_profile,
-            measurement.samples,
-            origin,
-            memory=measurement.memory,
-            kv_bytes_per_token=kv_bytes_per_token,
-        )
+        profile = await measure_profile(engine, plan, origin, kv_bytes_per_token)
         await asyncio.to_thread(profile.save, path)
     except Exception as error:  # noqa: BLE001 - whatever fails here, serving is not affected
         logger.warning("no profile was measured: %s: %s", type(error).__name__, error)
         return
-    logger.info(
-        "profile of %d points in %s, median error of a forward pass %.1f %%",
-        measurement.num_points,
-        path,
-        100 * profile.forward_error.median,
-    )
+    logger.info("profile in %s, median error of a forward pass %.1f %%", path, 100 * profile.forward_error.median)
 
 
 class _Measurer:
