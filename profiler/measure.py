@@ -124,7 +124,6 @@ class Measurement:
     memory: list[tuple[int, int]] = field(default_factory=list)
     """Padded tokens of each training step's micro-batch, and the bytes that it held at most."""
     num_points: int = 0
-    num_interrupted: int = 0
     measured_s: float = 0.0
 
 
@@ -250,7 +249,6 @@ class _Measurer:
                 self._walls.setdefault(point.kind, []).append((point.work, wall_s))
                 self._result.num_points += 1
                 return
-            self._result.num_interrupted += 1
             if self._left_s() <= 0:
                 return
 

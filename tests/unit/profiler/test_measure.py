@@ -126,12 +126,11 @@ def test_a_request_that_arrives_aborts_the_point_at_once_and_it_is_repeated():
         await asyncio.sleep(0.2)
         assert len(engine.samples) == seen  # and stays away while the request runs
         engine.foreign = 0
-        measurement = await measuring
+        await measuring
         assert len(engine.samples) > seen
-        return engine, measurement
+        return engine
 
-    engine, measurement = asyncio.run(scenario())
-    assert measurement.num_interrupted == 1
+    engine = asyncio.run(scenario())
     assert engine.num_aborted >= 1
     assert engine.num_unfinished_requests() == 0
 
