@@ -16,7 +16,7 @@ from core.batch import IterationSample
 from core.dpo_slices import PairGroup
 from core.types import FineTuneTask, TaskKind, TaskResult, TokenizedPair
 from profiler.fit import fit_profile
-from profiler.profile import Origin
+from profiler.profile import Origin, Profile
 
 logger = logging.getLogger(__name__)
 
@@ -124,7 +124,6 @@ class Measurement:
     memory: list[tuple[int, int]] = field(default_factory=list)
     """Padded tokens of each training step's micro-batch, and the bytes that it held at most."""
     num_points: int = 0
-    num_interrupted: int = 0
     measured_s: float = 0.0
 
 
@@ -137,6 +136,25 @@ async def measure_grid(
         MaceError: the engine ended a task without a result.
     """
     return await _Measurer(engine, plan, on_progress).run()
+
+
+async def measure_profile(
+    engine: ProfiledEngine,
+    plan: MeasurePlan,
+    origin: Origin,
+    kv_bytes_per_token: int | None = None,
+    on_progress: Callable[[Measurement], None] | None = None,
+) -> Profile:
+    """Measure the grid and fit a profile.
+
+    Raises:
+        ProfileError: too little could be measured.
+        MaceError: the engine ended a task without a result.
+    """
+    found = await measure_grid(engine, plan, on_progress)
+    return await asyncio.to_thread(
+        fit_profile, found.samples, origin, memory=found.memory, kv_bytes_per_token=kv_bytes_per_token
+    )
 
 
 async def measure_in_background(
@@ -154,24 +172,12 @@ async def measure_in_background(
     if plan.trains or not plan.is_background:
         raise ValueError("a background plan gives way to requests and never trains")
     try:
-        measurement = await measure_grid(engine, plan)
-        profile = await asyncio.to_thread(
-            fit_profile,
-            measurement.samples,
-            origin,
-            memory=measurement.memory,
-            kv_bytes_per_token=kv_bytes_per_token,
-        )
+        profile = await measure_profile(engine, plan, origin, kv_bytes_per_token)
         await asyncio.to_thread(profile.save, path)
     except Exception as error:  # noqa: BLE001 - whatever fails here, serving is not affected
         logger.warning("no profile was measured: %s: %s", type(error).__name__, error)
         return
-    logger.info(
-        "profile of %d points in %s, median error of a forward pass %.1f %%",
-        measurement.num_points,
-        path,
-        100 * profile.forward_error.median,
-    )
+    logger.info("profile in %s, median error of a forward pass %.1f %%", path, 100 * profile.forward_error.median)
 
 
 class _Measurer:
@@ -243,7 +249,6 @@ class _Measurer:
                 self._walls.setdefault(point.kind, []).append((point.work, wall_s))
                 self._result.num_points += 1
                 return
-            self._result.num_interrupted += 1
             if self._left_s() <= 0:
                 return
 

@@ -8,7 +8,7 @@ feature. A linear form is what the roofline of a transformer gives: reading the 
 import json
 import re
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -17,7 +17,6 @@ from core.errors import ProfileError
 from core.files import write_atomically
 from core.types import SliceKind
 
-SCHEMA_VERSION = 1
 QUANTILE_LEVELS = (*(step / 20 for step in range(20)), 0.99, 1.0)
 """Levels of every quantile list: 0, 0.05, ..., 0.95, 0.99, 1."""
 
@@ -47,11 +46,60 @@ def forward_features(shape: ForwardShape) -> tuple[float, float, float, float, f
     )
 
 
-class _Model(BaseModel):
+class FrozenModel(BaseModel):
+    """Part of a file: unknown fields are errors."""
+
     model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
 
 
-class Origin(_Model):
+class MeasuredFile(FrozenModel):
+    """What a command has measured, in one JSON file."""
+
+    title: ClassVar[str]
+    """What error messages call the file."""
+    command: ClassVar[str]
+    """Makes it anew."""
+    schema_version: Literal[1] = 1
+
+    def save(self, path: Path) -> None:
+        """Write as JSON; a reader sees the old file or the new one, never a part.
+
+        Raises:
+            ProfileError: the file cannot be written.
+        """
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_atomically(path, self.model_dump_json(indent=1))
+        except OSError as error:
+            raise ProfileError(f"cannot write {self.title} {path}: {error.strerror}") from error
+
+    @classmethod
+    def load(cls, path: Path) -> Self:
+        """Read what `save` wrote.
+
+        Raises:
+            ProfileError: no such file, no JSON, an unknown schema version, or wrong or missing fields.
+        """
+        again = f"Measure it again: {cls.command}"
+        try:
+            document = json.loads(path.read_text(encoding="utf-8"))
+            version = document.get("schema_version") if isinstance(document, dict) else None
+            if version != 1:
+                raise ProfileError(
+                    f"{cls.title} {path} has schema version {version!r}, this MACE reads 1. {again}"
+                )
+            return cls.model_validate_json(json.dumps(document))
+        except OSError as error:
+            raise ProfileError(f"cannot read {cls.title} {path}: {error.strerror}") from error
+        except ValidationError as error:
+            first = error.errors(include_url=False)[0]
+            where = ".".join(map(str, first["loc"]))
+            raise ProfileError(f"{cls.title} {path} is damaged at {where}: {first['msg']}. {again}") from error
+        except ValueError as error:
+            raise ProfileError(f"{cls.title} {path} is damaged: {error}. {again}") from error
+
+
+class Origin(FrozenModel):
     """Device, model, code and time of a measurement."""
 
     device: str = Field(min_length=1)
@@ -67,7 +115,7 @@ class Origin(_Model):
     """ISO 8601, UTC."""
 
 
-class LatencyModel(_Model):
+class LatencyModel(FrozenModel):
     """Seconds of a forward pass and of each kind of slice."""
 
     forward: _ForwardVector
@@ -87,7 +135,7 @@ class LatencyModel(_Model):
         return None if coefficients is None else coefficients[0] + coefficients[1] * num_tokens
 
 
-class MemoryModel(_Model):
+class MemoryModel(FrozenModel):
     """Bytes that a fine-tune step holds between slices, and bytes of the KV cache."""
 
     arena_bytes: _Coefficient
@@ -102,7 +150,7 @@ class MemoryModel(_Model):
         return self.arena_bytes + self.arena_bytes_per_token * num_tokens
 
 
-class FitError(_Model):
+class FitError(FrozenModel):
     """Relative error |predicted - measured| / measured on rows that the fit did not see."""
 
     num_rows: int = Field(ge=0)
@@ -111,7 +159,7 @@ class FitError(_Model):
     p95: _Seconds
 
 
-class RawSamples(_Model):
+class RawSamples(FrozenModel):
     """Rows of what was measured (a bounded, evenly spread part of it), enough to fit again."""
 
     forward: list[tuple[_Count, _Count, _Count, _Count, _Count, _Seconds, _Seconds]] = Field(default_factory=list)
@@ -122,10 +170,11 @@ class RawSamples(_Model):
     """Padded tokens of the micro-batch, peak bytes of the step."""
 
 
-class Profile(_Model):
+class Profile(MeasuredFile):
     """Models, errors and noise; see the module docstring."""
 
-    schema_version: Literal[1] = 1
+    title: ClassVar[str] = "profile"
+    command: ClassVar[str] = "mace profile measure"
     origin: Origin
     latency: LatencyModel
     memory: MemoryModel
@@ -141,46 +190,6 @@ class Profile(_Model):
     """Median time of an iteration that was neither forward pass nor slices."""
     overhead_quantiles_s: _Quantiles
     samples: RawSamples
-
-    def save(self, path: Path) -> None:
-        """Write as JSON; a reader sees the old file or the new one, never a part.
-
-        Raises:
-            ProfileError: the file cannot be written.
-        """
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            write_atomically(path, self.model_dump_json(indent=1))
-        except OSError as error:
-            raise ProfileError(f"cannot write profile {path}: {error.strerror}") from error
-
-    @classmethod
-    def load(cls, path: Path) -> "Profile":
-        """Read what `save` wrote.
-
-        Raises:
-            ProfileError: no such file, no JSON, an unknown schema version, or wrong or missing fields.
-        """
-        try:
-            document = json.loads(path.read_text(encoding="utf-8"))
-        except OSError as error:
-            raise ProfileError(f"cannot read profile {path}: {error.strerror}") from error
-        except ValueError as error:
-            raise ProfileError(
-                f"profile {path} is damaged: {error}. Measure it again: mace profile measure"
-            ) from error
-        version = document.get("schema_version") if isinstance(document, dict) else None
-        if version != SCHEMA_VERSION:
-            raise ProfileError(
-                f"profile {path} has schema version {version!r}, this MACE reads {SCHEMA_VERSION}. "
-                "Measure it again: mace profile measure"
-            )
-        try:
-            return cls.model_validate_json(json.dumps(document))
-        except ValidationError as error:
-            first = error.errors(include_url=False)[0]
-            where = ".".join(map(str, first["loc"]))
-            raise ProfileError(f"profile {path} is damaged at {where}: {first['msg']}") from error
 
 
 def profile_path(state_dir: Path, device: str, model_id: str) -> Path:

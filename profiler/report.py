@@ -1,5 +1,7 @@
 """The picture of a profile: how well the models fit what was measured."""
 
+from __future__ import annotations
+
 import math
 from collections.abc import Callable, Iterable
 from functools import partial
@@ -54,7 +56,7 @@ def draw_report(profile: Profile, path: Path) -> None:
         raise ProfileError(f"cannot write {path}: {error.strerror}") from error
 
 
-def _draw_scatter(axes: "Axes", profile: Profile) -> None:
+def _draw_scatter(axes: Axes, profile: Profile) -> None:
     """One dot for each forward pass; on the line the model is right."""
     groups: dict[str, list[tuple[float, float]]] = {"decode only": [], "prefill only": [], "both": []}
     for row in profile.samples.forward:
@@ -75,7 +77,7 @@ def _draw_scatter(axes: "Axes", profile: Profile) -> None:
     axes.legend(fontsize=8, frameon=False)
 
 
-def _draw_groups(axes: "Axes", title: str, x_label: str, groups: Iterable[_Group]) -> None:
+def _draw_groups(axes: Axes, title: str, x_label: str, groups: Iterable[_Group]) -> None:
     """Dots and the fitted line of each group."""
     for number, (label, rows, fitted_s) in enumerate(groups):
         sizes = [max(1, size) for size, _ in rows]

@@ -1,5 +1,7 @@
 """A picture of one simulation: TTFT, TBT, and what the devices did over time."""
 
+from __future__ import annotations
+
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -39,7 +41,7 @@ def write_plot(result: Result, slo: SloConfig, path: Path) -> None:
         raise ConfigError(f"cannot write plot {path}: {error}") from error
 
 
-def _draw_cdf(axes: "Axes", title: str, histogram: Histogram, target_s: float) -> None:
+def _draw_cdf(axes: Axes, title: str, histogram: Histogram, target_s: float) -> None:
     from matplotlib.ticker import StrMethodFormatter
 
     ends_s, shares = histogram.cdf()
@@ -64,7 +66,7 @@ def _draw_cdf(axes: "Axes", title: str, histogram: Histogram, target_s: float) -
     axes.legend(fontsize="small")
 
 
-def _draw_utilisation(axes: "Axes", result: Result) -> None:
+def _draw_utilisation(axes: Axes, result: Result) -> None:
     found = result.statistics
     times_s, width_s = _buckets(result)
     devices_s = width_s * result.num_executors
@@ -79,7 +81,7 @@ def _draw_utilisation(axes: "Axes", result: Result) -> None:
     axes.legend(fontsize="small", loc="lower right")
 
 
-def _draw_pairs(axes: "Axes", result: Result) -> None:
+def _draw_pairs(axes: Axes, result: Result) -> None:
     times_s, width_s = _buckets(result)
     rates = [result.statistics.pairs_per_bucket[i] / width_s for i in range(len(times_s))]
     axes.bar(times_s, rates, width=width_s, color="tab:orange")

@@ -23,7 +23,7 @@ from core.errors import ConfigError, MaceError
 from engine.pruning.gate import METHOD, Decision, PruningReport, decide, pruning_report_path
 from engine.pruning.tasks import RecallKind, make_recall
 from profiler.device import describe_device, worker_threads
-from profiler.profile import FitError, Profile
+from profiler.profile import Profile
 
 if TYPE_CHECKING:
     from engine.pruning.reader import PrunedReader, TokenPassage
@@ -216,8 +216,7 @@ async def _measure(
     from engine.model_source import resolve_model
     from engine.vllm.compat import configure_environment
     from engine.vllm.engine import HybridEngine
-    from profiler.fit import fit_profile
-    from profiler.measure import measure_grid
+    from profiler.measure import measure_profile
 
     model_dir = resolve_model(args.model, args.state_dir, show_progress=show_progress)
     configure_environment(args, model_dir)
@@ -226,16 +225,10 @@ async def _measure(
     engine = await HybridEngine.start(args, str(model_dir))
     try:
         plan = measure_plan(engine, args, budget_s=seconds, seed=seed)
-        kv_bytes_per_token = engine.kv_bytes_per_token
-        measurement = await measure_grid(engine, plan, _print_progress if show_progress else None)
+        note = _print_progress if show_progress else None
+        profile = await measure_profile(engine, plan, origin, engine.kv_bytes_per_token, note)
     finally:
         engine.shutdown()
-    profile = fit_profile(
-        measurement.samples,
-        origin,
-        memory=measurement.memory,
-        kv_bytes_per_token=kv_bytes_per_token,
-    )
     path = out or args.profile.path
     assert path is not None  # with_profile_path
     return profile, path
@@ -255,18 +248,15 @@ def _show(profile: Profile, path: Path, as_json: bool) -> None:
         summary = profile.model_dump(mode="json", exclude={"samples"})
         typer.echo(json.dumps({"path": str(path), **summary}, indent=2))
         return
-    table = Table(title=f"{profile.origin.model} on {profile.origin.device}")
-    for column in ("what", "rows", "held out", "median error", "p95 error"):
-        table.add_column(column)
-    _add_row(table, "forward pass", len(profile.samples.forward), profile.forward_error)
+    title = f"{profile.origin.model} on {profile.origin.device}"
+    table = Table("what", "rows", "held out", "median error", "p95 error", title=title)
+    rows = [("forward pass", len(profile.samples.forward), profile.forward_error)]
     for kind, error in sorted(profile.slice_errors.items()):
-        _add_row(table, kind.value, len(profile.samples.slices.get(kind, ())), error)
+        rows.append((kind.value, len(profile.samples.slices.get(kind, ())), error))
+    for name, num_rows, error in rows:
+        table.add_row(name, str(num_rows), str(error.num_rows), f"{error.median:.1%}", f"{error.p95:.1%}")
     Console().print(table)
     typer.echo(f"overhead {1e3 * profile.overhead_s:.2f} ms an iteration; profile: {path}")
-
-
-def _add_row(table: Table, name: str, num_rows: int, error: FitError) -> None:
-    table.add_row(name, str(num_rows), str(error.num_rows), f"{error.median:.1%}", f"{error.p95:.1%}")
 
 
 class _Counter:

@@ -8,15 +8,14 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import Field
 
 from core.config import KV_PRUNING_SINK_TOKENS, KvPruningConfig, ModelConfig
 from core.errors import ProfileError
-from core.files import write_atomically
 from engine.pruning.tasks import RecallKind
-from profiler.profile import Origin, profile_path
+from profiler.profile import FrozenModel, MeasuredFile, Origin, profile_path
 
 METHOD = "keydiff"
 """Name of the rule that scores blocks (`engine.pruning.scores`)."""
@@ -32,11 +31,7 @@ _Finite = Annotated[float, Field(allow_inf_nan=False)]
 _Share = Annotated[float, Field(ge=0, le=1)]
 
 
-class _Model(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
-
-
-class Estimate(_Model):
+class Estimate(FrozenModel):
     """A mean over independent contexts and its 95 % interval (Student's t)."""
 
     mean: _Finite
@@ -45,7 +40,7 @@ class Estimate(_Model):
     num_samples: int = Field(ge=2)
 
 
-class RecallBaseline(_Model):
+class RecallBaseline(FrozenModel):
     """Answers to questions of one kind when nothing is pruned."""
 
     num_questions: int = Field(ge=1)
@@ -59,7 +54,7 @@ class RecallBaseline(_Model):
         return self.accuracy - self.guess_accuracy >= MIN_SKILL * (1 - self.guess_accuracy)
 
 
-class RecallResult(_Model):
+class RecallResult(FrozenModel):
     """Answers to the same questions after pruning."""
 
     accuracy: _Share
@@ -67,7 +62,7 @@ class RecallResult(_Model):
     """Accuracy unpruned minus pruned, by context; negative: better with pruning."""
 
 
-class FractionResult(_Model):
+class FractionResult(FrozenModel):
     """Costs of pruning this fraction of the blocks."""
 
     fraction: float = Field(ge=0, le=0.9)
@@ -79,10 +74,11 @@ class FractionResult(_Model):
     total_blocks: float = Field(gt=0)
 
 
-class PruningReport(_Model):
+class PruningReport(MeasuredFile):
     """Everything that `mace profile pruning` measured."""
 
-    schema_version: Literal[1] = 1
+    title: ClassVar[str] = "pruning report"
+    command: ClassVar[str] = "mace profile pruning"
     origin: Origin
     model_source: str = Field(min_length=1)
     adapter: str | None = None
@@ -103,34 +99,6 @@ class PruningReport(_Model):
     """Mean negative log-prob of the continuations, unpruned."""
     fractions: tuple[FractionResult, ...] = Field(min_length=1)
     elapsed_s: float = Field(ge=0)
-
-    def save(self, path: Path) -> None:
-        """Write as JSON; a reader sees the old file or the new one, never a part.
-
-        Raises:
-            ProfileError: the file cannot be written.
-        """
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            write_atomically(path, self.model_dump_json(indent=1))
-        except OSError as error:
-            raise ProfileError(f"cannot write pruning report {path}: {error.strerror}") from error
-
-    @classmethod
-    def load(cls, path: Path) -> "PruningReport":
-        """Read what `save` wrote.
-
-        Raises:
-            ProfileError: no such file, no JSON, an unknown schema version, or wrong or missing fields.
-        """
-        try:
-            return cls.model_validate_json(path.read_text(encoding="utf-8"))
-        except OSError as error:
-            raise ProfileError(f"cannot read pruning report {path}: {error.strerror}") from error
-        except (ValidationError, UnicodeDecodeError) as error:
-            raise ProfileError(
-                f"pruning report {path} is damaged or of another version. Measure it again: mace profile pruning"
-            ) from error
 
 
 @dataclass(frozen=True, slots=True)
