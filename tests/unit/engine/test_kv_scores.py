@@ -47,7 +47,8 @@ import torch
 import kvpress  # its import replaces attention functions of transformers, so it gets a process of its own
 
 keys = torch.load(sys.argv[1])  # kvpress: [batch, heads, tokens, head_size] -> [batch, heads, tokens]
-scores = [kvpress.KeyDiffPress().score(None, None, layer.transpose(0, 1).unsqueeze(0), None, None, {}) for layer in keys]
+cached = [layer.transpose(0, 1).unsqueeze(0) for layer in keys]
+scores = [kvpress.KeyDiffPress().score(None, None, one, None, None, {}) for one in cached]
 torch.save(torch.cat(scores), sys.argv[2])
 """
 
