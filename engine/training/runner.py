@@ -111,11 +111,8 @@ class FineTuneRunner:
                 self._run_slice(spec, report)
                 if report.out_of_memory:  # what failed has cost its time; smaller slices start with a new budget
                     break
-        if self._running is not None:
-            report.activation_bytes, report.step_tokens = (
-                self._running.step.activation_bytes,
-                self._running.slice_tokens,
-            )
+        if (running := self._running) is not None:
+            report.activation_bytes, report.step_tokens = running.step.activation_bytes, running.slice_tokens
         return report
 
     def run_step(self) -> SliceReport:
