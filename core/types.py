@@ -173,7 +173,7 @@ class SliceReport:
 
     slices: list[SliceTiming] = field(default_factory=list)
     finished: list[TaskResult] = field(default_factory=list)
-    held_bytes: int = 0
+    activation_bytes: int = 0
     """Activations and gradients of the step in progress, after the iteration."""
     step_tokens: int = 0
     """Padded tokens of its micro-batches; 0 without a step."""

@@ -64,7 +64,7 @@ class FineTuneState:
     attempts: int = 0
     gamma: float | None = None
     """Weight of the loss in the priority; None: the configured one."""
-    held_bytes: int = 0
+    activation_bytes: int = 0
     """Arena memory of the step in progress."""
     step_tokens: int = 0
     """Padded tokens of the micro-batches of the step in progress, which keeps them; 0 if there is none."""

@@ -225,7 +225,7 @@ class SimulatedExecutor:
             self._end_forward(iteration)
         if self._is_observed():
             self._planner.observe(self._sample(iteration))
-        if not self.trainer.held_bytes:
+        if not self.trainer.activation_bytes:
             self._planner.memory.release_arena()
         if trained.num_pairs:
             self._planner.retrain.note_trained(trained.num_pairs)
@@ -256,7 +256,7 @@ class SimulatedExecutor:
             iteration.fill.shape,
             iteration.forward_s,
             iteration.overhead_s,
-            SliceReport(iteration.trained.slices, held_bytes=self.trainer.held_bytes),
+            SliceReport(iteration.trained.slices, activation_bytes=self.trainer.activation_bytes),
             iteration.plan,
         )
 

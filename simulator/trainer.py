@@ -63,7 +63,7 @@ class Trainer:
         return len(self._arrived_s) + self._has_backlog
 
     @property
-    def held_bytes(self) -> int:
+    def activation_bytes(self) -> int:
         """Arena memory of the step in progress."""
         if self._next == 0:
             return 0
@@ -82,7 +82,7 @@ class Trainer:
         arrived_s = self._arrived_s[0] if self._arrived_s else 0.0
         return FineTuneState(
             last_progress_s=max(arrived_s, self._last_progress_s),
-            held_bytes=self.held_bytes,
+            activation_bytes=self.activation_bytes,
             step_tokens=self._step_tokens,
             max_batch_tokens=PairGroup.of(self._pair, may_share=self._share_prompt).num_tokens,
         )

@@ -111,8 +111,8 @@ class FineTuneRunner:
                 self._run_slice(spec, report)
                 if report.out_of_memory:  # what failed has cost its time; smaller slices start with a new budget
                     break
-        if self._running is not None:
-            report.held_bytes, report.step_tokens = self._running.step.activation_bytes, self._running.slice_tokens
+        if (running := self._running) is not None:
+            report.activation_bytes, report.step_tokens = running.step.activation_bytes, running.slice_tokens
         return report
 
     def run_step(self) -> SliceReport:
@@ -192,13 +192,13 @@ class FineTuneRunner:
             self._stop()
             self._fail(running.task, error, report)
         _synchronize(self._model.device)
-        latency_s, held_bytes = time.perf_counter() - started_s, running.step.activation_bytes
+        latency_s, activation_bytes = time.perf_counter() - started_s, running.step.activation_bytes
         cost = running.result
         cost.num_slices += 1
         cost.busy_s += latency_s
         cost.longest_slice_s = max(cost.longest_slice_s, latency_s)
-        cost.peak_bytes = max(cost.peak_bytes, held_bytes)
-        report.peak_bytes = max(report.peak_bytes, held_bytes)
+        cost.peak_bytes = max(cost.peak_bytes, activation_bytes)
+        report.peak_bytes = max(report.peak_bytes, activation_bytes)
         if not report.out_of_memory:  # such a slice did not do its work
             self.admission.observe(spec.kind, spec.num_tokens, latency_s)
             report.slices.append(SliceTiming(spec.kind, spec.num_tokens, latency_s))

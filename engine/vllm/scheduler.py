@@ -231,7 +231,7 @@ class HybridSchedulerMixin:
         if directive is self._last_training:
             self._last_training = None
         # Two iterations are in flight with async scheduling: the next may have reserved memory for a step it starts.
-        if not report.finetune.held_bytes and self._last_training is None:
+        if not report.finetune.activation_bytes and self._last_training is None:
             self._planner.memory.release_arena()
 
     def _take_facts(self, facts: WorkerFacts) -> None:

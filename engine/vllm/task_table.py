@@ -73,7 +73,7 @@ class TaskTable:
             dpo_loss=front.task.get("dpo_loss"),
             attempts=front.task.get("attempts", 0),
             gamma=front.task.get("gamma"),
-            held_bytes=self._report.held_bytes,
+            activation_bytes=self._report.activation_bytes,
             step_tokens=self._report.step_tokens,
             max_batch_tokens=front.max_batch_tokens,
         )

@@ -223,7 +223,7 @@ class IterationPlanner:
     def _arena_bytes(self, state: FineTuneState, slice_tokens: int) -> int:
         """Memory that the step may hold, within the arena."""
         num_tokens = max(slice_tokens, state.step_tokens, state.max_batch_tokens)
-        wanted = max(self._sizer.arena_bytes(num_tokens), state.held_bytes)
+        wanted = max(self._sizer.arena_bytes(num_tokens), state.activation_bytes)
         return min(wanted, self.memory.pool_capacity_bytes(Pool.ARENA))
 
     def _is_blocking_due(self, state: FineTuneState | None, now_s: float) -> bool:

@@ -37,7 +37,7 @@ class ArenaNeed:
         """Trained parameters of all layers."""
         return self.dims.num_layers * self.lora_rank * sum(i + o for i, o in self.dims.linear_layers)
 
-    def held_bytes(self, num_tokens: int) -> int:
+    def activation_bytes(self, num_tokens: int) -> int:
         """Most that is held between two slices (`DpoStep.activation_bytes`): an upper bound."""
         dims = self.dims
         per_token = (dims.num_layers + 2) * dims.hidden_size * dims.dtype_bytes + 2 * _FP32
@@ -115,4 +115,4 @@ class ArenaModel:
     def _predicted(self, num_tokens: int) -> float:
         if self._need is None or self._fixed_bytes > 0 or self._bytes_per_token > 0:
             return self._fixed_bytes + self._bytes_per_token * num_tokens
-        return float(self._need.held_bytes(num_tokens))
+        return float(self._need.activation_bytes(num_tokens))

@@ -21,6 +21,6 @@ def test_a_sample_survives_the_wire():
 
 
 def test_results_of_ended_tasks_do_not_travel_with_samples():
-    report = SliceReport(finished=[TaskResult("t", TaskKind.TRAIN)], held_bytes=8)
+    report = SliceReport(finished=[TaskResult("t", TaskKind.TRAIN)], activation_bytes=8)
     received = IterationSample.from_wire(IterationSample(ForwardShape(), 0.5, report=report).to_wire())
-    assert (received.report.finished, received.report.held_bytes) == ([], 8)
+    assert (received.report.finished, received.report.activation_bytes) == ([], 8)

@@ -101,11 +101,11 @@ class Engine:
         self.in_flight.append((output, named, samples))
         return output
 
-    def finish(self, held_bytes=0):
+    def finish(self, activation_bytes=0):
         """The oldest iteration in flight comes back."""
         output, named, samples = self.in_flight.popleft()
         answer = ModelRunnerOutput(named, {name: i for i, name in enumerate(named)}, samples)
-        setattr(answer, REPORT_ATTRIBUTE, IterationReport(SliceReport(held_bytes=held_bytes), 0.01))
+        setattr(answer, REPORT_ATTRIBUTE, IterationReport(SliceReport(activation_bytes=activation_bytes), 0.01))
         for update in self.scheduler.update_from_output(output, answer).values():
             for said in update.outputs:
                 self.answers.setdefault(said.request_id, []).extend(said.new_token_ids)
@@ -131,9 +131,9 @@ def test_a_report_does_not_release_what_a_newer_iteration_has_reserved(vllm_conf
     engine.schedule()  # may start the next step: its memory is reserved
     reserved = engine.arena_bytes
     assert reserved > 0
-    engine.finish(held_bytes=0)
+    engine.finish(activation_bytes=0)
     assert engine.arena_bytes == reserved
-    engine.finish(held_bytes=0)
+    engine.finish(activation_bytes=0)
     assert engine.arena_bytes == 0
 
 
@@ -144,7 +144,7 @@ def test_memory_is_released_although_a_later_iteration_without_slices_is_in_flig
     assert engine.arena_bytes > 0
     engine.scheduler.finish_requests("step", RequestStatus.FINISHED_ABORTED)
     engine.schedule()
-    engine.finish(held_bytes=0)
+    engine.finish(activation_bytes=0)
     assert engine.arena_bytes == 0
 
 

@@ -209,7 +209,7 @@ def test_a_fault_in_any_slice_leaves_everything_as_before_the_step(runner, model
     assert result.metrics is None
     assert same(before, snapshot(runner))
     assert torch.equal(torch.get_rng_state(), random_numbers)
-    assert runner.run(0.0, 0).held_bytes == 0
+    assert runner.run(0.0, 0).activation_bytes == 0
     assert runner.shadow.checkpoints.wait(WAIT_S)
     other = make_runner(model_dir)
     assert other.shadow.load_training_state(str(path)) == {"step": 1}  # the failed step has written nothing

@@ -187,7 +187,7 @@ def test_a_blocking_step_runs_to_its_end_and_no_further(runner):
         runner.submit(dataclasses.replace(make_task(), task_id=name).to_wire())
     report = runner.run_step()
     assert [result.task_id for result in report.finished] == ["a"]
-    assert report.held_bytes == 0
+    assert report.activation_bytes == 0
     assert runner.shadow.num_steps == 1
 
 
@@ -196,8 +196,8 @@ def test_what_a_step_holds_is_reported(runner):
     reports = []
     while not reports or not reports[-1].finished:
         reports.append(runner.run(0.0, 1))
-    assert all(report.held_bytes > 0 for report in reports[:-1])
-    assert reports[-1].held_bytes == 0
+    assert all(report.activation_bytes > 0 for report in reports[:-1])
+    assert reports[-1].activation_bytes == 0
     assert reports[-1].finished[0].peak_bytes == max(report.peak_bytes for report in reports)
 
 

@@ -120,9 +120,9 @@ def test_the_task_table_tells_what_is_in_front_and_since_when():
     state = table.state(7.0)
     assert (state.last_progress_s, state.dpo_loss, state.attempts) == (5.0, 0.4, 1)
     assert state.max_batch_tokens == 1 + 8 + 0
-    table.note_progress(SliceReport(slices=[SliceTiming("embed", 1, 0.1)], held_bytes=64), now_s=8.0)
-    table.note_progress(SliceReport(held_bytes=64), now_s=9.0)
-    assert (table.state(9.0).last_progress_s, table.state(9.0).held_bytes) == (8.0, 64)
+    table.note_progress(SliceReport(slices=[SliceTiming("embed", 1, 0.1)], activation_bytes=64), now_s=8.0)
+    table.note_progress(SliceReport(activation_bytes=64), now_s=9.0)
+    assert (table.state(9.0).last_progress_s, table.state(9.0).activation_bytes) == (8.0, 64)
     assert table.pop("t").num_pairs == 2
     assert table.pop("t") is None
     assert [r.request_id for r in table.remove(None)] == ["u"]

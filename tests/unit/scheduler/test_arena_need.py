@@ -57,7 +57,7 @@ def test_what_a_step_holds_is_at_most_the_prediction_and_not_far_below(saved, ra
     need = need_of(model, rank)
     assert need.num_lora_parameters == sum(t.numel() for t in shadow.tensors().values())
     tokens, peak = measure(step)
-    assert peak <= need.held_bytes(tokens) <= HELD_FACTOR * peak
+    assert peak <= need.activation_bytes(tokens) <= HELD_FACTOR * peak
 
 
 @pytest.mark.parametrize("num_tokens", [16, 48])
@@ -100,16 +100,16 @@ NEED = ArenaNeed(ModelDims.of(CONFIG, dtype_bytes=2), lora_rank=16, head_chunk_t
 
 
 def test_without_a_profile_the_dimensions_are_what_is_predicted_from():
-    assert ArenaModel(need=NEED).predict(512) == NEED.held_bytes(512) + NEED.transient_bytes(512)
+    assert ArenaModel(need=NEED).predict(512) == NEED.activation_bytes(512) + NEED.transient_bytes(512)
     assert ArenaModel(100.0, 7.0, NEED).predict(512) == 100 + 7 * 512 + NEED.transient_bytes(512)
 
 
 def test_a_measured_size_corrects_the_others_by_its_ratio():
     arena = ArenaModel(need=NEED)
-    arena.observe(512, 0.8 * NEED.held_bytes(512))
+    arena.observe(512, 0.8 * NEED.activation_bytes(512))
     for tokens in (64, 512, 1024):
         held = arena.predict(tokens) - NEED.transient_bytes(tokens)
-        assert held == pytest.approx(0.8 * NEED.held_bytes(tokens), rel=1e-6)
+        assert held == pytest.approx(0.8 * NEED.activation_bytes(tokens), rel=1e-6)
 
 
 def test_slices_that_were_not_measured_correct_nothing():

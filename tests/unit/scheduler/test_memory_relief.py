@@ -152,10 +152,10 @@ def test_what_decoding_gets_is_no_room_for_slices(decode_blocks):
 
 def test_a_step_in_progress_keeps_the_memory_of_the_size_that_it_began_with():
     made = planner()
-    run(made, beside(10, step_tokens=512, held_bytes=100))
+    run(made, beside(10, step_tokens=512, activation_bytes=100))
     assert made.memory.pool_used_bytes(Pool.ARENA) >= 5120
     small = planner()
-    run(small, beside(10, held_bytes=100, max_batch_tokens=32))
+    run(small, beside(10, activation_bytes=100, max_batch_tokens=32))
     assert small.memory.pool_used_bytes(Pool.ARENA) <= 5120
 
 
