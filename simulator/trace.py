@@ -1,4 +1,4 @@
-"""Traces: what arrives when, as YAML. The simulator and the benchmarks read the same files.
+"""Traces: requests and preference pairs over time, as YAML. The simulator and the benchmarks read the same files.
 
 A trace holds distributions and a seed, not a list: the same file gives the same requests everywhere. Arrivals,
 prompt lengths, output lengths and classes are drawn from separate streams: changing one leaves the others as they were.
@@ -13,16 +13,14 @@ from typing import Annotated, Literal
 import numpy as np
 import yaml
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AliasChoices, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from core.config import AppArgs
 from core.errors import ConfigError
+from scheduler.priority import BACKGROUND_PRIORITY
 
 _BLOCK = 8192
 """Requests drawn at a time."""
-
-BATCH_PRIORITY = 1
-"""`user_priority` of requests of class `batch`."""
 
 
 class _Part(BaseModel):
@@ -39,11 +37,6 @@ class Constant(_Part):
         """`count` lengths in tokens."""
         return np.full(count, self.value, dtype=np.int64)
 
-    @property
-    def longest(self) -> int:
-        """No draw is above this."""
-        return self.value
-
 
 class _Bounded(_Part):
     low: int = Field(1, ge=1)
@@ -54,11 +47,6 @@ class _Bounded(_Part):
         if self.low > self.high:
             raise ValueError(f"low ({self.low}) must not be above high ({self.high})")
         return self
-
-    @property
-    def longest(self) -> int:
-        """No draw is above this."""
-        return self.high
 
 
 class Uniform(_Bounded):
@@ -100,7 +88,7 @@ class Arrivals(_Part):
 
     process: Literal["poisson", "gamma", "constant"] = "poisson"
     rate_per_s: float = Field(gt=0)
-    """Over the whole cluster."""
+    """Arrivals per second over the whole cluster."""
     cv: float | None = Field(None, gt=0)
     """Coefficient of variation of the gaps; only for `gamma` (1 is Poisson, above 1 is burstier)."""
     bursts: tuple[Burst, ...] = ()
@@ -148,7 +136,7 @@ class FineTune(_Part):
     """The preference pairs that wait for training, and their lengths (all alike)."""
 
     pairs_per_s: float | None = Field(None, ge=0)
-    """Over the whole cluster, evenly spaced. None: a backlog that never empties. 0: none."""
+    """Pairs per second over the whole cluster, evenly spaced. None: a backlog that never empties. 0: none."""
     prompt_tokens: int = Field(24, ge=1)
     completion_tokens: int = Field(24, ge=1)
 
@@ -172,7 +160,7 @@ class TraceRequest:
 
 
 class Trace(_Part):
-    """What a run is made of; exactly one of `duration_s` and `num_requests` ends it."""
+    """The load of a run and the settings it runs with; exactly one of `duration_s` and `num_requests` ends it."""
 
     name: str = Field(min_length=1)
     seed: int = Field(0, ge=0)
@@ -181,8 +169,10 @@ class Trace(_Part):
     arrivals: Arrivals
     prompt_tokens: Lengths
     output_tokens: Lengths
-    batch_share: float = Field(0.0, ge=0, le=1)
-    """Share of requests of class `batch`; the others are `interactive`."""
+    background_share: float = Field(
+        0.0, ge=0, le=1, validation_alias=AliasChoices("background_share", "batch_share")
+    )
+    """Share of requests of class `background`; the others are `interactive`. Older traces call it `batch_share`."""
     finetune: FineTune = FineTune()
     executors: int = Field(1, ge=1, le=1000)
     args: AppArgs = AppArgs()
@@ -215,6 +205,11 @@ class Trace(_Part):
             return trace.model_copy(update={"profile": path.parent / trace.profile})
         return trace
 
+    @property
+    def expected_s(self) -> float:
+        """Time in which the requests arrive, about, in seconds."""
+        return self.duration_s or (self.num_requests or 0) / self.arrivals.rate_per_s
+
     def requests(self) -> Iterator[TraceRequest]:
         """The requests in order of arrival; the same for the same trace and seed."""
         return itertools.islice(self._all_requests(), self.num_requests)
@@ -225,11 +220,13 @@ class Trace(_Part):
         )
         number = 0
         for times in self.arrivals.times(arrivals):
-            is_batch = classes.random(_BLOCK) < self.batch_share
+            is_background = classes.random(_BLOCK) < self.background_share
             columns = (times, self.prompt_tokens.draw(prompts, _BLOCK), self.output_tokens.draw(outputs, _BLOCK))
-            rows = zip(*(column.tolist() for column in columns), is_batch.tolist(), strict=True)
-            for arrival_s, num_prompt, num_output, batch in rows:
+            rows = zip(*(column.tolist() for column in columns), is_background.tolist(), strict=True)
+            for arrival_s, num_prompt, num_output, background in rows:
                 if self.duration_s is not None and arrival_s >= self.duration_s:
                     return
-                yield TraceRequest(f"r{number}", arrival_s, num_prompt, num_output, BATCH_PRIORITY if batch else 0)
+                yield TraceRequest(
+                    f"r{number}", arrival_s, num_prompt, num_output, BACKGROUND_PRIORITY if background else 0
+                )
                 number += 1

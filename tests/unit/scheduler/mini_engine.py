@@ -42,10 +42,11 @@ class MiniEngine:
         arena_tokens=500,
         max_tokens=512,
         block_tokens=1,
+        sink_tokens=4,
     ):
         training = args.training.model_copy(update={"max_slice_tokens": SLICE_TOKENS})
         self.args, self.device = args.model_copy(update={"training": training}), device
-        self.block_tokens, self.pruning = block_tokens, args.kv_pruning
+        self.block_tokens, self.pruning, self.sink_tokens = block_tokens, args.kv_pruning, sink_tokens
         limits = EngineLimits(
             max_tokens,
             kv_bytes=kv_tokens * KV_BYTES_PER_TOKEN,
@@ -72,7 +73,7 @@ class MiniEngine:
     def arrive(self, request: Request):
         request.arrived_s = self.now_s
         self.waiting.push(request.request_id, request, self.now_s, request.user_priority)
-        self.planner.note_requests()
+        self.planner.retrain.note_requests()
 
     def add_task(self, task_id: str, num_slices: int):
         self.tasks[task_id] = num_slices
@@ -103,7 +104,7 @@ class MiniEngine:
             self.longest_starvation_s = max(self.longest_starvation_s, self.now_s - since_s)
         self.planner.observe(sample)
         if not self.tasks:
-            self.planner.release_arena()
+            self.planner.memory.release_arena()
         self.log.append(f"{self.now_s:.9f} {plan} {shape} {tokens} {len(slices)}")
         return view, plan, shape, slices
 
@@ -118,7 +119,7 @@ class MiniEngine:
         if r.computed < r.num_prompt:
             return 0
         full, size = r.computed // self.block_tokens, self.block_tokens
-        kept = -(-self.pruning.sink_tokens // size) + -(-self.pruning.recent_tokens // size)
+        kept = -(-self.sink_tokens // size) + -(-self.pruning.recent_tokens // size)
         return max(0, min(int(self.pruning.max_fraction * full), full - kept))
 
     def _offer(self):
@@ -221,7 +222,7 @@ class MiniEngine:
             self.tasks[task_id] -= 1
             if self.tasks[task_id] == 0:
                 del self.tasks[task_id]
-                self.planner.note_trained(1)
+                self.planner.retrain.note_trained(1)
                 if plan.is_blocking:
                     break
         return slices

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from core.errors import ConfigError
 from simulator.cluster import Options, Simulation
-from tests.unit.simulator.devices import make_hardware, make_trace
+from tests.unit.simulator.devices import KnownDevice, make_hardware, make_trace
 
 
 class Watched:
@@ -39,17 +39,18 @@ class Watched:
 
 def simulate(trace, *, kv_tokens=20_000, **options):
     log = []
-    simulation = Simulation(trace, make_hardware(kv_tokens=kv_tokens), Options(**options), write_log=log.append)
+    hardware = make_hardware(kv_tokens=kv_tokens, max_tokens=trace.args.engine.max_num_batched_tokens)
+    simulation = Simulation(trace, hardware, Options(**options), write_log=log.append)
     watched = Watched(simulation)
     return simulation.run(), [json.loads(line) for line in log], watched.ended_requests
 
 
 traces = st.builds(
-    lambda policy, seats, tokens, pairs_per_s, rate, executors, batch_share, seed: make_trace(
+    lambda policy, seats, tokens, pairs_per_s, rate, executors, background_share, seed: make_trace(
         num_requests=60,
         seed=seed,
         executors=executors,
-        batch_share=batch_share,
+        background_share=background_share,
         arrivals={"rate_per_s": rate},
         finetune={"pairs_per_s": pairs_per_s},
         args={
@@ -173,16 +174,16 @@ def test_requests_spread_over_executors():
 
 
 def test_batch_requests_wait_behind_interactive_ones():
-    trace = make_trace(batch_share=0.5, arrivals={"rate_per_s": 300}, args={"engine": {"max_num_seqs": 4}})
+    trace = make_trace(background_share=0.5, arrivals={"rate_per_s": 300}, args={"engine": {"max_num_seqs": 4}})
     classes = simulate(trace)[0].to_json()["classes"]
-    assert classes["batch"]["ttft"]["p50_s"] > classes["interactive"]["ttft"]["p50_s"]
+    assert classes["background"]["ttft"]["p50_s"] > classes["interactive"]["ttft"]["p50_s"]
 
 
 def test_planners_learn_from_every_nth_iteration():
     made = []
 
     def new_predictor():
-        made.append(make_hardware().device)
+        made.append(KnownDevice())
         return made[-1]
 
     for every in (1, 4):
