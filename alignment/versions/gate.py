@@ -128,11 +128,6 @@ def judge_candidate(
     return GateDecision(not falls, _reason(falls, compared), tuple(compared))
 
 
-def accuracy_interval(num_right: int, num_pairs: int) -> tuple[float, float]:
-    """Wilson score interval (two-sided 95 %) of a share."""
-    return wilson(num_right, num_pairs, 0.975)
-
-
 def clpd(score: PairScore) -> float:
     """`log π(chosen|x) - log π(rejected|x)` of the whole completions, in nats."""
     return score.policy_chosen_logp - score.policy_rejected_logp
@@ -174,7 +169,7 @@ def _compare(name: str, candidate: Sequence[PairScore], live: Sequence[PairScore
         live_loss=_mean(score.loss for score in live),
         p_accuracy=_mcnemar_p(candidate, live),
         p_clpd=_wilcoxon_p([clpd(new) - clpd(old) for new, old in zip(candidate, live, strict=True)]),
-        candidate_accuracy_interval=accuracy_interval(sum(s.margin > 0 for s in candidate), len(candidate)),
+        candidate_accuracy_interval=wilson(sum(s.margin > 0 for s in candidate), len(candidate), 0.975),
     )
 
 

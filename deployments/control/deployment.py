@@ -31,7 +31,7 @@ def _blocking(
 
 
 class _QueueHandle:
-    """The scheduler actor as the monitor's `FineTuneQueue`: each call blocks until the actor has answered."""
+    """Methods of the scheduler that the monitor calls; each blocks until the actor has answered."""
 
     def __init__(self, actor: Any) -> None:
         self.actor = actor

@@ -21,7 +21,8 @@ from core.config import AppArgs
 from core.errors import StoreUnavailableError
 from core.types import TaskKind
 from core.wire import BatchOutcome, HeldOutPairs
-from deployments.control.pair_stream import FineTuneQueue, PairStream, training_pair
+from deployments.control.central_scheduler import CentralScheduler
+from deployments.control.pair_stream import PairStream, training_pair
 from deployments.control.score_judge import ScoreJudge
 from deployments.monitors.metrics import Meter
 
@@ -38,7 +39,7 @@ _MAX_OLD_PAIRS = 64
 class DriftMonitor:
     """See the module docstring. Call `start` after construction; calling it again is harmless."""
 
-    def __init__(self, config: AppArgs, queue: FineTuneQueue) -> None:
+    def __init__(self, config: AppArgs, queue: CentralScheduler) -> None:
         self._config = config
         self._queue = queue
         self._lock = threading.Lock()

@@ -1,18 +1,18 @@
 """PairStream: chooses the pairs that are scored and trained next.
 
 New pairs are scored first; then each earns training slots at the retrain rate. A slot goes to a new pair, to one that
-the live adapter still gets wrong, or to a replayed one, in fixed shares. So a quiet stream costs
-next to nothing, a change of taste calls for as much training as it needs, and fixing today does not forget yesterday.
+the live adapter still gets wrong, or to a replayed one, in fixed shares. So a quiet stream costs next to nothing, a
+change of taste calls for as much training as it needs, and fixing today does not forget yesterday.
 """
 
 from collections.abc import Collection
-from typing import Protocol
 
 from alignment.store.feedback_store import FeedbackStore
 from alignment.store.pair_sampling import NewOrder
 from alignment.store.pairs import PENDING, StoredPair
 from core.config import AppArgs
 from core.wire import ROLE_SHARES, PairRole, TrainingPair
+from deployments.control.central_scheduler import CentralScheduler
 from deployments.control.score_judge import Appetite, ScoreJudge, stored_version
 
 _QUEUE_AHEAD_BATCHES = 4
@@ -21,34 +21,10 @@ _SCORING_BACKLOG_PAIRS = 256
 """The newest pairs are scored first, so many of them, after a large import."""
 
 
-class FineTuneQueue(Protocol):
-    """The part of the CentralScheduler that the monitor calls."""
-
-    def known_pair_ids(self) -> dict[str, list[str]]:
-        """Ids that are queued or leased, under `train` and `score`."""
-        ...
-
-    def enqueue(self, pairs: list[TrainingPair]) -> None:
-        """Add pairs to the queue."""
-        ...
-
-    def withdraw(self, pair_ids: list[str]) -> int:
-        """Take pairs out of the queue; returns how many were in it."""
-        ...
-
-    def enqueue_scoring(self, pairs: list[TrainingPair]) -> None:
-        """Add pairs to be scored."""
-        ...
-
-    def set_gamma(self, gamma: float) -> None:
-        """Weight of the loss in the priority from now on."""
-        ...
-
-
 class PairStream:
-    """Fills the queue from the store. Not thread-safe: one thread calls `stream_once`."""
+    """Fills the queue (the scheduler, or a handle with its methods) from the store. One thread calls `stream_once`."""
 
-    def __init__(self, config: AppArgs, store: FeedbackStore, judge: ScoreJudge, queue: FineTuneQueue) -> None:
+    def __init__(self, config: AppArgs, store: FeedbackStore, judge: ScoreJudge, queue: CentralScheduler) -> None:
         self._config = config
         self.store = store
         self.judge = judge

@@ -2,7 +2,8 @@ import math
 
 import pytest
 
-from alignment.versions.gate import MAX_CLPD_DROP, WindowScores, accuracy_interval, clpd, judge_candidate
+from alignment.intervals import wilson
+from alignment.versions.gate import MAX_CLPD_DROP, WindowScores, clpd, judge_candidate
 from core.alignment_config import GateConfig
 from core.types import PairScore
 
@@ -134,6 +135,6 @@ def test_clpd_is_the_difference_of_sequence_log_probabilities():
 
 
 def test_the_interval_is_wilsons():
-    low, high = accuracy_interval(9, 10)
+    low, high = wilson(9, 10, 0.975)
     assert (round(low, 3), round(high, 3)) == (0.596, 0.982)
-    assert accuracy_interval(0, 0) == (0.0, 1.0)
+    assert wilson(0, 0, 0.975) == (0.0, 1.0)

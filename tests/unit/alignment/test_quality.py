@@ -388,7 +388,7 @@ def test_a_store_that_fails_changes_no_standing(store, monitor, monkeypatch):
 
     ids = add(store, *(item("eve") for _ in range(6)))
     with monkeypatch.context() as patch:
-        patch.setattr(store, "set_quality", fail)
+        patch.setattr(store.pairs, "set_quality", fail)
         with pytest.raises(OSError, match="disk full"):
             assess(store, monitor, ids, margin=-2.0)
     assert monitor.user_report() == before

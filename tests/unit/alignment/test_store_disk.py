@@ -222,7 +222,7 @@ def test_a_disk_that_turns_read_only_can_still_be_read_and_is_written_again_afte
         assert store.feedback.get("before") is not None
         assert [pair.prompt for pair in store.sampling.unscored_pairs(9)] == ["p1"]
     reader = FeedbackStore.open(CONFIG, place)  # a restart finds it so
-    assert reader.get("before") is not None
+    assert reader.feedback.get("before") is not None
     reader.close()
     store.close()
     assert remount("rw")

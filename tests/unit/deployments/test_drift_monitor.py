@@ -12,7 +12,7 @@ from deployments.control.drift_monitor import DriftMonitor
 
 
 class FakeQueue:
-    """Implements `deployments.control.pair_stream.FineTuneQueue`."""
+    """The methods of the CentralScheduler that the monitor calls."""
 
     def __init__(self):
         self.pairs = {}
