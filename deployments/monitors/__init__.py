@@ -1,1 +1,1 @@
-"""What an executor and Control report of themselves."""
+"""Reports of an executor and of Control on themselves: metrics, status, signs of life, responses on their way."""
