@@ -19,6 +19,7 @@ import httpx
 import psutil
 import yaml
 
+from app.commands.processes import become_subreaper
 from core.config import AppArgs
 from core.errors import MaceError
 
@@ -41,11 +42,16 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
+def own_servers() -> None:
+    """Make this process the one that ends its servers: orphans come to it, and SIGTERM is as Ctrl-C."""
+    become_subreaper()
+    signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
+
+
 class ServerProcess:
     """One server at a time: `start` (or `launch`), `kill` processes of it, `end`, and `start` again.
 
-    To find what a killed server leaves behind, make this process a subreaper first
-    (`app.commands.processes.become_subreaper`): then orphans become our children, and `end` finds them.
+    Call `own_servers` first: then what a killed server leaves behind becomes our child, and `end` finds it.
 
     Args:
         directory: where config, log and state go; must exist.
@@ -138,11 +144,23 @@ class ServerProcess:
         Raises:
             ServerError: as `start`.
         """
-        try:
+        with self.ended_after():
             self.start(limit_s)
             yield
-        finally:
             self.end()
+
+    @contextlib.contextmanager
+    def ended_after(self) -> Iterator[None]:
+        """Nothing of the server is left after the block, whatever happens; a second Ctrl-C does not keep us from it."""
+        try:
+            yield
+        finally:
+            old = {number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGINT, signal.SIGTERM)}
+            try:
+                self.end(None)
+            finally:
+                for number, handler in old.items():
+                    signal.signal(number, handler)
 
     def wait_until_ready(self, limit_s: float = START_S) -> None:
         """Wait until `/ready` says so.
