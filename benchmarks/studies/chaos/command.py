@@ -119,9 +119,7 @@ async def _under_load(server: ServerProcess, options: Options) -> Findings:
     """Start, load, kill, drain, read back."""
     limits = httpx.Limits(max_connections=None, max_keepalive_connections=20)
     async with (
-        AsyncOpenAI(
-            base_url=f"{server.url}/v1", api_key="none", max_retries=0, timeout=_CHAT_TIMEOUT_S
-        ) as openai,
+        AsyncOpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0, timeout=_CHAT_TIMEOUT_S) as openai,
         httpx.AsyncClient(base_url=server.url, limits=limits) as client,
     ):
         ledger, watch = Ledger(), Watch(client, server.state_dir)

@@ -30,7 +30,7 @@ TARGETS = {
     "controller": ("ray::ServeController",),
     "head": ("mace serve", "core/src/ray/raylet/raylet", "core/src/ray/gcs/gcs_server"),
 }
-"""Parts of command lines by kind of kill. On a GPU the worker lives in the EngineCore process: there is none to find."""
+"""Parts of command lines by kind of kill. On a GPU the worker lives in the EngineCore process: none is found."""
 
 KINDS = tuple(TARGETS)
 

@@ -96,9 +96,7 @@ def _stream_of(asked: Sequence[Ask], records: Sequence[RequestRecord]) -> Stream
 
 def _posts_of(records: Sequence[RequestRecord], max_lag_s: float) -> Posts:
     took_s = [one.ended_s - one.sent_s for one in records if one.succeeded and one.ended_s and one.sent_s]
-    return Posts(
-        accepted=len(took_s), errors=_errors(records), p99_s=percentile(took_s, 99), max_lag_s=max_lag_s
-    )
+    return Posts(accepted=len(took_s), errors=_errors(records), p99_s=percentile(took_s, 99), max_lag_s=max_lag_s)
 
 
 def _errors(records: Iterable[RequestRecord]) -> tuple[str, ...]:
