@@ -4,6 +4,7 @@ The only place that sends signals to a server. What is killed must descend from 
 a process that merely has a fitting title is left alone.
 """
 
+import asyncio
 import contextlib
 import os
 import signal
@@ -23,7 +24,7 @@ from app.commands.processes import become_subreaper
 from core.config import AppArgs
 from core.errors import MaceError
 
-START_S = 400.0
+_START_S = 400.0
 _PROBE_S = 0.25
 _STOP_S = 90.0
 _GRACE_S = 5.0
@@ -128,24 +129,43 @@ class ServerProcess:
                 start_new_session=True,  # Ctrl-C is for us, and we end the server
             )
 
-    def start(self, limit_s: float = START_S) -> None:
+    async def start(self) -> None:
         """Launch the server and wait until it serves.
 
         Raises:
-            ServerError: it ended, or was not ready in time.
+            ServerError: as `launch` and `wait_until_ready`.
         """
         self.launch()
-        self.wait_until_ready(limit_s)
+        await self.wait_until_ready()
+
+    async def wait_until_ready(self) -> None:
+        """Wait until `/ready` says so.
+
+        Raises:
+            ServerError: the server ended, or was not ready in time; with the end of its log.
+        """
+        give_up_s = time.monotonic() + _START_S
+        while not await asyncio.to_thread(self.is_ready):
+            if self.has_exited or time.monotonic() > give_up_s:
+                raise ServerError(f"the server did not start:\n{self.log_tail()}")
+            await asyncio.sleep(_PROBE_S)
+
+    def is_ready(self) -> bool:
+        """Ask `/ready`; False also if nobody answers."""
+        try:
+            return self.call("GET", "/ready", timeout=5).status_code == 200
+        except httpx.TransportError:
+            return False
 
     @contextlib.contextmanager
-    def running(self, limit_s: float = START_S) -> Iterator[None]:
+    def running(self) -> Iterator[None]:
         """The server serves inside the block and is ended after it, whatever happens.
 
         Raises:
             ServerError: as `start`.
         """
         with self.ended_after():
-            self.start(limit_s)
+            asyncio.run(self.start())
             yield
             self.end()
 
@@ -161,33 +181,6 @@ class ServerProcess:
             finally:
                 for number, handler in old.items():
                     signal.signal(number, handler)
-
-    def wait_until_ready(self, limit_s: float = START_S) -> None:
-        """Wait until `/ready` says so.
-
-        Raises:
-            ServerError: the server ended, or was not ready in time; with the end of its log.
-        """
-        give_up_s = time.monotonic() + limit_s
-        while not self.is_ready():
-            self.check_start(give_up_s)
-            time.sleep(_PROBE_S)
-
-    def is_ready(self) -> bool:
-        """Whether `/ready` says so now."""
-        try:
-            return self.call("GET", "/ready", timeout=5).status_code == 200
-        except httpx.TransportError:
-            return False
-
-    def check_start(self, give_up_s: float) -> None:
-        """Refuse to wait on for a server that has ended, or after a moment of `time.monotonic()`.
-
-        Raises:
-            ServerError: with the end of its log.
-        """
-        if self.has_exited or time.monotonic() > give_up_s:
-            raise ServerError(f"the server did not start:\n{self.log_tail()}")
 
     def call(self, method: str, path: str, *, timeout: float = 60.0, **options: Any) -> httpx.Response:
         """One HTTP request, with the options of `httpx.request`; the timeout is in seconds.
@@ -210,7 +203,7 @@ class ServerProcess:
 
     @property
     def has_exited(self) -> bool:
-        """Whether the `mace serve` process is gone."""
+        """True once the `mace serve` process is gone, and before it is launched."""
         return self._root is None or self._root.poll() is not None
 
     def members(self) -> list[psutil.Process]:
@@ -300,7 +293,7 @@ def title_of(process: psutil.Process) -> str:
 
 
 def is_alive(process: psutil.Process) -> bool:
-    """Whether a process runs; a zombie does not."""
+    """True while a process runs; a zombie does not."""
     try:
         return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:

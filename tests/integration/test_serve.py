@@ -264,7 +264,7 @@ def test_a_killed_executor_comes_back_with_the_live_adapter(server, client):
     psutil.wait_procs([engine], timeout=30)
     assert not engine.is_running()
     time.sleep(2)
-    server.wait_until_ready()
+    asyncio.run(server.wait_until_ready())
     # Not an older one; a newer one if pairs that waited during the kill were trained on already.
     assert ask(client, temperature=0).model >= f"mace-tiny@{live}"
     assert server.call("GET", "/ready").json()["live"] >= live
@@ -304,7 +304,7 @@ def test_a_restart_skips_a_damaged_version_and_keeps_the_rest(server):
     live = (adapters / "live").read_text().strip()
     weights = adapters / live / "adapter_model.safetensors"
     weights.write_bytes(weights.read_bytes()[:100])
-    server.start()
+    asyncio.run(server.start())
     listing = server.call("GET", "/v1/adapters").json()
     damaged = [row for row in listing["data"] if row["status"] == "damaged"]
     assert [row["version"] for row in damaged] == [live]
@@ -319,4 +319,4 @@ def test_a_wrong_model_fails_at_start_with_a_message(server):
     sections = {"model": {"model_source": "/no/such/model"}}
     broken = ServerProcess(server.directory, CONFIG, sections=sections)
     with pytest.raises(ServerError, match=r"/no/such/model.* is no directory"):
-        broken.start()
+        asyncio.run(broken.start())

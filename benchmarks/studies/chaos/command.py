@@ -127,7 +127,7 @@ async def _under_load(server: ServerProcess, options: Options) -> Findings:
         feedback = Load(FeedbackPort(client, preferences(options.seed), ledger), time.monotonic)
         striker = Striker(server, watch, chat, feedback, ledger, _note)
         _note("starting the server")
-        await striker.start()
+        await server.start()
         watching = asyncio.create_task(watch.run())
         sending = asyncio.gather(
             chat.open_loop(questions(options.rate_per_s, options.seed)),
@@ -157,7 +157,7 @@ async def _under_load(server: ServerProcess, options: Options) -> Findings:
 
 
 async def _strike(striker: Striker, options: Options) -> str | None:
-    """Carry out the plan. Returns why it was not carried out to its end, if something went wrong."""
+    """Carry out the plan; returns why it was not carried out to its end, if something went wrong."""
     give_up_s = time.monotonic() + options.max_s
     await striker.wait_for_training()
     for strike in options.plan:

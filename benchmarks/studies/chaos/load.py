@@ -109,7 +109,7 @@ class Ledger:
     last_acknowledged_s: float = 0.0
 
     def audit(self, stored: Iterable[dict[str, Any]], exported: Iterable[dict[str, Any]]) -> Audit:
-        """Compare.
+        """Compare what was sent with what the store has.
 
         Args:
             stored: every entry of `GET /v1/feedback`.
@@ -162,7 +162,7 @@ class FeedbackPort:
         yield 0  # no tokens
 
     async def _post(self, bodies: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        """Returns what was not acknowledged."""
+        """Post once; returns the bodies that were not acknowledged."""
         ledger = self._ledger
         content = bodies[0] if len(bodies) == 1 else {"items": bodies}
         try:
@@ -184,7 +184,7 @@ class FeedbackPort:
 
 
 async def write_feedback(load: Load, interval_s: float) -> None:
-    """About one post every `interval_s` while the server answers, and three waiting ones while not. Until cancelled."""
+    """Post about every `interval_s` while the server answers; while not, three posts wait. Runs until cancelled."""
 
     async def write(number: int) -> None:
         await asyncio.sleep(number * interval_s)
@@ -196,7 +196,7 @@ async def write_feedback(load: Load, interval_s: float) -> None:
 
 
 async def read_all_feedback(client: httpx.AsyncClient) -> list[dict[str, Any]]:
-    """Every entry of `GET /v1/feedback`, page by page."""
+    """Read every entry of `GET /v1/feedback`, page by page."""
     entries: list[dict[str, Any]] = []
     while True:
         parameters = {"limit": 1000, **({"after": entries[-1]["id"]} if entries else {})}
@@ -207,13 +207,13 @@ async def read_all_feedback(client: httpx.AsyncClient) -> list[dict[str, Any]]:
 
 
 async def export_all_pairs(client: httpx.AsyncClient) -> list[dict[str, Any]]:
-    """Every row of the export."""
+    """Read every row of the export."""
     reply = await _get(client, "/v1/feedback/export", {"format": "trl"})
     return [json.loads(line) for line in reply.text.splitlines()]
 
 
 async def _get(client: httpx.AsyncClient, path: str, parameters: dict[str, Any]) -> httpx.Response:
-    """The last kill may be felt for a while, so a failure is repeated."""
+    """Read; the last kill may be felt for a while, so a failed call is repeated."""
     for _ in range(_READ_ATTEMPTS):
         with contextlib.suppress(httpx.HTTPError):
             return (await client.get(path, params=parameters, timeout=120)).raise_for_status()

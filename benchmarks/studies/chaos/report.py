@@ -1,4 +1,4 @@
-"""What a chaos run found: numbers by kind of kill, and whether anything was lost."""
+"""Report of a chaos run: numbers by kind of kill, and whether anything was lost."""
 
 import itertools
 from collections import Counter
@@ -105,7 +105,7 @@ def downtime_s(kill: Kill, requests: Sequence[RequestRecord]) -> float | None:
 
 
 def show_report(report: dict[str, Any], console: Console) -> None:
-    """The same for people."""
+    """Print the report as a table and a few lines."""
     table = Table(
         "killed", "times", "recovery p50", "p90", "max, s", "downtime p50", "max, s", "failed", "steps lost"
     )

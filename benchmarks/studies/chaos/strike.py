@@ -1,4 +1,4 @@
-"""Which process is killed at which moment, and one kill: wait for the moment, strike, wait until everything is back.
+"""Plan which process dies at which moment, and carry it out: wait for the moment, strike, wait until all is back.
 
 The plan is seeded, and such that every kind is hit and meets every moment. A whole server is restarted from here.
 """
@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 import psutil
 
 from benchmarks.harness.client import Load
-from benchmarks.harness.server import START_S, ServerError, ServerProcess, is_alive, title_of
+from benchmarks.harness.server import ServerError, ServerProcess, is_alive, title_of
 from benchmarks.studies.chaos.load import POST, Ledger, questions
 from benchmarks.studies.chaos.watch import Learning, Watch
 from deployments.learning.training_progress import TrainingProgress
@@ -35,10 +35,10 @@ TARGETS = {
 KINDS = tuple(TARGETS)
 
 MOMENTS = {"any": 2.0, "request": 0.1, "feedback": 0.02, "training": 0.3, "publishing": 0.05}
-"""How long after the sign of a moment the blow may fall at the latest, in seconds."""
+"""The blow falls at most so many seconds after the sign of a moment."""
 
 _SIGN_S = {"training": 20.0, "publishing": 45.0}
-"""How long a sign is waited for; then the blow falls anyway, and the record says so."""
+"""A sign is waited for at most so many seconds; then the blow falls anyway, and the record says so."""
 _FIND_S = 60.0
 _GONE_S = 10.0
 _ORPHANS_S = 1.5
@@ -93,7 +93,7 @@ class Kill:
     kind: str
     target: str
     moment: str
-    """As it happened; `any` if the sign did not come in time."""
+    """Moment at which the blow fell; `any` if the sign did not come in time."""
     struck_s: float
     """On `time.monotonic()`."""
     recovery_s: float | None = None
@@ -133,24 +133,16 @@ class Striker:
         self.kills: list[Kill] = []
         """Those that were struck, the last one perhaps without an end."""
 
-    async def start(self) -> None:
-        """Start the server and wait until it serves.
+    async def start_anew(self) -> None:
+        """End what is left of the server, start it and wait until it serves.
 
         Raises:
             ServerError: it ended, or was not ready in time; with the end of its log.
         """
-        self._server.launch()
-        give_up_s = time.monotonic() + START_S
-        while not await self._watch.is_ready():
-            self._server.check_start(give_up_s)
-            await asyncio.sleep(_PROBE_S)
-
-    async def start_anew(self) -> None:
-        """End what is left of the server, and `start`."""
         await asyncio.to_thread(self._server.end, None)
         await asyncio.to_thread(self._watch.versions.look)
         self.restarts += 1
-        await self.start()
+        await self._server.start()
 
     async def wait_for_training(self) -> None:
         """Wait until the first optimizer step.
@@ -199,7 +191,7 @@ class Striker:
         return victim
 
     async def _wait_for(self, strike: Strike) -> str:
-        """Returns the moment as it came."""
+        """Wait for the moment; returns it, or `any` if its sign did not come."""
         sign: object = True
         if strike.moment == "training":
             sign = await _until(self._is_training, _SIGN_S["training"])
@@ -220,12 +212,12 @@ class Striker:
         return learning is not None and learning["phase"] == "training"
 
     async def _wait_for_end(self, kill: Kill) -> None:
-        """As a supervisor would: until the server has ended, or was deaf for too long; then end the rest."""
+        """Wait like a supervisor until the server has ended, or was deaf for too long; then end the rest."""
         heard_s = time.monotonic()
         give_up_s = heard_s + _EXIT_S
         while not self._server.has_exited and time.monotonic() < give_up_s:
             now_s = time.monotonic()
-            heard_s = now_s if await self._watch.is_ready() else heard_s
+            heard_s = now_s if await asyncio.to_thread(self._server.is_ready) else heard_s
             if now_s - heard_s > _DEAF_S:
                 break
             await asyncio.sleep(_PROBE_S)
@@ -234,13 +226,13 @@ class Striker:
         await asyncio.to_thread(self._server.end, None)
 
     async def _is_back(self, strike: Strike, victim: psutil.Process) -> bool:
-        """Whether there is another victim, and chat and feedback sent from now on succeed."""
+        """Check that the victim is replaced, and that chat and feedback sent from now on succeed."""
         if self._server.has_exited:
             self._say("mace serve ended; it is started again")
             await self.start_anew()
         if strike.kind != "head" and self._server.find(strike.target, but=victim) is None:
             return False
-        if not await self._watch.is_ready():
+        if not await asyncio.to_thread(self._server.is_ready):
             return False
         asked_s = time.monotonic()
         if not (await self._chat.ask(self._question)).succeeded:
@@ -301,7 +293,7 @@ def count_lost_steps(before: Learning | None, saved: TrainingProgress | None, fi
 
 
 def _steps_done(before: Learning | None, saved: TrainingProgress | None) -> int | None:
-    """At the time of the kill: what the learner last said, or what the checkpoint says if that is more."""
+    """Steps at the time of the kill: as the learner last said, or as the checkpoint says if that is more."""
     said = [] if before is None else [before["total_steps"]]
     written = [] if saved is None else [saved.total_steps]
     return max(said + written, default=None)

@@ -1,4 +1,4 @@
-"""What can be seen from outside while processes die: adapter versions, the training checkpoint, the learner."""
+"""Observe from outside, while processes die: adapter versions, the training checkpoint, the learner."""
 
 import asyncio
 import hashlib
@@ -83,7 +83,7 @@ class VersionWatch:
 
 
 def read_checkpoint(path: Path) -> TrainingProgress | None:
-    """What the header of a training checkpoint tells; None: there is no readable one."""
+    """Read the learner's progress from the header of a training checkpoint; None: there is no readable one."""
     try:
         with safe_open(path, "numpy") as file:
             return TrainingProgress.from_wire(json.loads(file.metadata()["mace"])["progress"])
@@ -102,7 +102,7 @@ class Watch:
         """The newest status."""
 
     async def run(self) -> None:
-        """Until cancelled. A server that does not answer is no news here."""
+        """Poll until cancelled. A server that does not answer is no news here."""
         polls = 0
         while True:
             await self.poll()
@@ -120,16 +120,12 @@ class Watch:
         self.learning = newest
         return newest
 
-    async def is_ready(self) -> bool:
-        """Whether `/ready` says so."""
-        return await self._get("/ready") is not None
-
     def checkpoint(self) -> TrainingProgress | None:
-        """The one on disk."""
+        """Progress of the checkpoint on disk."""
         return read_checkpoint(self._state_dir / "training" / "checkpoint.safetensors")
 
     def commits_begun(self) -> set[str]:
-        """Versions in the making on disk; a killed process leaves its own behind until the next start."""
+        """Directories of versions in the making; a killed process leaves its own behind until the next start."""
         return {path.name for path in (self._state_dir / "adapters").glob(".tmp-*")}
 
     async def _get(self, path: str) -> dict[str, Any] | None:

@@ -81,7 +81,7 @@ class Runs:
     model_dir: Path
     """The built-in model, which all runs read."""
     port: int | None
-    """Of the servers; None takes a free one each time."""
+    """HTTP port of the servers; None takes a free one each time."""
     say: Callable[[str], None]
     """Told about progress."""
 

@@ -38,7 +38,7 @@ class _FeedbackPort:
 async def play(
     client: httpx.AsyncClient, openai: AsyncOpenAI, model: str, plan: DriftPlan, seed: int
 ) -> tuple[tuple[Look, ...], Stream, Posts]:
-    """All phases; returns when the last is over and its requests are answered.
+    """Play all phases; returns when the last is over and its requests are answered.
 
     Raises:
         DriftError: fewer than half of the looks at the counters succeeded; a run with holes would be a wrong one.
@@ -77,7 +77,7 @@ async def _look_on(client: httpx.AsyncClient, plan: DriftPlan, clock: Clock) -> 
 
 
 def _stream_of(asked: Sequence[Ask], records: Sequence[RequestRecord]) -> Stream:
-    """What the requests measured. Those of the warm-up, and empty answers, have no times."""
+    """Summary of the chat requests. Those of the warm-up, and empty answers, have no times."""
     pairs = zip(asked, records, strict=True)
     counted = [(ask, one) for ask, one in pairs if ask.at_s >= 0 and one.succeeded and one.ttft_s is not None]
     replies = []
@@ -137,7 +137,7 @@ def look_of(training: dict[str, Any], time_s: float) -> Look:
 
 
 def versions_by_style(plan: DriftPlan, looks: Iterable[Look]) -> dict[str, list[str]]:
-    """What has to be scored: by style, the versions that were live while it was the preferred one, and the base."""
+    """Versions to be scored: by style, those that were live while it was the preferred one, and the base."""
     found: dict[str, dict[str, None]] = {style.value: {BASE: None} for style in plan.styles}
     before = BASE
     for look in looks:  # what was live before is where the phase starts

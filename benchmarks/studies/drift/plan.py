@@ -1,4 +1,4 @@
-"""What happens in a run, drawn before it starts: who prefers what, which pairs are posted, what is asked, who trains.
+"""The course of a run, drawn before it starts: who prefers what, which pairs are posted, what is asked, who trains.
 
 Everything but the policy depends on the plan and the seed alone, so every policy meets the same pairs and requests at
 the same times. Policies are settings of the server; nothing else differs between them.
@@ -25,7 +25,7 @@ from engine.tiny.knowledge import Question, held_out_questions, preference_quest
 from engine.tiny.styles import Style, render
 
 _HELD_OUT_SEED = 20_260_101
-"""Which style is the rejected one of a held-out pair: the same set for every seed and policy."""
+"""Seed of the rejected styles of held-out pairs: the same set for every seed and policy."""
 
 
 MODEL_ID = "mace-tiny"
@@ -59,7 +59,7 @@ class DriftPlan(BaseModel):
 
     @property
     def duration_s(self) -> float:
-        """Of all phases."""
+        """Length of all phases together."""
         return self.phase_s * len(self.styles)
 
     @property
@@ -145,7 +145,7 @@ def _preference(question: Question, style: Style, rng: random.Random) -> dict[st
 
 
 class Policy(StrEnum):
-    """Who decides when to train."""
+    """Rule by which the server decides when to train."""
 
     MACE = "mace"
     NO_REWARD = "mace-no-reward"

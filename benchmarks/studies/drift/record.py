@@ -1,4 +1,4 @@
-"""What one run leaves behind, as JSON in `DIR/runs/`, and its curves: how good is what is live at each moment?
+"""The record of one run, a JSON file in `DIR/runs/`, and its curves: how good is the live version at each moment?
 
 Tables, pictures and checks are made from these files alone.
 """
@@ -36,7 +36,7 @@ class Look(_Record):
     """The server's counters at one moment. None: it does not tell."""
 
     time_s: float
-    """Since the first phase began."""
+    """Time since the first phase began."""
     version: str
     """Live version: `v000N` or `base`."""
     steps: int
@@ -45,7 +45,7 @@ class Look(_Record):
     """Pairs that they trained, each pass counted."""
     phase: str
     decision: str | None = None
-    """What the gate said last."""
+    """The gate's last words."""
     queued_pairs: int | None = None
     retrain_rate: float | None = None
     gamma: float | None = None
@@ -73,14 +73,14 @@ class Stream(_Record):
 
 
 class Posts(_Record):
-    """What became of the posted pairs."""
+    """Outcome of the posted pairs."""
 
     accepted: int = 0
     errors: tuple[str, ...] = ()
     p99_s: float | None = None
-    """Time of a `POST /v1/feedback`."""
+    """99th percentile of the time of a `POST /v1/feedback`."""
     max_lag_s: float = 0.0
-    """How late one was sent at most."""
+    """Largest delay between the planned and the real time of sending."""
 
 
 class RunRecord(_Record):
@@ -92,15 +92,15 @@ class RunRecord(_Record):
     args: dict[str, Any]
     """The server's settings, as in its config file."""
     versions: dict[str, str]
-    """Of packages."""
+    """Version by package."""
     beta: float
     looks: tuple[Look, ...] = Field(min_length=1)
     stream: Stream
     posts: Posts
     scores: dict[str, dict[str, tuple[tuple[float, float], ...]]]
-    """By version and style: log-probs (nats) of chosen and rejected of each held-out pair, in their fixed order."""
+    """Log-probs (nats) of chosen and rejected of each held-out pair in their fixed order, by version and style."""
     facts: dict[str, tuple[str, ...]]
-    """By style: the fact behind each held-out pair; pairs of one fact are not independent."""
+    """The fact behind each held-out pair, by style; pairs of one fact are not independent."""
     adapters: tuple[dict[str, Any], ...] = ()
     """`GET /v1/adapters` at the end."""
     start_s: float
