@@ -11,7 +11,7 @@ from alignment.drift.change_streams import ChangeStream, LossRise, Row, change_p
 from alignment.drift.streams import _channels
 from alignment.drift.tracker import DriftTracker
 from core.alignment_config import DriftConfig
-from tests.unit.alignment.drift_pairs import feed, margins, scored
+from tests.support.drift_pairs import feed, margins, scored
 
 CONFIG = DriftConfig()
 DETECTED = ("accuracy", "margin", "loss")

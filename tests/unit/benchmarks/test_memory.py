@@ -15,8 +15,8 @@ from benchmarks.studies.memory.journal import Journal
 from benchmarks.studies.memory.running import MemoryOptions, load_trace, run_cells
 from benchmarks.studies.memory.windows import WatchedEngine, status_between, system_prompts
 from core.errors import ConfigError
-from tests.unit.benchmarks.fake_engine import FakeEngine
-from tests.unit.benchmarks.memory_windows import grow, window
+from tests.support.memory_windows import grow, window
+from tests.support.timed_engine import FakeEngine
 
 MODEL = Path("model")
 
