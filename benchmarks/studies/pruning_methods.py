@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.table import Table
 
 from core.config import KvPruningConfig, ModelConfig
-from engine.pruning.tasks import TaskKind, make_recall
+from engine.pruning.tasks import RecallKind, make_recall
 from profiler.device import describe_device, git_commit, software_versions
 
 if TYPE_CHECKING:
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 METHODS = ("keydiff", "key_norm", "random", "oldest")
 FRACTIONS = (0.1, 0.25, 0.5)
-_KINDS: tuple[TaskKind, ...] = ("needle", "qa")
+_KINDS: tuple[RecallKind, ...] = ("needle", "qa")
 _QUESTIONS = 4
 _CONTINUATION_TOKENS = 96
 

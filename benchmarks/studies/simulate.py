@@ -15,10 +15,11 @@ from rich.console import Console
 from rich.table import Table
 
 from core.errors import ConfigError, MaceError
+from core.model_dims import ModelDims
 from profiler.profile import Profile
 from simulator.cluster import Options, Simulation
 from simulator.plot import write_plot
-from simulator.profiled import ModelShape, hardware_of
+from simulator.profiled import hardware_of
 from simulator.result import Result
 from simulator.trace import Trace
 
@@ -91,7 +92,7 @@ def run_trace(
     path = profile or trace.profile or trace.args.profile.path
     if path is None:
         raise ConfigError("no profile: measure one (mace profile measure), then give it with --profile")
-    hardware = hardware_of(Profile.load(path), _model_shape(trace, model_config), trace.args)
+    hardware = hardware_of(Profile.load(path), _model_dims(trace, model_config), trace.args)
     with ExitStack() as stack:
         write = None
         if log is not None:
@@ -102,12 +103,12 @@ def run_trace(
         return Simulation(trace, hardware, options, write_log=write).run()
 
 
-def _model_shape(trace: Trace, model_config: Path | None) -> ModelShape:
+def _model_dims(trace: Trace, model_config: Path | None) -> ModelDims:
     if model_config is None:
         from engine.model_source import resolve_model
 
         model_config = resolve_model(trace.args.model, trace.args.state_dir)
-    return ModelShape.load(model_config)
+    return ModelDims.load(model_config, dtype_bytes=4 if trace.args.model.dtype == "float32" else 2)
 
 
 def _override(trace: Trace, *, policy: Policy | None, seed: int | None, executors: int | None) -> Trace:

@@ -18,7 +18,7 @@ from pydantic import BaseModel, ConfigDict
 from benchmarks.harness.jobs import Job, JobResult
 from benchmarks.harness.models import TITLES, ModelName
 from benchmarks.harness.results import RunMetrics, medians, pooled_attainment
-from core.config import AppArgs, SloConfig
+from core.config import SloConfig
 from profiler.device import installed_versions
 from simulator.trace import Trace
 
@@ -32,7 +32,7 @@ MIN_BASELINE_ATTAINMENT = 0.995
 BASELINE_GOAL = 0.85
 """Of (training alone x idle share): what `mace` has to train, and what the blocking policies are asked for."""
 
-ALONE_SCHEDULER = {"policy": "mace", "packing": "first_fit"}
+ALONE_EXPERIMENTS = {"packing": "first_fit"}
 """Training alone takes slices as large as the settings allow: nobody is delayed by them, and they are the faster ones.
 The ideal would be too easy to reach otherwise."""
 
@@ -175,12 +175,14 @@ def _job(
     name: ModelName, model_dir: Path, trace: Trace, label: str, seconds: float, goal_pairs_per_s: float | None
 ) -> Job:
     """Nothing but the policy differs, and for those that block the pairs for each request."""
-    scheduler: dict[str, Any] = {"policy": label}
+    experiments: dict[str, Any] = {}
     if label == ALONE:
-        scheduler = ALONE_SCHEDULER
+        experiments = ALONE_EXPERIMENTS
     if label in ("periodic", "continuous") and goal_pairs_per_s:
-        scheduler["retrain_rate"] = goal_pairs_per_s / trace.arrivals.rate_per_s
-    args = _with_scheduler(trace.args, scheduler)
+        experiments["retrain_rate"] = goal_pairs_per_s / trace.arrivals.rate_per_s
+    scheduler = trace.args.scheduler.model_copy(update={"policy": "mace" if label == ALONE else label})
+    sections = {"scheduler": scheduler, "experiments": trace.args.experiments.model_copy(update=experiments)}
+    args = trace.args.model_copy(update=sections)
     return Job(
         model=name,
         model_dir=model_dir,
@@ -189,10 +191,6 @@ def _job(
         with_training=label != "inference_only",
         window_s=seconds,
     )
-
-
-def _with_scheduler(args: AppArgs, update: dict[str, Any]) -> AppArgs:
-    return args.model_copy(update={"scheduler": args.scheduler.model_copy(update=update)})
 
 
 def _checks(rows: dict[str, dict[str, Any]], slo: SloConfig) -> list[dict[str, Any]]:

@@ -253,7 +253,7 @@ class _Soak:
     async def _poll(self, after: int) -> int:
         newest, samples = await self._live.engine.iterations(after)
         seen = self.seen
-        seen.out_of_memory += sum(sample.out_of_memory for sample in samples)
+        seen.out_of_memory += sum(sample.report.out_of_memory for sample in samples)
         seen.num_polls += 1
         seen.num_full += self._live.stats.kv_use >= HIGH_USE
         for task in self._feeder.finished:
