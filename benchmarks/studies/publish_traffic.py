@@ -10,7 +10,7 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict
 
 from core.alignment_config import VersionsConfig
-from deployments.publishing.version_loading import PublishTiming
+from deployments.publishing.prefix_warmer import PublishTiming
 
 Mode = Literal["none", "cold", "warm"]
 MODES: tuple[Mode, ...] = ("none", "cold", "warm")
