@@ -54,7 +54,7 @@ def _show_rates(items: int, directory: Path | None, *, as_json: bool) -> None:
     numbers = list(range(items))
     results = {
         "one_by_one": _rate(
-            numbers[: items // 5], directory, lambda store, rows: [store.add([row]) for row in rows]
+            numbers[: items // 5], directory, lambda store, rows: [store.feedback.add([row]) for row in rows]
         ),
         f"{_THREADS}_threads": _rate(numbers, directory, _from_threads),
         f"batches_of_{_BATCH}": _rate(numbers, directory, _in_batches),
@@ -81,12 +81,12 @@ def _rate(
 
 def _from_threads(store: FeedbackStore, rows: list[dict[str, Any]]) -> None:
     with ThreadPoolExecutor(_THREADS) as pool:
-        list(pool.map(lambda row: store.add([row]), rows))
+        list(pool.map(lambda row: store.feedback.add([row]), rows))
 
 
 def _in_batches(store: FeedbackStore, rows: list[dict[str, Any]]) -> None:
     for start in range(0, len(rows), _BATCH):
-        store.add(rows[start : start + _BATCH])
+        store.feedback.add(rows[start : start + _BATCH])
 
 
 if __name__ == "__main__":

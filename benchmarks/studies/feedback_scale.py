@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from alignment.store.feedback_store import FeedbackStore, database_path
-from alignment.store.pair_rows import StoredPair
+from alignment.store.pairs import QualityChange, StoredPair
 from core.alignment_config import FeedbackConfig
 from core.types import PairScore
 
@@ -91,7 +91,7 @@ def _fill(store: FeedbackStore, start: int, end: int, chooser: random.Random) ->
     for position in range(start, end, _BATCH):
         items = _items(position, min(_BATCH, end - position), chooser)
         started_s = time.perf_counter()
-        outcomes = store.add(items)
+        outcomes = store.feedback.add(items)
         insert_s += time.perf_counter() - started_s
         pair_ids = [outcome.pair_id or "" for outcome in outcomes]
         newest.append(pair_ids)
@@ -102,11 +102,11 @@ def _fill(store: FeedbackStore, start: int, end: int, chooser: random.Random) ->
 
 def _age(store: FeedbackStore, pair_ids: list[str], chooser: random.Random) -> None:
     """Score the pairs, and train most of them a few times."""
-    store.record_scores(
+    store.pairs.record_scores(
         [_score(pair_id, chooser) for pair_id in pair_ids], "v0001", dict.fromkeys(pair_ids, "0" * 32)
     )
     for share in (0.9, 0.5, 0.1):
-        store.mark_trained(pair_ids[: int(share * len(pair_ids))])
+        store.pairs.mark_trained(pair_ids[: int(share * len(pair_ids))])
 
 
 def _score(pair_id: str, chooser: random.Random) -> PairScore:
@@ -120,7 +120,7 @@ def _measure(
     database_bytes = database_path(directory).stat().st_size
     started_s = time.perf_counter()
     store = _open(directory)
-    store.unscored_pairs(8)
+    store.sampling.unscored_pairs(8)
     open_s = time.perf_counter() - started_s
     rates = {
         "one_by_one": _insert_rate(store, size, _SINGLE, 1, chooser),
@@ -137,7 +137,7 @@ def _insert_rate(store: FeedbackStore, start: int, count: int, batch: int, choos
     batches = [_items(start + position, batch, chooser) for position in range(0, count, batch)]
     started_s = time.perf_counter()
     for items in batches:
-        store.add(items)
+        store.feedback.add(items)
     return count / (time.perf_counter() - started_s)
 
 
@@ -150,26 +150,25 @@ def _operations(
         return chooser.randrange(1 << 30)
 
     def some() -> list[StoredPair]:
-        return store.replay_pairs(8, 10, (), seed())
+        return store.sampling.replay_pairs(8, 10, (), seed())
 
-    busy = {pair.pair_id for pair in store.new_pairs(32)}
-    yield "new_pairs newest", lambda: store.new_pairs(8, busy), _READS
-    yield "new_pairs loss", lambda: store.new_pairs(8, busy, order="loss"), _READS
-    yield "hard_pairs", lambda: store.hard_pairs(8, 10, busy, 0.5), _READS
+    busy = {pair.pair_id for pair in store.sampling.new_pairs(32)}
+    yield "new_pairs newest", lambda: store.sampling.new_pairs(8, busy), _READS
+    yield "new_pairs loss", lambda: store.sampling.new_pairs(8, busy, order="loss"), _READS
+    yield "hard_pairs", lambda: store.sampling.hard_pairs(8, 10, busy, 0.5), _READS
     yield (
         "hard_pairs behind",
-        lambda: store.hard_pairs(8, 10, busy, 0.5, since_seq=store.newest_scored(600)[-1].seq),
+        lambda: store.sampling.hard_pairs(8, 10, busy, 0.5, since_seq=store.sampling.newest_scored(600)[-1].seq),
         _READS,
     )
-    yield "replay_pairs", lambda: store.replay_pairs(8, 10, busy, seed()), _READS
-    yield "held_out 64+64", lambda: store.held_out(64, 64, 0, seed()), _READS
-    yield "unscored_pairs", lambda: store.unscored_pairs(32, busy), _READS
-    yield "stale_pairs", lambda: store.stale_pairs(32, "v0002", busy, newest=32), _READS
-    yield "newest_scored 256", lambda: store.newest_scored(256), _READS
-    yield "matches of 8", lambda: store.matches([pair.pair_key for pair in some()]), _READS
-    yield "user_scores 64", lambda: store.user_scores(f"user{chooser.randrange(_USERS)}", 64), _READS
-    yield "user_share 200", lambda: store.user_share(200), _READS
-    yield "backlog", store.backlog, _READS
+    yield "replay_pairs", lambda: store.sampling.replay_pairs(8, 10, busy, seed()), _READS
+    yield "held_out 64+64", lambda: store.sampling.held_out(64, 64, 0, seed()), _READS
+    yield "unscored_pairs", lambda: store.sampling.unscored_pairs(32, busy), _READS
+    yield "stale_pairs", lambda: store.sampling.stale_pairs(32, "v0002", busy, newest=32), _READS
+    yield "newest_scored 256", lambda: store.sampling.newest_scored(256), _READS
+    yield "matches of 8", lambda: store.matches.find([pair.pair_key for pair in some()]), _READS
+    yield "user_scores 64", lambda: store.matches.user_scores(f"user{chooser.randrange(_USERS)}", 64), _READS
+    yield "user_share 200", lambda: store.matches.user_share(200), _READS
     yield "counts", store.counts, _COUNTS
 
     trained = [pair.pair_id for _ in range(_WRITES) for pair in some()]
@@ -177,14 +176,18 @@ def _operations(
     fresh = iter([unscored[start : start + 8] for start in range(0, len(unscored), 8)])
     changes = iter([trained[start : start + 8] for start in range(0, len(trained), 8)])
     reasons = ("copy: 1 of 2",)
-    yield "mark_trained of 8", lambda: store.mark_trained(next(steps)), _WRITES
+    yield "mark_trained of 8", lambda: store.pairs.mark_trained(next(steps)), _WRITES
     yield "record_scores of 8", lambda: _record(store, next(fresh), chooser), _WRITES
-    yield "set_quality of 8", lambda: store.set_quality([(one, 0.5, reasons) for one in next(changes)]), _WRITES
+    yield (
+        "set_quality of 8",
+        lambda: store.pairs.set_quality([QualityChange(one, 0.5, reasons) for one in next(changes)]),
+        _WRITES,
+    )
 
 
 def _record(store: FeedbackStore, pair_ids: list[str], chooser: random.Random) -> None:
     scores = [_score(pair_id, chooser) for pair_id in pair_ids]
-    store.record_scores(scores, "v0001", dict.fromkeys(pair_ids, "0" * 32))
+    store.pairs.record_scores(scores, "v0001", dict.fromkeys(pair_ids, "0" * 32))
 
 
 def _latency(call: Callable[[], object], repeats: int) -> dict[str, float]:

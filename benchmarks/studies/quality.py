@@ -19,7 +19,7 @@ import typer
 
 from alignment.quality.monitor import QualityMonitor
 from alignment.store.feedback_store import FeedbackStore
-from alignment.store.pair_rows import StoredPair
+from alignment.store.pairs import StoredPair
 from core.alignment_config import FeedbackConfig, QualityConfig
 from core.types import PairScore
 
@@ -46,8 +46,8 @@ def score(store: FeedbackStore, pairs: list[StoredPair], chooser: random.Random)
         right = (chooser.random() < 0.9) != (pair.user == _HOSTILE)
         margin = abs(chooser.gauss(1, 0.5)) * (1 if right else -1)
         scores.append(PairScore(pair.pair_id, 0.0, 0.0, 0.0, 0.0, math.log1p(math.exp(-margin)), margin))
-    store.record_scores(scores, _VERSION)
-    return store.find_pairs([pair.pair_id for pair in pairs])
+    store.pairs.record_scores(scores, _VERSION)
+    return store.pairs.find([pair.pair_id for pair in pairs])
 
 
 def measure(directory: Path, num_pairs: int, repeats: int) -> dict[str, float]:
@@ -57,12 +57,12 @@ def measure(directory: Path, num_pairs: int, repeats: int) -> dict[str, float]:
     store = FeedbackStore.open(FeedbackConfig(), directory)
     monitor = QualityMonitor(QualityConfig(), store)
     for start in range(0, num_pairs, _CHUNK):
-        store.add(list(itertools.islice(items, min(_CHUNK, num_pairs - start))))
-        monitor.assess(score(store, store.unscored_pairs(_CHUNK), chooser))
+        store.feedback.add(list(itertools.islice(items, min(_CHUNK, num_pairs - start))))
+        monitor.assess(score(store, store.sampling.unscored_pairs(_CHUNK), chooser))
     times = []
     for _ in range(repeats):
-        store.add(list(itertools.islice(items, BATCH)))
-        pairs = score(store, store.unscored_pairs(BATCH), chooser)
+        store.feedback.add(list(itertools.islice(items, BATCH)))
+        pairs = score(store, store.sampling.unscored_pairs(BATCH), chooser)
         started_s = time.perf_counter()
         monitor.assess(pairs)
         times.append(time.perf_counter() - started_s)

@@ -190,7 +190,7 @@ class _PlanningEngine:
 
     def _turn_waiting(self, arriving: StandInRequest) -> StandInRequest:
         """One request comes, the first one starts."""
-        self._planner.note_requests()
+        self._planner.retrain.note_requests()
         self._waiting.add_request(arriving)
         started: StandInRequest = self._waiting.peek_request()
         self._waiting.pop_request()
