@@ -1,216 +1,252 @@
-"""Open-loop client on an engine in this process: requests are sent when the trace says so, whatever the engine does.
+"""One client for every measurement: it sends requests, times what comes back, and keeps one record of each.
 
-A closed loop (send the next request when one ends) would slow down with the engine and hide its queueing. Prompts
-are random ids, so that no prefix is cached, and every request gets exactly the output length of the trace.
+An open loop sends each request at its own time, whatever the server does: a closed loop would slow down with the server
+and hide its queueing. A closed loop keeps so many requests under way, for questions of capacity. What is asked is the
+business of a port: `EnginePort` drives an engine in this process, `HttpPort` an OpenAI-compatible server.
 
-A run has three phases. Warm-up: a few seconds of the same load with another seed, until a fine-tune step ended. Window:
-the trace's requests and what the engine reports about its iterations. Drain: requests of the window are awaited up
-to a limit, with fine-tuning still going on, so that the last requests meet the same engine as the first.
+Times are seconds on the clock of the load. A request that fails is a result: its record says why, nothing is repeated.
 """
 
 import asyncio
-import itertools
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
 
-import numpy as np
+from openai import AsyncOpenAI
 
-from benchmarks.harness.engine_seam import MeasuredEngine
-from benchmarks.harness.feeder import FineTuneFeeder
-from benchmarks.harness.records import IterationLog, RequestRecord, RunRecord
-from core.errors import TrainingError
-from simulator.trace import TraceRequest
-
-_LEAD_S = 0.05
-"""Between the start of the clock and the first possible arrival."""
+from core.batch import IterationSample
+from core.errors import MaceError
+from core.types import FineTuneTask, TaskResult
 
 
-@dataclass(frozen=True, slots=True)
-class ClientOptions:
-    """How a run is measured."""
-
-    window_s: float
-    vocab_size: int
-    """Prompts are drawn from ids 0 to here."""
-    seed: int = 0
-    drain_s: float = 30.0
-    """How long requests are awaited after the window; what is not done then is an error."""
-    poll_s: float = 0.25
-    """How often the engine is asked for its iterations: seldom makes the answers long, and they are written between
-    two iterations."""
+class RequestError(MaceError):
+    """A stream ended before its answer was complete."""
 
 
-class _Clock:
-    """Seconds since the window began; negative before."""
+class Clock:
+    """Seconds of `time.monotonic` since an origin `lead_s` from now; negative before it."""
 
-    def __init__(self) -> None:
-        self._origin_s = time.perf_counter() + _LEAD_S
+    def __init__(self, lead_s: float = 0.0) -> None:
+        self._origin_s = time.monotonic() + lead_s
 
     def __call__(self) -> float:
-        return time.perf_counter() - self._origin_s
+        """Return the time now."""
+        return time.monotonic() - self._origin_s
 
     async def sleep_until(self, moment_s: float) -> None:
+        """Return at once if the moment is over."""
         await asyncio.sleep(max(0.0, moment_s - self()))
 
 
-async def run_window(
-    engine: MeasuredEngine,
-    requests: Sequence[TraceRequest],
-    options: ClientOptions,
-    feeder: FineTuneFeeder | None = None,
-    warm_up: Sequence[TraceRequest] = (),
-) -> RunRecord:
-    """Measure one window; see the module docstring.
+@dataclass(frozen=True, slots=True)
+class Request:
+    """What a port is asked for."""
 
-    Args:
-        engine: what is measured.
-        requests: those of the window, in order of arrival; arrivals count from its beginning.
-        options: lengths and limits.
-        feeder: fine-tune work; None for none. It is started and stopped here.
-        warm_up: requests that are sent, awaited and forgotten before the window.
-
-    Raises:
-        TrainingError: no fine-tune step succeeds in the warm-up.
-    """
-    clock = _Clock()
-    if feeder is not None:
-        feeder.start(lambda: clock())  # the clock of the moment: the window has one of its own
-    try:
-        await _warm_up(engine, warm_up, options, feeder)
-        if feeder is not None:
-            feeder.finished.clear()
-        prompts = _prompts(requests, options, tag="window")
-        watch = IterationWatch(engine)
-        await watch.open()
-        clock = _Clock()
-        watching = asyncio.create_task(watch.follow(options, clock))
-        records = await _serve(engine, requests, options, clock, tag="window", prompts=prompts)
-        iterations = await watching
-    finally:
-        if feeder is not None:
-            await feeder.stop()
-    tasks = [] if feeder is None else list(feeder.finished)
-    return RunRecord(options.window_s, records, tasks, iterations)
+    request_id: str
+    prompt: Any
+    """Token ids for an engine, chat messages for a server."""
+    arrival_s: float = 0.0
+    """When it arrives, on the clock of the load. A closed loop sends it when its turn comes."""
+    max_tokens: int = 64
+    priority: int = 0
 
 
-async def _warm_up(
-    engine: MeasuredEngine, requests: Sequence[TraceRequest], options: ClientOptions, feeder: FineTuneFeeder | None
-) -> None:
-    """Serve these requests, again and again until a fine-tune step has ended: some policies train only after so many.
+@dataclass(slots=True)
+class RequestRecord:
+    """What the client saw of one request."""
 
-    Raises:
-        TrainingError: no step ended within ten times the drain's limit, or the first one failed.
-    """
-    give_up_s = time.perf_counter() + 10 * options.drain_s
-    for number in itertools.count():
-        await _serve(engine, requests, options, _Clock(), tag=f"warm-up-{number}")
-        pause_s = 0.0 if requests else options.drain_s
-        if feeder is None or await feeder.wait_for_one(pause_s):
-            return
-        if time.perf_counter() > give_up_s:
-            raise TrainingError(f"no fine-tune step ended within {10 * options.drain_s:.0f} s")
+    request_id: str
+    scheduled_s: float
+    """When it should have been sent; TTFT counts from here, however late it was sent."""
+    sent_s: float | None = None
+    first_token_s: float | None = None
+    gaps_s: list[float] = field(default_factory=list)
+    """Between tokens. Of k tokens that came in one output the first has the whole gap, the others 0."""
+    num_merged_tokens: int = 0
+    """Tokens that came in one output with an earlier one."""
+    ended_s: float | None = None
+    """When its last token came, or when it failed."""
+    error: str | None = None
+    """Set exactly if the request did not end with all its tokens."""
+    text: str = ""
+    """The answer, from ports that speak text."""
 
+    @property
+    def ttft_s(self) -> float | None:
+        """Time to the first token, queueing and lateness of the client included."""
+        return None if self.first_token_s is None else self.first_token_s - self.scheduled_s
 
-async def _serve(
-    engine: MeasuredEngine,
-    requests: Sequence[TraceRequest],
-    options: ClientOptions,
-    clock: _Clock,
-    *,
-    tag: str,
-    prompts: list[list[int]] | None = None,
-) -> list[RequestRecord]:
-    """Send each request at its time and await them all, until `drain_s` after the last moment of the window."""
-    prompts = _prompts(requests, options, tag=tag) if prompts is None else prompts
-    records = [
-        RequestRecord(r.request_id, r.arrival_s, r.num_prompt_tokens, r.num_output_tokens) for r in requests
-    ]
-    sending = []
-    for request, record, prompt in zip(requests, records, prompts, strict=True):
-        await clock.sleep_until(request.arrival_s)
-        sending.append(asyncio.create_task(_send(engine, request, record, prompt, clock, tag)))
-    end_s = options.window_s if tag == "window" else max((r.arrival_s for r in requests), default=0.0)
-    await clock.sleep_until(end_s)
-    if sending:
-        _, unfinished = await asyncio.wait(sending, timeout=max(0.0, end_s + options.drain_s - clock()))
-        for task in unfinished:
-            task.cancel()
-        await asyncio.gather(*sending, return_exceptions=True)
-    for record in records:
-        if record.finished_s is None and record.error is None:
-            record.error = f"not finished {options.drain_s:g} s after the window"
-    return records
+    @property
+    def num_tokens(self) -> int:
+        """Tokens that came."""
+        return 0 if self.first_token_s is None else 1 + len(self.gaps_s)
+
+    @property
+    def succeeded(self) -> bool:
+        """Whether the whole answer came."""
+        return self.ended_s is not None and self.error is None
+
+    def add_tokens(self, count: int, now_s: float) -> None:
+        """Note an output of `count` > 0 tokens."""
+        if self.first_token_s is None:
+            self.first_token_s = now_s
+        else:
+            self.gaps_s.append(now_s - (self.ended_s or self.first_token_s))
+        self.gaps_s.extend([0.0] * (count - 1))
+        self.num_merged_tokens += count - 1
+        self.ended_s = now_s
 
 
-async def _send(
-    engine: MeasuredEngine,
-    request: TraceRequest,
-    record: RequestRecord,
-    prompt: list[int],
-    clock: _Clock,
-    tag: str,
-) -> None:
-    record.sent_s = clock()
-    count, last_s = 0, 0.0
-    try:
-        async for ids in engine.decode(
-            prompt, f"{tag}-{request.request_id}", request.num_output_tokens, priority=request.user_priority
-        ):
-            now_s, fresh = clock(), len(ids) - count
-            if fresh <= 0:
-                continue
-            if count == 0:
-                record.first_token_s = now_s
-            else:
-                record.gaps_s.append(now_s - last_s)
-            record.gaps_s.extend([0.0] * (fresh - 1))
-            record.num_merged_tokens += fresh - 1
-            count, last_s = len(ids), now_s
-    except Exception as error:  # noqa: BLE001 - a failed request is a result of the measurement
-        record.error = f"{type(error).__name__}: {error}"
-        return
-    if count < request.num_output_tokens:
-        record.error = f"ended after {count} of {request.num_output_tokens} tokens"
-        return
-    record.finished_s = last_s
+class Port(Protocol):
+    """Where requests go."""
 
+    def stream(self, request: Request, record: RequestRecord) -> AsyncIterator[int]:
+        """Ask; yield the number of new tokens of each output. Raise what went wrong.
 
-class IterationWatch:
-    """Collects the engine's iteration samples between two moments. Measures how much wall time they stand for."""
-
-    def __init__(self, engine: MeasuredEngine) -> None:
-        self._engine = engine
-        self._after = 0
-        self._opened_s = 0.0
-        self._log = IterationLog()
-
-    async def open(self) -> None:
-        """Forget all iterations until now."""
-        self._after, _ = await self._engine.iterations(0)
-        self._opened_s = time.perf_counter()
-
-    async def follow(self, options: ClientOptions, clock: _Clock) -> IterationLog:
-        """Ask again and again until the window ends.
-
-        An answer comes between two iterations, so one that is long (a blocking training phase) delays it; hence
-        `covered_s` and not the window's nominal length is what the samples are to be divided by.
+        Times are not the port's business; it may fill `record.text`.
         """
-        while clock() < options.window_s:
-            await clock.sleep_until(min(clock() + options.poll_s, options.window_s))
-            await self.poll()
-        return self._log
-
-    async def poll(self) -> None:
-        """Take in what is new."""
-        newest, samples = await self._engine.iterations(self._after)
-        self._log.covered_s = time.perf_counter() - self._opened_s
-        self._log.num_lost += newest - self._after - len(samples)
-        self._log.samples.extend(samples)
-        self._after = newest
+        ...
 
 
-def _prompts(requests: Sequence[TraceRequest], options: ClientOptions, *, tag: str) -> list[list[int]]:
-    """Random ids for each request, drawn ahead so that the client does nothing but send."""
-    rng = np.random.default_rng([options.seed, *tag.encode()])
-    return [rng.integers(0, options.vocab_size, request.num_prompt_tokens).tolist() for request in requests]
+class Load:
+    """Requests under way on one port, and the records of all. Call `drain` at the end."""
+
+    def __init__(self, port: Port, clock: Callable[[], float] | None = None) -> None:
+        self._port = port
+        self._clock = Clock() if clock is None else clock
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._is_stopped = False
+        self.records: list[RequestRecord] = []
+        """In the order of sending, of `send`, `open_loop` and `closed_loop`."""
+
+    async def open_loop(self, requests: Iterable[Request]) -> None:
+        """Send each request at its arrival, however many are unanswered; return when the last one is sent."""
+        for request in requests:
+            await asyncio.sleep(max(0.0, request.arrival_s - self._clock()))
+            if self._is_stopped:
+                return
+            self.send(request, request.arrival_s)
+
+    async def closed_loop(self, requests: Iterator[Request], num_workers: int) -> None:
+        """Keep so many requests under way until the requests end or `stop`; return when the last one has ended.
+
+        If this is cancelled, requests under way go on, as in an open loop.
+        """
+
+        async def work() -> None:
+            while not self._is_stopped and (request := next(requests, None)) is not None:
+                await asyncio.wait([self.send(request)])
+
+        await asyncio.gather(*(work() for _ in range(num_workers)))
+
+    def send(self, request: Request, scheduled_s: float | None = None) -> asyncio.Task[None]:
+        """Send one request now; its task ends when the answer has, and never fails."""
+        record = RequestRecord(request.request_id, self._clock() if scheduled_s is None else scheduled_s)
+        self.records.append(record)
+        task = asyncio.get_running_loop().create_task(self._run(request, record))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return task
+
+    async def ask(self, request: Request) -> RequestRecord:
+        """Send one request and await its end. Its record is returned and not kept."""
+        record = RequestRecord(request.request_id, self._clock())
+        await self._run(request, record)
+        return record
+
+    def stop(self) -> None:
+        """Begin no further request; those under way go on."""
+        self._is_stopped = True
+
+    async def drain(self, limit_s: float) -> int:
+        """Await what is under way. What does not end in time is cancelled and has failed; return how many did."""
+        self.stop()
+        if not self._tasks:
+            return 0
+        _, late = await asyncio.wait(self._tasks, timeout=max(0.0, limit_s))
+        for task in late:
+            task.cancel()
+        await asyncio.gather(*late, return_exceptions=True)
+        return len(late)
+
+    async def _run(self, request: Request, record: RequestRecord) -> None:
+        record.sent_s = self._clock()
+        try:
+            async for count in self._port.stream(request, record):
+                if count > 0:
+                    record.add_tokens(count, self._clock())
+        except asyncio.CancelledError:
+            record.error = "not finished at the end of the run"
+            raise
+        except Exception as error:  # noqa: BLE001 - a failed request is a result of the measurement
+            record.error = f"{type(error).__name__}: {error}"[:300]
+        finally:
+            if record.error is not None or record.ended_s is None:
+                record.ended_s = self._clock()
+
+
+class MeasuredEngine(Protocol):
+    """What measurements need of an engine; `engine.vllm.engine.HybridEngine` is the real one."""
+
+    def decode(
+        self, prompt_ids: Sequence[int], request_id: str, max_tokens: int, handle: Any = None, priority: int = 0
+    ) -> AsyncIterator[list[int]]:
+        """Token ids so far, after each output; always `max_tokens` in the end."""
+        ...
+
+    async def run_task(self, task: FineTuneTask) -> TaskResult:
+        """Run a fine-tune task to its end; cancelling aborts it."""
+        ...
+
+    async def iterations(self, after: int) -> tuple[int, list[IterationSample]]:
+        """The newest sequence number, and the samples after `after` that are still known."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class EnginePort:
+    """Requests of token ids to an engine in this process; exactly `max_tokens` come, or it is an error."""
+
+    engine: MeasuredEngine
+
+    async def stream(self, request: Request, record: RequestRecord) -> AsyncIterator[int]:  # noqa: ARG002
+        """See `Port.stream`."""
+        count = 0
+        async for ids in self.engine.decode(
+            request.prompt, request.request_id, request.max_tokens, priority=request.priority
+        ):
+            fresh, count = len(ids) - count, len(ids)
+            yield fresh
+        if count < request.max_tokens:
+            raise RequestError(f"ended after {count} of {request.max_tokens} tokens")
+
+
+@dataclass(frozen=True, slots=True)
+class HttpPort:
+    """Streamed chat with an OpenAI-compatible server. A chunk of text counts as one token."""
+
+    client: AsyncOpenAI
+    """Give it `max_retries=0`: a repeated request would hide a failure."""
+    model: str
+    options: Mapping[str, Any] = field(default_factory=dict)
+    """Further arguments of the call, such as `store=False`."""
+
+    async def stream(self, request: Request, record: RequestRecord) -> AsyncIterator[int]:
+        """See `Port.stream`."""
+        finish: str | None = None
+        chunks = await self.client.chat.completions.create(
+            model=self.model,
+            messages=request.prompt,
+            max_tokens=request.max_tokens,
+            stream=True,
+            **self.options,
+        )
+        async for chunk in chunks:
+            for choice in chunk.choices:
+                finish = choice.finish_reason or finish
+                if text := choice.delta.content:
+                    record.text += text
+                    yield 1
+        if finish is None:
+            raise RequestError("the stream ended without a finish_reason")

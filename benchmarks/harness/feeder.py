@@ -3,12 +3,13 @@
 import asyncio
 import contextlib
 import itertools
-from collections.abc import Callable
+from collections.abc import Coroutine
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
-from benchmarks.harness.engine_seam import MeasuredEngine
-from benchmarks.harness.records import TaskRecord
+from benchmarks.harness.client import Clock, MeasuredEngine
 from core.errors import TrainingError
 from core.types import FineTuneTask, TaskKind, TokenizedPair
 from simulator.trace import FineTune
@@ -23,6 +24,19 @@ _ERROR_PAUSE_S = 0.1
 """After a failed step; an engine that refuses every task must not be asked in a tight loop."""
 
 
+@dataclass(slots=True)
+class TaskRecord:
+    """One fine-tune step that ended while the client watched, in or after the window."""
+
+    task_id: str
+    num_pairs: int
+    finished_s: float = 0.0
+    busy_s: float = 0.0
+    """Device time of its slices."""
+    longest_slice_s: float = 0.0
+    error: str | None = None
+
+
 class FineTuneFeeder:
     """Submits DPO steps of random pairs and records how each ends. `start`, then `stop`."""
 
@@ -35,19 +49,23 @@ class FineTuneFeeder:
         self._pool = random_pairs(load, vocab_size, seed)
         self._numbers = itertools.count()
         self._workers: set[asyncio.Task[None]] = set()
-        self._clock: Callable[[], float] = lambda: 0.0
+        self._clock = Clock()
         self._has_finished = asyncio.Event()
         self.finished: list[TaskRecord] = []
-        """Every step that ended since `start`, failed ones too."""
+        """Steps that have ended since `start` or `restart`, failed ones too."""
 
-    def start(self, clock: Callable[[], float]) -> None:
-        """Begin to submit; `clock` gives the seconds that records carry."""
-        self._clock = clock
+    def start(self) -> None:
+        """Begin to submit."""
         if self._load.pairs_per_s is None:
             for _ in range(BACKLOG_TASKS):
                 self._spawn(self._keep_busy())
         elif self._load.pairs_per_s > 0:
             self._spawn(self._at_rate(self._load.pairs_per_s))
+
+    def restart(self, clock: Clock) -> None:
+        """Forget the steps that have ended, and date those that follow by another clock."""
+        self._clock = clock
+        self.finished.clear()
 
     async def stop(self) -> None:
         """Abort what is submitted. Steps that were cut off leave no record."""
@@ -57,7 +75,7 @@ class FineTuneFeeder:
         await asyncio.gather(*workers, return_exceptions=True)
 
     async def wait_for_one(self, limit_s: float) -> bool:
-        """Until a step has ended since `start`, or the limit; whether one has (or none will ever come).
+        """Wait until a step has ended, or for `limit_s`; return whether one has, or none will ever come.
 
         Raises:
             TrainingError: the first step failed.
@@ -70,7 +88,7 @@ class FineTuneFeeder:
             raise TrainingError(f"the first fine-tune step failed: {self.finished[0].error}")
         return bool(self.finished)
 
-    def _spawn(self, work: "asyncio._CoroutineLike[None]") -> None:
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
         task = asyncio.get_running_loop().create_task(work)
         self._workers.add(task)
         task.add_done_callback(self._workers.discard)
@@ -81,10 +99,9 @@ class FineTuneFeeder:
 
     async def _at_rate(self, pairs_per_s: float) -> None:
         """A step is submitted when its last pair has arrived, whether or not earlier ones are done."""
-        started_s = self._clock()
+        clock = Clock()  # of its own, which a restart does not move
         for number in itertools.count(1):
-            due_s = started_s + number * self._pairs_per_step / pairs_per_s
-            await asyncio.sleep(max(0.0, due_s - self._clock()))
+            await clock.sleep_until(number * self._pairs_per_step / pairs_per_s)
             self._spawn(self._run_step())
 
     async def _run_step(self) -> None:

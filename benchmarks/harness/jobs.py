@@ -12,23 +12,32 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from benchmarks.harness.calibration import calibrate_rate
-from benchmarks.harness.client import ClientOptions, run_window
-from benchmarks.harness.engine_seam import MeasuredEngine
+from benchmarks.harness.client import MeasuredEngine
 from benchmarks.harness.feeder import FineTuneFeeder
 from benchmarks.harness.models import ModelName, args_for, vocab_size
-from benchmarks.harness.profiling import write_profile
 from benchmarks.harness.results import RunMetrics, summarize
+from benchmarks.harness.window import WindowOptions, run_window
+from core.config import AppArgs, SloConfig
 from core.errors import MaceError
-from profiler.measure import MEASURE_S
-from simulator.trace import Trace, TraceRequest
+from deployments.monitors.profiling import measure_plan, origin_of
+from profiler.measure import MEASURE_S, measure_profile
+from simulator.trace import Arrivals, Trace, TraceRequest
+
+if TYPE_CHECKING:
+    from engine.vllm.engine import HybridEngine
 
 _ENGINE_START_S = 300.0
 _LOG_TAIL_CHARS = 2000
+
+_MAX_PROBES = 6
+_TOLERANCE = 0.02
+"""Of the busy share that calibration looks for."""
+_MAX_FACTOR = 3.0
+"""Between two probes the rate changes by no more than this: far from the goal the share is not proportional."""
 
 
 class MeasurementError(MaceError):
@@ -117,27 +126,18 @@ def run_job(job: Job) -> JobResult:
                 stderr=log,
                 start_new_session=True,
             )
-            code = _wait(child, job.limit_s)
-        if code != 0 or not result_path.exists():
+            try:
+                reason = f"exit code {child.wait(job.limit_s)}"
+            except subprocess.TimeoutExpired:
+                reason = f"no result after {job.limit_s:.0f} s"
+            finally:
+                if child.poll() is None:  # the engine's processes are in the child's group
+                    os.killpg(child.pid, signal.SIGKILL)
+                    child.wait()
+        if child.returncode != 0 or not result_path.exists():
             tail = log_path.read_text(encoding="utf-8", errors="replace")[-_LOG_TAIL_CHARS:]
-            raise MeasurementError(f"the run of {job.trace.name} ended with {_reason(code, job.limit_s)}:\n{tail}")
+            raise MeasurementError(f"the run of {job.trace.name} ended with {reason}:\n{tail}")
         return JobResult.model_validate_json(result_path.read_bytes())
-
-
-def _wait(child: subprocess.Popen[bytes], limit_s: float) -> int | None:
-    """Exit code, or None if it took too long. The engine's processes are in the child's group."""
-    try:
-        return child.wait(limit_s)
-    except subprocess.TimeoutExpired:
-        return None
-    finally:
-        if child.poll() is None:
-            os.killpg(child.pid, signal.SIGKILL)
-            child.wait()
-
-
-def _reason(code: int | None, limit_s: float) -> str:
-    return f"no result after {limit_s:.0f} s" if code is None else f"exit code {code}"
 
 
 async def execute(job: Job) -> JobResult:
@@ -152,7 +152,7 @@ async def execute(job: Job) -> JobResult:
     threads = os.environ["VLLM_CPU_OMP_THREADS_BIND"]
     try:
         if job.profile_out is not None:
-            await write_profile(engine, args, job.profile_out)
+            await _write_profile(engine, args, job.profile_out)
         if job.kind == "profile":
             return JobResult(threads=threads)
         if job.kind == "calibrate":
@@ -161,6 +161,44 @@ async def execute(job: Job) -> JobResult:
         return JobResult(metrics=await serve(engine, job, vocabulary), threads=threads)
     finally:
         engine.shutdown()
+
+
+async def _write_profile(engine: "HybridEngine", args: AppArgs, path: Path) -> None:
+    """Measure the very engine that is benchmarked next. The shadow adapter, which this trains, is reset after.
+
+    Raises:
+        ProfileError: too little could be measured.
+        MaceError: the engine ended a task without a result.
+    """
+    (await measure_profile(engine, measure_plan(engine, args), origin_of(args))).save(path)
+    await engine.load_adapter(None)
+
+
+async def calibrate_rate(
+    engine: MeasuredEngine, trace: Trace, vocabulary: int, probe_s: float, busy_share: float
+) -> float:
+    """Requests per second of this trace at which forward passes take `busy_share` of the time, without training.
+
+    Evenly spaced arrivals, so that short probes do not differ by chance. Stops within two points of the goal, or
+    when the share no longer follows the rate (the engine is saturated below the goal): then the closest probe is it.
+    """
+    rate_per_s = trace.arrivals.rate_per_s
+    probes: list[tuple[float, float]] = []
+    for number in range(_MAX_PROBES):
+        seed = trace.seed + 1 + number
+        arrivals = Arrivals(process="constant", rate_per_s=rate_per_s)
+        even = {"seed": seed, "duration_s": probe_s, "num_requests": None, "arrivals": arrivals}
+        requests = list(trace.model_copy(update=even).requests())
+        run = await run_window(engine, requests, WindowOptions(probe_s, vocabulary, seed))
+        share = summarize(run, SloConfig()).forward_share
+        if probes and rate_per_s > probes[-1][0] and share < probes[-1][1]:
+            break
+        probes.append((rate_per_s, share))
+        if abs(share - busy_share) <= _TOLERANCE:
+            break
+        rate_per_s *= min(max(busy_share / max(share, 1e-3), 1 / _MAX_FACTOR), _MAX_FACTOR)
+    best, _ = min(probes, key=lambda probe: abs(probe[1] - busy_share))
+    return float(f"{best:.2g}")
 
 
 async def serve(engine: MeasuredEngine, job: Job, vocabulary: int) -> RunMetrics:
@@ -178,7 +216,7 @@ async def serve(engine: MeasuredEngine, job: Job, vocabulary: int) -> RunMetrics
     run = await run_window(
         engine,
         list(trace.requests()) if job.with_requests else [],
-        ClientOptions(window_s=job.window_s, vocab_size=vocabulary, seed=trace.seed, drain_s=job.drain_s),
+        WindowOptions(window_s=job.window_s, vocab_size=vocabulary, seed=trace.seed, drain_s=job.drain_s),
         feeder,
         warm_up_requests(trace, job.warm_up_s) if job.with_requests else [],
     )

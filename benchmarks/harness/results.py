@@ -1,12 +1,17 @@
-"""From what the client saw to numbers. Definitions are in docs/benchmarks.md; all times in seconds, shares in 0..1."""
+"""The numbers of a window, from what the client saw. Times are in seconds, shares in 0..1.
+
+docs/benchmarks.md defines each of them.
+"""
 
 import statistics
 from collections.abc import Iterable, Sequence
 
-import numpy as np
 from pydantic import BaseModel, ConfigDict
 
-from benchmarks.harness.records import RequestRecord, RunRecord, TaskRecord
+from benchmarks.harness.client import RequestRecord
+from benchmarks.harness.feeder import TaskRecord
+from benchmarks.harness.statistics import mean, percentile
+from benchmarks.harness.window import WindowRecord
 from core.config import SloConfig
 
 
@@ -56,11 +61,11 @@ class RunMetrics(BaseModel):
 
     @property
     def idle_share(self) -> float:
-        """Of the device, as far as forward passes go."""
+        """Share of the time in which the device runs no forward pass."""
         return 1.0 - self.forward_share
 
 
-def summarize(run: RunRecord, slo: SloConfig) -> RunMetrics:
+def summarize(run: WindowRecord, slo: SloConfig) -> RunMetrics:
     """All metrics of one run against SLO targets."""
     ttfts = [record.ttft_s for record in run.requests if record.ttft_s is not None]
     gaps = [gap for record in run.requests for gap in record.gaps_s]
@@ -74,9 +79,9 @@ def summarize(run: RunRecord, slo: SloConfig) -> RunMetrics:
         **{f"ttft_p{q}_s": percentile(ttfts, q) for q in (50, 90, 99)},
         **{f"tbt_p{q}_s": percentile(gaps, q) for q in (50, 90, 99)},
         tbt_max_s=max(gaps, default=None),
-        slo_attainment=_share(meets_slo(record, slo) for record in run.requests),
-        ttft_attainment=_share(r.ttft_s is not None and r.ttft_s <= slo.ttft_s for r in run.requests),
-        tbt_token_attainment=_share(gap <= slo.tbt_s for gap in gaps),
+        slo_attainment=mean(meets_slo(record, slo) for record in run.requests),
+        ttft_attainment=mean(r.ttft_s is not None and r.ttft_s <= slo.ttft_s for r in run.requests),
+        tbt_token_attainment=mean(gap <= slo.tbt_s for gap in gaps),
         merged_token_share=sum(record.num_merged_tokens for record in run.requests) / max(1, num_tokens),
         send_lag_p99_s=percentile(lags, 99),
         **_training_metrics(run),
@@ -91,11 +96,6 @@ def meets_slo(record: RequestRecord, slo: SloConfig) -> bool:
     return record.ttft_s <= slo.ttft_s and max(record.gaps_s, default=0.0) <= slo.tbt_s
 
 
-def percentile(values: Sequence[float], percent: float) -> float | None:
-    """With linear interpolation between order statistics (numpy's default); None of nothing."""
-    return float(np.percentile(values, percent)) if values else None
-
-
 def medians(runs: Sequence[RunMetrics]) -> dict[str, float | None]:
     """The median of each metric over repeats; repeats without a value are left out."""
     names = RunMetrics.model_fields
@@ -104,13 +104,13 @@ def medians(runs: Sequence[RunMetrics]) -> dict[str, float | None]:
 
 
 def pooled_attainment(runs: Sequence[RunMetrics]) -> float | None:
-    """Over the requests of all repeats: one repeat of a slow model has too few to tell 0.99 from 1."""
+    """SLO attainment over the requests of all repeats: one repeat of a slow model has too few to tell 0.99 from 1."""
     met = [(r.slo_attainment * r.num_requests, r.num_requests) for r in runs if r.slo_attainment is not None]
     total = sum(count for _, count in met)
     return sum(part for part, _ in met) / total if total else None
 
 
-def _training_metrics(run: RunRecord) -> dict[str, float | int]:
+def _training_metrics(run: WindowRecord) -> dict[str, float | int]:
     succeeded = [task for task in run.tasks if task.error is None]
     in_window = [task for task in succeeded if 0 <= task.finished_s <= run.window_s]
     slices_s = sum(sample.slices_s for sample in run.iterations.samples)
@@ -137,7 +137,7 @@ def _pairs_per_s(succeeded: Sequence[TaskRecord], num_ended: int, slices_s: floa
     return slices_s / per_pair_s / covered_s * len(succeeded) / num_ended
 
 
-def _device_metrics(run: RunRecord) -> dict[str, float | int | None]:
+def _device_metrics(run: WindowRecord) -> dict[str, float | int | None]:
     samples, covered_s = run.iterations.samples, run.iterations.covered_s
     errors = [
         abs(sample.plan.predicted_forward_s / sample.forward_s - 1)
@@ -156,9 +156,3 @@ def _device_metrics(run: RunRecord) -> dict[str, float | int | None]:
         "num_lost_iterations": run.iterations.num_lost,
         "forward_error_p50": percentile(errors, 50),
     }
-
-
-def _share(outcomes: Iterable[bool]) -> float | None:
-    """Share of true ones; None of nothing."""
-    values = list(outcomes)
-    return sum(values) / len(values) if values else None

@@ -17,7 +17,7 @@ from core.types import Checkpoint, FineTuneTask, TaskKind, TokenizedPair
 from core.wire import TrainingPair
 from engine.tiny.knowledge import Style, preference_questions, render
 from engine.training.pair_tokens import PairTokenizer
-from tests.integration.engine_thread import EngineThread
+from tests.support.engine_thread import EngineThread
 
 pytestmark = pytest.mark.vllm
 

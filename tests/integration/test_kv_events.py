@@ -16,7 +16,7 @@ from deployments.routing.prefix_index import follow_prefixes
 from deployments.routing.prefix_names import HEADER, prefixes_of
 from engine.prefix_cache import KvEventStream, kv_events_config, read_prefix_counts
 from scheduler.prefixes.tree import PrefixTree
-from tests.integration.engine_thread import EngineThread
+from tests.support.engine_thread import EngineThread
 
 pytestmark = pytest.mark.vllm
 

@@ -16,7 +16,7 @@ from core.wire import TrainingPair
 from deployments.publishing.versions import AdapterVersions, Published
 from engine.tiny.knowledge import Style, preference_questions, render
 from engine.training.pair_tokens import PairTokenizer
-from tests.integration.engine_thread import EngineThread
+from tests.support.engine_thread import EngineThread
 
 pytestmark = pytest.mark.vllm
 

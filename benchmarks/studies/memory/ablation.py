@@ -3,9 +3,9 @@
 from pathlib import Path
 from typing import Any
 
+from benchmarks.harness.statistics import center_of
 from benchmarks.studies.memory.journal import Journal
 from benchmarks.studies.memory.pruning import with_pruning
-from benchmarks.studies.memory.ratios import center_of
 from benchmarks.studies.memory.running import (
     Measured,
     MemoryOptions,

@@ -3,8 +3,8 @@
 from pathlib import Path
 from typing import Any
 
+from benchmarks.harness.statistics import ratio_of
 from benchmarks.studies.memory.journal import Journal
-from benchmarks.studies.memory.ratios import ratio_of
 from benchmarks.studies.memory.running import (
     Measured,
     MemoryOptions,

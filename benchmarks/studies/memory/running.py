@@ -6,12 +6,11 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from benchmarks.harness.calibration import calibrate_rate
-from benchmarks.harness.jobs import Job
+from benchmarks.harness.jobs import Job, calibrate_rate
 from benchmarks.harness.models import vocab_size
 from benchmarks.harness.results import medians, pooled_attainment
+from benchmarks.harness.statistics import ratio_of
 from benchmarks.studies.memory.journal import Journal, fingerprint_of
-from benchmarks.studies.memory.ratios import ratio_of
 from benchmarks.studies.memory.windows import Cell, EnginePool, WatchedEngine, WindowResult
 from benchmarks.studies.slo import with_rate
 from core.config import AppArgs

@@ -16,11 +16,11 @@ import psutil
 from benchmarks.harness.feeder import FineTuneFeeder
 from benchmarks.harness.jobs import Job
 from benchmarks.harness.models import vocab_size
+from benchmarks.harness.statistics import Trend, trend_of
 from benchmarks.studies.memory.ablation import FULL, ablated
 from benchmarks.studies.memory.counts import Counts
 from benchmarks.studies.memory.journal import Journal, fingerprint_of
 from benchmarks.studies.memory.running import TRACES, MemoryOptions, Note, job_of
-from benchmarks.studies.memory.trend import Trend, trend_of
 from benchmarks.studies.memory.windows import (
     EnginePool,
     LiveEngine,
@@ -192,7 +192,7 @@ class _Soak:
         Raises:
             MaceError: requests are still running two minutes after the last one was sent.
         """
-        self._feeder.start(self._now_s)
+        self._feeder.start()
         clients = [asyncio.create_task(self._client()) for _ in range(self.num_clients)]
         try:
             await self._watch(seconds)

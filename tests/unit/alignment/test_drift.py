@@ -9,7 +9,7 @@ from alignment.drift import tracker as drift_tracker
 from alignment.drift import window
 from alignment.drift.tracker import DriftTracker
 from core.alignment_config import DriftConfig
-from tests.unit.alignment.drift_pairs import feed, scored
+from tests.support.drift_pairs import feed, scored
 
 CONFIG = DriftConfig(window=10, min_accuracy=0.75, max_loss=0.55)
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from alignment.versions import registry
 from alignment.versions.registry import AdapterRegistry, rested, versions_to_retire
 from core.errors import UnknownVersionError
-from tests.unit.alignment.test_registry import ROOT, commit, names
+from tests.support.adapter_versions import ROOT, commit, names
 
 
 def kept(*failed):

@@ -18,7 +18,7 @@ from app.cli import app
 from app.importing.delivery import Delivered, DeliveryError, Server
 from app.importing.importer import Importer, ProgressFile
 from app.importing.sources import open_source
-from tests.unit.app.feedback_server import FeedbackServer
+from tests.support.feedback_server import FeedbackServer
 
 
 @pytest.fixture

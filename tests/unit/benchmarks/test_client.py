@@ -1,12 +1,17 @@
 import asyncio
+import itertools
+import json
 
+import httpx
 import pytest
+from openai import AsyncOpenAI
 
-from benchmarks.harness.client import ClientOptions, run_window
+from benchmarks.harness.client import HttpPort, Load, Request
 from benchmarks.harness.feeder import BACKLOG_TASKS, FineTuneFeeder, random_pairs
+from benchmarks.harness.window import WindowOptions, run_window
 from core.errors import TrainingError
 from simulator.trace import FineTune, TraceRequest
-from tests.unit.benchmarks.fake_engine import FakeEngine
+from tests.support.timed_engine import FakeEngine
 
 LOAD = FineTune(prompt_tokens=3, completion_tokens=4)
 
@@ -16,7 +21,7 @@ def requests_at(*arrivals_s, tokens=3):
 
 
 def measure(engine, requests, *, window_s=0.3, feeder=None, warm_up=(), drain_s=1.0):
-    options = ClientOptions(window_s, vocab_size=50, drain_s=drain_s, poll_s=0.05)
+    options = WindowOptions(window_s, vocab_size=50, drain_s=drain_s, poll_s=0.05)
     return asyncio.run(run_window(engine, requests, options, feeder, warm_up))
 
 
@@ -45,7 +50,7 @@ def test_first_token_and_gaps_are_what_the_engine_took():
     assert about(record.ttft_s, 0.08)
     assert len(record.gaps_s) == 3
     assert all(about(gap_s, 0.04) for gap_s in record.gaps_s)
-    assert record.finished_s == pytest.approx(record.first_token_s + sum(record.gaps_s))
+    assert record.ended_s == pytest.approx(record.first_token_s + sum(record.gaps_s))
 
 
 def test_time_to_first_token_counts_the_wait_for_a_place():
@@ -68,7 +73,7 @@ def test_a_failing_request_is_recorded_and_the_others_go_on():
     failed, fine = measure(engine, requests_at(0.0, 0.1)).requests
     assert failed.error == "ValueError: no room"
     assert failed.first_token_s is not None
-    assert failed.finished_s is None
+    assert not failed.succeeded
     assert fine.error is None
 
 
@@ -76,7 +81,7 @@ def test_a_request_that_ends_early_is_an_error():
     engine = FakeEngine()
     engine.fail_request = lambda _: "cut"
     (record,) = measure(engine, requests_at(0.0)).requests
-    assert record.error == "ended after 1 of 3 tokens"
+    assert record.error == "RequestError: ended after 1 of 3 tokens"
 
 
 def test_a_request_that_hangs_is_given_up_after_the_drain():
@@ -171,3 +176,94 @@ def test_pairs_of_the_pool_are_distinct_and_of_the_asked_lengths():
     assert {(len(p.prompt_ids), len(p.chosen_ids), len(p.rejected_ids)) for p in pool} == {(3, 4, 4)}
     assert all(pair.chosen_ids != pair.rejected_ids for pair in pool)
     assert pool == random_pairs(LOAD, 50, seed=0)
+
+
+# --- the load, on any port
+
+
+class FakePort:
+    """Answers `max_tokens` tokens after `delay_s`, and notes how many requests are under way."""
+
+    def __init__(self, delay_s=0.02):
+        self.delay_s = delay_s
+        self.running = self.most_running = 0
+
+    async def stream(self, request, record):
+        self.running += 1
+        self.most_running = max(self.most_running, self.running)
+        try:
+            await asyncio.sleep(self.delay_s)
+            for _ in range(request.max_tokens):
+                yield 1
+        finally:
+            self.running -= 1
+
+
+def numbered():
+    return (Request(f"r{number}", [1], max_tokens=2) for number in itertools.count())
+
+
+def test_a_closed_loop_keeps_so_many_requests_under_way_until_it_is_stopped():
+    async def play():
+        load = Load(port := FakePort())
+        looping = asyncio.create_task(load.closed_loop(numbered(), 3))
+        await asyncio.sleep(0.1)
+        load.stop()
+        await looping
+        return load, port
+
+    load, port = asyncio.run(play())
+    assert port.most_running == 3
+    assert len(load.records) >= 6
+    assert all(record.succeeded and record.num_tokens == 2 for record in load.records)
+
+
+def test_requests_outlive_a_cancelled_loop_and_late_ones_fail_in_the_drain():
+    async def play():
+        load = Load(FakePort(delay_s=0.2))
+        looping = asyncio.create_task(load.closed_loop(numbered(), 2))
+        await asyncio.sleep(0.05)
+        looping.cancel()
+        load.send(Request("late", [1]))
+        late = await load.drain(0.17)
+        return load.records, late, await load.ask(Request("beside", [1], max_tokens=1))
+
+    records, late, beside = asyncio.run(play())
+    assert [record.succeeded for record in records] == [True, True, False]
+    assert late == 1
+    assert "not finished" in records[-1].error
+    assert beside.succeeded
+    assert beside.ttft_s >= 0.2
+
+
+def chat_server(*chunks, status=200):
+    lines = [
+        f"data: {json.dumps({'id': 'c', 'object': 'chat.completion.chunk', **chunk})}\n\n" for chunk in chunks
+    ]
+    content = "".join([*lines, "data: [DONE]\n\n"])
+    headers = {"content-type": "text/event-stream"}
+    transport = httpx.MockTransport(lambda _: httpx.Response(status, content=content, headers=headers))
+    http = httpx.AsyncClient(transport=transport)
+    return AsyncOpenAI(base_url="http://server/v1", api_key="none", http_client=http, max_retries=0)
+
+
+def chunk(text, finish=None):
+    return {"choices": [{"index": 0, "delta": {"content": text}, "finish_reason": finish}]}
+
+
+@pytest.mark.parametrize(
+    ("client", "text", "error"),
+    [
+        (chat_server(chunk("Pa"), chunk("ris"), chunk("", "stop")), "Paris", None),
+        (chat_server(chunk("Pa")), "Pa", "RequestError: the stream ended without a finish_reason"),
+        (chat_server(status=503), "", "InternalServerError: Error code: 503"),
+    ],
+)
+def test_an_answer_over_http_is_whole_or_an_error(client, text, error):
+    port = HttpPort(client, "m", {"store": False})
+    record = asyncio.run(Load(port).ask(Request("r", [{"role": "user", "content": "Where?"}])))
+    assert record.text == text
+    assert record.succeeded is (error is None)
+    assert record.num_tokens == (2 if text == "Paris" else len(text[:1]))
+    if error:
+        assert record.error.startswith(error)

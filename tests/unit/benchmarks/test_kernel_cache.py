@@ -4,7 +4,7 @@ import pytest
 
 from benchmarks.studies.kernel_cache import plan_cells, summarize
 from benchmarks.studies.memory.running import MemoryOptions
-from tests.unit.benchmarks.memory_windows import window
+from tests.support.memory_windows import window
 
 CAPACITIES = [32, 1024]
 HEAP = {"heap_used_bytes": 300 << 20, "heap_free_bytes": 50 << 20}

@@ -7,17 +7,16 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
+from benchmarks.harness.statistics import ratio_of, trend_of
 from benchmarks.studies.memory import command, prefix
 from benchmarks.studies.memory.capacity import largest_that_fits
 from benchmarks.studies.memory.counts import Counts, StatLog
 from benchmarks.studies.memory.journal import Journal
-from benchmarks.studies.memory.ratios import ratio_of
 from benchmarks.studies.memory.running import MemoryOptions, load_trace, run_cells
-from benchmarks.studies.memory.trend import trend_of
 from benchmarks.studies.memory.windows import WatchedEngine, status_between, system_prompts
 from core.errors import ConfigError
-from tests.unit.benchmarks.fake_engine import FakeEngine
-from tests.unit.benchmarks.memory_windows import grow, window
+from tests.support.memory_windows import grow, window
+from tests.support.timed_engine import FakeEngine
 
 MODEL = Path("model")
 

@@ -10,7 +10,7 @@ from benchmarks.studies.memory.plot import draw
 from benchmarks.studies.memory.running import MemoryOptions, load_trace
 from benchmarks.studies.memory.soak import _Seen, summarize_soak
 from benchmarks.studies.memory.tables import sheets
-from tests.unit.benchmarks.memory_windows import TIMES, grow, window
+from tests.support.memory_windows import TIMES, grow, window
 
 MODEL = Path("model")
 

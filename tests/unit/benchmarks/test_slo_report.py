@@ -3,15 +3,15 @@ from pathlib import Path
 import pytest
 
 from benchmarks.harness.jobs import Job, JobResult, MeasurementError, run_job, warm_up_requests
-from benchmarks.harness.records import RunRecord
 from benchmarks.harness.results import RunMetrics, summarize
+from benchmarks.harness.window import WindowRecord
 from benchmarks.studies.agreement import TRACES, compare_numbers
 from benchmarks.studies.slo import ALONE, SloOptions, measure_model, summarize_runs
 from core.config import SloConfig
 from simulator.trace import Trace
 
 SLO = SloConfig(ttft_s=1.0, tbt_s=0.1)
-EMPTY = summarize(RunRecord(10.0), SLO)
+EMPTY = summarize(WindowRecord(10.0), SLO)
 
 
 def metrics(**values) -> RunMetrics:

@@ -1,18 +1,6 @@
-from collections.abc import Iterator
-
 import pytest
-import torch
 
 from core import dpo_slices
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    """The test models' matrices are too small to share: on a busy machine threads cost ten times the work."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(autouse=True)

@@ -9,7 +9,7 @@ from core.types import FineTuneTask, SliceKind, TaskKind, TokenizedPair
 from engine.training import dpo
 from engine.training.dpo import DpoStep
 from engine.training.shadow import ShadowAdapter
-from tests.unit.engine.trainable_models import (
+from tests.support.trainable_models import (
     build,
     make_task,
     make_training,

@@ -12,7 +12,7 @@ from engine.pruning.passages import generated_passages, reply_passages, text_pas
 from engine.pruning.reader import PrunedReader, PruningPlan
 from engine.pruning.tasks import make_recall
 from engine.tiny.tokenizer import VOCAB_SIZE, train_tokenizer
-from tests.unit.engine.trainable_models import save_model
+from tests.support.trainable_models import save_model
 
 PLAN = PruningPlan(16, sink_tokens=16, recent_tokens=32)
 

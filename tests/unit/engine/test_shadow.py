@@ -10,7 +10,7 @@ from core.errors import AdapterError, DamagedAdapterError, DivergedError
 from engine.training.checkpoint import read_training_state, write_training_state
 from engine.training.dpo import DpoStep
 from engine.training.shadow import ShadowAdapter
-from tests.unit.engine.trainable_models import (
+from tests.support.trainable_models import (
     build,
     make_task,
     make_training,

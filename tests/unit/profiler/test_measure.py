@@ -15,8 +15,8 @@ from profiler.measure import (
     measure_in_background,
 )
 from profiler.profile import Origin, Profile
-from tests.unit.profiler.synthetic_device import SyntheticDevice, decode, prefill
-from tests.unit.profiler.synthetic_engine import SyntheticEngine
+from tests.support.synthetic_device import SyntheticDevice, decode, prefill
+from tests.support.synthetic_engine import SyntheticEngine
 
 ORIGIN = Origin(device="synthetic", model="m", num_threads=1)
 PLAN = MeasurePlan(

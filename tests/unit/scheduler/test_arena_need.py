@@ -9,7 +9,7 @@ from core import dpo_slices
 from core.errors import ConfigError
 from core.model_dims import ModelDims
 from scheduler.memory.arena import ArenaModel, ArenaNeed
-from tests.unit.engine.trainable_models import make_task, make_training, save_model, start
+from tests.support.trainable_models import make_task, make_training, save_model, start
 
 HELD_FACTOR = 1.5
 TRANSIENT_FACTOR = 2.0

@@ -6,7 +6,7 @@ from core.types import SliceKind, SliceReport, SliceTiming
 from scheduler.iteration.planner import IDLE_QUANTUM_S
 from scheduler.memory.ledger import Pool
 from scheduler.view import FineTuneState, IterationView, PrefillTask
-from tests.unit.scheduler.device import STARVATION_BOUND_S, KnownDevice, UnknownDevice, make_planner
+from tests.support.known_device import STARVATION_BOUND_S, KnownDevice, UnknownDevice, make_planner
 
 
 def work(last_progress_s=0.0, **kwargs):

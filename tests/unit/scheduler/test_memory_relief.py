@@ -5,7 +5,7 @@ from core.config import KvPruningConfig
 from scheduler.memory.ledger import Pool
 from scheduler.memory.relief import BlockBudget
 from scheduler.view import FineTuneState, IterationView, PrefillTask, PruneOffer
-from tests.unit.scheduler.device import KnownDevice, make_planner
+from tests.support.known_device import KnownDevice, make_planner
 
 BLOCK = 16
 BYTES = 10

@@ -23,7 +23,7 @@ from scheduler.priority import (
 )
 from scheduler.queues.finetune import QueuedTask, TaskQueue
 from scheduler.view import FineTuneState, IterationView
-from tests.unit.scheduler.device import make_planner
+from tests.support.known_device import make_planner
 
 CONFIG = ExperimentsConfig()
 

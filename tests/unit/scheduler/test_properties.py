@@ -9,9 +9,9 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 
 from scheduler.iteration.prefill import MIN_PREFILL_TOKENS
 from scheduler.memory.ledger import Pool
-from tests.unit.scheduler.device import STARVATION_BOUND_S, KnownDevice
-from tests.unit.scheduler.device import settings as settings_of
-from tests.unit.scheduler.mini_engine import MiniEngine, Request
+from tests.support.known_device import STARVATION_BOUND_S, KnownDevice
+from tests.support.known_device import settings as settings_of
+from tests.support.mini_engine import MiniEngine, Request
 
 
 class PlannedEngine(RuleBasedStateMachine):

@@ -1,7 +1,7 @@
 import pytest
 
 from scheduler.iteration.retrain import RetrainMeter
-from tests.unit.scheduler.device import settings
+from tests.support.known_device import settings
 
 
 def meter(**config):

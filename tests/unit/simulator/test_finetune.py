@@ -6,7 +6,7 @@ from core import dpo_slices
 from core.dpo_slices import group_pairs, step_slices
 from core.model_dims import ModelDims
 from core.types import SliceKind
-from tests.unit.engine.trainable_models import make_task, make_training, save_model, start
+from tests.support.trainable_models import make_task, make_training, save_model, start
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,7 @@ from core.types import SliceKind
 from simulator.cluster import Options, Simulation
 from simulator.hardware import hardware_of
 from simulator.statistics import Statistics
-from tests.unit.simulator.devices import DIMS, make_profile, make_trace
+from tests.support.simulated_device import DIMS, make_profile, make_trace
 
 _AT_S = 20.0
 _TBT_S = 0.06

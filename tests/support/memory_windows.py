@@ -2,13 +2,13 @@
 
 import numpy as np
 
-from benchmarks.harness.records import RunRecord
 from benchmarks.harness.results import summarize
+from benchmarks.harness.window import WindowRecord
 from benchmarks.studies.memory.counts import Counts
 from benchmarks.studies.memory.windows import WindowResult
 from core.config import SloConfig
 
-EMPTY = summarize(RunRecord(10.0), SloConfig())
+EMPTY = summarize(WindowRecord(10.0), SloConfig())
 TIMES = {"ttft_p50_s": 0.1, "ttft_p99_s": 0.3, "tbt_p50_s": 0.05, "tbt_p99_s": 0.08, "overhead_share": 0.1}
 
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from core.batch import ForwardShape, IterationSample
 from core.dpo_slices import PairGroup
 from core.types import SliceKind, SliceReport, SliceTiming, TaskKind, TaskResult
-from tests.unit.profiler.synthetic_device import SyntheticDevice
+from tests.support.synthetic_device import SyntheticDevice
 
 
 @dataclass

@@ -1,0 +1,158 @@
+"""One measuring window on an engine in this process: requests of a trace, fine-tuning, and the engine's iterations.
+
+A window has three phases. Warm-up: a few seconds of the same load with another seed, until a fine-tune step has ended.
+Window: the trace's requests, and what the engine reports about its iterations. Drain: requests of the window are
+awaited up to a limit, with fine-tuning still going on, so that the last requests meet the same engine as the first.
+
+Prompts are random ids, so that no prefix is cached, and every request gets exactly the output length of the trace.
+"""
+
+import asyncio
+import itertools
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from benchmarks.harness.client import Clock, EnginePort, Load, MeasuredEngine, Request, RequestRecord
+from benchmarks.harness.feeder import FineTuneFeeder, TaskRecord
+from core.batch import IterationSample
+from core.errors import TrainingError
+from simulator.trace import TraceRequest
+
+_LEAD_S = 0.05
+"""Between the start of the clock and the first possible arrival."""
+
+
+@dataclass(frozen=True, slots=True)
+class WindowOptions:
+    """How a window is measured."""
+
+    window_s: float
+    vocab_size: int
+    """Prompts are drawn from ids 0 to here."""
+    seed: int = 0
+    drain_s: float = 30.0
+    """How long requests are awaited after the window; what is not done then is an error."""
+    poll_s: float = 0.25
+    """How often the engine is asked for its iterations: seldom makes the answers long, and they are written between
+    two iterations."""
+
+
+@dataclass(slots=True)
+class IterationLog:
+    """The engine's iterations during the window."""
+
+    samples: list[IterationSample] = field(default_factory=list)
+    covered_s: float = 0.0
+    """Wall time that the samples stand for: between the engine's answers that open and close the window. An answer
+    comes between two iterations, so a long one (a blocking training phase) delays it; sums over samples are to be
+    divided by this, not by the nominal length of the window."""
+    num_lost: int = 0
+    """Iterations that the engine had forgotten when it was asked."""
+
+
+@dataclass(slots=True)
+class WindowRecord:
+    """What was seen in one window, before any statistics. Times are seconds since it began."""
+
+    window_s: float
+    requests: list[RequestRecord] = field(default_factory=list)
+    tasks: list[TaskRecord] = field(default_factory=list)
+    iterations: IterationLog = field(default_factory=IterationLog)
+
+
+async def run_window(
+    engine: MeasuredEngine,
+    requests: Sequence[TraceRequest],
+    options: WindowOptions,
+    feeder: FineTuneFeeder | None = None,
+    warm_up: Sequence[TraceRequest] = (),
+) -> WindowRecord:
+    """Measure one window; see the module docstring.
+
+    Args:
+        engine: what is measured.
+        requests: those of the window, in order of arrival; arrivals count from its beginning.
+        options: lengths and limits.
+        feeder: fine-tune work; None for none. It is started and stopped here.
+        warm_up: requests that are sent, awaited and forgotten before the window.
+
+    Raises:
+        TrainingError: no fine-tune step succeeds in the warm-up.
+    """
+    prompts = _with_prompts(requests, options, tag="window")  # ahead, so that the client does nothing but send
+    if feeder is not None:
+        feeder.start()
+    try:
+        await _warm_up(engine, warm_up, options, feeder)
+        last_seen, _ = await engine.iterations(0)
+        clock = Clock(_LEAD_S)
+        if feeder is not None:
+            feeder.restart(clock)
+        watching = asyncio.create_task(_watch(engine, last_seen, options, clock))
+        records = await _serve(engine, prompts, options.window_s, options.drain_s, clock)
+        iterations = await watching
+    finally:
+        if feeder is not None:
+            await feeder.stop()
+    return WindowRecord(options.window_s, records, [] if feeder is None else list(feeder.finished), iterations)
+
+
+async def _warm_up(
+    engine: MeasuredEngine, requests: Sequence[TraceRequest], options: WindowOptions, feeder: FineTuneFeeder | None
+) -> None:
+    """Serve these requests, again and again until a fine-tune step has ended: some policies train only after so many.
+
+    Raises:
+        TrainingError: no step ended within ten times the drain's limit, or the first one failed.
+    """
+    end_s = max((request.arrival_s for request in requests), default=0.0)
+    give_up_s = time.monotonic() + 10 * options.drain_s
+    for number in itertools.count():
+        prompts = _with_prompts(requests, options, tag=f"warm-up-{number}")
+        await _serve(engine, prompts, end_s, options.drain_s, Clock(_LEAD_S))
+        if feeder is None or await feeder.wait_for_one(0.0 if requests else options.drain_s):
+            return
+        if time.monotonic() > give_up_s:
+            raise TrainingError(f"no fine-tune step ended within {10 * options.drain_s:.0f} s")
+
+
+async def _serve(
+    engine: MeasuredEngine, requests: Sequence[Request], end_s: float, drain_s: float, clock: Clock
+) -> list[RequestRecord]:
+    """Send each request at its time and await them all, until `drain_s` after `end_s`."""
+    load = Load(EnginePort(engine), clock)
+    await load.open_loop(requests)
+    await clock.sleep_until(end_s)
+    await load.drain(end_s + drain_s - clock())
+    return load.records
+
+
+async def _watch(engine: MeasuredEngine, last_seen: int, options: WindowOptions, clock: Clock) -> IterationLog:
+    """Collect the engine's iterations from now to the end of the window."""
+    log, opened_s = IterationLog(), clock()
+    while clock() < options.window_s:
+        await clock.sleep_until(min(clock() + options.poll_s, options.window_s))
+        newest, samples = await engine.iterations(last_seen)
+        log.covered_s = clock() - opened_s
+        log.num_lost += newest - last_seen - len(samples)
+        log.samples.extend(samples)
+        last_seen = newest
+    return log
+
+
+def _with_prompts(requests: Sequence[TraceRequest], options: WindowOptions, tag: str) -> list[Request]:
+    """Give each request of a trace a prompt of random ids; `tag` makes ids unique in the life of an engine."""
+    rng = np.random.default_rng([options.seed, *tag.encode()])
+    return [
+        Request(
+            f"{tag}-{one.request_id}",
+            rng.integers(0, options.vocab_size, one.num_prompt_tokens).tolist(),
+            one.arrival_s,
+            one.num_output_tokens,
+            one.user_priority,
+        )
+        for one in requests
+    ]
