@@ -13,6 +13,7 @@ from typer.main import get_command, get_group
 
 from app.cli import app
 from app.main import parse_args
+from core.config import AppArgs
 from scripts.configure_page import PAGE, page
 
 ROOT = Path(__file__).parents[2]
@@ -100,6 +101,19 @@ def is_unknown(line):
 @pytest.mark.parametrize(("path", "text"), of_every_page(with_code=True))
 def test_commands_and_options_that_a_page_shows_exist(path, text):
     assert [line for line in _COMMAND.findall(text) if is_unknown(line)] == []
+
+
+GONE = {
+    f"{name}.{key}"
+    for name, field in AppArgs.model_fields.items()
+    for key in getattr(field.annotation, "gone", ())
+}
+
+
+@pytest.mark.parametrize(("path", "text"), of_every_page())
+def test_no_page_tells_to_use_a_setting_that_is_gone(path, text):
+    today = text.partition("## Keys that are gone")[0] if path.name != "CHANGELOG.md" else ""
+    assert GONE & set(re.findall(r"`(\w+\.\w+)\b", today)) == set()
 
 
 def test_the_page_of_settings_is_what_the_settings_say():
