@@ -23,7 +23,7 @@ _FENCE = re.compile(r"^```.*?^```", re.M | re.S)
 _LINK = re.compile(r"\]\(([^)\s]+)\)")
 _FILE = re.compile(r"`((?:[\w.-]+/)+[\w.-]+\.(?:py|yaml|json|jsonl|md|png|toml))(?::(?:\w+\.)?(\w+))?`")
 _COMMAND = re.compile(r"(?:^\s*|`|[$] )mace ([a-z][^`#|\n;,()]*)", re.M)
-_FOLDERS = {path.name for path in ROOT.iterdir() if path.is_dir()} - {"state", "build"}
+_FOLDERS = {path.parent.name for path in ROOT.glob("*/__init__.py")} | {"tests", "docs", "scripts"}
 
 
 def of_every_page(*, with_code=False):
@@ -68,6 +68,17 @@ def is_missing(name, symbol):
 @pytest.mark.parametrize(("path", "text"), of_every_page())
 def test_files_and_names_that_a_page_mentions_exist(path, text):
     assert [(name, symbol) for name, symbol in _FILE.findall(text) if is_missing(name, symbol)] == []
+
+
+def test_pages_that_the_code_mentions_exist():
+    files = [
+        path
+        for folder in sorted(_FOLDERS)
+        for path in (ROOT / folder).rglob("*")
+        if path.suffix in (".py", ".yaml")
+    ]
+    mentions = {(path, page) for path in files for page in re.findall(r"\bdocs/[\w/]+\.md\b", path.read_text())}
+    assert {(path, page) for path, page in mentions if not (ROOT / page).exists()} == set()
 
 
 @cache
