@@ -24,6 +24,7 @@ from benchmarks.harness.models import ModelName, args_for, vocab_size
 from benchmarks.harness.profiling import write_profile
 from benchmarks.harness.results import RunMetrics, summarize
 from core.errors import MaceError
+from profiler.measure import MEASURE_S
 from simulator.trace import Trace, TraceRequest
 
 _ENGINE_START_S = 300.0
@@ -60,7 +61,7 @@ class Job(BaseModel):
     def limit_s(self) -> float:
         """Wall time after which the process is ended."""
         windows = 8 if self.kind == "calibrate" else 1
-        profile_s = 0.0 if self.profile_out is None else 3 * self.trace.args.profile.max_measure_s
+        profile_s = 0.0 if self.profile_out is None else 3 * MEASURE_S
         return (
             _ENGINE_START_S
             + profile_s

@@ -1,14 +1,12 @@
 """A profile measured on the very engine that is benchmarked next."""
 
-import asyncio
 import logging
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from core.config import AppArgs
 from deployments.monitors.profiling import measure_plan, origin_of
-from profiler.fit import fit_profile
-from profiler.measure import measure_grid
+from profiler.measure import measure_profile
 
 if TYPE_CHECKING:
     from engine.vllm.engine import HybridEngine
@@ -17,19 +15,14 @@ logger = logging.getLogger(__name__)
 
 
 async def write_profile(engine: "HybridEngine", args: AppArgs, path: Path) -> None:
-    """Measure for `profile.max_measure_s`, fit and write. The shadow adapter, which this trains, is reset after.
+    """Measure for `profiler.measure.MEASURE_S`, fit and write. The shadow adapter, which this trains, is reset after.
 
     Raises:
         ProfileError: too little could be measured.
         MaceError: the engine ended a task without a result.
     """
-    budget_s = args.profile.max_measure_s
-    measurement = await measure_grid(engine, measure_plan(engine, args, budget_s=budget_s))
-    profile = await asyncio.to_thread(fit_profile, measurement.samples, origin_of(args), memory=measurement.memory)
+    profile = await measure_profile(engine, measure_plan(engine, args), origin_of(args))
     profile.save(path)
     await engine.load_adapter(None)
-    logger.warning(
-        "profile of %d points, median error of a forward pass %.1f %%",
-        measurement.num_points,
-        100 * profile.forward_error.median,
-    )
+    error = profile.forward_error
+    logger.warning("profile in %s, median error of a forward pass %.1f %%", path, 100 * error.median)

@@ -79,7 +79,7 @@ def measured_numbers(metrics: RunMetrics) -> dict[str, float | None]:
 
 
 def simulated_numbers(result: dict[str, Any]) -> dict[str, float | None]:
-    """The same of `simulator.result.Result.to_json()`."""
+    """The same of `simulator.statistics.Result.to_json()`."""
     latencies = {f"{name}_{q}_s": result[name][f"{q}_s"] for name in ("ttft", "tbt") for q in ("p50", "p99")}
     return {**latencies, "pairs_per_s": result["pairs_per_s"]}
 

@@ -16,7 +16,7 @@ from openai import NotFoundError, OpenAI
 
 from app.demo.run import DemoOptions, run_demo
 from benchmarks.harness.ports import free_port
-from engine.tiny.styles import Style
+from engine.tiny.knowledge import Style
 from tests.integration.server import Server
 
 pytestmark = [pytest.mark.vllm, pytest.mark.ray]

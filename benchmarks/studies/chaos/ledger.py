@@ -7,8 +7,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from engine.tiny.knowledge import preference_questions
-from engine.tiny.styles import Style, render
+from engine.tiny.knowledge import Style, preference_questions, render
 
 _USERS = 12
 _PAIRS_PER_TASTE = 150

@@ -13,7 +13,7 @@ import numpy as np
 from benchmarks.studies.drift.plan import Ask, DriftPlan, Post, asks, posts
 from benchmarks.studies.drift.record import BASE, Look, Posts, Reply, Stream
 from core.errors import MaceError
-from engine.tiny.styles import judge
+from engine.tiny.knowledge import judge
 
 _DRAIN_S = 20.0
 _MAX_TOKENS = 64

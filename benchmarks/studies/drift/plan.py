@@ -10,8 +10,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field
 
 from core.wire import TrainingPair
-from engine.tiny.knowledge import Question, held_out_questions, preference_questions, questions
-from engine.tiny.styles import Style, render
+from engine.tiny.knowledge import Question, Style, held_out_questions, preference_questions, questions, render
 
 _HELD_OUT_SEED = 20_260_101
 """Which style is the rejected one of a held-out pair: the same set for every seed and policy."""
