@@ -13,6 +13,7 @@ from typer.main import get_command, get_group
 
 from app.cli import app
 from app.main import parse_args
+from core.config import AppArgs
 from scripts.configure_page import PAGE, page
 
 ROOT = Path(__file__).parents[2]
@@ -22,7 +23,7 @@ _FENCE = re.compile(r"^```.*?^```", re.M | re.S)
 _LINK = re.compile(r"\]\(([^)\s]+)\)")
 _FILE = re.compile(r"`((?:[\w.-]+/)+[\w.-]+\.(?:py|yaml|json|jsonl|md|png|toml))(?::(?:\w+\.)?(\w+))?`")
 _COMMAND = re.compile(r"(?:^\s*|`|[$] )mace ([a-z][^`#|\n;,()]*)", re.M)
-_FOLDERS = {path.name for path in ROOT.iterdir() if path.is_dir()} - {"state", "build"}
+_FOLDERS = {path.parent.name for path in ROOT.glob("*/__init__.py")} | {"tests", "docs", "scripts"}
 
 
 def of_every_page(*, with_code=False):
@@ -69,6 +70,17 @@ def test_files_and_names_that_a_page_mentions_exist(path, text):
     assert [(name, symbol) for name, symbol in _FILE.findall(text) if is_missing(name, symbol)] == []
 
 
+def test_pages_that_the_code_mentions_exist():
+    files = [
+        path
+        for folder in sorted(_FOLDERS)
+        for path in (ROOT / folder).rglob("*")
+        if path.suffix in (".py", ".yaml")
+    ]
+    mentions = {(path, page) for path in files for page in re.findall(r"\bdocs/[\w/]+\.md\b", path.read_text())}
+    assert {(path, page) for path, page in mentions if not (ROOT / page).exists()} == set()
+
+
 @cache
 def mace():
     """The `mace` command with those of packages above `app`, which `app.cli.main` adds when they are asked for."""
@@ -100,6 +112,19 @@ def is_unknown(line):
 @pytest.mark.parametrize(("path", "text"), of_every_page(with_code=True))
 def test_commands_and_options_that_a_page_shows_exist(path, text):
     assert [line for line in _COMMAND.findall(text) if is_unknown(line)] == []
+
+
+GONE = {
+    f"{name}.{key}"
+    for name, field in AppArgs.model_fields.items()
+    for key in getattr(field.annotation, "gone", ())
+}
+
+
+@pytest.mark.parametrize(("path", "text"), of_every_page())
+def test_no_page_tells_to_use_a_setting_that_is_gone(path, text):
+    today = text.partition("## Keys that are gone")[0] if path.name != "CHANGELOG.md" else ""
+    assert GONE & set(re.findall(r"`(\w+\.\w+)\b", today)) == set()
 
 
 def test_the_page_of_settings_is_what_the_settings_say():
