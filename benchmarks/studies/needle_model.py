@@ -1,6 +1,6 @@
 """A tiny model that finds needles: the positive case for measuring what KV pruning costs.
 
-    python -m benchmarks.studies.needle_model --state-dir state
+    mace bench needle-model --state-dir state
 
 The built-in model cannot look things up in its context, so on it the recall tasks of `mace profile pruning` say
 nothing. This one is trained on the same kind of text (other seeds) to answer from the context and from nothing else.
@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from benchmarks.harness.report import StateDir, note
 from engine.pruning.tasks import TaskKind, all_words, make_recall
 
 if TYPE_CHECKING:
@@ -37,9 +38,6 @@ _MAX_POSITIONS = 2048
 _REPORT_STEPS = 100
 _ANSWER_WEIGHT, _TEXT_WEIGHT = 3.0, 0.1
 """Of predicting an answer's word, and any other token."""
-
-Progress = Callable[[int, float, float], None]
-"""Called now and then with finished steps, loss, and the share of right answers in the last batch that asked."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,9 +72,7 @@ class _Row:
     weights: list[float]
 
 
-def ensure_needle_model(
-    state_dir: Path, seed: int = 0, recipe: NeedleRecipe | None = None, on_progress: Progress | None = None
-) -> Path:
+def ensure_needle_model(state_dir: Path, seed: int = 0, recipe: NeedleRecipe | None = None) -> Path:
     """The model's directory; trained first where it is missing."""
     recipe = recipe or NeedleRecipe()
     target = state_dir / "models" / f"needle-v{RECIPE_VERSION}-{_fingerprint(recipe)}-seed{seed}"
@@ -86,7 +82,7 @@ def ensure_needle_model(
     staging = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
     try:
         tokenizer = _train_tokenizer()
-        model = train_needle_model(tokenizer, recipe, seed, on_progress)
+        model = train_needle_model(tokenizer, recipe, seed)
         model.save_pretrained(staging)
         tokenizer.save_pretrained(staging)
         staging.chmod(0o755)
@@ -97,9 +93,7 @@ def ensure_needle_model(
     return target
 
 
-def train_needle_model(
-    tokenizer: Any, recipe: NeedleRecipe, seed: int, on_progress: Progress | None = None
-) -> Any:
+def train_needle_model(tokenizer: Any, recipe: NeedleRecipe, seed: int) -> Any:
     """Train from scratch on one thread. Leaves torch's thread count as it was."""
     import torch
 
@@ -108,7 +102,7 @@ def train_needle_model(
     try:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            return _fit(_new_model(tokenizer, recipe), tokenizer, recipe, random.Random(seed), on_progress)
+            return _fit(_new_model(tokenizer, recipe), tokenizer, recipe, random.Random(seed))
     finally:
         torch.set_num_threads(num_threads)
 
@@ -179,9 +173,7 @@ def _look_back(model: Any, recipe: NeedleRecipe) -> None:
             attention.k_proj.weight[rows + half, 0] = scale * torch.sin(angles)
 
 
-def _fit(
-    model: Any, tokenizer: Any, recipe: NeedleRecipe, rng: random.Random, on_progress: Progress | None
-) -> Any:
+def _fit(model: Any, tokenizer: Any, recipe: NeedleRecipe, rng: random.Random) -> Any:
     import torch
     from torch.nn import functional
 
@@ -204,8 +196,8 @@ def _fit(
         is_answer = weights > _ANSWER_WEIGHT / 2
         if is_answer.any():
             accuracy = (logits.argmax(-1) == targets)[is_answer].float().mean().item()
-        if on_progress and (step + 1) % _REPORT_STEPS == 0:
-            on_progress(step + 1, loss.item(), accuracy)
+        if (step + 1) % _REPORT_STEPS == 0:
+            note(f"step {step + 1}: loss {loss.item():.3f}, {accuracy:.0%} right")
     return model.eval()
 
 
@@ -279,17 +271,8 @@ def _fingerprint(recipe: NeedleRecipe) -> str:
 
 
 def main(
-    state_dir: Annotated[Path, typer.Option(help="Where models are kept")] = Path("state"),
-    seed: Annotated[int, typer.Option(help="Of weights and texts")] = 0,
+    state_dir: StateDir = Path("state"),
+    seed: Annotated[int, typer.Option(help="Seed of weights and texts")] = 0,
 ) -> None:
-    """Train the model if it is missing, and print its directory."""
-    path = ensure_needle_model(
-        state_dir,
-        seed,
-        on_progress=lambda step, loss, share: typer.echo(f"{step}: loss {loss:.3f}, right {share:.0%}", err=True),
-    )
-    typer.echo(str(path))
-
-
-if __name__ == "__main__":
-    typer.run(main)
+    """Train the model that finds needles if it is missing, and print its directory."""
+    typer.echo(str(ensure_needle_model(state_dir, seed)))

@@ -11,11 +11,14 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
+import typer
 from pydantic import BaseModel, ConfigDict
+from rich.table import Table
 
+from benchmarks.harness.report import VERDICTS, AsJson, Out, show
 from core.batch import ForwardShape, IterationSample
 from core.config import SchedulerConfig, SloConfig
 from core.types import SliceKind, SliceReport, SliceTiming
@@ -72,6 +75,24 @@ class StandInRequest:
     def num_tokens_with_spec(self) -> int:
         """Prompt and answer so far."""
         return self.num_tokens
+
+
+def main(
+    as_json: AsJson = False,
+    running: Annotated[int, typer.Option(min=1, help="Running requests")] = 256,
+    waiting: Annotated[int, typer.Option(min=1, help="Waiting requests")] = 1000,
+    tasks: Annotated[int, typer.Option(min=1, help="Fine-tune tasks")] = 500,
+    iterations: Annotated[int, typer.Option(min=100, help="Iterations timed")] = 5000,
+    out: Out = None,
+) -> None:
+    """What the decisions of one engine iteration cost, without a device."""
+    found = measure_cost(
+        CostOptions(num_running=running, num_waiting=waiting, num_tasks=tasks, iterations=iterations)
+    )
+    table = Table("part", "median, ms", "p99, ms", "max, ms")
+    for name, part in {**found["parts"], "total": found["total"]}.items():
+        table.add_row(name, *(f"{part[key]:.4f}" for key in ("median_ms", "p99_ms", "max_ms")))
+    show(found, [table, f"targets {VERDICTS[found['passed']]}: {found['targets']}"], as_json, out)
 
 
 class Stopwatch:

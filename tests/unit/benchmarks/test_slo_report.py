@@ -68,7 +68,7 @@ class Recorder:
 
 def measured(**options):
     recorder = Recorder()
-    report = measure_model("tiny", Path("model"), SloOptions(**options), recorder, lambda _: None)
+    report = measure_model("tiny", Path("model"), SloOptions(**options), recorder)
     return recorder.jobs, report
 
 

@@ -1,0 +1,239 @@
+"""A report of `mace bench memory` as tables and as a picture."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.table import Table
+
+from benchmarks.harness.report import SERVED, Column, checks_table, digits, interval_of, ms, percent, table_of
+from core.errors import ConfigError
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+_SIZE_IN = (13, 9)
+_DPI = 100
+_BLUE, _ORANGE, _GREEN, _GREY, _SKY = "#0072B2", "#D55E00", "#009E73", "#777777", "#56B4E9"
+"""Okabe and Ito: apart for the colour-blind too."""
+
+_OVERLAP: Column = ("overlap", "overlap", "{:.0%}".format)
+_FRACTION: Column = ("fraction", "fraction", "{:.0%}".format)
+_LOAD: Column = ("load", "load", "{:g}".format)
+_PREEMPTED: Column = ("preempted", "preemptions", str)
+_HITS: Column = ("hit ratio", "hit_ratio", percent)
+_KV_USE: Column = ("KV use", "kv_use_mean", percent)
+_FREED: Column = ("blocks freed", "pruned_blocks", digits(0))
+_RATIOS: tuple[Column, ...] = tuple((heading, key, interval_of("ratio")) for heading, key, _ in SERVED[1:])
+
+_TABLES: dict[str, list[tuple[str, str, tuple[Column, ...]]]] = {
+    "prefix": [
+        (
+            "Prefix sharing",
+            "rows",
+            (_OVERLAP, ("sharing", "sharing", str), _HITS, *SERVED, ("forward", "forward_share", percent)),
+        ),
+        (
+            "Prefix sharing: on / off (95 % interval)",
+            "on_over_off",
+            (
+                _OVERLAP,
+                *_RATIOS,
+                ("forward", "forward_share", interval_of("ratio")),
+                ("windows", "pairs_per_s", lambda ratio: str(ratio["num_pairs"])),
+            ),
+        ),
+    ],
+    "pruning": [
+        (
+            "KV pruning under memory pressure",
+            "rows",
+            (
+                _FRACTION,
+                _FREED,
+                ("requests pruned", "pruned_requests", digits(0)),
+                _PREEMPTED,
+                _KV_USE,
+                *SERVED,
+                ("errors", "num_errors", str),
+            ),
+        ),
+        ("KV pruning: over no pruning (95 % interval)", "over_no_pruning", (_FRACTION, *_RATIOS)),
+    ],
+    "ablation": [
+        (
+            "Ablations under memory pressure",
+            "rows",
+            (_LOAD, ("setting", "setting", str), *SERVED, _PREEMPTED, _HITS, _FREED, _KV_USE),
+        ),
+        (
+            "Ablations: without / with all (95 % interval)",
+            "over_full",
+            (
+                _LOAD,
+                ("without", "setting", str),
+                ("attainment lost, points", "attainment_gain", interval_of("middle", 1, 100)),
+                *_RATIOS,
+            ),
+        ),
+    ],
+}
+"""Title, rows of the part, and columns of each table."""
+
+
+def tables(report: dict[str, Any]) -> Iterator[Table]:
+    """Everything that the report holds, for the terminal."""
+    for part in ("prefix", "pruning", "ablation", "soak"):
+        if part not in report:
+            continue
+        for title, rows, columns in _TABLES.get(part, ()):
+            yield table_of(title, report[part][rows], columns)
+        if part == "pruning":
+            yield from _pruning_tables(report[part]["rows"])
+        if part == "soak":
+            yield _soak_table(report[part])
+        if report[part].get("checks"):
+            yield checks_table(part, report[part]["checks"])
+
+
+def _pruning_tables(rows: list[dict[str, Any]]) -> Iterator[Table]:
+    contexts = [f"{found['context_tokens']} tokens" for found in rows[0]["capacity"]]
+    batches = [
+        {**row, **dict(zip(contexts, (found["batch"] for found in row["capacity"]), strict=True))} for row in rows
+    ]
+    title = "Largest batch that runs at once, by context"
+    yield table_of(title, batches, (_FRACTION, *((context, context, str) for context in contexts)))
+    if kinds := sorted({kind for row in rows for kind in row.get("tasks", {})}):
+        right = [
+            {**row, **{kind: row["tasks"][kind]["accuracy"] for kind in kinds}} for row in rows if "tasks" in row
+        ]
+        columns: list[Column] = [
+            _FRACTION,
+            ("log-prob drop, nats/token", "logprob_drop", interval_of("mean", 3)),
+            *((f"{kind}: right answers", kind, percent) for kind in kinds),
+        ]
+        yield table_of("Accuracy after pruning", right, columns)
+
+
+def _soak_table(part: dict[str, Any]) -> Table:
+    counts, status = part["counts"], part["status"]
+    table = Table("what", "value", title="Soak")
+    table.add_row("minutes", f"{part['elapsed_s'] / 60:.1f}")
+    table.add_row("requests, errors", f"{part['requests']}, {len(part['errors'])}")
+    table.add_row("steps, failed", f"{part['steps']}, {len(part['failed_steps'])}")
+    table.add_row("pairs/s", f"{part['pairs_per_s']:.1f}")
+    table.add_row("KV use, mean and maximum", f"{counts['kv_use_mean'] or 0:.1%}, {counts['kv_use_max'] or 0:.1%}")
+    table.add_row("share of time at 95 % or more", percent(part["share_of_time_full"]))
+    table.add_row("preemptions", str(counts["preemptions"]))
+    table.add_row("blocks pruned", str(status.get("pruned_blocks", "-")))
+    table.add_row("TBT p50, p99", ", ".join(ms(part["tbt"][key] or 0.0) for key in ("p50_s", "p99_s")))
+    for name, trend in part["rss"].items():
+        if trend is not None:
+            sizes = f"{trend['first_bytes'] / 2**20:.0f} to {trend['last_bytes'] / 2**20:.0f} MiB"
+            slope = ", ".join(f"{trend[key] / 2**20:+.1f}" for key in ("low", "high"))
+            table.add_row(f"{name.removesuffix('_rss_bytes')}, last two thirds", f"{sizes}; {slope} MiB/h")
+    return table
+
+
+def draw(report: dict[str, Any], path: Path) -> None:
+    """Write the PNG; parts that the report does not have stay empty.
+
+    Raises:
+        ConfigError: the file cannot be written.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=_SIZE_IN, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(2, 2)
+    panels = (("prefix", _prefix), ("pruning", _pruning), ("ablation", _ablation), ("soak", _soak))
+    for panel, (part, drawing) in zip(axes.flat, panels, strict=True):
+        if part in report:
+            drawing(panel, report[part])
+        else:
+            panel.set_title(f"{part}: not measured", loc="left")
+    try:
+        figure.savefig(path, dpi=_DPI)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"cannot write {path}: {error}") from error
+
+
+def _prefix(axes: "Axes", part: dict[str, Any]) -> None:
+    """Ratios with their intervals."""
+    names = (
+        ("ttft_p50_s", "TTFT p50", _BLUE),
+        ("forward_share", "time in forward passes", _ORANGE),
+        ("pairs_per_s", "pairs/s", _GREEN),
+    )
+    for number, (name, title, colour) in enumerate(names):
+        known = [(100 * row["overlap"] + number - 1, row[name]) for row in part["on_over_off"] if row[name]]
+        if not known:
+            continue
+        xs, ratios = zip(*known, strict=True)
+        middles = [ratio["ratio"] for ratio in ratios]
+        below = [0 if r["low"] is None else r["ratio"] - r["low"] for r in ratios]
+        above = [0 if r["high"] is None else r["high"] - r["ratio"] for r in ratios]
+        axes.errorbar(xs, middles, yerr=[below, above], color=colour, marker="o", capsize=3, label=title)
+    axes.axhline(1, color=_GREY, linewidth=1, linestyle="--")
+    axes.set_xlabel("prompt tokens that are shared, %")
+    axes.set_title("prefix sharing: on / off, 95 % intervals", loc="left")
+    axes.set_ylim(0, 1.25 * axes.get_ylim()[1])  # room for the legend
+    axes.grid(visible=True, axis="y", alpha=0.35)
+    axes.legend(frameon=False, ncols=3, loc="upper center")
+
+
+def _pruning(axes: "Axes", part: dict[str, Any]) -> None:
+    """Largest batch over fraction, a group of bars for each context."""
+    rows = part["rows"]
+    contexts = [str(found["context_tokens"]) for found in rows[0]["capacity"]]
+    width = 0.8 / len(rows)
+    for number, (row, colour) in enumerate(zip(rows, (_GREY, _SKY, _BLUE, _ORANGE), strict=False)):
+        places = [place + (number - (len(rows) - 1) / 2) * width for place in range(len(contexts))]
+        heights = [found["batch"] for found in row["capacity"]]
+        bars = axes.bar(places, heights, width, color=colour, label=f"{row['fraction']:.0%} dropped")
+        axes.bar_label(bars, fontsize=8)
+    axes.set_xticks(range(len(contexts)), contexts)
+    axes.set_xlabel("context of each request, tokens")
+    axes.set_ylim(0, 1.2 * axes.get_ylim()[1])
+    axes.set_title("requests that run at once in the same KV cache", loc="left")
+    axes.legend(frameon=False, ncols=2, loc="upper right")
+
+
+def _ablation(axes: "Axes", part: dict[str, Any]) -> None:
+    """SLO attainment; dots are the repeats."""
+    rows = part["rows"]
+    loads = sorted({row["load"] for row in rows})
+    settings = list(dict.fromkeys(row["setting"] for row in rows))
+    width = 0.8 / len(settings)
+    for number, (setting, colour) in enumerate(zip(settings, (_ORANGE, _BLUE, _GREEN, _GREY), strict=False)):
+        mine = [row for row in rows if row["setting"] == setting]
+        places = [loads.index(row["load"]) + (number - (len(settings) - 1) / 2) * width for row in mine]
+        axes.bar(places, [row["pooled_slo_attainment"] or 0 for row in mine], width, color=colour, label=setting)
+        for place, row in zip(places, mine, strict=True):
+            repeats = [repeat["metrics"]["slo_attainment"] for repeat in row["repeats"]]
+            axes.plot([place] * len(repeats), repeats, "o", color="#222222", markersize=3)
+    axes.set_xticks(range(len(loads)), [f"load × {load:g}" for load in loads])
+    axes.set_ylim(0, 1.2)
+    axes.set_title("SLO attainment under memory pressure (dots: repeats)", loc="left")
+    axes.grid(visible=True, axis="y", alpha=0.35)
+    axes.legend(frameon=False, ncols=4, loc="upper center")
+
+
+def _soak(axes: "Axes", part: dict[str, Any]) -> None:
+    """Resident memory of each process, and use of the KV cache."""
+    series = part["series"]
+    minutes = [reading["time_s"] / 60 for reading in series]
+    names = [name for name in (series[0] if series else {}) if name.endswith("_rss_bytes")]
+    for name, colour in zip(names, (_GREY, _BLUE, _ORANGE), strict=False):
+        label = name.removesuffix("_rss_bytes").replace("_", " ")
+        axes.plot(minutes, [reading[name] / 2**20 for reading in series], color=colour, label=label)
+    axes.set_ylim(0, 1.2 * axes.get_ylim()[1])
+    axes.set_xlabel("minutes")
+    axes.set_ylabel("resident memory, MiB")
+    used = axes.twinx()
+    used.plot(minutes, [100 * reading["kv_use"] for reading in series], color=_GREEN, linewidth=0.8, alpha=0.6)
+    used.set_ylim(0, 120)
+    used.set_ylabel("KV blocks in use, %", color=_GREEN)
+    axes.set_title("soak: full KV cache, training on", loc="left")
+    axes.legend(frameon=False, loc="lower right")
