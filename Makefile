@@ -1,4 +1,4 @@
-.PHONY: setup serve test check lock clean
+.PHONY: setup serve unit test test-all check docs lock clean
 
 setup:
 	@scripts/setup
@@ -6,12 +6,20 @@ setup:
 serve: setup
 	@exec .venv/bin/mace serve
 
+unit: setup
+	@scripts/test unit
+
 test: setup
-	@scripts/check
-	@.venv/bin/python -m pytest
+	@scripts/test most
+
+test-all: setup
+	@scripts/test all
 
 check: setup
 	@scripts/check
+
+docs: setup
+	@.venv/bin/python -m mkdocs build --strict --site-dir build/site && echo "docs: build/site/index.html"
 
 lock: setup
 	@scripts/lock

@@ -6,7 +6,7 @@ gives the body on
 unchanged. Bodies of unknown length, or too long, pass by unread: their requests are routed by load and session.
 
 Serve takes middlewares for its proxies from a function named by an environment variable of theirs:
-`RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH=deployments.prefix_proxy.middlewares` (`mace serve` sets it).
+`RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH=deployments.routing.prefix_proxy.middlewares` (`mace serve` sets it).
 """
 
 import json

@@ -93,7 +93,7 @@ def make_engine_args(args: AppArgs, model_dir: str) -> Any:
         "max_cpu_loras": 2 * args.lora.max_loaded,
         "enforce_eager": on_cpu,
         "additional_config": {CONFIG_KEY: args.model_dump(mode="json")},
-        "scheduler_cls": f"engine.hybrid_scheduler.{'HybridScheduler' if on_cpu else 'AsyncHybridScheduler'}",
+        "scheduler_cls": f"engine.vllm.scheduler.{'HybridScheduler' if on_cpu else 'AsyncHybridScheduler'}",
         "worker_cls": (
             "engine.vllm.worker_cpu.HybridCpuWorker" if on_cpu else "engine.vllm.worker_gpu.HybridGpuWorker"
         ),

@@ -14,7 +14,11 @@ from benchmarks.studies.chaos.server import title_of
 pytestmark = [pytest.mark.vllm, pytest.mark.ray]
 
 ROOT = Path(__file__).parents[2]
-COMMAND = [sys.executable, "-c", "import typer; from benchmarks.chaos import chaos; typer.run(chaos)"]
+COMMAND = [
+    sys.executable,
+    "-c",
+    "import typer; from benchmarks.studies.chaos.command import chaos; typer.run(chaos)",
+]
 
 
 @pytest.fixture

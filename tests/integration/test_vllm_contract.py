@@ -5,6 +5,8 @@ import inspect
 
 import pytest
 
+pytestmark = pytest.mark.vllm
+
 EXPECTED_ROUTES = {
     "/v1/chat/completions",
     "/v1/completions",

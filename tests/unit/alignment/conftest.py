@@ -50,7 +50,7 @@ def postgres():
     server.remove()
 
 
-@pytest.fixture(params=["sqlite", "postgresql"])
+@pytest.fixture(params=["sqlite", pytest.param("postgresql", marks=pytest.mark.slow)])
 def database_url(request, tmp_path):
     """From a name to the URL of a database that is empty at first; the same name is the same database."""
     if request.param == "sqlite":

@@ -62,7 +62,7 @@ def test_cancelling_cancels_the_work():
 
 def test_a_process_ends_with_its_engine():
     script = (
-        "import asyncio; from deployments.heartbeat import end_with\n"
+        "import asyncio; from deployments.monitors.heartbeat import end_with\n"
         "calls = []\n"
         "async def check():\n"
         "    calls.append(1)\n"

@@ -34,7 +34,8 @@ def test_replicas_on_one_state_directory_have_a_file_each(tmp_path):
 
 def test_a_replica_that_is_killed_gives_its_file_back(tmp_path):
     script = (
-        "import sys, time; from pathlib import Path; from deployments.training_progress import CheckpointSlot\n"
+        "import sys, time; from pathlib import Path\n"
+        "from deployments.learning.training_progress import CheckpointSlot\n"
         "slot = CheckpointSlot(Path(sys.argv[1])); print(slot.claim().name, flush=True); time.sleep(60)"
     )
     child = subprocess.Popen([sys.executable, "-c", script, str(tmp_path)], stdout=subprocess.PIPE, cwd=ROOT)
