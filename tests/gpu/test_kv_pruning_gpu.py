@@ -3,10 +3,9 @@
 import pytest
 import torch
 
-from tests.integration.engine_thread import EngineThread
-from tests.integration.test_kv_pruning import decode, prompt_of
+from tests.support.engine_thread import EngineThread, decode
 from tests.support.pruned_reference import PrunedReference
-from tests.support.small_llama import save_small_llama
+from tests.support.small_llama import prompt_of, save_small_llama
 
 pytestmark = [
     pytest.mark.gpu,

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from core.types import FineTuneTask, TaskKind, TokenizedPair
-from tests.integration.engine_thread import EngineThread
+from tests.support.engine_thread import EngineThread
 
 pytestmark = [
     pytest.mark.gpu,

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 
 from alignment.versions.adapter_files import AdapterManifest
 from alignment.versions.registry import AdapterRegistry
-from benchmarks.harness.ports import free_port
+from benchmarks.harness.server import free_port
 from core.config import AppArgs, LoraConfig, TrainingConfig
 from core.types import FineTuneTask, TaskKind
 from core.wire import TrainingPair

@@ -9,7 +9,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from benchmarks.studies.chaos.server import title_of
+from benchmarks.harness.server import title_of
 
 pytestmark = [pytest.mark.vllm, pytest.mark.ray]
 

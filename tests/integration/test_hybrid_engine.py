@@ -18,7 +18,7 @@ from core.wire import TrainingPair
 from engine.tiny.knowledge import preference_questions
 from engine.tiny.styles import Style, render
 from engine.training.pair_tokens import PairTokenizer
-from tests.integration.engine_thread import EngineThread
+from tests.support.engine_thread import EngineThread
 
 pytestmark = pytest.mark.vllm
 

@@ -16,7 +16,7 @@ from engine.prefixes.counts import read_prefix_counts
 from engine.prefixes.kv_events import KvEventStream, kv_events_config
 from scheduler.prefixes.changes import apply_change
 from scheduler.prefixes.tree import PrefixTree
-from tests.integration.engine_thread import EngineThread
+from tests.support.engine_thread import EngineThread
 
 pytestmark = pytest.mark.vllm
 

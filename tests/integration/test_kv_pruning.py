@@ -1,22 +1,18 @@
 """KV pruning in a real vLLM engine: the same log-probabilities as a Hugging Face cache with those entries removed."""
 
 import asyncio
-import itertools
 
 import pytest
-import torch
-from vllm import SamplingParams
 
 from core.config import KvPruningConfig
-from tests.integration.engine_thread import EngineThread
+from tests.support.engine_thread import EngineThread, decode
 from tests.support.pruned_reference import PrunedReference
-from tests.support.small_llama import VOCAB_SIZE, save_small_llama, save_small_mistral
+from tests.support.small_llama import prompt_of, save_small_llama, save_small_mistral
 
 pytestmark = pytest.mark.vllm
 
 BLOCK_TOKENS = 32
 NUM_BLOCKS = 96
-request_ids = (f"pruned-{i}" for i in itertools.count())
 
 
 @pytest.fixture(scope="module")
@@ -41,23 +37,6 @@ def engine(request, model_dir, model):
     )
     yield thread
     thread.close()
-
-
-def prompt_of(num_tokens, seed):
-    return torch.randint(2, VOCAB_SIZE, (num_tokens,), generator=torch.Generator().manual_seed(seed)).tolist()
-
-
-async def decode(engine, prompt, num_tokens, **arguments):
-    """Token ids and the log-probability of each, greedy."""
-    params = SamplingParams(
-        max_tokens=num_tokens, temperature=0.0, ignore_eos=True, logprobs=0, extra_args=arguments or None
-    )
-    final = None
-    async for output in engine.engine.client.generate({"prompt_token_ids": prompt}, params, next(request_ids)):
-        final = output
-    answer = final.outputs[0]
-    ids = list(answer.token_ids)
-    return ids, [answer.logprobs[i][token].logprob for i, token in enumerate(ids)], final.num_cached_tokens
 
 
 def memory_of(engine):

@@ -5,9 +5,8 @@ import asyncio
 import pytest
 
 from core.types import FineTuneTask, TaskKind, TokenizedPair
-from tests.integration.engine_thread import EngineThread
-from tests.integration.test_kv_pruning import decode, prompt_of
-from tests.support.small_llama import save_small_llama
+from tests.support.engine_thread import EngineThread, decode
+from tests.support.small_llama import prompt_of, save_small_llama
 
 pytestmark = pytest.mark.vllm
 

@@ -14,7 +14,7 @@ import ray
 from ray import serve
 
 from app.main import executor_router
-from benchmarks.harness.ports import free_port
+from benchmarks.harness.server import free_port
 from core.config import AppArgs
 from core.wire import ExecutorLoad
 from deployments.routing.prefix_proxy import CALLBACK, CALLBACK_VARIABLE

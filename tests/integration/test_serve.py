@@ -8,6 +8,7 @@ import json
 import signal
 import threading
 import time
+from pathlib import Path
 
 import httpx
 import psutil
@@ -15,22 +16,19 @@ import pytest
 from openai import NotFoundError, OpenAI
 
 from app.demo.run import DemoOptions, run_demo
-from benchmarks.harness.ports import free_port
+from benchmarks.harness.server import ServerError, ServerProcess
 from engine.tiny.styles import Style
-from tests.integration.server import Server
 
 pytestmark = [pytest.mark.vllm, pytest.mark.ray]
+
+CONFIG = Path(__file__).parents[2] / "serve_config.yaml"
 
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory, model_cache):
-    directory = tmp_path_factory.mktemp("serve")
-    (directory / "state").mkdir()
-    (directory / "state" / "models").symlink_to(model_cache / "models")
-    server = Server(directory, free_port()).start()
-    yield server
-    if server.process.poll() is None:
-        server.stop(signal.SIGINT)
+    server = ServerProcess(tmp_path_factory.mktemp("serve"), CONFIG, models=model_cache / "models")
+    with server.running():
+        yield server
 
 
 @pytest.fixture(scope="module")
@@ -228,15 +226,12 @@ def acknowledged(server, number):
 
 
 def is_replaced(server, old):
-    try:
-        return server.process_named("ServeReplica:mace:Control").pid != old.pid
-    except AssertionError:  # neither the old nor the new one
-        return False
+    return server.find("ServeReplica:mace:Control", but=old) is not None
 
 
 def test_killing_control_stops_no_token_and_loses_no_feedback(server, client):
     accepted = {i for i in range(5) if acknowledged(server, i)}
-    control = server.process_named("ServeReplica:mace:Control")
+    control = server.find("ServeReplica:mace:Control")
     with Traffic(client) as traffic:
         control.kill()
         number = 5
@@ -264,12 +259,12 @@ def test_a_killed_executor_comes_back_with_the_live_adapter(server, client):
     live = server.call("GET", "/ready").json()["live"]
     assert live != "base"
     steps = server.call("GET", "/v1/training").json()["executor"]["total_steps"]
-    engine = server.process_named("VLLM::EngineCore")
-    server.process_named("ServeReplica:mace:Executor").kill()
+    engine = server.find("VLLM::EngineCore")
+    server.find("ServeReplica:mace:Executor").kill()
     psutil.wait_procs([engine], timeout=30)
     assert not engine.is_running()
     time.sleep(2)
-    server.wait_until_ready()
+    asyncio.run(server.wait_until_ready())
     # Not an older one; a newer one if pairs that waited during the kill were trained on already.
     assert ask(client, temperature=0).model >= f"mace-tiny@{live}"
     assert server.call("GET", "/ready").json()["live"] >= live
@@ -301,7 +296,7 @@ def sqlite_lock(path):
 
 
 def test_sigterm_leaves_no_process_behind(server):
-    assert server.stop(signal.SIGTERM) == []
+    assert server.end(signal.SIGTERM) == 0
 
 
 def test_a_restart_skips_a_damaged_version_and_keeps_the_rest(server):
@@ -309,7 +304,7 @@ def test_a_restart_skips_a_damaged_version_and_keeps_the_rest(server):
     live = (adapters / "live").read_text().strip()
     weights = adapters / live / "adapter_model.safetensors"
     weights.write_bytes(weights.read_bytes()[:100])
-    server.start()
+    asyncio.run(server.start())
     listing = server.call("GET", "/v1/adapters").json()
     damaged = [row for row in listing["data"] if row["status"] == "damaged"]
     assert [row["version"] for row in damaged] == [live]
@@ -317,10 +312,11 @@ def test_a_restart_skips_a_damaged_version_and_keeps_the_rest(server):
     reply = server.call("POST", f"/v1/adapters/{live}/activate")
     assert reply.status_code == 409
     assert reply.json()["error"]["type"] == "DamagedAdapterError"
-    assert server.stop(signal.SIGINT) == []
+    assert server.end(signal.SIGINT) == 0
 
 
 def test_a_wrong_model_fails_at_start_with_a_message(server):
-    broken = Server(server.directory, free_port(), model={"model_source": "/no/such/model"})
-    with pytest.raises(AssertionError, match=r"/no/such/model.* is no directory"):
-        broken.start()
+    sections = {"model": {"model_source": "/no/such/model"}}
+    broken = ServerProcess(server.directory, CONFIG, sections=sections)
+    with pytest.raises(ServerError, match=r"/no/such/model.* is no directory"):
+        asyncio.run(broken.start())

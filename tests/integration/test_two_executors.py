@@ -1,16 +1,15 @@
 """Two executors, each with an engine, behind one HTTP proxy: requests go where their prefix is cached."""
 
 import random
-import signal
 import time
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 
 from benchmarks.harness.models import vocab_size
-from benchmarks.harness.ports import free_port
+from benchmarks.harness.server import ServerProcess
 from deployments.routing.router import REPORT_PERIOD_S
-from tests.integration.server import Server
 from tests.support.small_llama import save_small_llama
 
 pytestmark = [pytest.mark.vllm, pytest.mark.ray]
@@ -25,16 +24,18 @@ WORDS = ["river", "stone", "lamp", "cloud", "apple", "paper", "window", "garden"
 def server(tmp_path_factory, tiny_assistant):
     directory = tmp_path_factory.mktemp("two")
     save_small_llama(directory / "model", tiny_assistant, vocab_size=vocab_size(tiny_assistant), **SLOW)
-    server = Server(
+    server = ServerProcess(
         directory,
-        free_port(),
+        Path(__file__).parents[2] / "serve_config.yaml",
         deployments=[{"name": "Executor", "num_replicas": 2}],
-        model={"model_id": "small", "model_source": str(directory / "model")},
-        engine={"frontend_kwargs": {"enable_prompt_tokens_details": True}},
-        training={"enabled": False},
-    ).start()
-    yield server
-    server.stop(signal.SIGINT)
+        sections={
+            "model": {"model_id": "small", "model_source": str(directory / "model")},
+            "engine": {"frontend_kwargs": {"enable_prompt_tokens_details": True}},
+            "training": {"enabled": False},
+        },
+    )
+    with server.running():
+        yield server
 
 
 def system_prompts():

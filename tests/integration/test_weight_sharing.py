@@ -6,7 +6,7 @@ from core.config import TrainingConfig
 from core.types import FineTuneTask, TaskKind
 from core.wire import TrainingPair
 from engine.training.pair_tokens import PairTokenizer
-from tests.integration.engine_thread import EngineThread
+from tests.support.engine_thread import EngineThread
 
 pytestmark = pytest.mark.vllm
 

@@ -41,6 +41,11 @@ def save_small_mistral(directory: Path, tokenizer_from: Path, window: int) -> No
     _save(_random(MistralForCausalLM, config), directory, tokenizer_from)
 
 
+def prompt_of(num_tokens, seed):
+    """Random token ids of that vocabulary."""
+    return torch.randint(2, VOCAB_SIZE, (num_tokens,), generator=torch.Generator().manual_seed(seed)).tolist()
+
+
 def _random(model_class, config):
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(7)

@@ -2,31 +2,37 @@
 
 import asyncio
 import json
-import random
-import signal
 import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import httpx
 import typer
 from openai import AsyncOpenAI
 from rich.console import Console
 
-from app.commands.processes import become_subreaper
-from benchmarks.studies.chaos.ledger import preferences
-from benchmarks.studies.chaos.load import ChatLoad, FeedbackLoad, export_all_pairs, read_all_feedback
-from benchmarks.studies.chaos.plan import KINDS, Kind, Strike, make_plan
+from benchmarks.harness.client import HttpPort, Load
+from benchmarks.harness.server import ServerError, ServerProcess, own_servers
+from benchmarks.studies.chaos.load import (
+    FeedbackPort,
+    Ledger,
+    export_all_pairs,
+    preferences,
+    questions,
+    read_all_feedback,
+    write_feedback,
+)
 from benchmarks.studies.chaos.report import Findings, make_report, show_report
-from benchmarks.studies.chaos.server import ChaosError, ServerProcess
-from benchmarks.studies.chaos.strike import Kill, Limits, Striker
-from benchmarks.studies.chaos.watch import VersionWatch, Watch
+from benchmarks.studies.chaos.strike import KINDS, Kill, Strike, Striker, make_plan
+from benchmarks.studies.chaos.watch import Watch
+from core.config import TINY_ASSISTANT
 
 _DRAIN_S = 60.0
+_CHAT_TIMEOUT_S = 150.0
 
 
 def chaos(
@@ -45,15 +51,24 @@ def chaos(
     """Kill processes of a server of our own at random, under load; exit code 1 if anything was lost."""
     from engine.tiny.build import ensure_tiny_assistant
 
-    chosen = _parse_kinds(kinds)
-    become_subreaper()
+    chosen = [name for name in KINDS if name in (wanted := [part.strip() for part in kinds.split(",")])]
+    if not chosen or set(filter(None, wanted)) - set(KINDS):
+        raise typer.BadParameter(f"kinds are {', '.join(KINDS)}; not {kinds!r}")
+    own_servers()
     ensure_tiny_assistant(state_dir, show_progress=not as_json)
-    options = _Options(make_plan(kills, seed, chosen), seed, max_s, rate, feedback_interval_s)
+    options = Options(make_plan(kills, seed, chosen), seed, max_s, rate, feedback_interval_s)
     try:
-        with _directories(keep_state) as (directory, ray_dir), _ended_by_sigterm():
-            server = ServerProcess(directory, config, state_dir / "models", ray_dir, port)
-            report = _run(server, options)
-    except (ChaosError, OSError) as error:
+        with new_directories(keep_state) as (directory, ray_dir):
+            server = ServerProcess(
+                directory,
+                config,
+                sections={"model": {"model_source": TINY_ASSISTANT}},
+                models=state_dir / "models",
+                ray_dir=ray_dir,
+                port=port,
+            )
+            report = make_report(run(server, options))
+    except (ServerError, OSError) as error:
         typer.secho(f"mace chaos: {error}", fg="red", err=True)
         raise typer.Exit(1) from error
     if as_json:
@@ -64,71 +79,85 @@ def chaos(
 
 
 @dataclass(frozen=True, slots=True)
-class _Options:
+class Options:
+    """One run."""
+
     plan: list[Strike]
     seed: int
     max_s: float
     rate_per_s: float
+    """Chat requests."""
     feedback_interval_s: float
 
 
-def _run(server: ServerProcess, options: _Options) -> dict[str, Any]:
-    """Whatever happens, nothing of the server is left when this returns or raises."""
+@contextmanager
+def new_directories(keep: Path | None) -> Iterator[tuple[Path, Path]]:
+    """Directories for the server and for Ray, both new and, unless the first is kept, removed at the end.
+
+    Raises:
+        ServerError: the directory to keep is there already: it may be somebody's state.
+    """
+    with tempfile.TemporaryDirectory(prefix="mace-", ignore_cleanup_errors=True) as scratch:
+        if keep is not None and keep.exists():
+            raise ServerError(f"{keep} exists; --keep-state wants a new directory")
+        directory = Path(scratch) / "serve" if keep is None else keep.absolute()
+        directory.mkdir(parents=True)
+        yield directory, Path(scratch)
+
+
+def run(server: ServerProcess, options: Options) -> Findings:
+    """One run. Whatever happens, nothing of the server is left when this returns or raises."""
     started_s = time.monotonic()
-    left_behind = -1
-    try:
+    with server.ended_after():
         findings = asyncio.run(_under_load(server, options))
-        left_behind = server.end(politely=True)
-    finally:
-        if left_behind < 0:
-            with _undisturbed():
-                server.end(politely=False)
-    findings["left_behind"] = left_behind
-    findings["duration_s"] = time.monotonic() - started_s
-    return make_report(Findings(**findings))
+        findings.left_behind = server.end()
+    findings.duration_s = time.monotonic() - started_s
+    return findings
 
 
-async def _under_load(server: ServerProcess, options: _Options) -> dict[str, Any]:
+async def _under_load(server: ServerProcess, options: Options) -> Findings:
     """Start, load, kill, drain, read back."""
     limits = httpx.Limits(max_connections=None, max_keepalive_connections=20)
     async with (
-        AsyncOpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0, timeout=150.0) as openai,
+        AsyncOpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0, timeout=_CHAT_TIMEOUT_S) as openai,
         httpx.AsyncClient(base_url=server.url, limits=limits) as client,
     ):
-        versions = VersionWatch(server.state_dir / "adapters")
-        watch = Watch(client, server.state_dir, versions)
-        chat = ChatLoad(openai, "mace-tiny", options.rate_per_s, random.Random(options.seed))
-        feedback = FeedbackLoad(client, preferences(options.seed), options.feedback_interval_s)
-        striker = Striker(server, watch, chat, feedback, Limits(), _note)
+        ledger, watch = Ledger(), Watch(client, server.state_dir)
+        chat = Load(HttpPort(openai, "mace-tiny"), time.monotonic)
+        feedback = Load(FeedbackPort(client, preferences(options.seed), ledger), time.monotonic)
+        striker = Striker(server, watch, chat, feedback, ledger, _note)
         _note("starting the server")
-        await striker.start()
-        background = [asyncio.create_task(work) for work in (watch.run(), chat.run())]
-        feedback.start()
+        await server.start()
+        watching = asyncio.create_task(watch.run())
+        sending = asyncio.gather(
+            chat.open_loop(questions(options.rate_per_s, options.seed)),
+            write_feedback(feedback, options.feedback_interval_s),
+        )
         try:
             stopped = await _strike(striker, options)
-            background[1].cancel()
+            sending.cancel()
             await asyncio.gather(feedback.drain(_DRAIN_S), chat.drain(_DRAIN_S))
-            audit = feedback.ledger.audit(await read_all_feedback(client), await export_all_pairs(client))
-            await asyncio.to_thread(versions.look)
+            audit = ledger.audit(await read_all_feedback(client), await export_all_pairs(client))
+            await asyncio.to_thread(watch.versions.look)
         finally:
-            for task in background:
-                task.cancel()
-            await asyncio.gather(*background, feedback.drain(0), chat.drain(0), return_exceptions=True)
-    return {
-        "seed": options.seed,
-        "planned": len(options.plan),
-        "stopped": stopped,
-        "kills": striker.kills,
-        "requests": chat.requests,
-        "ledger": feedback.ledger,
-        "audit": audit,
-        "versions": versions,
-        "restarts": striker.restarts,
-    }
+            watching.cancel()
+            sending.cancel()
+            await asyncio.gather(watching, sending, feedback.drain(0), chat.drain(0), return_exceptions=True)
+    return Findings(
+        seed=options.seed,
+        planned=len(options.plan),
+        stopped=stopped,
+        kills=striker.kills,
+        requests=chat.records,
+        ledger=ledger,
+        audit=audit,
+        versions=watch.versions,
+        restarts=striker.restarts,
+    )
 
 
-async def _strike(striker: Striker, options: _Options) -> str | None:
-    """Carry out the plan. Returns why it was not carried out to its end, if something went wrong."""
+async def _strike(striker: Striker, options: Options) -> str | None:
+    """Carry out the plan; returns why it was not carried out to its end, if something went wrong."""
     give_up_s = time.monotonic() + options.max_s
     await striker.wait_for_training()
     for strike in options.plan:
@@ -137,9 +166,7 @@ async def _strike(striker: Striker, options: _Options) -> str | None:
             break
         try:
             kill = await striker.carry_out(strike)
-        except (
-            ChaosError
-        ) as error:  # what was found until now is worth a report; one more start, to read it all back
+        except ServerError as error:  # what was found is worth a report; one more start, to read it all back
             _note(f"stopped: {error}")
             await striker.start_anew()
             return str(error)
@@ -152,53 +179,6 @@ def _line(kill: Kill, total: int) -> str:
     texts = ", ".join(f"{name} {'never' if s is None else f'after {s:.1f} s'}" for name, s in times.items())
     lost = "unknown" if kill.steps_lost is None else kill.steps_lost
     return f"{kill.number}/{total} {kill.kind} ({kill.target}) at {kill.moment}: {texts}; steps lost {lost}"
-
-
-def _parse_kinds(text: str) -> list[Kind]:
-    names = [name.strip() for name in text.split(",") if name.strip()]
-    unknown = sorted(set(names) - set(KINDS))
-    if unknown or not names:
-        raise typer.BadParameter(f"kinds are {', '.join(KINDS)}; not {', '.join(unknown) or 'nothing'}")
-    return [kind for kind in KINDS if kind in names]
-
-
-@contextmanager
-def _directories(keep: Path | None) -> Iterator[tuple[Path, Path]]:
-    """For the server and for Ray, both new and, unless the first is kept, removed at the end.
-
-    Raises:
-        ChaosError: the directory to keep is there already: it may be somebody's state.
-    """
-    with tempfile.TemporaryDirectory(prefix="mace-", ignore_cleanup_errors=True) as scratch:
-        if keep is None:
-            directory = Path(scratch) / "serve"
-        elif keep.exists():
-            raise ChaosError(f"{keep} exists; --keep-state wants a new directory")
-        else:
-            directory = keep.absolute()
-        directory.mkdir(parents=True)
-        yield directory, Path(scratch)
-
-
-@contextmanager
-def _ended_by_sigterm() -> Iterator[None]:
-    """SIGTERM is as Ctrl-C here, so that the server is ended."""
-    old = signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, old)
-
-
-@contextmanager
-def _undisturbed() -> Iterator[None]:
-    """A second Ctrl-C does not keep us from cleaning up."""
-    old = {number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    finally:
-        for number, handler in old.items():
-            signal.signal(number, handler)
 
 
 def _note(line: str) -> None:

@@ -1,201 +1,205 @@
-"""Load on the server while it is being killed: streamed chat, never repeated, and feedback, repeated until thanked for.
+"""Load on a server while it is being killed, and whether its store holds exactly what it thanked for.
 
-Times are seconds of `time.monotonic()`.
+Chat is never repeated; feedback is repeated, under the same id, until it is acknowledged. Times are seconds of
+`time.monotonic()`.
 """
 
 import asyncio
+import contextlib
+import itertools
 import json
 import random
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections import Counter
+from collections.abc import AsyncIterator, Iterable, Iterator
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import httpx
-from openai import APIError, AsyncOpenAI
 
-from benchmarks.studies.chaos.ledger import Ledger
-from engine.tiny.knowledge import held_out_questions
+from benchmarks.harness.client import Load, Request, RequestRecord
+from benchmarks.harness.server import ServerError
+from engine.tiny.knowledge import held_out_questions, preference_questions
+from engine.tiny.styles import Style, render
 
-CHAT_TIMEOUT_S = 150.0
-STALL_S = 10.0
-"""An answer that takes longer came too late for a person, though it came."""
+_USERS = 12
+_PAIRS_PER_TASTE = 150
+"""After so many preferences the preferred style changes, so that there is always something to learn."""
+_MAX_TOKENS = 48
 _FEEDBACK_TIMEOUT_S = 10.0
 _REPEAT_PAUSE_S = 0.3
-_MAX_TOKENS = 48
 _READ_ATTEMPTS = 15
 _REFUSALS = (400, 413, 422)
 """The record is wrong and stays so. Other answers pass: Serve's proxy says 404 until it knows of the application."""
 _LIST_EVERY = 8
 """Every so many posts one is a list of three records."""
+_WRITERS = 3
+
+POST = Request("feedback", None)
+"""Asks a `FeedbackPort` for its next post."""
+
+
+def questions(rate_per_s: float, seed: int) -> Iterator[Request]:
+    """Endless chat requests, one every 1/`rate_per_s` seconds from now on."""
+    rng = random.Random(seed)
+    pool = held_out_questions()
+    started_s = time.monotonic()
+    for number in itertools.count(1):
+        messages = [{"role": "user", "content": rng.choice(pool).text}]
+        yield Request(f"chat-{number}", messages, started_s + number / rate_per_s, _MAX_TOKENS)
+
+
+def preferences(seed: int) -> Iterator[dict[str, Any]]:
+    """Endless bodies of `POST /v1/feedback`; no id and no prompt comes twice, none is a near-duplicate."""
+    rng = random.Random(seed)
+    pool = preference_questions()
+    styles = list(Style)
+    used: set[tuple[int, ...]] = set()
+    for number in itertools.count():
+        while (both := tuple(rng.sample(range(len(pool)), 2))) in used:
+            pass
+        used.add(both)
+        liked = styles[number // _PAIRS_PER_TASTE % len(styles)]
+        disliked = rng.choice([style for style in styles if style is not liked])
+        first, second = (pool[i] for i in both)
+        yield {
+            "id": f"chaos-{seed}-{number}",
+            "prompt": [{"role": "user", "content": f"{first.text} {second.text}"}],
+            "chosen": f"{render(first, liked)} {render(second, liked)}",
+            "rejected": f"{render(first, disliked)} {render(second, disliked)}",
+            "user": f"user-{rng.randrange(_USERS)}",
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class Audit:
+    """The store against the ledger."""
+
+    acknowledged: int
+    in_doubt: int
+    """Sent, never acknowledged: they may be there or not, but not twice."""
+    in_doubt_stored: int
+    lost: list[str]
+    """Acknowledged ids that are not there, are not what was sent, or have no pair."""
+    duplicated: list[str]
+    """Ids that are there more than once, or whose content or pair is."""
+    unknown: int
+    """Records that nobody sent."""
+
+    def to_wire(self) -> dict[str, Any]:
+        """Counts, and the first few ids."""
+        wire = asdict(self)
+        for name in ("lost", "duplicated"):
+            wire |= {name: len(wire[name]), f"{name}_ids": wire[name][:20]}
+        return wire
 
 
 @dataclass(slots=True)
-class ChatRequest:
-    """One request and what became of it."""
+class Ledger:
+    """Bodies by id as they were sent, and which ids the server thanked for."""
 
-    sent_s: float
-    ended_s: float | None = None
-    error: str | None = None
+    sent: dict[str, dict[str, Any]] = field(default_factory=dict)
+    acknowledged: set[str] = field(default_factory=set)
+    refused: dict[str, str] = field(default_factory=dict)
+    """Ids that the server called wrong, and its words: then the run itself is wrong."""
+    answers: Counter[str] = field(default_factory=Counter)
+    """Posts by HTTP status, or by the name of the transport error."""
+    repeats: int = 0
+    """Posts that were repeated because the one before was not acknowledged."""
+    last_acknowledged_s: float = 0.0
 
-    @property
-    def succeeded(self) -> bool:
-        """Whether the whole answer came."""
-        return self.ended_s is not None and self.error is None
+    def audit(self, stored: Iterable[dict[str, Any]], exported: Iterable[dict[str, Any]]) -> Audit:
+        """Compare what was sent with what the store has.
 
-
-@dataclass(slots=True)
-class ChatLoad:
-    """Open loop: a request every 1/`rate_per_s` seconds, however long the others take."""
-
-    client: AsyncOpenAI
-    model: str
-    rate_per_s: float
-    rng: random.Random
-    requests: list[ChatRequest] = field(default_factory=list)
-    _tasks: set[asyncio.Task[None]] = field(default_factory=set)
-
-    async def run(self) -> None:
-        """Send until cancelled; requests in flight go on."""
-        started_s = time.monotonic()
-        number = 0
-        while True:
-            number += 1
-            await asyncio.sleep(max(0.0, started_s + number / self.rate_per_s - time.monotonic()))
-            self.send()
-
-    def send(self) -> None:
-        """One request now."""
-        task = asyncio.get_running_loop().create_task(self._ask())
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
-
-    async def drain(self, limit_s: float) -> None:
-        """Await what is in flight; what does not end in time has failed."""
-        if self._tasks:
-            await asyncio.wait(self._tasks, timeout=limit_s)
-        for task in list(self._tasks):
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
-
-    async def ask_once(self) -> ChatRequest:
-        """A request of the director, outside the statistics."""
-        request = ChatRequest(time.monotonic())
-        await self._stream(request)
-        return request
-
-    async def _ask(self) -> None:
-        request = ChatRequest(time.monotonic())
-        self.requests.append(request)
-        await self._stream(request)
-
-    async def _stream(self, request: ChatRequest) -> None:
-        question = self.rng.choice(held_out_questions()).text
-        finish: str | None = None
-        try:
-            stream = await self.client.chat.completions.create(
-                model=self.model,
-                messages=[{"role": "user", "content": question}],
-                max_tokens=_MAX_TOKENS,
-                stream=True,
-            )
-            async for chunk in stream:
-                for choice in chunk.choices:
-                    finish = choice.finish_reason or finish
-            if finish is None:
-                request.error = "the stream ended without a finish_reason"
-        except (APIError, httpx.HTTPError) as error:
-            request.error = f"{type(error).__name__}: {error}"[:200]
-        except asyncio.CancelledError:
-            request.error = "not finished at the end of the run"
-            raise
-        finally:
-            request.ended_s = time.monotonic()
+        Args:
+            stored: every entry of `GET /v1/feedback`.
+            exported: every row of `GET /v1/feedback/export?format=trl`, one for each pair.
+        """
+        entries = list(stored)
+        ids = Counter(str(entry["id"]) for entry in entries)
+        found = {str(entry["id"]): _content(entry["item"]) for entry in entries}
+        contents = Counter(_content(entry["item"]) for entry in entries)
+        pairs = Counter(_content(row) for row in exported)
+        wanted = {one: _content(self.sent[one]) for one in self.acknowledged}
+        lost = [one for one, content in wanted.items() if found.get(one) != content or not pairs[content]]
+        doubled = [
+            one for one, content in found.items() if ids[one] > 1 or contents[content] > 1 or pairs[content] > 1
+        ]
+        in_doubt = self.sent.keys() - self.acknowledged - self.refused.keys()
+        return Audit(
+            acknowledged=len(self.acknowledged),
+            in_doubt=len(in_doubt),
+            in_doubt_stored=len(in_doubt & ids.keys()),
+            lost=sorted(lost),
+            duplicated=sorted(doubled),
+            unknown=len(ids.keys() - self.sent.keys()),
+        )
 
 
-class FeedbackLoad:
-    """Writers that post one record (or a list) and repeat it, under the same id, until it is acknowledged."""
+def _content(item: dict[str, Any]) -> tuple[str, ...]:
+    """Texts of prompt, chosen and rejected; of a conversation, its last message."""
+    values = (item.get(name) for name in ("prompt", "chosen", "rejected"))
+    return tuple(str(v[-1].get("content") if isinstance(v, list) and v else v) for v in values)
 
-    def __init__(self, client: httpx.AsyncClient, bodies: Iterator[dict[str, Any]], interval_s: float) -> None:
+
+class FeedbackPort:
+    """Each request posts the next record, or now and then three, until it is acknowledged or refused."""
+
+    def __init__(self, client: httpx.AsyncClient, bodies: Iterator[dict[str, Any]], ledger: Ledger) -> None:
         self._client = client
         self._bodies = bodies
-        self._interval_s = interval_s
+        self._ledger = ledger
         self._posts = 0
-        self._stopping = False
-        self._tasks: set[asyncio.Task[None]] = set()
-        self.ledger = Ledger()
-        self.last_acknowledged_s = 0.0
 
-    def start(self, num_writers: int = 3) -> None:
-        """Begin to post; `drain` ends it."""
-        for number in range(num_writers):
-            task = asyncio.get_running_loop().create_task(
-                self._write_on(number * self._interval_s, num_writers * self._interval_s)
-            )
-            self._tasks.add(task)
-            task.add_done_callback(self._tasks.discard)
-
-    def send(self) -> None:
-        """One post now, beside the writers."""
-        task = asyncio.get_running_loop().create_task(self.post_next())
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
-
-    async def drain(self, limit_s: float) -> None:
-        """Begin no further record and await what is being repeated; what is not acknowledged in time stays in doubt."""
-        self._stopping = True
-        if self._tasks:
-            await asyncio.wait(self._tasks, timeout=limit_s)
-        for task in list(self._tasks):
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
-
-    async def post_next(self) -> None:
-        """One record, or now and then three, until acknowledged."""
+    async def stream(self, request: Request, record: RequestRecord) -> AsyncIterator[int]:  # noqa: ARG002
+        """Post; there is nothing to stream. See `Port.stream`."""
         self._posts += 1
-        count = 3 if self._posts % _LIST_EVERY == 0 else 1
-        bodies = [next(self._bodies) for _ in range(count)]
-        self.ledger.sent |= {body["id"]: body for body in bodies}
-        sent = False
-        while bodies:
-            if sent:
-                self.ledger.repeats += 1
-                await asyncio.sleep(_REPEAT_PAUSE_S)
-            sent = True
-            bodies = await self._post(bodies)
-
-    async def _write_on(self, delay_s: float, pause_s: float) -> None:
-        await asyncio.sleep(delay_s)
-        while not self._stopping:
-            await self.post_next()
-            await asyncio.sleep(pause_s)
+        bodies = list(itertools.islice(self._bodies, 1 if self._posts % _LIST_EVERY else 3))
+        self._ledger.sent |= {body["id"]: body for body in bodies}
+        while bodies := await self._post(bodies):
+            self._ledger.repeats += 1
+            await asyncio.sleep(_REPEAT_PAUSE_S)
+        yield 0  # no tokens
 
     async def _post(self, bodies: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        """Returns what was not acknowledged."""
+        """Post once; returns the bodies that were not acknowledged."""
+        ledger = self._ledger
         content = bodies[0] if len(bodies) == 1 else {"items": bodies}
         try:
             reply = await self._client.post("/v1/feedback", json=content, timeout=_FEEDBACK_TIMEOUT_S)
         except httpx.HTTPError as error:
-            self.ledger.answers[type(error).__name__] += 1
+            ledger.answers[type(error).__name__] += 1
             return bodies
-        self.ledger.answers[str(reply.status_code)] += 1
+        ledger.answers[str(reply.status_code)] += 1
         if reply.status_code in _REFUSALS:
-            self.ledger.refused |= {body["id"]: reply.text[:200] for body in bodies}
+            ledger.refused |= {body["id"]: reply.text[:200] for body in bodies}
             return []
         if reply.status_code != 202:
             return bodies
         rows = reply.json().get("data", [reply.json()])
         accepted = {row["id"] for row in rows if row["status"] in ("accepted", "duplicate")}
-        self.ledger.acknowledged |= accepted
-        self.last_acknowledged_s = time.monotonic()
+        ledger.acknowledged |= accepted
+        ledger.last_acknowledged_s = time.monotonic()
         return [body for body in bodies if body["id"] not in accepted]
 
 
+async def write_feedback(load: Load, interval_s: float) -> None:
+    """Post about every `interval_s` while the server answers; while not, three posts wait. Runs until cancelled."""
+
+    async def write(number: int) -> None:
+        await asyncio.sleep(number * interval_s)
+        while True:
+            await asyncio.wait([load.send(POST)])
+            await asyncio.sleep(_WRITERS * interval_s)
+
+    await asyncio.gather(*(write(number) for number in range(_WRITERS)))
+
+
 async def read_all_feedback(client: httpx.AsyncClient) -> list[dict[str, Any]]:
-    """Every entry of `GET /v1/feedback`, page by page."""
+    """Read every entry of `GET /v1/feedback`, page by page."""
     entries: list[dict[str, Any]] = []
     while True:
-        parameters: dict[str, Any] = {"limit": 1000, **({"after": entries[-1]["id"]} if entries else {})}
+        parameters = {"limit": 1000, **({"after": entries[-1]["id"]} if entries else {})}
         page = (await _get(client, "/v1/feedback", parameters)).json()
         entries += page["data"]
         if not page["has_more"]:
@@ -203,16 +207,15 @@ async def read_all_feedback(client: httpx.AsyncClient) -> list[dict[str, Any]]:
 
 
 async def export_all_pairs(client: httpx.AsyncClient) -> list[dict[str, Any]]:
-    """Every row of the export."""
+    """Read every row of the export."""
     reply = await _get(client, "/v1/feedback/export", {"format": "trl"})
     return [json.loads(line) for line in reply.text.splitlines()]
 
 
 async def _get(client: httpx.AsyncClient, path: str, parameters: dict[str, Any]) -> httpx.Response:
-    """The last kill may be felt for a while, so a failure is repeated; the last one is raised."""
+    """Read; the last kill may be felt for a while, so a failed call is repeated."""
     for _ in range(_READ_ATTEMPTS):
-        try:
+        with contextlib.suppress(httpx.HTTPError):
             return (await client.get(path, params=parameters, timeout=120)).raise_for_status()
-        except httpx.HTTPError:
-            await asyncio.sleep(2.0)
-    return (await client.get(path, params=parameters, timeout=120)).raise_for_status()
+        await asyncio.sleep(2.0)
+    raise ServerError(f"{path} cannot be read")

@@ -1,87 +1,87 @@
-"""What a chaos run found: numbers by kind of kill, and whether anything was lost."""
+"""Report of a chaos run: numbers by kind of kill, and whether anything was lost."""
 
 import itertools
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.studies.chaos.ledger import Audit, Ledger, audit_to_wire
-from benchmarks.studies.chaos.load import STALL_S, ChatRequest
+from benchmarks.harness.client import RequestRecord
+from benchmarks.harness.statistics import percentile
+from benchmarks.studies.chaos.load import Audit, Ledger
 from benchmarks.studies.chaos.strike import Kill
 from benchmarks.studies.chaos.watch import VersionWatch
 
 MAX_STEPS_LOST = 1
+STALL_S = 10.0
+"""An answer that takes longer came too late for a person, though it came."""
+
+Row = dict[str, Any]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Findings:
     """Everything that a run collected."""
 
     seed: int
-    duration_s: float
     planned: int
     stopped: str | None
     """Why the plan was not carried out to its end, if something went wrong."""
     kills: Sequence[Kill]
-    requests: Sequence[ChatRequest]
+    requests: Sequence[RequestRecord]
     ledger: Ledger
     audit: Audit
     versions: VersionWatch
     restarts: int
-    left_behind: int
+    left_behind: int = 0
     """Processes that a polite end of the server left, and that had to be killed."""
+    duration_s: float = 0.0
 
 
 def make_report(findings: Findings) -> dict[str, Any]:
     """The document that `--json` prints. `passed` is False if anything in `problems`."""
-    kills, failed = findings.kills, failures_by_kill(findings.kills, findings.requests)
-    steps_lost = [kill.steps_lost for kill in kills if kill.steps_lost is not None]
-    report: dict[str, Any] = {
-        "passed": True,
-        "problems": [],
+    kills, requests, versions = findings.kills, findings.requests, findings.versions
+    failed = failures_by_kill(kills, requests)
+    rows: list[Row] = [
+        asdict(kill) | {"downtime_s": downtime_s(kill, requests), "failed_requests": failed[kill.number]}
+        for kill in kills
+    ]
+    steps_lost = _known(rows, "steps_lost")
+    problems = _problems(findings, max(steps_lost, default=0))
+    return {
+        "passed": not problems,
+        "problems": problems,
         "seed": findings.seed,
         "duration_s": round(findings.duration_s, 1),
         "planned_kills": findings.planned,
         "kills": len(kills),
         "kills_by_kind": dict(Counter(kill.kind for kill in kills)),
         "feedback": {
-            **audit_to_wire(findings.audit),
+            **findings.audit.to_wire(),
             "repeated_posts": findings.ledger.repeats,
             "answers": dict(findings.ledger.answers),
         },
-        "requests": _requests(findings.requests, failed),
+        "requests": _requests(requests, failed),
         "steps_lost_max": max(steps_lost, default=None),
         "steps_lost_known_for": len(steps_lost),
-        "recovery_s": _by_kind(kills, lambda kill: kill.recovery_s),
-        "downtime_s": _by_kind(kills, lambda kill: downtime_s(kill, findings.requests)),
-        "training_again_s": _by_kind(kills, lambda kill: kill.training_s),
+        "recovery_s": _by_kind(rows, "recovery_s"),
+        "downtime_s": _by_kind(rows, "downtime_s"),
+        "training_again_s": _by_kind(rows, "training_s"),
         "versions": {
-            "seen": len(findings.versions.seen),
-            "half_written": findings.versions.half_written,
-            "looks": findings.versions.looks,
+            "seen": len(versions.seen),
+            "half_written": versions.half_written,
+            "looks": versions.looks,
         },
         "restarts": findings.restarts,
         "left_behind": findings.left_behind,
-        "each": [
-            _kill_to_wire(kill)
-            | {
-                "downtime_s": _rounded(downtime_s(kill, findings.requests)),
-                "failed_requests": failed[kill.number],
-            }
-            for kill in kills
-        ],
+        "each": [{name: _rounded(value) for name, value in row.items() if name != "struck_s"} for row in rows],
     }
-    report["problems"] = _problems(findings, report["steps_lost_max"])
-    report["passed"] = not report["problems"]
-    return report
 
 
-def failures_by_kill(kills: Sequence[Kill], requests: Sequence[ChatRequest]) -> Counter[int]:
+def failures_by_kill(kills: Sequence[Kill], requests: Sequence[RequestRecord]) -> Counter[int]:
     """Failed requests by number of the last kill before their end; 0 counts those before the first."""
     failed: Counter[int] = Counter()
     for request in requests:
@@ -91,7 +91,7 @@ def failures_by_kill(kills: Sequence[Kill], requests: Sequence[ChatRequest]) -> 
     return failed
 
 
-def downtime_s(kill: Kill, requests: Sequence[ChatRequest]) -> float | None:
+def downtime_s(kill: Kill, requests: Sequence[RequestRecord]) -> float | None:
     """The longest time without a good answer between the kill and recovery; None if that did not come.
 
     Not until the first answer: what dies slowly (an engine without its Ray) may answer once more.
@@ -105,47 +105,36 @@ def downtime_s(kill: Kill, requests: Sequence[ChatRequest]) -> float | None:
 
 
 def show_report(report: dict[str, Any], console: Console) -> None:
-    """The same for people."""
-    failed: Counter[str] = Counter()
-    for one in report["each"]:
-        failed[one["kind"]] += one["failed_requests"]
+    """Print the report as a table and a few lines."""
     table = Table(
         "killed", "times", "recovery p50", "p90", "max, s", "downtime p50", "max, s", "failed", "steps lost"
     )
-    for kind, count in [*report["kills_by_kind"].items(), ("all", report["kills"])]:
-        recovery, downtime = report["recovery_s"][kind], report["downtime_s"][kind]
-        lost = [one["steps_lost"] for one in report["each"] if kind in (one["kind"], "all")]
-        known = [value for value in lost if value is not None]
-        table.add_row(
-            kind,
-            str(count),
-            *(_text(recovery[key]) for key in ("p50", "p90", "max")),
-            *(_text(downtime[key]) for key in ("p50", "max")),
-            str(failed[kind] if kind != "all" else report["requests"]["failed"]),
-            str(max(known)) if known else "-",
-        )
-    console.print(table)
     feedback, requests, versions = report["feedback"], report["requests"], report["versions"]
+    for kind, count in [*report["kills_by_kind"].items(), ("all", report["kills"])]:
+        rows = [one for one in report["each"] if kind in (one["kind"], "all")]
+        recovery, downtime = report["recovery_s"][kind], report["downtime_s"][kind]
+        times_s = (recovery["p50"], recovery["p90"], recovery["max"], downtime["p50"], downtime["max"])
+        failed = requests["failed"] if kind == "all" else sum(one["failed_requests"] for one in rows)
+        lost = max(_known(rows, "steps_lost"), default="-")
+        texts = ("-" if time_s is None else f"{time_s:.1f}" for time_s in times_s)
+        table.add_row(kind, str(count), *texts, str(failed), str(lost))
+    console.print(table)
     console.print(
         f"feedback: {feedback['acknowledged']} acknowledged, {feedback['lost']} lost, "
-        f"{feedback['duplicated']} duplicated, {feedback['in_doubt']} never acknowledged"
-    )
-    console.print(
+        f"{feedback['duplicated']} duplicated, {feedback['in_doubt']} never acknowledged\n"
         f"requests: {requests['sent']} sent, {requests['failed']} failed ({requests['failed_share']:.1%}), "
-        f"{requests['stalled']} took more than {STALL_S:g} s"
+        f"{requests['stalled']} took more than {STALL_S:g} s\n"
+        f"versions: {versions['seen']} seen in {versions['looks']} looks, "
+        f"{len(versions['half_written'])} half-written\n"
+        f"seed {report['seed']}, {report['duration_s']:.0f} s, {report['restarts']} restarts"
     )
-    console.print(
-        f"versions: {versions['seen']} seen in {versions['looks']} looks, {len(versions['half_written'])} half-written"
-    )
-    console.print(f"seed {report['seed']}, {report['duration_s']:.0f} s, {report['restarts']} restarts")
     for problem in report["problems"]:
         console.print(problem, style="red", markup=False)
-    console.print(
-        "nothing was lost" if report["passed"] else "FAILED", style="green" if report["passed"] else "red"
-    )
+    verdict, style = ("nothing was lost", "green") if report["passed"] else ("FAILED", "red")
+    console.print(verdict, style=style)
 
 
-def _problems(findings: Findings, steps_lost: int | None) -> list[str]:
+def _problems(findings: Findings, steps_lost: int) -> list[str]:
     audit, kills, refused = findings.audit, findings.kills, findings.ledger.refused
     stuck = [kill.number for kill in kills if kill.recovery_s is None]
     idle = [kill.number for kill in kills if kill.training_s is None]
@@ -155,7 +144,7 @@ def _problems(findings: Findings, steps_lost: int | None) -> list[str]:
         f"{audit.unknown} records that nobody sent": audit.unknown > 0,
         f"{len(refused)} records were refused, the first: {next(iter(refused.items()), None)}": bool(refused),
         f"versions that were not whole: {findings.versions.half_written}": bool(findings.versions.half_written),
-        f"{steps_lost} optimizer steps were lost by one kill": (steps_lost or 0) > MAX_STEPS_LOST,
+        f"{steps_lost} optimizer steps were lost by one kill": steps_lost > MAX_STEPS_LOST,
         f"no recovery in time after kills {stuck}": bool(stuck),
         f"no training in time after kills {idle}": bool(idle),
         f"{findings.left_behind} processes outlived the server": findings.left_behind > 0,
@@ -165,45 +154,33 @@ def _problems(findings: Findings, steps_lost: int | None) -> list[str]:
     return [text for text, is_so in named.items() if is_so]
 
 
-def _requests(requests: Sequence[ChatRequest], failed: Counter[int]) -> dict[str, Any]:
-    took_s = [request.ended_s - request.sent_s for request in requests if request.succeeded and request.ended_s]
-    errors = Counter(request.error.partition(":")[0] for request in requests if request.error)
+def _requests(requests: Sequence[RequestRecord], failed: Counter[int]) -> dict[str, Any]:
+    took_s = [one.ended_s - one.scheduled_s for one in requests if one.succeeded and one.ended_s is not None]
     return {
         "sent": len(requests),
         "failed": failed.total(),
         "failed_share": round(failed.total() / max(1, len(requests)), 4),
         "failed_before_the_first_kill": failed[0],
-        "errors": dict(errors),
+        "errors": dict(Counter(one.error.partition(":")[0] for one in requests if one.error)),
         "stalled": sum(value > STALL_S for value in took_s),
         "latency_s": _quantiles(took_s),
     }
 
 
-def _by_kind(kills: Sequence[Kill], value_of: Callable[[Kill], float | None]) -> dict[str, Any]:
-    kinds = dict.fromkeys(kill.kind for kill in kills)
-    return {"all": _quantiles([value_of(kill) for kill in kills])} | {
-        kind: _quantiles([value_of(kill) for kill in kills if kill.kind == kind]) for kind in kinds
-    }
+def _by_kind(rows: Sequence[Row], name: str) -> dict[str, Any]:
+    kinds = dict.fromkeys(row["kind"] for row in rows)
+    by_kind = {kind: _known([row for row in rows if row["kind"] == kind], name) for kind in kinds}
+    return {kind: _quantiles(values) for kind, values in {"all": _known(rows, name), **by_kind}.items()}
 
 
-def _quantiles(values: Sequence[float | None]) -> dict[str, Any]:
-    """Of those that are known."""
-    known = [value for value in values if value is not None]
-    if not known:
-        return {"count": 0, "p50": None, "p90": None, "max": None}
-    p50, p90 = np.percentile(known, [50, 90])
-    return {"count": len(known), "p50": round(p50, 2), "p90": round(p90, 2), "max": round(max(known), 2)}
+def _known(rows: Sequence[Row], name: str) -> list[Any]:
+    return [row[name] for row in rows if row[name] is not None]
 
 
-def _kill_to_wire(kill: Kill) -> dict[str, Any]:
-    wire = {key: _rounded(value) if isinstance(value, float) else value for key, value in asdict(kill).items()}
-    wire.pop("struck_s")
-    return wire
+def _quantiles(values: Sequence[float]) -> dict[str, Any]:
+    quantiles = {"p50": percentile(values, 50), "p90": percentile(values, 90), "max": max(values, default=None)}
+    return {"count": len(values)} | {name: _rounded(value) for name, value in quantiles.items()}
 
 
-def _rounded(value: float | None) -> float | None:
-    return None if value is None else round(value, 2)
-
-
-def _text(value: float | None) -> str:
-    return "-" if value is None else f"{value:.1f}"
+def _rounded(value: Any) -> Any:
+    return round(value, 2) if isinstance(value, float) else value

@@ -1,31 +1,88 @@
-"""One kill: wait for the moment, strike, wait until everything is back. A whole server is restarted from here."""
+"""Plan which process dies at which moment, and carry it out: wait for the moment, strike, wait until all is back.
+
+The plan is seeded, and such that every kind is hit and meets every moment. A whole server is restarted from here.
+"""
 
 import asyncio
+import inspect
+import random
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import psutil
 
-from benchmarks.studies.chaos.load import ChatLoad, FeedbackLoad
-from benchmarks.studies.chaos.plan import Kind, Moment, Strike
-from benchmarks.studies.chaos.server import ChaosError, ServerProcess, is_alive, title_of
-from benchmarks.studies.chaos.watch import Learning, SavedTraining, Watch
+from benchmarks.harness.client import Load
+from benchmarks.harness.server import ServerError, ServerProcess, is_alive, title_of
+from benchmarks.studies.chaos.load import POST, Ledger, questions
+from benchmarks.studies.chaos.watch import Learning, Watch
+from deployments.learning.training_progress import TrainingProgress
 
-Say = Callable[[str], None]
+TARGETS = {
+    "executor": ("ServeReplica:mace:Executor",),
+    "engine": ("VLLM::EngineCore",),
+    "worker": ("VLLM::Worker",),
+    "control": ("ServeReplica:mace:Control",),
+    "scheduler": ("ray::CentralScheduler",),
+    "monitor": ("ray::DriftMonitor",),
+    "proxy": ("ray::ProxyActor",),
+    "controller": ("ray::ServeController",),
+    "head": ("mace serve", "core/src/ray/raylet/raylet", "core/src/ray/gcs/gcs_server"),
+}
+"""Parts of command lines by kind of kill. On a GPU the worker lives in the EngineCore process: none is found."""
 
+KINDS = tuple(TARGETS)
+
+MOMENTS = {"any": 2.0, "request": 0.1, "feedback": 0.02, "training": 0.3, "publishing": 0.05}
+"""The blow falls at most so many seconds after the sign of a moment."""
+
+_SIGN_S = {"training": 20.0, "publishing": 45.0}
+"""A sign is waited for at most so many seconds; then the blow falls anyway, and the record says so."""
 _FIND_S = 60.0
 _GONE_S = 10.0
 _ORPHANS_S = 1.5
 """EngineCore and worker end within half a second of their parent each, and may write a checkpoint until then."""
 _PROBE_S = 0.25
 _DISK_PROBE_S = 0.005
-_MOMENT_S: dict[Moment, float] = {"training": 20.0, "publishing": 45.0}
-"""How long a sign is waited for; then the blow falls anyway, and the record says so."""
+_RECOVER_S = 300.0
+_TRAIN_S = 180.0
 _EXIT_S = 90.0
 """For `mace serve` to end by itself after its Ray head was killed. Ray's own limit for a lost GCS is 60 s."""
 _DEAF_S = 20.0
 """A supervisor's liveness probe: a server whose `/ready` fails for so long is ended and started again."""
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class Strike:
+    """One kill to be."""
+
+    kind: str
+    target: str
+    """Part of the victim's command line; `mace serve` is the server process itself."""
+    moment: str
+    delay_s: float
+    """Between the sign of the moment and the blow."""
+
+
+def make_plan(kills: int, seed: int, kinds: Sequence[str] = KINDS) -> list[Strike]:
+    """Every kind once in random order, then again in another order, and so on; targets and moments alike."""
+    rng = random.Random(seed)
+    order = _rounds(rng, kinds)
+    targets = {kind: _rounds(rng, TARGETS[kind]) for kind in kinds}
+    moments = {kind: _rounds(rng, tuple(MOMENTS)) for kind in kinds}
+    plan: list[Strike] = []
+    for kind in (next(order) for _ in range(kills)):
+        moment = next(moments[kind])
+        plan.append(Strike(kind, next(targets[kind]), moment, rng.uniform(0.0, MOMENTS[moment])))
+    return plan
+
+
+def _rounds(rng: random.Random, values: Sequence[T]) -> Iterator[T]:
+    while True:
+        yield from rng.sample(values, len(values))
 
 
 @dataclass(slots=True)
@@ -33,10 +90,10 @@ class Kill:
     """One kill and how the system took it. Times in seconds; None: it did not happen within the limits."""
 
     number: int
-    kind: Kind
+    kind: str
     target: str
     moment: str
-    """As it happened; `any` if the sign did not come in time."""
+    """Moment at which the blow fell; `any` if the sign did not come in time."""
     struck_s: float
     """On `time.monotonic()`."""
     recovery_s: float | None = None
@@ -46,65 +103,61 @@ class Kill:
     steps_before: int | None = None
     steps_restored: int | None = None
     steps_lost: int | None = None
-    """None where the server tells no total of steps."""
+    """None where the steps before the kill are not known."""
     exited_by_itself: bool | None = None
     """Kind `head`: whether `mace serve` ended when its head died; None for the other kinds."""
     noticed_s: float | None = None
     """Kind `head`: until the supervisor knew that the server must be started again."""
 
 
-@dataclass(frozen=True, slots=True)
-class Limits:
-    """How long things may take, in seconds."""
-
-    start_s: float = 400.0
-    recover_s: float = 300.0
-    train_s: float = 180.0
-
-
 class Striker:
-    """Carries out strikes on one server."""
+    """Carries out strikes on one server, under a load that the caller keeps up. `say` is told what happens besides."""
 
     def __init__(
-        self, server: ServerProcess, watch: Watch, chat: ChatLoad, feedback: FeedbackLoad, limits: Limits, say: Say
+        self,
+        server: ServerProcess,
+        watch: Watch,
+        chat: Load,
+        feedback: Load,
+        ledger: Ledger,
+        say: Callable[[str], None],
     ) -> None:
         self._server = server
         self._watch = watch
         self._chat = chat
         self._feedback = feedback
-        self._limits = limits
+        self._ledger = ledger
+        self._question = next(questions(1.0, seed=0))
         self._say = say
         self.restarts = 0
         self.kills: list[Kill] = []
         """Those that were struck, the last one perhaps without an end."""
 
-    async def start(self) -> None:
-        """Start the server and wait until it serves.
+    async def start_anew(self) -> None:
+        """End what is left of the server, start it and wait until it serves.
 
         Raises:
-            ChaosError: it ended, or was not ready in time; with the end of its log.
+            ServerError: it ended, or was not ready in time; with the end of its log.
         """
-        self._server.launch()
-        give_up_s = time.monotonic() + self._limits.start_s
-        while not await self._watch.is_ready():
-            if self._server.has_exited or time.monotonic() > give_up_s:
-                raise ChaosError(f"the server did not start:\n{self._server.log_tail()}")
-            await asyncio.sleep(_PROBE_S)
+        await asyncio.to_thread(self._server.end, None)
+        await asyncio.to_thread(self._watch.versions.look)
+        self.restarts += 1
+        await self._server.start()
 
     async def wait_for_training(self) -> None:
-        """Until the first optimizer step.
+        """Wait until the first optimizer step.
 
         Raises:
-            ChaosError: none within the limit.
+            ServerError: none within the limit.
         """
-        if not await _until(self._has_trained, self._limits.train_s):
-            raise ChaosError(f"no training within {self._limits.train_s:.0f} s; last seen: {self._watch.learning}")
+        if not await _until(lambda: self._watch.learning and self._watch.learning["steps"], _TRAIN_S):
+            raise ServerError(f"no training within {_TRAIN_S:.0f} s; last seen: {self._watch.learning}")
 
     async def carry_out(self, strike: Strike) -> Kill:
         """Kill and wait for recovery. What does not recover in time is started anew, and stays on record.
 
         Raises:
-            ChaosError: there is nothing to kill, or the server cannot be started again.
+            ServerError: there is nothing to kill, or the server cannot be started again.
         """
         victim = await self._find(strike)
         moment = await self._wait_for(strike)
@@ -122,158 +175,137 @@ class Striker:
         saved = self._watch.checkpoint()
         if strike.kind == "head":
             await self.start_anew()
-        await self._wait_for_recovery(kill, strike, victim)
-        if kill.recovery_s is None:
+        if await _until(lambda: self._is_back(strike, victim), _RECOVER_S):
+            kill.recovery_s = time.monotonic() - kill.struck_s
+        else:
             await self.start_anew()
         await self._wait_for_progress(kill, before, saved)
         return kill
 
     async def _find(self, strike: Strike) -> psutil.Process:
-        found: list[psutil.Process] = []
-
-        async def look() -> bool:
-            one = self._server.root if strike.target == "mace serve" else self._server.find(strike.target)
-            found.extend([one] if one is not None else [])
-            return bool(found)
-
-        if not await _until(look, _FIND_S):
-            titles = "\n".join(f"{process.pid} {title_of(process)[:80]}" for process in self._server.members())
-            raise ChaosError(
-                f"the server has no process {strike.target!r}, but\n{titles}\n{self._server.log_tail()}"
-            )
-        return found[0]
+        server, target = self._server, strike.target
+        look = (lambda: server.root) if target == "mace serve" else (lambda: server.find(target))
+        if (victim := await _until(look, _FIND_S)) is None:
+            titles = "\n".join(f"{process.pid} {title_of(process)[:80]}" for process in server.members())
+            raise ServerError(f"the server has no process {target!r}, but\n{titles}\n{server.log_tail()}")
+        return victim
 
     async def _wait_for(self, strike: Strike) -> str:
-        """Returns the moment as it came."""
-        signs: dict[Moment, Callable[[], Awaitable[bool]]] = {
-            "training": self._is_training,
-            "publishing": self._new_commit(self._watch.commits_begun()),
-        }
-        came = True
-        if strike.moment in signs:
-            probe_s = _DISK_PROBE_S if strike.moment == "publishing" else _PROBE_S
-            came = await _until(signs[strike.moment], _MOMENT_S[strike.moment], probe_s)
+        """Wait for the moment; returns it, or `any` if its sign did not come."""
+        sign: object = True
+        if strike.moment == "training":
+            sign = await _until(self._is_training, _SIGN_S["training"])
+        elif strike.moment == "publishing":
+            old = self._watch.commits_begun()
+            sign = await _until(
+                lambda: self._watch.commits_begun() - old, _SIGN_S["publishing"], pause_s=_DISK_PROBE_S
+            )
         elif strike.moment == "request":
-            self._chat.send()
+            self._chat.send(self._question)
         elif strike.moment == "feedback":
-            self._feedback.send()
+            self._feedback.send(POST)
         await asyncio.sleep(strike.delay_s)
-        return strike.moment if came else "any"
+        return strike.moment if sign else "any"
 
     async def _is_training(self) -> bool:
         learning = await self._watch.poll()
-        return learning is not None and learning.phase == "training"
-
-    def _new_commit(self, old: set[str]) -> Callable[[], Awaitable[bool]]:
-        async def has_begun() -> bool:
-            return bool(self._watch.commits_begun() - old)
-
-        return has_begun
+        return learning is not None and learning["phase"] == "training"
 
     async def _wait_for_end(self, kill: Kill) -> None:
-        """As a supervisor would: until the server has ended, or was deaf for too long; then end the rest."""
+        """Wait like a supervisor until the server has ended, or was deaf for too long; then end the rest."""
         heard_s = time.monotonic()
         give_up_s = heard_s + _EXIT_S
         while not self._server.has_exited and time.monotonic() < give_up_s:
             now_s = time.monotonic()
-            heard_s = now_s if await self._watch.is_ready() else heard_s
+            heard_s = now_s if await asyncio.to_thread(self._server.is_ready) else heard_s
             if now_s - heard_s > _DEAF_S:
                 break
             await asyncio.sleep(_PROBE_S)
         kill.exited_by_itself = self._server.has_exited
         kill.noticed_s = time.monotonic() - kill.struck_s
-        await asyncio.to_thread(self._server.end, politely=False)
+        await asyncio.to_thread(self._server.end, None)
 
-    async def start_anew(self) -> None:
-        """End what is left of the server, and `start`."""
-        await asyncio.to_thread(self._server.end, politely=False)
-        await asyncio.to_thread(self._watch.versions.look)
-        self.restarts += 1
-        await self.start()
-
-    async def _wait_for_recovery(self, kill: Kill, strike: Strike, victim: psutil.Process) -> None:
-        async def is_back() -> bool:
-            if self._server.has_exited:
-                self._say("mace serve ended; it is started again")
-                await self.start_anew()
-            if strike.kind != "head" and self._server.find(strike.target, but=victim) is None:
-                return False
-            if not await self._watch.is_ready():
-                return False
-            asked_s = time.monotonic()
-            if not (await self._chat.ask_once()).succeeded:
-                return False
-            return self._feedback.last_acknowledged_s > asked_s or await self._acknowledges()
-
-        if await _until(is_back, self._limits.recover_s):
-            kill.recovery_s = time.monotonic() - kill.struck_s
-
-    async def _acknowledges(self) -> bool:
-        """Whether the next feedback that is sent comes through; it is repeated until then, within the limit."""
-        try:
-            await asyncio.wait_for(self._feedback.post_next(), self._limits.recover_s)
+    async def _is_back(self, strike: Strike, victim: psutil.Process) -> bool:
+        """Check that the victim is replaced, and that chat and feedback sent from now on succeed."""
+        if self._server.has_exited:
+            self._say("mace serve ended; it is started again")
+            await self.start_anew()
+        if strike.kind != "head" and self._server.find(strike.target, but=victim) is None:
+            return False
+        if not await asyncio.to_thread(self._server.is_ready):
+            return False
+        asked_s = time.monotonic()
+        if not (await self._chat.ask(self._question)).succeeded:
+            return False
+        if self._ledger.last_acknowledged_s > asked_s:
+            return True
+        try:  # a post is repeated until it is acknowledged
+            return (await asyncio.wait_for(self._feedback.ask(POST), _RECOVER_S)).succeeded
         except TimeoutError:
             return False
-        return True
 
-    async def _wait_for_progress(self, kill: Kill, before: Learning | None, saved: SavedTraining | None) -> None:
+    async def _wait_for_progress(
+        self, kill: Kill, before: Learning | None, saved: TrainingProgress | None
+    ) -> None:
         """Note what the first status after recovery says was restored, then wait for a step."""
-        first: list[Learning] = []
+        first: Learning | None = None
 
         async def has_stepped() -> bool:
+            nonlocal first
             now = await self._watch.poll()
             if now is None:
                 return False
-            first.extend([] if first else [now])
-            is_new = before is None or now.started_at != before.started_at
-            return now.steps > 0 if is_new else now.steps > first[0].steps
+            first = first or now
+            is_new = before is None or now["started_at"] != before["started_at"]
+            return bool(now["steps"] > (0 if is_new else first["steps"]))
 
-        if await _until(has_stepped, self._limits.train_s):
+        if await _until(has_stepped, _TRAIN_S):
             kill.training_s = time.monotonic() - kill.struck_s
-        if first:
+        if first is not None:
             kill.steps_before = _steps_done(before, saved)
-            kill.steps_restored = first[0].restored_steps
-            kill.steps_lost = count_lost_steps(before, saved, first[0])
-
-    async def _has_trained(self) -> bool:
-        return self._watch.learning is not None and self._watch.learning.steps > 0
+            kill.steps_restored = first["restored_steps"]
+            kill.steps_lost = count_lost_steps(before, saved, first)
 
 
-def count_lost_steps(before: Learning | None, saved: SavedTraining | None, first: Learning) -> int | None:
+def count_lost_steps(before: Learning | None, saved: TrainingProgress | None, first: Learning) -> int | None:
     """Optimizer steps that were done before a kill and are not in the adapter that training goes on with.
 
     The same learner as before has lost nothing. A new one may have restored fewer steps than were done; or it knows
-    their number and yet began from the live version, without the steps made since. None: the server does not tell.
+    their number and yet began from the live version, without the steps made since.
 
     Args:
         before: the last status before the kill.
         saved: the checkpoint on disk when the old learner was dead.
         first: the first status after the kill.
+
+    Returns:
+        None if nothing is known of the time before the kill.
     """
-    if before is not None and first.started_at == before.started_at:
+    if before is not None and first["started_at"] == before["started_at"]:
         return 0
     done = _steps_done(before, saved)
-    if first.restored_steps is None or done is None:
+    if done is None:
         return None
-    missing = max(0, done - first.restored_steps)
-    if saved is None or saved.steps_since_candidate is None or first.steps_since_candidate is None:
-        return missing
-    if first.has_decided or first.live != saved.base:  # a candidate was judged: that counter began anew
-        return missing
-    return max(missing, saved.steps_since_candidate + first.steps - first.steps_since_candidate)
+    missing = max(0, done - first["restored_steps"])
+    if saved is None or first["last_decision"] is not None or first["live_version"] != saved.base:
+        return missing  # no checkpoint; or a candidate was judged, and steps_since_candidate began anew
+    return max(missing, saved.steps_since_candidate + first["steps"] - first["steps_since_candidate"])
 
 
-def _steps_done(before: Learning | None, saved: SavedTraining | None) -> int | None:
-    """At the time of the kill: what the learner last said, or what the checkpoint says if that is more."""
-    said = None if before is None else before.total_steps
-    written = None if saved is None else saved.total_steps
-    return max((value for value in (said, written) if value is not None), default=None)
+def _steps_done(before: Learning | None, saved: TrainingProgress | None) -> int | None:
+    """Steps at the time of the kill: as the learner last said, or as the checkpoint says if that is more."""
+    said = [] if before is None else [before["total_steps"]]
+    written = [] if saved is None else [saved.total_steps]
+    return max(said + written, default=None)
 
 
-async def _until(condition: Callable[[], Awaitable[bool]], limit_s: float, pause_s: float = _PROBE_S) -> bool:
+async def _until(condition: Callable[[], Any], limit_s: float, *, pause_s: float = _PROBE_S) -> Any:
+    """Ask again and again until a condition (a function or coroutine function) holds; returns its last value."""
     give_up_s = time.monotonic() + limit_s
-    while not await condition():
-        if time.monotonic() > give_up_s:
-            return False
+    while True:
+        value = condition()
+        if inspect.isawaitable(value):
+            value = await value
+        if value or time.monotonic() > give_up_s:
+            return value
         await asyncio.sleep(pause_s)
-    return True

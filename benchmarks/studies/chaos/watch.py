@@ -1,24 +1,26 @@
-"""What can be seen from outside while processes die: adapter versions, the training checkpoint, the learner."""
+"""Observe from outside, while processes die: adapter versions, the training checkpoint, the learner."""
 
 import asyncio
 import hashlib
 import json
-import struct
 import time
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import httpx
+from safetensors import SafetensorError, safe_open
 
 from alignment.versions.adapter_files import WEIGHTS_FILE, check_files, read_manifest, version_number
 from core.errors import DamagedAdapterError
+from deployments.learning.training_progress import TrainingProgress
 
-CHECKPOINT = Path("training") / "checkpoint.safetensors"
 _SECOND_LOOK_S = 0.3
 _POLL_S = 0.25
 _LOOK_EVERY = 4
 """Polls between two looks at all versions."""
+
+Learning = dict[str, Any]
+"""The learner's status, as `GET /v1/training` tells it under `executor`. Another `started_at` is another process."""
 
 
 class VersionWatch:
@@ -42,8 +44,14 @@ class VersionWatch:
         if not self._adapters.is_dir():
             return
         for path in sorted(self._adapters.iterdir()):
-            if version_number(path.name) is not None:
-                self._check(path)
+            if version_number(path.name) is None:
+                continue
+            problem = self._problem(path)
+            if problem is not None:  # retention may have removed it while we read; then it is gone now
+                time.sleep(_SECOND_LOOK_S)
+                problem = self._problem(path) if path.exists() else None
+            if problem is not None:
+                self.half_written[path.name] = problem
         self._check_live()
 
     def note_listing(self, listing: dict[str, Any]) -> None:
@@ -51,14 +59,6 @@ class VersionWatch:
         for row in listing["data"]:
             if row["status"] == "damaged":
                 self.half_written[row["version"]] = f"listed as damaged: {row.get('reason')}"
-
-    def _check(self, path: Path) -> None:
-        problem = self._problem(path)
-        if problem is not None:  # retention may have removed it while we read; then it is gone now
-            time.sleep(_SECOND_LOOK_S)
-            problem = self._problem(path) if path.exists() else None
-        if problem is not None:
-            self.half_written[path.name] = problem
 
     def _problem(self, path: Path) -> str | None:
         try:
@@ -82,121 +82,55 @@ class VersionWatch:
         self.half_written[f"live -> {name}"] = "the live pointer names a version that is not there"
 
 
-@dataclass(frozen=True, slots=True)
-class SavedTraining:
-    """What the header of a training checkpoint tells."""
-
-    total_steps: int
-    """Optimizer steps since the beginning; where the file does not tell, those of its optimizer."""
-    steps_since_candidate: int | None = None
-    base: str | None = None
-    """Version that these steps were made from."""
-
-
-def read_checkpoint(path: Path) -> SavedTraining | None:
-    """The header of a checkpoint; None: there is no readable one."""
+def read_checkpoint(path: Path) -> TrainingProgress | None:
+    """Read the learner's progress from the header of a training checkpoint; None: there is no readable one."""
     try:
-        with path.open("rb") as file:
-            (size,) = struct.unpack("<Q", file.read(8))
-            header = json.loads(json.loads(file.read(min(size, 1 << 24)))["__metadata__"]["mace"])
-        progress = header.get("progress") or {}
-        total = int(progress.get("total_steps", header["num_steps"]))
-        return SavedTraining(total, progress.get("steps_since_candidate"), progress.get("base"))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, struct.error):
+        with safe_open(path, "numpy") as file:
+            return TrainingProgress.from_wire(json.loads(file.metadata()["mace"])["progress"])
+    except (OSError, SafetensorError, ValueError, KeyError, TypeError):
         return None
 
 
-@dataclass(frozen=True, slots=True)
-class Learning:
-    """The learner's status at a moment, as `GET /v1/training` tells it. None where the server does not tell."""
-
-    started_at: float
-    """When this learner began; another value is another process."""
-    phase: str
-    steps: int
-    """Of this process."""
-    total_steps: int | None = None
-    """Since the beginning, across restarts."""
-    restored_steps: int | None = None
-    """What this process began with."""
-    steps_since_candidate: int | None = None
-    live: str | None = None
-    has_decided: bool = False
-    """Whether this process has judged a candidate."""
-
-    @classmethod
-    def from_wire(cls, reply: dict[str, Any]) -> "Learning | None":
-        """None: the server has no learner (yet)."""
-        status = reply.get("executor", {})
-        if "started_at" not in status:
-            return None
-        total = status.get("total_steps")
-        restored = status.get("restored_steps", None if total is None else total - status["steps"])
-        return cls(
-            started_at=status["started_at"],
-            phase=status["phase"],
-            steps=status["steps"],
-            total_steps=total,
-            restored_steps=restored,
-            steps_since_candidate=status.get("steps_since_candidate"),
-            live=status.get("live_version"),
-            has_decided=status.get("last_decision") is not None,
-        )
-
-
-@dataclass(slots=True)
 class Watch:
     """Polls a server for as long as `run` runs."""
 
-    client: httpx.AsyncClient
-    state_dir: Path
-    versions: VersionWatch
-    learning: Learning | None = None
-    """The newest status."""
-    live: str | None = None
-    polls: int = 0
+    def __init__(self, client: httpx.AsyncClient, state_dir: Path) -> None:
+        self._client = client
+        self._state_dir = state_dir
+        self.versions = VersionWatch(state_dir / "adapters")
+        self.learning: Learning | None = None
+        """The newest status."""
 
     async def run(self) -> None:
-        """Until cancelled. A server that does not answer is no news here."""
+        """Poll until cancelled. A server that does not answer is no news here."""
+        polls = 0
         while True:
             await self.poll()
-            if self.polls % _LOOK_EVERY == 0:
-                await self._look()
+            polls += 1
+            if polls % _LOOK_EVERY == 0:
+                await asyncio.to_thread(self.versions.look)
+                self.versions.note_listing(await self._get("/v1/adapters") or {"data": []})
             await asyncio.sleep(_POLL_S)
 
     async def poll(self) -> Learning | None:
-        """The learner's status now; None if the server does not tell."""
-        self.polls += 1
-        reply = await self._get("/v1/training")
-        newest = None if reply is None else Learning.from_wire(reply)
-        self.learning = newest or self.learning
+        """The learner's status now; None if the server does not tell, or has no learner yet."""
+        newest: Learning = (await self._get("/v1/training") or {}).get("executor", {})
+        if "started_at" not in newest:
+            return None
+        self.learning = newest
         return newest
 
-    async def is_ready(self) -> bool:
-        """Whether `/ready` says so; notes the live version."""
-        reply = await self._get("/ready")
-        if reply is None or not reply.get("ready"):
-            return False
-        self.live = reply["live"]
-        return True
-
-    def checkpoint(self) -> SavedTraining | None:
-        """The one on disk."""
-        return read_checkpoint(self.state_dir / CHECKPOINT)
+    def checkpoint(self) -> TrainingProgress | None:
+        """Progress of the checkpoint on disk."""
+        return read_checkpoint(self._state_dir / "training" / "checkpoint.safetensors")
 
     def commits_begun(self) -> set[str]:
-        """Versions in the making on disk; a killed process leaves its own behind until the next start."""
-        return {path.name for path in (self.state_dir / "adapters").glob(".tmp-*")}
-
-    async def _look(self) -> None:
-        await asyncio.to_thread(self.versions.look)
-        listing = await self._get("/v1/adapters")
-        if listing is not None:
-            self.versions.note_listing(listing)
+        """Directories of versions in the making; a killed process leaves its own behind until the next start."""
+        return {path.name for path in (self._state_dir / "adapters").glob(".tmp-*")}
 
     async def _get(self, path: str) -> dict[str, Any] | None:
         try:
-            reply = await self.client.get(path, timeout=5)
+            reply = await self._client.get(path, timeout=5)
             return dict(reply.json()) if reply.status_code == 200 else None
         except (httpx.HTTPError, ValueError):
             return None

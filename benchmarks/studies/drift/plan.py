@@ -1,20 +1,40 @@
-"""What happens in a run, drawn before it starts: who prefers what, which pairs are posted when, what is asked.
+"""The course of a run, drawn before it starts: who prefers what, which pairs are posted, what is asked, who trains.
 
-Everything depends on the plan and the seed alone, so every policy meets the same pairs and requests at the same times.
+Everything but the policy depends on the plan and the seed alone, so every policy meets the same pairs and requests at
+the same times. Policies are settings of the server; nothing else differs between them.
+
+`periodic` is Ekya's scheme on this server: it collects for a window and then stops inference to train on what came. Two
+windows a phase are a generous choice: with fewer a phase could end before the first training. `continuous` trains
+as soon as there is a batch, stopping inference as well. It may train `HEADROOM` times what comes in: a little more, so
+that it is not short of training slots. `periodic` ends a phase with its first candidate: one new model for each window,
+and about as many steps as `mace`. `periodic-full` goes on until its slots are used up; then its phases last most of a
+window, train what arrives meanwhile, and run into each other: it is `continuous` by another name.
 """
 
 import random
 from dataclasses import dataclass
+from enum import StrEnum
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from core.alignment_config import DriftConfig
+from core.config import TINY_ASSISTANT
 from core.wire import TrainingPair
 from engine.tiny.knowledge import Question, held_out_questions, preference_questions, questions
 from engine.tiny.styles import Style, render
 
 _HELD_OUT_SEED = 20_260_101
-"""Which style is the rejected one of a held-out pair: the same set for every seed and policy."""
+"""Seed of the rejected styles of held-out pairs: the same set for every seed and policy."""
+
+
+MODEL_ID = "mace-tiny"
+WINDOWS_PER_PHASE = 2
+HEADROOM = 1.2
+FIRST_CANDIDATE_GAP_S = 0.5
+"""Longer than it takes to fetch the next batch, shorter than to judge and publish a candidate."""
+_KEPT_VERSIONS = 1000
+"""All of them: they are scored after the run."""
 
 
 class DriftPlan(BaseModel):
@@ -39,7 +59,7 @@ class DriftPlan(BaseModel):
 
     @property
     def duration_s(self) -> float:
-        """Of all phases."""
+        """Length of all phases together."""
         return self.phase_s * len(self.styles)
 
     @property
@@ -121,4 +141,48 @@ def _preference(question: Question, style: Style, rng: random.Random) -> dict[st
         "chosen": render(question, style),
         "rejected": render(question, other),
         "source": "drift",
+    }
+
+
+class Policy(StrEnum):
+    """Rule by which the server decides when to train."""
+
+    MACE = "mace"
+    NO_REWARD = "mace-no-reward"
+    PERIODIC = "periodic"
+    PERIODIC_FULL = "periodic-full"
+    CONTINUOUS = "continuous"
+    FROZEN = "frozen"
+
+
+TITLES = {
+    Policy.MACE: "mace",
+    Policy.NO_REWARD: "mace without γ·L_DPO",
+    Policy.PERIODIC: "periodic",
+    Policy.PERIODIC_FULL: "periodic, all slots",
+    Policy.CONTINUOUS: "continuous",
+    Policy.FROZEN: "frozen",
+}
+
+
+def sections(policy: Policy, plan: DriftPlan) -> dict[str, dict[str, Any]]:
+    """Settings of a run beside those of serve_config.yaml; the same retrain rate for all, `mace` has no use for it."""
+    slots_per_s = DriftConfig().alarm_rate * plan.pairs_per_s
+    scheduler: dict[Policy, dict[str, Any]] = {
+        Policy.MACE: {"policy": "mace"},
+        Policy.NO_REWARD: {"policy": "mace", "reward_term": False},
+        Policy.PERIODIC: {"policy": "periodic", "phase_gap_s": FIRST_CANDIDATE_GAP_S},
+        Policy.PERIODIC_FULL: {"policy": "periodic"},
+        Policy.CONTINUOUS: {"policy": "continuous"},
+        Policy.FROZEN: {"policy": "inference_only"},
+    }
+    return {
+        "model": {"model_source": TINY_ASSISTANT, "model_id": MODEL_ID},
+        "scheduler": {
+            **scheduler[policy],
+            "retrain_rate": HEADROOM * slots_per_s / plan.requests_per_s,
+            "period_requests": max(1, round(plan.requests_per_s * plan.phase_s / WINDOWS_PER_PHASE)),
+        },
+        "profile": {"measure_at_start": False},
+        "versions": {"keep": _KEPT_VERSIONS},
     }

@@ -12,8 +12,8 @@ from typing import Any
 
 import httpx
 
+from benchmarks.studies.drift.record import DriftError
 from core.config import TrainingConfig
-from core.errors import MaceError
 from core.types import TokenizedPair
 
 _SEQUENCES_AT_ONCE = 64
@@ -25,10 +25,6 @@ PairLogProbs = tuple[tuple[float, float], ...]
 
 Sequences = list[tuple[list[int], list[int]]]
 """Prompt and completion, as token ids."""
-
-
-class ScoringError(MaceError):
-    """The server did not give log-probs."""
 
 
 def tokenized(model_dir: Path, pairs: Sequence[Any]) -> list[TokenizedPair]:
@@ -59,21 +55,18 @@ class Scorer:
         return tuple(zip(sums[::2], sums[1::2], strict=True))
 
     def token_logprobs(self, adapter_dir: Path | None, rows: Sequences) -> list[list[float]]:
-        """Of every token of each completion."""
+        """Log-prob of every token of each completion, in nats."""
         from peft import PeftModel
 
-        if adapter_dir is None:
-            return self._forward_all(self._model, rows)
-        adapted = PeftModel.from_pretrained(self._model, str(adapter_dir)).eval()
+        model = self._model
+        if adapter_dir is not None:
+            model = PeftModel.from_pretrained(model, str(adapter_dir)).eval()
         try:
-            return self._forward_all(adapted, rows)
+            starts = range(0, len(rows), _SEQUENCES_AT_ONCE)
+            return [values for i in starts for values in _forward(model, rows[i : i + _SEQUENCES_AT_ONCE])]
         finally:
-            self._model = adapted.unload()
-
-    @staticmethod
-    def _forward_all(model: Any, rows: Sequences) -> list[list[float]]:
-        chunks = [rows[i : i + _SEQUENCES_AT_ONCE] for i in range(0, len(rows), _SEQUENCES_AT_ONCE)]
-        return [values for chunk in chunks for values in _forward(model, chunk)]
+            if adapter_dir is not None:
+                self._model = model.unload()
 
 
 def _forward(model: Any, rows: Sequences) -> list[list[float]]:
@@ -98,7 +91,7 @@ async def served_gap(
     """Largest difference, over the tokens of some answers, of the server's log-probs and the scorer's (nats).
 
     Raises:
-        ScoringError: the server refuses.
+        DriftError: the server refuses.
         httpx.TransportError: it is not there.
     """
     prompts = [list(pair.prompt_ids) for pair in pairs[:_CHECKED_ANSWERS]]
@@ -113,7 +106,7 @@ async def served_gap(
     }
     reply = await client.post("/v1/completions", json=body)
     if reply.is_error:
-        raise ScoringError(f"{model} gives no log-probs: HTTP {reply.status_code}: {reply.text[:300]}")
+        raise DriftError(f"{model} gives no log-probs: HTTP {reply.status_code}: {reply.text[:300]}")
     choices = sorted(reply.json()["choices"], key=lambda choice: choice["index"])
     served = [choice["logprobs"]["token_logprobs"] for choice in choices]
     answers = [choice["token_ids"] for choice in choices]

@@ -1,6 +1,5 @@
 """Stores on SQLite and on PostgreSQL, with a clock that stands still."""
 
-import importlib.util
 import tempfile
 from pathlib import Path
 
@@ -9,29 +8,16 @@ from sqlalchemy import create_engine, text
 
 from alignment.store.feedback_store import FeedbackStore
 from core.alignment_config import FeedbackConfig
+from tests.support.clock import Clock
+from tests.support.postgres_server import start_server
+from tests.support.schema_1 import metadata
 
 ALL_TRAIN = FeedbackConfig(holdout_fraction=0.0)
 
 
-def _load(name):
-    """A module beside this file; the test folders are no packages."""
-    spec = importlib.util.spec_from_file_location(name, Path(__file__).with_name(f"{name}.py"))
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-class Clock:
-    def __init__(self):
-        self.now = 1000.0
-
-    def __call__(self):
-        return self.now
-
-
 @pytest.fixture
 def clock():
-    return Clock()
+    return Clock(1000.0)
 
 
 @pytest.fixture
@@ -45,7 +31,7 @@ def open_to_all():
 @pytest.fixture(scope="session")
 def postgres():
     """The session's server. Who stops it starts it again."""
-    server = _load("postgres_server").start_server()
+    server = start_server()
     yield server
     server.remove()
 
@@ -98,4 +84,4 @@ def store(open_store):
 @pytest.fixture
 def schema_1():
     """The old release's tables."""
-    return _load("schema_1").metadata.tables
+    return metadata.tables

@@ -7,7 +7,7 @@ import pytest
 
 from alignment.drift.tracker import DriftTracker
 from core.alignment_config import DriftConfig
-from tests.unit.alignment.drift_pairs import feed, scored
+from tests.support.drift_pairs import feed, scored
 
 CONFIG = DriftConfig(window=10, min_pairs=4, min_accuracy=0.75, max_loss=0.55, half_life_pairs=10)
 

@@ -8,7 +8,7 @@ import pytest
 from alignment.drift.input_drift import InputDrift
 from alignment.drift.tracker import DriftTracker
 from core.alignment_config import DriftConfig
-from tests.unit.alignment.drift_pairs import asked, scored
+from tests.support.drift_pairs import asked, scored
 
 CONFIG = DriftConfig()
 

@@ -81,7 +81,7 @@ def test_ratings_that_do_not_belong_together_stay_alone(store, clock, second_pro
     answer(store, "a", "good")
     answer(store, "b", second_text, second_prompt)
     rate(store, "a", "up", users[0])
-    clock.now += wait_s
+    clock.now_s += wait_s
     assert rate(store, "b", "down", users[1]).pair_id is None
     assert store.counts().pairs["train"] == 0
 

@@ -1,43 +1,22 @@
 """Adapter versions on disk: atomic, never renumbered, damage named."""
 
-import json
 import os
 import struct
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
-import numpy as np
 import pytest
-from safetensors.numpy import save_file
 
 from alignment.versions import adapter_files, registry
-from alignment.versions.adapter_files import AdapterManifest
 from alignment.versions.registry import AdapterRegistry
 from core.errors import AdapterError, DamagedAdapterError, UnknownVersionError
-
-ROOT = Path(__file__).parents[3]
-MANIFEST = AdapterManifest(base_model="tiny", pair_ids=("pair-1",), optimizer_steps=8, metrics={"accuracy": 0.9})
+from tests.support.adapter_versions import MANIFEST, ROOT, commit, names, truncate, write_adapter
 
 
 @pytest.fixture
 def adapters(tmp_path):
     return AdapterRegistry.open(tmp_path / "adapters", base_model="tiny")
-
-
-def write_adapter(directory):
-    (directory / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 2}))
-    save_file({"lora_A": np.ones((2, 3), np.float32)}, directory / "adapter_model.safetensors")
-    return directory
-
-
-def commit(adapters, **changes):
-    return adapters.commit(write_adapter(adapters.begin()), MANIFEST.model_copy(update=changes))
-
-
-def names(adapters):
-    return [version.name for version in adapters.list()]
 
 
 def test_versions_are_numbered_and_read_back_as_written(adapters):
@@ -87,10 +66,6 @@ def test_numbers_are_never_used_again_and_may_grow(adapters):
     assert commit(adapters).name == "v10000"
     assert names(adapters) == ["v0003", "v10000"]
     assert set(adapters.damaged) == {"v9999"}
-
-
-def truncate(path):
-    path.write_bytes(path.read_bytes()[:-1])
 
 
 DAMAGE = {
@@ -181,13 +156,13 @@ CRASH = """
 import os, sys
 from pathlib import Path
 from alignment.versions import registry
-from tests.unit.alignment import test_registry as t
+from tests.support.adapter_versions import MANIFEST, write_adapter
 
 adapters = registry.AdapterRegistry.open(Path(sys.argv[1]), "tiny")
-temporary = t.write_adapter(adapters.begin())
+temporary = write_adapter(adapters.begin())
 real = Path.rename
 Path.rename = lambda *args: (sys.argv[2] == "after" and real(*args), os._exit(9))
-adapters.commit(temporary, t.MANIFEST)
+adapters.commit(temporary, MANIFEST)
 """
 
 

@@ -11,7 +11,7 @@ from alignment.versions import retention
 from alignment.versions.registry import AdapterRegistry
 from alignment.versions.retention import KeptVersion, prune, versions_to_retire
 from core.errors import UnknownVersionError
-from tests.unit.alignment.test_registry import ROOT, commit, names
+from tests.support.adapter_versions import ROOT, commit, names
 
 
 def kept(*failed):

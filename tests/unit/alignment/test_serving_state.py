@@ -12,7 +12,7 @@ from alignment.versions.activation_log import Activation, ActivationLog
 from alignment.versions.lineage import is_rollback, lineage_row, lineage_rows
 from alignment.versions.registry import AdapterRegistry
 from core.errors import AdapterError, DamagedAdapterError, UnknownVersionError
-from tests.unit.alignment.test_registry import ROOT, commit, truncate
+from tests.support.adapter_versions import ROOT, commit, truncate
 
 
 @pytest.fixture

@@ -182,7 +182,7 @@ def test_after_a_publication_the_newest_pairs_are_stale(store, scored):
 def test_the_backlog_is_what_was_never_trained(store, clock):
     assert (store.backlog().num_pairs, store.backlog().oldest_created_at) == (0, None)
     [old] = add(store, 1)
-    clock.now = 2000.0
+    clock.now_s = 2000.0
     store.add([row(2)])
     assert (store.backlog().num_pairs, store.backlog().oldest_created_at) == (2, 1000.0)
     store.record_scores([score(old)])

@@ -19,7 +19,7 @@ from app.importing.delivery import Delivered, DeliveryError, Server
 from app.importing.importer import Importer
 from app.importing.progress_file import ProgressFile
 from app.importing.sources import open_source
-from tests.unit.app.feedback_server import FeedbackServer
+from tests.support.feedback_server import FeedbackServer
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ from app.commands.profile import app
 from core.config import KvPruningConfig, ModelConfig
 from engine.pruning.gate import PruningReport, decide
 from engine.pruning.tasks import all_words
-from tests.unit.engine.trainable_models import save_model
+from tests.support.trainable_models import save_model
 
 CLI = CliRunner()
 

@@ -8,11 +8,12 @@ import time
 
 import psutil
 import pytest
-from typer import BadParameter
+import typer
+from typer.testing import CliRunner
 
-from benchmarks.studies.chaos.command import _directories, _ended_by_sigterm, _Options, _parse_kinds, _run
-from benchmarks.studies.chaos.plan import KINDS, MOMENTS, TARGETS, make_plan
-from benchmarks.studies.chaos.server import ChaosError, ServerProcess, is_alive, title_of
+from benchmarks.harness.server import ServerError, ServerProcess, is_alive, own_servers, title_of
+from benchmarks.studies.chaos.command import Options, chaos, new_directories, run
+from benchmarks.studies.chaos.strike import KINDS, MOMENTS, TARGETS, make_plan
 
 
 def test_every_kind_is_hit_once_before_any_is_hit_twice():
@@ -39,8 +40,11 @@ def test_a_plan_keeps_to_the_kinds_asked_for():
 
 @pytest.mark.parametrize("text", ["engine,gpu", "", " , "])
 def test_unknown_kinds_are_refused(text):
-    with pytest.raises(BadParameter, match="kinds are executor"):
-        _parse_kinds(text)
+    app = typer.Typer()
+    app.command()(chaos)
+    result = CliRunner().invoke(app, ["--kinds", text], env={"COLUMNS": "200"})
+    assert result.exit_code == 2
+    assert "kinds are executor" in result.output
 
 
 _FAMILY = """
@@ -59,12 +63,13 @@ def server(tmp_path):
     script.write_text(_FAMILY)
     (tmp_path / "run").mkdir()
     command = [sys.executable, script, "parent"]
-    libc = ctypes.CDLL(None)
-    libc.prctl(36, 1, 0, 0, 0)
-    server = ServerProcess(tmp_path / "run", config, tmp_path / "models", tmp_path, command=command)
+    handler = signal.getsignal(signal.SIGTERM)
+    own_servers()
+    server = ServerProcess(tmp_path / "run", config, ray_dir=tmp_path, command=command)
     yield server
-    server.end(politely=False)
-    libc.prctl(36, 0, 0, 0, 0)
+    server.end(None)
+    signal.signal(signal.SIGTERM, handler)
+    ctypes.CDLL(None).prctl(36, 0, 0, 0, 0)  # no subreaper any more
 
 
 def wait_for(condition, limit_s=10):
@@ -82,7 +87,7 @@ def test_only_descendants_of_the_server_are_killed(server):
         child = wait_for(lambda: server.find("VLLM::Child"))
         assert child.pid != stranger.pid
         for other in (psutil.Process(stranger.pid), psutil.Process(os.getpid())):
-            with pytest.raises(ChaosError, match="does not descend"):
+            with pytest.raises(ServerError, match="does not descend"):
                 server.kill(other)
         assert stranger.poll() is None
         server.kill(child)
@@ -100,9 +105,9 @@ def test_orphans_of_a_killed_server_are_found_and_ended_before_the_next_one_star
     wait_for(lambda: server.has_exited)
     assert server.members() == []
     assert server.family() == [child]
-    with pytest.raises(ChaosError, match="must be ended"):
+    with pytest.raises(ServerError, match="must be ended"):
         server.launch()
-    assert server.end(politely=False) >= 1
+    assert server.end(None) >= 1
     assert not is_alive(child)
     server.launch()
     assert not server.has_exited
@@ -110,7 +115,7 @@ def test_orphans_of_a_killed_server_are_found_and_ended_before_the_next_one_star
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_an_interrupted_run_ends_its_server(server, number):
-    options = _Options(make_plan(1, 0), seed=0, max_s=60.0, rate_per_s=1.0, feedback_interval_s=1.0)
+    options = Options(make_plan(1, 0), seed=0, max_s=60.0, rate_per_s=1.0, feedback_interval_s=1.0)
     seen = []
 
     def interrupt():
@@ -118,8 +123,8 @@ def test_an_interrupted_run_ends_its_server(server, number):
         os.kill(os.getpid(), number)
 
     threading.Thread(target=lambda: (wait_for(lambda: not server.has_exited), interrupt())).start()
-    with _ended_by_sigterm(), pytest.raises(KeyboardInterrupt):
-        _run(server, options)
+    with pytest.raises(KeyboardInterrupt):
+        run(server, options)
     assert len(seen) == 2
     assert not any(is_alive(process) for process in seen)
 
@@ -137,9 +142,9 @@ def test_the_server_gets_a_state_and_a_ray_of_its_own(server, tmp_path, monkeypa
 
 
 def test_a_directory_that_exists_is_nobodys_scratch(tmp_path):
-    with pytest.raises(ChaosError, match="wants a new directory"), _directories(tmp_path):
+    with pytest.raises(ServerError, match="wants a new directory"), new_directories(tmp_path):
         pass
-    with _directories(None) as (directory, ray_dir):
+    with new_directories(None) as (directory, ray_dir):
         assert directory.is_dir()
     assert not ray_dir.exists()
 

@@ -1,7 +1,6 @@
 import asyncio
 import itertools
 import json
-import random
 
 import httpx
 import pytest
@@ -9,8 +8,16 @@ from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, StreamingResponse
 from openai import AsyncOpenAI
 
-from benchmarks.studies.chaos.ledger import Ledger, preferences
-from benchmarks.studies.chaos.load import ChatLoad, FeedbackLoad, export_all_pairs, read_all_feedback
+from benchmarks.harness.client import HttpPort, Load
+from benchmarks.studies.chaos.load import (
+    POST,
+    FeedbackPort,
+    Ledger,
+    export_all_pairs,
+    preferences,
+    questions,
+    read_all_feedback,
+)
 
 
 def entries_of(bodies):
@@ -103,10 +110,10 @@ def test_a_chat_request_succeeds_only_if_the_whole_answer_came(lines, status, su
     async def run():
         http = httpx.AsyncClient(transport=httpx.ASGITransport(app))
         async with AsyncOpenAI(base_url="http://x/v1", api_key="none", max_retries=0, http_client=http) as client:
-            load = ChatLoad(client, "mace-tiny", 1.0, random.Random(0))
-            load.send()
+            load = Load(HttpPort(client, "mace-tiny"))
+            load.send(next(questions(1.0, seed=0)))
             await load.drain(5)
-            return load.requests
+            return load.records
 
     [request] = asyncio.run(run())
     assert request.succeeded is succeeded
@@ -149,11 +156,11 @@ def test_feedback_is_repeated_under_its_id_until_it_is_acknowledged(monkeypatch)
 
     async def run():
         async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://x") as client:
-            load = FeedbackLoad(client, preferences(0), 0.0)
+            ledger = Ledger()
+            load = Load(FeedbackPort(client, preferences(0), ledger))
             for _ in range(8):  # the eighth is a list of three
-                await load.post_next()
-            audit = load.ledger.audit(await read_all_feedback(client), await export_all_pairs(client))
-            return load.ledger, audit
+                assert (await load.ask(POST)).succeeded
+            return ledger, ledger.audit(await read_all_feedback(client), await export_all_pairs(client))
 
     ledger, audit = asyncio.run(run())
     assert ledger.repeats == 3
@@ -167,9 +174,9 @@ def test_a_refused_record_is_not_repeated():
 
     async def run():
         async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://x") as client:
-            load = FeedbackLoad(client, iter([{"id": "refuse-1"}]), 0.0)
-            await load.post_next()
-            return load.ledger
+            ledger = Ledger()
+            await Load(FeedbackPort(client, iter([{"id": "refuse-1"}]), ledger)).ask(POST)
+            return ledger
 
     ledger = asyncio.run(run())
     assert (list(ledger.refused), ledger.repeats, ledger.acknowledged) == (["refuse-1"], 0, set())

@@ -2,11 +2,15 @@ import json
 
 import pytest
 
-from benchmarks.studies.chaos.ledger import Audit, Ledger
-from benchmarks.studies.chaos.load import ChatRequest
+from benchmarks.harness.client import RequestRecord
+from benchmarks.studies.chaos.load import Audit, Ledger
 from benchmarks.studies.chaos.report import Findings, downtime_s, failures_by_kill, make_report
 from benchmarks.studies.chaos.strike import Kill
 from benchmarks.studies.chaos.watch import VersionWatch
+
+
+def a_request(sent_s, ended_s=None, error=None):
+    return RequestRecord("chat", sent_s, sent_s, ended_s=ended_s, error=error)
 
 
 def a_kill(number=1, struck_s=100.0, **changes):
@@ -22,7 +26,7 @@ def findings(tmp_path, **changes):
         "planned": 1,
         "stopped": None,
         "kills": [a_kill()],
-        "requests": [ChatRequest(90.0, 91.0), ChatRequest(99.0, 101.0, "APIError: broken")],
+        "requests": [a_request(90.0, 91.0), a_request(99.0, 101.0, "APIError: broken")],
         "ledger": Ledger(),
         "audit": audit,
         "versions": VersionWatch(tmp_path),
@@ -84,13 +88,13 @@ def test_one_lost_step_is_allowed_and_an_unknown_number_is_none(tmp_path):
 def test_failures_are_counted_with_the_last_kill_before_them():
     kills = [a_kill(1, 100.0), a_kill(2, 200.0)]
     ends = [(50.0, "x"), (150.0, "x"), (210.0, "x"), (220.0, None), (None, None)]
-    requests = [ChatRequest(40.0, end, error) for end, error in ends]
+    requests = [a_request(40.0, end, error) for end, error in ends]
     assert failures_by_kill(kills, requests) == {0: 1, 1: 1, 2: 2}
 
 
 def test_downtime_is_the_longest_time_without_an_answer_until_recovery():
-    requests = [ChatRequest(90.0, 99.0), ChatRequest(100.1, 100.5), ChatRequest(100.2, 107.0, "broken")]
-    requests += [ChatRequest(101.0, 108.5), ChatRequest(109.0, 130.0)]
+    requests = [a_request(90.0, 99.0), a_request(100.1, 100.5), a_request(100.2, 107.0, "broken")]
+    requests += [a_request(101.0, 108.5), a_request(109.0, 130.0)]
     assert downtime_s(a_kill(struck_s=100.0, recovery_s=10.0), requests) == pytest.approx(8.0)
     assert downtime_s(a_kill(struck_s=100.0, recovery_s=10.0), []) == pytest.approx(10.0)
     assert downtime_s(a_kill(recovery_s=None), requests) is None

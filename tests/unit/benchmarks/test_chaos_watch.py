@@ -1,12 +1,15 @@
+import asyncio
 import json
 import struct
 
+import httpx
 import pytest
 
 from alignment.versions.adapter_files import AdapterManifest
 from alignment.versions.registry import AdapterRegistry
 from benchmarks.studies.chaos.strike import count_lost_steps
-from benchmarks.studies.chaos.watch import Learning, SavedTraining, VersionWatch, read_checkpoint
+from benchmarks.studies.chaos.watch import VersionWatch, Watch, read_checkpoint
+from deployments.learning.training_progress import TrainingProgress
 
 
 def safetensors(header, data=b"\0" * 8):
@@ -75,20 +78,27 @@ def test_a_version_listed_as_damaged_is_half_written(tmp_path):
 def test_the_checkpoint_tells_its_steps(tmp_path):
     path = tmp_path / "checkpoint.safetensors"
     assert read_checkpoint(path) is None
-    mace = {"num_steps": 4, "progress": {"total_steps": 19, "steps_since_candidate": 3, "base": "v0002"}}
+    progress = TrainingProgress("v0002", total_steps=19, steps_since_candidate=3)
+    mace = {"num_steps": 4, "progress": progress.to_wire()}
     path.write_bytes(safetensors({**TENSOR, "__metadata__": {"mace": json.dumps(mace)}}))
-    assert read_checkpoint(path) == SavedTraining(19, 3, "v0002")
-    path.write_bytes(safetensors({**TENSOR, "__metadata__": {"mace": json.dumps({"num_steps": 4})}}))
-    assert read_checkpoint(path) == SavedTraining(4)
+    assert read_checkpoint(path) == progress
     path.write_bytes(path.read_bytes()[:30])
     assert read_checkpoint(path) is None
 
 
-def learning(started_at=1.0, steps=5, total=25, restored=20, since=5, live="v0001", decided=False):
-    return Learning(started_at, "training", steps, total, restored, since, live, decided)
+def learning(started_at=1.0, steps=5, total=25, restored=20, since=5, live="v0001", decision=None):
+    return {
+        "started_at": started_at,
+        "steps": steps,
+        "total_steps": total,
+        "restored_steps": restored,
+        "steps_since_candidate": since,
+        "live_version": live,
+        "last_decision": decision,
+    }
 
 
-SAVED = SavedTraining(25, 5, "v0001")
+SAVED = TrainingProgress("v0001", total_steps=25, steps_since_candidate=5)
 
 
 @pytest.mark.parametrize(
@@ -100,8 +110,7 @@ SAVED = SavedTraining(25, 5, "v0001")
         (learning(2.0, steps=0, total=20, restored=20, since=0), 5),
         (learning(2.0, steps=2, total=27, restored=25, since=2), 5),  # counts on, but began from the live version
         (learning(2.0, steps=2, total=27, restored=25, since=2, live="v0002"), 0),  # published when it died
-        (learning(2.0, steps=4, total=29, restored=25, since=1, decided=True), 0),
-        (learning(2.0, steps=1, total=None, restored=None, since=None), None),
+        (learning(2.0, steps=4, total=29, restored=25, since=1, decision="accepted"), 0),
     ],
 )
 def test_lost_steps_are_those_done_before_and_not_gone_on_from(first, lost):
@@ -114,8 +123,21 @@ def test_a_step_that_only_the_checkpoint_knows_counts_as_done():
     assert count_lost_steps(None, None, first) is None
 
 
-def test_a_status_without_totals_is_read_as_such():
-    assert Learning.from_wire({"enabled": False, "executor": {}}) is None
-    bare = {"started_at": 1.0, "phase": "idle", "steps": 3}
-    assert Learning.from_wire({"executor": bare}).restored_steps is None
-    assert Learning.from_wire({"executor": {**bare, "total_steps": 10}}).restored_steps == 7
+@pytest.mark.parametrize(
+    ("reply", "found"),
+    [
+        (httpx.Response(200, json={"enabled": False, "executor": {}}), None),  # no learner yet
+        (httpx.Response(503), None),
+        (httpx.Response(200, json={"executor": learning()}), learning()),
+    ],
+)
+def test_a_poll_tells_the_status_of_a_learner_and_keeps_the_newest(tmp_path, reply, found):
+    async def poll():
+        async with httpx.AsyncClient(
+            transport=httpx.MockTransport(lambda _: reply), base_url="http://x"
+        ) as client:
+            watch = Watch(client, tmp_path)
+            watch.learning = learning(steps=1)
+            return await watch.poll(), watch.learning
+
+    assert asyncio.run(poll()) == (found, found or learning(steps=1))

@@ -11,7 +11,7 @@ from benchmarks.harness.feeder import BACKLOG_TASKS, FineTuneFeeder, random_pair
 from benchmarks.harness.window import WindowOptions, run_window
 from core.errors import TrainingError
 from simulator.trace import FineTune, TraceRequest
-from tests.unit.benchmarks.fake_engine import FakeEngine
+from tests.support.timed_engine import FakeEngine
 
 LOAD = FineTune(prompt_tokens=3, completion_tokens=4)
 

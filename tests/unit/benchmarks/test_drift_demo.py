@@ -7,23 +7,22 @@ import httpx
 import numpy as np
 import pytest
 import torch
+from fastapi import FastAPI, Request
+from fastapi.responses import JSONResponse, StreamingResponse
+from openai import AsyncOpenAI
 from peft import LoraConfig, get_peft_model
 from rich.console import Console
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from benchmarks.harness.statistics import crossed_interval, ratio_interval
 from benchmarks.studies.drift import driver
-from benchmarks.studies.drift.comparisons import compare
-from benchmarks.studies.drift.curves import Run, write_csv
-from benchmarks.studies.drift.driver import DriverError, look_of, pause, versions_by_style
-from benchmarks.studies.drift.plan import DriftPlan, asks, held_out_pairs, posts
-from benchmarks.studies.drift.plot import draw
-from benchmarks.studies.drift.policies import Policy, scheduler_section, sections
-from benchmarks.studies.drift.record import Look, Posts, Reply, RunRecord, Stream
-from benchmarks.studies.drift.report import show
-from benchmarks.studies.drift.run import RunError, run_all
+from benchmarks.studies.drift.command import Runs
+from benchmarks.studies.drift.driver import look_of, pause, play, versions_by_style
+from benchmarks.studies.drift.plan import DriftPlan, Policy, asks, held_out_pairs, posts, sections
+from benchmarks.studies.drift.record import DriftError, Look, Posts, Reply, Run, RunRecord, Stream, write_csv
+from benchmarks.studies.drift.report import draw, show
 from benchmarks.studies.drift.scoring import Scorer
-from benchmarks.studies.drift.statistics import crossed_interval, ratio_interval
-from benchmarks.studies.drift.summary import recovery, summarize
+from benchmarks.studies.drift.summary import compare, recovery, summarize
 from core.config import AppArgs, SchedulerConfig
 from core.types import TokenizedPair
 from engine.tiny.knowledge import held_out_questions, preference_questions
@@ -149,7 +148,7 @@ def test_policies_differ_in_nothing_but_who_decides():
 
 
 def test_every_policy_is_the_one_it_is_called():
-    named = {policy: scheduler_section(policy, PLAN) for policy in Policy}
+    named = {policy: sections(policy, PLAN)["scheduler"] for policy in Policy}
     assert [named[policy]["policy"] for policy in Policy] == [
         "mace",
         "mace",
@@ -162,14 +161,56 @@ def test_every_policy_is_the_one_it_is_called():
 
 
 def test_the_baselines_may_train_more_than_what_comes_in():
-    section = scheduler_section(Policy.CONTINUOUS, PLAN)
+    section = sections(Policy.CONTINUOUS, PLAN)["scheduler"]
     slots_per_s = AppArgs().drift.alarm_rate * PLAN.pairs_per_s
     assert section["retrain_rate"] * PLAN.requests_per_s > slots_per_s
-    assert scheduler_section(Policy.PERIODIC_FULL, PLAN)["retrain_rate"] == section["retrain_rate"]
+    assert sections(Policy.PERIODIC_FULL, PLAN)["scheduler"]["retrain_rate"] == section["retrain_rate"]
     assert section["period_requests"] == 15  # 3 requests/s, two windows in 10 s
 
 
 # --- what the server tells
+
+
+def test_a_run_posts_its_pairs_and_asks_on_time_and_keeps_what_the_server_said():
+    app, posted = FastAPI(), []
+    plan = DriftPlan(
+        styles=(Style.POLITE, Style.TERSE), phase_s=0.5, pairs_per_phase=3, requests_per_s=20, poll_s=0.1
+    )
+    plan = plan.model_copy(update={"warm_up_s": 0.2})
+
+    @app.post("/v1/feedback")
+    async def feedback(request: Request):
+        posted.append(await request.json())
+        return JSONResponse({}, 202 if len(posted) > 1 else 503)
+
+    @app.post("/v1/chat/completions")
+    async def chat():
+        choice = {"index": 0, "delta": {"content": "It is Paris."}, "finish_reason": "stop"}
+        chunk = {"id": "c", "object": "chat.completion.chunk", "created": 1, "model": "m", "choices": [choice]}
+        return StreamingResponse(iter([f"data: {json.dumps(chunk)}\n\n", "data: [DONE]\n\n"]))
+
+    @app.get("/v1/training")
+    async def training():
+        return {"executor": {"live_version": "v0001", "steps": len(posted)}}
+
+    async def run():
+        async with (
+            httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://x") as client,
+            httpx.AsyncClient(transport=httpx.ASGITransport(app)) as http,
+        ):
+            openai = AsyncOpenAI(base_url="http://x/v1", api_key="none", max_retries=0, http_client=http)
+            return await play(client, openai, "m", plan, seed=0)
+
+    looks, stream, told = asyncio.run(run())
+    asked = [ask.at_s for ask in asks(plan, 0) if ask.at_s >= 0]
+    assert posted == [post.body for post in posts(plan, 0)]
+    assert (told.accepted, len(told.errors)) == (5, 1)
+    assert "HTTP 503" in told.errors[0]
+    assert [look.version for look in looks] == ["v0001"] * 11
+    assert (stream.num_requests, stream.errors) == (len(asked), ())
+    assert [reply.sent_s for reply in stream.replies] == asked
+    assert {reply.style for reply in stream.replies} == {"terse"}
+    assert len(stream.ttft_s) == len(asked)
 
 
 def test_a_run_is_looked_at_when_the_last_candidate_is_through(monkeypatch):
@@ -188,7 +229,7 @@ def test_a_run_is_looked_at_when_the_last_candidate_is_through(monkeypatch):
     monkeypatch.setattr(driver, "_PAUSE_LOOK_S", 0.0)
     asyncio.run(pause_it())
     assert phases == []
-    with pytest.raises(DriverError, match="does not pause"):
+    with pytest.raises(DriftError, match="does not pause"):
         asyncio.run(pause_it())
 
 
@@ -390,39 +431,29 @@ def test_a_ratio_over_nothing_is_unknown_and_over_zero_infinite():
 # --- files
 
 
-def run_again(tmp_path, **changed):
-    options = {"out": tmp_path, "config": tmp_path, "model_dir": tmp_path, "port": None, "say": lambda _: None}
-    return run_all(PLAN, [Policy.MACE], [0], **options, resume=True, **changed)
+def run_all(tmp_path, *, resume):
+    runs = Runs(PLAN, tmp_path, config=tmp_path, model_dir=tmp_path, port=None, say=lambda _: None)
+    return runs.all([Policy.MACE], range(1), resume=resume)
 
 
 def test_finished_runs_are_taken_over_but_not_those_of_another_plan(tmp_path):
     (tmp_path / "runs").mkdir()
     path = tmp_path / "runs" / "mace-seed0.json"
     path.write_text(record().model_dump_json())
-    assert run_again(tmp_path) == [record()]
+    assert run_all(tmp_path, resume=True) == [record()]
     path.write_text(record(plan=PLAN.model_copy(update={"requests_per_s": 9.0})).model_dump_json())
-    with pytest.raises(RunError, match="another plan"):
-        run_again(tmp_path)
+    with pytest.raises(DriftError, match="another plan"):
+        run_all(tmp_path, resume=True)
     path.write_text("{}")
-    with pytest.raises(RunError, match="not a run of this version"):
-        run_again(tmp_path)
+    with pytest.raises(DriftError, match="not a run of this version"):
+        run_all(tmp_path, resume=True)
 
 
 def test_without_resume_nothing_is_overwritten(tmp_path):
     (tmp_path / "runs").mkdir()
     (tmp_path / "runs" / "mace-seed0.json").write_text(record().model_dump_json())
-    with pytest.raises(RunError, match="--resume"):
-        run_all(
-            PLAN,
-            [Policy.MACE],
-            [0],
-            out=tmp_path,
-            config=tmp_path,
-            model_dir=tmp_path,
-            port=None,
-            resume=False,
-            say=lambda _: None,
-        )
+    with pytest.raises(DriftError, match="--resume"):
+        run_all(tmp_path, resume=False)
 
 
 def test_the_picture_is_drawn_with_several_seeds_and_with_one(tmp_path):

@@ -19,8 +19,8 @@ from benchmarks.studies.memory.windows import (
     system_prompts,
 )
 from core.errors import ConfigError
-from tests.unit.benchmarks.fake_engine import FakeEngine
-from tests.unit.benchmarks.memory_windows import grow, window
+from tests.support.memory_windows import grow, window
+from tests.support.timed_engine import FakeEngine
 
 MODEL = Path("model")
 

@@ -12,7 +12,7 @@ from benchmarks.studies.memory.parts import MemoryOptions, ablation_part, load_t
 from benchmarks.studies.memory.report import draw, tables
 from benchmarks.studies.memory.soak import SoakRecord, summarize_soak
 from benchmarks.studies.memory.windows import Counts
-from tests.unit.benchmarks.memory_windows import TIMES, grow, window
+from tests.support.memory_windows import TIMES, grow, window
 
 MODEL = Path("model")
 

@@ -11,7 +11,7 @@ from core.config import SloConfig
 from core.errors import ControlUnavailableError
 from deployments.publishing.canary import CanaryTrial
 from deployments.publishing.versions import AdapterVersions
-from tests.unit.deployments.fakes import FakeEngine
+from tests.support.fake_ports import FakeEngine
 from tests.unit.deployments.test_versions_policy import commit, publish
 
 CONFIG = VersionsConfig(canary_share=0.2, canary_min_ratings=5, canary_min_requests=5, canary_max_s=100)

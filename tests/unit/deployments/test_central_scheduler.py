@@ -5,21 +5,14 @@ import pytest
 from core.types import TaskKind
 from core.wire import HORIZON_S, BatchOutcome, ExecutorLoad, Headroom, TrainingPair
 from deployments.control.central_scheduler import LEASE_S, CentralScheduler
+from tests.support.clock import Clock
 
 BATCH, MAX_AGE_S, ATTEMPTS = 4, 20.0, 3
 
 
-class Clock:
-    def __init__(self):
-        self.now_s = 100.0
-
-    def __call__(self):
-        return self.now_s
-
-
 @pytest.fixture
 def clock():
-    return Clock()
+    return Clock(100.0)
 
 
 @pytest.fixture

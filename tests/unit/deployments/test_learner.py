@@ -11,7 +11,7 @@ from deployments.learning import learner as learner_module
 from deployments.learning.learner import Learner
 from deployments.publishing.versions import AdapterVersions
 from engine.training.pair_tokens import reference_key
-from tests.unit.deployments.fakes import FakeControl, FakeEngine
+from tests.support.fake_ports import FakeControl, FakeEngine
 
 BASE_MODEL = "base-model"
 

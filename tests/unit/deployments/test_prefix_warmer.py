@@ -10,7 +10,7 @@ from alignment.versions.registry import AdapterRegistry
 from core.alignment_config import VersionsConfig
 from deployments.publishing.prefix_warmer import PrefixWarmer, StepPace
 from deployments.publishing.versions import AdapterVersions, Published
-from tests.unit.deployments.fakes import FakeEngine, write_peft
+from tests.support.fake_ports import FakeEngine, write_peft
 
 SYSTEM = list(range(100, 112))
 """Three blocks of the fake engine."""

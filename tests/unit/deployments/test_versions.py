@@ -6,7 +6,7 @@ from alignment.versions.adapter_files import AdapterManifest
 from alignment.versions.registry import AdapterRegistry
 from core.errors import DamagedAdapterError, UnknownVersionError
 from deployments.publishing.versions import AdapterVersions
-from tests.unit.deployments.fakes import FakeEngine, write_peft
+from tests.support.fake_ports import FakeEngine, write_peft
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ from alignment.versions.registry import AdapterRegistry
 from core.alignment_config import VersionsConfig
 from core.errors import AdapterError, UnknownVersionError
 from deployments.publishing.versions import AdapterVersions, Published
-from tests.unit.deployments.fakes import FakeEngine, write_peft
+from tests.support.fake_ports import FakeEngine, write_peft
 
 CANARY = VersionsConfig(canary_share=0.1)
 

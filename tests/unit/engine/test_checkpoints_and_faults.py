@@ -15,7 +15,7 @@ from core.config import AppArgs
 from core.types import Checkpoint, SliceKind, TaskKind
 from engine.training.dpo import DpoStep
 from engine.training.runner import FineTuneRunner
-from tests.unit.engine.trainable_models import make_task, make_training, save_model
+from tests.support.trainable_models import make_task, make_training, save_model
 
 WAIT_S = 20.0
 

@@ -7,7 +7,7 @@ from core.errors import DivergedError, PairTooLongError, TrainingError
 from core.types import FineTuneTask, SliceKind, TaskKind, TokenizedPair
 from engine.training.dpo import DpoStep
 from engine.training.shadow import ShadowAdapter
-from tests.unit.engine.trainable_models import build, make_task, make_training, run, run_to_loss, save_model, start
+from tests.support.trainable_models import build, make_task, make_training, run, run_to_loss, save_model, start
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,7 @@ from trl import DPOConfig, DPOTrainer
 
 from core.types import FineTuneTask, TaskKind, TokenizedPair
 from engine.training.trainable import TARGET_MODULES
-from tests.unit.engine.trainable_models import VOCAB, make_training, run, run_to_loss, save_model, start
+from tests.support.trainable_models import VOCAB, make_training, run, run_to_loss, save_model, start
 
 MAX_LENGTH = 16
 

@@ -10,7 +10,7 @@ from core.errors import DivergedError, TrainingError
 from core.types import SliceKind, TaskKind
 from engine.training.dpo import DpoStep
 from engine.training.shadow import ShadowAdapter
-from tests.unit.engine.trainable_models import build, make_task, make_training, run, run_to_loss, save_model, start
+from tests.support.trainable_models import build, make_task, make_training, run, run_to_loss, save_model, start
 
 REFERENCE_KINDS = {SliceKind.REFERENCE_LAYER, SliceKind.REFERENCE_HEAD}
 WEIGHTS = (0.25, 1.0, 0.0, 2.0)

@@ -3,7 +3,7 @@ import torch
 
 from engine.training import dpo_loss
 from engine.training.dpo_loss import sigmoid_dpo, sum_per_row, token_log_probs, token_log_probs_and_grad
-from tests.unit.engine.trainable_models import VOCAB, build, save_model
+from tests.support.trainable_models import VOCAB, build, save_model
 
 
 @pytest.mark.parametrize("block", [1, 16, VOCAB, 8192])

@@ -12,7 +12,7 @@ from core.types import FineTuneTask, SliceKind, TaskKind, TokenizedPair
 from engine.training.dpo import DpoStep
 from engine.training.prompt_sharing import SharedPrompts
 from engine.training.shadow import ShadowAdapter
-from tests.unit.engine.trainable_models import (
+from tests.support.trainable_models import (
     CONFIGS,
     VOCAB,
     build,

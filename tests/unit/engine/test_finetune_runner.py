@@ -9,7 +9,7 @@ from core.types import SliceKind, TaskKind
 from engine.training.runner import FineTuneRunner
 from engine.training.trainable import TrainableModel
 from engine.vllm.task_table import TaskTable
-from tests.unit.engine.trainable_models import make_task, make_training, save_model
+from tests.support.trainable_models import make_task, make_training, save_model
 
 
 @pytest.fixture

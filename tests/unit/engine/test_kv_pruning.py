@@ -4,7 +4,7 @@ import pytest
 
 from core.config import KvPruningConfig
 from engine.pruning.pruner import KvPruner
-from tests.unit.engine.kv_requests import BLOCK, make_manager, run
+from tests.support.kv_requests import BLOCK, make_manager, run
 
 CONFIG = KvPruningConfig(start="always", max_fraction=0.5, sink_tokens=4, recent_tokens=8)
 

@@ -3,7 +3,7 @@ import pytest
 from core.config import ModelConfig
 from core.errors import ModelNotFoundError
 from engine.model_source import base_model_name, resolve_model
-from tests.unit.engine.trainable_models import save_model
+from tests.support.trainable_models import save_model
 
 
 def resolve(source, tmp_path):

@@ -7,7 +7,7 @@ import torch
 from vllm.v1.kv_cache_interface import SlidingWindowSpec
 
 from engine.prefixes.lookup import PrefixLookup
-from tests.unit.engine.kv_requests import BLOCK, NUM_BLOCKS, make, make_manager, run
+from tests.support.kv_requests import BLOCK, NUM_BLOCKS, make, make_manager, run
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ from engine.pruning.reader import PrunedReader, PruningPlan
 from engine.pruning.scores import make_scorer
 from engine.pruning.tasks import make_recall
 from engine.tiny.tokenizer import train_tokenizer
-from tests.unit.engine.trainable_models import VOCAB, save_model
+from tests.support.trainable_models import VOCAB, save_model
 
 BLOCK = 4
 PLAN = PruningPlan(make_scorer("keydiff"), BLOCK, sink_tokens=3, recent_tokens=6)

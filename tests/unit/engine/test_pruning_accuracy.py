@@ -13,7 +13,7 @@ from engine.pruning.reader import PrunedReader, PruningPlan
 from engine.pruning.scores import make_scorer
 from engine.pruning.tasks import make_recall
 from engine.tiny.tokenizer import VOCAB_SIZE, train_tokenizer
-from tests.unit.engine.trainable_models import save_model
+from tests.support.trainable_models import save_model
 
 PLAN = PruningPlan(make_scorer("key_norm"), 16, sink_tokens=16, recent_tokens=32)
 

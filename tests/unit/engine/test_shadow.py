@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM
 from core.errors import AdapterError, DamagedAdapterError, DivergedError
 from engine.training.dpo import DpoStep
 from engine.training.shadow import ShadowAdapter
-from tests.unit.engine.trainable_models import build, make_task, make_training, run, run_to_loss, save_model, start
+from tests.support.trainable_models import build, make_task, make_training, run, run_to_loss, save_model, start
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, GPT2Config
 
 from core.errors import ConfigError, ModelNotFoundError, UnsupportedModelError
-from tests.unit.engine.trainable_models import CONFIGS, build, make_task, make_training, run, save_model, start
+from tests.support.trainable_models import CONFIGS, build, make_task, make_training, run, save_model, start
 
 
 def _forward(model, ids):

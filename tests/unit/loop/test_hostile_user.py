@@ -6,10 +6,6 @@ The taste is a different style for every other topic, so it takes a while to lea
 import asyncio
 import os
 import random
-from collections.abc import Iterator
-
-import pytest
-import torch
 
 from core.config import AppArgs
 from engine.tiny.knowledge import Question, held_out_questions, preference_questions
@@ -24,15 +20,6 @@ LEARNING_RATE = 1e-3
 """Above the default: the taste is learnt within the course, so that its end does not depend on a step more or less."""
 SEED = int(os.environ.get("MACE_LOOP_SEED", "1"))
 """Of users, questions and training. Other seeds are for looking (`pytest -s` prints the courses): docs/quality.md."""
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    """The built-in model's matrices are too small to share."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def tastes(questions: list[Question], chooser: random.Random) -> list[dict]:

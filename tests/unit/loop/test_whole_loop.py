@@ -7,7 +7,6 @@ the gate's held-out set as well, and the gate has three of those pairs to judge 
 import asyncio
 import math
 import random
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import pytest
@@ -36,12 +35,8 @@ SABOTAGE_STEPS = 16
 
 
 @pytest.fixture(autouse=True)
-def _one_thread_that_never_waits(monkeypatch) -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
+def _never_waits(monkeypatch) -> None:
     monkeypatch.setattr(learner_module, "POLL_INTERVAL_S", 0.0)
-    yield
-    torch.set_num_threads(threads)
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from app.commands.profile import app
 from profiler.device import describe_device, software_versions, worker_threads
 from profiler.fit import MemorySample, fit_profile
 from profiler.profile import Origin, Profile
-from tests.unit.profiler.synthetic_device import SyntheticDevice
+from tests.support.synthetic_device import SyntheticDevice
 
 CLI = CliRunner()
 

@@ -7,7 +7,7 @@ from core.errors import ProfileError
 from core.types import SliceKind
 from profiler.fit import MemorySample, fit_profile, fit_raw
 from profiler.profile import QUANTILE_LEVELS, Origin, Profile, profile_path
-from tests.unit.profiler.synthetic_device import FORWARD, SLICES, SyntheticDevice, decode, prefill
+from tests.support.synthetic_device import FORWARD, SLICES, SyntheticDevice, decode, prefill
 
 ORIGIN = Origin(device="synthetic", model="org/model", num_threads=1, seed=3)
 MEMORY = [MemorySample(n, 1_000_000 + 5000 * n) for n in (32, 64, 256, 512)]

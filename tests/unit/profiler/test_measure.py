@@ -9,8 +9,8 @@ from profiler.fit import fit_profile
 from profiler.grid import GridPoint, MeasurePlan, PointKind, coarse_to_fine, make_grid
 from profiler.measure import measure_grid
 from profiler.profile import Origin, Profile
-from tests.unit.profiler.synthetic_device import SyntheticDevice, decode, prefill
-from tests.unit.profiler.synthetic_engine import SyntheticEngine
+from tests.support.synthetic_device import SyntheticDevice, decode, prefill
+from tests.support.synthetic_engine import SyntheticEngine
 
 ORIGIN = Origin(device="synthetic", model="m", num_threads=1)
 PLAN = MeasurePlan(

@@ -10,7 +10,7 @@ from core.types import SliceKind, SliceTiming
 from profiler.fit import fit_profile
 from profiler.online import OnlineLatencyModel
 from profiler.profile import Origin
-from tests.unit.profiler.synthetic_device import SyntheticDevice, decode, prefill
+from tests.support.synthetic_device import SyntheticDevice, decode, prefill
 
 ORIGIN = Origin(device="synthetic", model="m", num_threads=1)
 COUNTS = st.integers(0, 5000)

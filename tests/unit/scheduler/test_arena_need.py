@@ -8,7 +8,7 @@ import torch
 from core.errors import ConfigError
 from scheduler.memory.arena import ArenaModel
 from scheduler.memory.arena_need import ArenaNeed, ModelDims
-from tests.unit.engine.trainable_models import make_task, make_training, save_model, start
+from tests.support.trainable_models import make_task, make_training, save_model, start
 
 HELD_FACTOR = 1.5
 TRANSIENT_FACTOR = 2.0

@@ -8,7 +8,7 @@ from scheduler.iteration.slice_size import ARENA_OWNER
 from scheduler.memory.ledger import Pool
 from scheduler.plan import FineTuneState, IterationView, PrefillTask
 from scheduler.priority import starvation_bound_s
-from tests.unit.scheduler.device import KnownDevice, UnknownDevice, make_planner
+from tests.support.known_device import KnownDevice, UnknownDevice, make_planner
 
 
 def work(last_progress_s=0.0, **kwargs):

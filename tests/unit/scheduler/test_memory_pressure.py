@@ -9,8 +9,8 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 from core.config import KvPruningConfig, SchedulerConfig
 from scheduler.memory.ledger import Pool
 from scheduler.plan import PruneOffer
-from tests.unit.scheduler.device import KnownDevice
-from tests.unit.scheduler.mini_engine import KV_BYTES_PER_TOKEN, MiniEngine, Request
+from tests.support.known_device import KnownDevice
+from tests.support.mini_engine import KV_BYTES_PER_TOKEN, MiniEngine, Request
 
 NO_OFFER = PruneOffer(())
 

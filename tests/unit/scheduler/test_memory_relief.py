@@ -7,7 +7,7 @@ from scheduler.iteration.slice_size import ARENA_OWNER
 from scheduler.memory.ledger import Pool
 from scheduler.memory.relief import BlockBudget
 from scheduler.plan import FineTuneState, IterationView, PrefillTask, PruneOffer
-from tests.unit.scheduler.device import KnownDevice, make_planner
+from tests.support.known_device import KnownDevice, make_planner
 
 BLOCK = 16
 BYTES = 10

@@ -10,7 +10,7 @@ from core.config import SchedulerConfig
 from scheduler.plan import FineTuneState, IterationView
 from scheduler.priority import decode_priority, finetune_priority, prefill_priority
 from scheduler.queues.task_queue import QueuedTask, TaskQueue
-from tests.unit.scheduler.device import make_planner
+from tests.support.known_device import make_planner
 
 CONFIG = SchedulerConfig()
 

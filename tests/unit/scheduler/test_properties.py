@@ -13,8 +13,8 @@ from scheduler.iteration.slice_size import ARENA_OWNER
 from scheduler.memory.ledger import Pool
 from scheduler.packing import Bin, Demand, pack
 from scheduler.priority import starvation_bound_s
-from tests.unit.scheduler.device import KnownDevice
-from tests.unit.scheduler.mini_engine import MiniEngine, Request
+from tests.support.known_device import KnownDevice
+from tests.support.mini_engine import MiniEngine, Request
 
 
 class PlannedEngine(RuleBasedStateMachine):

@@ -1,6 +1,6 @@
 from core.config import SchedulerConfig, SloConfig
 from scheduler.iteration.slo_check import slo_warnings
-from tests.unit.scheduler.device import KnownDevice, UnknownDevice
+from tests.support.known_device import KnownDevice, UnknownDevice
 
 
 def warnings(device, **slo):

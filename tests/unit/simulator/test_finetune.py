@@ -5,7 +5,7 @@ import pytest
 from core.pair_groups import PairShape
 from core.types import SliceKind
 from simulator.finetune import StepModel, step_slices
-from tests.unit.engine.trainable_models import make_task, make_training, save_model, start
+from tests.support.trainable_models import make_task, make_training, save_model, start
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from simulator.cluster import Options, Simulation
 from simulator.kv_blocks import KvBlocks
-from tests.unit.simulator.devices import make_hardware, make_trace
+from tests.support.simulated_device import make_hardware, make_trace
 
 
 def simulate(start, *, kv_tokens=4000, block_tokens=16, max_fraction=0.25, seed=0, num_requests=150, **options):

@@ -6,7 +6,7 @@ from typer import Typer
 from typer.testing import CliRunner
 
 from benchmarks.studies.simulate import simulate
-from tests.unit.simulator.devices import make_profile
+from tests.support.simulated_device import make_profile
 
 _TRACE = """
 name: small

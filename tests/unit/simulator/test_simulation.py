@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from core.errors import ConfigError
 from simulator.cluster import Options, Simulation
-from tests.unit.simulator.devices import make_hardware, make_trace
+from tests.support.simulated_device import make_hardware, make_trace
 
 
 class Watched:

@@ -6,7 +6,7 @@ from core.types import SliceKind
 from simulator.cluster import Options, Simulation
 from simulator.profiled import ModelShape, hardware_of
 from simulator.statistics import Statistics
-from tests.unit.simulator.devices import make_profile, make_trace
+from tests.support.simulated_device import make_profile, make_trace
 
 _SHAPE = ModelShape(num_layers=3, layer_weights=100_000, head_weights=200_000, kv_values_per_token=256)
 _AT_S = 20.0

@@ -8,7 +8,7 @@ from pydantic import ValidationError
 
 from core.errors import ConfigError
 from simulator.trace import Trace
-from tests.unit.simulator.devices import make_trace
+from tests.support.simulated_device import make_trace
 
 
 def test_the_same_seed_gives_the_same_requests():

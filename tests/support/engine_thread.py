@@ -1,12 +1,17 @@
 """A real hybrid engine on an event loop of its own, for synchronous tests."""
 
 import asyncio
+import itertools
 import threading
 from concurrent.futures import Future
+
+from vllm import SamplingParams
 
 from core.config import AppArgs
 from engine.vllm.compat import configure_environment
 from engine.vllm.engine import HybridEngine
+
+_request_ids = (f"decode-{i}" for i in itertools.count())
 
 
 class EngineThread:
@@ -34,3 +39,16 @@ class EngineThread:
     async def generate(self, prompt_ids, request_id, max_tokens=48, lora=None):
         """Greedy token ids of one request."""
         return [ids async for ids in self.engine.decode(prompt_ids, request_id, max_tokens, lora)][-1]
+
+
+async def decode(engine, prompt, num_tokens, **arguments):
+    """Token ids and the log-probability of each, greedy."""
+    params = SamplingParams(
+        max_tokens=num_tokens, temperature=0.0, ignore_eos=True, logprobs=0, extra_args=arguments or None
+    )
+    final = None
+    async for output in engine.engine.client.generate({"prompt_token_ids": prompt}, params, next(_request_ids)):
+        final = output
+    answer = final.outputs[0]
+    ids = list(answer.token_ids)
+    return ids, [answer.logprobs[i][token].logprob for i, token in enumerate(ids)], final.num_cached_tokens

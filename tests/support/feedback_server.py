@@ -14,7 +14,7 @@ from alignment.store.formats import import_jsonl
 from app.http.errors import install_error_handlers
 from app.http.guard import RequestGuard
 from app.http.routes import feedback
-from benchmarks.harness.ports import free_port
+from benchmarks.harness.server import free_port
 from core.alignment_config import FeedbackConfig
 
 

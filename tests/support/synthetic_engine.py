@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from core.batch import ForwardShape, IterationSample
 from core.pair_groups import PairShape
 from core.types import SliceKind, SliceTiming, TaskKind, TaskResult
-from tests.unit.profiler.synthetic_device import SyntheticDevice
+from tests.support.synthetic_device import SyntheticDevice
 
 
 @dataclass
