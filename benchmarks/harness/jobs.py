@@ -104,13 +104,6 @@ class JobResult(BaseModel):
             raise MeasurementError("this job measured no window")
         return self.metrics
 
-    @property
-    def calibrated_rate_per_s(self) -> float:
-        """The rate of a job of kind `calibrate`; MeasurementError for another kind."""
-        if self.rate_per_s is None:
-            raise MeasurementError("this job calibrated no rate")
-        return self.rate_per_s
-
 
 def run_job(job: Job) -> JobResult:
     """Run a job in a fresh process.

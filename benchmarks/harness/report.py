@@ -18,8 +18,8 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of tabl
 Out = Annotated[Path | None, typer.Option(help="Also write the JSON to this file")]
 StateDir = Annotated[Path, typer.Option(help="Where the built-in model is or will be")]
 
-Column = tuple[str, str, Callable[[Any], str]]
-"""Heading, key of a row, and the text of its value. A value is None where there is nothing to say."""
+Column = tuple[str, Any, Callable[[Any], str]]
+"""Heading, key of a row, and the text of its value. A value is None or missing where there is nothing to say."""
 
 VERDICTS = {True: "met", False: "missed", None: "not applicable"}
 
@@ -49,11 +49,12 @@ def show(report: Any, tables: Iterable[Table | str], as_json: bool, out: Path | 
         console.print(table)
 
 
-def table_of(title: str | None, rows: Iterable[dict[str, Any]], columns: Sequence[Column]) -> Table:
-    """One line for each row; keys that a row lacks are None."""
-    table = Table(*(heading for heading, _, _ in columns), title=title)
+def table_of(title: str | None, rows: Sequence[dict[str, Any]], columns: Sequence[Column]) -> Table:
+    """One line for each row; columns that no row has a value for are left out."""
+    known = [column for column in columns if any(row.get(column[1]) is not None for row in rows)]
+    table = Table(*(heading for heading, _, _ in known), title=title)
     for row in rows:
-        table.add_row(*("-" if (value := row.get(key)) is None else text(value) for _, key, text in columns))
+        table.add_row(*("-" if (value := row.get(key)) is None else text(value) for _, key, text in known))
     return table
 
 

@@ -17,102 +17,66 @@ _DPI = 100
 _BLUE, _ORANGE, _GREEN, _GREY, _SKY = "#0072B2", "#D55E00", "#009E73", "#777777", "#56B4E9"
 """Okabe and Ito: apart for the colour-blind too."""
 
-_OVERLAP: Column = ("overlap", "overlap", "{:.0%}".format)
-_FRACTION: Column = ("fraction", "fraction", "{:.0%}".format)
-_LOAD: Column = ("load", "load", "{:g}".format)
-_PREEMPTED: Column = ("preempted", "preemptions", str)
-_HITS: Column = ("hit ratio", "hit_ratio", percent)
-_KV_USE: Column = ("KV use", "kv_use_mean", percent)
-_FREED: Column = ("blocks freed", "pruned_blocks", digits(0))
-_RATIOS: tuple[Column, ...] = tuple((heading, key, interval_of("ratio")) for heading, key, _ in SERVED[1:])
-
-_TABLES: dict[str, list[tuple[str, str, tuple[Column, ...]]]] = {
-    "prefix": [
-        (
-            "Prefix sharing",
-            "rows",
-            (_OVERLAP, ("sharing", "sharing", str), _HITS, *SERVED, ("forward", "forward_share", percent)),
-        ),
-        (
-            "Prefix sharing: on / off (95 % interval)",
-            "on_over_off",
-            (
-                _OVERLAP,
-                *_RATIOS,
-                ("forward", "forward_share", interval_of("ratio")),
-                ("windows", "pairs_per_s", lambda ratio: str(ratio["num_pairs"])),
-            ),
-        ),
-    ],
-    "pruning": [
-        (
-            "KV pruning under memory pressure",
-            "rows",
-            (
-                _FRACTION,
-                _FREED,
-                ("requests pruned", "pruned_requests", digits(0)),
-                _PREEMPTED,
-                _KV_USE,
-                *SERVED,
-                ("errors", "num_errors", str),
-            ),
-        ),
-        ("KV pruning: over no pruning (95 % interval)", "over_no_pruning", (_FRACTION, *_RATIOS)),
-    ],
-    "ablation": [
-        (
-            "Ablations under memory pressure",
-            "rows",
-            (_LOAD, ("setting", "setting", str), *SERVED, _PREEMPTED, _HITS, _FREED, _KV_USE),
-        ),
-        (
-            "Ablations: without / with all (95 % interval)",
-            "over_full",
-            (
-                _LOAD,
-                ("without", "setting", str),
-                ("attainment lost, points", "attainment_gain", interval_of("middle", 1, 100)),
-                *_RATIOS,
-            ),
-        ),
-    ],
+_KEYS: tuple[Column, ...] = (
+    ("overlap", "overlap", "{:.0%}".format),
+    ("sharing", "sharing", str),
+    ("fraction", "fraction", "{:.0%}".format),
+    ("load", "load", "{:g}".format),
+    ("setting", "setting", str),
+)
+_FORWARD: Column = ("forward", "forward_share", percent)
+_ROWS: tuple[Column, ...] = (
+    *_KEYS,
+    *SERVED,
+    _FORWARD,
+    ("hit ratio", "hit_ratio", percent),
+    ("KV use", "kv_use_mean", percent),
+    ("preempted", "preemptions", str),
+    ("blocks freed", "pruned_blocks", digits(0)),
+    ("requests pruned", "pruned_requests", digits(0)),
+    ("errors", "num_errors", str),
+)
+_RATIOS: tuple[Column, ...] = (
+    *_KEYS,
+    ("attainment lost, points", "attainment_gain", interval_of("middle", 1, 100)),
+    *((heading, key, interval_of("ratio")) for heading, key, _ in (*SERVED[1:], _FORWARD)),
+    ("windows", "pairs_per_s", lambda ratio: str(ratio["num_pairs"])),
+)
+_PARTS = {
+    "prefix": ("Prefix sharing", "on_over_off", "on / off"),
+    "pruning": ("KV pruning under memory pressure", "over_no_pruning", "over no pruning"),
+    "ablation": ("Ablations under memory pressure", "over_full", "without / with all"),
 }
-"""Title, rows of the part, and columns of each table."""
+"""Title, key of the ratios and what they compare."""
 
 
 def tables(report: dict[str, Any]) -> Iterator[Table]:
     """Everything that the report holds, for the terminal."""
-    for part in ("prefix", "pruning", "ablation", "soak"):
-        if part not in report:
-            continue
-        for title, rows, columns in _TABLES.get(part, ()):
-            yield table_of(title, report[part][rows], columns)
-        if part == "pruning":
-            yield from _pruning_tables(report[part]["rows"])
-        if part == "soak":
-            yield _soak_table(report[part])
-        if report[part].get("checks"):
-            yield checks_table(part, report[part]["checks"])
+    for part, (title, ratios, compared) in _PARTS.items():
+        if part in report:
+            yield table_of(title, report[part]["rows"], _ROWS)
+            yield table_of(f"{title}: {compared} (95 % interval)", report[part][ratios], _RATIOS)
+    if "pruning" in report:
+        yield from _pruning_tables(report["pruning"]["rows"])
+    if "soak" in report:
+        yield _soak_table(report["soak"])
+    for part, found in report.items():
+        if part in ("prefix", "soak") and found.get("checks"):
+            yield checks_table(part, found["checks"])
 
 
 def _pruning_tables(rows: list[dict[str, Any]]) -> Iterator[Table]:
-    contexts = [f"{found['context_tokens']} tokens" for found in rows[0]["capacity"]]
-    batches = [
-        {**row, **dict(zip(contexts, (found["batch"] for found in row["capacity"]), strict=True))} for row in rows
-    ]
-    title = "Largest batch that runs at once, by context"
-    yield table_of(title, batches, (_FRACTION, *((context, context, str) for context in contexts)))
-    if kinds := sorted({kind for row in rows for kind in row.get("tasks", {})}):
-        right = [
-            {**row, **{kind: row["tasks"][kind]["accuracy"] for kind in kinds}} for row in rows if "tasks" in row
-        ]
-        columns: list[Column] = [
-            _FRACTION,
-            ("log-prob drop, nats/token", "logprob_drop", interval_of("mean", 3)),
-            *((f"{kind}: right answers", kind, percent) for kind in kinds),
-        ]
-        yield table_of("Accuracy after pruning", right, columns)
+    """Capacity by context, and accuracy by kind of task."""
+    batches = [{**row, **{found["context_tokens"]: found["batch"] for found in row["capacity"]}} for row in rows]
+    contexts = [found["context_tokens"] for found in rows[0]["capacity"]]
+    columns = [(f"{context} tokens", context, str) for context in contexts]
+    yield table_of("Largest batch that runs at once, by context", batches, [*_KEYS, *columns])
+    if right := [
+        {**row, **{k: task["accuracy"] for k, task in row["tasks"].items()}} for row in rows if "tasks" in row
+    ]:
+        drop = ("log-prob drop, nats/token", "logprob_drop", interval_of("mean", 3))
+        kinds = [(f"{kind}: right answers", kind, percent) for kind in sorted(right[0]["tasks"])]
+        yield table_of("Accuracy after pruning", right, [*_KEYS, drop, *kinds])
 
 
 def _soak_table(part: dict[str, Any]) -> Table:

@@ -159,31 +159,17 @@ def summarize_soak(record: SoakRecord, status: dict[str, Any], *, all_blocks_fre
     heap_trend = trend_of(times_s, heap) if len(heap) == len(times_s) else None
     errors = [f"{request.request_id}: {request.error}" for request in record.requests if request.error]
     failed_steps = [task.error for task in record.tasks if task.error]
-    use = record.counts.kv_use_mean
+    use = record.counts.kv_use_mean or 0.0
+    books = not record.ledger_errors if "ledger_error" in status else None
     checks = [
-        {"check": "requests without an error", "value": len(errors), "passed": not errors},
-        {"check": "steps without an error", "value": len(failed_steps), "passed": not failed_steps},
-        {
-            "check": "no slice ran out of memory",
-            "value": record.out_of_memory,
-            "passed": not record.out_of_memory,
-        },
-        {
-            "check": f"mean share of KV blocks in use at least {HIGH_USE:.0%}",
-            "value": use,
-            "passed": (use or 0.0) >= HIGH_USE,
-        },
-        {
-            "check": "the ledger's books balance (check_integrity)",
-            "value": record.ledger_errors[:3],
-            "passed": not record.ledger_errors if "ledger_error" in status else None,
-        },
-        {"check": "all KV blocks free at the end", "value": all_blocks_free, "passed": all_blocks_free},
-        *(
-            _flat_check(f"{name.removesuffix('_rss_bytes')}: resident memory is flat", trend)
-            for name, trend in trends.items()
-        ),
-        _flat_check(
+        _check("requests without an error", len(errors), not errors),
+        _check("steps without an error", len(failed_steps), not failed_steps),
+        _check("no slice ran out of memory", record.out_of_memory, not record.out_of_memory),
+        _check(f"mean share of KV blocks in use at least {HIGH_USE:.0%}", use, use >= HIGH_USE),
+        _check("the ledger's books balance (check_integrity)", record.ledger_errors[:3], books),
+        _check("all KV blocks free at the end", all_blocks_free, all_blocks_free),
+        *(_flat(f"{name.removesuffix('_rss_bytes')}: resident memory is flat", t) for name, t in trends.items()),
+        _flat(
             "worker: heap memory in use is flat (no leak; resident memory also counts the heap's holes)",
             heap_trend,
         ),
@@ -208,14 +194,15 @@ def summarize_soak(record: SoakRecord, status: dict[str, Any], *, all_blocks_fre
     }
 
 
-def _flat_check(title: str, trend: Trend | None) -> dict[str, Any]:
+def _check(title: str, value: Any, passed: bool | None) -> dict[str, Any]:
+    return {"check": title, "value": value, "passed": passed}
+
+
+def _flat(title: str, trend: Trend | None) -> dict[str, Any]:
     """Bytes per hour, their interval and whether it contains 0; all None if there were too few readings."""
-    return {
-        "check": title,
-        "value": None if trend is None else trend.bytes_per_hour,
-        "interval": None if trend is None else [trend.low, trend.high],
-        "passed": None if trend is None else trend.is_flat,
-    }
+    if trend is None:
+        return {**_check(title, None, None), "interval": None}
+    return {**_check(title, trend.bytes_per_hour, trend.is_flat), "interval": [trend.low, trend.high]}
 
 
 def engine_processes() -> Iterator[tuple[str, psutil.Process]]:

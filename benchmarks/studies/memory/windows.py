@@ -259,18 +259,12 @@ async def largest_that_fits(
         most: not tried above this.
         fits: asked for one number at a time.
     """
-    low, high, step, tried = 0, most + 1, 1, []
+    low, high, tried = 0, most + 1, []
     number = min(max(1, guess), most)
     while low + 1 < high:
         tried.append(number)
-        if await fits(number):
-            low = number
-        else:
-            high = number
-        bracketed = low > 0 and high <= most
-        number = (low + high) // 2 if bracketed else (low + step if low else high - step)
-        number = min(max(number, low + 1), high - 1)
-        step *= 2
+        low, high = (number, high) if await fits(number) else (low, number)
+        number = (low + high) // 2
     return low, tried
 
 

@@ -6,7 +6,7 @@ from benchmarks.harness.jobs import Job, JobResult, MeasurementError, run_job, w
 from benchmarks.harness.results import RunMetrics, summarize
 from benchmarks.harness.window import WindowRecord
 from benchmarks.studies.agreement import TRACES, compare_numbers
-from benchmarks.studies.slo import ALONE, SloOptions, measure_model, summarize_runs
+from benchmarks.studies.slo import ALONE, load_trace, measure_model, summarize_runs
 from core.config import SloConfig
 from simulator.trace import Trace
 
@@ -66,14 +66,14 @@ class Recorder:
         return JobResult(metrics=metrics(pairs_per_s=10.0, forward_share=0.4), threads="1")
 
 
-def measured(**options):
+def measured(*, repeats=1, busy_share=0.4, **options):
     recorder = Recorder()
-    report = measure_model("tiny", Path("model"), SloOptions(**options), recorder)
-    return recorder.jobs, report
+    trace = load_trace("tiny", 30, **options)
+    return recorder.jobs, measure_model("tiny", Path("model"), trace, repeats, busy_share, recorder)
 
 
 def test_every_policy_gets_the_same_trace_targets_and_settings():
-    jobs, report = measured(seconds=30, repeats=2, ttft_s=2.0)
+    jobs, report = measured(repeats=2, slo={"ttft_s": 2.0})
     calibrate, *served = jobs
     assert calibrate.kind == "calibrate"
     assert len(served) == 2 * 5
@@ -89,7 +89,7 @@ def test_every_policy_gets_the_same_trace_targets_and_settings():
 
 
 def test_blocking_policies_are_asked_for_what_mace_has_to_reach():
-    jobs, _ = measured(seconds=30, repeats=1)
+    jobs, _ = measured()
     by_policy = {job.trace.args.scheduler.policy: job.trace.args.scheduler for job in jobs[2:]}
     goal_pairs_per_s = 0.85 * 10.0 * 0.6
     for policy in ("periodic", "continuous"):
@@ -97,7 +97,7 @@ def test_blocking_policies_are_asked_for_what_mace_has_to_reach():
 
 
 def test_training_alone_has_no_requests_and_serving_alone_no_training():
-    jobs, _ = measured(seconds=30, repeats=1, rate_per_s=3.0)
+    jobs, _ = measured(rate_per_s=3.0, busy_share=None)
     profile, alone, serving, *others = jobs
     assert profile.kind == "profile"
     assert (alone.with_requests, alone.with_training) == (False, True)
@@ -106,7 +106,7 @@ def test_training_alone_has_no_requests_and_serving_alone_no_training():
 
 
 def test_a_given_rate_and_profile_need_no_preparation():
-    jobs, _ = measured(seconds=30, repeats=1, rate_per_s=3.0, profile=Path("p.json"))
+    jobs, _ = measured(rate_per_s=3.0, busy_share=None, profile=Path("p.json"))
     assert {job.kind for job in jobs} == {"serve"}
     assert {job.trace.args.profile.path for job in jobs} == {Path("p.json")}
 
