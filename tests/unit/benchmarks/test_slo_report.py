@@ -2,10 +2,10 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.harness.jobs import Job, JobResult, MeasurementError, run_job, warm_up_requests
+from benchmarks.harness.jobs import TRACES, Job, JobResult, MeasurementError, run_job, warm_up_requests
 from benchmarks.harness.results import RunMetrics, summarize
 from benchmarks.harness.window import WindowRecord
-from benchmarks.studies.agreement import TRACES, compare_numbers
+from benchmarks.studies.agreement import FILES, compare_numbers
 from benchmarks.studies.slo import ALONE, load_trace, measure_model, summarize_runs
 from core.config import SloConfig
 from simulator.trace import Trace
@@ -112,14 +112,14 @@ def test_a_given_rate_and_profile_need_no_preparation():
 
 
 def test_a_run_that_fails_says_why(tmp_path):
-    trace = Trace.load(TRACES[0])
+    trace = Trace.load(FILES[0])
     job = Job(model="tiny", model_dir=tmp_path / "missing", trace=trace, window_s=1.0)
     with pytest.raises(MeasurementError, match=r"exit code 1(.|\n)*config.json"):
         run_job(job)
 
 
 def test_warm_up_requests_are_of_the_trace_but_not_in_it():
-    trace = Trace.load(TRACES[0])
+    trace = Trace.load(FILES[0])
     warm_up = warm_up_requests(trace, 5.0)
     assert all(request.arrival_s < 5.0 for request in warm_up)
     assert len(warm_up) > 10
@@ -134,7 +134,7 @@ def test_agreement_is_within_fifteen_percent_of_the_measured_value(real, virtual
     assert row["within_15_percent"] is within
 
 
-@pytest.mark.parametrize("path", sorted((Path(TRACES[0]).parent).glob("*.yaml")), ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", sorted((TRACES).glob("*.yaml")), ids=lambda path: path.stem)
 def test_committed_traces_are_sound(path):
     first = next(iter(Trace.load(path).requests()))
     assert first.num_prompt_tokens > 0
