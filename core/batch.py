@@ -1,10 +1,18 @@
-"""What one engine iteration consists of, and what it was measured to cost. Shared by scheduler, profiler,
-simulator and engine; built-in types only, so that it crosses process borders."""
+"""One engine iteration, as planned, as scheduled and as measured. Shared by scheduler, profiler, simulator and engine.
 
-from dataclasses import dataclass, field
-from typing import Any
+The planner makes a `Plan`. It rides in the engine's directive to the worker, and with the measurements it is one
+`IterationSample`, which logs, profiles, monitors and the simulator take as it is. Built-in types only, so that it
+crosses process borders; units are in the names.
+"""
 
-from core.types import SliceKind, SliceTiming
+from dataclasses import dataclass, field, fields
+from operator import attrgetter
+from typing import Any, Literal
+
+from core.types import SliceKind, SliceReport, SliceTiming
+
+PruneReason = Literal["", "always", "decode", "prefill", "finetune"]
+"""What KV blocks are dropped for; the first of these if there are several."""
 
 
 @dataclass(slots=True)
@@ -33,55 +41,76 @@ class ForwardShape:
         self.prefill_attention += num_tokens * (2 * start + num_tokens) // 2
         self.num_prefills += 1
 
+    def with_chunk(self, num_tokens: int, start: int) -> "ForwardShape":
+        """A copy with one more chunk."""
+        shape = ForwardShape(*_SHAPE_ROW(self))
+        shape.add_chunk(num_tokens, start)
+        return shape
+
+
+@dataclass(slots=True)
+class Plan:
+    """What an iteration may take. The first two fields hold for inference, the others for fine-tuning and memory."""
+
+    token_budget: int = 0
+    """Tokens (decode and prefill) that the forward pass may take; 0 in a blocking training phase."""
+    max_chunk_tokens: int = 0
+    """Longest prefill chunk of one request; 0: no limit beyond the budget."""
+    finetune_budget_s: float = 0.0
+    """Slices run while their upper estimate fits into this."""
+    min_slices: int = 0
+    """Slices that run even if their estimate does not fit."""
+    slice_tokens: int = 0
+    """Padded tokens that a micro-batch started from now on may have; 0: as configured."""
+    prune_blocks: int = 0
+    """KV blocks to drop before this iteration is scheduled."""
+    prune_reason: PruneReason = ""
+    wants_prune_scores: bool = False
+    """Memory is getting short: blocks should be scored with this forward pass."""
+    reserves_arena: bool = False
+    """Memory for the slices' step is reserved in the ledger, until a report says that nothing is held."""
+    defers_training: bool = False
+    """Memory is short even with all that may be dropped: no slices, unless they have waited too long."""
+    is_blocking: bool = False
+    """Slices run to the end of the current step without inference (policies `periodic` and `continuous`)."""
+    predicted_forward_s: float | None = None
+
 
 @dataclass(slots=True)
 class IterationSample:
-    """One measured engine iteration, with what had been predicted for it."""
+    """One measured engine iteration and the plan that it ran under."""
 
     shape: ForwardShape
     forward_s: float
     """Inference forward pass and sampling; near zero if `shape` is empty."""
     overhead_s: float = 0.0
     """Wall time that was neither forward pass nor slices: scheduling, message passing."""
-    slices: list[SliceTiming] = field(default_factory=list)
-    predicted_forward_s: float | None = None
-    finetune_budget_s: float = 0.0
-    held_bytes: int = 0
-    """Arena memory of the step in progress after the iteration."""
-    peak_bytes: int = 0
-    """Most that it held between two slices of the iteration."""
-    out_of_memory: bool = False
-    """A slice of this iteration ran out of device memory."""
+    report: SliceReport = field(default_factory=SliceReport)
+    plan: Plan = field(default_factory=Plan)
 
     @property
     def slices_s(self) -> float:
         """Time of all slices."""
-        return sum(timing.latency_s for timing in self.slices)
+        return sum(timing.latency_s for timing in self.report.slices)
 
     def to_wire(self) -> list[Any]:
-        """Built-in types only, without names: thousands cross process borders while tokens wait."""
-        shape = self.shape
-        return [
-            [
-                shape.num_decode,
-                shape.decode_context,
-                shape.num_prefill_tokens,
-                shape.prefill_attention,
-                shape.num_prefills,
-            ],
-            self.forward_s,
-            self.overhead_s,
-            [(timing.kind.value, timing.num_tokens, timing.latency_s) for timing in self.slices],
-            self.predicted_forward_s,
-            self.finetune_budget_s,
-            self.held_bytes,
-            self.peak_bytes,
-            self.out_of_memory,
-        ]
+        """Built-in types without names: thousands cross process borders while tokens wait.
+
+        Results of tasks that ended are left out: they travel with their requests.
+        """
+        report = self.report
+        slices = [(timing.kind.value, timing.num_tokens, timing.latency_s) for timing in report.slices]
+        rows = (slices, _REPORT_ROW(report), _PLAN_ROW(self.plan))
+        return [_SHAPE_ROW(self.shape), self.forward_s, self.overhead_s, *rows]
 
     @classmethod
     def from_wire(cls, data: list[Any]) -> "IterationSample":
         """Inverse of `to_wire`."""
-        shape, forward_s, overhead_s, slices, *rest = data
-        timings = [SliceTiming(SliceKind(kind), num_tokens, latency_s) for kind, num_tokens, latency_s in slices]
-        return cls(ForwardShape(*shape), forward_s, overhead_s, timings, *rest)
+        shape, forward_s, overhead_s, timings, report, plan = data
+        slices = [SliceTiming(SliceKind(kind), num_tokens, latency_s) for kind, num_tokens, latency_s in timings]
+        return cls(ForwardShape(*shape), forward_s, overhead_s, SliceReport(slices, [], *report), Plan(*plan))
+
+
+_SHAPE_ROW = attrgetter(*(f.name for f in fields(ForwardShape)))
+_PLAN_ROW = attrgetter(*(f.name for f in fields(Plan)))
+_REPORT_ROW = attrgetter(*(f.name for f in fields(SliceReport) if f.name not in ("slices", "finished")))

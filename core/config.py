@@ -5,7 +5,7 @@ ignores them silently. Times are in seconds, sizes in bytes or tokens; the name 
 """
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
@@ -66,6 +66,8 @@ class LoraConfig(Section):
 class TrainingConfig(Section):
     """The DPO step and when its results go live."""
 
+    gone: ClassVar[dict[str, str]] = {"share_prompt": "is now experiments.share_prompt"}
+
     enabled: bool = True
     beta: float = Field(0.1, gt=0)
     sft_weight: float = Field(1.0, ge=0)
@@ -83,8 +85,6 @@ class TrainingConfig(Section):
     max_slice_tokens: int = Field(1024, ge=16)
     """Upper bound of tokens that one slice takes through one layer: sets how many pairs go together."""
     head_chunk_tokens: int = Field(128, ge=1)
-    share_prompt: bool = True
-    """Compute the prompt of a pair once for both completions, where that is fewer tokens (docs/prompt_sharing.md)."""
     max_epochs: int = Field(10, ge=1)
     """A pair is trained at most this many times."""
     new_share: float = Field(0.5, gt=0, le=1)
@@ -121,67 +121,74 @@ class SloConfig(Section):
 
 
 class SchedulerConfig(Section):
-    """Priorities and packing (paper, Algorithm 1)."""
+    """Who gets an iteration's time and memory (paper, Algorithm 1). The priorities are in `scheduler.priority`."""
+
+    gone: ClassVar[dict[str, str]] = {
+        "packing": "is now experiments.packing",
+        "ageing": "is now experiments.ageing",
+        "prefix_order": "is now experiments.prefix_order",
+        "reward_term": "is now experiments.reward_term",
+        "retrain_rate": "is now experiments.retrain_rate",
+        "period_requests": "is now experiments.period_requests",
+        "phase_gap_s": "is now experiments.phase_gap_s",
+        "prefix_head_start_s": "is now the constant 0.5",
+        "base_priority_prefill": "is now the constant 10",
+        "base_priority_decode": "is now the constant 20",
+        "base_priority_finetune": "is now the constant 1",
+        "base_priority_batch": "is now the constant 5",
+        "rate_prefill": "is now the constant 1",
+        "rate_decode": "is now the constant 1",
+        "rate_finetune": "is now the constant 0.2",
+        "rate_batch": "is now the constant 0.2",
+        "priority_step": "is now the constant 1",
+        "max_loss_term": "is now the constant 5",
+        "retry_decay": "is now the constant 0.5",
+        "lambda_memory": "is now the constant 0.5",
+        "lambda_latency": "is now the constant 0.5",
+        "min_prefill_tokens": "is now the constant 32",
+    }
 
     policy: Literal["mace", "inference_only", "periodic", "continuous"] = "mace"
-    """`periodic` blocks to train after `period_requests` (Ekya-style), `continuous` after each 1/`retrain_rate`."""
-    packing: Literal["best_fit", "first_fit"] = "best_fit"
-    """`first_fit` is the ablation: the first candidate that fits, with no choice of how much."""
-    ageing: bool = True
-    """False is the ablation: waiting raises no priority."""
-    prefix_order: bool = True
-    """Requests that share a prefix with running ones go before others. False is the ablation: arrival only."""
-    prefix_head_start_s: float = Field(0.5, ge=0)
-    """They overtake only who arrived at most so much earlier, of the same priority."""
-    reward_term: bool = True
-    """False is the ablation: no `γ·L_DPO` in the priority."""
-    base_priority_prefill: float = 10.0
-    base_priority_decode: float = 20.0
-    base_priority_finetune: float = 1.0
-    rate_prefill: float = Field(1.0, ge=0)
-    rate_decode: float = Field(1.0, ge=0)
-    rate_finetune: float = Field(0.2, ge=0)
-    base_priority_batch: float = 5.0
-    """Base of a prefill whose request is of class `batch` (`service_tier: flex`, or `priority` above 0)."""
-    rate_batch: float = Field(0.2, ge=0)
-    priority_step: float = Field(1.0, ge=0)
-    """What one unit of a request's `priority` field (lower is sooner) takes from its base."""
+    """`periodic` blocks to train after `experiments.period_requests` (Ekya-style), `continuous` after each
+    1/`experiments.retrain_rate`."""
     gamma: float = Field(1.0, ge=0)
     """Weight of the DPO loss in a fine-tune task's priority."""
-    max_loss_term: float = Field(5.0, gt=0)
-    """`L_DPO` is clipped here, so that one hostile pair cannot own the device."""
-    retry_decay: float = Field(0.5, gt=0, le=1)
-    lambda_memory: float = Field(0.5, ge=0)
-    lambda_latency: float = Field(0.5, ge=0)
     slack_fraction: float = Field(0.8, gt=0, le=1)
     """Share of the TBT target that an iteration is planned to fill; the rest absorbs noise."""
     tau_mem: float = Field(0.95, gt=0, le=1)
     """Share of the memory (KV blocks and fine-tune arena) that packing may fill."""
-    min_prefill_tokens: int = Field(32, ge=1)
-    """Prefill tokens that an iteration takes even if the running requests leave no time for them."""
-    retrain_rate: float = Field(0.4, gt=0)
-    """Preference pairs trained for each inference request by the baselines `periodic` and `continuous`."""
     retrain_rate_floor: float = Field(0.0, ge=0)
-    """Below so many pairs for each request, `mace` runs a slice in every iteration even without slack."""
+    """Below so many trained pairs for each request, `mace` runs a slice in every iteration even without slack."""
     retrain_rate_cap: float | None = Field(None, gt=0)
     """Above so many pairs for each request, `mace` stops training until requests catch up. None: no cap."""
-    period_requests: int = Field(50, ge=1)
-    """Requests between two training phases of `periodic`."""
-    phase_gap_s: float = Field(3.0, gt=0)
-    """A baseline's training phase ends early after so long without work. Steps come 0.25 s apart; a candidate takes a
-    second or two to be judged and published: with less than that a phase mostly ends with its first candidate."""
-
-    @model_validator(mode="after")
-    def _one_weight_counts(self) -> "SchedulerConfig":
-        if self.lambda_memory == 0 and self.lambda_latency == 0:
-            raise ValueError("scheduler.lambda_memory and scheduler.lambda_latency cannot both be 0")
-        return self
 
     @model_validator(mode="after")
     def _floor_below_cap(self) -> "SchedulerConfig":
         if self.retrain_rate_cap is not None and self.retrain_rate_floor > self.retrain_rate_cap:
             raise ValueError("scheduler.retrain_rate_floor must not be above scheduler.retrain_rate_cap")
         return self
+
+
+class ExperimentsConfig(Section):
+    """Ablations of the scheduler and the training step, and what the blocking baselines are given."""
+
+    packing: Literal["best_fit", "first_fit"] = "best_fit"
+    """`first_fit` is the ablation: the first candidate that fits, with no choice of how much."""
+    ageing: bool = True
+    """False is the ablation: waiting raises no priority."""
+    prefix_order: bool = True
+    """Requests that share a prefix with running ones go before others. False is the ablation: arrival only."""
+    reward_term: bool = True
+    """False is the ablation: no `γ·L_DPO` in the priority."""
+    share_prompt: bool = True
+    """Compute the prompt of a pair once for both completions, where that is fewer tokens (docs/prompt_sharing.md)."""
+    retrain_rate: float = Field(0.4, gt=0)
+    """Preference pairs trained for each inference request by the baselines `periodic` and `continuous`."""
+    period_requests: int = Field(50, ge=1)
+    """Requests between two training phases of `periodic`."""
+    phase_gap_s: float = Field(3.0, gt=0)
+    """A baseline's training phase ends early after so long without work. Steps come 0.25 s apart; a candidate takes a
+    second or two to be judged and published: with less than that a phase mostly ends with its first candidate."""
 
 
 class KvPruningConfig(Section):
@@ -224,6 +231,7 @@ class AppArgs(Section):
     training: TrainingConfig = TrainingConfig()
     slo: SloConfig = SloConfig()
     scheduler: SchedulerConfig = SchedulerConfig()
+    experiments: ExperimentsConfig = ExperimentsConfig()
     kv_pruning: KvPruningConfig = KvPruningConfig()
     profile: ProfileConfig = ProfileConfig()
     feedback: FeedbackConfig = FeedbackConfig()

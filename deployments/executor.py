@@ -33,7 +33,7 @@ from engine.model_source import base_model_name, resolve_model
 from engine.training.pair_tokens import PairTokenizer
 from engine.vllm.compat import configure_environment
 from engine.vllm.engine import HybridEngine
-from engine.vllm.engine_load import EngineLoad, read_engine_load
+from engine.vllm.front_end import EngineLoad
 
 logger = logging.getLogger(__name__)
 
@@ -93,7 +93,7 @@ class Executor:
         self.trial = CanaryTrial(self.versions, self.args.versions, self.args.slo, self.control.rating_counts)
         app = await self.engine.build_openai_app(self.versions.base_names)
         await self.versions.attach(app.state.openai_serving_models.lora_requests)
-        following = follow_prefixes(self.executor_id, self.engine, app, self.args.model.model_id)
+        following = follow_prefixes(self.engine, app, self.args.model.model_id)
         if following is not None:
             self.prefixes, task = following
             self._background.append(task)
@@ -122,7 +122,7 @@ class Executor:
 
     def _read_load(self) -> EngineLoad:
         cached_tokens = None if self.prefixes is None else self.prefixes.num_cached
-        return read_engine_load(self.engine.client, cached_tokens)
+        return self.engine.load(cached_tokens)
 
     async def status(self) -> dict[str, Any]:
         """What this executor knows of its training and its iterations."""

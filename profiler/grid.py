@@ -65,7 +65,7 @@ class MeasurePlan:
     """Times that the whole grid is measured if the budget allows, each time with new prompts."""
     seed: int = 0
     share_prompt: bool = True
-    """`training.share_prompt`: how many tokens a pair takes."""
+    """`experiments.share_prompt`: how many tokens a pair takes."""
     trains: bool = False
     """TRAIN points change the shadow adapter: only where it is thrown away."""
     is_background: bool = False

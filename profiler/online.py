@@ -81,8 +81,10 @@ class OnlineLatencyModel:
         """Learn from a measured iteration; values that cannot be latencies are ignored."""
         self._observe_forward(sample.shape, sample.forward_s)
         self._observe_overhead(sample.overhead_s)
-        if sample.slices and not sample.out_of_memory:  # a slice that ran out of memory did not do its work
-            self._observe_slices(sample.slices)
+        if (
+            sample.report.slices and not sample.report.out_of_memory
+        ):  # a slice that ran out of memory did not do its work
+            self._observe_slices(sample.report.slices)
 
     def _observe_forward(self, shape: ForwardShape, latency_s: float) -> None:
         features = forward_features(shape)

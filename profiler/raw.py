@@ -5,7 +5,7 @@ from collections.abc import Iterable, Sequence
 from typing import TypeVar
 
 from core.batch import ForwardShape, IterationSample
-from core.types import SliceKind, SliceTiming
+from core.types import SliceKind, SliceReport, SliceTiming
 from profiler.profile import MAX_FORWARD_ROWS, MAX_SLICE_ROWS, RawSamples
 
 ForwardRow = tuple[int, int, int, int, int, float, float]
@@ -23,7 +23,7 @@ def latency_rows(samples: Iterable[IterationSample]) -> RawSamples:
             features = (shape.num_decode, shape.decode_context, shape.num_prefill_tokens, shape.prefill_attention)
             overhead_s = overhead_s if 0 <= overhead_s < math.inf else 0.0
             forward.append((*features, shape.num_prefills, sample.forward_s, overhead_s))
-        for timing in () if sample.out_of_memory else sample.slices:
+        for timing in () if sample.report.out_of_memory else sample.report.slices:
             if _is_usable(timing.latency_s):
                 slices.setdefault(timing.kind, []).append((timing.num_tokens, timing.latency_s))
     return RawSamples(forward=forward, slices=slices)
@@ -43,7 +43,7 @@ def samples_of(raw: RawSamples) -> list[IterationSample]:
     samples = [IterationSample(ForwardShape(*row[:5]), forward_s=row[5], overhead_s=row[6]) for row in raw.forward]
     for kind, rows in raw.slices.items():
         samples += [
-            IterationSample(ForwardShape(), 0.0, slices=[SliceTiming(kind, tokens, latency_s)])
+            IterationSample(ForwardShape(), 0.0, report=SliceReport([SliceTiming(kind, tokens, latency_s)]))
             for tokens, latency_s in rows
         ]
     return samples

@@ -14,10 +14,13 @@ if the time that it fills is worth more than the memory that it takes, and a tas
 has only pruned candidates. Nothing is dropped for a candidate that finds its memory free.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-from core.config import SchedulerConfig
+from core.config import ExperimentsConfig
+
+LAMBDA_MEMORY = LAMBDA_LATENCY = 0.5
+"""λ1 and λ2: a byte's share of the memory and a second's share of the time count alike."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +57,7 @@ class Bin:
         self.memory_used_bytes += demand.memory_bytes - demand.pruned_bytes
         self.latency_used_s += demand.latency_s
 
-    def score(self, demand: Demand, config: SchedulerConfig) -> float:
+    def score(self, demand: Demand) -> float:
         """The paper's f after placing the demand, each term in [0, 1] without pruning; call only if it fits."""
         memory_left = self.memory_capacity_bytes - self.memory_used_bytes - demand.memory_bytes
         if demand.pruned_bytes:
@@ -62,25 +65,15 @@ class Bin:
         latency_left = self.latency_capacity_s - self.latency_used_s - demand.latency_s
         memory_fit = abs(memory_left) / max(self.memory_capacity_bytes, 1e-9)
         latency_fit = abs(latency_left) / max(self.latency_capacity_s, 1e-9)
-        return config.lambda_memory * memory_fit + config.lambda_latency * latency_fit
+        return LAMBDA_MEMORY * memory_fit + LAMBDA_LATENCY * latency_fit
 
 
-@dataclass(frozen=True, slots=True)
-class Placement:
-    """Where one task went and which of its candidates was taken."""
-
-    task: int
-    """Index into the tasks that were packed."""
-    bin: int
-    candidate: int
-
-
-def best_fit(demand: Demand, bins: Sequence[Bin], config: SchedulerConfig) -> Bin | None:
+def best_fit(demand: Demand, bins: Sequence[Bin]) -> Bin | None:
     """The bin with the lowest score among those with room; ties by id; None if nothing has room."""
     candidates = [candidate for candidate in bins if candidate.fits(demand)]
     if not candidates:
         return None
-    return min(candidates, key=lambda candidate: (candidate.score(demand, config), candidate.bin_id))
+    return min(candidates, key=lambda candidate: (candidate.score(demand), candidate.bin_id))
 
 
 def first_fit(demand: Demand, bins: Sequence[Bin]) -> Bin | None:
@@ -88,7 +81,7 @@ def first_fit(demand: Demand, bins: Sequence[Bin]) -> Bin | None:
     return next((candidate for candidate in bins if candidate.fits(demand)), None)
 
 
-def choose_candidate(candidates: Sequence[Demand], into: Bin, config: SchedulerConfig) -> int | None:
+def choose_candidate(candidates: Sequence[Demand], into: Bin, experiments: ExperimentsConfig) -> int | None:
     """Index of the candidate to put into one bin; None if none fits. Ties go to the earlier one.
 
     With `packing: first_fit` the first candidate that fits is taken, whatever room it leaves.
@@ -96,51 +89,6 @@ def choose_candidate(candidates: Sequence[Demand], into: Bin, config: SchedulerC
     fitting = [i for i, candidate in enumerate(candidates) if into.fits(candidate)]
     if not fitting:
         return None
-    if config.packing == "first_fit":
+    if experiments.packing == "first_fit":
         return fitting[0]
-    return min(fitting, key=lambda i: (into.score(candidates[i], config), i))
-
-
-def pack(
-    tasks: Sequence[Sequence[Demand]],
-    new_bin: Callable[[int], Bin],
-    config: SchedulerConfig,
-    *,
-    max_bins: int,
-) -> tuple[list[Placement], list[Bin]]:
-    """Algorithm 1: tasks in order of priority into iterations; a new one is opened when no open one has room.
-
-    Args:
-        tasks: for each task its candidates, one of which is placed.
-        new_bin: makes the n-th bin, empty but for what must run there anyway (decoding).
-        config: weights λ1, λ2 and the packing switch.
-        max_bins: bins that may be opened. The first is executed; the others are plans that will be made anew.
-
-    Returns:
-        A placement for each task that found room, in the tasks' order, and the bins. Tasks that fit into no bin,
-        not even a new one, are left out.
-    """
-    bins: list[Bin] = []
-    placements: list[Placement] = []
-    for task, candidates in enumerate(tasks):
-        found = _best_of(candidates, bins, config)
-        if found is None and len(bins) < max_bins:
-            opened = new_bin(len(bins))
-            candidate = choose_candidate(candidates, opened, config)
-            if candidate is not None:
-                bins.append(opened)
-                found = (len(bins) - 1, candidate)
-        if found is not None:
-            bins[found[0]].add(candidates[found[1]])
-            placements.append(Placement(task, *found))
-    return placements, bins
-
-
-def _best_of(candidates: Sequence[Demand], bins: Sequence[Bin], config: SchedulerConfig) -> tuple[int, int] | None:
-    """Bin and candidate of lowest score (or the first that fit), among the open bins."""
-    choices = [(b, c) for b, open_bin in enumerate(bins) for c, d in enumerate(candidates) if open_bin.fits(d)]
-    if not choices:
-        return None
-    if config.packing == "first_fit":
-        return choices[0]
-    return min(choices, key=lambda choice: (bins[choice[0]].score(candidates[choice[1]], config), choice))
+    return min(fitting, key=lambda i: (into.score(candidates[i]), i))

@@ -23,7 +23,6 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from core.config import SchedulerConfig
 from core.wire import ExecutorLoad
 from scheduler.packing import Bin, Demand
 
@@ -39,7 +38,7 @@ class RankedExecutor:
     """The prompt stays within `tau_mem` of its KV memory."""
     meets_target: bool
     room: float | None
-    """The paper's f after the placement, in [0, λ1 + λ2]; None outside the limits."""
+    """The paper's f after the placement, in [0, 1]; None outside the limits."""
     num_running: int
 
     @property
@@ -61,7 +60,7 @@ def choose_executor(
     prompt_tokens: int,
     loads: Sequence[ExecutorLoad],
     cached_prefix_tokens: Mapping[str, int],
-    config: SchedulerConfig,
+    tau_mem: float,
 ) -> list[RankedExecutor]:
     """Rank executors for a prompt, best first. See the module docstring for the order.
 
@@ -69,20 +68,22 @@ def choose_executor(
         prompt_tokens: length of the prompt.
         loads: one for each executor.
         cached_prefix_tokens: tokens of the prompt in an executor's prefix cache, by executor id; absent is none.
-        config: λ1, λ2 and `tau_mem`.
+        tau_mem: share of its KV memory that an executor may fill.
     """
-    ranking = [_rank(prompt_tokens, cached_prefix_tokens.get(load.executor_id, 0), load, config) for load in loads]
+    ranking = [
+        _rank(prompt_tokens, cached_prefix_tokens.get(load.executor_id, 0), load, tau_mem) for load in loads
+    ]
     ranking.sort(key=lambda ranked: (ranked.order, ranked.executor_id))
     return ranking
 
 
-def _rank(prompt_tokens: int, cached_tokens: int, load: ExecutorLoad, config: SchedulerConfig) -> RankedExecutor:
+def _rank(prompt_tokens: int, cached_tokens: int, load: ExecutorLoad, tau_mem: float) -> RankedExecutor:
     ttft_s = predict_ttft_s(prompt_tokens, cached_tokens, load)
     kv_bytes = _uncached(prompt_tokens, cached_tokens) * load.kv_bytes_per_token
     used_bytes = load.kv_capacity_bytes - load.free_kv_bytes
     executor = Bin(
         bin_id=load.executor_id,
-        memory_capacity_bytes=config.tau_mem * load.kv_capacity_bytes,
+        memory_capacity_bytes=tau_mem * load.kv_capacity_bytes,
         latency_capacity_s=load.ttft_target_s,
         memory_used_bytes=used_bytes,
     )
@@ -92,7 +93,7 @@ def _rank(prompt_tokens: int, cached_tokens: int, load: ExecutorLoad, config: Sc
         predicted_ttft_s=ttft_s,
         has_memory=executor.fits(Demand(kv_bytes, 0.0)),
         meets_target=ttft_s <= load.ttft_target_s,
-        room=executor.score(demand, config) if executor.fits(demand) else None,
+        room=executor.score(demand) if executor.fits(demand) else None,
         num_running=load.num_running,
     )
 

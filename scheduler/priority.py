@@ -1,14 +1,32 @@
-"""Priorities of the three kinds of work, PREFILL, DECODE and FINETUNE. Higher runs first.
+"""Priorities of the three kinds of work: prefill, decode and fine-tuning. Higher runs first.
 
-Paper: `P(t) = base[type] + rate[type]·wait`, and `P_ft(t) + γ·L_DPO` for fine-tuning.
+The paper's equation, with `wait` in seconds:
+
+    P(t) = base[kind] + rate[kind] * wait                  and, for fine-tuning,  + γ * L_DPO
+
+Requests are of class `interactive`, or of class `background` if their `priority` field is above 0 (`service_tier:
+flex` sets it). With `experiments.ageing` off no rate counts; with `experiments.reward_term` off no loss does.
 """
 
 import math
 
-from core.config import SchedulerConfig
+from core.config import ExperimentsConfig
 
+BASE_DECODE = 20.0
+BASE_PREFILL = 10.0
+BASE_PREFILL_BACKGROUND = 5.0
+BASE_FINETUNE = 1.0
+RATE_DECODE = RATE_PREFILL = 1.0
+RATE_PREFILL_BACKGROUND = RATE_FINETUNE = 0.2
+"""Priority gained with each second of waiting."""
+PRIORITY_STEP = 1.0
+"""What one unit of a request's `priority` field (lower is sooner) takes from its base."""
 MAX_USER_PRIORITY = 10
 """A request's `priority` field counts within ±10: beyond, one client could push all others back for ever."""
+MAX_LOSS_TERM = 5.0
+"""`L_DPO` is clipped here, so that one hostile pair cannot own the device."""
+RETRY_DECAY = 0.5
+"""Factor of the loss for each failed try of a task."""
 
 
 def clamp_user_priority(value: int) -> int:
@@ -16,62 +34,52 @@ def clamp_user_priority(value: int) -> int:
     return max(-MAX_USER_PRIORITY, min(MAX_USER_PRIORITY, value))
 
 
-def is_batch(user_priority: int) -> bool:
-    """Whether a request is of class `batch`; otherwise it is `interactive`."""
-    return user_priority > 0
-
-
-def prefill_base(user_priority: int, config: SchedulerConfig) -> float:
+def prefill_base(user_priority: int) -> float:
     """Priority of a prefill that has just arrived."""
-    base = config.base_priority_batch if is_batch(user_priority) else config.base_priority_prefill
-    return base - config.priority_step * clamp_user_priority(user_priority)
+    base = BASE_PREFILL_BACKGROUND if user_priority > 0 else BASE_PREFILL
+    return base - PRIORITY_STEP * clamp_user_priority(user_priority)
 
 
-def prefill_rate(user_priority: int, config: SchedulerConfig) -> float:
-    """Priority that a prefill gains with each second of waiting; 0 with ageing switched off."""
-    if not config.ageing:
+def prefill_rate(user_priority: int, experiments: ExperimentsConfig) -> float:
+    """Priority that a prefill gains with each second of waiting."""
+    if not experiments.ageing:
         return 0.0
-    return config.rate_batch if is_batch(user_priority) else config.rate_prefill
+    return RATE_PREFILL_BACKGROUND if user_priority > 0 else RATE_PREFILL
 
 
-def prefill_priority(wait_s: float, user_priority: int, config: SchedulerConfig) -> float:
-    """`P(t) = base[class] + rate[class] * wait_s` of a request that has no first token yet."""
-    return prefill_base(user_priority, config) + prefill_rate(user_priority, config) * max(0.0, wait_s)
+def prefill_priority(wait_s: float, user_priority: int, experiments: ExperimentsConfig) -> float:
+    """`P(t)` of a request that has no first token yet."""
+    return prefill_base(user_priority) + prefill_rate(user_priority, experiments) * max(0.0, wait_s)
 
 
-def decode_priority(wait_s: float, config: SchedulerConfig) -> float:
+def decode_priority(wait_s: float, experiments: ExperimentsConfig) -> float:
     """`P(t)` of the running requests' next tokens; `wait_s` since the last one."""
-    return config.base_priority_decode + (config.rate_decode * max(0.0, wait_s) if config.ageing else 0.0)
+    return BASE_DECODE + (RATE_DECODE * max(0.0, wait_s) if experiments.ageing else 0.0)
 
 
-def finetune_rate(config: SchedulerConfig) -> float:
-    """Priority that fine-tune work gains with each second of waiting; 0 with ageing switched off."""
-    return config.rate_finetune if config.ageing else 0.0
+def finetune_rate(experiments: ExperimentsConfig) -> float:
+    """Priority that fine-tune work gains with each second of waiting."""
+    return RATE_FINETUNE if experiments.ageing else 0.0
 
 
 def finetune_priority(
-    wait_s: float, dpo_loss: float | None, attempts: int, config: SchedulerConfig, gamma: float | None = None
+    wait_s: float, dpo_loss: float | None, attempts: int, gamma: float, experiments: ExperimentsConfig
 ) -> float:
-    """`P_ft(t) + γ·L_DPO`; the loss is clipped and decays with each retry.
+    """`P(t) + γ·L_DPO`; the loss is clipped and decays with each retry.
 
-    A loss of None (not scored yet) counts as ln 2, the DPO loss of an adapter that changes nothing. A gamma of None is
-    the configured one; a drift monitor raises it while preferences change.
+    A loss of None (not scored yet) counts as ln 2, the DPO loss of an adapter that changes nothing.
     """
-    aged = config.base_priority_finetune + finetune_rate(config) * max(0.0, wait_s)
-    if not config.reward_term:
+    aged = BASE_FINETUNE + finetune_rate(experiments) * max(0.0, wait_s)
+    if not experiments.reward_term:
         return aged
-    loss = math.log(2) if dpo_loss is None else min(max(dpo_loss, 0.0), config.max_loss_term)
-    return aged + (config.gamma if gamma is None else gamma) * loss * config.retry_decay**attempts
+    loss = math.log(2) if dpo_loss is None else min(max(dpo_loss, 0.0), MAX_LOSS_TERM)
+    return aged + gamma * loss * RETRY_DECAY**attempts
 
 
-def starvation_bound_s(config: SchedulerConfig) -> float:
+def starvation_bound_s(experiments: ExperimentsConfig) -> float:
     """Longest time that fine-tune work in an engine goes without a slice while inference is saturated.
 
     After it the work's priority is above that of decoding, and one slice runs whatever the slack. Infinite with
     ageing switched off.
     """
-    rate = finetune_rate(config)
-    gap = decode_priority(0.0, config) - finetune_priority(0.0, 0.0, 0, config)
-    if gap <= 0:
-        return 0.0
-    return gap / rate if rate > 0 else math.inf
+    return (BASE_DECODE - BASE_FINETUNE) / RATE_FINETUNE if experiments.ageing else math.inf

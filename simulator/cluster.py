@@ -15,8 +15,8 @@ from core.batch import ForwardShape, IterationSample
 from core.config import EngineConfig
 from core.errors import ConfigError
 from core.pair_groups import PairShape
+from core.types import SliceReport
 from scheduler.iteration.planner import EngineLimits, IterationPlanner
-from scheduler.memory.ledger import MemoryLedger
 from scheduler.queues.waiting import WaitingQueue
 from simulator.device import Device
 from simulator.events import EventKind, EventQueue
@@ -160,7 +160,7 @@ class Simulation:
         planner = self._planner()
         if trace.args.training.enabled and trace.finetune.pairs_per_s != 0:
             trainer.measure_all_kinds()
-            planner.observe(IterationSample(ForwardShape(), 0.0, slices=trainer.warm_up))
+            planner.observe(IterationSample(ForwardShape(), 0.0, report=SliceReport(trainer.warm_up)))
         running = RunningSet(
             max_seats=trace.args.engine.max_num_seqs,
             kv_tokens=hardware.kv_tokens,
@@ -174,7 +174,7 @@ class Simulation:
             trainer=trainer,
             requests=RequestPool(
                 running=running,
-                waiting=WaitingQueue(trace.args.scheduler),
+                waiting=WaitingQueue(trace.args.experiments),
                 kv_bytes_per_token=hardware.kv_bytes_per_token,
                 pruner=None if pruning.start == "off" else KvPruner(pruning, hardware.block_tokens),
             ),
@@ -194,28 +194,23 @@ class Simulation:
             config=training,
             arena_bytes_per_token=self._hardware.arena_bytes_per_token,
             has_backlog=training.enabled and finetune.pairs_per_s is None,
+            share_prompt=self._trace.args.experiments.share_prompt,
         )
 
     def _planner(self) -> IterationPlanner:
-        """As `engine.vllm.planning.build_planner` builds it."""
-        args, hardware = self._trace.args, self._hardware
+        hardware = self._hardware
         predictor = hardware.new_predictor()
+        limits = EngineLimits(
+            max_tokens=self._trace.args.engine.max_num_batched_tokens,
+            kv_bytes=int(hardware.kv_tokens * hardware.kv_bytes_per_token),
+            arena_bytes=hardware.arena_bytes,
+            kv_bytes_per_token=hardware.kv_bytes_per_token,
+            arena_fixed_bytes=hardware.arena_fixed_bytes,
+            arena_bytes_per_token=hardware.arena_bytes_per_token,
+            dims=hardware.dims,
+        )
         return IterationPlanner(
-            config=args.scheduler,
-            slo=args.slo,
-            predictor=predictor if self._options.adapt else FrozenPredictor(predictor),
-            limits=EngineLimits(
-                max_tokens=args.engine.max_num_batched_tokens,
-                max_slice_tokens=args.training.max_slice_tokens,
-                kv_bytes_per_token=hardware.kv_bytes_per_token,
-                arena_bytes_per_token=hardware.arena_bytes_per_token,
-            ),
-            memory=MemoryLedger(
-                kv_bytes=int(hardware.kv_tokens * hardware.kv_bytes_per_token),
-                arena_bytes=args.training.arena_bytes or hardware.arena_bytes,
-                tau_mem=args.scheduler.tau_mem,
-            ),
-            pruning=args.kv_pruning,
+            self._trace.args, predictor if self._options.adapt else FrozenPredictor(predictor), limits
         )
 
     def _new_router(self) -> Router:
@@ -227,7 +222,7 @@ class Simulation:
             self.executors,
             device,
             kv_bytes_per_token=self._hardware.kv_bytes_per_token,
-            config=args.scheduler,
+            tau_mem=args.scheduler.tau_mem,
             slo=args.slo,
         )
 

@@ -1,6 +1,6 @@
 """One simulated executor: the production planner in virtual time.
 
-An iteration is: view, plan, fill as vLLM fills, settle, slices through the gate, forward pass; it lasts overhead +
+An iteration is: view, plan, fill as vLLM fills, settle, slices as far as admitted, forward pass; it lasts overhead +
 slices + forward pass, and its tokens are out at its end.
 
 While requests only decode, none waits and there is nothing to train, the planner decides nothing: then iterations are
@@ -12,10 +12,10 @@ from bisect import bisect_right
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from core.batch import ForwardShape, IterationSample
+from core.batch import ForwardShape, IterationSample, Plan
 from core.errors import MaceError
+from core.types import SliceReport
 from scheduler.iteration.planner import IterationPlanner
-from scheduler.plan import IterationView, Plan
 from simulator.device import Device
 from simulator.requests import Fill, RequestPool
 from simulator.running import SimRequest
@@ -196,10 +196,12 @@ class Executor:
         self._advance(count)
 
     def _start_iteration(self, now_s: float) -> None:
-        view = self._view(now_s)
+        view = self.requests.view(now_s, self.trainer.state())
         self._knows_no_work = view.finetune is None
         plan = self._planner.plan(view)
-        self._prune(plan.prune_blocks)
+        pruned = self.requests.prune(plan.prune_blocks) if plan.prune_blocks else 0
+        if pruned:
+            self.meter.pruned(pruned)
         if self.requests.pruner is not None:
             self.requests.pruner.is_asked = plan.wants_prune_scores
         fill = self.requests.fill(plan, now_s)
@@ -218,19 +220,6 @@ class Executor:
         overhead_s = self._device.overheads_s(1)[0]
         end_s = now_s + overhead_s + forward_s + trained.busy_s
         self._begin(_Iteration(now_s, end_s, plan, fill, overhead_s, forward_s, trained), end_s)
-
-    def _view(self, now_s: float) -> IterationView:
-        view = self.requests.view(now_s, self.trainer.state())
-        pruner, offer = self.requests.pruner, view.prune_offer
-        if pruner is None or not pruner.drops_all or offer is None:
-            return view
-        self._prune(offer.num_blocks)
-        return self.requests.view(now_s, view.finetune)
-
-    def _prune(self, num_blocks: int) -> None:
-        pruned = self.requests.prune(num_blocks) if num_blocks else 0
-        if pruned:
-            self.meter.pruned(pruned)
 
     def _end_iteration(self, iteration: _Iteration) -> None:
         trained = iteration.trained
@@ -273,10 +262,8 @@ class Executor:
             iteration.fill.shape,
             iteration.forward_s,
             iteration.overhead_s,
-            iteration.trained.slices,
-            iteration.plan.predicted_forward_s,
-            iteration.plan.finetune_budget_s,
-            self.trainer.held_bytes,
+            SliceReport(iteration.trained.slices, held_bytes=self.trainer.held_bytes),
+            iteration.plan,
         )
 
     def _is_observed(self) -> bool:

@@ -58,7 +58,7 @@ def step_slices(
         slice_tokens: padded tokens that a micro-batch may have; a single pair may have more.
         num_cached: so many of `pairs`, the first ones, have cached reference log-probabilities. They come first, in
             micro-batches of their own, which have no reference forward pass.
-        share_prompts: `training.share_prompt`.
+        share_prompts: `experiments.share_prompt`.
     """
     slices: list[SliceWork] = []
     is_cached = [number < num_cached for number in range(len(pairs))]

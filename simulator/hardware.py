@@ -4,6 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from core.batch import ForwardShape, IterationSample
+from core.model_dims import ModelDims
 from core.ports import LatencyPredictor
 from core.types import SliceKind
 from simulator.device import DeviceModel
@@ -23,6 +24,9 @@ class Hardware:
     kv_bytes_per_token: float
     arena_bytes: int
     arena_bytes_per_token: float
+    arena_fixed_bytes: float = 0.0
+    dims: ModelDims | None = None
+    """Of the model in training; None: the planner knows only the profile's memory."""
     block_tokens: int = 1
     """Tokens of a KV block; `kv_tokens` are rounded down to whole blocks."""
 

@@ -1,11 +1,11 @@
 """KV pruning as the engine does it (`engine.pruning.pruner`), by number of blocks: which ones does not matter here.
 
 Harm is the share of a request's blocks that are gone, so it is known without keys. Blocks are offered one iteration
-after the planner asks for scores. With `start: always` all that are offered are dropped.
+after the planner asks for scores.
 """
 
 from core.config import KvPruningConfig
-from scheduler.plan import PruneOffer
+from scheduler.view import PruneOffer
 from simulator.running import RunningSet, SimRequest
 
 
@@ -15,8 +15,6 @@ class KvPruner:
     def __init__(self, config: KvPruningConfig, block_tokens: int) -> None:
         self.is_asked = False
         """The planner has asked for scores in the last iteration."""
-        self.drops_all = config.start == "always"
-        """Whatever is on offer is dropped at once."""
         self._max_fraction = config.max_fraction
         self._num_kept = sum(-(-tokens // block_tokens) for tokens in (config.sink_tokens, config.recent_tokens))
         self._offered: list[tuple[float, int, SimRequest]] = []

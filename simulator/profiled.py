@@ -1,14 +1,9 @@
-"""From a measured profile and a model's shape to the hardware of a simulation."""
-
-import json
-from collections.abc import Mapping
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+"""From a measured profile and a model's dimensions to the hardware of a simulation."""
 
 from core.batch import ForwardShape
-from core.config import AppArgs, TrainingConfig
+from core.config import AppArgs
 from core.errors import ConfigError
+from core.model_dims import ModelDims
 from core.types import SliceKind
 from profiler.online import OnlineLatencyModel
 from profiler.profile import QUANTILE_LEVELS, Profile
@@ -18,58 +13,6 @@ from simulator.hardware import Hardware
 
 _BLOCK_TOKENS = 16
 """vLLM's block on CUDA; `engine.engine_kwargs.block_size` says otherwise."""
-
-
-@dataclass(frozen=True, slots=True)
-class ModelShape:
-    """What a decoder's `config.json` says about its size."""
-
-    num_layers: int
-    layer_weights: int
-    head_weights: int
-    kv_values_per_token: int
-    """Keys and values of one token over all layers."""
-
-    @classmethod
-    def of(cls, config: Mapping[str, Any]) -> "ModelShape":
-        """Read a Hugging Face configuration; layers as Llama, Mistral and Qwen have them.
-
-        Raises:
-            ConfigError: a size is missing.
-        """
-        try:
-            hidden, heads = int(config["hidden_size"]), int(config["num_attention_heads"])
-            intermediate, vocabulary = int(config["intermediate_size"]), int(config["vocab_size"])
-            num_layers = int(config["num_hidden_layers"])
-        except (KeyError, TypeError, ValueError) as error:
-            raise ConfigError(f"the model's config.json lacks a size: {error}") from error
-        head_dim = int(config.get("head_dim") or hidden // heads)
-        kv_heads = int(config.get("num_key_value_heads") or heads)
-        attention = hidden * head_dim * (2 * heads + 2 * kv_heads)
-        return cls(
-            num_layers=num_layers,
-            layer_weights=attention + 3 * hidden * intermediate,
-            head_weights=hidden * vocabulary,
-            kv_values_per_token=2 * num_layers * kv_heads * head_dim,
-        )
-
-    @classmethod
-    def load(cls, path: Path) -> "ModelShape":
-        """From a `config.json`, or the directory that holds one.
-
-        Raises:
-            ConfigError: it cannot be read.
-        """
-        path = path / "config.json" if path.is_dir() else path
-        try:
-            config = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise ConfigError(f"model configuration {path} cannot be read: {error}") from error
-        return cls.of(config)
-
-    def step_model(self, training: TrainingConfig) -> StepModel:
-        """What decides the slices of a step."""
-        return StepModel(self.num_layers, self.layer_weights, self.head_weights, training.head_chunk_tokens)
 
 
 class ProfiledDevice:
@@ -94,12 +37,12 @@ class ProfiledDevice:
         return self._forward_s(shape) or 0.0
 
 
-def hardware_of(profile: Profile, shape: ModelShape, args: AppArgs) -> Hardware:
+def hardware_of(profile: Profile, dims: ModelDims, args: AppArgs) -> Hardware:
     """An executor on the profile's device.
 
     Args:
         profile: latency and memory of the device.
-        shape: the model that was profiled.
+        dims: the model that was profiled.
         args: settings; `engine.kv_cache_memory_bytes` must be given, there is no device to ask.
 
     Raises:
@@ -107,16 +50,19 @@ def hardware_of(profile: Profile, shape: ModelShape, args: AppArgs) -> Hardware:
     """
     if args.engine.kv_cache_memory_bytes is None:
         raise ConfigError("engine.kv_cache_memory_bytes is needed in the trace's args: there is no device to ask")
-    value_bytes = 4 if args.model.dtype == "float32" else 2
-    kv_bytes = profile.memory.kv_bytes_per_token or shape.kv_values_per_token * value_bytes
+    kv_bytes = profile.memory.kv_bytes_per_token or dims.kv_bytes_per_token
     largest = args.training.max_slice_tokens + 2 * args.training.max_length_tokens
     return Hardware(
         device=ProfiledDevice(profile),
         new_predictor=lambda: OnlineLatencyModel(profile),
-        step_model=shape.step_model(args.training),
+        step_model=StepModel(
+            dims.num_layers, args.training.head_chunk_tokens, dims.layer_weights, dims.head_weights
+        ),
         kv_tokens=int(args.engine.kv_cache_memory_bytes / kv_bytes),
         kv_bytes_per_token=kv_bytes,
         arena_bytes=int(2 * profile.memory.step_bytes(largest)),
         arena_bytes_per_token=profile.memory.arena_bytes_per_token,
+        arena_fixed_bytes=profile.memory.arena_bytes,
+        dims=dims if args.training.enabled else None,
         block_tokens=int(args.engine.engine_kwargs.get("block_size") or _BLOCK_TOKENS),
     )

@@ -1,15 +1,15 @@
 """The requests of one executor, waiting and running, and how an iteration is filled with them.
 
-`view` describes them to the planner as `engine.vllm.iteration_view` describes vLLM's; `fill` gives out the token
+`view` describes them to the planner as `engine.vllm.planning` describes vLLM's; `fill` gives out the token
 budget as
 vLLM does: decodes first, then prompts in progress, then the waiting queue while seats and KV memory last.
 """
 
 from dataclasses import dataclass, field
 
-from core.batch import ForwardShape
-from scheduler.plan import FineTuneState, IterationView, Plan, PrefillTask
+from core.batch import ForwardShape, Plan
 from scheduler.queues.waiting import WaitingQueue
+from scheduler.view import FineTuneState, IterationView, PrefillTask
 from simulator.kv_pruning import KvPruner
 from simulator.running import RunningSet, SimRequest
 
@@ -27,7 +27,7 @@ class Fill:
         tokens = min(request.left, left, max_chunk_tokens or left)
         if tokens <= 0:
             return 0
-        if tokens == 1:  # counts as a decode, as in `engine.vllm.iteration_view.shape_of`
+        if tokens == 1:  # counts as a decode, as in `engine.vllm.planning.shape_of`
             self.shape.num_decode += 1
             self.shape.decode_context += request.computed
         else:

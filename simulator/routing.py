@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import Protocol
 
 from core.batch import ForwardShape
-from core.config import SchedulerConfig, SloConfig
+from core.config import SloConfig
 from core.wire import ExecutorLoad
 from scheduler.placement import choose_executor
 from simulator.device import DeviceModel
@@ -68,13 +68,13 @@ class PlacementRouter:
         device: DeviceModel,
         *,
         kv_bytes_per_token: float,
-        config: SchedulerConfig,
+        tau_mem: float,
         slo: SloConfig,
     ) -> None:
         self._executors = executors
         self._prompt_token_s = _prompt_token_s(device)
         self._kv_bytes_per_token = kv_bytes_per_token
-        self._config = config
+        self._tau_mem = tau_mem
         self._slo = slo
 
     def choose(self, request: SimRequest, now_s: float) -> int:
@@ -82,7 +82,7 @@ class PlacementRouter:
         if len(self._executors) == 1:
             return 0
         loads = [self._load(executor, now_s) for executor in self._executors]
-        return int(choose_executor(request.num_prompt, loads, {}, self._config)[0].executor_id)
+        return int(choose_executor(request.num_prompt, loads, {}, self._tau_mem)[0].executor_id)
 
     def ended(self, request: SimRequest, executor: int) -> None:
         """Nothing is remembered."""

@@ -1,15 +1,16 @@
-"""The fine-tune side of a simulated executor: tasks, the step in progress, and the production gate before each slice.
+"""The fine-tune side of a simulated executor: tasks, the step in progress, and production's admission of slices.
 
 What `engine.training.runner` and `engine.vllm.task_table` do, with the device's latency model in place of torch.
 """
 
 from dataclasses import dataclass, field
 
+from core.batch import Plan
 from core.config import TrainingConfig
 from core.pair_groups import PairShape
 from core.types import SliceTiming
-from scheduler.iteration.slice_gate import SliceGate
-from scheduler.plan import FineTuneState, Plan
+from scheduler.iteration.slices import SliceAdmission
+from scheduler.view import FineTuneState
 from simulator.device import Device
 from simulator.finetune import SliceWork, StepModel, step_slices
 
@@ -43,6 +44,7 @@ class Trainer:
         arena_bytes_per_token: float,
         has_backlog: bool,
         num_cached_pairs: int = 0,
+        share_prompt: bool = True,
     ) -> None:
         self.warm_up: list[SliceTiming] = []
         self._device = device
@@ -52,7 +54,8 @@ class Trainer:
         self._arena_bytes_per_token = arena_bytes_per_token
         self._has_backlog = has_backlog
         self._num_cached_pairs = num_cached_pairs
-        self._gate = SliceGate()
+        self._share_prompt = share_prompt
+        self._admission = SliceAdmission()
         self._arrived_s: list[float] = []
         self._slice_tokens = config.max_slice_tokens
         self._step_tokens = 0
@@ -91,19 +94,19 @@ class Trainer:
             last_progress_s=max(arrived_s, self._last_progress_s),
             held_bytes=self.held_bytes,
             step_tokens=self._step_tokens,
-            max_batch_tokens=self._pair.tokens(share_prompts=self._config.share_prompt),
+            max_batch_tokens=self._pair.tokens(share_prompts=self._share_prompt),
         )
 
     def measure_all_kinds(self) -> None:
-        """Fill the gate as the worker does at its start; the timings are in `warm_up` for the planner."""
+        """Measure as the worker does at its start; the timings are in `warm_up` for the planner."""
         half = min(_WARM_UP_TOKENS, self._config.max_prompt_tokens, self._config.max_length_tokens // 2)
         for work in self._slices([PairShape(half, half, half)], self._config.max_slice_tokens):
             timing = SliceTiming(work.kind, work.num_tokens, self._device.slice_s(work.kind, work.num_tokens, 0.0))
-            self._gate.observe(timing.kind, timing.num_tokens, timing.latency_s)
+            self._admission.observe(timing.kind, timing.num_tokens, timing.latency_s)
             self.warm_up.append(timing)
 
     def run(self, plan: Plan, start_s: float) -> Trained:
-        """Run the slices that the plan and the gate allow, from `start_s` on."""
+        """Run the slices that the plan and its budget allow, from `start_s` on."""
         done = Trained()
         if not plan.is_blocking:
             limit = self._config.max_slice_tokens
@@ -115,7 +118,7 @@ class Trainer:
             if not plan.is_blocking and not self._may_run(work, plan, done):
                 break
             latency_s = self._device.slice_s(work.kind, work.num_tokens, start_s + done.busy_s)
-            self._gate.observe(work.kind, work.num_tokens, latency_s)
+            self._admission.observe(work.kind, work.num_tokens, latency_s)
             done.slices.append(SliceTiming(work.kind, work.num_tokens, latency_s))
             done.busy_s += latency_s
             self._advance(done)
@@ -127,7 +130,7 @@ class Trainer:
         left_s = plan.finetune_budget_s - done.busy_s
         if len(done.slices) < plan.min_slices:
             return True
-        return self._gate.fits(work.kind, work.num_tokens, left_s, first=not done.slices)
+        return self._admission.fits(work.kind, work.num_tokens, left_s, first=not done.slices)
 
     def _next_work(self) -> SliceWork:
         if not self._program:
@@ -139,8 +142,7 @@ class Trainer:
         return self._program[self._next]
 
     def _slices(self, pairs: list[PairShape], slice_tokens: int, num_cached: int = 0) -> list[SliceWork]:
-        share_prompts = self._config.share_prompt
-        return step_slices(pairs, self._model, slice_tokens, num_cached, share_prompts=share_prompts)
+        return step_slices(pairs, self._model, slice_tokens, num_cached, share_prompts=self._share_prompt)
 
     def _advance(self, done: Trained) -> None:
         self._next += 1

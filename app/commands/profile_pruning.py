@@ -17,13 +17,13 @@ from core.config import AppArgs
 from core.errors import ConfigError
 from deployments.monitors.profiling import origin_of
 from engine.pruning.gate import Decision, Estimate, PruningReport, decide, pruning_report_path
-from engine.pruning.tasks import TaskKind, make_recall
+from engine.pruning.tasks import RecallKind, make_recall
 from profiler.device import describe_device, worker_threads
 
 if TYPE_CHECKING:
     from engine.pruning.reader import PrunedReader, TokenPassage
 
-_KINDS: tuple[TaskKind, ...] = ("needle", "qa")
+_KINDS: tuple[RecallKind, ...] = ("needle", "qa")
 _DEFAULT_CONTEXT_TOKENS = 1024
 _RESERVED_TOKENS = 128
 """For a continuation, or a question and its reply."""

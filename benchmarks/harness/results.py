@@ -139,7 +139,7 @@ def _training_metrics(run: WindowRecord) -> dict[str, float | int]:
         "finished_pairs_per_s": sum(task.num_pairs for task in in_window) / run.window_s,
         "num_failed_steps": len(run.tasks) - len(succeeded),
         "longest_slice_s": max(
-            (timing.latency_s for sample in run.iterations.samples for timing in sample.slices), default=0.0
+            (timing.latency_s for sample in run.iterations.samples for timing in sample.report.slices), default=0.0
         ),
     }
 
@@ -160,9 +160,9 @@ def _pairs_per_s(succeeded: Sequence[TaskRecord], num_ended: int, slices_s: floa
 def _device_metrics(run: WindowRecord) -> dict[str, float | int | None]:
     samples, covered_s = run.iterations.samples, run.iterations.covered_s
     errors = [
-        abs(sample.predicted_forward_s / sample.forward_s - 1)
+        abs(sample.plan.predicted_forward_s / sample.forward_s - 1)
         for sample in samples
-        if sample.predicted_forward_s and sample.forward_s > 0 and sample.shape.num_tokens
+        if sample.plan.predicted_forward_s and sample.forward_s > 0 and sample.shape.num_tokens
     ]
 
     def share(seconds: Iterable[float]) -> float:

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from benchmarks.harness.report import StateDir, note
-from engine.pruning.tasks import TaskKind, all_words, make_recall
+from engine.pruning.tasks import RecallKind, all_words, make_recall
 
 if TYPE_CHECKING:
     import torch
@@ -238,7 +238,7 @@ def _repeat(length: int, vocab_size: int, rng: random.Random) -> _Row:
 
 
 def _recall(length: int, encode: Callable[[str], list[int]], recipe: NeedleRecipe, rng: random.Random) -> _Row:
-    kind: TaskKind = rng.choice(["needle", "qa"])
+    kind: RecallKind = rng.choice(["needle", "qa"])
     recall = make_recall(kind, length, recipe.questions, _count_words, rng)
     ids = list(encode(recall.context))
     row = _Row(ids, [_TEXT_WEIGHT] * len(ids))

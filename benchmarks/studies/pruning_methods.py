@@ -19,7 +19,7 @@ import typer
 from benchmarks.harness.report import AsJson, Column, Out, StateDir, interval_of, note, show, table_of
 from benchmarks.studies.needle_model import ensure_needle_model
 from core.config import KvPruningConfig, ModelConfig
-from engine.pruning.tasks import TaskKind, make_recall
+from engine.pruning.tasks import RecallKind, make_recall
 from profiler.device import describe_device, git_commit, software_versions
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 METHODS = ("keydiff", "key_norm", "random", "oldest")
 FRACTIONS = (0.1, 0.25, 0.5)
-_KINDS: tuple[TaskKind, ...] = ("needle", "qa")
+_KINDS: tuple[RecallKind, ...] = ("needle", "qa")
 _QUESTIONS = 4
 _CONTINUATION_TOKENS = 96
 

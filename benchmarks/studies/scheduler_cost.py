@@ -19,13 +19,12 @@ from pydantic import BaseModel, ConfigDict
 from rich.table import Table
 
 from benchmarks.harness.report import VERDICTS, AsJson, Out, show
-from core.batch import ForwardShape, IterationSample
-from core.config import SchedulerConfig, SloConfig
+from core.batch import ForwardShape, IterationSample, Plan
+from core.config import AppArgs, SloConfig
 from core.types import SliceKind, SliceReport, SliceTiming
 from scheduler.iteration.planner import EngineLimits, IterationPlanner
-from scheduler.memory.ledger import MemoryLedger
-from scheduler.plan import IterationView, Plan
-from scheduler.queues.task_queue import QueuedTask, TaskQueue
+from scheduler.queues.finetune import QueuedTask, TaskQueue
+from scheduler.view import IterationView
 
 TARGET_MEDIAN_MS = 0.2
 TARGET_P99_MS = 1.0
@@ -145,13 +144,12 @@ class _PlanningEngine:
     """The scheduler side of an engine: as `engine.vllm.scheduler`, without vLLM's own scheduling."""
 
     def __init__(self, options: CostOptions) -> None:
-        from engine.vllm.iteration_view import shape_of, view_of
-        from engine.vllm.planning import KvPool
+        from engine.vllm.planning import KvPool, shape_of, view_of
         from engine.vllm.task_table import TaskTable
         from engine.vllm.waiting_queue import AgeingRequestQueue
         from profiler.online import OnlineLatencyModel
 
-        config = SchedulerConfig()
+        args = AppArgs(slo=SloConfig(ttft_s=1.0, tbt_s=0.1))
         self._rng = np.random.default_rng(options.seed)
         self._view_of: Callable[..., IterationView] = view_of
         self._shape_of: Callable[..., ForwardShape] = shape_of
@@ -159,18 +157,13 @@ class _PlanningEngine:
         self._pool = KvPool(8 * _GIB // block_bytes, block_bytes, _BLOCK_TOKENS)
         self._now_s = 1000.0
         self._number = 0
-        self._waiting = AgeingRequestQueue(config, _BLOCK_TOKENS)
+        self._waiting = AgeingRequestQueue(args.experiments, _BLOCK_TOKENS)
         self._tasks = TaskTable()
-        self._queue: TaskQueue[int] = TaskQueue(config)
+        self._queue: TaskQueue[int] = TaskQueue(args.experiments, args.scheduler.gamma)
         self._running = [self._request(prompt_done=True) for _ in range(options.num_running)]
         self._requests = {request.request_id: request for request in self._running}
-        self._planner = IterationPlanner(
-            config=config,
-            slo=SloConfig(ttft_s=1.0, tbt_s=0.1),
-            predictor=OnlineLatencyModel(None),
-            limits=EngineLimits(_MAX_TOKENS, 1024, kv_bytes_per_token=_KV_BYTES_PER_TOKEN),
-            memory=MemoryLedger(kv_bytes=8 * _GIB, arena_bytes=2 * _GIB, tau_mem=config.tau_mem),
-        )
+        limits = EngineLimits(_MAX_TOKENS, 8 * _GIB, 2 * _GIB, kv_bytes_per_token=_KV_BYTES_PER_TOKEN)
+        self._planner = IterationPlanner(args, OnlineLatencyModel(None), limits)
         for _ in range(options.num_waiting):
             self._waiting.add_request(self._request(prompt_done=False))
         for _ in range(options.num_tasks):
@@ -209,7 +202,7 @@ class _PlanningEngine:
         sample = self._sample(plan, shape)
         watch.resume()
         self._planner.observe(sample)
-        self._tasks.note_progress(SliceReport(sample.slices), self._now_s)
+        self._tasks.note_progress(sample.report, self._now_s)
         watch.lap("observe")
         self._turn_tasks(task)
         watch.lap("fine-tune queue")
@@ -249,7 +242,7 @@ class _PlanningEngine:
             SliceKind.POLICY_HEAD,
         )
         slices = [SliceTiming(k, _SLICE_TOKENS, 3e-3 * x) for k, x in zip(kinds, noise[1:], strict=True)]
-        return IterationSample(shape, forward_s, 1e-3, slices, plan.predicted_forward_s, plan.finetune_budget_s)
+        return IterationSample(shape, forward_s, 1e-3, SliceReport(slices), plan)
 
     def _advance(self, started: StandInRequest) -> None:
         """The oldest request ends, the started one takes its place, the others are one token further."""

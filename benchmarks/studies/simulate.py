@@ -17,10 +17,11 @@ from benchmarks.harness.report import Out, show, table_of
 from benchmarks.studies.agreement import run_agreement
 from core.config import SloConfig
 from core.errors import ConfigError, MaceError
+from core.model_dims import ModelDims
 from profiler.profile import Profile
 from simulator.cluster import Options, Simulation
 from simulator.plot import write_plot
-from simulator.profiled import ModelShape, hardware_of
+from simulator.profiled import hardware_of
 from simulator.result import Result
 from simulator.trace import Trace
 
@@ -99,7 +100,8 @@ def run_trace(
         from engine.model_source import resolve_model
 
         model_config = resolve_model(trace.args.model, trace.args.state_dir)
-    hardware = hardware_of(measured, ModelShape.load(model_config), trace.args)
+    dims = ModelDims.load(model_config, dtype_bytes=4 if trace.args.model.dtype == "float32" else 2)
+    hardware = hardware_of(measured, dims, trace.args)
     with ExitStack() as stack:
         write = None
         if log is not None:

@@ -46,7 +46,7 @@ MIN_BASELINE_ATTAINMENT = 0.995
 BASELINE_GOAL = 0.85
 """Of (training alone x idle share): what `mace` has to train, and what the blocking policies are asked for."""
 
-ALONE_SCHEDULER = {"policy": "mace", "packing": "first_fit"}
+ALONE_EXPERIMENTS = {"packing": "first_fit"}
 """Training alone takes slices as large as the settings allow: nobody is delayed by them, and they are the faster ones.
 The ideal would be too easy to reach otherwise."""
 
@@ -189,13 +189,14 @@ def _with_section(trace: Trace, name: str, **values: Any) -> Trace:
 
 def _job(name: ModelName, model_dir: Path, trace: Trace, label: str, goal_pairs_per_s: float | None) -> Job:
     """Nothing but the policy differs, and for those that block the pairs for each request."""
-    scheduler: dict[str, Any] = ALONE_SCHEDULER if label == ALONE else {"policy": label}
+    experiments: dict[str, Any] = ALONE_EXPERIMENTS if label == ALONE else {}
     if label in ("periodic", "continuous") and goal_pairs_per_s:
-        scheduler["retrain_rate"] = goal_pairs_per_s / trace.arrivals.rate_per_s
+        experiments = {"retrain_rate": goal_pairs_per_s / trace.arrivals.rate_per_s}
+    trace = _with_section(trace, "scheduler", policy="mace" if label == ALONE else label)
     return Job(
         model=name,
         model_dir=model_dir,
-        trace=_with_section(trace, "scheduler", **scheduler),
+        trace=_with_section(trace, "experiments", **experiments),
         with_requests=label != ALONE,
         with_training=label != "inference_only",
         window_s=trace.duration_s or 0.0,

@@ -101,7 +101,7 @@ class StepRun:
 
 
 def run_step(
-    model: "TrainableModel", shadow: "ShadowAdapter", task: FineTuneTask, config: TrainingConfig
+    model: "TrainableModel", shadow: "ShadowAdapter", task: FineTuneTask, *, share_prompt: bool = True
 ) -> StepRun:
     """Run a step slice by slice."""
     from engine.training.dpo import DpoStep
@@ -109,7 +109,7 @@ def run_step(
     shadow.reset()
     gc.collect()
     run, began_s = StepRun(), time.process_time()
-    step = DpoStep(model, shadow, task, config)
+    step = DpoStep(model, shadow, task, TrainingConfig(), share_prompt=share_prompt)
     layers = [spec for spec in step.pending if spec.kind is SliceKind.BACKWARD_LAYER]
     while step.next_slice is not None:
         started_s = time.perf_counter()
@@ -195,9 +195,8 @@ def reference_cache(
 
 def _save(model: "TrainableModel", shadow: "ShadowAdapter", task: FineTuneTask, repeats: int) -> dict[str, Any]:
     """Medians over repeats. Shares are of the uncached step: by number of slices, and by time."""
-    config = TrainingConfig()
-    cached = with_references(task, run_step(model, shadow, replace(task, kind=TaskKind.EVALUATE), config))
-    runs = in_turns(repeats, lambda is_cached: run_step(model, shadow, cached if is_cached else task, config))
+    cached = with_references(task, run_step(model, shadow, replace(task, kind=TaskKind.EVALUATE)))
+    runs = in_turns(repeats, lambda is_cached: run_step(model, shadow, cached if is_cached else task))
     pairs = list(zip(runs[False], runs[True], strict=True))
     ratios = [cached.total_s / plain.total_s for plain, cached in pairs]
     plain, cached_counts = ({kind: len(times) for kind, times in run.seconds.items()} for run in pairs[0])
@@ -286,7 +285,7 @@ def prompt_sharing(
 
 
 def _run_sharing(model: "TrainableModel", shadow: "ShadowAdapter", task: FineTuneTask, shares: bool) -> StepRun:
-    return run_step(model, shadow, task, TrainingConfig().model_copy(update={"share_prompt": shares}))
+    return run_step(model, shadow, task, share_prompt=shares)
 
 
 def _measure_sharing(name: str, repeats: int) -> Iterator[SharingRow]:
@@ -301,7 +300,7 @@ def _measure_sharing(name: str, repeats: int) -> Iterator[SharingRow]:
         seed = row_tokens + percent
         task = random_task(described.num_pairs, row_tokens, prompt_tokens, spread, num_words, seed)
         if is_cached:
-            evaluated = run_step(model, shadow, replace(task, kind=TaskKind.EVALUATE), TrainingConfig())
+            evaluated = run_step(model, shadow, replace(task, kind=TaskKind.EVALUATE))
             task = with_references(task, evaluated)
         runs = in_turns(repeats, partial(_run_sharing, model, shadow, task))
         ratios = [off.cpu_s / on.cpu_s for off, on in zip(runs[False], runs[True], strict=True)]

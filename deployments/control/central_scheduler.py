@@ -25,9 +25,7 @@ from core.wire import BatchOutcome, Headroom, TrainingBatch, TrainingPair
 from deployments.monitors.metrics import Meter
 from scheduler.packing import Bin, Demand, best_fit, first_fit
 from scheduler.placement import RankedExecutor, choose_executor
-from scheduler.queues.mixed_queue import MixedQueue
-from scheduler.queues.scoring_queue import ScoringQueue
-from scheduler.queues.task_queue import QueuedTask
+from scheduler.queues.finetune import MixedQueue, QueuedTask, ScoringQueue
 
 LEASE_S = 60.0
 """A batch goes to another executor when its own has not been heard of for so long; see `heartbeat`."""
@@ -58,7 +56,7 @@ class CentralScheduler:
         self._clock = clock
         training = config.training
         shares = {"new": training.new_share, "hard": training.hard_share, "replay": training.replay_share}
-        self._queue: MixedQueue[TrainingPair] = MixedQueue(config.scheduler, shares)
+        self._queue: MixedQueue[TrainingPair] = MixedQueue(config.experiments, config.scheduler.gamma, shares)
         self._to_score: ScoringQueue[TrainingPair] = ScoringQueue()
         self._scored_last = False
         self._gamma = config.scheduler.gamma
@@ -162,11 +160,11 @@ class CentralScheduler:
             cached_prefix_tokens: tokens of it in an executor's prefix cache, by executor id.
         """
         loads = [room.load for room in self._fresh_headrooms(self._clock()) if room.load is not None]
-        return choose_executor(prompt_tokens, loads, cached_prefix_tokens or {}, self._config.scheduler)
+        return choose_executor(prompt_tokens, loads, cached_prefix_tokens or {}, self._config.scheduler.tau_mem)
 
     def stats(self) -> dict[str, Any]:
         """Queue length, leases, executors, and where a short prompt would go, for `/v1/training`."""
-        top, config = self._queue.peek(), self._config.scheduler
+        top, experiments = self._queue.peek(), self._config.experiments
         return {
             "queued_pairs": len(self._queue),
             "queued_by_role": self._queue.lengths(),
@@ -175,7 +173,7 @@ class CentralScheduler:
             "leased_batches": len(self._leases),
             "executors": sorted(self._headrooms),
             "placement": [_to_wire(ranked) for ranked in self.advice(1)],
-            "top_priority": None if top is None else top.priority_at(self._clock(), config, self._gamma),
+            "top_priority": None if top is None else top.priority_at(self._clock(), self._gamma, experiments),
         }
 
     def _is_due(self, size: int, now_s: float) -> bool:
@@ -193,8 +191,8 @@ class CentralScheduler:
         longest_s = max(room.latency_s for room in free)
         demand = Demand(self._bytes_per_batch, min(self._busy_s_per_pair * size, longest_s))
         bins = [self._bin(room) for room in free]
-        config = self._config.scheduler
-        chosen = first_fit(demand, bins) if config.packing == "first_fit" else best_fit(demand, bins, config)
+        fit = first_fit if self._config.experiments.packing == "first_fit" else best_fit
+        chosen = fit(demand, bins)
         return chosen is not None and chosen.bin_id == headroom.executor_id
 
     def _fresh_headrooms(self, now_s: float) -> list[Headroom]:

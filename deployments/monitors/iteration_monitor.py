@@ -27,10 +27,13 @@ class IterationMonitor:
         if not samples:
             return
         for sample in samples:
-            if sample.predicted_forward_s is not None and sample.shape.num_tokens and sample.forward_s > 0:
-                self._errors.append(abs(sample.predicted_forward_s - sample.forward_s) / sample.forward_s)
-            if sample.slices and sample.shape.num_tokens:  # an idle engine has no budget to keep, only a quantum
-                self._over_budget.append(max(0.0, sample.slices_s - sample.finetune_budget_s))
+            predicted_s = sample.plan.predicted_forward_s
+            if predicted_s is not None and sample.shape.num_tokens and sample.forward_s > 0:
+                self._errors.append(abs(predicted_s - sample.forward_s) / sample.forward_s)
+            if (
+                sample.report.slices and sample.shape.num_tokens
+            ):  # an idle engine has no budget to keep, only a quantum
+                self._over_budget.append(max(0.0, sample.slices_s - sample.plan.finetune_budget_s))
         forward_s = sum(sample.forward_s for sample in samples if sample.shape.num_tokens)
         slices_s = sum(sample.slices_s for sample in samples)
         overhead_s = sum(sample.overhead_s for sample in samples if sample.shape.num_tokens)

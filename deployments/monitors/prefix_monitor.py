@@ -5,7 +5,7 @@ from collections.abc import Callable
 from typing import Any
 
 from deployments.monitors.metrics import Meter
-from engine.prefixes.counts import PrefixCounts, read_prefix_counts
+from engine.prefix_cache import PrefixCounts, read_prefix_counts
 
 _WINDOW = 60
 """Readings; one comes each second."""

@@ -13,7 +13,7 @@ from profiler.device import describe_device, git_commit, software_versions, work
 from profiler.grid import MeasurePlan
 from profiler.online import OnlineLatencyModel
 from profiler.profile import Origin, Profile, profile_path
-from scheduler.iteration.slo_check import slo_warnings
+from scheduler.iteration.slo import slo_warnings
 
 _POINTS_AT_LEAST = 8
 """No point takes more than this part of the measuring time, one second at least."""
@@ -56,7 +56,7 @@ def measure_plan(
         budget_s=budget_s,
         max_point_s=1.0 if in_background else max(1.0, budget_s / _POINTS_AT_LEAST),
         seed=seed,
-        share_prompt=args.training.share_prompt,
+        share_prompt=args.experiments.share_prompt,
         trains=trains and not in_background,
         is_background=in_background,
     )

@@ -16,7 +16,7 @@ from dataclasses import asdict
 
 from core.batch import IterationSample
 from core.wire import ExecutorLoad
-from engine.vllm.engine_load import EngineLoad
+from engine.vllm.front_end import EngineLoad
 
 _FORGETTING = 0.98
 """Weight of the past for each iteration that is seen: about the last 50 count."""

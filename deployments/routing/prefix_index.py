@@ -18,10 +18,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from deployments.routing.prefix_text import LENGTHS, TextPrefixes
-from engine.prefixes.kv_events import KvEventStream
+from engine.prefix_cache import KvEventStream
 from engine.vllm.engine import HybridEngine
-from scheduler.prefixes.changes import PrefixChange, apply_change
-from scheduler.prefixes.tree import PrefixTree
+from scheduler.prefixes.tree import PrefixChange, PrefixTree
 
 logger = logging.getLogger(__name__)
 
@@ -66,20 +65,18 @@ class PrefixIndex:
 
     def __init__(
         self,
-        executor_id: str,
         block_tokens: int,
         live_namespace: Callable[[], str | None],
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.tree = PrefixTree(block_tokens, _TREE_BYTES)
-        self._executor_id = executor_id
         self._live_namespace = live_namespace
         self._clock = clock
         self._prompts: OrderedDict[str, _Prompt] = OrderedDict()
 
     def on_change(self, change: PrefixChange) -> None:
         """The engine's cache has changed."""
-        apply_change(self.tree, self._executor_id, change, self._clock())
+        self.tree.apply(change, self._clock())
 
     def on_prompt(self, namespace: str | None, token_ids: Sequence[int]) -> None:
         """A prompt of the HTTP request that is being handled enters the engine."""
@@ -98,7 +95,7 @@ class PrefixIndex:
 
     def num_cached(self, namespace: str | None, token_ids: Sequence[int]) -> int:
         """Tokens at the start of a prompt that are in the cache now."""
-        return self.tree.longest_match(namespace, token_ids, self._clock()).get(self._executor_id, 0)
+        return self.tree.longest_match(namespace, token_ids, self._clock())
 
     async def held_names(self) -> list[str]:
         """Names of prefixes that are in the cache, those used last first; at most `MAX_NAMES`. Gives way in between."""
@@ -122,12 +119,11 @@ def note_request(prefixes: TextPrefixes | None, *, asks_live: bool) -> None:
 
 
 def follow_prefixes(
-    executor_id: str, engine: HybridEngine, app: Any, model_id: str
+    engine: HybridEngine, app: Any, model_id: str
 ) -> tuple[PrefixIndex, asyncio.Task[None]] | None:
     """The index of a started engine, kept up to date by a task; None if its prefix cache or events are off.
 
     Args:
-        executor_id: who.
         engine: the engine.
         app: vLLM's application; what is served must stand behind something that calls `note_request`.
         model_id: the name of the live model, which `lora_requests` maps to a version or not at all.
@@ -140,7 +136,7 @@ def follow_prefixes(
     block_tokens = engine.prefix_block_tokens
     if block_tokens is None:
         return None
-    index = PrefixIndex(executor_id, block_tokens, live_namespace)
+    index = PrefixIndex(block_tokens, live_namespace)
     stream = KvEventStream.of_engine(engine.client, index.on_change)
     if stream is None:
         return None

@@ -102,7 +102,9 @@ class ExecutorRouter(RequestRouter):
         prefixes = TextPrefixes.from_headers(scope["headers"])
         cached = self._cached_tokens(candidates, loads, prefixes, request.metadata.session_id, prompt_tokens)
         by_id = {replica.replica_id.unique_id: replica for replica in candidates}
-        ranks = [[by_id[r.executor_id]] for r in choose_executor(prompt_tokens, loads, cached, self._config)]
+        ranks = [
+            [by_id[r.executor_id]] for r in choose_executor(prompt_tokens, loads, cached, self._config.tau_mem)
+        ]
         best = ranks[0][0].replica_id
         uncached = max(1, prompt_tokens - cached.get(best.unique_id, 0))
         self._bookings.book(request.metadata.internal_request_id, best, uncached, now_s)

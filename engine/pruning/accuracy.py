@@ -11,9 +11,9 @@ import torch
 
 from core.config import ModelConfig
 from core.errors import AdapterError, ProfileError
-from engine.pruning.gate import FractionResult, TaskBaseline, TaskResult, estimate
+from engine.pruning.gate import FractionResult, RecallResult, TaskBaseline, estimate
 from engine.pruning.reader import PrunedReader, TokenPassage
-from engine.pruning.tasks import Recall, TaskKind, is_right
+from engine.pruning.tasks import Recall, RecallKind, is_right
 
 Progress = Callable[[], None]
 """Called after each context."""
@@ -34,9 +34,9 @@ class PruningMeasurement:
     fractions: tuple[float, ...]
     nats: dict[float, list[float]] = field(default_factory=dict)
     """Mean negative log-prob of a continuation's tokens, one value a passage."""
-    right: dict[tuple[TaskKind, float], list[float]] = field(default_factory=dict)
+    right: dict[tuple[RecallKind, float], list[float]] = field(default_factory=dict)
     """Share of right answers, one value a context."""
-    guesses: dict[TaskKind, list[float]] = field(default_factory=dict)
+    guesses: dict[RecallKind, list[float]] = field(default_factory=dict)
     """Share of right answers that guessing would give, one value a question."""
     blocks: dict[float, BlockCounts] = field(default_factory=dict)
     context_tokens: list[int] = field(default_factory=list)
@@ -59,7 +59,7 @@ class PruningMeasurement:
             raise ProfileError("every passage is too short to drop a block: longer --context-tokens or texts")
         return statistics.fmean(self.nats[0.0])
 
-    def baselines(self) -> dict[TaskKind, TaskBaseline]:
+    def baselines(self) -> dict[RecallKind, TaskBaseline]:
         """The tasks without pruning."""
         return {
             kind: TaskBaseline(
@@ -79,11 +79,11 @@ class PruningMeasurement:
         return tuple(self._result(fraction) for fraction in self.fractions)
 
     def _result(self, fraction: float) -> FractionResult:
-        tasks: dict[TaskKind, TaskResult] = {}
+        tasks: dict[RecallKind, RecallResult] = {}
         for kind in self.guesses:
             before, after = self.right[kind, 0.0], self.right[kind, fraction]
             drop = estimate([b - a for b, a in zip(before, after, strict=True)])
-            tasks[kind] = TaskResult(accuracy=statistics.fmean(after), drop=drop)
+            tasks[kind] = RecallResult(accuracy=statistics.fmean(after), drop=drop)
         before, after = self.nats.get(0.0, []), self.nats.get(fraction, [])
         return FractionResult(
             fraction=fraction,

@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from core.config import KvPruningConfig, ModelConfig
 from core.errors import ProfileError
-from engine.pruning.tasks import TaskKind
+from engine.pruning.tasks import RecallKind
 from profiler.profile import Origin, profile_path
 
 MIN_PASSAGES = 20
@@ -57,7 +57,7 @@ class TaskBaseline(_Model):
         return self.accuracy - self.guess_accuracy >= MIN_SKILL * (1 - self.guess_accuracy)
 
 
-class TaskResult(_Model):
+class RecallResult(_Model):
     """The same questions after pruning."""
 
     accuracy: _Share
@@ -71,7 +71,7 @@ class FractionResult(_Model):
     fraction: float = Field(ge=0, le=0.9)
     logprob_drop: Estimate
     """Nats per token of what follows the context; positive: pruning made it less likely."""
-    tasks: dict[TaskKind, TaskResult]
+    tasks: dict[RecallKind, RecallResult]
     dropped_blocks: float = Field(ge=0)
     """Mean over all contexts; fewer than asked for where sinks and recent window leave no more."""
     total_blocks: float = Field(gt=0)
@@ -95,7 +95,7 @@ class PruningReport(_Model):
     """Where the passages of the log-prob come from; None: generated."""
     num_skipped: int = Field(0, ge=0)
     """Passages that were too short to drop a block."""
-    baseline: dict[TaskKind, TaskBaseline]
+    baseline: dict[RecallKind, TaskBaseline]
     baseline_nats_per_token: _Finite
     """Mean negative log-prob of the continuations, unpruned."""
     fractions: tuple[FractionResult, ...] = Field(min_length=1)

@@ -21,7 +21,7 @@ from itertools import islice
 from typing import Any
 
 from core.config import KV_PRUNING_OPT_OUT, KvPruningConfig
-from scheduler.plan import PruneOffer
+from scheduler.view import PruneOffer
 
 _MAX_SCORED = 8
 """Requests whose blocks are scored in one iteration: it costs the worker a gather per layer each."""

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 CountTokens = Callable[[str], int]
-TaskKind = Literal["needle", "qa"]
+RecallKind = Literal["needle", "qa"]
 
 
 def _words(text: str) -> tuple[str, ...]:
@@ -87,7 +87,7 @@ class Question:
 class Recall:
     """A context and questions about it."""
 
-    kind: TaskKind
+    kind: RecallKind
     context: str
     questions: tuple[Question, ...]
 
@@ -101,7 +101,7 @@ class Passage:
 
 
 def make_recall(
-    kind: TaskKind, context_tokens: int, num_questions: int, count_tokens: CountTokens, rng: random.Random
+    kind: RecallKind, context_tokens: int, num_questions: int, count_tokens: CountTokens, rng: random.Random
 ) -> Recall:
     """A context of about `context_tokens` and up to `num_questions` different questions about it."""
     num_facts = min(_MAX_FACTS, max(_MIN_FACTS, context_tokens // _TOKENS_PER_FACT))

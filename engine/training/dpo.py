@@ -46,8 +46,15 @@ class DpoStep:
     """
 
     def __init__(
-        self, model: TrainableModel, shadow: ShadowAdapter, task: FineTuneTask, config: TrainingConfig
+        self,
+        model: TrainableModel,
+        shadow: ShadowAdapter,
+        task: FineTuneTask,
+        config: TrainingConfig,
+        *,
+        share_prompt: bool = True,
     ) -> None:
+        """`share_prompt` is `experiments.share_prompt`."""
         model.check_lengths(config)
         self.task = task
         self._model, self._shadow, self._config = model, shadow, config
@@ -63,7 +70,7 @@ class DpoStep:
                 max_slice_tokens=config.max_slice_tokens,
                 vocab_size=model.vocab_size,
                 device=model.device,
-                share_prompts=config.share_prompt,
+                share_prompts=share_prompt,
             )
         self._work = [Work(batch) for batch in batches]
         self.largest_batch_pairs = max(batch.num_pairs for batch in batches)

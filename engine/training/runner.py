@@ -25,7 +25,7 @@ from engine.training.dpo_work import SliceSpec
 from engine.training.running_step import RunningStep, failure
 from engine.training.shadow import ShadowAdapter
 from engine.training.trainable import TrainableModel
-from scheduler.iteration.slice_gate import SliceGate
+from scheduler.iteration.slices import SliceAdmission
 
 logger = logging.getLogger(__name__)
 
@@ -40,7 +40,8 @@ class FineTuneRunner:
         self._model = model
         self._shadow = shadow
         self._config = args.training
-        self._gate = SliceGate()
+        self._share_prompt = args.experiments.share_prompt
+        self._admission = SliceAdmission()
         self._slice_tokens = args.training.max_slice_tokens
         self.warm_up_slices: list[SliceTiming] = []
         """Every kind of slice, measured once before anything was served."""
@@ -112,7 +113,9 @@ class FineTuneRunner:
                         self._checkpoints.wait(min(max(0.0, left_s), _HELD_BACK_WAIT_S))
                     break
                 enough = len(report.slices) >= min_slices
-                if enough and not self._gate.fits(spec.kind, spec.num_tokens, left_s, first=not report.slices):
+                if enough and not self._admission.fits(
+                    spec.kind, spec.num_tokens, left_s, first=not report.slices
+                ):
                     break
                 self._run_slice(running, spec, report)
                 if report.out_of_memory:  # what failed has cost its time; smaller slices start with a new budget
@@ -167,7 +170,7 @@ class FineTuneRunner:
 
     def _new_step(self, task: FineTuneTask, slice_tokens: int) -> DpoStep:
         config = self._config.model_copy(update={"max_slice_tokens": slice_tokens})
-        return DpoStep(self._model, self._shadow, task, config)
+        return DpoStep(self._model, self._shadow, task, config, share_prompt=self._share_prompt)
 
     def _finish(self, running: RunningStep, report: SliceReport) -> None:
         metrics, scores = running.step.result()
@@ -211,7 +214,7 @@ class FineTuneRunner:
         running.count(latency_s, held_bytes)
         report.peak_bytes = max(report.peak_bytes, held_bytes)
         if not report.out_of_memory:  # such a slice did not do its work
-            self._gate.observe(spec.kind, spec.num_tokens, latency_s)
+            self._admission.observe(spec.kind, spec.num_tokens, latency_s)
             report.slices.append(SliceTiming(spec.kind, spec.num_tokens, latency_s))
 
     def _shrink(self, running: RunningStep, error: DeviceMemoryError, report: SliceReport) -> None:
@@ -241,7 +244,7 @@ class FineTuneRunner:
         prompt = (0,) * half
         pair = TokenizedPair("warm-up", prompt, (0,) * half, (1,) * half)
         for _ in range(2):  # the first pass pays for lazy set-up inside torch
-            self._gate = SliceGate()
+            self._admission = SliceAdmission()
             self.submit(FineTuneTask("warm-up", TaskKind.TRAIN, (pair,)).to_wire())
             report = self.run(float("inf"), sys.maxsize)
             result, self.warm_up_slices = report.finished[0], report.slices

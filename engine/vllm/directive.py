@@ -7,7 +7,7 @@ two processes: a `Directive` on `SchedulerOutput`, an `IterationReport` on a cop
 from dataclasses import dataclass, field
 from typing import Any
 
-from core.batch import ForwardShape
+from core.batch import ForwardShape, Plan
 from core.types import SliceReport, SliceTiming
 
 TASK_KEY = "mace_finetune_task"
@@ -38,12 +38,9 @@ class MemoryCounters:
 class Directive:
     """Scheduler to worker, once per iteration."""
 
-    finetune_budget_s: float = 0.0
-    min_slices: int = 0
-    slice_tokens: int = 0
-    """Padded tokens of micro-batches of steps that start from now on; 0: as configured."""
-    is_blocking: bool = False
-    """Run the step in progress, or the next one, to its end whatever it takes."""
+    plan: Plan = field(default_factory=Plan)
+    shape: ForwardShape = field(default_factory=ForwardShape)
+    """The forward pass that was scheduled under the plan."""
     new_tasks: list[dict[str, Any]] = field(default_factory=list)
     """`FineTuneTask.to_wire()` of tasks that entered since the last iteration."""
     aborted_task_ids: list[str] = field(default_factory=list)
@@ -52,12 +49,10 @@ class Directive:
     score_request_ids: list[str] = field(default_factory=list)
     """Requests whose KV blocks are to be scored."""
     memory: MemoryCounters = field(default_factory=MemoryCounters)
-    shape: ForwardShape = field(default_factory=ForwardShape)
-    predicted_forward_s: float | None = None
     started_s: float = 0.0
     """`time.perf_counter` of the scheduler's process."""
     overhead_s: float = 0.0
-    """Of the iteration before; the last one is not over when its slices run."""
+    """Overhead of the iteration before; the last one is not over when its slices run."""
 
 
 @dataclass(slots=True)

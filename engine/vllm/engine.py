@@ -11,13 +11,19 @@ from core.batch import IterationSample
 from core.config import AppArgs
 from core.errors import MaceError, TrainingError
 from core.types import FineTuneTask, TaskResult
-from engine.prefixes.prompt_tap import SeePrompt, watch_prompts
 from engine.vllm import compat as vllm_compat
 from engine.vllm.directive import TASK_KEY
-from engine.vllm.engine_load import kv_bytes_per_token
+from engine.vllm.front_end import (
+    CachedTokens,
+    EngineLoad,
+    SeePrompt,
+    kv_bytes_per_token,
+    read_engine_load,
+    watch_prompts,
+)
 
-_BATCH_PRIORITY = 1
-"""Class `batch` (`scheduler.priority`)."""
+_BACKGROUND_PRIORITY = 1
+"""Class `background` (`scheduler.priority`)."""
 
 
 class HybridEngine:
@@ -135,8 +141,8 @@ class HybridEngine:
     async def generate(self, handle: Any, prompts: Sequence[Sequence[int]], max_tokens: int) -> list[list[int]]:
         """Greedy answers of a version (None: the base) to prompts given as token ids, in their order.
 
-        They run together, as class `batch`, so that users come first. Each ends with the end-of-turn token, which is
-        included, or after `max_tokens`. Cancelling aborts them.
+        They run together, as class `background`, so that users come first. Each ends with the end-of-turn token, which
+        is included, or after `max_tokens`. Cancelling aborts them.
 
         Raises:
             TrainingError: vLLM refuses a prompt (empty, or too long for the model with `max_tokens`).
@@ -152,7 +158,7 @@ class HybridEngine:
                 answer.cancel()
 
     async def prefill(self, handle: Any, prompt: Sequence[int]) -> int:
-        """Compute the keys of a prompt, as class `batch`, so that the prefix cache has its full blocks.
+        """Compute the keys of a prompt, as class `background`, so that the prefix cache has its full blocks.
 
         Returns:
             Tokens that had been there before.
@@ -172,7 +178,11 @@ class HybridEngine:
         ids: list[int] = []
         num_cached = 0
         outputs = self.client.generate(
-            {"prompt_token_ids": list(prompt)}, params, request_id, lora_request=handle, priority=_BATCH_PRIORITY
+            {"prompt_token_ids": list(prompt)},
+            params,
+            request_id,
+            lora_request=handle,
+            priority=_BACKGROUND_PRIORITY,
         )
         async for output in outputs:
             ids, num_cached = list(output.outputs[0].token_ids), output.num_cached_tokens or 0
@@ -215,9 +225,12 @@ class HybridEngine:
         return int(cache.block_size) if cache.enable_prefix_caching else None
 
     def watch_prompts(self, see: SeePrompt) -> None:
-        """Call `see` with adapter name (None: base) and token ids of each user's request; see
-        `engine.prefixes.prompt_tap`."""
+        """Call `see` with adapter name (None: base) and token ids of each user's request (`engine.vllm.front_end`)."""
         watch_prompts(self.client, see)
+
+    def load(self, cached_tokens: CachedTokens | None = None) -> EngineLoad:
+        """How full the engine is; see `engine.vllm.front_end.read_engine_load`."""
+        return read_engine_load(self.client, cached_tokens)
 
     @property
     def kv_bytes_per_token(self) -> int:

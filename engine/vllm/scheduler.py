@@ -21,13 +21,12 @@ from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs, FinishReason
 from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import Request, RequestStatus
 
-from core.batch import ForwardShape, IterationSample
+from core.batch import ForwardShape, IterationSample, Plan
 from core.config import AppArgs
 from core.errors import LedgerError
-from core.types import TaskKind, TaskResult
-from engine.prefixes.lookup import PrefixLookup
+from core.types import SliceReport, TaskKind, TaskResult
 from engine.pruning.pruner import KvPruner, unsupported
-from engine.vllm.compat import app_args_of
+from engine.vllm.compat import app_args_of, exit_with_parent
 from engine.vllm.directive import (
     DIRECTIVE_ATTRIBUTE,
     REPORT_ATTRIBUTE,
@@ -37,14 +36,11 @@ from engine.vllm.directive import (
     MemoryCounters,
     WorkerFacts,
 )
-from engine.vllm.iteration_log import sample_of
-from engine.vllm.iteration_view import is_decoding, shape_of, view_of
-from engine.vllm.orphan_watch import exit_with_parent
-from engine.vllm.planning import build_planner, kv_pool_of
+from engine.vllm.planning import KvPool, PrefixLookup, build_planner, is_decoding, shape_of, view_of
 from engine.vllm.task_table import TaskTable
 from engine.vllm.waiting_queue import AgeingRequestQueue
 from scheduler.memory.ledger import MemoryLedger, Pool
-from scheduler.plan import IterationView, Plan
+from scheduler.view import IterationView
 
 logger = logging.getLogger(__name__)
 
@@ -59,14 +55,14 @@ class HybridSchedulerMixin:
         self._args = config
         self._max_tokens: int = self.max_num_scheduled_tokens
         self._chunk_limit: int = self.scheduler_config.long_prefill_token_threshold  # type: ignore[attr-defined]
-        pool = kv_pool_of(self.kv_cache_config)  # type: ignore[attr-defined]
+        pool = KvPool.of(self.kv_cache_config)  # type: ignore[attr-defined]
         self._pool = pool
         self._pruner = self._make_pruner(config)
         self._cached_prefix_of = PrefixLookup(self.kv_cache_manager, pool.block_tokens)  # type: ignore[attr-defined]
         self._num_preemptions = 0
         self._planner = build_planner(config, self, pool, can_prune=self._pruner is not None)
-        self.waiting = AgeingRequestQueue(config.scheduler, pool.block_tokens)
-        self._tasks = TaskTable(share_prompts=config.training.share_prompt)
+        self.waiting = AgeingRequestQueue(config.experiments, pool.block_tokens)
+        self._tasks = TaskTable(share_prompts=config.experiments.share_prompt)
         self._directive = Directive()
         self._last_training: Directive | None = None
         """The newest one that reserved memory for slices, until its report is here."""
@@ -110,19 +106,16 @@ class HybridSchedulerMixin:
     def schedule(self, throttle_prefills: bool = False) -> SchedulerOutput:
         """vLLM's schedule within the plan's limits, with this iteration's fine-tune part attached."""
         self._directive.started_s = time.perf_counter()
-        if self._pruner is not None and self._args.kv_pruning.start == "always":
-            self._prune(self._pool.num_blocks)
         view = self._view(time.time())
-        view.decode_context = self._attended(view.decode_context)
         plan = self._planner.plan(view)
         self._prune(plan.prune_blocks)
         self._apply(plan, view)
         output = super().schedule(throttle_prefills)  # type: ignore[misc]
         self._note_scheduled(output, plan)
-        shape = shape_of(output.num_scheduled_tokens, self.requests)  # type: ignore[attr-defined]
-        shape.decode_context = self._attended(shape.decode_context)
-        self._direct(self._planner.settle(plan, view, shape), shape)
+        shape = shape_of(output.num_scheduled_tokens, self.requests, self._num_absent_tokens)  # type: ignore[attr-defined]
         directive, self._directive = self._directive, Directive()
+        directive.plan, directive.shape = self._planner.settle(plan, view, shape), shape
+        directive.overhead_s = self._overhead_s
         if plan.reserves_arena:
             self._last_training = directive
         setattr(output, DIRECTIVE_ATTRIBUTE, directive)
@@ -151,6 +144,7 @@ class HybridSchedulerMixin:
             pool=self._pool,
             free_kv_blocks=self._num_free_kv_blocks(),
             prune_offer=None if self._pruner is None else self._pruner.offer(),
+            num_absent_tokens=self._num_absent_tokens,
             cached_prefix_of=self._cached_prefix_of,
             # A paused engine may have its weights asleep; only what vLLM itself still runs goes on.
             finetune=self._tasks.state(now_s) if self.pause_state == PauseState.UNPAUSED else None,  # type: ignore[attr-defined]
@@ -170,9 +164,9 @@ class HybridSchedulerMixin:
             return None
         return KvPruner(config.kv_pruning, self.kv_cache_manager, self._pool.block_tokens)  # type: ignore[attr-defined]
 
-    def _attended(self, decode_context: int) -> int:
-        """Tokens that decoding attends to, of those computed: pruned requests decode, all of them."""
-        return decode_context if self._pruner is None else max(0, decode_context - self._pruner.num_absent_tokens)
+    @property
+    def _num_absent_tokens(self) -> int:
+        return 0 if self._pruner is None else self._pruner.num_absent_tokens
 
     def _prune(self, count: int) -> None:
         if self._pruner is None or count <= 0:
@@ -197,7 +191,7 @@ class HybridSchedulerMixin:
         directive.memory.pruned_blocks, directive.memory.pruned_requests = pruner.num_dropped, pruner.num_requests
         for new in output.scheduled_new_reqs:
             pruner.note_prefix_hit(new.req_id, new.num_computed_tokens)
-        if plan.wants_prune_scores or self._args.kv_pruning.start == "always":
+        if plan.wants_prune_scores:
             directive.score_request_ids = pruner.to_score(self.running)  # type: ignore[attr-defined]
 
     def _free_request_blocks(self, request: Request) -> None:
@@ -219,16 +213,6 @@ class HybridSchedulerMixin:
             # that decode. The sort is stable.
             self.running.sort(key=_is_prefilling)  # type: ignore[attr-defined]
 
-    def _direct(self, plan: Plan, shape: ForwardShape) -> None:
-        directive = self._directive
-        directive.finetune_budget_s = plan.finetune_budget_s
-        directive.min_slices = plan.min_slices
-        directive.slice_tokens = plan.slice_tokens
-        directive.is_blocking = plan.is_blocking
-        directive.shape = shape
-        directive.predicted_forward_s = plan.predicted_forward_s
-        directive.overhead_s = self._overhead_s
-
     def _observe(self, directive: Directive, report: IterationReport) -> None:
         if report.facts is not None:
             self._take_facts(report.facts)
@@ -240,7 +224,9 @@ class HybridSchedulerMixin:
         wall_s = now_s - max(directive.started_s, self._last_ended_s)
         self._last_ended_s = now_s
         self._overhead_s = max(0.0, wall_s - report.forward_s - slices_s)
-        self._planner.observe(sample_of(directive, report.finetune, report.forward_s, self._overhead_s))
+        self._planner.observe(
+            IterationSample(directive.shape, report.forward_s, self._overhead_s, report.finetune, directive.plan)
+        )
         self._tasks.note_progress(report.finetune, time.time())
         if directive is self._last_training:
             self._last_training = None
@@ -252,7 +238,7 @@ class HybridSchedulerMixin:
         """The arena's size, and the warm-up slices: no kind is unknown to the planner from here on."""
         arena_bytes = self._args.training.arena_bytes or facts.free_bytes // 2
         self._planner.memory.set_capacity(Pool.ARENA, arena_bytes)
-        self._planner.observe(IterationSample(ForwardShape(), 0.0, slices=facts.warm_up))
+        self._planner.observe(IterationSample(ForwardShape(), 0.0, report=SliceReport(facts.warm_up)))
 
     def _emit(self, result: TaskResult, outputs: dict[int, EngineCoreOutputs]) -> None:
         task = self._tasks.pop(result.task_id)

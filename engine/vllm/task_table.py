@@ -6,7 +6,7 @@ from typing import Any
 
 from core.pair_groups import PairShape
 from core.types import SliceReport, TaskKind
-from scheduler.plan import FineTuneState
+from scheduler.view import FineTuneState
 
 
 @dataclass(slots=True)

@@ -14,7 +14,7 @@ from typing import Any
 from vllm.v1.core.sched.request_queue import RequestQueue
 from vllm.v1.request import Request
 
-from core.config import SchedulerConfig
+from core.config import ExperimentsConfig
 from scheduler.queues.waiting import WaitingQueue
 
 _LEADING_TOKENS = 128
@@ -26,14 +26,15 @@ _FORGET_ABOVE = 4096
 class AgeingRequestQueue(RequestQueue):
     """`scheduler.queues.waiting.WaitingQueue` behind vLLM's interface."""
 
-    def __init__(self, config: SchedulerConfig, block_tokens: int | None = None) -> None:
+    def __init__(self, experiments: ExperimentsConfig, block_tokens: int | None = None) -> None:
         """Make an empty queue.
 
         Args:
-            config: the scheduler's settings.
+            experiments: say whether waiting and shared prefixes count.
             block_tokens: tokens of a KV block; None: a request's first block alone says whom it shares with.
         """
-        self._queue: WaitingQueue[Request] = WaitingQueue(config)
+        self._queue: WaitingQueue[Request] = WaitingQueue(experiments)
+        self._orders_prefixes = experiments.prefix_order
         self._block_tokens = block_tokens or 1
         self._leading_blocks = max(1, _LEADING_TOKENS // block_tokens) if block_tokens else 1
         self._groups: dict[str, Any] = {}
@@ -51,7 +52,7 @@ class AgeingRequestQueue(RequestQueue):
 
     def add_request(self, request: Request) -> None:
         """Queue a request by its class, priority, arrival and prefix."""
-        group = self._group_of(request) if self._queue.orders_prefixes else None
+        group = self._group_of(request) if self._orders_prefixes else None
         if group is not None:
             self._groups[request.request_id] = group
         self._queue.push(request.request_id, request, request.arrival_time, request.priority, group)

@@ -13,6 +13,7 @@ from typing import Any
 
 from vllm.v1.outputs import AsyncModelRunnerOutput, ModelRunnerOutput
 
+from core.batch import IterationSample
 from core.config import AppArgs, KvPruningConfig
 from core.errors import ConfigError, MaceError
 from core.types import SliceReport
@@ -21,7 +22,7 @@ from engine.pruning.worker import Scores, WorkerPruning, to_wire
 from engine.training.adapter_keeper import AdapterKeeper
 from engine.training.base_weights import WeightViews, huggingface_views, is_shared, unpacked_cpu_weights
 from engine.training.runner import FineTuneRunner, free_memory_bytes
-from engine.vllm.compat import app_args_of
+from engine.vllm.compat import app_args_of, exit_with_parent
 from engine.vllm.directive import (
     DIRECTIVE_ATTRIBUTE,
     REPORT_ATTRIBUTE,
@@ -30,9 +31,7 @@ from engine.vllm.directive import (
     MemoryCounters,
     WorkerFacts,
 )
-from engine.vllm.forward_timer import ForwardTimer
-from engine.vllm.iteration_log import IterationLog
-from engine.vllm.orphan_watch import exit_with_parent
+from engine.vllm.iteration_log import ForwardTimer, IterationLog
 
 
 class HybridWorkerMixin:
@@ -146,10 +145,11 @@ class HybridWorkerMixin:
             self._runner.submit(task)
         for task_id in directive.aborted_task_ids:
             self._runner.abort(task_id)
-        if directive.is_blocking:
+        plan = directive.plan
+        if plan.is_blocking:
             return self._runner.run_step()
-        self._runner.set_slice_tokens(directive.slice_tokens)
-        return self._runner.run(directive.finetune_budget_s, directive.min_slices)
+        self._runner.set_slice_tokens(plan.slice_tokens)
+        return self._runner.run(plan.finetune_budget_s, plan.min_slices)
 
     def _finish(self, output: Any) -> Any:
         if output is None:
@@ -170,7 +170,7 @@ class HybridWorkerMixin:
     ) -> ModelRunnerOutput:
         """A copy with the report: vLLM's empty output is one shared constant."""
         forward_s = timer.seconds()
-        self._log.add(directive, finetune, forward_s)
+        self._log.add(IterationSample(directive.shape, forward_s, directive.overhead_s, finetune, directive.plan))
         facts, self._facts = self._facts, None
         output = copy.copy(output)
         setattr(output, REPORT_ATTRIBUTE, IterationReport(finetune, forward_s, facts, to_wire(kv_scores)))

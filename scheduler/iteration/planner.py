@@ -7,79 +7,81 @@ the rest of it, within the slack before the TTFT targets. One bin is open at a t
 a tighter fit in an iteration that is planned anew anyway. When memory is short, `scheduler.memory.relief` says what
 gives way; KV blocks are dropped before inference is scheduled, so `plan` decides that for the slices as well.
 
-Pure: no clock, no device. The engine and the simulator run this same code.
+Pure: no clock, no device. The engine and the simulator run this same code, and build it from the same settings and
+`EngineLimits`.
 """
 
 from dataclasses import dataclass
 
-from core.batch import ForwardShape, IterationSample
-from core.config import KvPruningConfig, SchedulerConfig, SloConfig
+from core.batch import ForwardShape, IterationSample, Plan
+from core.config import AppArgs
+from core.model_dims import ModelDims
 from core.ports import LatencyPredictor
 from core.types import SliceKind
 from scheduler.iteration.prefill import PrefillPacker
 from scheduler.iteration.retrain import RetrainMeter
-from scheduler.iteration.slice_size import ARENA_OWNER, SliceSizer
-from scheduler.iteration.slo_budget import iteration_capacity_s, ttft_slack_s
-from scheduler.memory.arena import ArenaModel
-from scheduler.memory.arena_need import ArenaNeed, ModelDims
+from scheduler.iteration.slices import SliceSizer
+from scheduler.iteration.slo import iteration_capacity_s, ttft_slack_s
+from scheduler.memory.arena import ArenaModel, ArenaNeed
 from scheduler.memory.ledger import MemoryLedger, Pool
 from scheduler.memory.relief import BlockBudget, MemoryRelief
 from scheduler.packing import Bin
-from scheduler.plan import FineTuneState, IterationView, Plan
 from scheduler.priority import decode_priority, finetune_priority, prefill_priority
+from scheduler.view import FineTuneState, IterationView
 
 IDLE_QUANTUM_S = 0.01
 """With nothing to serve, slices run for this long (at least one) before new requests are looked for."""
 
-_KV_OWNER = "inference"
-"""Owner in the ledger of the KV blocks that vLLM has given out."""
-
 
 @dataclass(frozen=True, slots=True)
 class EngineLimits:
-    """What the engine can do at most, whatever the plan says."""
+    """What the device and the engine can do, beside what the settings say."""
 
     max_tokens: int
     """Tokens of one forward pass."""
-    max_slice_tokens: int
-    """Padded tokens of one fine-tune micro-batch."""
+    kv_bytes: int
+    """Size of the KV cache."""
+    arena_bytes: int = 0
+    """Size of the fine-tune arena if `training.arena_bytes` does not say it; 0 until the worker knows what is free."""
     kv_bytes_per_token: float = 0.0
-    arena_bytes_per_token: float = 0.0
-    """Of a micro-batch, from the profile; 0 if unknown (learnt from the first steps)."""
     arena_fixed_bytes: float = 0.0
-    """What a step holds whatever its micro-batches."""
-    can_chunk_prefills: bool = True
-    """False: a prompt is computed in one pass, so its tokens may not be limited."""
+    """What a step holds whatever its micro-batches, from the profile."""
+    arena_bytes_per_token: float = 0.0
+    """What it holds for each padded token of a micro-batch, from the profile; 0 if unknown."""
     dims: ModelDims | None = None
     """Of the model in training: predicts a step's memory where no profile does. None: learnt from the first steps."""
+    can_chunk_prefills: bool = True
+    """False: a prompt is computed in one pass, so its tokens may not be limited."""
+    can_prune: bool = True
+    """False: KV blocks are not dropped, whatever `kv_pruning` says."""
 
 
 class IterationPlanner:
     """Turns SLOs, priorities and predictions into each iteration's plan."""
 
-    def __init__(
-        self,
-        *,
-        config: SchedulerConfig,
-        slo: SloConfig,
-        predictor: LatencyPredictor,
-        limits: EngineLimits,
-        memory: MemoryLedger,
-        pruning: KvPruningConfig | None = None,
-    ) -> None:
-        """`pruning`: None if KV blocks are not dropped."""
-        self.memory = memory
+    def __init__(self, args: AppArgs, predictor: LatencyPredictor, limits: EngineLimits) -> None:
+        self.memory = MemoryLedger(
+            kv_bytes=limits.kv_bytes,
+            arena_bytes=args.training.arena_bytes or limits.arena_bytes,
+            tau_mem=args.scheduler.tau_mem,
+        )
         self.predictor = predictor
-        self.retrain = RetrainMeter(config)
-        self._config = config
-        self._slo = slo
+        self._retrain = RetrainMeter(args)
+        self._config, self._experiments, self._slo = args.scheduler, args.experiments, args.slo
         self._limits = limits
-        need = None if limits.dims is None else ArenaNeed(limits.dims)
+        need = None
+        if limits.dims is not None:
+            need = ArenaNeed(limits.dims, args.lora.rank, args.training.head_chunk_tokens)
         arena = ArenaModel(limits.arena_fixed_bytes, limits.arena_bytes_per_token, need)
-        self._sizer = SliceSizer(config, predictor, memory, limits.max_slice_tokens, arena)
-        self._relief = MemoryRelief(pruning, memory, limits.kv_bytes_per_token)
+        max_slice_tokens = args.training.max_slice_tokens
+        self._sizer = SliceSizer(args.experiments, predictor, self.memory, max_slice_tokens, arena)
+        pruning = args.kv_pruning if limits.can_prune else None
+        self._relief = MemoryRelief(pruning, self.memory, limits.kv_bytes_per_token)
         self._packer = PrefillPacker(
-            config, predictor, max_tokens=limits.max_tokens, kv_bytes_per_token=limits.kv_bytes_per_token
+            args.experiments,
+            predictor,
+            max_tokens=limits.max_tokens,
+            kv_bytes_per_token=limits.kv_bytes_per_token,
         )
         self._full_arena_bytes = 0
         """Before slices ran out of it."""
@@ -88,7 +90,7 @@ class IterationPlanner:
         """Whether slices could run if nothing was to be served now. Scoring a candidate is held back by no rate."""
         if state is None or self._config.policy == "inference_only":
             return False
-        return not state.is_training or self.retrain.may_train()
+        return not state.is_training or self._retrain.may_train()
 
     def plan(self, view: IterationView) -> Plan:
         """Token budget, chunk cap and KV blocks to drop, or a blocking training phase of a baseline.
@@ -96,16 +98,20 @@ class IterationPlanner:
         Raises:
             LedgerError: `view.used_kv_bytes` is more than the KV cache has.
         """
-        self.memory.record(_KV_OWNER, Pool.KV, view.used_kv_bytes)
-        if self._is_blocking_due(view.finetune, view.now_s):
-            return Plan(0, 0, finetune_budget_s=float("inf"), min_slices=1, is_blocking=True)
+        is_blocking = self._is_blocking_due(view.finetune, view.now_s)
+        view, dropped = (view, 0) if is_blocking else self._relief.drop_at_once(view)
+        self.memory.record(Pool.KV, view.used_kv_bytes)
+        if is_blocking:
+            return Plan(finetune_budget_s=float("inf"), min_slices=1, is_blocking=True)
         blocks = self._relief.open(view)
         shape = ForwardShape(num_decode=view.num_decode, decode_context=view.decode_context)
         plan = self._plan_forward(view, shape, blocks)
         if view.finetune is not None and self._may_train(view.finetune):
             plan.slice_tokens = self._slice_tokens(view)
             self._prune_for_slices(plan, view, view.finetune, shape, blocks)
-        self._relief.close(blocks, view, plan, _KV_OWNER)
+        self._relief.close(blocks, view, plan)
+        if dropped:
+            plan.prune_blocks, plan.prune_reason = dropped, "always"
         return plan
 
     def settle(self, plan: Plan, view: IterationView, shape: ForwardShape) -> Plan:
@@ -137,10 +143,10 @@ class IterationPlanner:
         self.predictor.observe(sample)
         has_grown = self._sizer.observe(sample)
         arena_bytes = self.memory.pool_capacity_bytes(Pool.ARENA)
-        if sample.out_of_memory:
+        if sample.report.out_of_memory:
             # No larger than what did not fit, as far as that is known.
             self._full_arena_bytes = max(self._full_arena_bytes, arena_bytes)
-            wanted = max(self.memory.held_bytes(ARENA_OWNER), sample.peak_bytes)
+            wanted = max(self.memory.pool_used_bytes(Pool.ARENA), sample.report.peak_bytes)
             if wanted:
                 self.memory.shrink(Pool.ARENA, wanted)
         elif has_grown and arena_bytes < self._full_arena_bytes:
@@ -148,23 +154,23 @@ class IterationPlanner:
 
     def note_requests(self, count: int = 1) -> None:
         """Count arrived inference requests."""
-        self.retrain.note_requests(count)
+        self._retrain.note_requests(count)
 
     def note_trained(self, num_pairs: int) -> None:
         """Count pairs of finished optimizer steps."""
-        self.retrain.note_trained(num_pairs)
+        self._retrain.note_trained(num_pairs)
 
     def release_arena(self) -> None:
         """No step is in progress any more."""
-        self.memory.release(ARENA_OWNER)
+        self.memory.release(Pool.ARENA)
 
     def _plan_forward(self, view: IterationView, shape: ForwardShape, blocks: BlockBudget) -> Plan:
         """What inference may take; chunks are added to `shape`, which holds what decodes."""
         if not view.prefills or not self._limits.can_chunk_prefills:
-            return Plan(self._limits.max_tokens, 0)
+            return Plan(self._limits.max_tokens)
         decode_s = self.predictor.forward_upper_s(shape)
         if decode_s is None:  # nothing known of this device: vLLM's own way
-            return Plan(self._limits.max_tokens, 0)
+            return Plan(self._limits.max_tokens)
         capacity_s = iteration_capacity_s(self._slo, self._config.slack_fraction, view.num_decode)
         now = Bin(
             "now",
@@ -183,7 +189,7 @@ class IterationPlanner:
         """Drop KV blocks for slices that have the time, but pass the joint limit even at the size chosen."""
         if blocks.is_short or not blocks.droppable_blocks:
             return
-        after_bytes = self._sizer.joint_room_bytes - int(blocks.growth_bytes)
+        after_bytes = self.memory.joint_room_bytes(Pool.ARENA) - int(blocks.growth_bytes)
         missing = self._arena_bytes(state, plan.slice_tokens) - after_bytes
         if missing <= 0:
             return
@@ -218,10 +224,10 @@ class IterationPlanner:
         A pair larger than the whole arena is tried anyway, and fails with a name if the device agrees.
         """
         wanted = self._arena_bytes(state, slice_tokens)
-        if self.memory.reserve(ARENA_OWNER, Pool.ARENA, wanted):
+        if self.memory.reserve(Pool.ARENA, wanted):
             return True
         if is_urgent:
-            self.memory.record(ARENA_OWNER, Pool.ARENA, wanted)
+            self.memory.record(Pool.ARENA, wanted)
         return is_urgent
 
     def _arena_bytes(self, state: FineTuneState, slice_tokens: int) -> int:
@@ -232,9 +238,9 @@ class IterationPlanner:
 
     def _is_blocking_due(self, state: FineTuneState | None, now_s: float) -> bool:
         """A baseline stops inference for a step; scoring a candidate is one as well, and is never put off."""
-        if state is not None and not state.is_training and self.retrain.is_blocking_policy:
+        if state is not None and not state.is_training and self._retrain.is_blocking_policy:
             return True
-        return self.retrain.is_blocking_due(state is not None, now_s)
+        return self._retrain.is_blocking_due(state is not None, now_s)
 
     def _may_train(self, state: FineTuneState) -> bool:
         """Whether slices may run beside inference."""
@@ -242,10 +248,10 @@ class IterationPlanner:
 
     def _must_train(self, view: IterationView, state: FineTuneState) -> bool:
         """Whether a slice runs even without slack: below the rate's floor, or it has waited above all others."""
-        if self.retrain.is_below_floor():
+        if self._retrain.is_below_floor():
             return True
         return self._finetune_priority(view, state) > max(
-            decode_priority(0.0, self._config) if view.num_decode else float("-inf"),
+            decode_priority(0.0, self._experiments) if view.num_decode else float("-inf"),
             self._top_prefill_priority(view),
         )
 
@@ -259,11 +265,15 @@ class IterationPlanner:
         return self.predictor.slice_upper_s(SliceKind.BACKWARD_LAYER, self._sizer.tokens) or 0.0
 
     def _finetune_priority(self, view: IterationView, state: FineTuneState) -> float:
+        gamma = self._config.gamma if state.gamma is None else state.gamma
         wait_s = view.now_s - state.last_progress_s
-        return finetune_priority(wait_s, state.dpo_loss, state.attempts, self._config, state.gamma)
+        return finetune_priority(wait_s, state.dpo_loss, state.attempts, gamma, self._experiments)
 
     def _top_prefill_priority(self, view: IterationView) -> float:
         return max(
-            (prefill_priority(view.now_s - p.arrived_s, p.user_priority, self._config) for p in view.prefills),
+            (
+                prefill_priority(view.now_s - p.arrived_s, p.user_priority, self._experiments)
+                for p in view.prefills
+            ),
             default=float("-inf"),
         )

@@ -9,12 +9,14 @@ request for it. One that has not started is admitted by vLLM only when the free 
 from dataclasses import dataclass
 
 from core.batch import ForwardShape
-from core.config import SchedulerConfig
+from core.config import ExperimentsConfig
 from core.ports import LatencyPredictor
 from scheduler.memory.relief import FREE, BlockBudget, Quote
 from scheduler.packing import Bin, Demand, choose_candidate
-from scheduler.plan import IterationView, PrefillTask
+from scheduler.view import IterationView, PrefillTask
 
+MIN_PREFILL_TOKENS = 32
+"""Prefill tokens that an iteration takes even if the running requests leave no time for them."""
 _CHUNK_MULTIPLE = 16
 """Chunks that do not end a prompt are multiples of this: kernels and KV blocks like it."""
 
@@ -34,9 +36,14 @@ class PrefillPacker:
     """Chunks for one bin, the iteration that is about to be scheduled."""
 
     def __init__(
-        self, config: SchedulerConfig, predictor: LatencyPredictor, *, max_tokens: int, kv_bytes_per_token: float
+        self,
+        experiments: ExperimentsConfig,
+        predictor: LatencyPredictor,
+        *,
+        max_tokens: int,
+        kv_bytes_per_token: float,
     ) -> None:
-        self._config = config
+        self._experiments = experiments
         self._predictor = predictor
         self._max_tokens = max_tokens
         self._kv_bytes_per_token = kv_bytes_per_token
@@ -63,7 +70,7 @@ class PrefillPacker:
     def _least_chunk(self, view: IterationView, blocks: BlockBudget) -> list[int]:
         """Decoding alone may fill the iteration, or the joint budget: prompts go on nevertheless, slowly."""
         first = view.prefills[0]
-        least = min(self._config.min_prefill_tokens, first.num_tokens)
+        least = min(MIN_PREFILL_TOKENS, first.num_tokens)
         if not first.is_running:
             if view.free_seats > 0:
                 blocks.take_for_chunk(first, least, blocks.blocks_of_chunk(first, first.num_tokens))
@@ -94,7 +101,7 @@ class PrefillPacker:
             candidates.append(_Candidate(size, demand, needed, quote))
             if quote is FREE and now.fits(demand):
                 break  # sizes fall: what follows leaves more room
-        chosen = choose_candidate([candidate.demand for candidate in candidates], now, self._config)
+        chosen = choose_candidate([candidate.demand for candidate in candidates], now, self._experiments)
         if chosen is None:
             return 0
         candidate = candidates[chosen]
@@ -109,8 +116,8 @@ class PrefillPacker:
         The whole prompt, or what the time left is predicted to hold and half of that; and, if blocks would have to be
         dropped for these, what the free ones hold.
         """
-        least = min(self._config.min_prefill_tokens, whole)
-        if self._config.packing == "first_fit":
+        least = min(MIN_PREFILL_TOKENS, whole)
+        if self._experiments.packing == "first_fit":
             return [whole, least]
         left_s = now.latency_capacity_s - now.latency_used_s
         if whole_s <= left_s or whole_s <= 0:
@@ -128,7 +135,7 @@ class PrefillPacker:
             room = int((now.memory_capacity_bytes - now.memory_used_bytes) / self._kv_bytes_per_token)
             room -= prefill.revived_tokens
             if room < whole:
-                least, droppable = self._config.min_prefill_tokens, blocks.droppable_blocks * blocks.block_tokens
+                least, droppable = MIN_PREFILL_TOKENS, blocks.droppable_blocks * blocks.block_tokens
                 whole, unpruned = min(whole, max(least, room + droppable)), min(whole, max(least, room))
         if prefill.is_running:
             whole = min(whole, blocks.room_tokens(prefill, can_prune=True))
@@ -138,13 +145,6 @@ class PrefillPacker:
         return whole, unpruned
 
     def _chunk_demand(self, size: int, prefill: PrefillTask, shape: ForwardShape, base_s: float) -> Demand:
-        with_chunk = ForwardShape(
-            shape.num_decode,
-            shape.decode_context,
-            shape.num_prefill_tokens,
-            shape.prefill_attention,
-            shape.num_prefills,
-        )
-        with_chunk.add_chunk(size, prefill.context_tokens)
-        latency_s = (self._predictor.forward_upper_s(with_chunk) or 0.0) - base_s
+        upper_s = self._predictor.forward_upper_s(shape.with_chunk(size, prefill.context_tokens))
+        latency_s = (upper_s or 0.0) - base_s
         return Demand((size + prefill.revived_tokens) * self._kv_bytes_per_token, latency_s)

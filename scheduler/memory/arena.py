@@ -1,30 +1,87 @@
-"""Arena memory of a fine-tune step by the size of its micro-batches: predicted, then corrected by measured steps."""
+"""Memory of a DPO step by the size of its micro-batches: predicted, then corrected by measured steps.
 
-from scheduler.memory.arena_need import ArenaNeed
+Per padded token of a micro-batch, with d bytes a value, H hidden size and L layers (`engine.training.dpo`):
 
+- held between slices: the kept input of each layer, the hidden state or its gradient, and the head's gradient of
+  each scored token, `(L + 2)·H·d` at most; log-probabilities of the two passes, 8; and, whatever the size, the LoRA
+  gradients in fp32, 4 for each parameter;
+- in the backward slice of one layer, for its duration: what autograd keeps of attention and MLP, and their gradients;
+- in a head chunk: a block of logits in fp32, its copy in the weights' dtype, and rows of H.
+
+The optimizer's moments (8 bytes a parameter) are there whether a step runs or not and no part of the arena. Attention
+is taken as computed in tiles: a kernel that keeps the T x T scores needs more.
+"""
+
+from dataclasses import dataclass
+
+from core.model_dims import ModelDims
+
+_VOCABULARY_BLOCK = 8192
+"""As in `engine.training.dpo_loss`: columns of logits at a time."""
+_FP32 = 4
 _KEEP = 0.999
 """Of a peak with each smaller one of its size: a step with unusually long rows is forgotten in the end."""
+
+
+@dataclass(frozen=True, slots=True)
+class ArenaNeed:
+    """Bytes of a step by the padded tokens of its micro-batches, from the model's dimensions."""
+
+    dims: ModelDims
+    lora_rank: int
+    """Of the LoRA on each of the seven linear maps of a layer."""
+    head_chunk_tokens: int
+
+    @property
+    def num_lora_parameters(self) -> int:
+        """Trained parameters of all layers."""
+        return self.dims.num_layers * self.lora_rank * sum(i + o for i, o in self.dims.linear_layers)
+
+    def held_bytes(self, num_tokens: int) -> int:
+        """Most that is held between two slices (`DpoStep.activation_bytes`): an upper bound."""
+        dims = self.dims
+        per_token = (dims.num_layers + 2) * dims.hidden_size * dims.dtype_bytes + 2 * _FP32
+        return num_tokens * per_token + _FP32 * self.num_lora_parameters
+
+    def transient_bytes(self, num_tokens: int) -> int:
+        """Most that one slice needs beside that, for its duration."""
+        dims = self.dims
+        logits = min(dims.vocab_size, _VOCABULARY_BLOCK) * (_FP32 + dims.dtype_bytes)
+        head = min(self.head_chunk_tokens, num_tokens) * (logits + 3 * _FP32 * dims.hidden_size)
+        return max(num_tokens * self.layer_bytes_per_token, head)
+
+    @property
+    def layer_bytes_per_token(self) -> int:
+        """What autograd keeps for the backward pass of one layer.
+
+        Two norms keep their input and its fp32 copy; attention keeps queries and keys before and after rotation,
+        values and its output; the MLP keeps gate, its activation, up and their product; a LoRA keeps its input in
+        fp32 (a copy unless the model is fp32) and the narrow product.
+        """
+        dims = self.dims
+        inputs = dims.hidden_size * 2 + dims.query_size + dims.intermediate_size
+        kept = 6 * dims.hidden_size + 3 * dims.query_size + 3 * dims.kv_size + 4 * dims.intermediate_size
+        lora = (_FP32 * inputs if dims.dtype_bytes < _FP32 else 0) + _FP32 * 7 * self.lora_rank
+        return dims.dtype_bytes * kept + 2 * _FP32 * 2 * dims.hidden_size + lora
 
 
 class ArenaModel:
     """Peaks by power-of-two size, on top of a prediction.
 
-    The prediction is a profile's line, or what the model's dimensions say, or nothing. What was measured for a size
-    stands for that size as it is; for other sizes the prediction is scaled by measured over predicted of the nearest
-    size, so that both the activations' and the gradients' part keep their shares. Without any prediction a larger
-    micro-batch holds proportionally more, a smaller one what the next larger one did: a step also holds what does not
-    depend on the size, so a line through zero would make a large micro-batch look far too big once a small one was
-    seen.
+    The prediction is a profile's line if that is not zero, or what the model's dimensions say, or nothing. What was
+    measured for a size stands for that size as it is; for other sizes the prediction is scaled by measured over
+    predicted of the nearest size, so that both the activations' and the gradients' part keep their shares. Without any
+    prediction a larger micro-batch holds proportionally more, a smaller one what the next larger one did: a step also
+    holds what does not depend on the size, so a line through zero would make a large micro-batch look far too big once
+    a small one was seen.
     """
 
     def __init__(
         self, fixed_bytes: float = 0.0, bytes_per_token: float = 0.0, need: ArenaNeed | None = None
     ) -> None:
-        """Start from a profile's line if it is not zero, else from the model's dimensions if they are known."""
         self._fixed_bytes = fixed_bytes
         self._bytes_per_token = bytes_per_token
         self._need = need
-        self._has_line = fixed_bytes > 0 or bytes_per_token > 0
         self._peaks: dict[int, tuple[int, float]] = {}
         """By size class: tokens and bytes of the highest peak."""
 
@@ -56,6 +113,6 @@ class ArenaModel:
         return peak * max(1.0, num_tokens / tokens)
 
     def _predicted(self, num_tokens: int) -> float:
-        if self._has_line or self._need is None:
+        if self._need is None or self._fixed_bytes > 0 or self._bytes_per_token > 0:
             return self._fixed_bytes + self._bytes_per_token * num_tokens
         return float(self._need.held_bytes(num_tokens))

@@ -1,5 +1,7 @@
 """What is done when memory is short, in this order: smaller slices, prune, defer training, let vLLM preempt.
 
+With `kv_pruning.start: always` whatever may be dropped is dropped before anything else is decided.
+
 One `BlockBudget` is opened for each iteration. It knows the KV blocks that are free and those that the pruner offers,
 and gives them out in order of need: first to the decoding requests, whose next token would otherwise cost somebody
 its seat; then to prompts, as the packer weighs it (`scheduler.packing`); then to fine-tuning, if the joint limit
@@ -10,11 +12,12 @@ Pure: engine and simulator drop the blocks (`Plan.prune_blocks`), and enforce `m
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+from core.batch import Plan, PruneReason
 from core.config import KvPruningConfig
 from scheduler.memory.ledger import MemoryLedger, Pool
-from scheduler.plan import IterationView, Plan, PrefillTask, PruneOffer, PruneReason
+from scheduler.view import IterationView, PrefillTask, PruneOffer
 
 _SHORT_SHARE = 0.1
 _ENOUGH_SHARE = 0.2
@@ -139,13 +142,28 @@ class MemoryRelief:
         self._kv_bytes_per_token = kv_bytes_per_token
         self._is_short = False
 
+    def drop_at_once(self, view: IterationView) -> tuple[IterationView, int]:
+        """With `start: always` the view as it is without the blocks on offer, and how many these are."""
+        if self._start != "always" or view.prune_offer is None:
+            return view, 0
+        dropped = view.prune_offer.num_blocks
+        tokens = dropped * view.block_tokens
+        rest = replace(
+            view,
+            decode_context=view.decode_context - tokens,
+            used_kv_bytes=view.used_kv_bytes - round(tokens * self._kv_bytes_per_token),
+            free_kv_blocks=view.free_kv_blocks + dropped,
+            prune_offer=None,
+        )
+        return rest, dropped
+
     def open(self, view: IterationView) -> BlockBudget:
         """The iteration's blocks; what decoding needs is given out already."""
         blocks = BlockBudget(view, view.block_tokens * self._kv_bytes_per_token)
         blocks.take_for_decode(view.decode_blocks)
         return blocks
 
-    def close(self, blocks: BlockBudget, view: IterationView, plan: Plan, kv_owner: str) -> None:
+    def close(self, blocks: BlockBudget, view: IterationView, plan: Plan) -> None:
         """Write the decision into the plan, and the KV memory after it into the ledger."""
         plan.wants_prune_scores = self._wants_scores(blocks, view)
         plan.defers_training = blocks.is_short
@@ -153,7 +171,7 @@ class MemoryRelief:
             plan.prune_blocks, plan.prune_reason = blocks.pruned_blocks, blocks.reason
         # What is given out now is not free for slices; a step that fits today must fit when it is.
         used_bytes = min(view.used_kv_bytes + int(blocks.growth_bytes), self._memory.pool_capacity_bytes(Pool.KV))
-        self._memory.record(kv_owner, Pool.KV, max(0, used_bytes))
+        self._memory.record(Pool.KV, max(0, used_bytes))
 
     def _wants_scores(self, blocks: BlockBudget, view: IterationView) -> bool:
         if self._start != "memory_pressure":

@@ -1,31 +1,116 @@
-"""Which executor holds which prefix: a radix tree over token ids, one KV block at a time.
+"""What an engine's prefix cache holds: a radix tree over token ids, one KV block at a time.
 
-Fed by what engines say of their prefix caches (`engine.prefixes.kv_events`): a block is stored under its parent's
-hash, a block
-is removed, everything is cleared. Asked for the longest prefix of a prompt in each executor's cache. vLLM never shares
-keys between adapters, so every adapter version is a namespace of its own; `None` is the bare base model.
+Fed by what the engine says of its cache (`engine.prefix_cache`): a block is stored under its parent's hash, a block is
+removed, everything is cleared. Asked for the longest cached prefix of a prompt. vLLM never shares keys between
+adapters, so every adapter version is a namespace of its own; `None` is the bare base model.
 
 A node is a run of blocks without a branch (path compression); it is split where prompts part and joined again when
-only one way is left. Holders are kept for each block, since an engine may drop a block whose successors it still has.
-Memory is bounded: beyond `max_bytes` the ends of the branches that were used longest ago are forgotten. Forgetting is
-always safe: the tree then knows less than is cached, never more.
+only one way is left. An engine may drop a block whose successors it still has, so each block knows whether it is
+cached. Memory is bounded: beyond `max_bytes` the ends of the branches that were used longest ago are forgotten.
+Forgetting is always safe: the tree then knows less than is cached, never more.
 
-Pure: times are the caller's, and need only grow. Sources: SGLang's `RadixCache`; Preble (arXiv 2407.00023) for a tree
-over several engines.
+Pure: times are the caller's, and need only grow. Source: SGLang's `RadixCache`.
 """
 
 import heapq
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
-
-from scheduler.prefixes.node import Block, BlockHash, Node
+from dataclasses import dataclass
 
 BLOCK_OVERHEAD_BYTES = 480
 """Python objects of one block apart from its token ids, with hashes of 32 bytes, in runs of two blocks; in long runs
-it is 300 (`benchmarks.studies.memory_costs`)."""
+it is 300 (measured with `tracemalloc`)."""
+
+BlockHash = bytes | int
+"""As the engine names a block; unique among those in its cache."""
 
 _TOKEN_BYTES = 4
 _LEAF_SLACK = 64
+
+
+@dataclass(frozen=True, slots=True)
+class BlocksStored:
+    """Consecutive blocks of one prompt are in the cache."""
+
+    namespace: str | None
+    """Adapter version; None is the base model."""
+    parent_hash: BlockHash | None
+    """The block before the first one; None if they begin a prompt."""
+    token_ids: tuple[int, ...]
+    """Of all blocks, each in [0, 2^32)."""
+    block_hashes: tuple[BlockHash, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class BlocksRemoved:
+    """Blocks are no longer in the cache."""
+
+    block_hashes: tuple[BlockHash, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class CacheCleared:
+    """Nothing that was said before holds any more: the cache was emptied, or news of it were lost."""
+
+
+PrefixChange = BlocksStored | BlocksRemoved | CacheCleared
+
+
+class _Block:
+    """One KV block: its tokens, and the hash by which the engine knows it; None once the engine has dropped it."""
+
+    __slots__ = ("hash", "node", "tokens")
+
+    def __init__(self, tokens: bytes, node: "_Node") -> None:
+        self.tokens = tokens
+        """Four bytes each."""
+        self.node = node
+        self.hash: BlockHash | None = None
+
+
+class _Node:
+    """A run of blocks without a branch. Only the root of a namespace has none."""
+
+    __slots__ = ("blocks", "children", "is_queued", "last_used_s", "namespace", "parent")
+
+    def __init__(self, namespace: str | None, parent: "_Node | None", last_used_s: float) -> None:
+        self.namespace = namespace
+        self.parent = parent
+        self.last_used_s = last_used_s
+        self.blocks: list[_Block] = []
+        self.children: dict[bytes, _Node] = {}
+        """By the tokens of their first block."""
+        self.is_queued = False
+        """Stands in the tree's eviction heap."""
+
+    def split(self, position: int) -> "_Node":
+        """Cut the run before `position`; the second part, which is returned, takes the children."""
+        tail = _Node(self.namespace, self, self.last_used_s)
+        tail.blocks, self.blocks = self.blocks[position:], self.blocks[:position]
+        tail.children, self.children = self.children, {tail.blocks[0].tokens: tail}
+        tail._adopt(tail.blocks)
+        return tail
+
+    def join(self) -> None:
+        """Take the only child into this run; what was used of it was used of this one too."""
+        (child,) = self.children.values()
+        self.blocks.extend(child.blocks)
+        self.children = child.children
+        self._adopt(child.blocks)
+        child.blocks, child.children, child.parent = [], {}, None
+
+    def touch(self, now_s: float) -> None:
+        """Mark the branch as used, up to the root."""
+        current: _Node | None = self
+        while current is not None and current.last_used_s < now_s:
+            current.last_used_s = now_s
+            current = current.parent
+
+    def _adopt(self, blocks: list[_Block]) -> None:
+        for block in blocks:
+            block.node = self
+        for child in self.children.values():
+            child.parent = self
 
 
 class PrefixTree:
@@ -35,7 +120,7 @@ class PrefixTree:
         """Make an empty tree.
 
         Args:
-            block_tokens: tokens of one KV block; the same for all executors.
+            block_tokens: tokens of one KV block.
             max_bytes: bound of the tree's own memory, at `BLOCK_OVERHEAD_BYTES` and four bytes a token for each block.
 
         Raises:
@@ -44,122 +129,81 @@ class PrefixTree:
         if block_tokens < 1:
             raise ValueError(f"block_tokens must be at least 1, not {block_tokens}")
         self.block_tokens = block_tokens
-        self._key_bytes = _TOKEN_BYTES * block_tokens
-        self._max_blocks = max_bytes // (self._key_bytes + BLOCK_OVERHEAD_BYTES)
+        self._max_blocks = max_bytes // (_TOKEN_BYTES * block_tokens + BLOCK_OVERHEAD_BYTES)
         if self._max_blocks < 1:
             raise ValueError(f"max_bytes={max_bytes} does not hold one block of {block_tokens} tokens")
-        self._roots: dict[str | None, Node] = {}
-        self._index: dict[str, dict[BlockHash, Block]] = {}
-        self._leaves: list[tuple[float, int, Node]] = []
+        self._roots: dict[str | None, _Node] = {}
+        self._index: dict[BlockHash, _Block] = {}
+        self._leaves: list[tuple[float, int, _Node]] = []
         self._tie = 0
         self.num_blocks = 0
-        self.num_forgotten = 0
-        """Blocks dropped to stay within `max_bytes`."""
-        self.num_orphans = 0
-        """Blocks that could not be placed, because their parent was not known."""
+        """Blocks that the tree has, dropped ones with cached successors included."""
 
-    @property
-    def num_bytes(self) -> int:
-        """Estimated memory of the tree."""
-        return self.num_blocks * (self._key_bytes + BLOCK_OVERHEAD_BYTES)
+    def __len__(self) -> int:
+        """Blocks that are cached."""
+        return len(self._index)
 
-    @property
-    def num_nodes(self) -> int:
-        """Runs of blocks; walks the whole tree."""
-        count, stack = 0, list(self._roots.values())
-        while stack:
-            node = stack.pop()
-            count += bool(node.blocks)
-            stack.extend(node.children.values())
-        return count
-
-    def num_held(self, executor_id: str) -> int:
-        """Blocks of one executor."""
-        return len(self._index.get(executor_id, ()))
-
-    def store(
-        self,
-        executor_id: str,
-        namespace: str | None,
-        parent_hash: BlockHash | None,
-        token_ids: Sequence[int],
-        block_hashes: Sequence[BlockHash],
-        now_s: float,
-    ) -> None:
-        """An executor has these consecutive blocks now.
-
-        Args:
-            executor_id: who.
-            namespace: adapter version; None is the base model.
-            parent_hash: the block before the first one; None: they begin a prompt. Blocks whose parent the tree does
-                not know of this executor are ignored and counted in `num_orphans`.
-            token_ids: tokens of all blocks, each in [0, 2^32).
-            block_hashes: one for each block.
-            now_s: time of use.
+    def apply(self, change: PrefixChange, now_s: float) -> None:
+        """Take in one change of the engine's cache.
 
         Raises:
-            ValueError: the number of tokens is not that of the blocks.
+            ValueError: the number of stored tokens is not that of the blocks.
         """
+        match change:
+            case BlocksStored():
+                self._store(change, now_s)
+            case BlocksRemoved(block_hashes):
+                self._remove(block_hashes)
+            case CacheCleared():
+                self._remove(list(self._index))
+
+    def longest_match(self, namespace: str | None, token_ids: Sequence[int], now_s: float) -> int:
+        """Tokens of the prompt's longest cached prefix, in whole blocks. What was matched counts as used at `now_s`."""
+        last = self._roots.get(namespace)
+        if last is None:
+            return 0
+        num_tokens = 0
+        for block in self._walk(last, token_ids):
+            if block.hash is None:
+                break
+            num_tokens += self.block_tokens
+            last = block.node
+        last.touch(now_s)
+        return num_tokens
+
+    def _store(self, stored: BlocksStored, now_s: float) -> None:
+        """Add consecutive blocks. Those whose parent the tree does not know are ignored."""
+        token_ids, block_hashes = stored.token_ids, stored.block_hashes
         if len(token_ids) != len(block_hashes) * self.block_tokens:
             raise ValueError(
                 f"{len(token_ids)} tokens are not {len(block_hashes)} blocks of {self.block_tokens} tokens"
             )
-        index = self._index.setdefault(executor_id, {})
-        block: Block | None = None
-        if parent_hash is not None:
-            block = index.get(parent_hash)
+        block: _Block | None = None
+        namespace = stored.namespace
+        if stored.parent_hash is not None:
+            block = self._index.get(stored.parent_hash)
             if block is None:
-                self.num_orphans += len(block_hashes)
                 return
             namespace = block.node.namespace
         for key, block_hash in zip(self._keys(token_ids), block_hashes, strict=True):
             block = self._extend(namespace, block, key, now_s)
-            if index.get(block_hash) is not block:
-                self._hold(executor_id, block, block_hash)
+            if self._index.get(block_hash) is not block:
+                self._hold(block, block_hash)
         if block is not None:
             block.node.touch(now_s)
         self._shrink()
 
-    def remove(self, executor_id: str, block_hashes: Iterable[BlockHash]) -> None:
-        """An executor has these blocks no more; unknown ones are ignored."""
-        index = self._index.get(executor_id, {})
+    def _remove(self, block_hashes: Iterable[BlockHash]) -> None:
+        """Mark blocks as dropped; unknown ones are ignored."""
         for block_hash in block_hashes:
-            block = index.pop(block_hash, None)
+            block = self._index.pop(block_hash, None)
             if block is not None:
-                block.let_go(executor_id)
+                block.hash = None
                 self._prune(block.node)
 
-    def clear(self, executor_id: str) -> None:
-        """An executor has nothing any more, or is gone."""
-        self.remove(executor_id, list(self._index.get(executor_id, ())))
-        self._index.pop(executor_id, None)
-
-    def longest_match(self, namespace: str | None, token_ids: Sequence[int], now_s: float) -> dict[str, int]:
-        """Tokens of the prompt's longest prefix in the cache of each executor that has a block of it.
-
-        Counts whole blocks, all from the first on. What was matched counts as used at `now_s`.
-        """
-        matched: dict[str, int] = {}
-        root = self._roots.get(namespace)
-        if root is None:
-            return matched
-        alive: set[str] | None = None
-        num_tokens, last = 0, root
-        for block in self._walk(root, token_ids):
-            holders = {executor_id for executor_id, _ in block.hashes}
-            alive = holders if alive is None else alive & holders
-            if not alive:
-                break
-            num_tokens += self.block_tokens
-            for executor_id in alive:
-                matched[executor_id] = num_tokens
-            last = block.node
-        last.touch(now_s)
-        return matched
-
-    def _walk(self, root: Node, token_ids: Sequence[int]) -> Iterator[Block]:
-        """The blocks along a prompt, as far as the tree goes."""
-        node, position = root, 0
+    def _walk(self, node: _Node, token_ids: Sequence[int]) -> Iterator[_Block]:
+        """The blocks along a prompt from a root on, as far as the tree goes."""
+        position = 0
         for key in self._keys(token_ids):
             if position == len(node.blocks):
                 child = node.children.get(key)
@@ -178,12 +222,12 @@ class PrefixTree:
         for start in range(0, len(token_ids) - size + 1, size):
             yield array("I", token_ids[start : start + size]).tobytes()
 
-    def _extend(self, namespace: str | None, parent: Block | None, key: bytes, now_s: float) -> Block:
+    def _extend(self, namespace: str | None, parent: _Block | None, key: bytes, now_s: float) -> _Block:
         """The block of these tokens after `parent`; made if there is none."""
         if parent is None:
             node = self._roots.get(namespace)
             if node is None:
-                node = self._roots[namespace] = Node(namespace, None, now_s)
+                node = self._roots[namespace] = _Node(namespace, None, now_s)
         else:
             node = parent.node
             if parent is not node.blocks[-1]:
@@ -195,31 +239,30 @@ class PrefixTree:
         if child is not None:
             return child.blocks[0]
         if node.parent is None or node.children:
-            node = node.add_child(key)
-        block = Block(key, node)
+            branch = _Node(namespace, node, node.last_used_s)
+            node.children[key] = branch
+            node = branch
+        block = _Block(key, node)
         node.blocks.append(block)
         self.num_blocks += 1
         self._queue(node)
         return block
 
-    def _hold(self, executor_id: str, block: Block, block_hash: BlockHash) -> None:
-        """Note that an executor has a block; one hash for each block, one block for each hash: the newest counts."""
-        index = self._index[executor_id]
-        for holder, old_hash in block.hashes:
-            if holder == executor_id:
-                del index[old_hash]
-        block.let_go(executor_id)
-        block.hashes = (*block.hashes, (executor_id, block_hash))
-        former = index.get(block_hash)
-        index[block_hash] = block
+    def _hold(self, block: _Block, block_hash: BlockHash) -> None:
+        """Note that a block is cached; one hash for each block, one block for each hash: the newest counts."""
+        if block.hash is not None:
+            del self._index[block.hash]
+        block.hash = block_hash
+        former = self._index.get(block_hash)
+        self._index[block_hash] = block
         if former is not None:
-            former.let_go(executor_id)
+            former.hash = None
             self._prune(former.node)
 
-    def _prune(self, node: Node) -> None:
-        """Drop blocks at the end of a branch that nobody holds, upwards."""
+    def _prune(self, node: _Node) -> None:
+        """Drop blocks at the end of a branch that are not cached, upwards."""
         while not node.children:
-            while node.blocks and not node.blocks[-1].hashes:
+            while node.blocks and node.blocks[-1].hash is None:
                 key = node.blocks.pop().tokens
                 self.num_blocks -= 1
             if node.blocks:
@@ -236,7 +279,7 @@ class PrefixTree:
             node.join()
             self._queue(node)
 
-    def _queue(self, node: Node) -> None:
+    def _queue(self, node: _Node) -> None:
         """A branch's end may be evicted; one entry each, put right when it comes up."""
         if not node.is_queued and not node.children:
             node.is_queued = True
@@ -264,9 +307,8 @@ class PrefixTree:
                 if node.blocks:
                     self._queue(node)
                 continue
-            self.num_forgotten += 1
             block = node.blocks[-1]
-            for executor_id, block_hash in block.hashes:
-                del self._index[executor_id][block_hash]
-            block.hashes = ()
+            if block.hash is not None:
+                del self._index[block.hash]
+                block.hash = None
             self._prune(node)

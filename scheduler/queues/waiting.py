@@ -4,13 +4,13 @@ All requests of one `priority` value age at one rate, so among them the order of
 list for each value, and only their heads are compared at the moment of asking.
 
 Requests that share a prefix go together: who shares one with a running request is treated as if it had arrived
-`head_start_s` earlier. Its keys and values are in the cache now and may be gone later, and while both run they need
+`HEAD_START_S` earlier. Its keys and values are in the cache now and may be gone later, and while both run they need
 memory for them once. As soon as the first of a group runs, the others follow it. It is part of the one priority:
 
-    P(t) = base + rate * (wait_s + head_start_s)    if the prefix is in use,    base + rate * wait_s    otherwise
+    P(t) = base + rate * (wait_s + HEAD_START_S)    if the prefix is in use,    base + rate * wait_s    otherwise
 
 So nobody starves: within a `priority` value a request is overtaken only by those that arrived less than
-`head_start_s` after it, however many share prefixes, whatever the rate.
+`HEAD_START_S` after it, however many share prefixes, whatever the rate.
 """
 
 import heapq
@@ -20,8 +20,11 @@ from collections.abc import Set as AbstractSet
 from itertools import islice
 from typing import Generic, TypeVar
 
-from core.config import SchedulerConfig
+from core.config import ExperimentsConfig
 from scheduler.priority import clamp_user_priority, prefill_base, prefill_rate
+
+HEAD_START_S = 0.5
+"""A request whose prefix is in use overtakes only those of its priority that arrived at most so much earlier."""
 
 T = TypeVar("T")
 Group = Hashable
@@ -35,12 +38,11 @@ _Key = tuple[float, float, _Entry]
 class _Lane:
     """Requests of one `priority` value."""
 
-    __slots__ = ("base", "entries", "groups", "head_start_s", "hot", "hot_heads", "rate")
+    __slots__ = ("base", "entries", "groups", "hot", "hot_heads", "rate")
 
-    def __init__(self, base: float, rate: float, head_start_s: float) -> None:
+    def __init__(self, base: float, rate: float) -> None:
         self.base = base
         self.rate = rate
-        self.head_start_s = head_start_s
         self.entries: list[_Entry] = []
         """Oldest first."""
         self.groups: dict[Group, list[_Entry]] = {}
@@ -93,7 +95,7 @@ class _Lane:
         turn_s = entry[0]
         if self.hot_heads:  # if `entry` is hot itself, it is the first of these
             hot = self.hot_heads[0]
-            turn_s, entry = min((turn_s, entry), (hot[0] - self.head_start_s, hot))
+            turn_s, entry = min((turn_s, entry), (hot[0] - HEAD_START_S, hot))
         return self.key(turn_s, entry, now_s)
 
     def key(self, turn_s: float, entry: _Entry, now_s: float) -> _Key:
@@ -108,39 +110,16 @@ class _Lane:
         """Entries in order, each with its turn: arrival minus head start. Takes as long as what is taken from it."""
         if not self.hot:
             return ((entry[0], entry) for entry in self.entries)
-        return self._merged()
-
-    def _merged(self) -> Iterator[tuple[float, _Entry]]:
-        hot = self._hot_in_order()
-        next_hot = next(hot, None)
-        for entry in self.entries:
-            while next_hot is not None and (next_hot[0] - self.head_start_s, next_hot) <= (entry[0], entry):
-                yield next_hot[0] - self.head_start_s, next_hot
-                next_hot = next(hot, None)
-            if entry[3] not in self.hot:  # else it has had its turn: that was before its arrival
-                yield entry[0], entry
-
-    def _hot_in_order(self) -> Iterator[_Entry]:
-        heads = list(self.hot_heads)  # sorted, and so a heap
-        taken = dict.fromkeys(self.hot, 1)
-        while heads:
-            entry = heads[0]
-            yield entry
-            members, position = self.groups[entry[3]], taken[entry[3]]
-            if position < len(members):
-                taken[entry[3]] = position + 1
-                heapq.heapreplace(heads, members[position])
-            else:
-                heapq.heappop(heads)
+        hot = heapq.merge(*(self.groups[group] for group in self.hot))
+        cold = ((entry[0], entry) for entry in self.entries if entry[3] not in self.hot)
+        return heapq.merge(((entry[0] - HEAD_START_S, entry) for entry in hot), cold)
 
 
 class WaitingQueue(Generic[T]):
     """Requests that wait for their first token. Times are on one clock of the caller's choice."""
 
-    def __init__(self, config: SchedulerConfig) -> None:
-        self._config = config
-        self._head_start_s: float = config.prefix_head_start_s
-        self.orders_prefixes = config.prefix_order and self._head_start_s > 0
+    def __init__(self, experiments: ExperimentsConfig) -> None:
+        self._experiments = experiments
         self._lanes: dict[int, _Lane] = {}
         self._where: dict[str, tuple[int, _Entry]] = {}
         self._payloads: dict[str, T] = {}
@@ -169,17 +148,17 @@ class WaitingQueue(Generic[T]):
         lane_key = clamp_user_priority(user_priority)
         lane = self._lanes.get(lane_key)
         if lane is None:
-            base, rate = prefill_base(lane_key, self._config), prefill_rate(lane_key, self._config)
-            lane = self._lanes[lane_key] = _Lane(base, rate, self._head_start_s)
+            rate = prefill_rate(lane_key, self._experiments)
+            lane = self._lanes[lane_key] = _Lane(prefill_base(lane_key), rate)
         self._sequence += 1
-        entry = (arrived_s, self._sequence, request_id, group if self.orders_prefixes else None)
+        entry = (arrived_s, self._sequence, request_id, group if self._experiments.prefix_order else None)
         lane.add(entry, is_hot=group in self._in_use)
         self._where[request_id] = (lane_key, entry)
         self._payloads[request_id] = payload
 
     def set_in_use(self, groups: AbstractSet[Group]) -> None:
         """Say whose prefixes running requests use. Call between iterations: it changes the order."""
-        if not self.orders_prefixes or groups == self._in_use:
+        if not self._experiments.prefix_order or groups == self._in_use:
             return
         for lane in self._lanes.values():
             for group in self._in_use - groups:

@@ -5,8 +5,8 @@ from dataclasses import asdict
 
 import pytest
 
-from engine.prefixes.kv_events import KvEventStream, kv_events_config
-from scheduler.prefixes.changes import CacheCleared
+from engine.prefix_cache import KvEventStream, kv_events_config
+from scheduler.prefixes.tree import CacheCleared
 
 pytestmark = pytest.mark.vllm
 
@@ -96,7 +96,7 @@ def test_batches_that_are_gone_for_good_clear_everything_before_what_is_left():
 
 
 def test_a_loss_before_a_silence_is_found_without_a_further_batch(monkeypatch):
-    monkeypatch.setattr("engine.prefixes.kv_events._SILENCE_S", 0.3)
+    monkeypatch.setattr("engine.prefix_cache._SILENCE_S", 0.3)
     publisher = Publisher()
 
     async def act(stream, changes):

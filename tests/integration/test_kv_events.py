@@ -12,9 +12,7 @@ import pytest
 from app.http.prefix_context import PrefixContext
 from deployments.routing.prefix_index import follow_prefixes
 from deployments.routing.prefix_text import HEADER, prefixes_of
-from engine.prefixes.counts import read_prefix_counts
-from engine.prefixes.kv_events import KvEventStream, kv_events_config
-from scheduler.prefixes.changes import apply_change
+from engine.prefix_cache import KvEventStream, kv_events_config, read_prefix_counts
 from scheduler.prefixes.tree import PrefixTree
 from tests.support.engine_thread import EngineThread
 
@@ -35,10 +33,10 @@ class Follower:
 
     def _take(self, change):
         self.changes.append(change)
-        apply_change(self.tree, "me", change, time.monotonic())
+        self.tree.apply(change, time.monotonic())
 
     def match(self, prompt, namespace=None):
-        return self.tree.longest_match(namespace, prompt, time.monotonic()).get("me", 0)
+        return self.tree.longest_match(namespace, prompt, time.monotonic())
 
     def close(self):
         self._running.cancel()
@@ -123,7 +121,7 @@ def test_evicted_blocks_leave_the_tree(engine, follower):
     for seed in range(100, 100 + capacity_blocks // 6 + 2):
         ask(engine, prompt_of(seed), max_tokens=1)
     eventually(lambda: follower.match(first) == 0)
-    assert follower.tree.num_held("me") <= capacity_blocks
+    assert len(follower.tree) <= capacity_blocks
     assert ask(engine, first)[1] == 0
 
 
@@ -144,7 +142,7 @@ def test_one_who_comes_late_learns_the_same(engine, follower):
     late = Follower(engine)
     try:
         eventually(lambda: late.match(prompt) == 192)
-        assert late.tree.num_held("me") == follower.tree.num_held("me")
+        assert len(late.tree) == len(follower.tree)
         assert late.stream.num_losses == 0
     finally:
         late.close()

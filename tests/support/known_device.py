@@ -1,10 +1,9 @@
 """A device with known costs, behind the `LatencyPredictor` port."""
 
 from core.batch import ForwardShape
-from core.config import SchedulerConfig, SloConfig
+from core.config import AppArgs, ExperimentsConfig, KvPruningConfig, SchedulerConfig, SloConfig
 from core.types import SliceKind
 from scheduler.iteration.planner import EngineLimits, IterationPlanner
-from scheduler.memory.ledger import MemoryLedger
 
 
 class KnownDevice:
@@ -42,15 +41,18 @@ class UnknownDevice(KnownDevice):
     slice_upper_s = slice_s
 
 
-def make_planner(
-    device=None, *, slo=None, kv_bytes=1 << 20, arena_bytes=1 << 20, limits=None, pruning=None, **config
-):
-    config = SchedulerConfig(**config)
-    return IterationPlanner(
-        config=config,
+def settings(*, slo=None, pruning=None, **changes) -> AppArgs:
+    """`changes` are keys of `scheduler` and of `experiments`."""
+    scheduler = {key: value for key, value in changes.items() if key in SchedulerConfig.model_fields}
+    experiments = {key: value for key, value in changes.items() if key not in scheduler}
+    return AppArgs(
+        scheduler=SchedulerConfig(**scheduler),
+        experiments=ExperimentsConfig(**experiments),
         slo=slo or SloConfig(ttft_s=1.0, tbt_s=0.1),
-        predictor=device or KnownDevice(),
-        limits=limits or EngineLimits(max_tokens=2048, max_slice_tokens=1024),
-        memory=MemoryLedger(kv_bytes=kv_bytes, arena_bytes=arena_bytes, tau_mem=config.tau_mem),
-        pruning=pruning,
+        kv_pruning=pruning or KvPruningConfig(),
     )
+
+
+def make_planner(device=None, *, limits=None, kv_bytes=1 << 20, arena_bytes=1 << 20, **changes):
+    limits = {"max_tokens": 2048, "kv_bytes": kv_bytes, "arena_bytes": arena_bytes, **(limits or {})}
+    return IterationPlanner(settings(**changes), device or KnownDevice(), EngineLimits(**limits))

@@ -3,12 +3,10 @@
 from dataclasses import dataclass
 
 from core.batch import ForwardShape, IterationSample
-from core.config import KvPruningConfig, SloConfig
-from core.types import SliceKind, SliceTiming
+from core.types import SliceKind, SliceReport, SliceTiming
 from scheduler.iteration.planner import EngineLimits, IterationPlanner
-from scheduler.memory.ledger import MemoryLedger
-from scheduler.plan import MAX_PREFILLS_SEEN, FineTuneState, IterationView, PrefillTask, PruneOffer
 from scheduler.queues.waiting import WaitingQueue
+from scheduler.view import MAX_PREFILLS_SEEN, FineTuneState, IterationView, PrefillTask, PruneOffer
 
 KV_BYTES_PER_TOKEN = 10
 ARENA_BYTES_PER_TOKEN = 20
@@ -36,34 +34,32 @@ class MiniEngine:
 
     def __init__(
         self,
-        config,
+        args,
         device,
         *,
-        slo=None,
         seats=4,
         kv_tokens=4000,
         arena_tokens=500,
         max_tokens=512,
         block_tokens=1,
-        pruning=None,
     ):
-        self.config, self.device, self.slo = config, device, slo or SloConfig(ttft_s=1.0, tbt_s=0.1)
-        self.block_tokens, self.pruning = block_tokens, pruning or KvPruningConfig()
-        memory = MemoryLedger(
+        training = args.training.model_copy(update={"max_slice_tokens": SLICE_TOKENS})
+        self.args, self.device = args.model_copy(update={"training": training}), device
+        self.block_tokens, self.pruning = block_tokens, args.kv_pruning
+        limits = EngineLimits(
+            max_tokens,
             kv_bytes=kv_tokens * KV_BYTES_PER_TOKEN,
             arena_bytes=arena_tokens * ARENA_BYTES_PER_TOKEN,
-            tau_mem=config.tau_mem,
+            kv_bytes_per_token=KV_BYTES_PER_TOKEN,
+            arena_bytes_per_token=ARENA_BYTES_PER_TOKEN,
         )
-        limits = EngineLimits(max_tokens, SLICE_TOKENS, KV_BYTES_PER_TOKEN, ARENA_BYTES_PER_TOKEN)
-        self.planner = IterationPlanner(
-            config=config, slo=self.slo, predictor=device, limits=limits, memory=memory, pruning=pruning
-        )
+        self.planner = IterationPlanner(self.args, device, limits)
         self.kv_blocks, self.seats, self.now_s = kv_tokens // block_tokens, seats, 0.0
         self.has_scores = False
         self.offered: list[tuple[float, int]] = []
         self.preempted: list[str] = []
         """In the last iteration."""
-        self.waiting = WaitingQueue(config)
+        self.waiting = WaitingQueue(args.experiments)
         self.running: list[Request] = []
         self.finished: list[str] = []
         self.tasks: dict[str, int] = {}
@@ -95,11 +91,8 @@ class MiniEngine:
             shape,
             forward_s,
             self.device.overhead_s,
-            slices,
-            plan.predicted_forward_s,
-            plan.finetune_budget_s,
-            peak_bytes=0,
-            out_of_memory=out_of_memory and bool(slices),
+            SliceReport(slices, out_of_memory=out_of_memory and bool(slices)),
+            plan,
         )
         self.now_s += self.device.overhead_s + sample.slices_s + forward_s
         self._deliver(tokens)
@@ -215,7 +208,7 @@ class MiniEngine:
         self.waiting.push(r.request_id, r, r.arrived_s, r.user_priority)
 
     def _slices(self, plan):
-        """One kind of slice; the gate is the device's own upper estimate."""
+        """One kind of slice; what admits it is the device's own upper estimate."""
         slices, left_s = [], plan.finetune_budget_s
         while self.tasks:
             task_id = next(iter(self.tasks))

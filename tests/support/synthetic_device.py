@@ -3,7 +3,7 @@
 import random
 
 from core.batch import ForwardShape, IterationSample
-from core.types import SliceKind, SliceTiming
+from core.types import SliceKind, SliceReport, SliceTiming
 
 FORWARD = (4e-3, 3e-5, 4e-8, 6e-5, 2e-9, 3e-4)
 SLICES = {
@@ -39,7 +39,9 @@ class SyntheticDevice:
 
     def sample(self, shape, slices=()):
         timings = [SliceTiming(kind, n, self.exact_slice_s(kind, n) * self.jitter()) for kind, n in slices]
-        return IterationSample(shape, self.exact_s(shape) * self.jitter(), 1e-3 * self.jitter(), timings)
+        return IterationSample(
+            shape, self.exact_s(shape) * self.jitter(), 1e-3 * self.jitter(), SliceReport(timings)
+        )
 
     def shape(self):
         """A batch as a server sees them: decodes, sometimes with a chunk."""

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from core.batch import ForwardShape, IterationSample
 from core.pair_groups import PairShape
-from core.types import SliceKind, SliceTiming, TaskKind, TaskResult
+from core.types import SliceKind, SliceReport, SliceTiming, TaskKind, TaskResult
 from tests.support.synthetic_device import SyntheticDevice
 
 
@@ -64,7 +64,7 @@ class SyntheticEngine:
                 SliceTiming(kind, num_tokens, self.device.exact_slice_s(kind, num_tokens) * self.device.jitter())
                 for kind in kinds
             ]
-            self.samples.append(IterationSample(ForwardShape(), 0.0, 1e-3, timings))
+            self.samples.append(IterationSample(ForwardShape(), 0.0, 1e-3, SliceReport(timings)))
             return TaskResult(task.task_id, task.kind, peak_bytes=10_000 + 100 * num_tokens)
         finally:
             del self.requests[task.task_id]

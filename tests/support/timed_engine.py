@@ -3,7 +3,7 @@
 import asyncio
 
 from core.batch import ForwardShape, IterationSample
-from core.types import SliceKind, SliceTiming, StepMetrics, TaskResult
+from core.types import SliceKind, SliceReport, SliceTiming, StepMetrics, TaskResult
 
 
 class FakeEngine:
@@ -56,7 +56,7 @@ class FakeEngine:
         finally:
             self.running_steps -= 1
         timing = SliceTiming(SliceKind.BACKWARD_LAYER, 32, self.step_s / 2)
-        self.samples.append(IterationSample(ForwardShape(), 0.0, slices=[timing, timing]))
+        self.samples.append(IterationSample(ForwardShape(), 0.0, report=SliceReport([timing, timing])))
         if self.step_error is not None:
             return TaskResult(task.task_id, task.kind, error=self.step_error)
         metrics = StepMetrics(0.6, 0.1, 1.0)

@@ -106,9 +106,14 @@ def run(step: DpoStep) -> DpoStep:
 
 
 def start(
-    directory: str, task: FineTuneTask, config: TrainingConfig | None = None, **kwargs: Any
+    directory: str,
+    task: FineTuneTask,
+    config: TrainingConfig | None = None,
+    *,
+    share_prompt: bool = True,
+    **kwargs: Any,
 ) -> tuple[TrainableModel, ShadowAdapter, DpoStep]:
     config = config or make_training()
     model = build(directory, **kwargs)
     shadow = ShadowAdapter(model, config)
-    return model, shadow, DpoStep(model, shadow, task, config)
+    return model, shadow, DpoStep(model, shadow, task, config, share_prompt=share_prompt)

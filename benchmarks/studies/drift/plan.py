@@ -168,18 +168,20 @@ TITLES = {
 def sections(policy: Policy, plan: DriftPlan) -> dict[str, dict[str, Any]]:
     """Settings of a run beside those of serve_config.yaml; the same retrain rate for all, `mace` has no use for it."""
     slots_per_s = DriftConfig().alarm_rate * plan.pairs_per_s
-    scheduler: dict[Policy, dict[str, Any]] = {
-        Policy.MACE: {"policy": "mace"},
-        Policy.NO_REWARD: {"policy": "mace", "reward_term": False},
-        Policy.PERIODIC: {"policy": "periodic", "phase_gap_s": FIRST_CANDIDATE_GAP_S},
-        Policy.PERIODIC_FULL: {"policy": "periodic"},
-        Policy.CONTINUOUS: {"policy": "continuous"},
-        Policy.FROZEN: {"policy": "inference_only"},
+    own: dict[Policy, tuple[str, dict[str, Any]]] = {
+        Policy.MACE: ("mace", {}),
+        Policy.NO_REWARD: ("mace", {"reward_term": False}),
+        Policy.PERIODIC: ("periodic", {"phase_gap_s": FIRST_CANDIDATE_GAP_S}),
+        Policy.PERIODIC_FULL: ("periodic", {}),
+        Policy.CONTINUOUS: ("continuous", {}),
+        Policy.FROZEN: ("inference_only", {}),
     }
+    name, experiments = own[policy]
     return {
         "model": {"model_source": TINY_ASSISTANT, "model_id": MODEL_ID},
-        "scheduler": {
-            **scheduler[policy],
+        "scheduler": {"policy": name},
+        "experiments": {
+            **experiments,
             "retrain_rate": HEADROOM * slots_per_s / plan.requests_per_s,
             "period_requests": max(1, round(plan.requests_per_s * plan.phase_s / WINDOWS_PER_PHASE)),
         },

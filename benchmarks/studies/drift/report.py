@@ -3,7 +3,7 @@
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from rich.console import Console
@@ -12,9 +12,6 @@ from rich.table import Table
 from benchmarks.studies.drift.plan import TITLES, DriftPlan, Policy
 from benchmarks.studies.drift.record import Point, Run, RunRecord, write_csv
 from benchmarks.studies.drift.summary import summarize
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
 
 _COLOURS = {  # Okabe and Ito: apart for the colour-blind too
     Policy.MACE: "#D55E00",
@@ -174,7 +171,7 @@ def _line_style(policy: Policy) -> dict[str, Any]:
     return {"color": _COLOURS[policy], "linestyle": _DASHES.get(policy, "-")}
 
 
-def _shade(axes: "Axes", plan: DriftPlan) -> None:
+def _shade(axes: Any, plan: DriftPlan) -> None:
     for phase, style in enumerate(plan.styles):
         began_s = phase * plan.phase_s
         axes.axvspan(began_s, began_s + plan.phase_s, color=_SHADES[phase % 2], zorder=0, linewidth=0)
@@ -183,7 +180,7 @@ def _shade(axes: "Axes", plan: DriftPlan) -> None:
         axes.text(*where, label, transform=axes.get_xaxis_transform(), ha="center", va="top", color="#666666")
 
 
-def _draw_curves(axes: "Axes", runs: Sequence[Run], value: Value, style: dict[str, Any]) -> None:
+def _draw_curves(axes: Any, runs: Sequence[Run], value: Value, style: dict[str, Any]) -> None:
     """Each run as a step function, and their mean on a common grid of times."""
     plan = runs[0].plan
     grid_s = np.linspace(0, plan.duration_s, round(plan.duration_s / plan.poll_s) + 1)

@@ -127,7 +127,7 @@ async def _watch(live: LiveEngine, record: SoakRecord, clock: Clock, seconds: fl
     for number in itertools.count():
         await asyncio.sleep(_POLL_S)
         last_seen, samples = await live.engine.iterations(last_seen)
-        record.out_of_memory += sum(sample.out_of_memory for sample in samples)
+        record.out_of_memory += sum(sample.report.out_of_memory for sample in samples)
         record.fullness.append(live.stats.kv_use >= HIGH_USE)
         if number % _READ_EVERY == 0:
             await _read(live, record, clock, processes)

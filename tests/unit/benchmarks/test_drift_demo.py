@@ -23,7 +23,7 @@ from benchmarks.studies.drift.record import DriftError, Look, Posts, Reply, Run,
 from benchmarks.studies.drift.report import draw, show
 from benchmarks.studies.drift.scoring import Scorer
 from benchmarks.studies.drift.summary import compare, recovery, summarize
-from core.config import AppArgs, SchedulerConfig
+from core.config import AppArgs, ExperimentsConfig
 from core.types import TokenizedPair
 from engine.tiny.knowledge import held_out_questions, preference_questions
 from engine.tiny.styles import Style, judge
@@ -140,16 +140,15 @@ def test_policies_differ_in_nothing_but_who_decides():
     settings = {policy: sections(policy, PLAN) for policy in Policy}
     for section in settings.values():
         AppArgs.model_validate(section)
-        section["scheduler"] = {
-            k: v for k, v in section["scheduler"].items() if k not in ("policy", "reward_term")
-        }
-    assert settings[Policy.PERIODIC]["scheduler"].pop("phase_gap_s") < SchedulerConfig().phase_gap_s
+        section["scheduler"].pop("policy")
+        section["experiments"].pop("reward_term", None)
+    assert settings[Policy.PERIODIC]["experiments"].pop("phase_gap_s") < ExperimentsConfig().phase_gap_s
     assert all(section == settings[Policy.MACE] for section in settings.values())
 
 
 def test_every_policy_is_the_one_it_is_called():
-    named = {policy: sections(policy, PLAN)["scheduler"] for policy in Policy}
-    assert [named[policy]["policy"] for policy in Policy] == [
+    named = {policy: sections(policy, PLAN) for policy in Policy}
+    assert [named[policy]["scheduler"]["policy"] for policy in Policy] == [
         "mace",
         "mace",
         "periodic",
@@ -157,14 +156,16 @@ def test_every_policy_is_the_one_it_is_called():
         "continuous",
         "inference_only",
     ]
-    assert [policy for policy in Policy if named[policy].get("reward_term") is False] == [Policy.NO_REWARD]
+    assert [policy for policy in Policy if named[policy]["experiments"].get("reward_term") is False] == [
+        Policy.NO_REWARD
+    ]
 
 
 def test_the_baselines_may_train_more_than_what_comes_in():
-    section = sections(Policy.CONTINUOUS, PLAN)["scheduler"]
+    section = sections(Policy.CONTINUOUS, PLAN)["experiments"]
     slots_per_s = AppArgs().drift.alarm_rate * PLAN.pairs_per_s
     assert section["retrain_rate"] * PLAN.requests_per_s > slots_per_s
-    assert sections(Policy.PERIODIC_FULL, PLAN)["scheduler"]["retrain_rate"] == section["retrain_rate"]
+    assert sections(Policy.PERIODIC_FULL, PLAN)["experiments"]["retrain_rate"] == section["retrain_rate"]
     assert section["period_requests"] == 15  # 3 requests/s, two windows in 10 s
 
 

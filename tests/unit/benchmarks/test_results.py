@@ -5,9 +5,9 @@ from benchmarks.harness.feeder import TaskRecord
 from benchmarks.harness.results import meets_slo, summarize, summary_row
 from benchmarks.harness.statistics import percentile
 from benchmarks.harness.window import IterationLog, WindowRecord
-from core.batch import ForwardShape, IterationSample
+from core.batch import ForwardShape, IterationSample, Plan
 from core.config import SloConfig
-from core.types import SliceKind, SliceTiming
+from core.types import SliceKind, SliceReport, SliceTiming
 
 SLO = SloConfig(ttft_s=1.0, tbt_s=0.1)
 
@@ -19,7 +19,8 @@ def request(*, ttft_s=0.5, gaps_s=(0.05, 0.05), error=None, at_s=2.0, merged=0):
 
 def iteration(*, forward_s=0.0, tokens=0, slices_s=(), predicted_s=None, overhead_s=0.0):
     slices = [SliceTiming(SliceKind.POLICY_LAYER, 64, latency_s) for latency_s in slices_s]
-    return IterationSample(ForwardShape(num_decode=tokens), forward_s, overhead_s, slices, predicted_s)
+    plan = Plan(predicted_forward_s=predicted_s)
+    return IterationSample(ForwardShape(num_decode=tokens), forward_s, overhead_s, SliceReport(slices), plan)
 
 
 def test_time_to_first_token_counts_from_the_scheduled_arrival():

@@ -79,9 +79,8 @@ def test_every_policy_gets_the_same_trace_targets_and_settings():
     assert len(served) == 2 * 5
     schedulers = [job.trace.args.scheduler for job in served]
     assert [s.policy for s in schedulers[1:5]] == ["inference_only", "mace", "periodic", "continuous"]
-    without = [
-        j.trace.model_copy(update={"args": j.trace.args.model_copy(update={"scheduler": None})}) for j in served
-    ]
+    decided = {"scheduler": None, "experiments": None}
+    without = [j.trace.model_copy(update={"args": j.trace.args.model_copy(update=decided)}) for j in served]
     assert all(trace == without[0] for trace in without)
     assert without[0].arrivals.rate_per_s == 5.0
     assert without[0].args.slo.ttft_s == 2.0
@@ -90,7 +89,7 @@ def test_every_policy_gets_the_same_trace_targets_and_settings():
 
 def test_blocking_policies_are_asked_for_what_mace_has_to_reach():
     jobs, _ = measured()
-    by_policy = {job.trace.args.scheduler.policy: job.trace.args.scheduler for job in jobs[2:]}
+    by_policy = {job.trace.args.scheduler.policy: job.trace.args.experiments for job in jobs[2:]}
     goal_pairs_per_s = 0.85 * 10.0 * 0.6
     for policy in ("periodic", "continuous"):
         assert by_policy[policy].retrain_rate == pytest.approx(goal_pairs_per_s / 5.0)

@@ -1,7 +1,7 @@
 import json
 
-from core.batch import ForwardShape, IterationSample
-from core.types import SliceKind, SliceTiming
+from core.batch import ForwardShape, IterationSample, Plan
+from core.types import SliceKind, SliceReport, SliceTiming, TaskKind, TaskResult
 
 
 def test_a_chunk_counts_the_query_key_pairs_of_causal_attention():
@@ -13,16 +13,14 @@ def test_a_chunk_counts_the_query_key_pairs_of_causal_attention():
 
 
 def test_a_sample_survives_the_wire():
-    sample = IterationSample(
-        shape=ForwardShape(1, 2, 3, 4, 5),
-        forward_s=0.5,
-        overhead_s=0.1,
-        slices=[SliceTiming(SliceKind.LOSS, 7, 0.01)],
-        predicted_forward_s=0.4,
-        finetune_budget_s=0.2,
-        held_bytes=8,
-        peak_bytes=9,
-        out_of_memory=True,
-    )
+    report = SliceReport([SliceTiming(SliceKind.LOSS, 7, 0.01)], [], 8, 64, peak_bytes=9, out_of_memory=True)
+    plan = Plan(100, 32, finetune_budget_s=0.2, prune_blocks=3, prune_reason="decode", predicted_forward_s=0.4)
+    sample = IterationSample(ForwardShape(1, 2, 3, 4, 5), 0.5, 0.1, report, plan)
     assert IterationSample.from_wire(json.loads(json.dumps(sample.to_wire()))) == sample
     assert sample.slices_s == 0.01
+
+
+def test_results_of_ended_tasks_do_not_travel_with_samples():
+    report = SliceReport(finished=[TaskResult("t", TaskKind.TRAIN)], held_bytes=8)
+    received = IterationSample.from_wire(IterationSample(ForwardShape(), 0.5, report=report).to_wire())
+    assert (received.report.finished, received.report.held_bytes) == ([], 8)

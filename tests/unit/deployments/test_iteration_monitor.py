@@ -1,7 +1,7 @@
 import pytest
 
-from core.batch import ForwardShape, IterationSample
-from core.types import SliceKind, SliceTiming
+from core.batch import ForwardShape, IterationSample, Plan
+from core.types import SliceKind, SliceReport, SliceTiming
 from deployments.monitors.iteration_monitor import IterationMonitor
 
 
@@ -11,9 +11,8 @@ def sample(forward_s, predicted_s, *, slices_s=0.0, budget_s=0.0, tokens=1):
         ForwardShape(num_decode=tokens),
         forward_s,
         overhead_s=0.001,
-        slices=slices,
-        predicted_forward_s=predicted_s,
-        finetune_budget_s=budget_s,
+        report=SliceReport(slices),
+        plan=Plan(predicted_forward_s=predicted_s, finetune_budget_s=budget_s),
     )
 
 

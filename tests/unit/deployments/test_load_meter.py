@@ -5,16 +5,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from core.batch import ForwardShape, IterationSample
-from core.types import SliceKind, SliceTiming
+from core.types import SliceKind, SliceReport, SliceTiming
 from deployments.routing.load_meter import LoadMeter, PromptSpeed
-from engine.vllm.engine_load import EngineLoad
+from engine.vllm.front_end import EngineLoad
 
 
 def iteration(num_prefill_tokens, wall_s):
     """Wall time in three parts: what a prompt waits for is all of it."""
     slices = [SliceTiming(next(iter(SliceKind)), 8, wall_s / 4)]
     shape = ForwardShape(num_prefill_tokens=num_prefill_tokens)
-    return IterationSample(shape, forward_s=wall_s / 2, overhead_s=wall_s / 4, slices=slices)
+    return IterationSample(shape, forward_s=wall_s / 2, overhead_s=wall_s / 4, report=SliceReport(slices))
 
 
 def speed_of(*iterations):

@@ -9,8 +9,8 @@ from prometheus_client import REGISTRY, Counter
 from deployments.monitors.prefix_monitor import PrefixMonitor
 from deployments.routing.prefix_index import MAX_NAMES, PrefixIndex, note_request
 from deployments.routing.prefix_text import prefixes_of
-from engine.prefixes.counts import PrefixCounts, read_prefix_counts
-from scheduler.prefixes.changes import BlocksRemoved, BlocksStored, CacheCleared
+from engine.prefix_cache import PrefixCounts, read_prefix_counts
+from scheduler.prefixes.tree import BlocksRemoved, BlocksStored, CacheCleared
 
 BLOCK = 16
 clock = (float(i) for i in itertools.count())
@@ -21,7 +21,7 @@ class Executor:
 
     def __init__(self):
         self.live = None
-        self.index = PrefixIndex("e1", BLOCK, lambda: self.live, lambda: next(clock))
+        self.index = PrefixIndex(BLOCK, lambda: self.live, lambda: next(clock))
 
     def ask(self, text, namespace=None, *, asks_live=True, is_computed=True):
         prefixes = prefixes_of({"prompt": text})

@@ -2,7 +2,7 @@ import pytest
 
 from core.batch import ForwardShape, IterationSample
 from core.config import AppArgs
-from core.types import SliceKind, SliceTiming
+from core.types import SliceKind, SliceReport, SliceTiming
 from deployments.monitors.profiling import origin_of, target_warnings, with_profile_path
 from profiler.fit import fit_profile
 
@@ -20,7 +20,7 @@ def write_profile(args, decode_s):
             ForwardShape(num_decode=n % 8 + 1, decode_context=100 * n),
             decode_s,
             overhead_s=0.001,
-            slices=[SliceTiming(kind, 64, 0.001) for kind in SliceKind],
+            report=SliceReport([SliceTiming(kind, 64, 0.001) for kind in SliceKind]),
         )
         for n in range(200)
     ]

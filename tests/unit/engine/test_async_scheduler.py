@@ -26,7 +26,7 @@ from core.config import AppArgs
 from core.types import FineTuneTask, SliceReport, TaskKind, TokenizedPair
 from engine.vllm.compat import make_engine_args
 from engine.vllm.directive import REPORT_ATTRIBUTE, TASK_KEY, IterationReport
-from engine.vllm.planning import KvPool, kv_pool_of
+from engine.vllm.planning import KvPool
 from engine.vllm.scheduler import AsyncHybridScheduler
 from scheduler.memory.ledger import Pool
 
@@ -117,7 +117,7 @@ def test_a_model_with_two_kinds_of_layers_needs_two_blocks_of_vllms_for_the_same
     groups = [KVCacheGroupSpec(["a", "b"], full), KVCacheGroupSpec(["c", "d"], window)]
     num_bytes = 201 * 2 * full.page_size_bytes
     config = get_kv_cache_config_from_groups(vllm_config, groups, num_bytes)
-    pool = kv_pool_of(config)
+    pool = KvPool.of(config)
     assert (config.num_blocks, len(config.kv_cache_tensors)) == (201, 2)
     assert pool.num_blocks * pool.block_bytes <= num_bytes  # the groups overlay each other
     assert pool == KvPool(100, 4 * full.page_size_bytes, BLOCK_TOKENS, num_groups=2)

@@ -45,14 +45,6 @@ def task_of(sizes, kind=TaskKind.TRAIN):
     return FineTuneTask("t", kind, pairs_of(sizes))
 
 
-def plain(config):
-    return config.model_copy(update={"share_prompt": False})
-
-
-def shared(**changes):
-    return make_training(**changes).model_copy(update={"share_prompt": True})
-
-
 def layouts(step):
     return [work.batch.shared is not None for work in step._work]
 
@@ -94,10 +86,10 @@ UNEVEN = [(40, 9, 3), (25, 4, 12), (33, 1, 7), (12, 20, 2), (50, 1, 1)]
 def test_equals_the_plain_step(tmp_path, kind, max_slice_tokens):
     directory = save_model(tmp_path, kind, **LONG, **({"sliding_window": 256} if kind == "mistral" else {}))
     task = task_of(UNEVEN)
-    config = shared(max_slice_tokens=max_slice_tokens, beta=0.3, sft_weight=0.7, max_length_tokens=200)
+    config = make_training(max_slice_tokens=max_slice_tokens, beta=0.3, sft_weight=0.7, max_length_tokens=200)
     assert all(layouts(start(directory, task, config)[2]))
-    assert not any(layouts(start(directory, task, plain(config))[2]))
-    assert_equal_steps(outcome(directory, task, config), outcome(directory, task, plain(config)))
+    assert not any(layouts(start(directory, task, config, share_prompt=False)[2]))
+    assert_equal_steps(outcome(directory, task, config), outcome(directory, task, config, share_prompt=False))
 
 
 @pytest.mark.parametrize(
@@ -112,37 +104,37 @@ def test_equals_the_plain_step(tmp_path, kind, max_slice_tokens):
     ids=["prompt_of_one", "no_prompt", "completions_of_one", "some_prompts", "even"],
 )
 def test_equals_the_plain_step_at_the_edges(llama, sizes):
-    task, config = task_of(sizes), shared(beta=0.3)
+    task, config = task_of(sizes), make_training(beta=0.3)
     assert layouts(start(llama, task, config)[2]) == [True]
-    assert_equal_steps(outcome(llama, task, config), outcome(llama, task, plain(config)))
+    assert_equal_steps(outcome(llama, task, config), outcome(llama, task, config, share_prompt=False))
 
 
 def test_rejected_tokens_do_not_see_chosen_ones_nor_other_pairs(llama):
     task = task_of([(20, 9, 8), (24, 6, 9)], TaskKind.EVALUATE)
     first, second = task.pairs
     changed = replace(first, chosen_ids=tuple(3 + (i + 5) % (VOCAB - 3) for i in first.chosen_ids))
-    before = run(start(llama, task, shared())[2]).result()[1]
-    after = run(start(llama, replace(task, pairs=(changed, second)), shared())[2]).result()[1]
+    before = run(start(llama, task, make_training())[2]).result()[1]
+    after = run(start(llama, replace(task, pairs=(changed, second)), make_training())[2]).result()[1]
     assert before[0].policy_rejected_logp == after[0].policy_rejected_logp
     assert before[1] == after[1]
     assert abs(before[0].policy_chosen_logp - after[0].policy_chosen_logp) > 0.1
 
 
 def test_equals_the_plain_step_with_a_cached_reference_and_as_an_evaluation(llama):
-    task, config = task_of(UNEVEN, TaskKind.EVALUATE), shared(max_slice_tokens=100)
-    ours, theirs = outcome(llama, task, config), outcome(llama, task, plain(config))
+    task, config = task_of(UNEVEN, TaskKind.EVALUATE), make_training(max_slice_tokens=100)
+    ours, theirs = outcome(llama, task, config), outcome(llama, task, config, share_prompt=False)
     assert_equal_steps(ours, theirs)
     known = [(score.reference_chosen_logp, score.reference_rejected_logp) for score in theirs[1][1]]
     pairs = [replace(p, reference=values) for p, values in zip(task.pairs, known, strict=True)]
     cached = replace(task, kind=TaskKind.TRAIN, pairs=(*pairs[:3], *task.pairs[3:]))
-    assert_equal_steps(outcome(llama, cached, config), outcome(llama, cached, plain(config)))
+    assert_equal_steps(outcome(llama, cached, config), outcome(llama, cached, config, share_prompt=False))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_is_as_near_to_fp32_as_the_plain_step(llama, dtype):
-    task, config = task_of(UNEVEN), shared()
+    task, config = task_of(UNEVEN), make_training()
     exact = outcome(llama, task, config)
-    ours, theirs = (outcome(llama, task, c, dtype=dtype) for c in (config, plain(config)))
+    ours, theirs = (outcome(llama, task, config, share_prompt=on, dtype=dtype) for on in (True, False))
 
     def error(result):
         names = exact[0].keys()
@@ -155,21 +147,21 @@ def test_half_precision_is_as_near_to_fp32_as_the_plain_step(llama, dtype):
 
 def test_truncation_is_that_of_the_plain_step(llama):
     task = task_of([(40, 9, 30), (25, 24, 12)])
-    config = shared(max_prompt_tokens=16, max_length_tokens=24).model_copy(update={"max_prompt_tokens": 16})
+    config = make_training(max_prompt_tokens=16, max_length_tokens=24).model_copy(update={"max_prompt_tokens": 16})
     specs = start(llama, task, config)[2].pending
     assert specs[0].num_tokens == sum(
         16 + min(len(p.chosen_ids), 8) + min(len(p.rejected_ids), 8) - 2 for p in task.pairs
     )
-    assert_equal_steps(outcome(llama, task, config), outcome(llama, task, plain(config)))
+    assert_equal_steps(outcome(llama, task, config), outcome(llama, task, config, share_prompt=False))
 
 
 def test_an_interrupted_shared_step_is_bit_equal(llama):
-    task, config = task_of(UNEVEN), shared(max_slice_tokens=100)
+    task, config = task_of(UNEVEN), make_training(max_slice_tokens=100)
     expected = outcome(llama, task, config)[2]
     model = build(llama)
     shadow = ShadowAdapter(model, config)
     step = DpoStep(model, shadow, task, config)
-    other = DpoStep(model, shadow, task_of([(7, 9, 9)], TaskKind.EVALUATE), plain(config))
+    other = DpoStep(model, shadow, task_of([(7, 9, 9)], TaskKind.EVALUATE), config, share_prompt=False)
     while step.next_slice is not None:
         with torch.inference_mode(len(step.pending) % 2 == 0):
             step.run_slice()
@@ -182,8 +174,8 @@ def test_an_interrupted_shared_step_is_bit_equal(llama):
 def test_slices_and_memory_count_each_prompt_once(llama):
     task = task_of([(60, 10, 10), (60, 10, 10)])
     peaks = []
-    for config, tokens in ((shared(), 2 * (60 + 9 + 9)), (plain(shared()), 4 * 69)):
-        _, _, step = start(llama, task, config)
+    for shares, tokens in ((True, 2 * (60 + 9 + 9)), (False, 4 * 69)):
+        _, _, step = start(llama, task, share_prompt=shares)
         assert {s.num_tokens for s in step.pending if "layer" in s.kind or s.kind is SliceKind.EMBED} == {tokens}
         held = []
         while step.next_slice is not None:
@@ -196,14 +188,16 @@ def test_slices_and_memory_count_each_prompt_once(llama):
 def test_the_plain_layout_is_kept_where_sharing_saves_little(llama):
     even, short_prompt = [(0, 20, 20)] * 2, [(2, 60, 60)] * 2
     for sizes in (even, short_prompt):
-        assert layouts(start(llama, task_of(sizes), shared())[2]) == [False]
-    assert layouts(start(llama, task_of([(2, 60, 30)] * 2), shared())[2]) == [True]  # what it saves is padding
+        assert layouts(start(llama, task_of(sizes), make_training())[2]) == [False]
+    assert layouts(start(llama, task_of([(2, 60, 30)] * 2), make_training())[2]) == [
+        True
+    ]  # what it saves is padding
 
 
 @pytest.mark.parametrize("wrong", ["everything is seen", "pads of prompts are seen"])
 def test_these_comparisons_notice_a_wrong_mask(llama, monkeypatch, wrong):
-    task, config = task_of(UNEVEN), shared()
-    expected, right = outcome(llama, task, plain(config)), SharedPrompts.mask
+    task, config = task_of(UNEVEN), make_training()
+    expected, right = outcome(llama, task, config, share_prompt=False), SharedPrompts.mask
 
     def mask(self):
         seen = right(self).clone()
@@ -218,12 +212,14 @@ def test_these_comparisons_notice_a_wrong_mask(llama, monkeypatch, wrong):
 def test_the_bound_that_decides_is_of_tokens(llama, monkeypatch):
     monkeypatch.setattr(pair_groups, "_MIN_SAVED_SHARE", -1.0)
     task = task_of([(0, 20, 20), (0, 9, 9)])
-    assert layouts(start(llama, task, shared())[2]) == [True]
-    assert_equal_steps(outcome(llama, task, shared()), outcome(llama, task, plain(shared())))
+    assert layouts(start(llama, task, make_training())[2]) == [True]
+    assert_equal_steps(
+        outcome(llama, task, make_training()), outcome(llama, task, make_training(), share_prompt=False)
+    )
 
 
 @pytest.mark.gpu
 def test_equals_the_plain_step_on_cuda(llama):
-    task, config = task_of(UNEVEN), shared(max_slice_tokens=100)
-    ours, theirs = (outcome(llama, task, c, device="cuda") for c in (config, plain(config)))
+    task, config = task_of(UNEVEN), make_training(max_slice_tokens=100)
+    ours, theirs = (outcome(llama, task, config, share_prompt=on, device="cuda") for on in (True, False))
     assert_equal_steps(ours, theirs)

@@ -9,8 +9,8 @@ from vllm.sampling_params import SamplingParams
 from vllm.v1.engine import EngineCoreOutput, EngineCoreRequest
 from vllm.v1.engine.output_processor import OutputProcessor
 
-from engine.vllm import engine_load
-from engine.vllm.engine_load import read_engine_load
+from engine.vllm import front_end
+from engine.vllm.front_end import read_engine_load
 
 TOKEN_BYTES = 2 * 2 * 3 * 16 * 4
 
@@ -70,7 +70,7 @@ def test_a_waiting_prompt_counts_what_is_not_in_the_prefix_cache_and_at_least_it
 
 
 def test_in_a_very_long_queue_only_the_first_prompts_are_looked_up(client, monkeypatch):
-    monkeypatch.setattr(engine_load, "_MAX_LOOKUPS", 3)
+    monkeypatch.setattr(front_end, "_MAX_LOOKUPS", 3)
     for number in range(5):
         add(client, f"r{number}", 10)
     assert read_engine_load(client, lambda *_: 8).waiting_tokens == 3 * 2 + 2 * 10

@@ -4,13 +4,13 @@ import pytest
 from vllm import SamplingParams
 from vllm.v1.request import Request
 
-from core.config import SchedulerConfig
+from core.config import ExperimentsConfig
 from core.types import FineTuneTask, SliceReport, SliceTiming, TaskKind, TokenizedPair
-from engine.vllm.iteration_view import shape_of, view_of
-from engine.vllm.planning import KvPool
+from engine.vllm.planning import KvPool, shape_of, view_of
 from engine.vllm.task_table import TaskTable
 from engine.vllm.waiting_queue import AgeingRequestQueue
-from scheduler.plan import MAX_PREFILLS_SEEN
+from scheduler.priority import BASE_PREFILL, BASE_PREFILL_BACKGROUND, RATE_PREFILL_BACKGROUND
+from scheduler.view import MAX_PREFILLS_SEEN
 
 
 def request(name, num_prompt, *, computed=0, arrived_s=0.0, priority=0, output=0):
@@ -30,7 +30,7 @@ def request(name, num_prompt, *, computed=0, arrived_s=0.0, priority=0, output=0
 
 @pytest.fixture
 def waiting():
-    return AgeingRequestQueue(SchedulerConfig())
+    return AgeingRequestQueue(ExperimentsConfig())
 
 
 def look(running, waiting, now_s=10.0, **kwargs):
@@ -88,8 +88,7 @@ def test_the_shape_of_what_was_scheduled():
 
 
 def test_the_queue_keeps_its_order_between_looking_and_taking(waiting):
-    config = SchedulerConfig()
-    overtakes_s = (config.base_priority_prefill - config.base_priority_batch + 1) / config.rate_batch
+    overtakes_s = (BASE_PREFILL - BASE_PREFILL_BACKGROUND + 1) / RATE_PREFILL_BACKGROUND
     old, fresh = request("old", 5, priority=1), request("fresh", 5, arrived_s=overtakes_s - 20)
     waiting.prepend_requests([old, fresh])
     waiting.now_s = overtakes_s - 19
@@ -99,6 +98,13 @@ def test_the_queue_keeps_its_order_between_looking_and_taking(waiting):
     waiting.remove_requests([old])
     assert not waiting
     assert len(waiting) == 0
+
+
+def test_tokens_of_dropped_blocks_are_no_context(waiting):
+    decoding = request("d", 20, computed=24, output=5)
+    view = look([decoding], waiting, num_absent_tokens=16)
+    assert (view.num_decode, view.decode_context) == (1, 8)
+    assert shape_of({"d": 1}, {"d": decoding}, 16).decode_context == 23 - 16
 
 
 def pair(name, prompt, chosen, rejected):

@@ -6,7 +6,7 @@ import pytest
 import torch
 from vllm.v1.kv_cache_interface import SlidingWindowSpec
 
-from engine.prefixes.lookup import PrefixLookup
+from engine.vllm.planning import PrefixLookup
 from tests.support.kv_requests import BLOCK, NUM_BLOCKS, make, make_manager, run
 
 

@@ -37,7 +37,7 @@ def test_outliers_of_a_noisy_machine_do_not_move_the_fit():
     samples = device.samples(400)
     for sample in samples[::15]:
         sample.forward_s *= 20
-        sample.slices[0].latency_s *= 20
+        sample.report.slices[0].latency_s *= 20
     fitted = fit_profile(samples, ORIGIN)
     assert fitted.latency.forward_s(decode(16, 500)) == pytest.approx(device.exact_s(decode(16, 500)), rel=0.06)
     assert fitted.latency.slice_s(SliceKind.POLICY_LAYER, 256) == pytest.approx(

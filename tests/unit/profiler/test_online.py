@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from core.batch import ForwardShape, IterationSample
-from core.types import SliceKind, SliceTiming
+from core.types import SliceKind, SliceReport, SliceTiming
 from profiler.fit import fit_profile
 from profiler.online import OnlineLatencyModel
 from profiler.profile import Origin
@@ -51,7 +51,9 @@ def test_the_first_pass_bounds_bigger_and_smaller_ones_from_above():
 
 def test_the_first_slice_bounds_bigger_ones_from_above():
     model = OnlineLatencyModel()
-    model.observe(IterationSample(ForwardShape(), 0.0, slices=[SliceTiming(SliceKind.POLICY_LAYER, 64, 0.01)]))
+    model.observe(
+        IterationSample(ForwardShape(), 0.0, report=SliceReport([SliceTiming(SliceKind.POLICY_LAYER, 64, 0.01)]))
+    )
     assert model.slice_s(SliceKind.POLICY_LAYER, 64) == pytest.approx(0.01, rel=0.05)
     assert 0.01 < model.slice_s(SliceKind.POLICY_LAYER, 640) <= 0.1
     assert model.slice_upper_s(SliceKind.POLICY_LAYER, 640) >= 0.095
@@ -99,7 +101,7 @@ def test_one_outlier_moves_no_prediction_much(profile, outlier, known):
     before_s = [model.forward_s(shape) for shape in shapes]
     slice_s = model.slice_s(SliceKind.OPTIMIZER, 0)
     timing = SliceTiming(SliceKind.OPTIMIZER, 0, slice_s * outlier)
-    model.observe(IterationSample(decode(8), before_s[0] * outlier, slices=[timing]))
+    model.observe(IterationSample(decode(8), before_s[0] * outlier, report=SliceReport([timing])))
     for shape, expected_s in zip(shapes, before_s, strict=True):
         assert model.forward_s(shape) == pytest.approx(expected_s, rel=0.3)
     assert model.slice_s(SliceKind.OPTIMIZER, 0) == pytest.approx(slice_s, rel=0.3)
@@ -124,7 +126,7 @@ def test_a_hundred_thousand_equal_batches_do_not_wind_it_up(profile):
 def test_values_that_are_no_latencies_change_nothing(profile, bad):
     model = OnlineLatencyModel(profile)
     before = (model.forward_s(decode(8)), model.slice_s(SliceKind.OPTIMIZER, 0))
-    model.observe(IterationSample(decode(8), bad, 0.0, [SliceTiming(SliceKind.OPTIMIZER, 0, bad)]))
+    model.observe(IterationSample(decode(8), bad, 0.0, SliceReport([SliceTiming(SliceKind.OPTIMIZER, 0, bad)])))
     model.observe(IterationSample(ForwardShape(num_decode=-3), 0.01))
     assert (model.forward_s(decode(8)), model.slice_s(SliceKind.OPTIMIZER, 0)) == before
     overhead_s = model.overhead_s
@@ -136,7 +138,7 @@ def test_a_slice_that_ran_out_of_memory_teaches_nothing(profile):
     model = OnlineLatencyModel(profile)
     before_s = model.slice_s(SliceKind.OPTIMIZER, 0)
     timings = [SliceTiming(SliceKind.OPTIMIZER, 0, before_s * 3)]
-    model.observe(IterationSample(ForwardShape(), 0.0, slices=timings, out_of_memory=True))
+    model.observe(IterationSample(ForwardShape(), 0.0, report=SliceReport(timings, out_of_memory=True)))
     assert model.slice_s(SliceKind.OPTIMIZER, 0) == before_s
 
 
@@ -149,7 +151,7 @@ def test_about_95_percent_stay_below_the_upper_estimate(profile, known, noise):
     samples = SyntheticDevice(noise=noise, seed=7).samples(1000)
     for sample in samples:
         below += sample.forward_s <= model.forward_upper_s(sample.shape)
-        timing = sample.slices[1]
+        timing = sample.report.slices[1]
         below_slices += timing.latency_s <= model.slice_upper_s(timing.kind, timing.num_tokens)
         model.observe(sample)
     assert 0.92 <= below / 1000 <= 0.98
@@ -167,7 +169,7 @@ def test_predictions_are_monotone_finite_and_never_negative(profile, shapes, bas
     model = OnlineLatencyModel(profile if known else None)
     for shape, latency_s in shapes:
         timing = SliceTiming(SliceKind.LOSS, shape.num_decode, latency_s)
-        model.observe(IterationSample(shape, latency_s, latency_s, [timing]))
+        model.observe(IterationSample(shape, latency_s, latency_s, SliceReport([timing])))
     expected_s = model.forward_s(base)
     if expected_s is not None:
         for name in ForwardShape.__slots__:

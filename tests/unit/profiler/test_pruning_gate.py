@@ -11,8 +11,8 @@ from engine.pruning.gate import (
     Estimate,
     FractionResult,
     PruningReport,
+    RecallResult,
     TaskBaseline,
-    TaskResult,
     decide,
     decide_from_file,
     estimate,
@@ -37,7 +37,7 @@ def result(
     dropped: float | None = None,
     n: int = 40,
 ) -> FractionResult:
-    tasks = {kind: TaskResult(accuracy=0.9 - lost, drop=interval(lost)) for kind in ("needle", "qa")}
+    tasks = {kind: RecallResult(accuracy=0.9 - lost, drop=interval(lost)) for kind in ("needle", "qa")}
     return FractionResult(
         fraction=fraction,
         logprob_drop=interval(nats, half, n),

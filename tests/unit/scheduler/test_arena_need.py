@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from core.errors import ConfigError
-from scheduler.memory.arena import ArenaModel
-from scheduler.memory.arena_need import ArenaNeed, ModelDims
+from core.model_dims import ModelDims
+from scheduler.memory.arena import ArenaModel, ArenaNeed
 from tests.support.trainable_models import make_task, make_training, save_model, start
 
 HELD_FACTOR = 1.5
@@ -22,10 +22,8 @@ CONFIG = {
 }
 
 
-def dims_of(model, rank, head_chunk_tokens=7):
-    return ModelDims.of(
-        model.hf_config.to_dict(), dtype_bytes=4, lora_rank=rank, head_chunk_tokens=head_chunk_tokens
-    )
+def need_of(model, rank):
+    return ArenaNeed(ModelDims.of(model.hf_config.to_dict(), dtype_bytes=4), rank, head_chunk_tokens=7)
 
 
 @pytest.fixture(scope="module", params=["llama", "qwen3"])
@@ -50,8 +48,8 @@ def measure(step):
 def test_what_a_step_holds_is_at_most_the_prediction_and_not_far_below(saved, rank, num_pairs, slice_tokens):
     config = make_training(max_slice_tokens=slice_tokens)
     model, shadow, step = start(saved, make_task(num_pairs), config, rank=rank)
-    need = ArenaNeed(dims_of(model, rank))
-    assert need.dims.num_lora_parameters == shadow.num_parameters
+    need = need_of(model, rank)
+    assert need.num_lora_parameters == shadow.num_parameters
     tokens, peak = measure(step)
     assert peak <= need.held_bytes(tokens) <= HELD_FACTOR * peak
 
@@ -74,31 +72,25 @@ def test_what_autograd_keeps_of_a_layer_is_near_the_prediction(saved, num_tokens
             output = model.run_layer(1, hidden, rotary)
     weights |= {tensor.untyped_storage().data_ptr() for tensor in rotary}
     measured = sum(size for pointer, size in kept.items() if pointer not in weights)
-    predicted = num_tokens * ArenaNeed(dims_of(model, 4)).layer_bytes_per_token
+    predicted = num_tokens * need_of(model, 4).layer_bytes_per_token
     assert output.requires_grad
     assert predicted / TRANSIENT_FACTOR <= measured <= TRANSIENT_FACTOR * predicted
 
 
 def test_a_head_wider_than_a_layer_decides_what_a_slice_needs():
     small = CONFIG | {"hidden_size": 64, "intermediate_size": 128, "head_dim": 64, "num_attention_heads": 1}
-    need = ArenaNeed(ModelDims.of(small, dtype_bytes=2, lora_rank=16, head_chunk_tokens=128))
+    need = ArenaNeed(ModelDims.of(small, dtype_bytes=2), lora_rank=16, head_chunk_tokens=128)
     assert need.transient_bytes(64) == 64 * (8192 * 6 + 12 * 64)  # a block of logits twice, three fp32 rows
     assert need.transient_bytes(256) == 128 * (8192 * 6 + 12 * 64)
     assert need.transient_bytes(10_000) == 10_000 * need.layer_bytes_per_token
-    assert need.optimizer_bytes == 2 * need.gradient_bytes
 
 
 def test_a_config_without_a_size_is_refused():
     with pytest.raises(ConfigError, match="intermediate_size"):
-        ModelDims.of(
-            {k: v for k, v in CONFIG.items() if k != "intermediate_size"},
-            dtype_bytes=2,
-            lora_rank=8,
-            head_chunk_tokens=128,
-        )
+        ModelDims.of({k: v for k, v in CONFIG.items() if k != "intermediate_size"}, dtype_bytes=2)
 
 
-NEED = ArenaNeed(ModelDims.of(CONFIG, dtype_bytes=2, lora_rank=16, head_chunk_tokens=128))
+NEED = ArenaNeed(ModelDims.of(CONFIG, dtype_bytes=2), lora_rank=16, head_chunk_tokens=128)
 
 
 def test_without_a_profile_the_dimensions_are_what_is_predicted_from():

@@ -1,13 +1,12 @@
 import pytest
 
 from core.batch import ForwardShape, IterationSample
-from core.config import SloConfig
-from core.types import SliceKind, SliceTiming
-from scheduler.iteration.planner import IDLE_QUANTUM_S, EngineLimits
-from scheduler.iteration.slice_size import ARENA_OWNER
+from core.config import ExperimentsConfig, SloConfig
+from core.types import SliceKind, SliceReport, SliceTiming
+from scheduler.iteration.planner import IDLE_QUANTUM_S
 from scheduler.memory.ledger import Pool
-from scheduler.plan import FineTuneState, IterationView, PrefillTask
 from scheduler.priority import starvation_bound_s
+from scheduler.view import FineTuneState, IterationView, PrefillTask
 from tests.support.known_device import KnownDevice, UnknownDevice, make_planner
 
 
@@ -82,7 +81,7 @@ def test_a_short_prompt_goes_whole_and_the_next_one_takes_the_rest():
 
 
 def test_prompts_go_on_slowly_when_decoding_alone_fills_the_iteration():
-    plan = make_planner(min_prefill_tokens=32).plan(view(decode=400, prefills=[(2000, 0.0)]))
+    plan = make_planner().plan(view(decode=400, prefills=[(2000, 0.0)]))
     assert plan.token_budget == 432
 
 
@@ -98,8 +97,7 @@ def test_no_seat_means_no_chunk_for_waiting_requests_but_the_engine_is_not_stopp
 
 
 def test_an_engine_that_cannot_chunk_is_never_limited():
-    limits = EngineLimits(max_tokens=2048, max_slice_tokens=1024, can_chunk_prefills=False)
-    plan = make_planner(limits=limits).plan(view(decode=10, prefills=[(2000, 0.0)]))
+    plan = make_planner(limits={"can_chunk_prefills": False}).plan(view(decode=10, prefills=[(2000, 0.0)]))
     assert (plan.token_budget, plan.max_chunk_tokens) == (2048, 0)
 
 
@@ -142,7 +140,7 @@ def test_while_somebody_waits_for_a_seat_or_for_blocks_nothing_is_spent():
 
 def test_aged_work_gets_a_slice_without_slack_within_the_stated_bound():
     planner = make_planner()
-    bound_s = starvation_bound_s(planner._config)
+    bound_s = starvation_bound_s(ExperimentsConfig())
     starved = view(decode=400, now_s=bound_s + 1, finetune=work(dpo_loss=0.0))
     assert run(planner, starved).min_slices == 1
     early = view(decode=400, now_s=0.5 * bound_s, finetune=work(dpo_loss=0.0))
@@ -150,7 +148,7 @@ def test_aged_work_gets_a_slice_without_slack_within_the_stated_bound():
 
 
 def test_a_high_loss_reaches_its_turn_sooner_unless_the_reward_term_is_off():
-    now_s = starvation_bound_s(make_planner()._config) - 10
+    now_s = starvation_bound_s(ExperimentsConfig()) - 10
     state = view(decode=400, now_s=now_s, finetune=work(dpo_loss=5.0))
     assert run(make_planner(), state).min_slices == 1
     assert run(make_planner(reward_term=False), state).min_slices == 0
@@ -197,7 +195,7 @@ def test_a_baseline_does_not_block_for_work_that_is_not_there():
 
 
 def test_slices_are_as_large_as_the_usual_slack_and_smaller_under_load():
-    planner = make_planner(KnownDevice(slice_token_s=0.0001), limits=EngineLimits(2048, 1024))
+    planner = make_planner(KnownDevice(slice_token_s=0.0001))
     assert run(planner, view(decode=1, finetune=work())).slice_tokens == 512  # 51 ms of 68
     for _ in range(100):
         plan = run(planner, view(decode=100, finetune=work()))  # 79 - 60 = 19 ms left
@@ -205,18 +203,18 @@ def test_slices_are_as_large_as_the_usual_slack_and_smaller_under_load():
 
 
 def test_first_fit_takes_the_configured_slice_size_whatever_the_slack():
-    planner = make_planner(KnownDevice(slice_token_s=0.001), packing="first_fit", limits=EngineLimits(2048, 1024))
+    planner = make_planner(KnownDevice(slice_token_s=0.001), packing="first_fit")
     assert run(planner, view(decode=1, finetune=work())).slice_tokens == 1024
 
 
 def test_running_out_of_memory_halves_the_slices_and_shrinks_the_arena():
     planner = make_planner(
         KnownDevice(slice_token_s=1e-6),
-        limits=EngineLimits(2048, 1024, arena_bytes_per_token=100),
+        limits={"arena_bytes_per_token": 100},
         arena_bytes=1 << 30,
     )
     assert run(planner, view(finetune=work())).slice_tokens == 1024
-    planner.observe(IterationSample(ForwardShape(), 0.0, out_of_memory=True))
+    planner.observe(IterationSample(ForwardShape(), 0.0, report=SliceReport(out_of_memory=True)))
     assert planner.memory.pool_capacity_bytes(Pool.ARENA) == 1024 * 100
     assert run(planner, view(finetune=work())).slice_tokens == 512
 
@@ -224,14 +222,14 @@ def test_running_out_of_memory_halves_the_slices_and_shrinks_the_arena():
 def test_what_a_token_holds_is_learnt_from_measured_steps():
     planner = make_planner(KnownDevice(slice_token_s=1e-6), arena_bytes=100_000, kv_bytes=0, tau_mem=1.0)
     slices = [SliceTiming(SliceKind.POLICY_LAYER, 100, 0.001)]
-    planner.observe(IterationSample(ForwardShape(), 0.0, slices=slices, peak_bytes=30_000))
+    planner.observe(IterationSample(ForwardShape(), 0.0, report=SliceReport(slices, peak_bytes=30_000)))
     assert run(planner, view(finetune=work())).slice_tokens == 256  # 300 bytes for each of them
-    assert planner.memory.held_bytes(ARENA_OWNER) == 256 * 300
+    assert planner.memory.pool_used_bytes(Pool.ARENA) == 256 * 300
 
 
 def test_a_kv_cache_that_has_taken_the_memory_makes_training_wait():
     planner = make_planner(
-        limits=EngineLimits(2048, 1024, arena_bytes_per_token=500),
+        limits={"arena_bytes_per_token": 500},
         kv_bytes=1_000_000,
         arena_bytes=100_000,
         tau_mem=0.95,
@@ -242,18 +240,18 @@ def test_a_kv_cache_that_has_taken_the_memory_makes_training_wait():
 
 
 def test_a_pair_larger_than_the_arena_is_tried_rather_than_kept_for_ever():
-    planner = make_planner(limits=EngineLimits(2048, 1024, arena_bytes_per_token=500), arena_bytes=10_000)
+    planner = make_planner(limits={"arena_bytes_per_token": 500}, arena_bytes=10_000)
     assert run(planner, view(finetune=work(max_batch_tokens=1000))).min_slices == 1
 
 
 def test_the_arena_recovers_after_it_once_was_too_small():
-    limits = EngineLimits(2048, 1024, arena_bytes_per_token=100)
+    limits = {"arena_bytes_per_token": 100}
     planner = make_planner(KnownDevice(slice_token_s=1e-6), limits=limits, arena_bytes=1 << 20)
     run(planner, view(finetune=work()))
-    planner.observe(IterationSample(ForwardShape(), 0.0, out_of_memory=True))
+    planner.observe(IterationSample(ForwardShape(), 0.0, report=SliceReport(out_of_memory=True)))
     slices = [SliceTiming(SliceKind.POLICY_LAYER, 512, 0.001)]
     for _ in range(2000):
-        planner.observe(IterationSample(ForwardShape(), 0.0, slices=slices, peak_bytes=51_200))
+        planner.observe(IterationSample(ForwardShape(), 0.0, report=SliceReport(slices, peak_bytes=51_200)))
     assert planner.memory.pool_capacity_bytes(Pool.ARENA) == 1 << 20
     sizes = [run(planner, view(finetune=work())).slice_tokens for _ in range(32)]
     assert sizes[-1] == 1024
@@ -263,16 +261,13 @@ def test_a_small_micro_batch_with_large_gradients_does_not_shrink_the_large_ones
     planner = make_planner(KnownDevice(slice_token_s=1e-6), arena_bytes=512_000_000, kv_bytes=0)
     for tokens in (1024, 32):
         slices = [SliceTiming(SliceKind.POLICY_LAYER, tokens, 0.001)]
-        planner.observe(
-            IterationSample(ForwardShape(), 0.0, slices=slices, peak_bytes=35_000_000 + 43_000 * tokens)
-        )
+        report = SliceReport(slices, peak_bytes=35_000_000 + 43_000 * tokens)
+        planner.observe(IterationSample(ForwardShape(), 0.0, report=report))
     assert run(planner, view(finetune=work())).slice_tokens == 1024
 
 
 def test_work_that_waited_too_long_may_pass_tau_but_not_the_arena():
-    planner = make_planner(
-        limits=EngineLimits(2048, 1024, arena_bytes_per_token=500), kv_bytes=1_000_000, arena_bytes=100_000
-    )
+    planner = make_planner(limits={"arena_bytes_per_token": 500}, kv_bytes=1_000_000, arena_bytes=100_000)
     state = view(decode=1, now_s=1e6, finetune=work(max_batch_tokens=200), used_kv_bytes=1_000_000)
     assert run(planner, state).min_slices == 1
     planner.memory.check_integrity()
@@ -307,7 +302,7 @@ def test_draft_tokens_of_running_requests_are_in_the_budget():
 
 def test_a_prompt_is_cut_to_the_memory_that_is_left():
     planner = make_planner(
-        slack_fraction=1.0, limits=EngineLimits(4096, 1024, kv_bytes_per_token=10), kv_bytes=2000, arena_bytes=1000
+        slack_fraction=1.0, limits={"max_tokens": 4096, "kv_bytes_per_token": 10}, kv_bytes=2000, arena_bytes=1000
     )
     assert planner.plan(view(prefills=[(900, 0.0)])).token_budget == 285  # 0.95 of 3000 bytes
 

@@ -6,10 +6,11 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
-from core.config import KvPruningConfig, SchedulerConfig
+from core.config import KvPruningConfig
 from scheduler.memory.ledger import Pool
-from scheduler.plan import PruneOffer
+from scheduler.view import PruneOffer
 from tests.support.known_device import KnownDevice
+from tests.support.known_device import settings as settings_of
 from tests.support.mini_engine import KV_BYTES_PER_TOKEN, MiniEngine, Request
 
 NO_OFFER = PruneOffer(())
@@ -26,13 +27,15 @@ class PressedEngine(RuleBasedStateMachine):
     )
     def begin(self, start, block_tokens, kv_tokens, arena_tokens, max_fraction, packing):
         self.engine = MiniEngine(
-            SchedulerConfig(min_prefill_tokens=16, packing=packing),
+            settings_of(
+                packing=packing,
+                pruning=KvPruningConfig(start=start, max_fraction=max_fraction, sink_tokens=4, recent_tokens=8),
+            ),
             KnownDevice(base_s=0.005, token_s=0.0002),
             seats=6,
             kv_tokens=kv_tokens,
             arena_tokens=arena_tokens,
             block_tokens=block_tokens,
-            pruning=KvPruningConfig(start=start, max_fraction=max_fraction, sink_tokens=4, recent_tokens=8),
         )
         self.names = itertools.count()
         self.arrived = 0
@@ -62,7 +65,8 @@ class PressedEngine(RuleBasedStateMachine):
         lack = view.decode_blocks - view.free_kv_blocks
         if lack > 0:
             assert plan.prune_blocks >= min(lack, offer.num_blocks)
-            assert plan.prune_reason == ("decode" if offer.num_blocks else "")
+            reason = "always" if engine.pruning.start == "always" else "decode"
+            assert plan.prune_reason == (reason if offer.num_blocks else "")
         if lack > offer.num_blocks and shape.num_tokens:  # training gives way before a request
             assert plan.defers_training
             assert len(slices) <= plan.min_slices
@@ -112,12 +116,11 @@ TestPressedEngine = PressedEngine.TestCase
 def crowd(start, seed_tokens=150):
     """Six requests that outgrow the KV cache together."""
     engine = MiniEngine(
-        SchedulerConfig(),
+        settings_of(pruning=KvPruningConfig(start=start, max_fraction=0.4, sink_tokens=16, recent_tokens=32)),
         KnownDevice(base_s=0.005, token_s=0.0001),
         seats=6,
         kv_tokens=1000,
         block_tokens=16,
-        pruning=KvPruningConfig(start=start, max_fraction=0.4, sink_tokens=16, recent_tokens=32),
     )
     for i in range(6):
         engine.arrive(Request(f"r{i}", 0.0, seed_tokens, 60))

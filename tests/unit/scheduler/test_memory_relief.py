@@ -2,11 +2,9 @@ import pytest
 
 from core.batch import ForwardShape
 from core.config import KvPruningConfig
-from scheduler.iteration.planner import EngineLimits
-from scheduler.iteration.slice_size import ARENA_OWNER
 from scheduler.memory.ledger import Pool
 from scheduler.memory.relief import BlockBudget
-from scheduler.plan import FineTuneState, IterationView, PrefillTask, PruneOffer
+from scheduler.view import FineTuneState, IterationView, PrefillTask, PruneOffer
 from tests.support.known_device import KnownDevice, make_planner
 
 BLOCK = 16
@@ -17,7 +15,7 @@ OFFER = PruneOffer([i / 20 for i in range(20)])
 
 
 def planner(start="memory_pressure", arena_bytes=16_000, arena_bytes_per_token=10.0, tau_mem=1.0, **device):
-    limits = EngineLimits(2048, 1024, kv_bytes_per_token=BYTES, arena_bytes_per_token=arena_bytes_per_token)
+    limits = {"kv_bytes_per_token": BYTES, "arena_bytes_per_token": arena_bytes_per_token}
     made = make_planner(
         KnownDevice(**device),
         limits=limits,
@@ -155,10 +153,10 @@ def test_what_decoding_gets_is_no_room_for_slices(decode_blocks):
 def test_a_step_in_progress_keeps_the_memory_of_the_size_that_it_began_with():
     made = planner()
     run(made, beside(10, step_tokens=512, held_bytes=100))
-    assert made.memory.held_bytes(ARENA_OWNER) >= 5120
+    assert made.memory.pool_used_bytes(Pool.ARENA) >= 5120
     small = planner()
     run(small, beside(10, held_bytes=100, max_batch_tokens=32))
-    assert small.memory.held_bytes(ARENA_OWNER) <= 5120
+    assert small.memory.pool_used_bytes(Pool.ARENA) <= 5120
 
 
 def run(made, state):
@@ -180,7 +178,7 @@ def test_blocks_are_dropped_for_slices_that_cannot_be_smaller():
     assert plan.slice_tokens == 32
     assert (plan.prune_blocks, plan.prune_reason) == (2, "finetune")  # 320 bytes at 160 a block
     assert plan.finetune_budget_s > 0
-    assert made.memory.held_bytes(ARENA_OWNER) == 320
+    assert made.memory.pool_used_bytes(Pool.ARENA) == 320
     assert made.memory.used_bytes <= made.memory.capacity_bytes
 
 

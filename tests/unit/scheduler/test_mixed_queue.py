@@ -2,17 +2,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from core.config import SchedulerConfig
-from scheduler.queues.mixed_queue import MixedQueue
-from scheduler.queues.scoring_queue import ScoringQueue
-from scheduler.queues.task_queue import QueuedTask
+from core.config import ExperimentsConfig
+from scheduler.queues.finetune import MixedQueue, QueuedTask, ScoringQueue
 
 SHARES = {"new": 0.5, "hard": 0.25, "replay": 0.25}
 
 
-def queue_of(tasks, shares=SHARES, **config):
+def queue_of(tasks, gamma=1.0):
     """`tasks` are (id, role, loss); all arrived at once."""
-    queue = MixedQueue(SchedulerConfig(**config), shares)
+    queue = MixedQueue(ExperimentsConfig(), gamma, SHARES)
     for task_id, role, loss in tasks:
         queue.push(QueuedTask(task_id, task_id, 0.0, loss), role)
     return queue
@@ -55,7 +53,7 @@ def test_peek_is_the_highest_priority_of_all_roles():
 
 
 def test_gamma_changes_the_order_of_what_is_queued():
-    queue = MixedQueue(SchedulerConfig(gamma=0.0, rate_finetune=1.0), {"new": 1.0})
+    queue = MixedQueue(ExperimentsConfig(), 0.0, {"new": 1.0})
     queue.push(QueuedTask("old", None, 0.0, 0.1), "new")
     queue.push(QueuedTask("wrong", None, 2.0, 4.0), "new")
     assert queue.peek().task_id == "old"

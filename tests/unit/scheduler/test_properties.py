@@ -3,17 +3,16 @@
 import itertools
 import random
 
-import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
-from core.config import SchedulerConfig
-from scheduler.iteration.slice_size import ARENA_OWNER
+from core.config import ExperimentsConfig
+from scheduler.iteration.prefill import MIN_PREFILL_TOKENS
 from scheduler.memory.ledger import Pool
-from scheduler.packing import Bin, Demand, pack
 from scheduler.priority import starvation_bound_s
 from tests.support.known_device import KnownDevice
+from tests.support.known_device import settings as settings_of
 from tests.support.mini_engine import MiniEngine, Request
 
 
@@ -26,10 +25,8 @@ class PlannedEngine(RuleBasedStateMachine):
         upper=st.sampled_from([1.0, 1.3]),
     )
     def start(self, policy, packing, base_s, overhead_s, upper):
-        config = SchedulerConfig(
-            policy=policy, packing=packing, retrain_rate=0.5, period_requests=4, min_prefill_tokens=16
-        )
-        self.engine = MiniEngine(config, KnownDevice(base_s=base_s, overhead_s=overhead_s, upper=upper))
+        args = settings_of(policy=policy, packing=packing, retrain_rate=0.5, period_requests=4)
+        self.engine = MiniEngine(args, KnownDevice(base_s=base_s, overhead_s=overhead_s, upper=upper))
         self.arrived = {}
         self.tasks = {}
         self.names = itertools.count()
@@ -53,7 +50,7 @@ class PlannedEngine(RuleBasedStateMachine):
 
     def check_budget(self, view, plan, shape, slices):
         engine = self.engine
-        config, device = engine.config, engine.device
+        config, device = engine.args.scheduler, engine.device
         assert shape.num_tokens <= max(plan.token_budget, 0)
         if plan.is_blocking:
             assert shape.num_tokens == 0
@@ -67,7 +64,7 @@ class PlannedEngine(RuleBasedStateMachine):
         )  # slack_fraction of TBT, or of half the TTFT target
         forward_s = device.upper * device.forward_s(shape)
         # Over capacity only by what must go on whatever it takes: decoding, one smallest chunk, one aged slice.
-        if shape.num_prefill_tokens > config.min_prefill_tokens:
+        if shape.num_prefill_tokens > MIN_PREFILL_TOKENS:
             assert forward_s + device.overhead_s <= capacity_s + 1e-9
         if len(slices) > plan.min_slices:
             spent_s = sum(s.latency_s for s in slices)
@@ -80,14 +77,12 @@ class PlannedEngine(RuleBasedStateMachine):
         startable = [p.num_tokens for p in view.prefills if p.is_running]
         startable += [p.num_tokens for p in view.prefills if not p.is_running][: view.free_seats]
         if view.prefills:
-            assert plan.token_budget <= view.num_decode + max(
-                sum(startable), self.engine.config.min_prefill_tokens
-            )
+            assert plan.token_budget <= view.num_decode + max(sum(startable), MIN_PREFILL_TOKENS)
 
     @invariant()
     def nobody_holds_memory_without_work(self):
         if hasattr(self, "engine") and not self.engine.tasks:
-            assert self.engine.planner.memory.held_bytes(ARENA_OWNER) == 0
+            assert self.engine.planner.memory.pool_used_bytes(Pool.ARENA) == 0
 
     @invariant()
     def the_books_balance(self):
@@ -112,10 +107,10 @@ class PlannedEngine(RuleBasedStateMachine):
 
     @invariant()
     def training_does_not_starve(self):
-        if hasattr(self, "engine") and self.engine.config.policy == "mace":
+        if hasattr(self, "engine") and self.engine.args.scheduler.policy == "mace":
             engine = self.engine
             longest_s = 3.0 * (engine.device.base_s + 600 * engine.device.token_s) + 1.0
-            assert engine.longest_starvation_s <= starvation_bound_s(engine.config) + longest_s
+            assert engine.longest_starvation_s <= starvation_bound_s(engine.args.experiments) + longest_s
 
     def teardown(self):
         """Whatever happened, the engine ends with everything served and, if it trains at all, trained."""
@@ -127,7 +122,7 @@ class PlannedEngine(RuleBasedStateMachine):
                 break
             engine.iterate()
         assert sorted(engine.finished) == sorted(self.arrived)
-        if engine.config.policy == "mace":
+        if engine.args.scheduler.policy == "mace":
             for _ in range(2_000):
                 if not engine.tasks:
                     break
@@ -139,9 +134,9 @@ PlannedEngine.TestCase.settings = settings(max_examples=40, stateful_step_count=
 TestPlannedEngine = PlannedEngine.TestCase
 
 
-def saturated(config, seconds):
+def saturated(args, seconds):
     """More decoding than the TBT target allows, for ever, and one task."""
-    engine = MiniEngine(config, KnownDevice(base_s=0.2), kv_tokens=10**6)
+    engine = MiniEngine(args, KnownDevice(base_s=0.2), kv_tokens=10**6)
     engine.arrive(Request("endless", 0.0, 1, 10**9))
     engine.iterate()
     engine.add_task("t", 3)
@@ -151,21 +146,20 @@ def saturated(config, seconds):
 
 
 def test_under_saturation_a_slice_runs_within_the_stated_bound():
-    config = SchedulerConfig()
-    bound_s = starvation_bound_s(config)
-    engine = saturated(config, 2.2 * bound_s)
+    bound_s = starvation_bound_s(ExperimentsConfig())
+    engine = saturated(settings_of(), 2.2 * bound_s)
     assert engine.slices_run["t"] == 2
     assert engine.longest_starvation_s <= bound_s + 0.5
 
 
 def test_without_ageing_training_may_starve_for_ever():
-    assert starvation_bound_s(SchedulerConfig(ageing=False)) == float("inf")
-    assert saturated(SchedulerConfig(ageing=False), 200).slices_run["t"] == 0
+    assert starvation_bound_s(ExperimentsConfig(ageing=False)) == float("inf")
+    assert saturated(settings_of(ageing=False), 200).slices_run["t"] == 0
 
 
 def trace(seed):
     rng = random.Random(seed)
-    engine = MiniEngine(SchedulerConfig(), KnownDevice(upper=1.1))
+    engine = MiniEngine(settings_of(), KnownDevice(upper=1.1))
     for i in range(300):
         if rng.random() < 0.3:
             engine.arrive(Request(f"r{i}", 0.0, rng.randint(1, 300), rng.randint(1, 20), rng.choice([0, 0, 1])))
@@ -178,41 +172,3 @@ def trace(seed):
 def test_the_same_seed_and_trace_give_a_byte_equal_log():
     assert trace(7) == trace(7)
     assert trace(7) != trace(8)
-
-
-@pytest.mark.parametrize("packing", ["best_fit", "first_fit"])
-def test_packing_several_iterations_equals_brute_force(packing):
-    config = SchedulerConfig(packing=packing)
-    rng = random.Random(0)
-    for _ in range(300):
-        tasks = [
-            [Demand(rng.uniform(0, 70), rng.uniform(0, 70)) for _ in range(rng.randint(1, 3))]
-            for _ in range(rng.randint(1, 5))
-        ]
-        used = [rng.uniform(0, 50) for _ in range(3)]
-        placements, bins = pack(tasks, lambda n, used=used: Bin(str(n), 100, 100, 0, used[n]), config, max_bins=3)
-        assert [(p.task, p.bin, p.candidate) for p in placements] == brute_force(tasks, used, config)
-        assert all(b.memory_used_bytes <= 100 + 1e-9 and b.latency_used_s <= 100 + 1e-9 for b in bins)
-
-
-def brute_force(tasks, used, config):
-    """Every open bin and candidate for each task, by the paper's formula written out."""
-    open_bins, chosen = [], []
-    for number, candidates in enumerate(tasks):
-        options = []
-        for b in [*range(len(open_bins)), *([len(open_bins)] if len(open_bins) < 3 else [])]:
-            memory, latency = open_bins[b] if b < len(open_bins) else (0.0, used[b])
-            for c, demand in enumerate(candidates):
-                if memory + demand.memory_bytes <= 100 and latency + demand.latency_s <= 100:
-                    f = 0.5 * abs(100 - memory - demand.memory_bytes) / 100
-                    f += 0.5 * abs(100 - latency - demand.latency_s) / 100
-                    is_new = b == len(open_bins)
-                    options.append((is_new, 0 if config.packing == "first_fit" else f, b, c))
-        if options:
-            _, _, b, c = min(options)
-            if b == len(open_bins):
-                open_bins.append((0.0, used[b]))
-            memory, latency = open_bins[b]
-            open_bins[b] = (memory + candidates[c].memory_bytes, latency + candidates[c].latency_s)
-            chosen.append((number, b, c))
-    return chosen

@@ -1,11 +1,11 @@
 import pytest
 
-from core.config import SchedulerConfig
 from scheduler.iteration.retrain import RetrainMeter
+from tests.support.known_device import settings
 
 
 def meter(**config):
-    return RetrainMeter(SchedulerConfig(**config))
+    return RetrainMeter(settings(**config))
 
 
 def test_mace_may_always_train_below_its_cap():
@@ -34,15 +34,6 @@ def test_a_baseline_may_train_only_when_a_phase_is_due(policy):
     subject.note_trained(1)
     assert not subject.may_train()
     assert not subject.is_blocking_due(has_work=True, now_s=0.0)
-
-
-def test_the_rate_is_pairs_for_each_request():
-    subject = meter()
-    assert subject.rate == 0.0
-    subject.note_trained(3)
-    assert subject.rate == float("inf")
-    subject.note_requests(6)
-    assert subject.rate == 0.5
 
 
 def phase(subject, *, steps, gap_s, pairs=8):

@@ -1,5 +1,5 @@
 from core.config import SchedulerConfig, SloConfig
-from scheduler.iteration.slo_check import slo_warnings
+from scheduler.iteration.slo import slo_warnings
 from tests.support.known_device import KnownDevice, UnknownDevice
 
 

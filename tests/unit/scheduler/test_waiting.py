@@ -2,11 +2,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from core.config import SchedulerConfig
+from core.config import ExperimentsConfig
 from scheduler.priority import prefill_priority
-from scheduler.queues.waiting import WaitingQueue
+from scheduler.queues.waiting import HEAD_START_S, WaitingQueue
 
-CONFIG = SchedulerConfig(base_priority_prefill=10, rate_prefill=1, base_priority_batch=5, rate_batch=0.2)
+CONFIG = ExperimentsConfig()
 rows = st.lists(st.tuples(st.floats(0, 100), st.integers(-12, 12)), max_size=30)
 
 
@@ -17,11 +17,11 @@ def filled(requests, config=CONFIG):
     return queue
 
 
-def test_interactive_requests_come_before_batch_ones_that_arrived_earlier():
+def test_interactive_requests_come_before_background_ones_that_arrived_earlier():
     assert filled([(0.0, 1), (5.0, 0), (6.0, 0)]).head(3, now_s=10) == [1, 2, 0]
 
 
-def test_a_batch_request_that_waited_long_enough_overtakes_a_fresh_interactive_one():
+def test_a_background_request_that_waited_long_enough_overtakes_a_fresh_interactive_one():
     queue = filled([(0.0, 1), (1000.0, 0)])
     assert queue.peek(now_s=1000.0) == 0
 
@@ -66,7 +66,6 @@ def test_removed_requests_are_gone_and_the_others_stay(requests, data):
     assert sorted(queue.iterate(50.0)) == [n for n in range(len(requests)) if n not in gone]
 
 
-HEAD_START_S = 0.5
 grouped_rows = st.lists(
     st.tuples(st.floats(0, 5), st.sampled_from([-1, 0, 1]), st.sampled_from([None, "a", "b", "c"])), max_size=25
 )
@@ -113,18 +112,12 @@ def test_one_that_waited_longer_than_the_head_start_is_not_overtaken():
     assert queue.head(3, 1.0) == [1, 0, 2]
 
 
-def test_the_head_start_does_not_lift_a_batch_request_over_interactive_ones():
+def test_the_head_start_does_not_lift_a_background_request_over_interactive_ones():
     assert grouped([(0.0, 1, "a"), (0.4, 0, None)], {"a"}).head(2, 1.0) == [1, 0]
 
 
-class PrefixSettings(SchedulerConfig):
-    prefix_order: bool = True
-    prefix_head_start_s: float = HEAD_START_S
-
-
-@pytest.mark.parametrize("off", [{"prefix_order": False}, {"prefix_head_start_s": 0.0}])
-def test_the_ablation_is_the_order_of_arrival(off):
-    queue = WaitingQueue(PrefixSettings(**off))
+def test_the_ablation_is_the_order_of_arrival():
+    queue = WaitingQueue(ExperimentsConfig(prefix_order=False))
     for number, group in enumerate(["a", None, "a"]):
         queue.push(f"r{number}", number, float(number) / 10, 0, group)
     queue.set_in_use({"a"})

@@ -1,4 +1,6 @@
-"""vLLM's KV events, from the EngineCore process to this one, as `scheduler.prefixes.changes`.
+"""What vLLM's prefix cache holds, by its KV events, and what it has served, by its counters.
+
+The events come from the EngineCore process to this one and become changes of a `scheduler.prefixes.tree.PrefixTree`.
 
 vLLM publishes what enters and leaves its prefix cache over ZeroMQ, in numbered batches, and keeps the last batches for
 those who missed some. The sockets are Unix sockets in a directory that only this user can enter: token ids of prompts
@@ -18,13 +20,19 @@ import logging
 import tempfile
 import uuid
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
 
-from scheduler.prefixes.changes import BlocksRemoved, BlocksStored, CacheCleared, PrefixChange
+import prometheus_client
+
+from scheduler.prefixes.tree import BlocksRemoved, BlocksStored, CacheCleared, PrefixChange
 
 logger = logging.getLogger(__name__)
+
+_QUERIED = "vllm:prefix_cache_queries_total"
+_HIT = "vllm:prefix_cache_hits_total"
 
 _MAX_PARENT_BYTES = 60
 _SILENCE_S = 5.0
@@ -204,6 +212,24 @@ def _num_plain(event: Any) -> int:
 
 def _as_tuple(key: Any) -> Any:
     return None if key is None else tuple(key)
+
+
+@dataclass(frozen=True, slots=True)
+class PrefixCounts:
+    """Prompt tokens of started requests since the start; a request that was preempted counts once."""
+
+    prompt_tokens: int
+    cached_tokens: int
+    """Those among them whose keys and values were in the cache already."""
+
+
+def read_prefix_counts() -> PrefixCounts | None:
+    """The counts of all engines of this process; None if vLLM keeps no statistics (`disable_log_stats`)."""
+    totals: dict[str, float] = {}
+    for metric in prometheus_client.REGISTRY.restricted_registry([_QUERIED, _HIT]).collect():
+        for sample in metric.samples:
+            totals[sample.name] = totals.get(sample.name, 0.0) + sample.value
+    return PrefixCounts(int(totals[_QUERIED]), int(totals.get(_HIT, 0))) if _QUERIED in totals else None
 
 
 def _private_directory() -> Path:

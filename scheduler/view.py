@@ -1,11 +1,10 @@
-"""What the iteration planner is told and what it answers. Plain data; units are in the names."""
+"""What the iteration planner is told of the engine. Its answer is `core.batch.Plan`. Units are in the names.
+
+`decode_context` is what attention reads: tokens of dropped KV blocks are not in it. Who builds the view subtracts them.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Literal
-
-PruneReason = Literal["", "decode", "prefill", "finetune"]
-"""What blocks are dropped for; the first of these if there are several."""
 
 MAX_PREFILLS_SEEN = 8
 """More prefills than this never share an iteration's budget in a useful way, and looking costs time."""
@@ -23,7 +22,7 @@ class PrefillTask:
     context_tokens: int = 0
     """Prompt tokens that need not be computed: they were, or the prefix cache has them."""
     user_priority: int = 0
-    """The request's `priority` field: lower is sooner, above 0 is class `batch`."""
+    """The request's `priority` field: lower is sooner, above 0 is class `background`."""
     is_running: bool = False
     """Has a seat already (a chunk of it was computed)."""
     held_tokens: int = 0
@@ -52,10 +51,6 @@ class PruneOffer:
     def num_blocks(self) -> int:
         """How many may be dropped."""
         return len(self.costs)
-
-    def cost_of(self, num_blocks: int) -> float:
-        """Summed harm of the `num_blocks` cheapest; of all if that many are not offered."""
-        return sum(self.costs[:num_blocks])
 
 
 @dataclass(slots=True)
@@ -89,7 +84,7 @@ class IterationView:
     decode_tokens: int = 0
     """Tokens that they take; more than `num_decode` with draft tokens. 0: one each."""
     decode_context: int = 0
-    """Their tokens in the KV cache, summed."""
+    """Tokens of KV cache that they attend to, summed."""
     prefills: list[PrefillTask] = field(default_factory=list)
     """In progress first, then the head of the waiting queue in its order; bounded by `MAX_PREFILLS_SEEN`."""
     num_waiting_unseen: int = 0
@@ -139,32 +134,3 @@ class IterationView:
         self.num_waiting_unseen += count
         self.unseen_tokens += num_tokens
         self.oldest_unseen_s = oldest_s if self.oldest_unseen_s is None else min(oldest_s, self.oldest_unseen_s)
-
-
-@dataclass(slots=True)
-class Plan:
-    """One iteration. `token_budget` and `max_chunk_tokens` hold for inference, the rest for fine-tuning."""
-
-    token_budget: int
-    """Tokens (decode and prefill) that the forward pass may take; 0 in a blocking training phase."""
-    max_chunk_tokens: int
-    """Longest prefill chunk of one request; 0: no limit beyond the budget."""
-    finetune_budget_s: float = 0.0
-    """Slices run while their upper estimate fits into this."""
-    min_slices: int = 0
-    """Slices that run even if their estimate does not fit."""
-    slice_tokens: int = 0
-    """Padded tokens that a micro-batch started from now on may have; 0: as configured."""
-    prune_blocks: int = 0
-    """KV blocks to drop before this iteration is scheduled."""
-    prune_reason: PruneReason = ""
-    """Who needs them: `decode`, `prefill` or `finetune`."""
-    wants_prune_scores: bool = False
-    """Memory is getting short: blocks should be scored with this forward pass."""
-    reserves_arena: bool = False
-    """Memory for the slices' step is reserved in the ledger, until a report says that nothing is held."""
-    defers_training: bool = False
-    """Memory is short even with all that may be dropped: no slices, unless they have waited too long."""
-    is_blocking: bool = False
-    """Slices run to the end of the current step without inference (policies `periodic` and `continuous`)."""
-    predicted_forward_s: float | None = None

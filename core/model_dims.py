@@ -1,0 +1,94 @@
+"""Sizes of a decoder of Llama's kind (Llama, Mistral, Qwen), from its `config.json`."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from core.errors import ConfigError
+
+
+@dataclass(frozen=True, slots=True)
+class ModelDims:
+    """What decides the memory and the work of a training step, and the size of the KV cache."""
+
+    num_layers: int
+    hidden_size: int
+    intermediate_size: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    vocab_size: int
+    dtype_bytes: int
+    """Bytes of one value of weights and activations."""
+
+    @classmethod
+    def of(cls, config: Mapping[str, Any], *, dtype_bytes: int) -> "ModelDims":
+        """Read a Hugging Face configuration.
+
+        Raises:
+            ConfigError: a size is missing.
+        """
+        try:
+            hidden, heads = int(config["hidden_size"]), int(config["num_attention_heads"])
+            layers, vocabulary = int(config["num_hidden_layers"]), int(config["vocab_size"])
+            intermediate = int(config["intermediate_size"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise ConfigError(f"the model's config.json lacks a size: {error}") from error
+        return cls(
+            num_layers=layers,
+            hidden_size=hidden,
+            intermediate_size=intermediate,
+            num_heads=heads,
+            num_kv_heads=int(config.get("num_key_value_heads") or heads),
+            head_dim=int(config.get("head_dim") or hidden // heads),
+            vocab_size=vocabulary,
+            dtype_bytes=dtype_bytes,
+        )
+
+    @classmethod
+    def load(cls, path: Path, *, dtype_bytes: int) -> "ModelDims":
+        """Read a `config.json`, or the one in a directory.
+
+        Raises:
+            ConfigError: it cannot be read, or a size is missing.
+        """
+        path = path / "config.json" if path.is_dir() else path
+        try:
+            config = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise ConfigError(f"model configuration {path} cannot be read: {error}") from error
+        return cls.of(config, dtype_bytes=dtype_bytes)
+
+    @property
+    def query_size(self) -> int:
+        """Width of all query heads."""
+        return self.num_heads * self.head_dim
+
+    @property
+    def kv_size(self) -> int:
+        """Width of all key heads, and of all value heads."""
+        return self.num_kv_heads * self.head_dim
+
+    @property
+    def linear_layers(self) -> tuple[tuple[int, int], ...]:
+        """Inputs and outputs of q, k, v, o, gate, up and down."""
+        hidden, inner, query, kv = self.hidden_size, self.intermediate_size, self.query_size, self.kv_size
+        attention = ((hidden, query), (hidden, kv), (hidden, kv), (query, hidden))
+        return (*attention, (hidden, inner), (hidden, inner), (inner, hidden))
+
+    @property
+    def layer_weights(self) -> int:
+        """Parameters of one layer's linear maps."""
+        return sum(i * o for i, o in self.linear_layers)
+
+    @property
+    def head_weights(self) -> int:
+        """Parameters of the language model head."""
+        return self.hidden_size * self.vocab_size
+
+    @property
+    def kv_bytes_per_token(self) -> int:
+        """Keys and values of one token over all layers."""
+        return 2 * self.num_layers * self.kv_size * self.dtype_bytes

@@ -1,1 +1,0 @@
-"""What vLLM's prefix cache holds and serves."""

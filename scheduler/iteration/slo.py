@@ -1,0 +1,93 @@
+"""What the SLO targets leave: seconds that an iteration may last, and seconds of it that may go to fine-tuning.
+
+TBT: every running request waits for the whole iteration, so an iteration of predicted latency above the target
+is a miss for all of them. TTFT: a request without its first token waits for this iteration and for those that its
+prompt, and the prompts ahead of it, still need; what is left until its target may be spent on fine-tuning.
+"""
+
+from core.batch import ForwardShape
+from core.config import SchedulerConfig, SloConfig
+from core.ports import LatencyPredictor
+from scheduler.view import IterationView
+
+_UNSERVED_SHARE_OF_TTFT = 0.5
+"""With nobody decoding, an iteration may last this share of the TTFT target: a request that arrives just after its
+start still has the other half for its own prompt."""
+
+_TYPICAL_CONTEXT = 256
+_TYPICAL_PROMPT = 128
+"""Tokens of the request that `slo_warnings` judges targets by."""
+
+
+def iteration_capacity_s(slo: SloConfig, slack_fraction: float, num_decode: int) -> float:
+    """Latency capacity of one iteration, overhead included."""
+    if num_decode:
+        return slack_fraction * slo.tbt_s
+    return slack_fraction * max(slo.tbt_s, _UNSERVED_SHARE_OF_TTFT * slo.ttft_s)
+
+
+def ttft_slack_s(view: IterationView, slo: SloConfig, iteration_s: float, num_prefill_tokens: int) -> float | None:
+    """Seconds that may be lost before the first request misses its TTFT target; None if no request waits for one.
+
+    Args:
+        view: the state that was planned for.
+        slo: targets.
+        iteration_s: predicted duration of this iteration without fine-tuning; later ones are taken as alike.
+        num_prefill_tokens: prompt tokens that such an iteration computes.
+
+    A request that cannot start for want of a seat or of KV blocks waits until a running one ends, which nobody can
+    predict and which slices would put off: then the answer is 0.
+    """
+    num_waiting = view.num_waiting_unseen + sum(not prefill.is_running for prefill in view.prefills)
+    if num_waiting > view.free_seats or (num_waiting > 0 and num_prefill_tokens == 0):
+        return 0.0
+    slack_s = []
+    tokens_ahead, target_s = 0, slo.ttft_s - view.now_s
+    for prefill in view.prefills:
+        tokens_ahead += prefill.num_tokens
+        slack_s.append(prefill.arrived_s + target_s - _finish_s(tokens_ahead, num_prefill_tokens, iteration_s))
+    if view.num_waiting_unseen and view.oldest_unseen_s is not None:
+        # The last of the unseen has the most work ahead, the oldest the nearest deadline: together a lower bound.
+        tokens_ahead += view.unseen_tokens
+        finish_s = _finish_s(tokens_ahead, num_prefill_tokens, iteration_s)
+        slack_s.append(view.oldest_unseen_s + target_s - finish_s)
+    return min(slack_s, default=None)
+
+
+def _finish_s(tokens_ahead: int, tokens_per_iteration: int, iteration_s: float) -> float:
+    """Time until the last of `tokens_ahead` prompt tokens is computed."""
+    if tokens_per_iteration <= 0:  # prompts in progress that got nothing: no KV blocks
+        return iteration_s
+    return iteration_s * max(1.0, tokens_ahead / tokens_per_iteration)
+
+
+def slo_warnings(slo: SloConfig, config: SchedulerConfig, predictor: LatencyPredictor) -> list[str]:
+    """Sentences about targets that the device cannot meet, or that leave no time to train.
+
+    Asked of the profile at the start; empty if all is well or nothing is known.
+    """
+    decode_s = predictor.forward_s(ForwardShape(num_decode=1, decode_context=_TYPICAL_CONTEXT))
+    prompt = ForwardShape()
+    prompt.add_chunk(_TYPICAL_PROMPT, 0)
+    prompt_s = predictor.forward_s(prompt)
+    if decode_s is None or prompt_s is None:
+        return []
+    token_s = decode_s + predictor.overhead_s
+    first_s = prompt_s + predictor.overhead_s
+    warnings = []
+    if token_s > slo.tbt_s:
+        warnings.append(
+            f"slo.tbt_s is {slo.tbt_s:g} s, but a token of a single request takes {token_s:.3g} s on this device: "
+            "the target cannot be met, and training runs only while nobody is served"
+        )
+    elif token_s > config.slack_fraction * slo.tbt_s:
+        warnings.append(
+            f"slo.tbt_s is {slo.tbt_s:g} s, and a token of a single request takes {token_s:.3g} s on this device: "
+            "nothing is left for training while somebody is served"
+        )
+    if first_s > slo.ttft_s:
+        warnings.append(
+            f"slo.ttft_s is {slo.ttft_s:g} s, but a prompt of {_TYPICAL_PROMPT} tokens takes {first_s:.3g} s on this "
+            "device: the target cannot be met"
+        )
+    return warnings
