@@ -13,7 +13,6 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -49,20 +48,6 @@ Directory = Annotated[
 ]
 
 
-@dataclass(slots=True)
-class SizeReport:
-    """What was measured at one size."""
-
-    num_pairs: int
-    database_bytes: int
-    """The file without its write-ahead log."""
-    open_s: float
-    insert_per_s: dict[str, float]
-    """Records per second, each commit flushed: one by one, in batches, and in batches over the whole stretch before."""
-    latency_ms: dict[str, dict[str, float]] = field(default_factory=dict)
-    """By operation: p50, p99, and the mean CPU time, which other load on the machine hardly changes."""
-
-
 def feedback(
     as_json: AsJson = False,
     items: Annotated[int, typer.Option(min=_BATCH, help="Records for each measurement")] = 5000,
@@ -84,7 +69,7 @@ def feedback(
         return
     with tempfile.TemporaryDirectory(dir=directory) as state_dir:
         reports = measure_growth(pairs, Path(state_dir))
-    show([asdict(report) for report in reports], [_table(reports)], as_json, out)
+    show(reports, [_table(reports)], as_json, out)
 
 
 def quality(
@@ -122,22 +107,42 @@ def _in_batches(store: FeedbackStore, rows: list[dict[str, Any]]) -> None:
         store.add(rows[start : start + _BATCH])
 
 
-def measure_growth(num_pairs: int, directory: Path) -> list[SizeReport]:
-    """Fill a new store in `directory` up to `num_pairs` pairs and measure it at each of `SIZES` on the way."""
+def measure_growth(num_pairs: int, directory: Path) -> list[dict[str, Any]]:
+    """Fill a new store in `directory` up to `num_pairs` pairs and measure it at each of `SIZES` on the way.
+
+    Returns:
+        For each size: `num_pairs`; `database_bytes`, the file without its write-ahead log; `open_s`; `insert_per_s`,
+        records per second, each commit flushed: one by one, in batches, and in batches over the whole stretch before;
+        and `latency_ms` by operation: p50, p99, and the mean CPU time, which other load hardly changes.
+    """
     chooser = random.Random(0)
-    store = _open(directory)
     reports, stored = [], 0
+    store = _open(directory)
     for size in [*(size for size in SIZES if size < num_pairs), num_pairs]:
-        started_s = time.perf_counter()
-        insert_s, pair_ids = _fill(store, stored, size, chooser)
-        rate = (size - stored) / insert_s
-        note(f"{size} pairs, {rate:.0f} inserts/s; filled in {time.perf_counter() - started_s:.0f} s")
+        insert_s, unscored = _fill(store, stored, size, chooser)
+        fill_rate = (size - stored) / insert_s
         store.close()
-        stored = size
-        store, report = _measure(directory, size, rate, pair_ids, chooser)
-        stored += _SINGLE + 10 * _BATCH
+        database_bytes = database_path(directory).stat().st_size
+        started_s = time.perf_counter()
+        store = _open(directory)
+        store.unscored_pairs(8)
+        open_s = time.perf_counter() - started_s
+        rates = {
+            "one_by_one": _insert_rate(store, size, _SINGLE, 1, chooser),
+            f"batches_of_{_BATCH}": _insert_rate(store, size, 10 * _BATCH, _BATCH, chooser),
+            "while_filling": fill_rate,
+        }
+        stored = size + _SINGLE + 10 * _BATCH
+        operations = _operations(store, unscored, chooser)
+        report: dict[str, Any] = {
+            "num_pairs": size,
+            "database_bytes": database_bytes,
+            "open_s": open_s,
+            "insert_per_s": rates,
+            "latency_ms": {name: _latency(call, repeats) for name, call, repeats in operations},
+        }
         reports.append(report)
-        note(f"  open {report.open_s:.3f} s, {report.database_bytes / 2**20:.0f} MiB")
+        note(f"{report}")
     store.close()
     return reports
 
@@ -226,25 +231,6 @@ def _record(store: FeedbackStore, pair_ids: list[str], chooser: random.Random) -
     store.record_scores(scores, _VERSION, dict.fromkeys(pair_ids, "0" * 32))
 
 
-def _measure(
-    directory: Path, size: int, fill_rate: float, unscored: list[str], chooser: random.Random
-) -> tuple[FeedbackStore, SizeReport]:
-    database_bytes = database_path(directory).stat().st_size
-    started_s = time.perf_counter()
-    store = _open(directory)
-    store.unscored_pairs(8)
-    open_s = time.perf_counter() - started_s
-    rates = {
-        "one_by_one": _insert_rate(store, size, _SINGLE, 1, chooser),
-        f"batches_of_{_BATCH}": _insert_rate(store, size, 10 * _BATCH, _BATCH, chooser),
-        "while_filling": fill_rate,
-    }
-    report = SizeReport(size, database_bytes, open_s, rates)
-    for name, call, repeats in _operations(store, unscored, chooser):
-        report.latency_ms[name] = _latency(call, repeats)
-    return store, report
-
-
 def _insert_rate(store: FeedbackStore, start: int, count: int, batch: int, chooser: random.Random) -> float:
     batches = [_items(start + position, batch, chooser) for position in range(0, count, batch)]
     started_s = time.perf_counter()
@@ -305,16 +291,16 @@ def _latency(call: Callable[[], object], repeats: int) -> dict[str, float]:
     return {**latency_ms, "cpu": 1e3 * cpu_s}
 
 
-def _table(reports: list[SizeReport]) -> Table:
+def _table(reports: list[dict[str, Any]]) -> Table:
     """One column for each size."""
-    table = Table("", *(f"{report.num_pairs:,} pairs" for report in reports))
-    table.add_row("database, MiB", *(f"{report.database_bytes / 2**20:.0f}" for report in reports))
-    table.add_row("open, s", *(f"{report.open_s:.2f}" for report in reports))
-    for name in reports[0].insert_per_s:
-        label = f"inserts/s, {name.replace('_', ' ')}"
-        table.add_row(label, *(f"{report.insert_per_s[name]:.0f}" for report in reports))
-    for name in reports[0].latency_ms:
-        values = [report.latency_ms[name] for report in reports]
+    table = Table("", *(f"{report['num_pairs']:,} pairs" for report in reports))
+    table.add_row("database, MiB", *(f"{report['database_bytes'] / 2**20:.0f}" for report in reports))
+    table.add_row("open, s", *(f"{report['open_s']:.2f}" for report in reports))
+    for name in reports[0]["insert_per_s"]:
+        rates = (f"{report['insert_per_s'][name]:.0f}" for report in reports)
+        table.add_row(f"inserts/s, {name.replace('_', ' ')}", *rates)
+    for name in reports[0]["latency_ms"]:
+        values = (report["latency_ms"][name] for report in reports)
         cells = (f"{one['p50']:.1f} / {one['p99']:.1f} / {one['cpu']:.1f}" for one in values)
         table.add_row(f"{name}, ms p50 / p99 / CPU", *cells)
     return table

@@ -18,7 +18,7 @@ import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import product
 from pathlib import Path
@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from benchmarks.harness.models import TITLES, ModelName, model_directories, random_model, vocab_size
-from benchmarks.harness.report import AsJson, Out, StateDir, note, show
+from benchmarks.harness.report import AsJson, Column, Out, StateDir, note, show, table_of
 from core.config import LoraConfig, TrainingConfig
 from core.types import FineTuneTask, SliceKind, TaskKind, TokenizedPair
 
@@ -232,35 +232,23 @@ def _reference_share(run: StepRun) -> float:
     return reference_s / sum(sum(run.seconds[kind]) for kind in _FORWARD)
 
 
-@dataclass(frozen=True, slots=True)
-class SharingRow:
-    """Sharing on against off at one point. A ratio above 1 favours sharing."""
-
-    model: str
-    row_tokens: int
-    lengths: str
-    is_cached: bool
-    """The reference log-probabilities are known."""
-    prompt_percent: int
-    pairs_per_s: float
-    """Per second of one core."""
-    pairs_per_s_off: float
-    ratio: float
-    ratio_low: float
-    ratio_high: float
-    layer_tokens: int
-    layer_tokens_off: int
-    peak_mib: float
-    peak_mib_off: float
-
-    def __str__(self) -> str:
-        reference = "cached" if self.is_cached else "computed"
-        return (
-            f"{self.model}, {self.row_tokens} {self.lengths}, reference {reference}, prompt {self.prompt_percent} %: "
-            f"{self.pairs_per_s} pairs/s against {self.pairs_per_s_off}, ratio {self.ratio} "
-            f"({self.ratio_low} to {self.ratio_high}), tokens {self.layer_tokens} / {self.layer_tokens_off}, "
-            f"peak {self.peak_mib} / {self.peak_mib_off} MiB"
-        )
+_SHARING_COLUMNS: tuple[Column, ...] = (
+    ("model", "model", str),
+    ("row, tokens", "row_tokens", str),
+    ("lengths", "lengths", str),
+    ("reference", "is_cached", lambda is_cached: "cached" if is_cached else "computed"),
+    ("prompt, %", "prompt_percent", str),
+    ("pairs/s", "pairs_per_s", str),
+    ("without", "pairs_per_s_off", str),
+    ("ratio", "ratio", str),
+    ("low", "ratio_low", str),
+    ("high", "ratio_high", str),
+    ("layer tokens", "layer_tokens", str),
+    ("without", "layer_tokens_off", str),
+    ("peak, MiB", "peak_mib", str),
+    ("without", "peak_mib_off", str),
+)
+"""Sharing on against off at one point; pairs per second of one core. A ratio above 1 favours sharing."""
 
 
 def prompt_sharing(
@@ -276,19 +264,20 @@ def prompt_sharing(
         known = ", ".join(SHARING_MODELS)
         raise typer.BadParameter(f"there is no model {only}; known: {known}", param_hint="--only")
     torch.set_num_threads(1)
-    rows: list[SharingRow] = []
+    rows: list[dict[str, Any]] = []
     for name in [only] if only else SHARING_MODELS:
         for row in _measure_sharing(name, repeats):
-            note(str(row))  # the whole takes many minutes
+            note(f"{row}")  # the whole takes many minutes
             rows.append(row)
-    show({"threads": 1, "repeats": repeats, "rows": [asdict(row) for row in rows]}, map(str, rows), as_json, out)
+    report = {"threads": 1, "repeats": repeats, "rows": rows}
+    show(report, [table_of("Shared prompts", rows, _SHARING_COLUMNS)], as_json, out)
 
 
 def _run_sharing(model: "TrainableModel", shadow: "ShadowAdapter", task: FineTuneTask, shares: bool) -> StepRun:
     return run_step(model, shadow, task, share_prompt=shares)
 
 
-def _measure_sharing(name: str, repeats: int) -> Iterator[SharingRow]:
+def _measure_sharing(name: str, repeats: int) -> Iterator[dict[str, Any]]:
     described = SHARING_MODELS[name]
     with tempfile.TemporaryDirectory(prefix="mace-bench-") as scratch:
         directory = random_model(Path(scratch), f"{name}-part")
@@ -305,17 +294,18 @@ def _measure_sharing(name: str, repeats: int) -> Iterator[SharingRow]:
         runs = in_turns(repeats, partial(_run_sharing, model, shadow, task))
         ratios = [off.cpu_s / on.cpu_s for off, on in zip(runs[False], runs[True], strict=True)]
         off, on = (len(task.pairs) / statistics.median(run.cpu_s for run in runs[key]) for key in (False, True))
-        yield SharingRow(
-            model=described.title,
-            row_tokens=row_tokens,
-            lengths=lengths,
-            is_cached=is_cached,
-            prompt_percent=percent,
-            pairs_per_s=round(on, 2),
-            pairs_per_s_off=round(off, 2),
+        shared, plain = runs[True][0], runs[False][0]
+        yield {
+            "model": described.title,
+            "row_tokens": row_tokens,
+            "lengths": lengths,
+            "is_cached": is_cached,
+            "prompt_percent": percent,
+            "pairs_per_s": round(on, 2),
+            "pairs_per_s_off": round(off, 2),
             **_spread("ratio", ratios),
-            layer_tokens=runs[True][0].layer_tokens,
-            layer_tokens_off=runs[False][0].layer_tokens,
-            peak_mib=round(runs[True][0].peak_bytes / 2**20, 2),
-            peak_mib_off=round(runs[False][0].peak_bytes / 2**20, 2),
-        )
+            "layer_tokens": shared.layer_tokens,
+            "layer_tokens_off": plain.layer_tokens,
+            "peak_mib": round(shared.peak_bytes / 2**20, 2),
+            "peak_mib_off": round(plain.peak_bytes / 2**20, 2),
+        }
