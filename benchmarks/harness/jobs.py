@@ -40,7 +40,7 @@ _LOG_TAIL_CHARS = 2000
 
 _MAX_PROBES = 6
 _TOLERANCE = 0.02
-"""Of the busy share that calibration looks for."""
+"""How far a calibrated busy share may be from the one that was asked for."""
 _MAX_FACTOR = 3.0
 """Between two probes the rate changes by no more than this: far from the goal the share is not proportional."""
 
@@ -50,7 +50,7 @@ class MeasurementError(MaceError):
 
 
 class Job(BaseModel):
-    """What one process measures."""
+    """The measurement of one process."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
 
@@ -69,7 +69,7 @@ class Job(BaseModel):
     profile_out: Path | None = None
     """Measure a profile on this engine first, and write it here; kind `profile` does nothing else."""
     busy_share: float = Field(0.4, gt=0, lt=1)
-    """What `calibrate` looks for."""
+    """Share of the time that `calibrate` wants forward passes to take."""
 
     @property
     def limit_s(self) -> float:
@@ -86,14 +86,14 @@ class Job(BaseModel):
 
 
 class JobResult(BaseModel):
-    """What it found."""
+    """The numbers that a job found."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     metrics: RunMetrics | None = None
-    """Of kind `serve`."""
+    """Set by the kind `serve`."""
     rate_per_s: float | None = None
-    """Of kind `calibrate`."""
+    """Set by the kind `calibrate`."""
     threads: str
     """Cores that the worker's threads were bound to."""
 

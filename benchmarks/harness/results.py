@@ -41,7 +41,7 @@ class RunMetrics(BaseModel):
     tbt_token_attainment: float | None
     """Share of gaps between tokens within the TBT target."""
     pairs_per_s: float
-    """From the slices' device time in the window and the mean device time of a pair: no step is cut off."""
+    """Slices' device time in the window over the mean device time of a pair, so that no step is cut off."""
     finished_pairs_per_s: float
     """Pairs of the steps that ended within the window: whole steps only."""
     num_failed_steps: int
@@ -92,7 +92,7 @@ def summarize(run: WindowRecord, slo: SloConfig) -> RunMetrics:
 
 
 def meets_slo(record: RequestRecord, slo: SloConfig) -> bool:
-    """Whether the request ended, with TTFT and every gap between tokens within the targets."""
+    """True if the request ended, with TTFT and every gap between tokens within the targets."""
     if record.error is not None or record.ttft_s is None:
         return False
     return record.ttft_s <= slo.ttft_s and max(record.gaps_s, default=0.0) <= slo.tbt_s

@@ -91,7 +91,7 @@ def main(
 
 
 def _false_detections(config: DriftConfig, margins: _Margins, stationary: int) -> float:
-    """In runs of `_STATIONARY_RUN`, each a stream of its own."""
+    """Count detections in runs of `_STATIONARY_RUN` pairs, each a stream of its own."""
     runs = math.ceil(stationary / _STATIONARY_RUN)
     found = sum(
         len(list(_detections(config, margins(np.random.default_rng(seed), _STATIONARY_RUN))))

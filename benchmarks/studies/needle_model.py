@@ -37,7 +37,7 @@ _UNKNOWN, _END = "<unk>", "<end>"
 _MAX_POSITIONS = 2048
 _REPORT_STEPS = 100
 _ANSWER_WEIGHT, _TEXT_WEIGHT = 3.0, 0.1
-"""Of predicting an answer's word, and any other token."""
+"""Weights of predicting an answer's word, and any other token."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -73,13 +73,13 @@ class Arrival(Request):
     """One request of the traffic."""
 
     system: int = 0
-    """Which system prompt it begins with."""
+    """Number of the system prompt that it begins with."""
     to_base: bool = False
 
 
 @dataclass(slots=True)
 class Served:
-    """What became of a request."""
+    """One request and its fate."""
 
     arrival: Arrival
     record: RequestRecord
@@ -87,7 +87,7 @@ class Served:
 
     @property
     def sent_s(self) -> float:
-        """When it was sent, since the run began."""
+        """Time of sending, since the run began."""
         return self.record.sent_s or 0.0
 
     @property
@@ -115,7 +115,7 @@ class Run:
 
     @property
     def openers(self) -> list[Served]:
-        """Of those, the first one with each system prompt."""
+        """The first one of `first` with each system prompt."""
         seen: dict[int, Served] = {}
         for served in self.first:
             seen.setdefault(served.arrival.system, served)
@@ -339,7 +339,7 @@ def _quantiles_ms(requests: list[Served]) -> dict[str, float | int] | None:
 
 
 def _hit_share(requests: list[Served]) -> float | None:
-    """Of all prompt tokens, those that the cache had; None if there was no request."""
+    """Share of all prompt tokens that the cache had; None if there was no request."""
     total = sum(len(served.arrival.prompt) for served in requests)
     return round(sum(served.cached_tokens for served in requests) / total, 4) if total else None
 

@@ -200,7 +200,7 @@ class _PlanningEngine:
             request.num_computed_tokens = request.num_tokens - 1
 
     def _schedule(self, started: StandInRequest, plan: Plan) -> dict[str, int]:
-        """What vLLM would answer: all running requests decode, the started one gets its chunk."""
+        """Stand in for vLLM: all running requests decode, the started one gets its chunk."""
         scheduled = {request.request_id: 1 for request in self._running}
         chunk = min(plan.max_chunk_tokens or started.num_tokens, started.num_tokens)
         scheduled[started.request_id] = chunk

@@ -41,10 +41,10 @@ ALONE = "training_alone"
 POLICIES = ("inference_only", "mace", "periodic", "continuous")
 
 MIN_ATTAINMENT = 0.99
-"""Of `mace`, where `inference_only` reaches `MIN_BASELINE_ATTAINMENT`."""
+"""Least attainment of `mace`, where `inference_only` reaches `MIN_BASELINE_ATTAINMENT`."""
 MIN_BASELINE_ATTAINMENT = 0.995
 BASELINE_GOAL = 0.85
-"""Of (training alone x idle share): what `mace` has to train, and what the blocking policies are asked for."""
+"""Share of (training alone x idle share): what `mace` has to train, and what the blocking policies are asked for."""
 
 ALONE_EXPERIMENTS = {"packing": "first_fit"}
 """Training alone takes slices as large as the settings allow: nobody is delayed by them, and they are the faster ones.
@@ -176,7 +176,7 @@ def _ideal_pairs_per_s(runs: dict[str, list[RunMetrics]]) -> float | None:
 
 
 def _goal_pairs_per_s(runs: dict[str, list[RunMetrics]]) -> float | None:
-    """From the first repeat, so that all repeats of a policy have one setting."""
+    """Take the goal from the first repeat, so that all repeats of a policy have one setting."""
     ideal = _ideal_pairs_per_s({label: results[:1] for label, results in runs.items()})
     return None if ideal is None else BASELINE_GOAL * ideal
 

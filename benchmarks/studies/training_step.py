@@ -53,7 +53,7 @@ class SharingModel:
     title: str
     num_pairs: int
     dtype: str
-    """As the engine serves it on a CPU."""
+    """The type in which the engine serves it on a CPU."""
     settings: tuple[tuple[int, str, bool], ...]
     """Tokens of a row, lengths, and whether the reference is cached."""
 
@@ -226,7 +226,7 @@ def _spread(name: str, ratios: list[float]) -> dict[str, float]:
 
 
 def _reference_share(run: StepRun) -> float:
-    """Of the forward slices' time; half of the embedding is the reference's."""
+    """Share of the forward slices' time; half of the embedding is the reference's."""
     embed_s = sum(run.seconds[SliceKind.EMBED])
     reference_s = sum(sum(run.seconds[kind]) for kind in _REFERENCE) + embed_s / 2
     return reference_s / sum(sum(run.seconds[kind]) for kind in _FORWARD)

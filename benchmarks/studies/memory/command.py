@@ -26,7 +26,7 @@ from profiler.device import installed_versions
 
 
 class Part(StrEnum):
-    """What is measured."""
+    """A part of the benchmark."""
 
     PREFIX = "prefix"
     PRUNING = "pruning"

@@ -31,7 +31,7 @@ OVERLAPS = (0.0, 0.05, 0.2, 0.36, 0.6)
 LOW_OVERLAP = 0.05
 """Here sharing must cost nothing measurable; measured twice as often."""
 CHECK_CONFIDENCE = 0.99
-"""Of the intervals that the checks use: seven numbers are checked at once, and one in twenty would fail by chance."""
+"""Confidence of the intervals that checks use: seven are checked at once, and one in twenty would fail by chance."""
 FRACTIONS = (0.0, 0.1, 0.25, 0.5)
 """Shares of a request's KV blocks that may be dropped."""
 CONTEXTS = (512, 1024, 2048)
@@ -43,7 +43,7 @@ ABLATIONS: dict[str, tuple[bool, float]] = {
     "/Prune": (True, 0.0),
     "/Prefix/Prune": (False, 0.0),
 }
-"""Whether prefixes are shared, and the share of blocks that may be dropped, as in the paper's Fig. 12."""
+"""For each setting, if prefixes are shared, and the share of blocks that may be dropped, as in the paper's Fig. 12."""
 LOADS = (1.0, 1.5)
 """Factors of the trace's rate."""
 ABLATION_SYSTEM_TOKENS = 432
@@ -55,7 +55,7 @@ _WARM_UP_S = 3.0
 
 
 class MemoryOptions(BaseModel):
-    """What the command line can choose."""
+    """Choices of the command line."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -64,10 +64,10 @@ class MemoryOptions(BaseModel):
     rate_per_s: float | None = None
     """None: calibrated (prefix), or as the trace says (the others)."""
     busy_share: float = Field(0.6, gt=0, lt=1)
-    """What calibration aims at."""
+    """Busy share that calibration aims at."""
     soak_minutes: float = Field(30.0, gt=0)
     pruning_report: Path | None = None
-    """What `mace profile pruning` found, to be shown beside the gains."""
+    """Report of `mace profile pruning`, to be shown beside the gains."""
 
 
 class Journal:
@@ -118,7 +118,7 @@ class Case:
 
     name: str
     columns: Mapping[str, Any]
-    """What rows say of it."""
+    """Its columns in rows of the report."""
     trace: Trace
     system_tokens: int = 0
     """Length of the system prompt that a request shares with others."""
@@ -221,7 +221,7 @@ class Part:
 
 
 def prefix_part(trace: Trace) -> Part:
-    """What sharing prefixes gains at each overlap, and what it costs where there is little to share."""
+    """Measure the gain of sharing prefixes at each overlap, and its cost where there is little to share."""
     cases = [
         Case(f"overlap {o:.0%}", {"overlap": o}, trace, system_tokens(trace, o), 2 if o == LOW_OVERLAP else 1)
         for o in OVERLAPS
@@ -235,7 +235,7 @@ def prefix_part(trace: Trace) -> Part:
 
 
 def pruning_part(trace: Trace) -> Part:
-    """What dropping KV blocks gains when memory is short, at each fraction."""
+    """Measure the gain of dropping KV blocks when memory is short, at each fraction."""
     settings = [
         Setting(f"pruning {fraction:.0%}", {"fraction": fraction}, partial(with_pruning, fraction=fraction))
         for fraction in FRACTIONS
@@ -245,7 +245,7 @@ def pruning_part(trace: Trace) -> Part:
 
 
 def ablation_part(trace: Trace) -> Part:
-    """Each mechanism taken away under a trace that is short of memory."""
+    """Take each mechanism away under a trace that is short of memory."""
     cases = [
         Case(
             f"load {load:g}",
@@ -363,7 +363,7 @@ def values_of(pairs: Pairs, name: str) -> list[tuple[float | None, float | None]
 
 
 def attainment_gain(pairs: Pairs) -> dict[str, Any] | None:
-    """What the baseline (second) adds to the SLO attainment of a setting (first), with a 95 % interval."""
+    """Points that the baseline (second) adds to the SLO attainment of a setting (first), with a 95 % interval."""
     known = values_of(pairs, "slo_attainment")
     gains = [full - without for without, full in known if full is not None and without is not None]
     if not gains:
@@ -373,7 +373,7 @@ def attainment_gain(pairs: Pairs) -> dict[str, Any] | None:
 
 
 def low_overlap_checks(part: Part, measured: Measured) -> list[dict[str, Any]]:
-    """Where there is little to share, no interval may lie wholly on the worse side of 1."""
+    """Check that no interval lies wholly on the worse side of 1 where there is little to share."""
     case = next(case for case in part.cases if case.columns["overlap"] == LOW_OVERLAP)
     on, off = (results_of(measured, case, setting) for setting in part.settings)
     checks = []
@@ -395,7 +395,7 @@ def low_overlap_checks(part: Part, measured: Measured) -> list[dict[str, Any]]:
 
 
 def accuracy_columns(report: PruningReport | None, fraction: float) -> dict[str, Any]:
-    """From `mace profile pruning` on another model: the weights here are random, so there is nothing to get wrong."""
+    """Accuracy from `mace profile pruning` on another model: the random weights here have nothing to get wrong."""
     if report is None:
         return {}
     columns = {"accuracy_model": report.origin.model}

@@ -47,7 +47,7 @@ _SERIES = 240
 
 @dataclass(slots=True)
 class SoakRecord:
-    """What happened."""
+    """Everything seen during a soak."""
 
     requests: list[RequestRecord] = field(default_factory=list)
     tasks: list[TaskRecord] = field(default_factory=list)
@@ -57,7 +57,7 @@ class SoakRecord:
     readings: list[dict[str, float]] = field(default_factory=list)
     """Time, use of the KV cache, and memory of each process."""
     fullness: list[bool] = field(default_factory=list)
-    """At each poll, whether at least `HIGH_USE` of the KV blocks were in use."""
+    """For each poll, True if at least `HIGH_USE` of the KV blocks were in use."""
     elapsed_s: float = 0.0
     """How long the load lasted."""
     counts: Counts = field(default_factory=Counts)

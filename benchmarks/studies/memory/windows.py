@@ -35,16 +35,16 @@ NUM_SYSTEM_PROMPTS = 4
 _SETTLE_S = 0.3
 """After the last request: aborts reach the engine."""
 _FIRST_WARM_UP_S = 12.0
-"""On a fresh engine, which has no latency model yet."""
+"""Warm-up of a fresh engine, which has no latency model yet."""
 _TOTALS = ("pruned_blocks", "pruned_requests", "preemptions", "small_slices", "prunes", "deferrals")
 """Keys of the engine's memory status that only grow."""
 _CAPACITY_OUTPUT_TOKENS = 64
 _CAPACITY_LIMIT_S = 120.0
-"""For one try of a batch."""
+"""Limit of one try of a batch."""
 
 
 class Counts(BaseModel):
-    """What vLLM counts about memory between two moments. Shares are in 0..1."""
+    """Counts of vLLM about memory between two moments. Shares are in 0..1."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -73,7 +73,7 @@ class StatLog:
         self.clear()
 
     def factory(self) -> Any:
-        """What vLLM calls with its config and the engine's number; always this object."""
+        """Return a function of vLLM's config and the engine's number that always gives this object."""
         return lambda _config, _engine_index=0: self
 
     def clear(self) -> None:
@@ -128,11 +128,11 @@ class WindowResult(BaseModel):
     metrics: RunMetrics
     counts: Counts
     status: dict[str, Any] = {}
-    """What the engine says about its memory; totals are differences over the window with its warm-up."""
+    """The engine's memory status; totals are differences over the window with its warm-up."""
     other_cpu_share: float = 0.0
     """Share of all cores that processes other than the benchmark's took: noise. 0 to 1."""
     all_blocks_free: bool = True
-    """Whether every KV block was free when the window and its training were over."""
+    """True if every KV block was free when the window and its training were over."""
 
 
 @dataclass(slots=True)
@@ -206,18 +206,18 @@ class WatchedEngine:
     def decode(
         self, prompt_ids: Sequence[int], request_id: str, max_tokens: int, handle: Any = None, priority: int = 0
     ) -> AsyncIterator[list[int]]:
-        """As the engine does, with the first tokens replaced; at least one stays the request's own."""
+        """Decode on the engine, with the first tokens replaced; at least one stays the request's own."""
         shared = self._prompts[zlib.crc32(request_id.encode()) % len(self._prompts)] if self._prompts else ()
         shared = shared[: len(prompt_ids) - 1]
         ids = [*shared, *prompt_ids[len(shared) :]]
         return self._live.engine.decode(ids, request_id, max_tokens, handle, priority)
 
     async def run_task(self, task: FineTuneTask) -> TaskResult:
-        """As the engine does."""
+        """Run the task on the engine."""
         return await self._live.engine.run_task(task)
 
     async def iterations(self, after: int) -> tuple[int, list[IterationSample]]:
-        """As the engine does. A window asks from 0 exactly once, when it opens."""
+        """Return the engine's samples. A window asks from 0 exactly once, when it opens."""
         if after == 0:
             self._live.stats.clear()
         return await self._live.engine.iterations(after)
