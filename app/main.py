@@ -2,6 +2,10 @@
 
 `serve_config.yaml` names `app.main:build_app`. No `from __future__ import annotations` here: Ray would then pass an
 unvalidated dict instead of `AppArgs`.
+
+Settings are validated once, where they come in: by `parse_args` in commands of ours, by Ray before it calls
+`build_app`. Executor and Control get the `AppArgs` themselves; only the engine's processes, which vLLM starts, read
+them again from JSON.
 """
 
 from typing import Any
@@ -21,64 +25,57 @@ from deployments.routing.router import REPORT_PERIOD_S
 _MAX_QUEUED = 1024
 
 
-def parse_args(raw: Any) -> AppArgs:
+def parse_args(raw: dict[str, Any]) -> AppArgs:
     """Validate what stands under `args:`; relative paths become absolute, since replicas have another directory.
 
     Raises:
         ConfigError: naming every wrong key.
     """
     try:
-        args = AppArgs.model_validate(raw.model_dump() if isinstance(raw, AppArgs) else raw)
+        return _with_absolute_paths(AppArgs.model_validate(raw))
     except ValidationError as error:
         lines = [f"  {'.'.join(map(str, issue['loc']))}: {issue['msg']}" for issue in error.errors()]
         raise ConfigError("args of serve_config.yaml are wrong:\n" + "\n".join(lines)) from error
-    state_dir = args.state_dir.expanduser()
-    return args.model_copy(update={"state_dir": state_dir if state_dir.is_absolute() else state_dir.absolute()})
 
 
 def build_app(args: AppArgs) -> Application:
-    """The Serve application: one Executor replica for each device, one Control replica.
-
-    Raises:
-        ConfigError: see `parse_args`.
-    """
-    return bind_deployments(args, {})
+    """The Serve application: one Executor replica for each device, one Control replica."""
+    return bind_deployments(_with_absolute_paths(args), {})
 
 
 def executor_router(args: AppArgs) -> RequestRouterConfig:
     """Serve's option that routes requests by what executors report. With one executor it looks at nothing."""
     return RequestRouterConfig(
         request_router_class="deployments.routing.router.ExecutorRouter",
-        request_router_kwargs={"scheduler": args.scheduler.model_dump(mode="json")},
+        request_router_kwargs={"tau_mem": args.scheduler.tau_mem},
         request_routing_stats_period_s=REPORT_PERIOD_S,
     )
 
 
-def bind_deployments(args: Any, overrides: dict[str, dict[str, Any]]) -> Application:
+def bind_deployments(args: AppArgs, overrides: dict[str, dict[str, Any]]) -> Application:
     """`build_app` with deployment options by deployment name, for callers that read the config file themselves."""
-    config = parse_args(args)
-    wire = config.model_dump(mode="json")
-    control = serve.deployment(
-        **{
-            "name": "Control",
-            "num_replicas": 1,
-            "max_ongoing_requests": 256,
-            "ray_actor_options": {"num_cpus": 0},
-            "health_check_period_s": 2,
-            **overrides.get("Control", {}),
-        }
-    )(Control)
-    executor = serve.deployment(
-        **{
-            "name": "Executor",
-            "num_replicas": 1,
-            "max_ongoing_requests": _MAX_QUEUED,
-            "max_queued_requests": _MAX_QUEUED,
-            "ray_actor_options": {"num_cpus": 1},
-            "health_check_period_s": 5,
-            "graceful_shutdown_timeout_s": 10,
-            "request_router_config": executor_router(config),
-            **overrides.get("Executor", {}),
-        }
-    )(serve.ingress()(Executor))
-    return executor.bind(wire, control.bind(wire), attach_routes)
+    control_options = {
+        "name": "Control",
+        "num_replicas": 1,
+        "max_ongoing_requests": 256,
+        "ray_actor_options": {"num_cpus": 0},
+        "health_check_period_s": 2,
+        **overrides.get("Control", {}),
+    }
+    executor_options = {
+        "name": "Executor",
+        "num_replicas": 1,
+        "max_ongoing_requests": _MAX_QUEUED,
+        "max_queued_requests": _MAX_QUEUED,
+        "ray_actor_options": {"num_cpus": 1},
+        "health_check_period_s": 5,
+        "graceful_shutdown_timeout_s": 10,
+        "request_router_config": executor_router(args),
+        **overrides.get("Executor", {}),
+    }
+    control = serve.deployment(**control_options)(Control).bind(args)
+    return serve.deployment(**executor_options)(serve.ingress()(Executor)).bind(args, control, attach_routes)
+
+
+def _with_absolute_paths(args: AppArgs) -> AppArgs:
+    return args.model_copy(update={"state_dir": args.state_dir.expanduser().absolute()})

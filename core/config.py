@@ -27,13 +27,13 @@ KV_PRUNING_OPT_OUT = "kv_pruning"
 class ModelConfig(Section):
     """Which model is served and under what name."""
 
+    gone: ClassVar[dict[str, str]] = {"build_seed": "is now the constant 0"}
+
     model_id: str = Field("mace-tiny", pattern=r"^[A-Za-z0-9][A-Za-z0-9._/-]*$")
     model_source: str = Field(TINY_ASSISTANT, min_length=1)
     """`builtin:tiny-assistant`, a Hugging Face id, or a local path."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     max_model_len: int | None = Field(None, ge=64)
-    build_seed: int = 0
-    """Seed of the built-in model."""
 
 
 class EngineConfig(Section):

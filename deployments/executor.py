@@ -12,15 +12,14 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from alignment.versions.activation_log import BASE
 from alignment.versions.registry import AdapterRegistry
-from core.batch import IterationSample
 from core.config import AppArgs
 from deployments.control.client import ControlClient
 from deployments.learning.learner import Learner
 from deployments.learning.training_progress import CheckpointSlot
+from deployments.monitors.engine_monitor import EngineMonitor
 from deployments.monitors.heartbeat import end_with
-from deployments.monitors.iteration_monitor import IterationMonitor
-from deployments.monitors.prefix_monitor import PrefixMonitor
 from deployments.monitors.profiling import background_profiler, target_warnings, with_profile_path
 from deployments.monitors.response_log import ResponseLog
 from deployments.pruning_gate import with_pruning_gate
@@ -33,7 +32,6 @@ from engine.model_source import base_model_name, resolve_model
 from engine.training.pair_tokens import PairTokenizer
 from engine.vllm.compat import configure_environment
 from engine.vllm.engine import HybridEngine
-from engine.vllm.front_end import EngineLoad
 
 logger = logging.getLogger(__name__)
 
@@ -43,11 +41,11 @@ AttachRoutes = Callable[[Any, "Executor"], Any]
 class Executor:
     """Serving and learning on one device. Cheap to construct; `__serve_build_asgi_app__` starts everything."""
 
-    def __init__(self, args: dict[str, Any], control: Any, attach_routes: AttachRoutes) -> None:
-        self.args = AppArgs.model_validate(args)
+    def __init__(self, args: AppArgs, control: Any, attach_routes: AttachRoutes) -> None:
+        self.args = args
         self.executor_id = f"executor-{uuid.uuid4().hex[:8]}"
         self.control = ControlClient(control)
-        self.responses = ResponseLog(self.control)
+        self.responses = ResponseLog(self.control.put_responses)
         self._attach_routes = attach_routes
         self._background: list[asyncio.Task[Any]] = []
         self._slot = CheckpointSlot(self.args.state_dir / "training")
@@ -55,13 +53,12 @@ class Executor:
         self.versions: AdapterVersions
         self.learner: Learner | None = None
         self.trial: CanaryTrial
-        self.load: LoadMeter
-        self.iterations = IterationMonitor()
+        self.load = LoadMeter(self.executor_id, args.slo.ttft_s)
+        self.monitor = EngineMonitor()
         self.prefixes: PrefixIndex | None = None
-        """What the prefix cache holds; None if the engine's KV events are off."""
-        self.sharing = PrefixMonitor()
+        """The names of prefixes in the cache; None if the engine's KV events are off."""
         self.kv_pruning = ""
-        """Why KV pruning is on or off."""
+        """The reason why KV pruning is on or off."""
         self.base_model = ""
         """Identity of the served model: a hub id or a directory's name."""
         self.is_ready = False
@@ -81,30 +78,20 @@ class Executor:
         self.engine = await HybridEngine.start(self.args, str(model_dir))
         if refusal := await self.engine.pruning_refusal():
             self.kv_pruning = f"off, because this engine cannot drop KV blocks: {refusal}"
-        self.load = LoadMeter(
-            self.executor_id,
-            self.args.slo.ttft_s,
-            self._read_load,
-            self._read_iterations,
-        )
         self.base_model = base_model_name(self.args.model, model_dir)
         registry = await asyncio.to_thread(AdapterRegistry.open, state_dir / "adapters", self.base_model)
         self.versions = AdapterVersions(self.engine, registry, self.args.model.model_id, self.args.versions)
         self.trial = CanaryTrial(self.versions, self.args.versions, self.args.slo, self.control.rating_counts)
-        app = await self.engine.build_openai_app(self.versions.base_names)
+        base_names = [self.versions.name_of(BASE), self.args.model.model_id]  # until a version is live, both are
+        app = await self.engine.build_openai_app(base_names)
         await self.versions.attach(app.state.openai_serving_models.lora_requests)
-        following = follow_prefixes(self.engine, app, self.args.model.model_id)
-        if following is not None:
-            self.prefixes, task = following
-            self._background.append(task)
+        self.prefixes, kv_events = follow_prefixes(self.engine, lambda: self.versions.live_adapter)
         if self.args.training.enabled and self.args.scheduler.policy != "inference_only":
-            await self._start_learning(model_dir, registry)
-        self._background.append(asyncio.create_task(end_with(self.engine.check_health)))
-        self._background.append(asyncio.create_task(self.responses.run()))
-        self._background.append(asyncio.create_task(self.trial.run()))
+            self.learner = await self._make_learner(model_dir, registry)
         profiler = background_profiler(self.engine, self.args)
-        if profiler is not None:
-            self._background.append(asyncio.create_task(profiler.run()))
+        loops: list[Any] = [self.responses, self.trial, kv_events, self.learner, profiler]
+        self._background = [asyncio.create_task(loop.run()) for loop in loops if loop is not None]
+        self._background.append(asyncio.create_task(end_with(self.engine.check_health)))
         self.is_ready = True
         return self._attach_routes(app, self)
 
@@ -117,33 +104,22 @@ class Executor:
         """Serve pulls this for `deployments.routing.router`; empty before the engine serves."""
         if not self.is_ready:
             return {}
-        known = {} if self.prefixes is None else {PREFIXES_KEY: await self.prefixes.held_names()}
-        return {**asdict(await self.load.measure()), **known}
-
-    def _read_load(self) -> EngineLoad:
-        cached_tokens = None if self.prefixes is None else self.prefixes.num_cached
-        return self.engine.load(cached_tokens)
+        samples = await self.monitor.read(self.engine.iterations)
+        num_cached = None if self.prefixes is None else self.prefixes.num_cached
+        load = self.load.measure(self.engine.load(num_cached), samples)
+        known = {} if self.prefixes is None else {PREFIXES_KEY: await self.prefixes.cached_names()}
+        return {**asdict(load), **known}
 
     async def status(self) -> dict[str, Any]:
-        """What this executor knows of its training and its iterations."""
-        learner = {} if self.learner is None else self.learner.status_to_wire()
-        scheduler = {"policy": self.args.scheduler.policy, **self.iterations.summary()}
-        prefix_cache = self.sharing.summary()
+        """Training, iterations, prefix cache and memory of this executor, as JSON values."""
         return {
             "executor_id": self.executor_id,
             "live_version": self.versions.live,
-            **learner,
-            "scheduler": scheduler,
-            "prefix_cache": prefix_cache,
+            **({} if self.learner is None else self.learner.status_to_wire()),
+            "scheduler": {"policy": self.args.scheduler.policy, **self.monitor.iterations_to_wire()},
+            "prefix_cache": self.monitor.prefix_cache_to_wire(),
             "memory": {"kv_pruning": self.kv_pruning, **await self.engine.memory_status()},
         }
-
-    async def _read_iterations(self, after: int) -> tuple[int, list[IterationSample]]:
-        """The engine's iterations, once for all who want them."""
-        following, samples = await self.engine.iterations(after)
-        self.iterations.observe(samples)
-        self.sharing.observe()
-        return following, samples
 
     def __del__(self) -> None:
         """Serve deletes the replica's object on a graceful stop: end the engine's processes with it."""
@@ -152,13 +128,13 @@ class Executor:
         if getattr(self, "engine", None) is not None:
             self.engine.shutdown()
 
-    async def _start_learning(self, model_dir: Path, registry: AdapterRegistry) -> None:
+    async def _make_learner(self, model_dir: Path, registry: AdapterRegistry) -> Learner:
         training = self.args.training
         limit = min(training.max_length_tokens, self.engine.max_model_len)
         tokenizer = await asyncio.to_thread(
             PairTokenizer.load, str(model_dir), training.model_copy(update={"max_length_tokens": limit})
         )
-        self.learner = Learner(
+        learner = Learner(
             executor_id=self.executor_id,
             engine=self.engine,
             control=self.control,
@@ -170,5 +146,5 @@ class Executor:
             checkpoint=await asyncio.to_thread(self._slot.claim),
             current_load=lambda: self.load.latest,
         )
-        await self.learner.restore()
-        self._background.append(asyncio.create_task(self.learner.run()))
+        await learner.restore()
+        return learner

@@ -16,7 +16,7 @@ def resolve_model(config: ModelConfig, state_dir: Path, *, show_progress: bool =
     if source == TINY_ASSISTANT:
         from engine.tiny.build import ensure_tiny_assistant
 
-        return ensure_tiny_assistant(state_dir, seed=config.build_seed, show_progress=show_progress)
+        return ensure_tiny_assistant(state_dir, show_progress=show_progress)
     path = Path(source).expanduser()
     if path.is_dir():
         if not (path / "config.json").is_file():

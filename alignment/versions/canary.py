@@ -12,6 +12,11 @@ from typing import Literal
 from alignment.intervals import wilson
 from core.alignment_config import VersionsConfig
 
+CONFIDENCE = 0.95
+"""One-sided confidence of both comparisons."""
+MAX_SLO_DROP = 0.02
+"""How much lower than the live version's the share of requests within their SLO may be."""
+
 
 @dataclass(frozen=True, slots=True)
 class Share:
@@ -53,18 +58,16 @@ def judge_canary(canary: Arm, live: Arm, elapsed_s: float, config: VersionsConfi
     served = min(canary.slo.total, live.slo.total) >= config.canary_min_requests
     complaints = []
     if rated or over:
-        drop = least_drop(canary.ratings, live.ratings, config.canary_confidence)
+        drop = least_drop(canary.ratings, live.ratings, CONFIDENCE)
         if drop > 0:
             complaints.append(f"thumbs up {canary.ratings} (live {live.ratings})")
     if served or over:
-        drop = least_drop(canary.slo, live.slo, config.canary_confidence)
-        if drop > config.canary_max_slo_drop:
+        drop = least_drop(canary.slo, live.slo, CONFIDENCE)
+        if drop > MAX_SLO_DROP:
             complaints.append(f"within the SLO {canary.slo} requests (live {live.slo})")
     seen = f"thumbs up {canary.ratings} (live {live.ratings}), within the SLO {canary.slo} (live {live.slo})"
     if complaints:
-        return Verdict(
-            "roll_back", f"worse than live at {config.canary_confidence:.0%}: {' and '.join(complaints)}"
-        )
+        return Verdict("roll_back", f"worse than live at {CONFIDENCE:.0%}: {' and '.join(complaints)}")
     if rated and served:
         return Verdict("promote", f"not worse than live: {seen}")
     if over:

@@ -18,8 +18,9 @@ import typer
 import yaml
 
 from app.commands.processes import become_subreaper, end_descendants, own_children
+from core.config import AppArgs
 from core.errors import ConfigError
-from deployments.routing.prefix_proxy import CALLBACK, CALLBACK_VARIABLE
+from deployments.routing.prefix_names import CALLBACK, CALLBACK_VARIABLE
 
 _SHUTDOWN_GRACE_S = 10.0
 _NOT_OPTIONS = frozenset({"name", "user_config"})
@@ -34,14 +35,14 @@ def serve(
     try:
         document = _read(config)
         _check_port(document.get("http_options", {}))
-        _prepare(document["applications"][0])
+        args = _prepare(document["applications"][0])
     except ConfigError as error:
         typer.secho(f"mace: {error}", fg="red", err=True)
         raise typer.Exit(2) from error
     become_subreaper()
     _raise_on_signals()
     try:
-        _run(document, started_s)
+        _run(document, args, started_s)
     except _DeployError as error:
         typer.secho(f"mace: the application did not start:\n{error}", fg="red", err=True)
         raise typer.Exit(1) from error
@@ -104,7 +105,7 @@ def _check_port(http: dict[str, Any]) -> None:
             ) from error
 
 
-def _prepare(application: dict[str, Any]) -> None:
+def _prepare(application: dict[str, Any]) -> AppArgs:
     """Validate our settings and make sure that the model is there, before Ray starts."""
     from app.main import parse_args
     from deployments.monitors.profiling import target_warnings, with_profile_path
@@ -114,6 +115,7 @@ def _prepare(application: dict[str, Any]) -> None:
     model_dir = resolve_model(args.model, args.state_dir, show_progress=sys.stderr.isatty())
     for warning in target_warnings(with_profile_path(args, model_dir)):
         typer.secho(f"mace: {warning}", fg="yellow", err=True)
+    return args
 
 
 def _check_deployment_names(application: dict[str, Any]) -> None:
@@ -122,7 +124,7 @@ def _check_deployment_names(application: dict[str, Any]) -> None:
         raise _DeployError(f"deployments: there is no {', '.join(map(repr, unknown))}, only Executor and Control")
 
 
-def _run(document: dict[str, Any], started_s: float) -> NoReturn:
+def _run(document: dict[str, Any], args: AppArgs, started_s: float) -> NoReturn:
     """Start everything and wait for a signal."""
     os.environ.setdefault("RAY_AUTH_MODE", "disabled")  # a cluster of our own, reachable from this machine only
     os.environ.setdefault("RAY_kill_child_processes_on_worker_exit_with_raylet_subreaper", "true")
@@ -151,7 +153,7 @@ def _run(document: dict[str, Any], started_s: float) -> NoReturn:
     _raise_on_signals()  # again: ray.init has set handlers of its own
     try:
         ray_serve.run(
-            bind_deployments(application.get("args", {}), overrides),
+            bind_deployments(args, overrides),
             name=application.get("name", "mace"),
             route_prefix=application.get("route_prefix", "/"),
         )

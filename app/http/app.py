@@ -1,18 +1,18 @@
-"""The HTTP application of an executor: vLLM's own, with our routes first and our middleware outside."""
-
-from typing import Any
+"""The HTTP application of an executor: vLLM's own, with our routes first and the chain of our steps outside."""
 
 from fastapi import FastAPI
 from starlette.types import ASGIApp
 
-from app.http.canary_router import CanaryRouter
+from app.http.canary import CanaryRouter
 from app.http.capture import ResponseCapture
 from app.http.errors import install_error_handlers
-from app.http.guard import RequestGuard
-from app.http.prefix_context import PrefixContext
-from app.http.routes import adapters, drift, feedback, health, models, training
+from app.http.guard import guard, set_request_class
+from app.http.request import ClientRequest, GoOn, RequestChain, Step
+from app.http.routes import feedback, training, versions
 from deployments.executor import Executor
 from deployments.monitors.metrics import Meter
+from deployments.routing.prefix_index import note_request
+from deployments.routing.prefix_names import TextPrefixes
 
 _REMOVED_PATHS = frozenset(
     {
@@ -33,24 +33,29 @@ def attach_routes(app: FastAPI, executor: Executor) -> ASGIApp:
     ]
     app.state.executor = executor
     install_error_handlers(app)
-    for module in (feedback, adapters, training, drift, models, health):
+    for module in (feedback, versions, training):
         app.include_router(module.router)
-    meter = Meter("http")
-    capture = ResponseCapture(app, executor.responses.add)
-    canary = CanaryRouter(capture, executor.trial, executor.args.model.model_id)
-    return RequestGuard(
-        _Lifespan(PrefixContext(canary, executor.args.model.model_id), app),
+    model_id, meter = executor.args.model.model_id, Meter("http")
+    steps: list[Step] = [
+        guard,  # first: nothing else looks at a request that must not come in
+        set_request_class,  # refuses too, so it stands before whatever counts or draws a request
+        prefix_names(model_id),  # before the canary's draw: it notes what the client asks for
+        CanaryRouter(executor.trial, model_id),  # draws after what the client asked for is noted
+        ResponseCapture(executor.responses.add),  # last: only what vLLM itself answered is kept
+    ]
+    return RequestChain(
+        app,
+        steps,
         executor.args.feedback.max_body_bytes,
         lambda reason: meter.count("requests_refused", reason=reason),
     )
 
 
-class _Lifespan:
-    """Sends the server's lifespan events straight to the application, past the middleware."""
+def prefix_names(model_id: str) -> Step:
+    """A step: `PrefixIndex` learns the names of a request's prefixes, and whether it asks for the live model."""
 
-    def __init__(self, middleware: ASGIApp, app: ASGIApp) -> None:
-        self._middleware = middleware
-        self._app = app
+    async def note(request: ClientRequest, go_on: GoOn) -> None:
+        note_request(TextPrefixes.from_headers(request.headers), asks_live=request.asks_for(model_id))
+        await go_on()
 
-    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        await (self._middleware if scope["type"] == "http" else self._app)(scope, receive, send)
+    return note

@@ -1,4 +1,4 @@
-"""ASGI middleware that keeps what the server answered, so that feedback can name a response by its id.
+"""Keeps what the server answered, so that feedback can name a response by its id.
 
 It reads the finished response (JSON or server-sent events) of chat, completions and responses calls as it passes;
 tokens are forwarded at once, the parsing is done after the last one. `store: false` in a request opts out.
@@ -9,49 +9,30 @@ import logging
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
-
 from alignment.records.pairs import StoredResponse
-from app.http.guard import BODY_KEY
+from app.http.request import ClientRequest, GoOn
 
 logger = logging.getLogger(__name__)
 
-Sink = Callable[[StoredResponse], None]
 Reader = Callable[[dict[str, Any], list[dict[str, Any]]], Iterator[StoredResponse]]
 
 
 class ResponseCapture:
-    """See the module docstring. Must stand behind `RequestGuard`, which parses the request."""
+    """A step of the request chain; see the module docstring. `sink` takes what is kept."""
 
-    def __init__(self, app: ASGIApp, sink: Sink) -> None:
-        self._app = app
+    def __init__(self, sink: Callable[[StoredResponse], None]) -> None:
         self._sink = sink
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Pass everything on unchanged; keep a copy of a response that is worth keeping."""
-        request = scope.get(BODY_KEY)
-        reader = _READERS.get(scope.get("path", ""))
-        if reader is None or not isinstance(request, dict) or request.get("store") is False:
-            await self._app(scope, receive, send)
+    async def __call__(self, request: ClientRequest, go_on: GoOn) -> None:
+        """Pass the request on; keep a copy of an answer that is worth keeping."""
+        reader = _READERS.get(request.path)
+        is_kept = reader is not None and isinstance(request.json, dict) and request.json.get("store") is not False
+        request.answer.keeps_body |= is_kept
+        await go_on()
+        if reader is None or not is_kept or request.answer.status != 200:
             return
-        parts: list[bytes] = []
-        status = 0
-
-        async def keep(message: Message) -> None:
-            nonlocal status
-            await send(message)
-            if message["type"] == "http.response.start":
-                status = message["status"]
-            elif message["type"] == "http.response.body" and status == 200:
-                parts.append(message.get("body", b""))
-
-        await self._app(scope, receive, keep)
-        if status == 200:
-            self._store(reader, request, b"".join(parts))
-
-    def _store(self, reader: Reader, request: dict[str, Any], body: bytes) -> None:
         try:
-            for response in reader(request, list(_events(body))):
+            for response in reader(request.json, list(_events(request.answer.body))):
                 self._sink(response)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             # A response that we cannot read was still delivered; only feedback by its id is lost.
@@ -70,11 +51,7 @@ def _events(body: bytes) -> Iterator[dict[str, Any]]:
 
 
 def _read_chat(request: dict[str, Any], events: list[dict[str, Any]]) -> Iterator[StoredResponse]:
-    texts: dict[int, str] = {}
-    for event in events:
-        for choice in event.get("choices", ()):
-            part = choice.get("message") or choice.get("delta") or {}
-            texts[choice["index"]] = texts.get(choice["index"], "") + (part.get("content") or "")
+    texts = _texts(events, lambda choice: (choice.get("message") or choice.get("delta") or {}).get("content"))
     yield from _responses(events, request["messages"], texts)
 
 
@@ -82,13 +59,19 @@ def _read_completion(request: dict[str, Any], events: list[dict[str, Any]]) -> I
     prompt = request["prompt"]
     if not isinstance(prompt, str):
         return  # token ids or several prompts: nothing that feedback could be trained on
-    texts: dict[int, str] = {}
-    for event in events:
-        for choice in event.get("choices", ()):
-            texts[choice["index"]] = texts.get(choice["index"], "") + choice["text"]
+    texts = _texts(events, lambda choice: choice["text"])
     if request.get("echo"):
         texts = {index: text.removeprefix(prompt) for index, text in texts.items()}
     yield from _responses(events, prompt, texts)
+
+
+def _texts(events: list[dict[str, Any]], text_of: Callable[[dict[str, Any]], str | None]) -> dict[int, str]:
+    """The text of each choice, by its index, put together from the events."""
+    texts: dict[int, str] = {}
+    for event in events:
+        for choice in event.get("choices", ()):
+            texts[choice["index"]] = texts.get(choice["index"], "") + (text_of(choice) or "")
+    return texts
 
 
 def _read_response(request: dict[str, Any], events: list[dict[str, Any]]) -> Iterator[StoredResponse]:

@@ -31,16 +31,19 @@ _RETRY_AFTER_S = 2
 
 
 class BadRequestError(MaceError):
-    """The request itself is wrong, whatever it is about."""
+    """The request itself is wrong, whatever it is about; `reason` is the metric's label."""
 
-    def __init__(self, message: str, param: str | None = None, status: int = 400) -> None:
+    def __init__(
+        self, message: str, param: str | None = None, status: int = 400, reason: str = "bad_request"
+    ) -> None:
         super().__init__(message)
         self.param = param
         self.status = status
+        self.reason = reason
 
 
 def status_of(error: MaceError) -> int:
-    """HTTP status of one of our errors: the entry of its nearest class."""
+    """HTTP status of one of our errors: what the nearest of its classes has."""
     if isinstance(error, BadRequestError):
         return error.status
     return next((_STATUS[kind] for kind in type(error).__mro__ if kind in _STATUS), 500)

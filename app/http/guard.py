@@ -1,83 +1,73 @@
-"""ASGI middleware in front of every route: body size, internal keys, request class, what would end the engine, and
-the parsed body for those behind it.
+"""Rules for what clients send: no key that is ours alone, nothing that would end the engine, and request classes.
 
 Fine-tune work enters only from inside: vLLM passes `vllm_xargs` on to `SamplingParams.extra_args`, where our
 scheduler looks for tasks, so a body that carries one of our keys at any depth is refused.
+
+OpenAI's `service_tier` becomes vLLM's `priority`, which the scheduler reads as the request's class:
+
+| `service_tier` | class | `priority` |
+|---|---|---|
+| absent, null, `auto`, `default`, `scale`, `priority`, `fast`; `standard_only` for `/v1/messages` | interactive | 0 |
+| `flex`; `batch`, which OpenAI does not have | background | 1 |
+
+A `priority` field (lower is sooner, above 0 is class background) or a header `X-Vllm-Priority` decides where it is
+given: the tier is checked, and then has no say. The body is written anew only if something in it has to change.
 """
 
-import json
-from collections.abc import Awaitable, Callable
 from typing import Any
 
-from fastapi.responses import JSONResponse
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
-
-from app.http.errors import BadRequestError, error_response
-from app.http.request_class import apply_request_class
+from app.http.errors import BadRequestError
+from app.http.request import ClientRequest, GoOn
 from core.config import KV_PRUNING_OPT_OUT
 
 INTERNAL_PREFIX = "mace_"
-BODY_KEY = "mace.body"
-"""Where the parsed JSON body stands in the ASGI scope; absent if it is no JSON."""
+BACKGROUND_PRIORITY = 1
 
 _ARGUMENT_KEYS = frozenset({"vllm_xargs", "extra_args"})
-_PROMPT_LOGPROBS = frozenset({"prompt_logprobs", "echo"})
-_METHODS = frozenset({"POST", "PUT", "PATCH"})
+_INTERACTIVE_TIERS = frozenset({"auto", "default", "scale", "priority", "fast"})
+_BACKGROUND_TIERS = frozenset({"flex", "batch"})
+_VLLM_TIERS = {"batch": "flex", "fast": "priority"}
+"""Tiers under a name that vLLM's models take."""
+
+_PRIORITY_HEADER = b"x-vllm-priority"
+_FIELD_PATHS = frozenset(
+    {"/v1/completions", "/v1/chat/completions", "/v1/chat/completions/batch", "/v1/responses"}
+)
+"""Routes whose requests have a `priority` field."""
+_HEADER_PATHS = frozenset({"/v1/messages"})
+"""Routes whose requests have none; vLLM reads its header there."""
 
 
-class RequestGuard:
-    """See the module docstring."""
+async def guard(request: ClientRequest, go_on: GoOn) -> None:
+    """Refuse a request that must not reach vLLM.
 
-    def __init__(self, app: ASGIApp, max_body_bytes: int, on_refused: Callable[[str], None]) -> None:
-        self._app = app
-        self._max_body_bytes = max_body_bytes
-        self._on_refused = on_refused
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Pass the request on, with its body replayed (see `app.http.request_class`), or answer 400 or 413."""
-        if scope["type"] != "http" or scope["method"] not in _METHODS:
-            await self._app(scope, receive, send)
-            return
-        try:
-            body = await self._read(scope, receive)
-            scope[BODY_KEY] = parsed = _parse(body)
-            check_internal_keys(parsed)
-            check_prompt_logprobs(parsed)
-            body = apply_request_class(scope, parsed, body)
-        except BadRequestError as error:
-            self._on_refused(_reason(error))
-            response: JSONResponse = error_response(error)
-            await response(scope, receive, send)
-            return
-        await self._app(scope, _replay(body, receive), send)
-
-    async def _read(self, scope: Scope, receive: Receive) -> bytes:
-        declared = dict(scope["headers"]).get(b"content-length", b"0")
-        if declared.isdigit() and int(declared) > self._max_body_bytes:
-            raise self._too_large()
-        parts, size = [], 0
-        while True:
-            message = await receive()
-            if message["type"] != "http.request":
-                break  # the client is gone; what is behind us finds out by itself
-            parts.append(message.get("body", b""))
-            size += len(parts[-1])
-            if size > self._max_body_bytes:
-                raise self._too_large()
-            if not message.get("more_body", False):
-                break
-        return b"".join(parts)
-
-    def _too_large(self) -> BadRequestError:
-        return BadRequestError(f"the request body is larger than {self._max_body_bytes} bytes", status=413)
+    Raises:
+        BadRequestError: see the checks below.
+    """
+    check_internal_keys(request.json)
+    check_prompt_logprobs(request.json)
+    await go_on()
 
 
-def _reason(error: BadRequestError) -> str:
-    if error.status == 413:
-        return "body_too_large"
-    if error.param in _PROMPT_LOGPROBS:
-        return "prompt_logprobs"
-    return "internal_key" if error.param in _ARGUMENT_KEYS else "service_tier"
+async def set_request_class(request: ClientRequest, go_on: GoOn) -> None:
+    """Set `priority` from `service_tier`, in the body or, where that has no such field, in the header.
+
+    Raises:
+        BadRequestError: a `service_tier` that does not exist, on a route that generates.
+    """
+    tier = request.json.get("service_tier") if isinstance(request.json, dict) else None
+    if tier is not None and request.path in _FIELD_PATHS:
+        _check_tier(tier, _INTERACTIVE_TIERS | _BACKGROUND_TIERS)
+        changes: dict[str, Any] = {"service_tier": _VLLM_TIERS[tier]} if tier in _VLLM_TIERS else {}
+        if tier in _BACKGROUND_TIERS:
+            changes["priority"] = request.json.get("priority", BACKGROUND_PRIORITY)
+        if changes:
+            request.set_fields(**changes)
+    elif tier is not None and request.path in _HEADER_PATHS:
+        _check_tier(tier, _INTERACTIVE_TIERS | _BACKGROUND_TIERS | {"standard_only"})
+        if tier in _BACKGROUND_TIERS and not any(name.lower() == _PRIORITY_HEADER for name, _ in request.headers):
+            request.set_header(_PRIORITY_HEADER, str(BACKGROUND_PRIORITY).encode())
+    await go_on()
 
 
 def check_internal_keys(value: Any) -> None:
@@ -90,11 +80,23 @@ def check_internal_keys(value: Any) -> None:
     while stack:
         current = stack.pop()
         if isinstance(current, dict):
-            for key in _ARGUMENT_KEYS & current.keys():
-                _check_arguments(key, current[key])
+            for name in _ARGUMENT_KEYS & current.keys():
+                arguments = current[name]
+                for key in arguments if isinstance(arguments, dict) else ():
+                    _check_argument(name, key, arguments[key])
             stack.extend(current.values())
         elif isinstance(current, list):
             stack.extend(current)
+
+
+def _check_argument(name: str, key: str, value: Any) -> None:
+    if key == KV_PRUNING_OPT_OUT and not isinstance(value, bool):
+        message = f"{name}: {KV_PRUNING_OPT_OUT} is true or false, not {value!r}"
+    elif key.strip().lower().startswith(INTERNAL_PREFIX):
+        message = f"{name} may not carry {key!r}: keys with {INTERNAL_PREFIX} are internal"
+    else:
+        return
+    raise BadRequestError(message, name, reason="internal_key")
 
 
 def check_prompt_logprobs(value: Any) -> None:
@@ -109,38 +111,14 @@ def check_prompt_logprobs(value: Any) -> None:
         if not isinstance(part, dict):
             continue
         if part.get("prompt_logprobs") is not None:
-            raise BadRequestError(
-                "prompt_logprobs cannot be computed while adapters are served", "prompt_logprobs"
-            )
+            message = "prompt_logprobs cannot be computed while adapters are served"
+            raise BadRequestError(message, "prompt_logprobs", reason="prompt_logprobs")
         if part.get("echo") and part.get("logprobs") is not None:
             message = "echo with logprobs asks for those of the prompt, which no server of adapters can compute"
-            raise BadRequestError(message, "echo")
+            raise BadRequestError(message, "echo", reason="prompt_logprobs")
 
 
-def _check_arguments(name: str, arguments: Any) -> None:
-    for key, value in arguments.items() if isinstance(arguments, dict) else ():
-        if key == KV_PRUNING_OPT_OUT and not isinstance(value, bool):
-            raise BadRequestError(f"{name}: {KV_PRUNING_OPT_OUT} is true or false, not {value!r}", name)
-        if str(key).strip().lower().startswith(INTERNAL_PREFIX):
-            raise BadRequestError(f"{name} may not carry {key!r}: keys with {INTERNAL_PREFIX} are internal", name)
-
-
-def _parse(body: bytes) -> Any:
-    try:
-        return json.loads(body) if body else None
-    except (ValueError, RecursionError):
-        return None  # no JSON: the route says what is wrong with it
-
-
-def _replay(body: bytes, receive: Receive) -> Callable[[], Awaitable[Message]]:
-    """A receive that gives the body once and then listens to the real one (for the disconnect)."""
-    given = False
-
-    async def replay() -> Message:
-        nonlocal given
-        if given:
-            return await receive()
-        given = True
-        return {"type": "http.request", "body": body, "more_body": False}
-
-    return replay
+def _check_tier(tier: Any, known: frozenset[str]) -> None:
+    if not isinstance(tier, str) or tier not in known:
+        message = f"service_tier {tier!r} does not exist; there are {', '.join(sorted(known))}"
+        raise BadRequestError(message, "service_tier", reason="service_tier")

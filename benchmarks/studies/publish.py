@@ -33,7 +33,7 @@ from benchmarks.harness.report import AsJson, Out, StateDir, note, show
 from benchmarks.harness.statistics import percentile
 from core.alignment_config import VersionsConfig
 from core.config import AppArgs
-from deployments.publishing.version_loading import PublishTiming
+from deployments.publishing.prefix_warmer import PublishTiming
 
 if TYPE_CHECKING:
     from deployments.publishing.versions import AdapterVersions

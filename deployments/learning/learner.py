@@ -77,7 +77,9 @@ class Learner:
         self._rest_until_s = 0.0
         self._busy_share = 0.0
         self._follow = False
-        self._told_live: str | None = None
+        self._unsaid_live: str | None = None
+        """The version that went live and that Control has not been told of yet."""
+        versions.watch_live(self._note_live)
         self.status = LearnerStatus()
 
     def pause(self, reason: str = "asked for") -> None:
@@ -127,14 +129,14 @@ class Learner:
 
     async def _turn(self) -> None:
         self._meter.refresh()
-        self._follow |= await self._versions.follow_registry()
-        if self._follow:
+        await self._versions.refresh()
+        if self._follow or self._shadow.progress.goal != self._versions.training_base:
             await self._shadow.return_to_base()
             self._follow, self._refusals_in_a_row = False, 0
-        if self._told_live != self._versions.live:
-            live = self._versions.live
-            await self._control.note_live(live)
-            self._told_live = live
+        if (version := self._unsaid_live) is not None:
+            await self._control.note_live(version)
+            if self._unsaid_live == version:
+                self._unsaid_live = None
         if self.status.paused or time.monotonic() < self._rest_until_s:
             self.status.phase = "paused" if self.status.paused else "backing off"
             await asyncio.sleep(POLL_INTERVAL_S)
@@ -148,6 +150,9 @@ class Learner:
         if batch is None:
             self.status.phase = "pinned" if self._versions.pinned else "idle"
             await asyncio.sleep(POLL_INTERVAL_S)
+
+    def _note_live(self, version: str) -> None:
+        self._unsaid_live = version
 
     def _is_candidate_due(self) -> bool:
         steps = self._shadow.progress.steps_since_candidate
@@ -269,7 +274,7 @@ class Learner:
             except Exception:
                 self._follow = True  # else it would be offered, and committed, on every turn
                 raise
-            if published is not Published.HELD:
+            if published is not Published.BLOCKED:
                 await self._shadow.begin_at(version.name)
                 self._refusals_in_a_row = 0
                 return

@@ -30,6 +30,11 @@ class TrainingProgress:
     candidate_pairs: tuple[str, ...] = field(default=())
     """Ids of the pairs trained on since `base`."""
 
+    @property
+    def goal(self) -> str:
+        """The last good state, which training goes on from: `base` itself unless that is an ancestor of it."""
+        return self.instead_of or self.base
+
     def after_step(self, pair_ids: Iterable[str]) -> "TrainingProgress":
         """What holds once one more step on these pairs is done."""
         return replace(

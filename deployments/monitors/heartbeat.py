@@ -1,4 +1,4 @@
-"""Keeping others informed while one waits, and ending with what one cannot do without."""
+"""Signs of life: a beat to Control while a task runs, and the end of a replica whose engine is dead."""
 
 import asyncio
 import contextlib

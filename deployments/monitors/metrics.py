@@ -2,8 +2,8 @@
 
 Ray exports them as `ray_mace_<name>` on every node. Those of the executor also stand as `mace_<name>` in its own
 `GET /metrics`, so that a single machine needs no Ray discovery; those of Control's actors are only in Ray's.
-Ray drops a gauge that is not set again for about 20 s, and its
-histograms invent `_sum`: hence counters of seconds instead of histograms, and `refresh` for gauges.
+Ray drops a gauge that is not set again for about 20 s, and its histograms invent `_sum`: hence counters of seconds
+instead of histograms, and `refresh` for gauges.
 """
 
 from typing import Any

@@ -7,7 +7,9 @@ While Control is away, a bounded number is kept; the oldest are dropped first, a
 import asyncio
 import logging
 from collections import deque
-from typing import Any, Protocol
+from collections.abc import Awaitable, Callable
+from itertools import islice
+from typing import Any
 
 from alignment.records.pairs import StoredResponse
 from core.errors import MaceError
@@ -16,23 +18,17 @@ from deployments.monitors.metrics import Meter
 logger = logging.getLogger(__name__)
 
 _INTERVAL_S = 0.5
+_PAUSE_S = 2.0
+"""Further pause after a failed commit."""
 _MAX_WAITING = 10_000
-_BATCH = 500
-
-
-class ResponseSink(Protocol):
-    """Where responses end up."""
-
-    async def put_responses(self, responses: list[Any]) -> int:
-        """Commit them; raises a MaceError if that is not possible now."""
-        ...
+_AT_ONCE = 500
 
 
 class ResponseLog:
-    """Bounded buffer in front of the response store."""
+    """Bounded buffer in front of the response store; `put` commits a list of them there, or raises a MaceError."""
 
-    def __init__(self, sink: ResponseSink) -> None:
-        self._sink = sink
+    def __init__(self, put: Callable[[list[Any]], Awaitable[int]]) -> None:
+        self._put = put
         self._waiting: deque[StoredResponse] = deque()
         self._flushing = asyncio.Lock()
         self._meter = Meter("executor")
@@ -52,9 +48,9 @@ class ResponseLog:
         """
         async with self._flushing:
             while self._waiting:
-                batch = [self._waiting[i] for i in range(min(_BATCH, len(self._waiting)))]
-                await self._sink.put_responses(batch)
-                for response in batch:
+                some = list(islice(self._waiting, _AT_ONCE))
+                await self._put(some)
+                for response in some:
                     if self._waiting and self._waiting[0] is response:  # else dropped meanwhile
                         self._waiting.popleft()
 
@@ -64,9 +60,6 @@ class ResponseLog:
             await asyncio.sleep(_INTERVAL_S)
             try:
                 await self.flush()
-            except MaceError as error:
-                logger.warning("responses wait in memory: %s", error)
-                await asyncio.sleep(2.0)
-            except Exception:  # what it is must not end the loop: nobody would notice
-                logger.exception("responses wait in memory")
-                await asyncio.sleep(2.0)
+            except Exception as error:  # whatever it is must not end the loop: nobody would notice
+                logger.warning("responses wait in memory: %s", error, exc_info=not isinstance(error, MaceError))
+                await asyncio.sleep(_PAUSE_S)

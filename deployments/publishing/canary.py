@@ -1,8 +1,8 @@
 """The canary on an executor: who gets it, what is seen of it, and the verdict carried out.
 
-A version on trial answers a share of the requests for `<name>`. Which ones is drawn per request, or once for each
-user who names himself, by a hash that changes from canary to canary. Requests on either version are timed only
-while there is a trial. Ratings come from the feedback store and are those of all executors; timings are this one's.
+A version on trial answers a share of the requests for `<name>`. Which ones is drawn for each request, or once for each
+user who gives a name, by a hash that changes from canary to canary. Requests on either version are timed only while
+there is a trial. Ratings come from the feedback store and are those of all executors; timings are this one's.
 """
 
 import asyncio
@@ -28,13 +28,12 @@ _REFRESHES_PER_ROUND = 5
 """Verdict and retention come around every so many refreshes."""
 
 RatingCounts = dict[str | None, tuple[int, int]]
-ReadRatings = Callable[[float], Awaitable[RatingCounts]]
-"""Thumbs up and down by version (None: base) since a time in Unix seconds; `FeedbackStore.rating_counts`."""
+"""Thumbs up and down by version; None is the base."""
 
 
 @dataclass(frozen=True, slots=True)
 class Draw:
-    """Which version a request is counted for."""
+    """The version that a request is counted for."""
 
     version: str
     model: str | None
@@ -42,14 +41,17 @@ class Draw:
 
 
 class CanaryTrial:
-    """One per executor; idle without a canary. `run` keeps versions, trial and retention up to date until cancelled."""
+    """The trial on one executor, idle without a canary. `run` looks after versions, trial and retention.
+
+    `read_ratings` gives the counts since a time in Unix seconds, which is also what `clock` counts in.
+    """
 
     def __init__(
         self,
         versions: AdapterVersions,
         config: VersionsConfig,
         slo: SloConfig,
-        read_ratings: ReadRatings,
+        read_ratings: Callable[[float], Awaitable[RatingCounts]],
         clock: Callable[[], float] = time.time,
     ) -> None:
         self._versions = versions
@@ -57,7 +59,6 @@ class CanaryTrial:
         self._slo = slo
         self._read_ratings = read_ratings
         self._clock = clock
-        self._random = random.Random()
         self._seen: dict[str, Share] = {}
         """Requests within their SLO by version, of the trial `_seen_for`."""
         self._seen_for: tuple[str, str] | None = None
@@ -71,15 +72,14 @@ class CanaryTrial:
     def draw(self, user: str | None) -> Draw:
         """Decide which version answers a request for `<name>`."""
         canary = self._versions.canary
-        if canary is None:
-            return Draw(self._versions.live, None)
-        point = self._random.random() if user is None else _point_of(f"{canary} {user}")
-        if point < self._config.canary_share:
-            return Draw(canary, self._versions.name_of(canary))
+        if canary is not None:
+            point = random.random() if user is None else _point_of(f"{canary} {user}")
+            if point < self._config.canary_share:
+                return Draw(canary, self._versions.name_of(canary))
         return Draw(self._versions.live, None)
 
     def observe(self, version: str, *, within_slo: bool) -> None:
-        """A request that was drawn has ended; those that the client gave up or got wrong do not count."""
+        """Count a request that was drawn and has ended; those that the client gave up or got wrong do not count."""
         self._begin_if_new()
         if self._seen_for is not None and version in self._seen_for:
             share = self._seen.get(version, Share())
@@ -90,7 +90,7 @@ class CanaryTrial:
         return ttft_s <= self._slo.ttft_s and mean_tbt_s <= self._slo.tbt_s
 
     def is_within_slo_in_all(self, total_s: float, num_tokens: int) -> bool:
-        """The same for an answer in one piece: its first token in time, and the others at the target's pace."""
+        """Did an answer in one piece meet them? Its first token in time, and the others at the target's pace."""
         return total_s <= self._slo.ttft_s + self._slo.tbt_s * max(0, num_tokens - 1)
 
     async def judge(self) -> Verdict | None:
@@ -104,11 +104,7 @@ class CanaryTrial:
             self.last_verdict = None
             return None
         self._begin_if_new()
-        if self._config.canary_share == 0:
-            verdict = Verdict("promote", "versions.canary_share is 0 now, and it passed the gate")
-        else:
-            verdict = await self._look(canary, since_s)
-        self.last_verdict = verdict
+        self.last_verdict = verdict = await self._look(canary, since_s)
         if verdict.action == "promote":
             await self._versions.promote_canary(canary, verdict.reason)
         elif verdict.action == "roll_back":
@@ -121,21 +117,18 @@ class CanaryTrial:
         """The trial in progress as JSON values; None if there is none."""
         if not self.is_running:
             return None
-        return {
-            "version": self._versions.canary,
-            "share": self._config.canary_share,
-            "state": self.last_verdict.reason if self.last_verdict else "has just begun",
-        }
+        state = self.last_verdict.reason if self.last_verdict else "has just begun"
+        return {"version": self._versions.canary, "share": self._config.canary_share, "state": state}
 
     async def run(self) -> None:
-        """For ever: follow the registry, judge the canary, retire and delete old versions."""
+        """Follow the registry, judge the canary, retire and delete old versions, for ever."""
         turn = 0
         while True:
             try:
                 await self._versions.refresh()
                 if turn % _REFRESHES_PER_ROUND == 0:
                     await self.judge()
-                    await self._versions.prune()
+                    await self._versions.retire_old()
             except MaceError as error:
                 logger.warning("versions cannot be looked after: %s", error)
             except Exception:  # an error of vLLM or the disk must not end retention and trials
@@ -144,13 +137,16 @@ class CanaryTrial:
             await asyncio.sleep(REFRESH_INTERVAL_S)
 
     async def _look(self, canary: str, since_s: float) -> Verdict:
-        live, elapsed_s = self._versions.live, self._clock() - since_s
+        if self._config.canary_share == 0:
+            return Verdict("promote", "versions.canary_share is 0 now, and it passed the gate")
+        live = self._versions.live
         try:
             ratings = await self._read_ratings(since_s)
         except MaceError as error:  # without ratings it may be rolled back for its speed, not promoted
             logger.info("the canary is judged without ratings: %s", error)
             verdict = judge_canary(self._arm(canary, {}), self._arm(live, {}), 0.0, self._config)
             return verdict if verdict.action == "roll_back" else Verdict("wait", "ratings cannot be read now")
+        elapsed_s = self._clock() - since_s
         return judge_canary(self._arm(canary, ratings), self._arm(live, ratings), elapsed_s, self._config)
 
     def _arm(self, version: str, ratings: RatingCounts) -> Arm:
@@ -166,5 +162,5 @@ class CanaryTrial:
 
 
 def _point_of(key: str) -> float:
-    """In [0, 1), the same in every process."""
+    """Map a key to a point in [0, 1) that is the same in every process."""
     return int.from_bytes(hashlib.sha256(key.encode("utf-8", "surrogatepass")).digest()[:8], "big") / 2**64

@@ -24,23 +24,30 @@ _STEP_S = 0.02
 _STEP_TOKENS = 128
 """The first step, and the least: below it an iteration's fixed part is most of a step."""
 _CACHE_SHARE = 0.25
-"""Of the KV cache, at most, goes to warming: the rest keeps what other versions and the base have there."""
+"""Part of the KV cache that warming may fill: the rest keeps what other versions and the base have there."""
 
 
 @dataclass(slots=True)
-class WarmReport:
-    """What was warmed for one version."""
+class PublishTiming:
+    """Durations of a publish, in seconds, and what was warmed for it."""
 
-    num_prefixes: int = 0
-    num_tokens: int = 0
+    load_s: float = 0.0
+    """Loading into vLLM and the trainer."""
+    warm_s: float = 0.0
+    """Computing shared prefixes; requests go on meanwhile, on the version before."""
+    warmed_prefixes: int = 0
+    warmed_tokens: int = 0
     """Tokens whose keys are in the cache now; those that prefixes share count once."""
-    wall_s: float = 0.0
-    error: str | None = None
-    """Why it ended early; None if it did not."""
+    warm_error: str | None = None
+    """The reason why warming ended early; None if it did not."""
+    warm_failures: int = 0
+    """Times that warming ended early, for lack of time too, since the start."""
+    move_s: float = 0.0
+    """The pointer move itself."""
 
 
 class PrefixWarmer:
-    """One per executor. `observe` the prompts for `<name>`, `warm` a version before `<name>` moves to it."""
+    """The warmer of an executor: `observe` the prompts for `<name>`, `warm` a version before `<name>` moves to it."""
 
     def __init__(self, engine: EnginePort, config: VersionsConfig) -> None:
         self._engine = engine
@@ -49,53 +56,49 @@ class PrefixWarmer:
         self._hot = HotPrefixes(block_tokens) if block_tokens is not None else None
         self._block_tokens = block_tokens or 1
         self.num_failures = 0
-        """Times that warming ended early, for lack of time too."""
+        """`PublishTiming.warm_failures`."""
 
     def observe(self, prompt_ids: Sequence[int]) -> None:
         """Count a prompt that was asked of the live name."""
         if self._hot is not None:
             self._hot.observe(prompt_ids)
 
-    async def warm(self, handle: Any) -> WarmReport:
+    async def warm(self, handle: Any) -> PublishTiming:
         """Let a loaded version compute the hottest prefixes, within `versions.warm_timeout_s`. Never raises."""
+        timing = PublishTiming()
         if self._hot is None:
-            return WarmReport()
-        report, started_s = WarmReport(), time.perf_counter()
+            return timing
+        started_s = time.perf_counter()
         try:
             async with asyncio.timeout(self._config.warm_timeout_s):
-                await self._compute(handle, self._hot, report)
+                await self._compute(handle, self._hot, timing)
         except TimeoutError:
-            report.error = f"stopped after {self._config.warm_timeout_s:g} s"
+            timing.warm_error = f"stopped after {self._config.warm_timeout_s:g} s"
         except Exception as failure:  # whatever it is, the version goes live
-            report.error = f"{type(failure).__name__}: {failure}"
+            timing.warm_error = f"{type(failure).__name__}: {failure}"
             logger.exception("prefixes could not be warmed")
-        self.num_failures += report.error is not None
-        report.wall_s = time.perf_counter() - started_s
-        return report
+        self.num_failures += timing.warm_error is not None
+        timing.warm_s = time.perf_counter() - started_s
+        return timing
 
-    async def _compute(self, handle: Any, hot: HotPrefixes, report: WarmReport) -> None:
+    async def _compute(self, handle: Any, hot: HotPrefixes, timing: PublishTiming) -> None:
         max_tokens = int(_CACHE_SHARE * (self._engine.kv_cache_tokens or 0))
         pace = StepPace(self._block_tokens)
         for prefix in hot.hottest(self._config.warm_prefixes, max_tokens):
             known = len(prefix.token_ids) - prefix.new_tokens  # a hotter one begins so too
             while known < len(prefix.token_ids):
-                num_tokens = await self._step(handle, prefix.token_ids, known, pace)
-                known += num_tokens
-                report.num_tokens += num_tokens
-            report.num_prefixes += 1
-
-    async def _step(self, handle: Any, token_ids: tuple[int, ...], known: int, pace: "StepPace") -> int:
-        """Compute what follows the known tokens, as far as one step goes; returns how many that were."""
-        end = min(known + pace.num_tokens, len(token_ids))
-        started_s = time.perf_counter()
-        num_cached = await self._engine.prefill(handle, list(token_ids[:end]))
-        # What had been cached (a canary that goes live) took no time and teaches nothing.
-        pace.note(end - max(known, num_cached), time.perf_counter() - started_s)
-        return end - known
+                end = min(known + pace.num_tokens, len(prefix.token_ids))
+                started_s = time.perf_counter()
+                num_cached = await self._engine.prefill(handle, list(prefix.token_ids[:end]))
+                # What had been cached (a canary that goes live) took no time and teaches nothing.
+                pace.note(end - max(known, num_cached), time.perf_counter() - started_s)
+                timing.warmed_tokens += end - known
+                known = end
+            timing.warmed_prefixes += 1
 
 
 class StepPace:
-    """How many tokens the next step computes, so that it lasts about `_STEP_S`; always whole blocks."""
+    """Sets the number of tokens of the next step so that it lasts about `_STEP_S`; always whole blocks."""
 
     def __init__(self, block_tokens: int) -> None:
         self._block_tokens = block_tokens

@@ -5,13 +5,18 @@ in one dict and keeps the handle it found for the whole request; so publishing i
 on the event loop: requests see either the old or the new version, and running ones finish on their own.
 Each version has its own name and number inside vLLM, because its prefix cache is keyed by the adapter's name; what
 prompts share is computed for a version before it goes live (`deployments.publishing.prefix_warmer`).
-The registry on disk, which several executors share, is the truth; here is its image in this process.
+
+`AdapterVersions` is the one owner of "what is live" in an executor. On disk the pointers are
+`alignment.versions.serving_state`, which several executors share and follow. Others in this process ask the owner
+(`live`, `training_base`), or are told by `watch_live`. The trainer in the engine and Control are told by one call each:
+`EnginePort.set_live`, before the name moves, and `ControlPort.note_live`, after it.
 """
 
 import asyncio
 import logging
 import time
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import replace
 from enum import StrEnum
 from typing import Any
 
@@ -25,20 +30,18 @@ from core.alignment_config import VersionsConfig
 from core.errors import AdapterError, UnknownVersionError
 from core.ports import EnginePort
 from deployments.monitors.metrics import Meter
-from deployments.publishing.prefix_warmer import PrefixWarmer
-from deployments.publishing.served_names import ServedNames
-from deployments.publishing.version_loading import PublishTiming, VersionLoader
+from deployments.publishing.prefix_warmer import PrefixWarmer, PublishTiming
 
 logger = logging.getLogger(__name__)
 
 
 class Published(StrEnum):
-    """What became of a version that passed the gate."""
+    """The fate of a version that passed the gate."""
 
     LIVE = "live"
     CANARY = "canary"
     """On trial; training goes on from it."""
-    HELD = "held"
+    BLOCKED = "blocked"
     """A pin or another trial keeps it from the traffic; training goes back to what is live."""
 
 
@@ -52,18 +55,18 @@ class AdapterVersions:
         self._registry = registry
         self._model_id = model_id
         self._config = config or VersionsConfig()
-        self._names = ServedNames(engine, model_id)
         self._warmer = PrefixWarmer(engine, self._config)
-        self._loader = VersionLoader(engine, self._names, self._warmer, registry.root)
+        self._names: dict[str | None, Any] = {}
+        """vLLM's dict from model names to adapter handles, once it is attached."""
         self._known: set[str] = set()
         """Versions on disk that have been looked at, usable or not."""
         self._serving = Serving()
-        self._pointed_at: str | None = None
-        """What `<name>` is here."""
-        self._training_base: str | None = None
-        """As the learner knows it; see `follow_registry`."""
+        """The pointers on disk, as this executor last saw them; `live` changes only together with the name."""
+        self._tell_live: list[Callable[[str], None]] = []
         self._changing = asyncio.Lock()
         self._meter = Meter("executor")
+        self.last_publish = PublishTiming()
+        """Timing of the last version that was brought in, on trial or live."""
 
     @property
     def live(self) -> str:
@@ -72,7 +75,7 @@ class AdapterVersions:
 
     @property
     def pinned(self) -> str | None:
-        """What is pinned, `v000N` or `base`; None if publishing is free."""
+        """The pinned version, `v000N` or `base`; None if publishing is free."""
         return self._serving.pinned
 
     @property
@@ -82,61 +85,58 @@ class AdapterVersions:
 
     @property
     def training_base(self) -> str:
-        """What training goes on from: the canary while there is one, else the live version; `v000N` or `base`."""
+        """The version that training goes on from: the canary while there is one, else the live one; or `base`."""
         return self._serving.training_base or BASE
 
     @property
-    def last_publish(self) -> PublishTiming:
-        """How the last version was brought in, on trial or live."""
-        return self._loader.last
+    def live_adapter(self) -> str | None:
+        """The inference side's name of the live version; None is the bare base model."""
+        return None if self._serving.live is None else self.name_of(self._serving.live)
 
     @property
     def live_handle(self) -> Any:
-        """The inference side's handle of what is live; None is the bare base model."""
-        return self._names.live
-
-    @property
-    def base_names(self) -> list[str]:
-        """Names of the base model. `<name>` is one of them until a version is live."""
-        return [self._names.of(BASE), self._model_id]
+        """The inference side's handle of the live version; None is the bare base model."""
+        return self._names.get(self._model_id)
 
     def name_of(self, version: str) -> str:
         """Model name of a version or of `base`."""
-        return self._names.of(version)
+        return f"{self._model_id}@{version}"
+
+    def watch_live(self, tell: Callable[[str], None]) -> None:
+        """Call `tell` with the live version (`v000N` or `base`) now, and again whenever another one is live."""
+        self._tell_live.append(tell)
+        tell(self.live)
 
     async def attach(self, names: dict[str | None, Any]) -> None:
         """Take over vLLM's dict of adapter names; fill in the versions on disk and restore the live one.
 
         A damaged version is left out; if it is the live one, the newest sound one before it takes its place.
         """
-        self._names.attach(names)
+        self._names = names
         await asyncio.to_thread(self._registry.recover_live)
         await self.refresh()
-        self._training_base = self._serving.training_base
         self._engine.watch_prompts(self._see_prompt)
 
     async def publish(self, version: AdapterVersion) -> Published:
-        """Take in a version that passed the gate: live at once, on trial first, or held by a pin.
+        """Take in a version that passed the gate: live at once, on trial first, or blocked by a pin.
 
         Raises:
             AdapterError: it cannot be loaded, or the disk refuses; what was live stays live.
         """
         async with self._changing:
-            serving, reason = self._registry.serving, version.manifest.reason
+            reason = version.manifest.reason
             over = version.manifest.config.get("compared_with")
             if self._config.canary_share > 0:
                 is_free = self._serving.pinned is None and self._serving.canary is None
-                await self._loader.load(version, warm=is_free)
-                started = await asyncio.to_thread(serving.start_canary, version.name, reason, over)
-                outcome = Published.CANARY if started else Published.HELD
-                self._serving = await asyncio.to_thread(serving.read)
+                await self._load(version, warm=is_free)
+                started = await asyncio.to_thread(self._registry.serving.start_canary, version.name, reason, over)
+                await self._read_pointers()
+                outcome = Published.CANARY if started else Published.BLOCKED
             else:
                 moved = await self._move(version, "gate", reason, over=over)
-                outcome = Published.LIVE if moved else Published.HELD
-            if outcome is Published.HELD:
-                logger.info("%s passed the gate but is held; its lineage says why", version.name)
-            else:
-                self._training_base = self._serving.training_base
+                outcome = Published.LIVE if moved else Published.BLOCKED
+            if outcome is Published.BLOCKED:
+                logger.info("%s passed the gate but is blocked; its lineage says why", version.name)
             return outcome
 
     async def activate(self, name: str, *, pin: bool | None = None, reason: str = "") -> None:
@@ -160,7 +160,7 @@ class AdapterVersions:
         """Let the gate publish again; False if nothing was pinned."""
         async with self._changing:
             released = await asyncio.to_thread(self._registry.serving.release_pin, reason)
-            self._serving = await asyncio.to_thread(self._registry.serving.read)
+            await self._read_pointers()
             return released
 
     async def promote_canary(self, name: str, reason: str) -> bool:
@@ -172,22 +172,8 @@ class AdapterVersions:
         """End a trial badly: the canary gets no more traffic. False if it is not on trial (any more)."""
         async with self._changing:
             ended = await asyncio.to_thread(lambda: self._registry.serving.roll_back(name, reason=reason))
-            self._serving = await asyncio.to_thread(self._registry.serving.read)
+            await self._read_pointers()
             return ended
-
-    async def follow_registry(self) -> bool:
-        """`refresh`, for the learner.
-
-        Returns:
-            Whether `training_base` is another one than at the last call, not counting what `publish` did.
-
-        Raises:
-            AdapterError: the version cannot be loaded; what was live here stays live here.
-        """
-        await self.refresh()
-        changed = self._serving.training_base != self._training_base
-        self._training_base = self._serving.training_base
-        return changed
 
     async def refresh(self) -> None:
         """Take over what is on disk: new and deleted versions, and where this or another executor moved the pointers.
@@ -198,86 +184,127 @@ class AdapterVersions:
         async with self._changing:
             serving, new, gone = await asyncio.to_thread(self._look)
             for version in new:
-                self._names.add(version)
+                self._names[self.name_of(version.name)] = self._handle(version.name)
             await self._forget(serving.retired.keys(), gone)
-            if serving.live != self._pointed_at:
-                await self._follow(serving.live, by_hand=serving.pinned is not None)
+            if serving.live != self._serving.live:
+                followed = await asyncio.to_thread(self._registry.get, serving.live) if serving.live else None
+                await self._load_live(followed, warm=serving.pinned is None)  # a pin: it was moved by hand
+                self._point_at(followed)
             if serving.canary is not None and serving.canary != self._serving.canary:
-                canary = await asyncio.to_thread(self._registry.get, serving.canary)
-                await self._loader.load(canary, warm=True)
+                await self._load(await asyncio.to_thread(self._registry.get, serving.canary), warm=True)
             self._serving = serving
 
-    async def prune(self) -> list[str]:
+    async def retire_old(self) -> list[str]:
         """Retire versions beyond `versions.keep` and delete retired ones that have rested; returns what was deleted."""
         async with self._changing:
             in_use = {name.rpartition("@")[2] for name in self._engine.versions_in_use()}
-            in_use.add(self._training_base or BASE)
-            retired, deleted = await asyncio.to_thread(prune, self._registry, self._config.keep, in_use)
+            retired, deleted = await asyncio.to_thread(
+                prune, self._registry, self._config.keep, {*in_use, self.training_base}
+            )
             await self._forget(retired, deleted)
             return deleted
 
     def cards(self) -> list[dict[str, Any]]:
-        """What `/v1/models` lists: live, with the version behind it as parent, base, then every version."""
-        return self._names.cards(self.live)
+        """List the names for `/v1/models`: live, with the version behind it as parent, base, then every version."""
+        base = self.name_of(BASE)
+        versions = sorted(filter(None, self._names.keys() - {self._model_id}))
+        return [
+            {"id": self._model_id, "parent": self.name_of(self.live)},
+            {"id": base, "parent": None},
+            *({"id": name, "parent": base} for name in versions),
+        ]
 
     async def listing(self) -> list[dict[str, Any]]:
-        """What `/v1/adapters` lists: every version on disk with its lineage, damaged ones with their error."""
+        """List for `/v1/adapters` every version on disk with its lineage, damaged ones with their error."""
         return await asyncio.to_thread(lineage_rows, self._registry)
 
     async def detail(self, name: str) -> dict[str, Any]:
-        """One version, or `base`, with all that happened to it; UnknownVersionError if there is none."""
+        """Describe one version, or `base`, with all that happened to it; UnknownVersionError if there is none."""
         return await asyncio.to_thread(lineage_row, self._registry, name)
 
     async def canary_since_s(self) -> float | None:
-        """When the trial began (Unix seconds); None if there is none."""
+        """Start of the trial in Unix seconds; None if there is none."""
         return await asyncio.to_thread(self._registry.serving.canary_since_s)
 
     async def _move(
         self, version: AdapterVersion | None, by: Actor, reason: str, *, pin: bool = False, over: str | None = None
     ) -> bool:
         """Engine first, then the pointer on disk, then the name; a failure or a refusal takes the steps back."""
-        before = self._serving.live
         # Who moves it by hand wants it now, and what a pin holds back would be warmed for nobody.
-        await self._loader.load_live(version, warm=by != "api" and self._serving.pinned is None)
+        await self._load_live(version, warm=by != "api" and self._serving.pinned is None)
         name = version.name if version else None
+        moved = False
         try:
             moved = await asyncio.to_thread(
                 lambda: self._registry.serving.activate(name, by=by, reason=reason, pin=pin, over=over)
             )
-        except AdapterError:
-            await self._loader.take_back(before)
-            raise
-        if moved:
-            self._point_at(version)
-        else:
-            await self._loader.take_back(before)
-        self._serving = await asyncio.to_thread(self._registry.serving.read)
+        finally:
+            if moved:
+                self._point_at(version)
+            else:
+                before = self._serving.live
+                await self._engine.set_live(self._registry.root / before if before else None)
+        await self._read_pointers()
         return moved
 
-    async def _follow(self, name: str | None, *, by_hand: bool) -> None:
-        version = None if name is None else await asyncio.to_thread(self._registry.get, name)
-        await self._loader.load_live(version, warm=not by_hand)
-        self._point_at(version)
+    async def _load(self, version: AdapterVersion, *, warm: bool) -> None:
+        """Load what vLLM needs before a version's first request: instant if it has it already."""
+        started_s = time.perf_counter()
+        handle = self._names[self.name_of(version.name)] = self._handle(version.name)
+        await self._engine.load_version(handle)
+        load_s = time.perf_counter() - started_s
+        self.last_publish = await self._warmer.warm(handle) if warm else PublishTiming()
+        self.last_publish.load_s = load_s
+        self.last_publish.warm_failures = self._warmer.num_failures
 
-    async def _forget(self, retired: Collection[str], deleted: Collection[str]) -> None:
-        for name in {*retired, *deleted}:
-            self._names.drop(name)
-        for name in deleted:
-            self._known.discard(name)
-            await self._names.unload(name, self._registry.root)
+    async def _load_live(self, version: AdapterVersion | None, *, warm: bool) -> None:
+        """Load what the whole engine needs before `version` (None: the base) answers for `<name>`."""
+        if version is not None:
+            await self._load(version, warm=warm)
+        else:  # the base has kept its own keys
+            self.last_publish = PublishTiming(warm_failures=self._warmer.num_failures)
+        started_s = time.perf_counter()
+        await self._engine.set_live(version.path if version else None)
+        self.last_publish.load_s += time.perf_counter() - started_s
 
     def _point_at(self, version: AdapterVersion | None) -> None:
+        """Let `<name>` be a version, or the bare base model (None); then say so."""
         started_s = time.perf_counter()
-        self._names.point_at(version)
+        if version is None:
+            for name in (self._model_id, None):
+                self._names.pop(name, None)
+        else:
+            # vLLM looks up what the request says; a request that names no model (None) gets the live one too.
+            handle = self._handle(version.name)
+            self._names[self._model_id] = self._names[None] = self._names[self.name_of(version.name)] = handle
         self.last_publish.move_s = time.perf_counter() - started_s
-        self._pointed_at = version.name if version else None
+        self._serving = replace(self._serving, live=version.name if version else None)
         self._meter.set_gauge("adapter_version", (version_number(version.name) or 0) if version else 0)
+        for tell in self._tell_live:
+            tell(self.live)
+
+    async def _read_pointers(self) -> None:
+        """Read what a change has left on disk. Where another executor moved `<name>` to, the next `refresh` follows."""
+        on_disk = await asyncio.to_thread(self._registry.serving.read)
+        self._serving = replace(on_disk, live=self._serving.live)
+
+    async def _forget(self, retired: Collection[str], deleted: Collection[str]) -> None:
+        """Answer 404 for these names from now on (requests that run on them go on); unload the deleted ones."""
+        for name in {*retired, *deleted}:
+            self._names.pop(self.name_of(name), None)
+        for name in deleted:
+            self._known.discard(name)
+            await self._engine.unload_version(self._handle(name))
+
+    def _handle(self, name: str) -> Any:
+        return self._engine.version_handle(
+            self.name_of(name), version_number(name) or 0, self._registry.root / name
+        )
 
     def _see_prompt(self, lora_name: str | None, prompt_ids: Sequence[int]) -> None:
-        """What is asked of the live version, or of the one on trial, is what the next version will be asked."""
+        """Observe a prompt for the live version or the one on trial: the next version will be asked such prompts."""
         canary = self._serving.canary
-        live = None if self._pointed_at is None else self.name_of(self._pointed_at)
-        if lora_name == live or (canary is not None and lora_name == self.name_of(canary)):
+        if lora_name == self.live_adapter or (canary is not None and lora_name == self.name_of(canary)):
             self._warmer.observe(prompt_ids)
 
     def _look(self) -> tuple[Serving, list[AdapterVersion], set[str]]:

@@ -1,4 +1,4 @@
-"""What an executor tells request routers of itself: its queue, its KV memory, and how fast prompts have been lately.
+"""An executor's report to request routers: its queue, its KV memory, and how fast prompts have been lately.
 
 The speed is learnt from the engine's own iterations: least squares of an iteration's wall time on its prompt tokens,
 with forgetting. The slope is what one more prompt token costs, the intercept what an iteration costs without any
@@ -11,7 +11,7 @@ of `T`. An engine that did little is thus not taken for one that is always at wo
 """
 
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 
 from core.batch import IterationSample
@@ -21,11 +21,9 @@ from engine.vllm.front_end import EngineLoad
 _FORGETTING = 0.98
 """Weight of the past for each iteration that is seen: about the last 50 count."""
 
-ReadIterations = Callable[[int], Awaitable[tuple[int, list[IterationSample]]]]
-
 
 class PromptSpeed:
-    """Seconds of an iteration as `fixed_s + prompt_token_s * prompt tokens`."""
+    """Learns the seconds of an iteration as `fixed_s + prompt_token_s * prompt tokens`."""
 
     def __init__(self) -> None:
         self._weight = 0.0
@@ -63,33 +61,21 @@ class PromptSpeed:
 
 
 class LoadMeter:
-    """One per executor."""
+    """Makes an executor's reports. `clock` is the wall clock, which routers compare with theirs."""
 
-    def __init__(
-        self,
-        executor_id: str,
-        ttft_target_s: float,
-        read_load: Callable[[], EngineLoad],
-        read_iterations: ReadIterations,
-        clock: Callable[[], float] = time.time,
-    ) -> None:
+    def __init__(self, executor_id: str, ttft_target_s: float, clock: Callable[[], float] = time.time) -> None:
         self._executor_id = executor_id
         self._ttft_target_s = ttft_target_s
-        self._read_load = read_load
-        self._read_iterations = read_iterations
         self._clock = clock
         self._speed = PromptSpeed()
-        self._seen = 0
         self._measured_s = clock()
         self.latest: ExecutorLoad | None = None
-        """What `measure` gave last."""
+        """The last report; None before the first."""
 
-    async def measure(self) -> ExecutorLoad:
-        """Read the engine's iterations since the last call, and its queue."""
-        self._seen, samples = await self._read_iterations(self._seen)
+    def measure(self, load: EngineLoad, samples: Sequence[IterationSample]) -> ExecutorLoad:
+        """Report the engine's queue, and what its iterations since the last call say of its speed."""
         for sample in samples:
             self._speed.observe(sample)
-        load = self._read_load()
         now_s = self._clock()
         period_s, self._measured_s = now_s - self._measured_s, now_s
         self.latest = ExecutorLoad(

@@ -1,41 +1,38 @@
-"""Which named prefixes an executor's cache holds now: the summary that request routers get.
+"""The names of the prefixes that an executor's cache holds now: the summary that request routers get.
 
-The executor sees for each prompt both its names (`deployments.routing.prefix_text`, from the request's header) and
-its token
-ids. A radix tree follows the engine's KV events. Together they tell which names stand for tokens that are really in the
-cache: evicted and cleared ones drop out. Prompts for the live model are looked up under whatever version is live at the
-time of the report: a publish takes their prefixes out, unless they were computed for the new version before.
+The executor sees for each prompt both its names (`deployments.routing.prefix_names`, from the request's header) and
+its token ids. A radix tree follows the engine's KV events. Together they tell which names stand for tokens that are
+really in the cache: evicted and cleared ones drop out. Prompts for the live model are looked up under whatever version
+is live at the time of the report: a publish takes their prefixes out, unless they were computed for the new version
+before.
 """
 
 import asyncio
-import logging
 import time
 from array import array
+from bisect import bisect_right
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import Any
 
-from deployments.routing.prefix_text import LENGTHS, TextPrefixes
+from deployments.routing.prefix_names import LENGTHS, TextPrefixes
 from engine.prefix_cache import KvEventStream
 from engine.vllm.engine import HybridEngine
 from scheduler.prefixes.tree import PrefixChange, PrefixTree
 
-logger = logging.getLogger(__name__)
-
 MAX_NAMES = 512
-"""In one report: 8 kB, once a second."""
+"""Names in one report: 8 kB, once a second."""
 _MAX_PROMPTS = 256
 _MAX_PROMPT_TOKENS = 16_384
 _MAX_REPORT_S = 0.02
-"""Of work for a report, once a second; what it leaves out is routed by load."""
+"""Work for one report, once a second; what it leaves out is routed by load."""
 _TURN_S = 0.001
-"""Of that work at a time: it runs on the executor's event loop, where tokens are waiting to be sent."""
+"""Part of that work at a time: it runs on the executor's event loop, where tokens are waiting to be sent."""
 _TREE_BYTES = 32 << 20
 
 _current: ContextVar["tuple[TextPrefixes, bool] | None"] = ContextVar("mace_text_prefixes", default=None)
-"""Of the HTTP request that is being handled: its names, and whether it asks for the live model."""
+"""The names of the HTTP request that is being handled, and whether it asks for the live model."""
 
 
 @dataclass(slots=True)
@@ -49,19 +46,17 @@ class _Prompt:
     token_ids: "array[int]"
     """At most `_MAX_PROMPT_TOKENS`."""
     num_tokens: int
-    """Of the whole prompt."""
+    """Length of the whole prompt."""
 
-    def held(self, num_cached: int) -> tuple[str, ...]:
+    def cached(self, num_cached: int) -> tuple[str, ...]:
         """Names of the prefixes within the first `num_cached` tokens, if text and tokens keep step."""
         share = num_cached / self.num_tokens
-        count = sum(
-            1 for length in LENGTHS[: len(self.prefixes.digests)] if length <= share * self.prefixes.num_bytes
-        )
-        return self.prefixes.digests[:count]
+        names = self.prefixes.digests
+        return names[: bisect_right(LENGTHS, share * self.prefixes.num_bytes, hi=len(names))]
 
 
 class PrefixIndex:
-    """One per executor."""
+    """The index of one executor, from the engine's events and its prompts."""
 
     def __init__(
         self,
@@ -97,13 +92,13 @@ class PrefixIndex:
         """Tokens at the start of a prompt that are in the cache now."""
         return self.tree.longest_match(namespace, token_ids, self._clock())
 
-    async def held_names(self) -> list[str]:
+    async def cached_names(self) -> list[str]:
         """Names of prefixes that are in the cache, those used last first; at most `MAX_NAMES`. Gives way in between."""
         names: dict[str, None] = {}
         busy_s, turn_started_s = 0.0, time.perf_counter()
         for prompt in [*reversed(self._prompts.values())]:
             namespace = self._live_namespace() if prompt.is_live else prompt.namespace
-            names.update(dict.fromkeys(prompt.held(self.num_cached(namespace, prompt.token_ids))))
+            names.update(dict.fromkeys(prompt.cached(self.num_cached(namespace, prompt.token_ids))))
             turn_s = time.perf_counter() - turn_started_s
             if len(names) >= MAX_NAMES or busy_s + turn_s > _MAX_REPORT_S:
                 break
@@ -114,31 +109,24 @@ class PrefixIndex:
 
 
 def note_request(prefixes: TextPrefixes | None, *, asks_live: bool) -> None:
-    """For the HTTP request that this task handles: what its header says, and whether it asks for `<name>`."""
+    """Note of the HTTP request that this task handles what its header says, and whether it asks for `<name>`."""
     _current.set(None if prefixes is None else (prefixes, asks_live))
 
 
 def follow_prefixes(
-    engine: HybridEngine, app: Any, model_id: str
-) -> tuple[PrefixIndex, asyncio.Task[None]] | None:
-    """The index of a started engine, kept up to date by a task; None if its prefix cache or events are off.
+    engine: HybridEngine, live_namespace: Callable[[], str | None]
+) -> tuple[PrefixIndex, KvEventStream] | tuple[None, None]:
+    """Make the index of a started engine, and the stream that keeps it up to date while it runs.
 
-    Args:
-        engine: the engine.
-        app: vLLM's application; what is served must stand behind something that calls `note_request`.
-        model_id: the name of the live model, which `lora_requests` maps to a version or not at all.
+    None if the engine's prefix cache or its KV events are off. What is served must stand behind something that calls
+    `note_request`. `live_namespace` gives the adapter that `<name>` stands for now; None is the bare base model.
     """
-
-    def live_namespace() -> str | None:
-        handle = app.state.openai_serving_models.lora_requests.get(model_id)
-        return None if handle is None else str(handle.lora_name)
-
     block_tokens = engine.prefix_block_tokens
     if block_tokens is None:
-        return None
+        return None, None
     index = PrefixIndex(block_tokens, live_namespace)
     stream = KvEventStream.of_engine(engine.client, index.on_change)
     if stream is None:
-        return None
+        return None, None
     engine.watch_prompts(index.on_prompt)
-    return index, asyncio.create_task(stream.run())
+    return index, stream

@@ -1,5 +1,6 @@
 """vLLM's KV events: the tree that follows them says what the engine's own prefix cache says."""
 
+import asyncio
 import itertools
 import random
 import stat
@@ -9,9 +10,10 @@ from pathlib import Path
 import httpx
 import pytest
 
-from app.http.prefix_context import PrefixContext
+from app.http.app import prefix_names
+from app.http.request import RequestChain
 from deployments.routing.prefix_index import follow_prefixes
-from deployments.routing.prefix_text import HEADER, prefixes_of
+from deployments.routing.prefix_names import HEADER, prefixes_of
 from engine.prefix_cache import KvEventStream, kv_events_config, read_prefix_counts
 from scheduler.prefixes.tree import PrefixTree
 from tests.support.engine_thread import EngineThread
@@ -158,9 +160,11 @@ def test_an_executor_reports_the_names_of_the_prefixes_in_its_cache(engine):
 
     async def serve():
         app = await engine.engine.build_openai_app(["mace-tiny"])
-        index, following = follow_prefixes("me", engine.engine, app, "mace-tiny")
+        index, stream = follow_prefixes("me", engine.engine, lambda: None)
+        following = asyncio.create_task(stream.run())
         async with httpx.AsyncClient(
-            transport=httpx.ASGITransport(PrefixContext(app, "mace-tiny")), base_url="http://test"
+            transport=httpx.ASGITransport(RequestChain(app, [prefix_names("mace-tiny")], 1 << 20, print)),
+            base_url="http://test",
         ) as client:
             headers = {HEADER.decode(): names.to_header().decode()}
             reply = await client.post("/v1/chat/completions", json=body, headers=headers)
@@ -169,10 +173,10 @@ def test_an_executor_reports_the_names_of_the_prefixes_in_its_cache(engine):
 
     index, following = engine.run(serve())
     assert len(names.digests) == 2
-    eventually(lambda: set(engine.run(index.held_names())) == set(names.digests))
+    eventually(lambda: set(engine.run(index.cached_names())) == set(names.digests))
     engine.run(engine.engine.client.reset_prefix_cache())
     ask(engine, prompt_of(7))  # events leave with an iteration
-    eventually(lambda: engine.run(index.held_names()) == [])
+    eventually(lambda: engine.run(index.cached_names()) == [])
     engine.loop.call_soon_threadsafe(following.cancel)
 
 

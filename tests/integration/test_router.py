@@ -17,8 +17,7 @@ from app.main import executor_router
 from benchmarks.harness.server import free_port
 from core.config import AppArgs
 from core.wire import ExecutorLoad
-from deployments.routing.prefix_proxy import CALLBACK, CALLBACK_VARIABLE
-from deployments.routing.prefix_text import prefixes_of
+from deployments.routing.prefix_names import CALLBACK, CALLBACK_VARIABLE, prefixes_of
 from deployments.routing.router import PREFIXES_KEY, REPORT_PERIOD_S
 
 pytestmark = pytest.mark.ray

@@ -12,7 +12,7 @@ from starlette.responses import JSONResponse
 from alignment.store.feedback_store import FeedbackStore
 from alignment.store.formats import import_jsonl
 from app.http.errors import install_error_handlers
-from app.http.guard import RequestGuard
+from app.http.request import RequestChain
 from app.http.routes import feedback
 from benchmarks.harness.server import free_port
 from core.alignment_config import FeedbackConfig
@@ -48,7 +48,7 @@ class FeedbackServer:
         install_error_handlers(app)
         self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}"
-        self._app = RequestGuard(app, max_body_bytes, lambda _: None)
+        self._app = RequestChain(app, [], max_body_bytes, lambda _: None)
         self._server = None
 
     def start(self):

@@ -9,7 +9,7 @@ from fastapi.responses import JSONResponse, StreamingResponse
 
 import core.errors
 from app.http.errors import BadRequestError, error_body, status_of
-from app.http.routes.dependencies import ExecutorOf, JsonBody
+from app.http.routes import ExecutorOf, JsonBody
 from core.errors import InvalidFeedbackError, MaceError
 from deployments.control.client import ControlClient
 
@@ -55,9 +55,8 @@ async def list_feedback(
 @router.get("/export")
 async def export_feedback(executor: ExecutorOf, format: Literal["trl", "openai"] = "trl") -> StreamingResponse:
     """All preference pairs as JSONL."""
-    rows = _export(executor.control, format)
-    first = await anext(rows, b"")  # an unavailable store must be a 503, not a broken stream
-    return StreamingResponse(_chain(first, rows), media_type="application/x-ndjson")
+    first = await executor.control.export_chunk(format, 0)  # an unavailable store is a 503, not a broken stream
+    return StreamingResponse(_export(executor.control, format, *first), media_type="application/x-ndjson")
 
 
 @router.post("/import", status_code=202)
@@ -81,15 +80,11 @@ def _status(outcome: dict[str, Any]) -> int:
     return status_of(kind(outcome["message"]))
 
 
-async def _export(control: ControlClient, format: str) -> AsyncIterator[bytes]:
-    cursor: int | None = 0
+async def _export(
+    control: ControlClient, format: str, rows: list[dict[str, Any]], cursor: int | None
+) -> AsyncIterator[bytes]:
+    """The rows as lines of JSON, and those from the cursor on; None is the end."""
+    yield b"".join(json.dumps(row, ensure_ascii=False).encode() + b"\n" for row in rows)
     while cursor is not None:
         rows, cursor = await control.export_chunk(format, cursor)
-        if rows:
-            yield b"".join(json.dumps(row, ensure_ascii=False).encode() + b"\n" for row in rows)
-
-
-async def _chain(first: bytes, rest: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
-    yield first
-    async for chunk in rest:
-        yield chunk
+        yield b"".join(json.dumps(row, ensure_ascii=False).encode() + b"\n" for row in rows)

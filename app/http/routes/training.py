@@ -1,19 +1,19 @@
-"""`/v1/training`: what is being learnt, and pause and resume."""
+"""`/v1/training`: what is being learnt, pause and resume. `/v1/drift`: have preferences changed, and what follows?"""
 
-from typing import Any
+from typing import Annotated, Any
 
-from fastapi import APIRouter
+from fastapi import APIRouter, Query
 
 from app.http.errors import BadRequestError
-from app.http.routes.dependencies import ExecutorOf
+from app.http.routes import ExecutorOf
 from core.errors import MaceError
 from deployments.executor import Executor
 from deployments.learning.learner import Learner
 
-router = APIRouter(prefix="/v1/training", tags=["training"])
+router = APIRouter()
 
 
-@router.get("")
+@router.get("/v1/training", tags=["training"])
 async def show_training(executor: ExecutorOf) -> dict[str, Any]:
     """Queue, steps, loss, margin, accuracy, pairs/s, what runs now. Works, in part, while Control is away."""
     try:
@@ -23,18 +23,31 @@ async def show_training(executor: ExecutorOf) -> dict[str, Any]:
     return {"enabled": executor.learner is not None, "executor": await executor.status(), **control}
 
 
-@router.post("/pause")
+@router.post("/v1/training/pause", tags=["training"])
 async def pause_training(executor: ExecutorOf) -> dict[str, Any]:
     """Take no further batch; a step in progress ends first."""
     _learner(executor).pause()
     return await executor.status()
 
 
-@router.post("/resume")
+@router.post("/v1/training/resume", tags=["training"])
 async def resume_training(executor: ExecutorOf) -> dict[str, Any]:
     """Go on after a pause."""
     _learner(executor).resume()
     return await executor.status()
+
+
+@router.get("/v1/drift", tags=["drift"])
+async def show_drift(
+    executor: ExecutorOf,
+    limit: Annotated[int, Query(ge=0, le=1000, description="Newest events of the history")] = 50,
+    stream: Annotated[
+        str | None,
+        Query(max_length=256, description="History of one stream: global, prompts, user:ID or tag:KEY=VALUE"),
+    ] = None,
+) -> dict[str, Any]:
+    """Level of alarm and its reason, retrain rate, every stream, and the history of events, newest first."""
+    return await executor.control.drift(limit, stream)
 
 
 def _learner(executor: Executor) -> Learner:

@@ -5,8 +5,9 @@ import json
 
 import pytest
 
-from app.http.canary_router import CanaryRouter
-from app.http.guard import BODY_KEY, RequestGuard
+from app.http.canary import CanaryRouter
+from app.http.guard import guard, set_request_class
+from app.http.request import REQUEST_KEY, RequestChain
 from deployments.publishing.canary import Draw
 
 
@@ -40,7 +41,7 @@ class Application:
     async def __call__(self, scope, receive, send):
         message = await receive()
         self.bodies.append(message["body"])
-        self.parsed.append(scope.get(BODY_KEY))
+        self.parsed.append(scope[REQUEST_KEY].json)
         lengths = [int(value) for name, value in scope["headers"] if name == b"content-length"]
         assert lengths == [len(message["body"])]
         self.after.append((await receive())["type"])
@@ -70,7 +71,8 @@ def post(application, trial, body, path="/v1/chat/completions", send_error=None)
 
     scope = {"type": "http", "method": "POST", "path": path}
     scope["headers"] = [(b"content-length", str(len(data)).encode()), (b"x", b"y")]
-    app = RequestGuard(CanaryRouter(application, trial, "m"), 10_000, lambda _: None)
+    steps = [guard, set_request_class, CanaryRouter(trial, "m")]
+    app = RequestChain(application, steps, 10_000, lambda _: None)
     asyncio.run(app(scope, receive, send))
     return sent
 
@@ -85,9 +87,9 @@ def test_a_drawn_request_asks_for_the_canary(who, model):
         "model": "m@v0002",
         "messages": [],
         "service_tier": "flex",
-        "priority": 1,  # what the guard added stays
+        "priority": 1,  # what the step before added stays
     }
-    assert application.parsed[0]["model"] == "m@v0002"
+    assert application.parsed[0] == {**model, **who, "messages": [], "service_tier": "flex"}  # the client's
     assert application.after == ["http.disconnect"]
     assert sent[1]["body"] == application.parts[0][1]
     assert trial.seen == [("v0002", True)]

@@ -6,7 +6,7 @@ from starlette.responses import JSONResponse, StreamingResponse
 from starlette.testclient import TestClient
 
 from app.http.capture import ResponseCapture
-from app.http.guard import RequestGuard
+from app.http.request import RequestChain
 
 MESSAGES = [{"role": "user", "content": "hi"}]
 
@@ -30,7 +30,7 @@ def kept():
 def client_of(path, respond, kept):
     app = FastAPI()
     app.post(path)(respond)
-    return TestClient(RequestGuard(ResponseCapture(app, kept.append), 10_000, lambda _: None))
+    return TestClient(RequestChain(app, [ResponseCapture(kept.append)], 10_000, lambda _: None))
 
 
 def test_every_choice_of_a_chat_is_kept_with_its_version(kept):

@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 
 from alignment.drift.tracker import DriftTracker, ScoredPair
 from app.commands import drift as command
-from app.http.routes import drift as route
+from app.http.routes import training as route
 from core.alignment_config import DriftConfig
 
 

@@ -5,7 +5,8 @@ from fastapi import FastAPI, Request
 from starlette.testclient import TestClient
 
 from app.http.errors import BadRequestError
-from app.http.guard import BODY_KEY, RequestGuard, check_internal_keys
+from app.http.guard import check_internal_keys, guard
+from app.http.request import REQUEST_KEY, RequestChain
 
 
 @pytest.fixture
@@ -19,13 +20,13 @@ def client(refused):
 
     @app.post("/echo")
     async def echo(request: Request):
-        return {"body": (await request.body()).decode(), "parsed": request.scope[BODY_KEY]}
+        return {"body": (await request.body()).decode(), "parsed": request.scope[REQUEST_KEY].json}
 
     @app.get("/echo")
     async def get():
         return "ok"
 
-    return TestClient(RequestGuard(app, 1000, refused.append))
+    return TestClient(RequestChain(app, [guard], 1000, refused.append))
 
 
 def test_a_body_is_replayed_and_parsed_once(client):

@@ -4,7 +4,8 @@ import pytest
 from fastapi import FastAPI, Request
 from starlette.testclient import TestClient
 
-from app.http.guard import BODY_KEY, RequestGuard
+from app.http.guard import guard, set_request_class
+from app.http.request import REQUEST_KEY, RequestChain
 
 FIELD_PATHS = ["/v1/completions", "/v1/chat/completions", "/v1/chat/completions/batch", "/v1/responses"]
 
@@ -24,10 +25,10 @@ def client(refused):
             "body": (await request.body()).decode(),
             "length": request.headers.get("content-length"),
             "header": request.headers.get("x-vllm-priority"),
-            "parsed": request.scope[BODY_KEY],
+            "parsed": request.scope[REQUEST_KEY].json,
         }
 
-    return TestClient(RequestGuard(app, 10_000, refused.append))
+    return TestClient(RequestChain(app, [guard, set_request_class], 10_000, refused.append))
 
 
 def received(client, path, request):

@@ -1,6 +1,6 @@
 """What a router believes to be under way to each replica."""
 
-from deployments.routing.bookings import Bookings
+from deployments.routing.sent import Bookings
 
 
 def test_a_booked_request_counts_until_a_report_knows_of_it():

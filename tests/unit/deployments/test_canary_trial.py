@@ -181,14 +181,14 @@ def test_the_keeper_follows_judges_and_prunes_until_cancelled(running, ratings, 
     calls = []
     twice = asyncio.Event()
 
-    async def prune():
-        calls.append("prune")
+    async def retire_old():
+        calls.append("retire_old")
         if len(calls) == 1:
             raise OSError("odd")  # it goes on
         twice.set()
         return []
 
-    monkeypatch.setattr(versions, "prune", prune)
+    monkeypatch.setattr(versions, "retire_old", retire_old)
 
     async def run():
         task = asyncio.create_task(trial.run())

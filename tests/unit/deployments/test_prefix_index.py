@@ -1,15 +1,11 @@
-"""What an executor reports of its prefix cache, and the sharing ratio."""
+"""What an executor reports of its prefix cache."""
 
 import asyncio
 import itertools
 
-import pytest
-from prometheus_client import REGISTRY, Counter
-
-from deployments.monitors.prefix_monitor import PrefixMonitor
+from deployments.routing import prefix_index
 from deployments.routing.prefix_index import MAX_NAMES, PrefixIndex, note_request
-from deployments.routing.prefix_text import prefixes_of
-from engine.prefix_cache import PrefixCounts, read_prefix_counts
+from deployments.routing.prefix_names import prefixes_of
 from scheduler.prefixes.tree import BlocksRemoved, BlocksStored, CacheCleared
 
 BLOCK = 16
@@ -40,7 +36,7 @@ class Executor:
 
     @property
     def held(self):
-        return set(asyncio.run(self.index.held_names()))
+        return set(asyncio.run(self.index.cached_names()))
 
 
 def test_prefixes_of_computed_prompts_are_held_and_of_others_not():
@@ -111,42 +107,12 @@ def test_requests_without_names_are_not_remembered():
     assert executor.held == set()
 
 
-def test_the_report_is_bounded_and_keeps_what_was_used_last():
+def test_the_report_is_bounded_and_keeps_what_was_used_last(monkeypatch):
+    monkeypatch.setattr(prefix_index, "_MAX_REPORT_S", 10.0)  # however busy the machine is
     executor = Executor()
     for number in range(400):
         last = executor.ask(f"{number:05}" * 220)
-    names = asyncio.run(executor.index.held_names())
+    names = asyncio.run(executor.index.cached_names())
     assert len(names) == MAX_NAMES
     assert set(last) <= set(names)
     assert not set(executor.ask("00000" * 220, is_computed=False)) - executor.held
-
-
-def test_the_sharing_ratio_is_of_all_tokens_and_of_the_last_minute():
-    counts = iter([PrefixCounts(1000, 100), *[PrefixCounts(1000, 100)] * 58, PrefixCounts(2000, 900), None])
-    monitor = PrefixMonitor(lambda: next(counts))
-    assert monitor.summary()["sharing_ratio"] is None
-    monitor.observe()
-    assert monitor.summary()["sharing_ratio"] == pytest.approx(0.1)
-    for _ in range(59):
-        monitor.observe()
-    summary = monitor.summary()
-    assert (summary["prompt_tokens"], summary["cached_tokens"]) == (2000, 900)
-    assert summary["sharing_ratio"] == pytest.approx(0.45)
-    assert summary["recent_sharing_ratio"] == pytest.approx(0.8)
-    monitor.observe()  # no counts: nothing changes
-    assert monitor.summary() == summary
-
-
-def test_counts_are_read_from_vllms_counters_of_all_engines():
-    if read_prefix_counts() is not None:
-        pytest.skip("vLLM's own counters live in this process")
-    queries = Counter("vllm:prefix_cache_queries", "tokens", ["engine"])
-    hits = Counter("vllm:prefix_cache_hits", "tokens", ["engine"])
-    try:
-        queries.labels("0").inc(100)
-        queries.labels("1").inc(50)
-        hits.labels("0").inc(30)
-        assert read_prefix_counts() == PrefixCounts(150, 30)
-    finally:
-        REGISTRY.unregister(queries)
-        REGISTRY.unregister(hits)

@@ -8,9 +8,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from deployments.routing.prefix_proxy import PrefixNames, middlewares
-from deployments.routing.prefix_text import HEADER, LENGTHS, MAX_TEXT_BYTES, TextPrefixes, prefixes_of
-from deployments.routing.sent_prefixes import SentPrefixes, cached_text_bytes
+from deployments.routing.prefix_names import (
+    HEADER,
+    LENGTHS,
+    MAX_TEXT_BYTES,
+    PrefixNames,
+    TextPrefixes,
+    middlewares,
+    prefixes_of,
+)
+from deployments.routing.sent import SentPrefixes
 
 
 def chat(*contents, model="m"):
@@ -19,7 +26,7 @@ def chat(*contents, model="m"):
 
 def shared_bytes(a, b):
     """Length of the longest prefix that two requests are seen to share."""
-    return cached_text_bytes(prefixes_of(a), prefixes_of(b).digests)
+    return prefixes_of(a).bytes_among(prefixes_of(b).digests)
 
 
 def test_lengths_grow_by_no_more_than_a_quarter_and_end_at_the_bound():
@@ -180,5 +187,5 @@ def test_sent_prefixes_are_bounded_and_the_oldest_go_first():
 
 def test_the_longest_known_name_decides():
     prefixes = prefixes_of(chat("x" * 1000))
-    assert cached_text_bytes(prefixes, {prefixes.digests[0], prefixes.digests[2]}) == LENGTHS[2]
-    assert cached_text_bytes(prefixes, set()) == 0
+    assert prefixes.bytes_among({prefixes.digests[0], prefixes.digests[2]}) == LENGTHS[2]
+    assert prefixes.bytes_among(set()) == 0

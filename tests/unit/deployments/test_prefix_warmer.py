@@ -99,7 +99,7 @@ def test_another_executor_warms_for_its_own_traffic_before_it_follows(registry):
     assert engine.prompts == [SYSTEM]
 
 
-def test_moves_by_hand_and_held_versions_are_not_warmed(registry):
+def test_moves_by_hand_and_blocked_versions_are_not_warmed(registry):
     versions, engine, _ = attached(registry)
     other, others_engine, _ = attached(registry)
     for _ in range(2):
@@ -110,7 +110,7 @@ def test_moves_by_hand_and_held_versions_are_not_warmed(registry):
     asyncio.run(versions.activate("v0001"))
     asyncio.run(other.refresh())
     ask(engine, "m@v0001")
-    assert asyncio.run(versions.publish(commit(registry))) is Published.HELD
+    assert asyncio.run(versions.publish(commit(registry))) is Published.BLOCKED
     asyncio.run(versions.activate("base"))
     assert (engine.prompts, others_engine.prompts) == ([], [])
     assert versions.last_publish.warmed_tokens == 0
@@ -120,7 +120,7 @@ def test_a_canary_that_a_pin_holds_back_is_not_warmed(registry):
     versions, engine, _ = attached(registry, canary_share=0.1)
     asyncio.run(versions.activate("base", pin=True))
     ask(engine, None)
-    assert asyncio.run(versions.publish(commit(registry))) is Published.HELD
+    assert asyncio.run(versions.publish(commit(registry))) is Published.BLOCKED
     assert engine.prompts == []
 
 
@@ -178,7 +178,7 @@ def test_long_prefixes_come_in_steps_and_common_beginnings_only_once():
     report = asyncio.run(warmer.warm(("m@v0001", 1, None)))
     # This engine answers at once, so each step is twice the one before. The second prefix begins like the first.
     assert [len(prompt) for prompt in engine.prompts] == [100, 300, 700, 1000, 1000]
-    assert (report.num_prefixes, report.num_tokens) == (2, 1300)
+    assert (report.warmed_prefixes, report.warmed_tokens) == (2, 1300)
 
 
 def test_what_was_cached_already_does_not_stretch_the_steps():
@@ -208,7 +208,7 @@ def test_warming_takes_a_quarter_of_the_cache_at_most():
     engine.kv_cache_tokens = 80
     warmer = warmer_of(engine, [[*[head] * 12, n] for head in range(5) for n in range(3)])
     report = asyncio.run(warmer.warm(("m@v0001", 1, None)))
-    assert report.num_tokens == 20
+    assert report.warmed_tokens == 20
     assert [len(prompt) for prompt in engine.prompts] == [12, 8]
 
 
@@ -217,4 +217,4 @@ def test_without_a_prefix_cache_or_when_switched_off_nothing_is_warmed(block_tok
     engine = FakeEngine()
     engine.prefix_block_tokens = block_tokens
     report = asyncio.run(warmer_of(engine, [[1] * 20] * 5, **settings).warm(("m@v0001", 1, None)))
-    assert (report.num_tokens, engine.prompts) == (0, [])
+    assert (report.warmed_tokens, engine.prompts) == (0, [])

@@ -8,7 +8,7 @@ from deployments.monitors.response_log import ResponseLog
 
 
 class Sink:
-    """Implements `deployments.monitors.response_log.ResponseSink`."""
+    """Where responses end up."""
 
     def __init__(self):
         self.stored = []
@@ -28,7 +28,7 @@ def response(number):
 def test_what_waits_is_committed_in_order_and_once():
     async def scenario():
         sink = Sink()
-        log = ResponseLog(sink)
+        log = ResponseLog(sink.put_responses)
         for number in range(1200):
             log.add(response(number))
         await asyncio.gather(log.flush(), log.flush())
@@ -40,7 +40,7 @@ def test_what_waits_is_committed_in_order_and_once():
 def test_nothing_is_lost_while_control_is_away():
     async def scenario():
         sink = Sink()
-        log = ResponseLog(sink)
+        log = ResponseLog(sink.put_responses)
         log.add(response(1))
         sink.is_down = True
         with pytest.raises(ControlUnavailableError):
@@ -57,7 +57,7 @@ def test_the_buffer_is_bounded_and_drops_the_oldest(monkeypatch):
 
     async def scenario():
         sink = Sink()
-        log = ResponseLog(sink)
+        log = ResponseLog(sink.put_responses)
         for number in range(5):
             log.add(response(number))
         await log.flush()

@@ -61,7 +61,7 @@ def request(num_tokens=100, session="", headers=None):
 @pytest.fixture
 def router():
     router = ExecutorRouter(DEPLOYMENT, DeploymentHandleSource.PROXY)
-    router.initialize_state(scheduler={"tau_mem": 0.9})
+    router.initialize_state(tau_mem=0.9)
     return router
 
 

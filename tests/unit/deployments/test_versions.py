@@ -54,17 +54,34 @@ def test_rolling_back_is_remembered(registry):
     assert "m" not in names
 
 
-def test_another_executor_follows_the_live_pointer(registry):
+def test_another_executor_follows_the_live_pointer_and_tells_once(registry):
+    ours, _ = attached(registry)
+    theirs, names = attached(registry)
+    told = []
+    theirs.watch_live(told.append)
+    asyncio.run(ours.publish(commit(registry)))
+    asyncio.run(theirs.refresh())
+    assert theirs.live == theirs.training_base == "v0001"
+    assert theirs.live_adapter == "m@v0001"
+    assert set(names) == {"m", "m@v0001", None}  # None: a request that names no model
+    asyncio.run(theirs.refresh())
+    assert told == ["base", "v0001"]
+    asyncio.run(ours.activate("base"))
+    asyncio.run(theirs.refresh())
+    assert told == ["base", "v0001", "base"]
+    assert "m" not in names
+    assert theirs.live_adapter is None
+
+
+def test_a_change_by_another_executor_is_followed_even_if_this_one_changed_something_first(registry):
     ours, _ = attached(registry)
     theirs, names = attached(registry)
     asyncio.run(ours.publish(commit(registry)))
-    assert asyncio.run(theirs.follow_registry())
+    asyncio.run(theirs.release_pin())  # reads the pointers, and moves no name
+    assert theirs.live == "base"
+    asyncio.run(theirs.refresh())
     assert theirs.live == "v0001"
-    assert set(names) == {"m", "m@v0001", None}  # None: a request that names no model
-    assert not asyncio.run(theirs.follow_registry())
-    asyncio.run(ours.activate("base"))
-    assert asyncio.run(theirs.follow_registry())
-    assert "m" not in names
+    assert names["m"][0] == "m@v0001"
 
 
 @pytest.mark.parametrize("name", ["v0009", "latest", "../v0001", ""])

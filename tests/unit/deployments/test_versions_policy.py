@@ -44,15 +44,15 @@ def test_rolling_back_pins_until_released_across_restarts_and_executors(registry
     assert publish(versions, registry) is Published.LIVE
     asyncio.run(versions.activate("v0001", reason="it swore"))
     assert (versions.live, versions.pinned) == ("v0001", "v0001")
-    assert publish(versions, registry) is Published.HELD
+    assert publish(versions, registry) is Published.BLOCKED
     assert versions.live == "v0001"
     assert names["m"][0] == "m@v0001"
     assert names["m@v0003"][1] == 3  # by its own name it can be tried
     again, _ = attached(registry)
     assert (again.live, again.pinned) == ("v0001", "v0001")
-    asyncio.run(other.follow_registry())
+    asyncio.run(other.refresh())
     assert (other.live, other.pinned) == ("v0001", "v0001")
-    assert publish(other, registry) is Published.HELD
+    assert publish(other, registry) is Published.BLOCKED
     assert asyncio.run(other.release_pin())
     assert publish(versions, registry) is Published.LIVE
     assert versions.live == "v0005"
@@ -64,7 +64,7 @@ def test_the_base_is_pinned_too_and_going_forward_pins_nothing(registry):
     publish(versions, registry)
     asyncio.run(versions.activate("base"))
     assert versions.pinned == "base"
-    assert publish(versions, registry) is Published.HELD
+    assert publish(versions, registry) is Published.BLOCKED
     assert "m" not in names
     asyncio.run(versions.activate("v0002"))
     assert versions.pinned is None
@@ -104,11 +104,13 @@ def test_a_canary_is_not_live_until_promoted_and_training_goes_on_from_it(regist
     assert (versions.live, versions.canary, versions.training_base) == ("base", "v0001", "v0001")
     assert "m" not in names
     assert names["m@v0001"][1] == 1
-    assert not asyncio.run(versions.follow_registry())  # the learner has it already
-    assert publish(versions, registry) is Published.HELD  # one at a time
+    asyncio.run(versions.refresh())
+    assert versions.training_base == "v0001"
+    assert publish(versions, registry) is Published.BLOCKED  # one at a time
     assert asyncio.run(versions.promote_canary("v0001", "good"))
-    assert not asyncio.run(versions.follow_registry())  # and goes on from where it is
+    asyncio.run(versions.refresh())
     assert (versions.live, versions.canary) == ("v0001", None)
+    assert versions.training_base == "v0001"  # training goes on from where it is
     assert names["m"][0] == "m@v0001"
     assert not asyncio.run(versions.promote_canary("v0001", "again"))
 
@@ -117,11 +119,11 @@ def test_a_canary_that_fails_sends_training_back_to_live(registry):
     versions, _ = attached(registry, CANARY)
     other, _ = attached(registry, CANARY)
     publish(versions, registry)
-    assert asyncio.run(other.follow_registry())
+    asyncio.run(other.refresh())
     assert (other.canary, other.training_base) == ("v0001", "v0001")
     assert asyncio.run(versions.roll_back_canary("v0001", "slow"))
-    assert asyncio.run(versions.follow_registry())
-    assert asyncio.run(other.follow_registry())
+    asyncio.run(versions.refresh())
+    asyncio.run(other.refresh())
     assert versions.training_base == other.training_base == "base"
     [row] = asyncio.run(versions.listing())
     assert (row["status"], row["reason"], row["live"]) == ("rolled_back", "slow", False)
@@ -138,7 +140,7 @@ def test_another_executors_versions_appear_and_disappear(registry, monkeypatch):
     commit(registry, status="rejected")
     asyncio.run(theirs.refresh())
     assert set(names) == {"m", None, "m@v0001", "m@v0002", "m@v0003"}
-    assert asyncio.run(ours.prune()) == ["v0001", "v0002"]
+    assert asyncio.run(ours.retire_old()) == ["v0001", "v0002"]
     asyncio.run(theirs.refresh())
     assert set(names) == {"m", None, "m@v0003"}
     assert ("unload_version", "m@v0001") in theirs._engine.calls
@@ -152,13 +154,13 @@ def test_a_version_that_a_request_runs_on_is_kept(registry, monkeypatch):
     for _ in range(4):
         publish(versions, registry)
     versions._engine.in_use = {"m@v0001"}
-    assert asyncio.run(versions.prune()) == []  # the others are retired, and rest
+    assert asyncio.run(versions.retire_old()) == []  # the others are retired, and rest
     assert set(names) == {"m", None, "m@v0001", "m@v0004"}
     monkeypatch.setattr(retention.rested, "__defaults__", (0.0,))
-    assert asyncio.run(versions.prune()) == ["v0002", "v0003"]
+    assert asyncio.run(versions.retire_old()) == ["v0002", "v0003"]
     publish(versions, registry)
     versions._engine.in_use = set()
-    assert asyncio.run(versions.prune()) == ["v0001"]
+    assert asyncio.run(versions.retire_old()) == ["v0001"]
 
 
 def test_one_version_in_full(registry):
