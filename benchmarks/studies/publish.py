@@ -256,7 +256,10 @@ class _Traffic:
 
 @dataclass
 class _VersionPort:
-    """Requests to the version that is live when they are sent, or to the base; notes what the prefix cache held."""
+    """Requests to the version that is live when they are sent, or to the base.
+
+    It notes what the prefix cache held. An output counts as one token.
+    """
 
     engine: "HybridEngine"
     versions: "AdapterVersions"
@@ -275,11 +278,9 @@ class _VersionPort:
             f"{self.run_id}-{request.request_id}",
             lora_request=None if request.to_base else self.versions.live_handle,
         )
-        count = 0
         async for output in outputs:
             served.cached_tokens = output.num_cached_tokens
-            fresh, count = len(output.outputs[0].token_ids) - count, len(output.outputs[0].token_ids)
-            yield fresh
+            yield 1
         self.served.append(served)
 
 

@@ -72,7 +72,7 @@ async def measure_soak(pool: EnginePool, options: MemoryOptions, journal: Journa
     async def soak() -> dict[str, Any]:
         live = await pool.get("soak", job)
         before = await live.engine.memory_status()
-        record, num_clients = await _soak(live, job, pool.vocabulary, 60 * options.soak_minutes)
+        record, num_clients = await load_engine(live, job, pool.vocabulary, 60 * options.soak_minutes)
         status = status_between(before, await live.engine.memory_status())
         all_free = bool(await live.engine.client.reset_prefix_cache())
         report = summarize_soak(record, status, all_blocks_free=all_free)
@@ -83,8 +83,11 @@ async def measure_soak(pool: EnginePool, options: MemoryOptions, journal: Journa
     return found
 
 
-async def _soak(live: LiveEngine, job: Job, vocabulary: int, seconds: float) -> tuple[SoakRecord, int]:
-    """Load for that long, then wait for what runs; what happened, and how many requests were under way at once.
+async def load_engine(live: LiveEngine, job: Job, vocabulary: int, seconds: float) -> tuple[SoakRecord, int]:
+    """Keep the cache full for that long, then wait for what runs.
+
+    Returns:
+        Everything seen, and how many requests were under way at once.
 
     Raises:
         MaceError: requests are still running two minutes after the last one was sent.

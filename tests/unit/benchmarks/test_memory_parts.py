@@ -1,3 +1,4 @@
+import asyncio
 import json
 from pathlib import Path
 
@@ -7,12 +8,14 @@ import pytest
 from benchmarks.harness.client import RequestRecord
 from benchmarks.harness.feeder import TaskRecord
 from benchmarks.harness.jobs import TRACES
-from benchmarks.studies.memory import parts
+from benchmarks.studies.memory import parts, soak
 from benchmarks.studies.memory.parts import MemoryOptions, ablation_part, load_trace, prefix_part, pruning_part
 from benchmarks.studies.memory.report import draw, tables
 from benchmarks.studies.memory.soak import SoakRecord, summarize_soak
-from benchmarks.studies.memory.windows import Counts
+from benchmarks.studies.memory.windows import Counts, LiveEngine, StatLog
+from simulator.trace import Trace
 from tests.support.memory_windows import TIMES, grow, window
+from tests.support.timed_engine import FakeEngine
 
 MODEL = Path("model")
 
@@ -111,6 +114,29 @@ def test_what_an_ablation_loses_is_positive_where_the_mechanism_pays():
 def readings(times_s, sizes, heaps):
     rows = zip(times_s, sizes, heaps, strict=True)
     return [{"time_s": t, "kv_use": 0.97, "worker_rss_bytes": s, "heap_used_bytes": h} for t, s, h in rows]
+
+
+def test_a_soak_keeps_more_requests_under_way_than_the_cache_holds(monkeypatch):
+    monkeypatch.setattr(soak, "_POLL_S", 0.05)
+
+    async def play():
+        engine = FakeEngine(first_s=0.02, gap_s=0.0)
+        engine.kv_cache_tokens = 9000
+        engine.memory_status = memory_status
+        trace = Trace.load(TRACES / "memory-soak.yaml")
+        job = parts.job_of(trace, trace.args, MODEL)
+        return engine, *await soak.load_engine(LiveEngine(engine, StatLog()), job, 1000, 0.3)
+
+    async def memory_status():
+        return {"pruned_blocks": 1, "ledger_error": None}
+
+    engine, record, num_clients = asyncio.run(play())
+    assert num_clients == 1 + int(1.5 * 9000 / 2660)
+    assert engine.running_steps == 0
+    assert len(record.requests) > num_clients
+    assert record.tasks
+    assert all(request.succeeded for request in record.requests)
+    assert record.readings[0]["pruned_blocks"] == 1.0
 
 
 def asked(error=None):
