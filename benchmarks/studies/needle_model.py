@@ -65,7 +65,7 @@ class NeedleRecipe:
 
 
 @dataclass(slots=True)
-class _Row:
+class TokenRow:
     """Tokens and the weight of predicting each."""
 
     ids: list[int]
@@ -81,7 +81,7 @@ def ensure_needle_model(state_dir: Path, seed: int = 0, recipe: NeedleRecipe | N
     target.parent.mkdir(parents=True, exist_ok=True)
     staging = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
     try:
-        tokenizer = _train_tokenizer()
+        tokenizer = train_tokenizer()
         model = train_needle_model(tokenizer, recipe, seed)
         model.save_pretrained(staging)
         tokenizer.save_pretrained(staging)
@@ -102,12 +102,12 @@ def train_needle_model(tokenizer: Any, recipe: NeedleRecipe, seed: int) -> Any:
     try:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            return _fit(_new_model(tokenizer, recipe), tokenizer, recipe, random.Random(seed))
+            return _fit(new_model(tokenizer, recipe), tokenizer, recipe, random.Random(seed))
     finally:
         torch.set_num_threads(num_threads)
 
 
-def _train_tokenizer() -> Any:
+def train_tokenizer() -> Any:
     """One token a word, for the words of the tasks."""
     from tokenizers import Tokenizer, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
@@ -124,7 +124,8 @@ def _train_tokenizer() -> Any:
     )
 
 
-def _new_model(tokenizer: Any, recipe: NeedleRecipe) -> Any:
+def new_model(tokenizer: Any, recipe: NeedleRecipe) -> Any:
+    """Make an untrained Llama of two layers whose first heads look back."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     config = LlamaConfig(
@@ -212,36 +213,39 @@ def _encode(tokenizer: Any, text: str) -> list[int]:
 
 def _draw_rows(
     step: int, vocab_size: int, encode: Callable[[str], list[int]], recipe: NeedleRecipe, rng: random.Random
-) -> list[_Row]:
+) -> list[TokenRow]:
     first = int(recipe.repeats_first * recipe.steps)
     growth = min(1.0, max(0, step - first) / (recipe.growth_share * (recipe.steps - first)))
     is_repeat = step < first or rng.random() < recipe.repeats_later
     longest = recipe.shortest_tokens + growth * (MAX_CONTEXT_TOKENS - recipe.shortest_tokens)
     length = rng.randint(40, 96) if step < first else int(longest * rng.uniform(0.4, 1))
     if is_repeat:
-        return [_repeat(length, vocab_size, rng) for _ in range(max(3, recipe.tokens_per_step // length))]
+        return [repeated_row(length, vocab_size, rng) for _ in range(max(3, recipe.tokens_per_step // length))]
     count = max(3, recipe.tokens_per_step // (length + 10 * recipe.questions))
-    return [_recall(length, encode, recipe, rng) for _ in range(count)]
+    return [recall_row(length, encode, recipe, rng) for _ in range(count)]
 
 
-def _repeat(length: int, vocab_size: int, rng: random.Random) -> _Row:
-    """A run of random tokens again and again, sometimes from its middle."""
+def repeated_row(length: int, vocab_size: int, rng: random.Random) -> TokenRow:
+    """Repeat a run of random tokens again and again, sometimes from its middle."""
     alphabet = rng.sample(range(2, vocab_size), rng.choice([8, 16, 32, 64, 128]))
     run = [rng.choice(alphabet) for _ in range(rng.randint(8, max(10, length // 3)))]
-    row = _Row([], [])
+    row = TokenRow([], [])
     while len(row.ids) < length:
         start = 0 if rng.random() < 0.5 else rng.randrange(len(run))
         unknowable = 3 if row.ids else len(run)
         row.weights += [0.0] * unknowable + [1.0] * (len(run) - unknowable)
         row.ids += run[start:] + run[:start]
-    return _Row(row.ids[:length], row.weights[:length])
+    return TokenRow(row.ids[:length], row.weights[:length])
 
 
-def _recall(length: int, encode: Callable[[str], list[int]], recipe: NeedleRecipe, rng: random.Random) -> _Row:
+def recall_row(
+    length: int, encode: Callable[[str], list[int]], recipe: NeedleRecipe, rng: random.Random
+) -> TokenRow:
+    """Make a context with questions about it; the answers have the weight."""
     kind: RecallKind = rng.choice(["needle", "qa"])
     recall = make_recall(kind, length, recipe.questions, _count_words, rng)
     ids = list(encode(recall.context))
-    row = _Row(ids, [_TEXT_WEIGHT] * len(ids))
+    row = TokenRow(ids, [_TEXT_WEIGHT] * len(ids))
     for question in recall.questions:
         asked = f"{question.text} {question.cue}" if rng.random() < 0.5 else question.cue
         prompt, answer = encode(asked), encode(f"{question.answer}.")
@@ -254,7 +258,7 @@ def _count_words(text: str) -> int:
     return len(re.findall(r"\w+|[^\w\s]", text))
 
 
-def _batch(rows: list[_Row], pad_id: int) -> "tuple[torch.Tensor, torch.Tensor]":
+def _batch(rows: list[TokenRow], pad_id: int) -> "tuple[torch.Tensor, torch.Tensor]":
     import torch
 
     width = max(len(row.ids) for row in rows)

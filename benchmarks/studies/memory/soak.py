@@ -35,7 +35,7 @@ SYSTEM_TOKENS = 256
 
 _OVERSUBSCRIBED = 1.5
 """Tokens that are wanted at any time, of those that the cache holds."""
-_POLL_S = 1.0
+POLL_S = 1.0
 _READ_EVERY = 5
 """Polls between two readings of the processes' memory."""
 _NOTE_EVERY = 60
@@ -112,7 +112,7 @@ async def load_engine(live: LiveEngine, job: Job, vocabulary: int, seconds: floa
         await feeder.stop()
     if late:
         raise MaceError(f"{late} requests did not end within {_DRAIN_S:.0f} s")
-    await asyncio.sleep(_POLL_S)  # aborted steps reach the worker
+    await asyncio.sleep(POLL_S)  # aborted steps reach the worker
     return record, num_clients
 
 
@@ -128,7 +128,7 @@ async def _watch(live: LiveEngine, record: SoakRecord, clock: Clock, seconds: fl
     last_seen, _ = await live.engine.iterations(0)
     processes = dict(engine_processes())
     for number in itertools.count():
-        await asyncio.sleep(_POLL_S)
+        await asyncio.sleep(POLL_S)
         last_seen, samples = await live.engine.iterations(last_seen)
         record.out_of_memory += sum(sample.report.out_of_memory for sample in samples)
         record.fullness.append(live.stats.kv_use >= HIGH_USE)

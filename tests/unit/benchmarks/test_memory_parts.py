@@ -117,7 +117,7 @@ def readings(times_s, sizes, heaps):
 
 
 def test_a_soak_keeps_more_requests_under_way_than_the_cache_holds(monkeypatch):
-    monkeypatch.setattr(soak, "_POLL_S", 0.05)
+    monkeypatch.setattr(soak, "POLL_S", 0.05)
 
     async def play():
         engine = FakeEngine(first_s=0.02, gap_s=0.0)
