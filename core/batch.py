@@ -12,7 +12,7 @@ from typing import Any, Literal
 from core.types import SliceKind, SliceReport, SliceTiming
 
 PruneReason = Literal["", "always", "decode", "prefill", "finetune"]
-"""What KV blocks are dropped for; the first of these if there are several."""
+"""The reason for dropping KV blocks; the first of these if there are several."""
 
 
 @dataclass(slots=True)
@@ -50,7 +50,7 @@ class ForwardShape:
 
 @dataclass(slots=True)
 class Plan:
-    """What an iteration may take. The first two fields hold for inference, the others for fine-tuning and memory."""
+    """The limits of an iteration. The first two fields hold for inference, the others for fine-tuning and memory."""
 
     token_budget: int = 0
     """Tokens (decode and prefill) that the forward pass may take; 0 in a blocking training phase."""

@@ -66,7 +66,16 @@ class LoraConfig(Section):
 class TrainingConfig(Section):
     """The DPO step and when its results go live."""
 
-    gone: ClassVar[dict[str, str]] = {"share_prompt": "is now experiments.share_prompt"}
+    gone: ClassVar[dict[str, str]] = {
+        "share_prompt": "is now experiments.share_prompt",
+        "head_chunk_tokens": "is now the constant 128",
+        "new_share": "is now the constant 0.5",
+        "hard_share": "is now the constant 0.25",
+        "replay_share": "is now the constant 0.25",
+        "max_loss": "is now the constant 20",
+        "max_attempts": "is now the constant 3",
+        "failure_backoff_s": "is now the constant 1",
+    }
 
     enabled: bool = True
     beta: float = Field(0.1, gt=0)
@@ -84,24 +93,12 @@ class TrainingConfig(Section):
     max_length_tokens: int = Field(1024, ge=8)
     max_slice_tokens: int = Field(1024, ge=16)
     """Upper bound of tokens that one slice takes through one layer: sets how many pairs go together."""
-    head_chunk_tokens: int = Field(128, ge=1)
     max_epochs: int = Field(10, ge=1)
     """A pair is trained at most this many times."""
-    new_share: float = Field(0.5, gt=0, le=1)
-    """Share of a batch for pairs that were never trained. What one share cannot fill, the others may."""
-    hard_share: float = Field(0.25, ge=0, le=1)
-    """Share of a batch for pairs that the live adapter still gets wrong, highest loss first."""
-    replay_share: float = Field(0.25, ge=0, le=1)
-    """Share of a batch for a sample of pairs trained before, so that fixing today does not forget yesterday."""
     max_age_s: float = Field(20.0, gt=0)
     """A pair that waited this long is trained even if the batch is not full."""
     steps_per_candidate: int = Field(8, ge=1)
     """Optimizer steps between two candidates that are offered to the gate."""
-    max_loss: float = Field(20.0, gt=0)
-    """A step whose loss is above this, or not finite, is discarded."""
-    max_attempts: int = Field(3, ge=1)
-    failure_backoff_s: float = Field(1.0, ge=0)
-    """Pause after a failed step; doubles with each further failure in a row, up to 60 s."""
     arena_bytes: int | None = Field(None, ge=1 << 20)
     """Memory for activations and gradients of a step. None: half of what is free on the device once it serves."""
     seed: int = 0

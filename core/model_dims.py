@@ -11,7 +11,7 @@ from core.errors import ConfigError
 
 @dataclass(frozen=True, slots=True)
 class ModelDims:
-    """What decides the memory and the work of a training step, and the size of the KV cache."""
+    """The sizes that decide the memory and the work of a training step, and the size of the KV cache."""
 
     num_layers: int
     hidden_size: int

@@ -10,7 +10,7 @@ from core.wire import BatchOutcome, Headroom, HeldOutPairs, TrainingBatch
 
 
 class ControlPort(Protocol):
-    """What an executor needs of Control. Every call may raise `ControlUnavailableError`; serving must go on."""
+    """Control as an executor sees it. Every call may raise `ControlUnavailableError`; serving must go on."""
 
     async def poll(self, headroom: Headroom) -> TrainingBatch | None:
         """Work for this executor, if any is due."""
@@ -34,7 +34,7 @@ class ControlPort(Protocol):
 
 
 class EnginePort(Protocol):
-    """What learning and publishing need of an engine; `engine.vllm.engine.HybridEngine` is the real one."""
+    """The engine as learning and publishing see it; `engine.vllm.engine.HybridEngine` is the real one."""
 
     free_memory_bytes: float
 
@@ -65,7 +65,7 @@ class EnginePort(Protocol):
         ...
 
     async def set_live(self, directory: Path | None) -> None:
-        """Which version `on_live` evaluations score; DamagedAdapterError if it cannot be read."""
+        """Set the version that `on_live` evaluations score; DamagedAdapterError if it cannot be read."""
         ...
 
     async def save_training_state(self, path: Path, progress: dict[str, Any]) -> None:
@@ -106,7 +106,7 @@ class EnginePort(Protocol):
 
 
 class LatencyPredictor(Protocol):
-    """What iterations and slices cost; learns from every measured iteration (`profiler.online` is the real one).
+    """Predicts the time of iterations and slices, and learns from measured ones; `profiler.online` is the real one.
 
     None means "never seen and no profile": callers must take the safe way, never a constant.
     Called several times an iteration: each call costs a few microseconds.

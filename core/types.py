@@ -4,9 +4,11 @@ Plain dataclasses of built-in types only, so that they cross process borders as 
 (`to_wire` / `from_wire`) and the pure packages need no torch.
 """
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
+
+from pydantic import TypeAdapter
 
 
 class SliceKind(StrEnum):
@@ -45,9 +47,9 @@ class TokenizedPair:
     """Log-probabilities of chosen and rejected under the frozen reference (nats), if they are known already."""
 
     @property
-    def num_tokens(self) -> int:
-        """Tokens of both sequences, prompt counted twice, without padding."""
-        return 2 * len(self.prompt_ids) + len(self.chosen_ids) + len(self.rejected_ids)
+    def lengths(self) -> tuple[int, int, int]:
+        """Tokens of prompt, chosen and rejected completion."""
+        return len(self.prompt_ids), len(self.chosen_ids), len(self.rejected_ids)
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,38 +107,20 @@ class FineTuneTask:
 
     def to_wire(self) -> dict[str, Any]:
         """Built-in types only."""
-        return asdict(self)
+        wire: dict[str, Any] = _TASK.dump_python(self)
+        return wire
 
     @classmethod
     def from_wire(cls, data: dict[str, Any]) -> "FineTuneTask":
-        """Inverse of `to_wire`; sequences may have become lists on the way."""
-        pairs = tuple(_pair_from_wire(pair) for pair in data["pairs"])
-        checkpoint = data.get("checkpoint")
-        return cls(
-            task_id=data["task_id"],
-            kind=TaskKind(data["kind"]),
-            pairs=pairs,
-            on_live=bool(data.get("on_live", False)),
-            dpo_loss=data.get("dpo_loss"),
-            attempts=data.get("attempts", 0),
-            gamma=data.get("gamma"),
-            checkpoint=Checkpoint(checkpoint["path"], checkpoint["progress"]) if checkpoint else None,
-        )
+        """Inverse of `to_wire`; sequences may have become lists on the way.
+
+        Raises:
+            ValueError: it is no task.
+        """
+        return _TASK.validate_python(data)
 
 
-def _pair_from_wire(data: dict[str, Any]) -> TokenizedPair:
-    reference = data.get("reference")
-    return TokenizedPair(
-        data["pair_id"],
-        tuple(data["prompt_ids"]),
-        tuple(data["chosen_ids"]),
-        tuple(data["rejected_ids"]),
-        weight=data.get("weight", 1.0),
-        reference=(reference[0], reference[1]) if reference else None,
-    )
-
-
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class TaskResult:
     """How a fine-tune task ended. Exactly one of `metrics` and `error` is set."""
 
@@ -161,16 +145,17 @@ class TaskResult:
 
     def to_wire(self) -> dict[str, Any]:
         """Built-in types only."""
-        return asdict(self)
+        wire: dict[str, Any] = _RESULT.dump_python(self)
+        return wire
 
     @classmethod
     def from_wire(cls, data: dict[str, Any]) -> "TaskResult":
         """Inverse of `to_wire`."""
-        fields = dict(data)
-        fields["kind"] = TaskKind(fields["kind"])
-        fields["metrics"] = StepMetrics(**fields["metrics"]) if fields["metrics"] else None
-        fields["scores"] = tuple(PairScore(**score) for score in fields["scores"])
-        return cls(**fields)
+        return _RESULT.validate_python(data)
+
+
+_TASK = TypeAdapter(FineTuneTask)
+_RESULT = TypeAdapter(TaskResult)
 
 
 @dataclass(slots=True)

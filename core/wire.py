@@ -3,14 +3,16 @@
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from core.types import PairScore, StepMetrics, TaskKind
+from core.types import PairScore, TaskKind
 
 Prompt = str | list[dict[str, Any]]
 """Plain text for completions, chat messages otherwise."""
 
 
 PairRole = Literal["new", "hard", "replay"]
-"""Why a pair is trained: never trained before, still wrong, or to keep what was learnt."""
+"""Why a pair is trained: never trained before, still wrong under the live adapter, or to keep what was learnt."""
+ROLE_SHARES: dict[str, float] = {"new": 0.5, "hard": 0.25, "replay": 0.25}
+"""Shares of a batch; what one role cannot fill, the others may."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,7 +114,6 @@ class BatchOutcome:
     task_id: str
     executor_id: str
     scores: tuple[PairScore, ...] = ()
-    metrics: StepMetrics | None = None
     error: str | None = None
     busy_s: float = 0.0
     peak_bytes: int = 0

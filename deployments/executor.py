@@ -12,12 +12,12 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from alignment.versions.activation_log import BASE
 from alignment.versions.registry import AdapterRegistry
+from alignment.versions.serving_state import BASE
 from core.config import AppArgs
 from deployments.control.client import ControlClient
 from deployments.learning.learner import Learner
-from deployments.learning.training_progress import CheckpointSlot
+from deployments.learning.training_progress import claim_checkpoint
 from deployments.monitors.engine_monitor import EngineMonitor
 from deployments.monitors.heartbeat import end_with
 from deployments.monitors.profiling import background_profiler, target_warnings, with_profile_path
@@ -48,7 +48,6 @@ class Executor:
         self.responses = ResponseLog(self.control.put_responses)
         self._attach_routes = attach_routes
         self._background: list[asyncio.Task[Any]] = []
-        self._slot = CheckpointSlot(self.args.state_dir / "training")
         self.engine: HybridEngine
         self.versions: AdapterVersions
         self.learner: Learner | None = None
@@ -132,8 +131,14 @@ class Executor:
         training = self.args.training
         limit = min(training.max_length_tokens, self.engine.max_model_len)
         tokenizer = await asyncio.to_thread(
-            PairTokenizer.load, str(model_dir), training.model_copy(update={"max_length_tokens": limit})
+            PairTokenizer.load,
+            str(model_dir),
+            training.model_copy(update={"max_length_tokens": limit}),
+            self.base_model,
+            self.args.model.dtype,
         )
+        # The descriptor of the lock is never closed: the file is this replica's until the process ends.
+        checkpoint, _ = await asyncio.to_thread(claim_checkpoint, self.args.state_dir / "training")
         learner = Learner(
             executor_id=self.executor_id,
             engine=self.engine,
@@ -142,8 +147,7 @@ class Executor:
             registry=registry,
             tokenizer=tokenizer,
             args=self.args,
-            base_model=self.base_model,
-            checkpoint=await asyncio.to_thread(self._slot.claim),
+            checkpoint=checkpoint,
             current_load=lambda: self.load.latest,
         )
         await learner.restore()

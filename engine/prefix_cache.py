@@ -1,4 +1,4 @@
-"""What vLLM's prefix cache holds, by its KV events, and what it has served, by its counters.
+"""vLLM's prefix cache: its content, by KV events, and what it has served, by counters.
 
 The events come from the EngineCore process to this one and become changes of a `scheduler.prefixes.tree.PrefixTree`.
 
@@ -22,7 +22,6 @@ import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 import prometheus_client
@@ -51,12 +50,12 @@ def kv_events_config() -> Any:
     """vLLM's `KVEventsConfig` with private sockets of its own, for the engine argument `kv_events_config`."""
     from vllm.config.kv_events import KVEventsConfig
 
-    name = uuid.uuid4().hex[:8]
+    directory, name = _private_directory().name, uuid.uuid4().hex[:8]
     return KVEventsConfig(
         enable_kv_cache_events=True,
         publisher="zmq",
-        endpoint=f"ipc://{_private_directory()}/{name}",
-        replay_endpoint=f"ipc://{_private_directory()}/{name}-replay",
+        endpoint=f"ipc://{directory}/{name}",
+        replay_endpoint=f"ipc://{directory}/{name}-replay",
         buffer_steps=_BUFFER_BATCHES,
     )
 
@@ -179,7 +178,7 @@ class KvEventStream:
 
 
 def changes_of(event: Any, block_tokens: int) -> Iterator[PrefixChange]:
-    """What one vLLM event says of prompts that token ids alone identify.
+    """The changes that one vLLM event says, of prompts that token ids alone identify.
 
     Passed over: further KV cache groups of a hybrid model (the first one stands for all), other storage tiers, partial
     blocks, and blocks whose content depends on more than tokens and adapter (images, prompt embeddings, cache salts).
@@ -232,13 +231,9 @@ def read_prefix_counts() -> PrefixCounts | None:
     return PrefixCounts(int(totals[_QUERIED]), int(totals.get(_HIT, 0))) if _QUERIED in totals else None
 
 
-def _private_directory() -> Path:
-    """A directory of this process that only its user can enter; removed when the process ends."""
-    return Path(_temporary_directory().name)
-
-
 @cache
-def _temporary_directory() -> tempfile.TemporaryDirectory[str]:
+def _private_directory() -> tempfile.TemporaryDirectory[str]:
+    """A directory of this process that only its user can enter; removed when the process ends."""
     # Paths of Unix sockets may have 107 bytes.
     parent = "/tmp" if len(tempfile.gettempdir()) > _MAX_PARENT_BYTES else None
     return tempfile.TemporaryDirectory(prefix="mace-kv-", dir=parent)

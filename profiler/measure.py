@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from core.batch import IterationSample
-from core.pair_groups import PairShape
+from core.dpo_slices import PairGroup
 from core.types import FineTuneTask, TaskKind, TaskResult, TokenizedPair
 from profiler.fit import MemorySample
 from profiler.grid import DECODE_TOKENS, MIXED_TOKENS, GridPoint, MeasurePlan, PointKind, make_grid
@@ -218,12 +218,12 @@ class _Measurer:
         """Pairs that make one micro-batch of at most `num_tokens` tokens, padding included, and its true size."""
         width = min(num_tokens // 2, _ROW_TOKENS, self._plan.max_pair_tokens - 1)
         half = width // 2
-        shape = PairShape(half, width - half + 1, width - half + 1)
-        pair_tokens = shape.tokens(share_prompts=self._plan.share_prompt)
+        lengths = (half, width - half + 1, width - half + 1)
+        pair_tokens = PairGroup.of(lengths, may_share=self._plan.share_prompt).num_tokens
         count = max(1, num_tokens // pair_tokens)
         pairs = []
         for number in range(count):
-            prompt, chosen, rejected = (tuple(self._tokens(n)) for n in (half, width - half + 1, width - half + 1))
+            prompt, chosen, rejected = (tuple(self._tokens(n)) for n in lengths)
             if chosen == rejected:
                 rejected = (*rejected[:-1], (rejected[-1] + 1) % self._plan.vocab_size)
             pairs.append(TokenizedPair(f"p{number}", prompt, chosen, rejected))

@@ -1,15 +1,14 @@
 """A profile: the models of one device and one model, where they come from, and how wrong they are. One JSON file."""
 
 import json
-import os
 import re
-import tempfile
 from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from core.errors import ProfileError
+from core.files import write_atomically
 from core.types import SliceKind
 from profiler.models import LatencyModel, MemoryModel
 
@@ -95,16 +94,7 @@ class Profile(_Model):
         """
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-            try:
-                with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-                    file.write(self.model_dump_json(indent=1))
-                    file.flush()
-                    os.fsync(file.fileno())
-                Path(temporary).replace(path)
-            except BaseException:
-                Path(temporary).unlink(missing_ok=True)
-                raise
+            write_atomically(path, self.model_dump_json(indent=1))
         except OSError as error:
             raise ProfileError(f"cannot write profile {path}: {error.strerror}") from error
 

@@ -25,12 +25,12 @@ LAMBDA_MEMORY = LAMBDA_LATENCY = 0.5
 
 @dataclass(frozen=True, slots=True)
 class Demand:
-    """What a task, or one size of it, needs."""
+    """Memory and time that a task, or one size of it, needs."""
 
     memory_bytes: float
     latency_s: float
     pruned_bytes: float = 0.0
-    """Of KV blocks that are dropped for it; the bin has so much more room for it."""
+    """KV memory that is dropped for it; the bin has so much more room for it."""
     harm: float = 0.0
     """Mean harm of dropping them, 0 to 1."""
 
@@ -46,7 +46,7 @@ class Bin:
     latency_used_s: float = 0.0
 
     def fits(self, demand: Demand) -> bool:
-        """Whether the demand stays within both capacities."""
+        """True if the demand stays within both capacities."""
         return (
             self.memory_used_bytes + demand.memory_bytes - demand.pruned_bytes <= self.memory_capacity_bytes
             and self.latency_used_s + demand.latency_s <= self.latency_capacity_s

@@ -1,4 +1,4 @@
-"""Which executor a prompt should go to: Algorithm 1's bins and fit, turned from packing to spreading.
+"""The executor that a prompt should go to: Algorithm 1's bins and fit, turned from packing to spreading.
 
 An executor is a bin: `tau_mem` of its KV memory, and the TTFT target as its seconds. What a prompt demands of it is
 the part that is not in its prefix cache: `n = max(1, prompt - cached)` tokens of KV memory and

@@ -6,6 +6,9 @@ The paper's equation, with `wait` in seconds:
 
 Requests are of class `interactive`, or of class `background` if their `priority` field is above 0 (`service_tier:
 flex` sets it). With `experiments.ageing` off no rate counts; with `experiments.reward_term` off no loss does.
+
+While inference is saturated, fine-tune work without a loss passes decoding after (20 - 1) / 0.2 = 95 s: then one slice
+runs whatever the slack.
 """
 
 import math
@@ -20,7 +23,9 @@ RATE_DECODE = RATE_PREFILL = 1.0
 RATE_PREFILL_BACKGROUND = RATE_FINETUNE = 0.2
 """Priority gained with each second of waiting."""
 PRIORITY_STEP = 1.0
-"""What one unit of a request's `priority` field (lower is sooner) takes from its base."""
+"""Taken from a request's base for each unit of its `priority` field (lower is sooner)."""
+BACKGROUND_PRIORITY = 1
+"""The `priority` field of a request that says no more than its class, `background`."""
 MAX_USER_PRIORITY = 10
 """A request's `priority` field counts within ±10: beyond, one client could push all others back for ever."""
 MAX_LOSS_TERM = 5.0
@@ -74,12 +79,3 @@ def finetune_priority(
         return aged
     loss = math.log(2) if dpo_loss is None else min(max(dpo_loss, 0.0), MAX_LOSS_TERM)
     return aged + gamma * loss * RETRY_DECAY**attempts
-
-
-def starvation_bound_s(experiments: ExperimentsConfig) -> float:
-    """Longest time that fine-tune work in an engine goes without a slice while inference is saturated.
-
-    After it the work's priority is above that of decoding, and one slice runs whatever the slack. Infinite with
-    ageing switched off.
-    """
-    return (BASE_DECODE - BASE_FINETUNE) / RATE_FINETUNE if experiments.ageing else math.inf

@@ -1,6 +1,6 @@
-"""What the iteration planner is told of the engine. Its answer is `core.batch.Plan`. Units are in the names.
+"""The engine's state as the iteration planner is told it; its answer is `core.batch.Plan`. Units are in the names.
 
-`decode_context` is what attention reads: tokens of dropped KV blocks are not in it. Who builds the view subtracts them.
+`decode_context` is what attention reads: whoever builds the view leaves out the tokens of dropped KV blocks.
 """
 
 from collections.abc import Sequence
@@ -49,7 +49,7 @@ class PruneOffer:
 
     @property
     def num_blocks(self) -> int:
-        """How many may be dropped."""
+        """Number of blocks on offer."""
         return len(self.costs)
 
 
@@ -58,9 +58,9 @@ class FineTuneState:
     """The fine-tune work inside this engine."""
 
     last_progress_s: float
-    """When a slice last ran, or the oldest task arrived, whichever is later."""
+    """Time at which a slice last ran, or the oldest task arrived, whichever is later."""
     dpo_loss: float | None = None
-    """Of the task in front; None if it was never scored."""
+    """Loss of the task in front; None if it was never scored."""
     attempts: int = 0
     gamma: float | None = None
     """Weight of the loss in the priority; None: the configured one."""
@@ -86,15 +86,15 @@ class IterationView:
     decode_context: int = 0
     """Tokens of KV cache that they attend to, summed."""
     prefills: list[PrefillTask] = field(default_factory=list)
-    """In progress first, then the head of the waiting queue in its order; bounded by `MAX_PREFILLS_SEEN`."""
+    """Prompts in progress, then the head of the waiting queue in its order; bounded by `MAX_PREFILLS_SEEN`."""
     num_waiting_unseen: int = 0
     """Waiting requests beyond `prefills`."""
     unseen_tokens: int = 0
-    """Their prompt tokens (an estimate is good enough)."""
+    """Prompt tokens of these (an estimate is good enough)."""
     oldest_unseen_s: float | None = None
     """Earliest arrival among them."""
     free_seats: int = 1 << 30
-    """How many waiting requests may still start running."""
+    """Waiting requests that may still start running."""
     used_kv_bytes: int = 0
     """KV cache that cannot be given out."""
     free_kv_blocks: int = 1 << 30

@@ -14,7 +14,6 @@ import numpy as np
 from core.batch import ForwardShape, IterationSample
 from core.config import EngineConfig
 from core.errors import ConfigError
-from core.pair_groups import PairShape
 from core.types import SliceReport
 from scheduler.iteration.planner import EngineLimits, IterationPlanner
 from scheduler.queues.waiting import WaitingQueue
@@ -190,7 +189,7 @@ class Simulation:
         return Trainer(
             device=device,
             model=self._hardware.step_model,
-            pair=PairShape(finetune.prompt_tokens, finetune.completion_tokens, finetune.completion_tokens),
+            pair=(finetune.prompt_tokens, finetune.completion_tokens, finetune.completion_tokens),
             config=training,
             arena_bytes_per_token=self._hardware.arena_bytes_per_token,
             has_backlog=training.enabled and finetune.pairs_per_s is None,

@@ -94,7 +94,7 @@ class Executor:
             ConfigError: it can never fit the KV cache.
         """
         self.requests.running.check(request)
-        self._planner.note_requests()
+        self._planner.retrain.note_requests()
         self.requests.enqueue(request)
         self._wake(now_s)
 
@@ -232,9 +232,9 @@ class Executor:
         if self._is_observed():
             self._planner.observe(self._sample(iteration))
         if not self.trainer.held_bytes:
-            self._planner.release_arena()
+            self._planner.memory.release_arena()
         if trained.num_pairs:
-            self._planner.note_trained(trained.num_pairs)
+            self._planner.retrain.note_trained(trained.num_pairs)
             self.meter.trained(iteration.end_s, trained.num_pairs)
 
     def _end_forward(self, iteration: _Iteration) -> None:

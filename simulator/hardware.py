@@ -4,11 +4,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from core.batch import ForwardShape, IterationSample
+from core.dpo_slices import StepModel
 from core.model_dims import ModelDims
 from core.ports import LatencyPredictor
 from core.types import SliceKind
 from simulator.device import DeviceModel
-from simulator.finetune import StepModel
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,7 +8,6 @@ from core.types import SliceKind
 from profiler.online import OnlineLatencyModel
 from profiler.profile import QUANTILE_LEVELS, Profile
 from simulator.device import Quantiles
-from simulator.finetune import StepModel
 from simulator.hardware import Hardware
 
 _BLOCK_TOKENS = 16
@@ -55,9 +54,7 @@ def hardware_of(profile: Profile, dims: ModelDims, args: AppArgs) -> Hardware:
     return Hardware(
         device=ProfiledDevice(profile),
         new_predictor=lambda: OnlineLatencyModel(profile),
-        step_model=StepModel(
-            dims.num_layers, args.training.head_chunk_tokens, dims.layer_weights, dims.head_weights
-        ),
+        step_model=dims,
         kv_tokens=int(args.engine.kv_cache_memory_bytes / kv_bytes),
         kv_bytes_per_token=kv_bytes,
         arena_bytes=int(2 * profile.memory.step_bytes(largest)),

@@ -87,7 +87,7 @@ class Statistics:
 
     def __init__(self, slo: SloConfig, bucket_s: float) -> None:
         self.tbt = Histogram()
-        self.classes = {"interactive": ClassCount(), "batch": ClassCount()}
+        self.classes = {"interactive": ClassCount(), "background": ClassCount()}
         self.bucket_s = bucket_s
         self.forward_s = 0.0
         self.slices_s = 0.0
@@ -114,14 +114,14 @@ class Statistics:
         self.late_tokens += weight
         return True
 
-    def add_first_token(self, ttft_s: float, *, is_batch: bool) -> None:
+    def add_first_token(self, ttft_s: float, *, is_background: bool) -> None:
         """A request's first token is out."""
-        self.classes["batch" if is_batch else "interactive"].ttft.add(ttft_s)
+        self.classes["background" if is_background else "interactive"].ttft.add(ttft_s)
         self.output_tokens += 1
 
-    def add_finished(self, ttft_s: float, *, is_late: bool, is_batch: bool) -> None:
+    def add_finished(self, ttft_s: float, *, is_late: bool, is_background: bool) -> None:
         """A request is done; `is_late`: some token of it missed the TBT target."""
-        count = self.classes["batch" if is_batch else "interactive"]
+        count = self.classes["background" if is_background else "interactive"]
         count.finished += 1
         if ttft_s <= self._slo.ttft_s and not is_late:
             count.attained += 1

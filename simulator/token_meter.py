@@ -40,7 +40,7 @@ class TokenMeter:
         """A prompt is computed (anew, after a preemption) and one token is out."""
         if request.first_token_s < 0:
             request.first_token_s = end_s
-            self._statistics.add_first_token(end_s - request.arrival_s, is_batch=request.user_priority > 0)
+            self._statistics.add_first_token(end_s - request.arrival_s, is_background=request.user_priority > 0)
             self.note("first_token", request.request_id)
         elif self._statistics.add_gap(end_s - request.last_token_s, 1):
             request.is_late = True
@@ -63,7 +63,7 @@ class TokenMeter:
         """A request's last token is out."""
         is_late = request.is_late or self._last_late_s > request.late_since_s
         ttft_s = request.first_token_s - request.arrival_s
-        self._statistics.add_finished(ttft_s, is_late=is_late, is_batch=request.user_priority > 0)
+        self._statistics.add_finished(ttft_s, is_late=is_late, is_background=request.user_priority > 0)
         self.finished.append(request)
         self.note("finished", request.request_id)
 

@@ -13,16 +13,14 @@ from typing import Annotated, Literal
 import numpy as np
 import yaml
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AliasChoices, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from core.config import AppArgs
 from core.errors import ConfigError
+from scheduler.priority import BACKGROUND_PRIORITY
 
 _BLOCK = 8192
 """Requests drawn at a time."""
-
-BATCH_PRIORITY = 1
-"""`user_priority` of requests of class `batch`."""
 
 
 class _Part(BaseModel):
@@ -181,8 +179,10 @@ class Trace(_Part):
     arrivals: Arrivals
     prompt_tokens: Lengths
     output_tokens: Lengths
-    batch_share: float = Field(0.0, ge=0, le=1)
-    """Share of requests of class `batch`; the others are `interactive`."""
+    background_share: float = Field(
+        0.0, ge=0, le=1, validation_alias=AliasChoices("background_share", "batch_share")
+    )
+    """Share of requests of class `background`; the others are `interactive`. Older traces call it `batch_share`."""
     finetune: FineTune = FineTune()
     executors: int = Field(1, ge=1, le=1000)
     args: AppArgs = AppArgs()
@@ -225,11 +225,13 @@ class Trace(_Part):
         )
         number = 0
         for times in self.arrivals.times(arrivals):
-            is_batch = classes.random(_BLOCK) < self.batch_share
+            is_background = classes.random(_BLOCK) < self.background_share
             columns = (times, self.prompt_tokens.draw(prompts, _BLOCK), self.output_tokens.draw(outputs, _BLOCK))
-            rows = zip(*(column.tolist() for column in columns), is_batch.tolist(), strict=True)
-            for arrival_s, num_prompt, num_output, batch in rows:
+            rows = zip(*(column.tolist() for column in columns), is_background.tolist(), strict=True)
+            for arrival_s, num_prompt, num_output, background in rows:
                 if self.duration_s is not None and arrival_s >= self.duration_s:
                     return
-                yield TraceRequest(f"r{number}", arrival_s, num_prompt, num_output, BATCH_PRIORITY if batch else 0)
+                yield TraceRequest(
+                    f"r{number}", arrival_s, num_prompt, num_output, BACKGROUND_PRIORITY if background else 0
+                )
                 number += 1

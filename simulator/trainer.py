@@ -7,12 +7,11 @@ from dataclasses import dataclass, field
 
 from core.batch import Plan
 from core.config import TrainingConfig
-from core.pair_groups import PairShape
-from core.types import SliceTiming
+from core.dpo_slices import PairGroup, PairLengths, SliceSpec, StepModel, group_pairs, step_slices
+from core.types import SliceKind, SliceTiming
 from scheduler.iteration.slices import SliceAdmission
 from scheduler.view import FineTuneState
 from simulator.device import Device
-from simulator.finetune import SliceWork, StepModel, step_slices
 
 _WARM_UP_TOKENS = 16
 """As in `engine.training.runner`: every kind of slice runs once, with a made-up pair, before anything is served."""
@@ -39,7 +38,7 @@ class Trainer:
         *,
         device: Device,
         model: StepModel,
-        pair: PairShape,
+        pair: PairLengths,
         config: TrainingConfig,
         arena_bytes_per_token: float,
         has_backlog: bool,
@@ -60,8 +59,9 @@ class Trainer:
         self._slice_tokens = config.max_slice_tokens
         self._step_tokens = 0
         """Of the step in progress, which keeps the size that it began with."""
-        self._programs: dict[int, list[SliceWork]] = {}
-        self._program: list[SliceWork] = []
+        self._programs: dict[int, tuple[list[PairGroup], list[SliceSpec]]] = {}
+        self._groups: list[PairGroup] = []
+        self._program: list[SliceSpec] = []
         self._next = 0
         self._last_progress_s = 0.0
 
@@ -78,8 +78,11 @@ class Trainer:
     @property
     def held_bytes(self) -> int:
         """Arena memory of the step in progress."""
-        tokens = self._program[self._next - 1].batch_tokens if self._next else 0
-        return int(tokens * self._arena_bytes_per_token)
+        if self._next == 0:
+            return 0
+        last = self._program[self._next - 1]
+        is_over = last.kind is SliceKind.BACKWARD_LAYER and last.part == 0
+        return 0 if is_over else int(self._groups[last.group].num_tokens * self._arena_bytes_per_token)
 
     def add_task(self, now_s: float) -> None:
         """Take in one more task."""
@@ -94,13 +97,13 @@ class Trainer:
             last_progress_s=max(arrived_s, self._last_progress_s),
             held_bytes=self.held_bytes,
             step_tokens=self._step_tokens,
-            max_batch_tokens=self._pair.tokens(share_prompts=self._share_prompt),
+            max_batch_tokens=PairGroup.of(self._pair, may_share=self._share_prompt).num_tokens,
         )
 
     def measure_all_kinds(self) -> None:
         """Measure as the worker does at its start; the timings are in `warm_up` for the planner."""
         half = min(_WARM_UP_TOKENS, self._config.max_prompt_tokens, self._config.max_length_tokens // 2)
-        for work in self._slices([PairShape(half, half, half)], self._config.max_slice_tokens):
+        for work in self._slices([(half, half, half)], self._config.max_slice_tokens)[1]:
             timing = SliceTiming(work.kind, work.num_tokens, self._device.slice_s(work.kind, work.num_tokens, 0.0))
             self._admission.observe(timing.kind, timing.num_tokens, timing.latency_s)
             self.warm_up.append(timing)
@@ -126,23 +129,28 @@ class Trainer:
             self._last_progress_s = start_s + done.busy_s
         return done
 
-    def _may_run(self, work: SliceWork, plan: Plan, done: Trained) -> bool:
+    def _may_run(self, work: SliceSpec, plan: Plan, done: Trained) -> bool:
         left_s = plan.finetune_budget_s - done.busy_s
         if len(done.slices) < plan.min_slices:
             return True
         return self._admission.fits(work.kind, work.num_tokens, left_s, first=not done.slices)
 
-    def _next_work(self) -> SliceWork:
+    def _next_work(self) -> SliceSpec:
         if not self._program:
             pairs = [self._pair] * self._config.pairs_per_step
             if self._slice_tokens not in self._programs:
                 program = self._slices(pairs, self._slice_tokens, self._num_cached_pairs)
                 self._programs[self._slice_tokens] = program
-            self._program, self._step_tokens = self._programs[self._slice_tokens], self._slice_tokens
+            self._groups, self._program = self._programs[self._slice_tokens]
+            self._step_tokens = self._slice_tokens
         return self._program[self._next]
 
-    def _slices(self, pairs: list[PairShape], slice_tokens: int, num_cached: int = 0) -> list[SliceWork]:
-        return step_slices(pairs, self._model, slice_tokens, num_cached, share_prompts=self._share_prompt)
+    def _slices(
+        self, pairs: list[PairLengths], slice_tokens: int, num_cached: int = 0
+    ) -> tuple[list[PairGroup], list[SliceSpec]]:
+        is_cached = [number < num_cached for number in range(len(pairs))]
+        groups = group_pairs(pairs, is_cached, slice_tokens, share_prompts=self._share_prompt)
+        return groups, list(step_slices(groups, self._model))
 
     def _advance(self, done: Trained) -> None:
         self._next += 1

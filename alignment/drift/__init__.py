@@ -1,1 +1,1 @@
-"""Has something changed, how alarming is it, and how much training does it call for?"""
+"""Drift: what has changed, how alarming that is, and how much training it calls for."""

@@ -9,9 +9,9 @@ restored in the middle gives the same answers as one that was not.
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple, Protocol
+from typing import Literal, NamedTuple
 
-from alignment.drift.events import EventKind
+EventKind = Literal["accuracy", "margin", "loss", "prompt_length", "prompt_novelty", "window"]
 
 
 class Row(NamedTuple):
@@ -22,46 +22,40 @@ class Row(NamedTuple):
     second: float
 
 
-class Detector(Protocol):
-    """What a stream needs of a detector."""
-
-    def update(self, value: float) -> bool:
-        """Take one value; has the mean changed?"""
-        ...
+Detector = Callable[[float], bool]
+"""Takes one value; True if the mean has changed."""
 
 
-class Adwin:
-    """ADWIN (Bifet and Gavalda, 2007) on values in 0..1, asked after every value.
+def adwin(delta: float) -> Detector:
+    """ADWIN (Bifet and Gavalda, 2007) on values in 0..1, for changes up or down, asked after every value.
 
     river asks after every 32nd by default, which with few pairs costs up to 31 pairs of delay.
     """
+    from river.drift import ADWIN
 
-    def __init__(self, delta: float) -> None:
-        from river.drift import ADWIN
+    test = ADWIN(delta=delta, clock=1)
 
-        self._adwin = ADWIN(delta=delta, clock=1)
+    def update(value: float) -> bool:
+        test.update(value)
+        return bool(test.drift_detected)
 
-    def update(self, value: float) -> bool:
-        """Take one value; has the mean changed, up or down?"""
-        self._adwin.update(value)
-        return bool(self._adwin.drift_detected)
+    return update
 
 
-class ErrorRise:
-    """HDDM_A (Frías-Blanco et al., 2015) on errors, 0 or 1: has their mean since some point risen above that before?
+def error_rise(confidence: float) -> Detector:
+    """HDDM_A (Frías-Blanco et al., 2015) on errors, 0 or 1: finds a point since which their mean is above that before.
 
-    It knows that it looks for a rise of a share, and finds a sudden one in a third of the pairs that ADWIN needs.
+    It looks for a rise of a share only, and finds a sudden one in a third of the pairs that ADWIN needs.
     """
+    from river.drift.binary import HDDMA
 
-    def __init__(self, confidence: float) -> None:
-        from river.drift.binary import HDDMA
+    test = HDDMA(drift_confidence=confidence)
 
-        self._test = HDDMA(drift_confidence=confidence)
+    def update(error: float) -> bool:
+        test.update(bool(error))
+        return bool(test.drift_detected)
 
-    def update(self, value: float) -> bool:
-        """Take one error; has their share risen?"""
-        self._test.update(bool(value))
-        return bool(self._test.drift_detected)
+    return update
 
 
 class LossRise:
@@ -90,8 +84,8 @@ class LossRise:
         self._total_exp = math.exp(self._rate * self._MAX_LOSS)
         """Begins with one largest loss, because rare ones have not been seen yet."""
 
-    def update(self, value: float) -> bool:
-        """Take one loss; has the mean risen?"""
+    def __call__(self, value: float) -> bool:
+        """Take one loss in nats; True if the mean has risen."""
         value = min(max(value, -self._MAX_LOSS), self._MAX_LOSS)
         slack = math.log(self._total_exp / self._num_seen) / self._rate - self._total / self._num_seen
         self._test.delta = max(self._MIN_SLACK, slack)
@@ -111,7 +105,7 @@ class Channel:
     """Name of the detector, for people."""
     detector: Callable[[], Detector]
     watched: Callable[[Row], float]
-    """What the detector is given."""
+    """The value that the detector is given."""
     reported: Callable[[Row], float]
     """The same quantity in the unit that people read."""
     alarming: Literal["fall", "rise", "both"]
@@ -132,7 +126,7 @@ class Change:
 
     @property
     def detail(self) -> str:
-        """In words."""
+        """The change in words, for people."""
         quantity = self.channel.kind.replace("_", " ")
         return (
             f"{self.channel.method}: mean {quantity} {self.before:.2f} -> {self.after:.2f} "
@@ -141,7 +135,7 @@ class Change:
 
 
 class ChangeStream:
-    """At most `capacity` rows since the last change, and a detector for each channel."""
+    """Keeps at most `capacity` rows since the last change, and a detector for each channel."""
 
     def __init__(self, channels: Sequence[Channel], capacity: int, rows: Iterable[Row] = ()) -> None:
         """With `rows` of another stream, of the same channels and capacity, go on where that stream was."""
@@ -171,7 +165,7 @@ class ChangeStream:
         return [change for change in changes if _is_alarming(change)]
 
     def _feed(self, row: Row) -> tuple[Channel, int] | None:
-        fired = [d.update(c.watched(row)) for c, d in zip(self._channels, self._detectors, strict=True)]
+        fired = [detect(c.watched(row)) for c, detect in zip(self._channels, self._detectors, strict=True)]
         return (self._channels[fired.index(True)], len(self.rows)) if any(fired) else None
 
     def _restart(self, rows: list[Row]) -> tuple[Channel, int] | None:

@@ -1,4 +1,4 @@
-"""Drift of the prompts: are they longer or shorter than before, or about something else?
+"""Drift of the prompts: whether they are longer or shorter than before, or about something else.
 
 No model of embeddings. Length is the number of words on a log scale. Novelty is 1 minus the cosine between the hashed
 words and word pairs of a prompt and their running mean: about constant while topics stay, higher when they change, and
@@ -7,14 +7,16 @@ back as the mean follows. In a script without spaces every sentence is one new w
 
 import base64
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from functools import partial
 from typing import Any
 
-from alignment.drift.change_streams import Adwin, ChangeStream, Channel, Row
+from alignment.drift.change_streams import ChangeStream, Channel, Row, adwin
 from alignment.drift.streams import StreamChange
-from core.alignment_config import DriftConfig
 
 PROMPTS = "prompts"
+_ADWIN_DELTA = 0.0005
+"""Chance that ADWIN reports a change in a stream that has none. Smaller than that for scores: topics come and go."""
 _ROWS = 512
 _NUM_FEATURES = 4096
 _MEAN_PROMPTS = 256
@@ -22,7 +24,7 @@ _MEAN_PROMPTS = 256
 _WARM_UP = 32
 """Prompts that make up the first mean; to an empty one every prompt is new."""
 _READ_CHARS = 4000
-"""Of a longer prompt, its beginning and end of this length in all are hashed (under 1 ms)."""
+"""Characters of a prompt that are hashed (under 1 ms): half of them from its beginning, half from its end."""
 _LOG2_MAX_WORDS = 12.0
 """Prompts of 4,095 words and longer are all the same length."""
 
@@ -30,13 +32,9 @@ _LOG2_MAX_WORDS = 12.0
 class InputDrift:
     """Watches prompts in their order of arrival."""
 
-    def __init__(self, config: DriftConfig) -> None:
-        adwin = lambda: Adwin(config.prompt_delta)  # noqa: E731 (a factory, twice)
-        length = Channel("prompt_length", "ADWIN", adwin, _first, _num_words, "both")
-        novelty = Channel("prompt_novelty", "ADWIN", adwin, _first, _first, "rise")
-        self._channels = (length, novelty)
-        self._lengths = ChangeStream([length], _ROWS)
-        self._novelties = ChangeStream([novelty], _ROWS)
+    def __init__(self, lengths: Iterable[Row] = (), novelties: Iterable[Row] = ()) -> None:
+        self._lengths = ChangeStream([_LENGTH], _ROWS, lengths)
+        self._novelties = ChangeStream([_NOVELTY], _ROWS, novelties)
         self._mean: Any = None
         self._vectorizer: Any = None
         self._num_prompts = 0
@@ -62,7 +60,7 @@ class InputDrift:
         }
 
     def to_state(self) -> dict[str, Any]:
-        """As JSON; the running mean takes 22 KB."""
+        """Everything as JSON; the running mean takes 22 KB."""
         return {
             "num_prompts": self._num_prompts,
             "last_event": self.last_event,
@@ -72,27 +70,28 @@ class InputDrift:
         }
 
     @classmethod
-    def from_state(cls, state: Mapping[str, Any], config: DriftConfig) -> "InputDrift":
+    def from_state(cls, state: Mapping[str, Any]) -> "InputDrift":
         """Inverse of `to_state`."""
         import numpy as np
 
-        drift = cls(config)
-        drift._num_prompts, drift.last_event = int(state["num_prompts"]), state["last_event"]
-        lengths, novelties = (
-            [Row(int(seq), float(value), 0.0) for seq, value in state[name]] for name in ("lengths", "novelties")
+        drift = cls(
+            *([Row(int(seq), float(x), 0.0) for seq, x in state[name]] for name in ("lengths", "novelties"))
         )
-        drift._lengths = ChangeStream(drift._channels[:1], _ROWS, lengths)
-        drift._novelties = ChangeStream(drift._channels[1:], _ROWS, novelties)
+        drift._num_prompts, drift.last_event = int(state["num_prompts"]), state["last_event"]
         if state["mean"] is not None:
             drift._mean = np.frombuffer(base64.b64decode(state["mean"]), dtype=np.float32).copy()
         return drift
 
     def _novelty(self, prompt: str) -> float | None:
-        """In 0..1 against the mean before this prompt, which then becomes part of it; None while warming up."""
+        """Novelty in 0..1 against the mean before this prompt, which then becomes part of it; None while warming up."""
         import numpy as np
 
         if self._vectorizer is None:
-            self._vectorizer = _vectorizer()
+            from sklearn.feature_extraction.text import HashingVectorizer
+
+            self._vectorizer = HashingVectorizer(
+                n_features=_NUM_FEATURES, ngram_range=(1, 2), token_pattern=r"(?u)\b\w+\b", alternate_sign=False
+            )
         if len(prompt) > _READ_CHARS:
             prompt = f"{prompt[: _READ_CHARS // 2]} {prompt[-_READ_CHARS // 2 :]}"
         words = self._vectorizer.transform([prompt])
@@ -106,20 +105,16 @@ class InputDrift:
         return min(max(1.0 - cosine, 0.0), 1.0) if self._num_prompts > _WARM_UP else None
 
 
-def _vectorizer() -> Any:
-    from sklearn.feature_extraction.text import HashingVectorizer
-
-    return HashingVectorizer(
-        n_features=_NUM_FEATURES, ngram_range=(1, 2), token_pattern=r"(?u)\b\w+\b", alternate_sign=False
-    )
-
-
 def _first(row: Row) -> float:
     return row.first
 
 
 def _num_words(row: Row) -> float:
     return float(2.0 ** (row.first * _LOG2_MAX_WORDS) - 1)
+
+
+_LENGTH = Channel("prompt_length", "ADWIN", partial(adwin, _ADWIN_DELTA), _first, _num_words, "both")
+_NOVELTY = Channel("prompt_novelty", "ADWIN", partial(adwin, _ADWIN_DELTA), _first, _first, "rise")
 
 
 def _mean(values: list[float]) -> float | None:

@@ -1,14 +1,24 @@
-"""Streams of scores (all pairs, each user, each tag), and the changes for the worse in them."""
+"""Streams of scores (all pairs, each user, each tag), and the changes for the worse in them.
+
+What goes into drift detection is a `ScoredPair`; what comes out of it is a `DriftEvent`.
+"""
 
 import math
-from collections import OrderedDict
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
-from alignment.drift.change_streams import Adwin, Change, ChangeStream, Channel, ErrorRise, LossRise, Row
-from alignment.drift.events import DriftEvent, ScoredPair
-from core.alignment_config import DriftConfig
+from alignment.drift.change_streams import (
+    Change,
+    ChangeStream,
+    Channel,
+    EventKind,
+    LossRise,
+    Row,
+    adwin,
+    error_rise,
+)
 
 GLOBAL = "global"
 _GLOBAL_ROWS = 1024
@@ -18,6 +28,71 @@ _SHOWN_ROWS = 32
 _MAX_TAGS = 8
 """Tags of one pair that are watched, the first by name."""
 _MAX_NAME = 256
+MAX_STREAMS = 200
+"""Users and tags watched at a time, besides the global stream; the least recent are dropped first."""
+MAX_SCORE = 1e6
+"""Losses and margins (nats) beyond this are absurd: they say something about the adapter, not about preferences."""
+TRUSTED_WEIGHT = 0.5
+"""Pairs of smaller weight are seen on their user's stream only, so that one hostile user raises no alarm for all."""
+
+
+@dataclass(frozen=True, slots=True)
+class Sensitivity:
+    """How readily the detectors report a change (docs/drift.md has the measurements behind the defaults)."""
+
+    adwin_delta: float = 0.002
+    """Chance that ADWIN reports a change in a stream that has none."""
+    hddm_confidence: float = 0.001
+    """Chance that HDDM_A takes wrong pairs that come as before for more of them; it finds sudden changes first."""
+    page_hinkley_threshold: float = 5.0
+    """Page-Hinkley reports a rise of the loss once its cumulated excess is above this (nats)."""
+
+
+SENSITIVITY = Sensitivity()
+
+
+@dataclass(frozen=True, slots=True)
+class ScoredPair:
+    """A new pair as the live adapter sees it before any training on it ("test, then train")."""
+
+    pair_id: str
+    seq: int
+    """Position of the pair in the order of arrival."""
+    loss: float
+    """DPO loss in nats; ln 2 = 0.693 if the adapter has no preference."""
+    margin: float
+    """Implicit reward margin: beta times (CLPD of the live adapter minus CLPD of the reference)."""
+    prompt: str
+    user: str | None
+    tags: Mapping[str, str]
+    weight: float
+    """Trust in the pair, in 0..1 (clients may ask for more)."""
+    at: float
+    """Unix seconds."""
+
+    @property
+    def trusted(self) -> bool:
+        """True if the pair speaks for more than its own user."""
+        return is_trusted(self.weight)
+
+
+@dataclass(frozen=True, slots=True)
+class DriftEvent:
+    """A change, as it is stored and shown."""
+
+    at: float
+    """Unix seconds."""
+    stream: str
+    """`global`, `prompts`, `user:<id>` or `tag:<key>=<value>`."""
+    kind: EventKind
+    value: float
+    """Mean of the watched quantity after the change."""
+    detail: str
+    """The change in words, with the value before."""
+
+    def to_wire(self) -> dict[str, Any]:
+        """The event as JSON."""
+        return asdict(self)
 
 
 class StreamChange(NamedTuple):
@@ -31,41 +106,44 @@ class StreamChange(NamedTuple):
 class _Stream:
     changes: ChangeStream
     num_pairs: int = 0
-    last_event: dict[str, Any] | None = field(default=None)
+    last_event: dict[str, Any] | None = None
 
 
 class ScoreStreams:
-    """The global stream and at most `config.max_streams` others, the least recently updated dropped first."""
+    """The global stream and at most `MAX_STREAMS` others, the least recently updated dropped first."""
 
-    def __init__(self, config: DriftConfig) -> None:
-        self._config = config
-        self._channels = _channels(config)
-        self._streams: OrderedDict[str, _Stream] = OrderedDict()
-        self._global = self._new(GLOBAL)
+    def __init__(self, sensitivity: Sensitivity | None = None) -> None:
+        self._channels = channels(sensitivity or SENSITIVITY)
+        self._streams = {GLOBAL: self._new(GLOBAL)}
+        """The global stream first, then the least recently updated first."""
 
     def update(self, pair: ScoredPair) -> list[StreamChange]:
         """Take the score of a new pair. One that is not trusted is seen on its user's stream only."""
         row = Row(pair.seq, _rounded(pair.loss), _rounded(pair.margin))
         found = []
-        if pair.trusted:
-            found += self._feed(GLOBAL, self._global, row)
-        for name in stream_names(pair):
-            found += self._feed(name, self._stream(name), row)
+        for name in ((GLOBAL,) if pair.trusted else ()) + stream_names(pair):
+            stream = self._streams.get(name) or self._new(name)
+            if name != GLOBAL:
+                self._streams.pop(name, None)
+                self._streams[name] = stream
+                self._drop_oldest()
+            stream.num_pairs += 1
+            found += [StreamChange(name, change) for change in stream.changes.update(row)]
         return found
 
     def note_event(self, event: DriftEvent) -> None:
         """Remember the newest event of a stream, for people."""
-        stream = self._global if event.stream == GLOBAL else self._streams.get(event.stream)
+        stream = self._streams.get(event.stream)
         if stream is not None:
             stream.last_event = event.to_wire()
 
     def to_wire(self) -> dict[str, Any]:
         """Each stream's pairs so far, accuracy and mean margin over its newest pairs, and last event."""
-        rows = [(GLOBAL, self._global), *reversed(self._streams.items())]
-        return {name: _show(stream) for name, stream in rows}
+        first, *others = self._streams.items()
+        return {name: _show(stream) for name, stream in (first, *reversed(others))}
 
     def to_state(self) -> list[dict[str, Any]]:
-        """As JSON, the global stream first, then the least recently updated first."""
+        """All streams as JSON, the global one first, then the least recently updated first."""
         return [
             {
                 "name": name,
@@ -73,42 +151,27 @@ class ScoreStreams:
                 "last_event": stream.last_event,
                 "rows": [list(column) for column in zip(*stream.changes.rows, strict=True)],
             }
-            for name, stream in [(GLOBAL, self._global), *self._streams.items()]
+            for name, stream in self._streams.items()
         ]
 
     @classmethod
-    def from_state(cls, state: Iterable[Mapping[str, Any]], config: DriftConfig) -> "ScoreStreams":
+    def from_state(cls, state: Iterable[Mapping[str, Any]]) -> "ScoreStreams":
         """Inverse of `to_state`."""
-        streams = cls(config)
+        streams = cls()
         for entry in state:
             rows = [Row(int(seq), float(a), float(b)) for seq, a, b in zip(*entry["rows"], strict=True)]
             stream = streams._new(entry["name"], rows)
             stream.num_pairs, stream.last_event = int(entry["num_pairs"]), entry["last_event"]
-            if entry["name"] == GLOBAL:
-                streams._global = stream
-            else:
-                streams._streams[entry["name"]] = stream
+            streams._streams[entry["name"]] = stream
         streams._drop_oldest()
         return streams
-
-    def _stream(self, name: str) -> _Stream:
-        if name not in self._streams:
-            self._streams[name] = self._new(name)
-            self._drop_oldest()
-        self._streams.move_to_end(name)
-        return self._streams[name]
 
     def _new(self, name: str, rows: Iterable[Row] = ()) -> _Stream:
         return _Stream(ChangeStream(self._channels, _GLOBAL_ROWS if name == GLOBAL else _STREAM_ROWS, rows))
 
     def _drop_oldest(self) -> None:
-        while len(self._streams) > self._config.max_streams:
-            self._streams.popitem(last=False)
-
-    @staticmethod
-    def _feed(name: str, stream: _Stream, row: Row) -> list[StreamChange]:
-        stream.num_pairs += 1
-        return [StreamChange(name, change) for change in stream.changes.update(row)]
+        while len(self._streams) > MAX_STREAMS + 1:
+            del self._streams[next(name for name in self._streams if name != GLOBAL)]
 
 
 def stream_names(pair: ScoredPair) -> tuple[str, ...]:
@@ -118,14 +181,29 @@ def stream_names(pair: ScoredPair) -> tuple[str, ...]:
     return tuple(name[:_MAX_NAME] for name in users + tags)
 
 
-def _channels(config: DriftConfig) -> tuple[Channel, ...]:
-    """A margin is watched as the probability sigmoid(margin) that the model of Bradley and Terry gives the choice."""
+def channels(sensitivity: Sensitivity) -> tuple[Channel, ...]:
+    """The quantities of a stream of scores that are watched.
+
+    A margin is watched as the probability sigmoid(margin) that the model of Bradley and Terry gives the choice.
+    """
+    hddm, any_change = partial(error_rise, sensitivity.hddm_confidence), partial(adwin, sensitivity.adwin_delta)
+    page_hinkley = partial(LossRise, sensitivity.page_hinkley_threshold)
     return (
-        Channel("accuracy", "HDDM_A", lambda: ErrorRise(config.hddm_confidence), _error, _accuracy, "fall"),
-        Channel("accuracy", "ADWIN", lambda: Adwin(config.adwin_delta), _accuracy, _accuracy, "fall"),
-        Channel("margin", "ADWIN", lambda: Adwin(config.adwin_delta), _probability, _margin, "fall"),
-        Channel("loss", "Page-Hinkley", lambda: LossRise(config.page_hinkley_threshold), _loss, _loss, "rise"),
+        Channel("accuracy", "HDDM_A", hddm, _error, _accuracy, "fall"),
+        Channel("accuracy", "ADWIN", any_change, _accuracy, _accuracy, "fall"),
+        Channel("margin", "ADWIN", any_change, _probability, _margin, "fall"),
+        Channel("loss", "Page-Hinkley", page_hinkley, _loss, _loss, "rise"),
     )
+
+
+def is_score(loss: float, margin: float) -> bool:
+    """True if both are finite and of a size that a preference can have."""
+    return math.isfinite(loss) and math.isfinite(margin) and abs(loss) < MAX_SCORE and abs(margin) < MAX_SCORE
+
+
+def is_trusted(weight: float) -> bool:
+    """True if a pair of this weight speaks for more than its own user. A weight that is no number does not."""
+    return weight >= TRUSTED_WEIGHT
 
 
 def _loss(row: Row) -> float:

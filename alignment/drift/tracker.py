@@ -1,30 +1,47 @@
-"""Drift of preferences: has something changed, how alarming is it, and how much training does it call for?
+"""Drift of preferences: what has changed, how alarming that is, and how much training it calls for.
 
 Every new pair is scored by the live adapter before anything is trained on it ("test, then train"). Three signals:
 
-1. the level window (`alignment.drift.window`): does the live adapter agree with the newest pairs? Fixed bounds.
+1. the level window (`alignment.drift.window`): whether the live adapter agrees with the newest pairs. Fixed bounds.
 2. change detection on streams of scores, of all pairs, each user and each tag (`alignment.drift.streams`).
 3. change detection on the prompts (`alignment.drift.input_drift`).
 
-They raise one level in 0..1, which halves with every `half_life_pairs` scores without a complaint. The level sets the
-retrain rate and the weight of the loss in the priority (`alignment.drift.retrain_rate`).
+They raise one level in 0..1, which halves with every `HALF_LIFE_PAIRS` scores without a complaint. The level sets the
+retrain rate and the weight of the loss in the priority. New pairs earn training slots at that rate, and batches spend
+them (`TrainingCredit`).
 """
 
+import math
+import threading
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
-from alignment.drift.events import DriftEvent, ScoredPair, is_score, is_trusted
 from alignment.drift.input_drift import PROMPTS, InputDrift
-from alignment.drift.retrain_rate import gamma_factor, retrain_rate
-from alignment.drift.streams import GLOBAL, ScoreStreams, StreamChange, stream_names
+from alignment.drift.streams import (
+    GLOBAL,
+    DriftEvent,
+    ScoredPair,
+    ScoreStreams,
+    StreamChange,
+    is_score,
+    is_trusted,
+    stream_names,
+)
 from alignment.drift.window import LevelWindow, Score
 from core.alignment_config import DriftConfig
 
-__all__ = ["DriftEvent", "DriftTracker", "ScoredPair"]
+HALF_LIFE_PAIRS = 32.0
+"""The level halves with every so many scored pairs without a complaint."""
+QUIET_GAMMA, ALARM_GAMMA = 0.5, 2.0
+"""Factor of `scheduler.gamma` while nothing drifts, and at full alarm."""
 
 _INPUT_LEVEL = 0.5
 """New prompts call for a closer look, not for an alarm."""
+_SAVED = ("level", "alarm", "answered", "complained", "version", "version_since_seq", "last_seq", "last_change_seq",
+          "last_change", "num_ignored")  # fmt: skip
+_ROUNDING = 1e-9
+"""Ten times 0.1 is one slot."""
 _ANSWERED_LEVEL = 0.5
 """An alarm is over: the level sank to this, or the newest version agrees with its users."""
 _MUTED_WINDOWS = 4
@@ -37,24 +54,27 @@ class DriftTracker:
     def __init__(self, config: DriftConfig) -> None:
         self._config = config
         self._window = LevelWindow(config)
-        self._streams = ScoreStreams(config)
-        self._prompts = InputDrift(config)
+        self._streams = ScoreStreams()
+        self._prompts = InputDrift()
         self._members: deque[tuple[str, ...]] = deque(maxlen=config.window)
         """Streams of the newest trusted pairs: how much of the traffic a user or tag is."""
         self._muted: deque[str] = deque(maxlen=_MUTED_WINDOWS * config.window)
-        self._level = 1.0
-        """Nothing is known yet: the first pairs of all count as an alarm."""
-        self._alarm: str | None = None
+        self.level = 1.0
+        """Level of alarm in 0..1. Nothing is known yet: the first pairs of all count as an alarm."""
+        self.alarm: str | None = None
         """The last change in the global stream, until it is answered."""
-        self._answered = False
-        """Has another version gone live since `_alarm`?"""
-        self._complained = False
-        """Has the present complaint been reported? Until the level is low again: one that wavers is one event."""
-        self._version: str | None = None
-        self._version_since_seq = 0
-        self._last_seq = 0
-        self._last_change_seq = 0
-        self._last_change: dict[str, Any] | None = None
+        self.answered = False
+        """Another version went live since `alarm`."""
+        self.complained = False
+        """The present complaint was reported. Until the level is low again: one that wavers is one event."""
+        self.version: str | None = None
+        """The live version; None before anyone said."""
+        self.version_since_seq = 0
+        self.last_seq = 0
+        """Newest pair observed: after a restart, later ones in the store have to be observed again."""
+        self.last_change_seq = 0
+        """Pairs after this sequence number belong to the present preferences; 0 if they never changed."""
+        self.last_change: dict[str, Any] | None = None
         self.num_ignored = 0
         """Scores that were not finite, or absurd."""
 
@@ -66,7 +86,7 @@ class DriftTracker:
         if pair.pair_id in self._window or pair.pair_id in self._muted:
             self._rescore(pair.pair_id, Score(pair.loss, pair.margin))
             return []
-        self._last_seq = max(self._last_seq, pair.seq)
+        self.last_seq = max(self.last_seq, pair.seq)
         found = self._streams.update(pair)
         if pair.trusted:
             self._window.add(pair.pair_id, Score(pair.loss, pair.margin))
@@ -78,8 +98,8 @@ class DriftTracker:
         return self._complaint_event(pair.at) + [self._raise_alarm(change, pair.at) for change in found]
 
     def rescore(self, pair_id: str, loss: float, margin: float, version: str) -> None:
-        """A known pair was scored by `version`; scores of a version that is not live (any more) say nothing."""
-        if version != self._version:
+        """Take the score that `version` gave a known pair; of a version that is not live it says nothing."""
+        if version != self.version:
             return
         if is_score(loss, margin):
             self._rescore(pair_id, Score(loss, margin))
@@ -87,24 +107,27 @@ class DriftTracker:
             self.num_ignored += 1
 
     def reweigh(self, pair_id: str, weight: float) -> None:
-        """A known pair turned out to be less trustworthy: it leaves the window. What it did to streams is done."""
+        """Let a known pair that turned out to be less trustworthy leave the window. What it did to streams is done."""
         if not is_trusted(weight) and self._window.discard(pair_id):
             self._muted.append(pair_id)
 
-    def forget(self, pair_id: str) -> None:
-        """A pair was deleted or parked: it leaves the window."""
-        self._window.discard(pair_id)
+    def forget(self, pair_ids: Iterable[str]) -> None:
+        """Let pairs that were deleted or parked leave the window."""
+        for pair_id in pair_ids:
+            self._window.discard(pair_id)
 
-    def note_live(self, version: str) -> None:
-        """Another adapter is live: the window is void until its pairs (`unscored_ids`) are scored again.
+    def note_live(self, version: str) -> bool:
+        """Take note that a version is live; False if that was known.
 
-        The change detectors keep their streams: a better adapter is a change for the better, which is no alarm.
+        The window is void until its pairs (`unscored_ids`) are scored again. The change detectors keep their streams: a
+        better adapter is a change for the better, which is no alarm.
         """
-        if version != self._version:
-            self._version = version
-            self._version_since_seq = self._last_seq
-            self._answered = True
-            self._window.clear_scores()
+        if version == self.version:
+            return False
+        self.version, self.version_since_seq = version, self.last_seq
+        self.answered = True
+        self._window.clear_scores()
+        return True
 
     @property
     def unscored_ids(self) -> list[str]:
@@ -113,84 +136,57 @@ class DriftTracker:
 
     @property
     def complains(self) -> bool:
-        """Does the live adapter, as of now, get too many of the newest pairs wrong?"""
+        """True if the live adapter, as of now, gets too many of the newest pairs wrong."""
         return self._window.complaint() is not None
 
     @property
-    def level(self) -> float:
-        """Of alarm, in 0..1."""
-        return self._level
-
-    @property
     def drifted(self) -> bool:
-        """Does the window complain, or is a change in all pairs together not yet answered?"""
-        return self.complains or self._alarm is not None
+        """True if the window complains, or a change in all pairs together is not yet answered."""
+        return self.complains or self.alarm is not None
 
     @property
     def reason(self) -> str:
         """Why `drifted` is what it is, in words."""
-        if self._alarm is not None and not self.complains:
-            return self._alarm
+        if self.alarm is not None and not self.complains:
+            return self.alarm
         return self._window.verdict()
-
-    @property
-    def last_change_seq(self) -> int:
-        """Pairs after this sequence number belong to the present preferences; 0 if they never changed."""
-        return self._last_change_seq
-
-    @property
-    def last_seq(self) -> int:
-        """Newest pair observed: after a restart, later ones in the store have to be observed again."""
-        return self._last_seq
 
     @property
     def retrain_rate(self) -> float:
         """Training slots that each new pair earns now."""
-        return retrain_rate(self._config, self._level)
+        return interpolate(self._config.quiet_rate, self._config.alarm_rate, self.level)
 
     @property
     def gamma_factor(self) -> float:
-        """Factor of `scheduler.gamma` now."""
-        return gamma_factor(self._config, self._level)
+        """Factor of `scheduler.gamma`, the weight of the loss in the priority of fine-tune tasks, now."""
+        return interpolate(QUIET_GAMMA, ALARM_GAMMA, self.level)
 
     def to_wire(self) -> dict[str, Any]:
-        """State for people, as `GET /v1/drift` shows it."""
+        """The state for people, as `GET /v1/drift` shows it."""
         return {
             "drifted": self.drifted,
             "reason": self.reason,
-            "level": self._level,
+            "level": self.level,
             "retrain_rate": self.retrain_rate,
             "gamma_factor": self.gamma_factor,
-            "live_version": self._version,
-            "num_pairs": self._window.num_pairs,
-            "accuracy": self._window.accuracy,
-            "mean_loss": self._window.mean_loss,
-            "mean_margin": self._window.mean_margin,
-            "last_change_seq": self._last_change_seq,
-            "last_change": self._last_change,
+            "live_version": self.version,
+            **self._window.means()._asdict(),
+            "last_change_seq": self.last_change_seq,
+            "last_change": self.last_change,
             "num_ignored": self.num_ignored,
             "streams": self._streams.to_wire(),
             "prompts": self._prompts.to_wire(),
         }
 
     def to_state(self) -> dict[str, Any]:
-        """As JSON, for a restart; at most about 0.7 MB (200 streams of 128 scores, 1,024 global ones)."""
+        """Everything as JSON, for a restart; at most about 0.7 MB (200 streams of 128 scores, 1,024 global ones)."""
         return {
             "window": self._window.to_state(),
             "streams": self._streams.to_state(),
             "prompts": self._prompts.to_state(),
             "members": [list(names) for names in self._members],
             "muted": list(self._muted),
-            "level": self._level,
-            "alarm": self._alarm,
-            "answered": self._answered,
-            "complained": self._complained,
-            "version": self._version,
-            "version_since_seq": self._version_since_seq,
-            "last_seq": self._last_seq,
-            "last_change_seq": self._last_change_seq,
-            "last_change": self._last_change,
-            "num_ignored": self.num_ignored,
+            **{name: getattr(self, name) for name in _SAVED},
         }
 
     @classmethod
@@ -202,16 +198,12 @@ class DriftTracker:
         """
         tracker = cls(config)
         tracker._window = LevelWindow.from_state(state["window"], config)
-        tracker._streams = ScoreStreams.from_state(state["streams"], config)
-        tracker._prompts = InputDrift.from_state(state["prompts"], config)
+        tracker._streams = ScoreStreams.from_state(state["streams"])
+        tracker._prompts = InputDrift.from_state(state["prompts"])
         tracker._members.extend(tuple(names) for names in state["members"])
         tracker._muted.extend(state["muted"])
-        tracker._level, tracker._alarm = float(state["level"]), state["alarm"]
-        tracker._answered, tracker._complained = bool(state["answered"]), bool(state["complained"])
-        tracker._version = state["version"]
-        tracker._version_since_seq, tracker._last_seq = int(state["version_since_seq"]), int(state["last_seq"])
-        tracker._last_change_seq, tracker._last_change = int(state["last_change_seq"]), state["last_change"]
-        tracker.num_ignored = int(state["num_ignored"])
+        for name in _SAVED:
+            setattr(tracker, name, state[name])
         return tracker
 
     def _rescore(self, pair_id: str, score: Score) -> None:
@@ -219,22 +211,22 @@ class DriftTracker:
             self._settle()
 
     def _settle(self) -> None:
-        """After one trusted score: a complaint keeps the level up, else it decays."""
+        """Move the level after one trusted score: a complaint keeps it up, else it decays."""
         if self.complains:
-            self._level = 1.0
+            self.level = 1.0
             return
-        self._level *= 0.5 ** (1.0 / self._config.half_life_pairs)
-        if self._answered and self._window.full_enough:
-            self._level = min(self._level, _ANSWERED_LEVEL)
-        if self._level <= _ANSWERED_LEVEL:
-            self._complained, self._alarm = False, None
+        self.level *= 0.5 ** (1.0 / HALF_LIFE_PAIRS)
+        if self.answered and self._window.full_enough:
+            self.level = min(self.level, _ANSWERED_LEVEL)
+        if self.level <= _ANSWERED_LEVEL:
+            self.complained, self.alarm = False, None
 
     def _complaint_event(self, at: float) -> list[DriftEvent]:
         complaint = self._window.complaint()
-        if complaint is None or self._complained:
+        if complaint is None or self.complained:
             return []
-        self._complained = True
-        event = DriftEvent(at, GLOBAL, "window", self._window.accuracy or 0.0, complaint)
+        self.complained = True
+        event = DriftEvent(at, GLOBAL, "window", self._window.means().accuracy or 0.0, complaint)
         self._streams.note_event(event)
         return [event]
 
@@ -244,7 +236,7 @@ class DriftTracker:
         detail = change.detail
         if stream == GLOBAL:
             level = 1.0
-            self._last_change_seq = change.last_seq_before
+            self.last_change_seq = change.last_seq_before
             self._window.keep_newest(change.num_rows)
         elif stream == PROMPTS:
             level = _INPUT_LEVEL
@@ -252,13 +244,77 @@ class DriftTracker:
         else:
             level = sum(stream in names for names in self._members) / max(1, len(self._members))
             detail += f" ({level:.0%} of the newest pairs)"
-        if stream != PROMPTS and change.last_seq_before <= self._version_since_seq < self._last_seq:
-            detail += f"; {self._version} went live meanwhile"
+        if stream != PROMPTS and change.last_seq_before <= self.version_since_seq < self.last_seq:
+            detail += f"; {self.version} went live meanwhile"
         event = DriftEvent(at, stream, change.channel.kind, change.after, detail)
         if stream == GLOBAL:
-            self._alarm, self._answered, self._last_change = detail, False, event.to_wire()
+            self.alarm, self.answered, self.last_change = detail, False, event.to_wire()
         if stream == PROMPTS:
             self._prompts.last_event = event.to_wire()
         self._streams.note_event(event)
-        self._level = max(self._level, level)
+        self.level = max(self.level, level)
         return event
+
+
+def interpolate(quiet: float, alarm: float, level: float) -> float:
+    """Between `quiet` (level 0) and `alarm` (level 1): geometrically, so that each bit of level multiplies.
+
+    A quiet value of 0 has no geometric mean with anything; there it is linear.
+    """
+    level = min(max(level, 0.0), 1.0) if math.isfinite(level) else 1.0
+    if level in (0.0, 1.0):
+        return alarm if level else quiet
+    if quiet <= 0 or alarm <= 0:
+        return quiet + (alarm - quiet) * level
+    return math.exp(math.log(quiet) + (math.log(alarm) - math.log(quiet)) * level)
+
+
+class TrainingCredit:
+    """A token bucket of training slots; one slot trains one pair once. Never above its bound, never below 0.
+
+    Thread-safe.
+    """
+
+    def __init__(self, max_slots: float = 256.0) -> None:
+        self._max_slots = max_slots
+        self._balance = 0.0
+        self._lock = threading.Lock()
+
+    @property
+    def balance(self) -> float:
+        """Slots left, with their fraction."""
+        return self._balance
+
+    def earn(self, num_new_pairs: int, rate: float) -> None:
+        """Take in slots for new scored training pairs, `rate` for each."""
+        earned = num_new_pairs * rate
+        if math.isfinite(earned) and earned > 0:
+            self.refund(earned)
+
+    def top_up(self, num_slots: int) -> None:
+        """Grant slots for another pass: up to `num_slots` in all, so that asking again adds nothing."""
+        with self._lock:
+            self._balance = max(self._balance, min(self._max_slots, float(num_slots)))
+
+    def spend(self, num_slots: int) -> int:
+        """Take up to `num_slots` whole slots; returns how many were there."""
+        with self._lock:
+            granted = max(0, min(num_slots, int(self._balance + _ROUNDING)))
+            self._balance = max(0.0, self._balance - granted)
+            return granted
+
+    def refund(self, num_slots: float) -> None:
+        """Give back slots that found no pair."""
+        with self._lock:
+            self._balance = min(self._max_slots, self._balance + max(0, num_slots))
+
+    def to_state(self) -> dict[str, Any]:
+        """The balance as JSON."""
+        return {"balance": self._balance}
+
+    @classmethod
+    def from_state(cls, state: Mapping[str, Any], max_slots: float = 256.0) -> "TrainingCredit":
+        """Inverse of `to_state`; a smaller bound than before cuts the balance."""
+        credit = cls(max_slots)
+        credit.earn(1, float(state["balance"]))
+        return credit

@@ -1,4 +1,4 @@
-"""Does the live adapter agree with the newest preferences? Fixed bounds on the scores of the newest pairs.
+"""Whether the live adapter agrees with the newest preferences: fixed bounds on the scores of the newest pairs.
 
 Under one version of the adapter, every pair counts once. When another version goes live the scores are void: they
 describe the adapter before it. The pairs stay known and are scored again. The bounds are fixed, because the untrained
@@ -12,12 +12,26 @@ from typing import Any, NamedTuple
 
 from core.alignment_config import DriftConfig
 
+MIN_PAIRS = 8
+"""Scores in the window before drift is reported; a smaller window needs to be full."""
+
 
 class Score(NamedTuple):
-    """Of one pair under the live adapter: DPO loss (nats) and implicit reward margin."""
+    """DPO loss (nats) and implicit reward margin of one pair under the live adapter."""
 
     loss: float
     margin: float
+
+
+class Means(NamedTuple):
+    """What the window says; means are None for an empty one."""
+
+    num_pairs: int
+    """Scores in the window."""
+    accuracy: float | None
+    """Share of pairs whose margin is above zero."""
+    mean_loss: float | None
+    mean_margin: float | None
 
 
 class LevelWindow:
@@ -26,7 +40,7 @@ class LevelWindow:
     def __init__(self, config: DriftConfig) -> None:
         self._config = config
         self._scores: OrderedDict[str, Score | None] = OrderedDict()
-        """By pair id, oldest first; None: not scored by the version that is live now."""
+        """Scores by pair id, oldest first; None: not scored by the version that is live now."""
 
     def __contains__(self, pair_id: str) -> bool:
         return pair_id in self._scores
@@ -69,53 +83,44 @@ class LevelWindow:
         return [pair_id for pair_id, score in reversed(self._scores.items()) if score is None]
 
     @property
-    def num_pairs(self) -> int:
-        """Scores in the window."""
-        return len(self._valid())
-
-    @property
     def full_enough(self) -> bool:
-        """Are there scores enough to judge? A window smaller than `min_pairs` could otherwise never report."""
-        return self.num_pairs >= min(self._config.min_pairs, self._config.window)
+        """True if there are scores enough to judge."""
+        return self.means().num_pairs >= self._needed
 
-    @property
-    def accuracy(self) -> float | None:
-        """Share of pairs whose margin is above zero; None for an empty window."""
-        return _mean(float(score.margin > 0) for score in self._valid())
-
-    @property
-    def mean_loss(self) -> float | None:
-        """Mean DPO loss; None for an empty window."""
-        return _mean(score.loss for score in self._valid())
-
-    @property
-    def mean_margin(self) -> float | None:
-        """Mean implicit reward margin; None for an empty window."""
-        return _mean(score.margin for score in self._valid())
+    def means(self) -> Means:
+        """Over the scores of the version that is live now."""
+        valid = [score for score in self._scores.values() if score is not None]
+        return Means(
+            len(valid),
+            _mean(float(score.margin > 0) for score in valid),
+            _mean(score.loss for score in valid),
+            _mean(score.margin for score in valid),
+        )
 
     def complaint(self) -> str | None:
-        """What the live adapter gets wrong, in words; None if nothing, or if there are too few scores."""
-        accuracy, mean_loss = self.accuracy, self.mean_loss
-        if accuracy is None or mean_loss is None or not self.full_enough:
+        """The live adapter's failings, in words; None if nothing, or if there are too few scores."""
+        number, accuracy, mean_loss, _ = self.means()
+        if accuracy is None or mean_loss is None or number < self._needed:
             return None
         complaints = []
         if accuracy < self._config.min_accuracy:
             complaints.append(f"preference accuracy {accuracy:.2f} is below {self._config.min_accuracy:.2f}")
         if mean_loss > self._config.max_loss:
             complaints.append(f"mean DPO loss {mean_loss:.3f} is above {self._config.max_loss:.3f}")
-        return f"{' and '.join(complaints)} over {self.num_pairs} pairs" if complaints else None
+        return f"{' and '.join(complaints)} over {number} pairs" if complaints else None
 
     def verdict(self) -> str:
         """The complaint, or why there is none."""
         complaint = self.complaint()
         if complaint is not None:
             return complaint
-        if not self.full_enough:
-            return f"{self.num_pairs} of {min(self._config.min_pairs, self._config.window)} pairs needed"
-        return f"the live adapter agrees with the newest {self.num_pairs} pairs"
+        number = self.means().num_pairs
+        if number < self._needed:
+            return f"{number} of {self._needed} pairs needed"
+        return f"the live adapter agrees with the newest {number} pairs"
 
     def to_state(self) -> list[list[Any]]:
-        """As JSON, oldest first."""
+        """Pairs and scores as JSON, oldest first."""
         return [[pair_id, *(score or (None, None))] for pair_id, score in self._scores.items()]
 
     @classmethod
@@ -128,8 +133,9 @@ class LevelWindow:
         window._scores = OrderedDict(list(rows.items())[-config.window :])
         return window
 
-    def _valid(self) -> list[Score]:
-        return [score for score in self._scores.values() if score is not None]
+    @property
+    def _needed(self) -> int:
+        return min(MIN_PAIRS, self._config.window)
 
 
 def _mean(values: Iterable[float]) -> float | None:

@@ -1,1 +1,1 @@
-"""Which feedback is weighted down, and why."""
+"""Quality of feedback: pairs that are weighted down, each with the reason."""

@@ -1,14 +1,16 @@
 """Why a pair counts less: findings, written on the record as one line each.
 
-A pair's weight is the product of its findings' factors, and each line ends with its factor. So the record explains its
-own weight, and a single finding can be replaced later (a user regains trust) with nothing remembered beside it.
+A pair's quality is the product of its findings' factors, and each line ends with its factor. So the record explains its
+own quality, and a single finding can be replaced later (a user regains trust) with nothing remembered beside it.
 """
 
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal, get_args
+
+from alignment.store.pairs import QualityChange, StoredPair
 
 FindingKind = Literal["near duplicate", "superseded", "contradiction", "flooding", "outlier", "trust"]
 _KINDS: dict[str, FindingKind] = {kind: kind for kind in get_args(FindingKind)}
@@ -26,12 +28,8 @@ class Finding:
     """0 to 1, with two digits: what the line says is what is multiplied."""
 
     def line(self) -> str:
-        """For the record, as `outlier: loss 3.10 has z = 5.1 among 64 scores of v0003: x 0.2`."""
+        """The line for the record, as `outlier: loss 3.10 has z = 5.1 among 64 scores of v0003: x 0.2`."""
         return f"{self.kind}: {self.words}: x {self.factor:g}"
-
-
-Findings = Mapping[FindingKind, Finding]
-"""By kind."""
 
 
 def make_finding(kind: FindingKind, words: str, factor: float) -> Finding:
@@ -50,16 +48,51 @@ def parse_findings(lines: Iterable[str]) -> dict[FindingKind, Finding]:
     return found
 
 
-def weight_of(findings: Findings) -> float:
-    """The product of the factors, 0 to 1."""
-    return math.prod(finding.factor for finding in findings.values())
-
-
-def lines_of(findings: Findings) -> tuple[str, ...]:
-    """The lines, in a fixed order, for the record."""
-    return tuple(findings[kind].line() for kind in _KINDS.values() if kind in findings)
-
-
 def name_of(user: str | None) -> str:
     """A user in words. The name is the client's text: quoted, escaped and cut."""
     return "anonymous users" if user is None else f"user {user[:_MAX_NAME_CHARS]!r}"
+
+
+class Revision:
+    """Findings of the pairs that one round of judging may rewrite; starts from what their records say."""
+
+    def __init__(self, pairs: Iterable[StoredPair] = ()) -> None:
+        self._pairs: dict[str, StoredPair] = {}
+        self._findings: dict[str, dict[FindingKind, Finding]] = {}
+        self.add(pairs)
+
+    def __contains__(self, pair_id: str) -> bool:
+        return pair_id in self._pairs
+
+    def add(self, pairs: Iterable[StoredPair]) -> None:
+        """Take in more pairs; one that is here already stays as it is."""
+        for pair in pairs:
+            if pair.pair_id not in self._pairs:
+                self._pairs[pair.pair_id] = pair
+                self._findings[pair.pair_id] = parse_findings(pair.quality_reasons)
+
+    def set(self, pair_id: str, kind: FindingKind, finding: Finding | None) -> None:
+        """Replace the pair's finding of a kind; None clears it. An unknown pair was deleted: nothing to do."""
+        findings = self._findings.get(pair_id)
+        if findings is None:
+            return
+        if finding is None:
+            findings.pop(kind, None)
+        else:
+            findings[kind] = finding
+
+    def get(self, pair_id: str, kind: FindingKind) -> Finding | None:
+        """The pair's finding of a kind."""
+        return self._findings.get(pair_id, {}).get(kind)
+
+    def changes(self) -> list[QualityChange]:
+        """The records that differ from what is stored."""
+        changed = []
+        for pair_id, findings in self._findings.items():
+            reasons = tuple(
+                findings[kind].line() for kind in _KINDS.values() if kind in findings
+            )  # in a fixed order
+            if reasons != self._pairs[pair_id].quality_reasons:
+                quality = math.prod(finding.factor for finding in findings.values())
+                changed.append(QualityChange(pair_id, round(quality, 4), reasons))
+        return changed

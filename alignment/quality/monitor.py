@@ -1,9 +1,9 @@
 """Noisy and hostile feedback is found and weighted down, with the reason on the record.
 
-Every pair is judged when the live adapter has just scored it: is it another copy of the same user's pair
-(`near_duplicates`), do others say the opposite (`contradictions`), does its user flood the rest (`flooding`), does its
-loss stand out (`outliers`), is its user believed (`trust`). That may change the standing of other pairs: the other side
-of a contradiction, the earlier pairs of a user who lost trust.
+Every pair is judged when the live adapter has just scored it: whether it is another copy of the same user's pair
+(`near_duplicates`), others say the opposite, its user floods the rest, its loss stands out (all three: `rules`), and
+whether its user is trusted (`trust`). That may change the standing of other pairs: the other side of a contradiction,
+the earlier pairs of a user who lost trust.
 
 Everything is judged from the store, so a restart forgets nothing. Work and memory of a call are bounded by the
 constants below, whatever the size of the store.
@@ -14,18 +14,14 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
-from alignment.quality.contradictions import judge_group
-from alignment.quality.findings import Finding, make_finding, name_of, parse_findings
-from alignment.quality.flooding import judge_volume
-from alignment.quality.near_duplicates import BandHasher, alike, num_probes
-from alignment.quality.outliers import LossRange
-from alignment.quality.revision import QualityChange, Revision
-from alignment.quality.trust import MAX_OF_ONE_USER, Score, Standing, judge, settle
-from alignment.store.pair_rows import StoredPair
-from alignment.store.training_store import TrainingStore
+from alignment.quality.findings import Finding, Revision, make_finding, name_of, parse_findings
+from alignment.quality.near_duplicates import NUM_PROBES, BandHasher, alike
+from alignment.quality.rules import FLOOD_WINDOW, LossRange, judge_group, judge_volume
+from alignment.quality.trust import MAX_OF_ONE_USER, Standing, UserMargin, judge, settle
+from alignment.records.pairs import contrary_key
+from alignment.store.feedback_store import FeedbackStore
+from alignment.store.pairs import QualityChange, StoredPair
 from core.alignment_config import QualityConfig
-
-__all__ = ["QualityChange", "QualityMonitor"]
 
 RECENT_PAIRS = 256
 """Newest scored pairs that everything is compared with."""
@@ -45,7 +41,7 @@ _Standings = OrderedDict[str | None, Standing]
 class QualityMonitor:
     """Judges scored pairs. Not thread-safe."""
 
-    def __init__(self, config: QualityConfig, store: TrainingStore) -> None:
+    def __init__(self, config: QualityConfig, store: FeedbackStore) -> None:
         self._config = config
         self._store = store
         self._hasher: BandHasher | None = None
@@ -66,7 +62,7 @@ class QualityMonitor:
         if not self._config.enabled or not pairs:
             return []
         ordered = sorted(pairs, key=lambda pair: pair.seq)
-        recent = self._store.newest_scored(RECENT_PAIRS)
+        recent = self._store.sampling.newest_scored(RECENT_PAIRS)
         before, self._standings = self._standings, self._judged(ordered, recent)
         try:
             return self._revise(ordered, recent, before)
@@ -75,7 +71,7 @@ class QualityMonitor:
             raise
 
     def user_report(self) -> dict[str, Any]:
-        """For `/v1/drift`: who is distrusted and why, and who is spared because so many disagree."""
+        """Users who are distrusted, and why, and who are spared because so many disagree; for `/v1/drift`."""
         suspects = [standing for standing in self._standings.values() if standing.is_suspect]
         distrusted = [one for one in suspects if one.is_distrusted]
         return {
@@ -103,16 +99,16 @@ class QualityMonitor:
                 revision.set(pair.pair_id, "trust", _trust_finding(standing))
         changes = revision.changes()
         if changes:
-            self._store.set_quality([(change.pair_id, change.weight, change.reasons) for change in changes])
+            self._store.pairs.set_quality(changes)
         if bands:
-            self._store.put_bands(bands)
+            self._store.matches.put_bands(bands)
         return changes
 
     def _judged(self, pairs: list[StoredPair], recent: list[StoredPair]) -> _Standings:
         """The standings after some users were judged anew; those that waited longest come first."""
-        config, known = self._config, self._standings.copy()
+        known = self._standings.copy()
         scores = [
-            Score(pair.user, pair.last_margin, pair.scored_version)
+            UserMargin(pair.user, pair.last_margin, pair.scored_version)
             for pair in recent
             if pair.last_margin is not None
         ]
@@ -122,7 +118,7 @@ class QualityMonitor:
         queue = sorted(present, key=lambda user: (user not in of_batch, waited.get(user, -1), user or ""))
         for user in queue[:MAX_JUDGED]:
             own = self._own_scores(user, scores)
-            standing = judge(user, own, scores, config.trust_min_pairs, config.trust_confidence)
+            standing = judge(user, own, scores)
             if standing is not None:
                 known[user] = standing
                 known.move_to_end(user)
@@ -132,11 +128,11 @@ class QualityMonitor:
             known.popitem(last=False)
         return known
 
-    def _own_scores(self, user: str | None, recent: list[Score]) -> list[Score]:
+    def _own_scores(self, user: str | None, recent: list[UserMargin]) -> list[UserMargin]:
         if user is None:
             return [score for score in recent if score.user is None]
-        scores = self._store.user_scores(user, 2 * MAX_OF_ONE_USER)  # some may say nothing
-        return [Score(user, score.margin, score.version) for score in scores]
+        scores = self._store.matches.user_scores(user, 2 * MAX_OF_ONE_USER)  # some may say nothing
+        return [UserMargin(user, score.margin, score.version) for score in scores]
 
     def _changed_users(self, before: _Standings, recent: list[StoredPair]) -> list[str | None]:
         """Users whose earlier pairs must be revised; after a restart the records tell how they stood."""
@@ -153,8 +149,8 @@ class QualityMonitor:
         pairs = [pair for pair in recent if pair.user is None] if None in users else []
         for user in users:
             if user is not None:
-                scores = self._store.user_scores(user, REVISED_PAIRS)
-                pairs += self._store.find_pairs([score.pair_id for score in scores])
+                scores = self._store.matches.user_scores(user, REVISED_PAIRS)
+                pairs += self._store.pairs.find([score.pair_id for score in scores])
         return pairs
 
     def _find_copies(self, pairs: list[StoredPair], revision: Revision) -> list[tuple[str, int]]:
@@ -162,8 +158,13 @@ class QualityMonitor:
 
         Other users who say the same are evidence, not copies: bands are each user's own.
         """
-        self._hasher = self._hasher or BandHasher()
-        keys_of = {pair.pair_id: self._band_keys(self._hasher, pair) for pair in pairs}
+        hasher = self._hasher = self._hasher or BandHasher()
+        keys_of = {
+            pair.pair_id: hasher.band_keys(
+                "" if pair.user is None else f"user {pair.user}", pair.prompt, pair.chosen, pair.rejected
+            )
+            for pair in pairs
+        }
         found = self._band_contents(list(keys_of.values()))
         bands: list[tuple[str, int]] = []
         for pair in pairs:
@@ -171,7 +172,7 @@ class QualityMonitor:
             rows = [(key, pair_id) for key in keys for pair_id in found[key]]
             if any(pair_id == pair.pair_id for _, pair_id in rows):
                 continue  # judged when it was scored first; its own copies came later
-            finding = _copy_finding(alike(rows, self._config.near_duplicate))
+            finding = _copy_finding(alike(rows))
             revision.set(pair.pair_id, "near duplicate", finding)
             for key in keys:
                 found[key].append(pair.pair_id)
@@ -179,31 +180,26 @@ class QualityMonitor:
         return bands
 
     def _band_contents(self, keys_of_pairs: list[tuple[str, ...]]) -> defaultdict[str, list[str]]:
-        """By band key the pairs in it, as far as they can matter: most pairs are like no other in the first bands."""
-        first = num_probes(self._config.near_duplicate)
+        """Pairs by band key, as far as they can matter: most pairs are like no other in the first bands."""
         found: defaultdict[str, list[str]] = defaultdict(list)
-        for key, pair_id in self._store.band_matches(
-            [key for keys in keys_of_pairs for key in keys[:first]], MAX_COPIES
-        ):
-            found[key].append(pair_id)
-        hit = [keys for keys in keys_of_pairs if any(key in found for key in keys[:first])]
-        for key, pair_id in self._store.band_matches([key for keys in hit for key in keys[first:]], MAX_COPIES):
-            found[key].append(pair_id)
+
+        def look_up(keys: list[str]) -> None:
+            for key, pair_id in self._store.matches.band_matches(keys, MAX_COPIES):
+                found[key].append(pair_id)
+
+        look_up([key for keys in keys_of_pairs for key in keys[:NUM_PROBES]])
+        hit = [keys for keys in keys_of_pairs if any(key in found for key in keys[:NUM_PROBES])]
+        look_up([key for keys in hit for key in keys[NUM_PROBES:]])
         return found
 
-    @staticmethod
-    def _band_keys(hasher: BandHasher, pair: StoredPair) -> tuple[str, ...]:
-        owner = "" if pair.user is None else f"user {pair.user}"
-        return hasher.band_keys(owner, pair.prompt, pair.chosen, pair.rejected)
-
     def _find_contradictions(self, pairs: list[StoredPair], revision: Revision) -> None:
-        groups = {min(pair.pair_key, pair.contrary_key) for pair in pairs}
+        groups = {min(pair.pair_key, contrary_key(pair.pair_key)) for pair in pairs}
         verdicts: dict[str, list[Finding]] = {}
-        for voices in self._store.matches(groups).values():
+        for voices in self._store.matches.find(groups).values():
             if len({voice.is_contrary for voice in voices}) == 2:
                 verdicts |= judge_group(voices, self._is_distrusted)
         missing = [pair_id for pair_id in verdicts if pair_id not in revision]
-        revision.add(self._store.find_pairs(missing) if missing else ())
+        revision.add(self._store.pairs.find(missing) if missing else ())
         for pair_id in {*verdicts, *(pair.pair_id for pair in pairs)}:
             findings = {finding.kind: finding for finding in verdicts.get(pair_id, ())}
             revision.set(pair_id, "superseded", findings.get("superseded"))
@@ -211,11 +207,11 @@ class QualityMonitor:
 
     def _find_flooding(self, pairs: list[StoredPair], revision: Revision) -> None:
         """A finding stays with the pair when its user's share falls, since the pair was part of the flood."""
-        counts = self._store.user_share(self._config.flood_window)
+        counts = self._store.matches.user_share(FLOOD_WINDOW)
         total, max_share = sum(counts.values()), self._config.max_user_share
         if not any(counts.get(pair.user or "", 0) > max_share * total for pair in pairs):
             return
-        present = len(self._store.user_share(PRESENCE_WINDOWS * self._config.flood_window))
+        present = len(self._store.matches.user_share(PRESENCE_WINDOWS * FLOOD_WINDOW))
         for pair in pairs:
             finding = judge_volume(pair.user, counts, present, max_share)
             known = revision.get(pair.pair_id, "flooding")
@@ -227,7 +223,7 @@ class QualityMonitor:
         ranges = {version: LossRange.among(trusted, version) for version in {p.scored_version for p in pairs}}
         for pair in pairs:
             usual = ranges[pair.scored_version]
-            finding = usual.judge(pair, self._config.outlier_z, self._config.outlier_weight) if usual else None
+            finding = usual.judge(pair) if usual else None
             revision.set(pair.pair_id, "outlier", finding)
         if any(usual is not None and usual.is_drifting for usual in ranges.values()):
             for pair in recent:  # what stood out a moment ago was the beginning of it

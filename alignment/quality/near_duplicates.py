@@ -10,18 +10,22 @@ a band with probability s^r, so the share of common bands is an estimate of s^r 
 import hashlib
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
+from itertools import islice
 
-from alignment.records.pairs import Prompt, text_of
+from alignment.records.chat import text_of
+from core.wire import Prompt
 
 NUM_BANDS = 8
 ROWS_PER_PART = 3
 _ROWS = 3 * ROWS_PER_PART
+_SIMILARITY = 0.9
+"""Estimated similarity of word shingles above which two pairs count as the same."""
 _SHINGLE_WORDS = 3
 _MAX_WORDS = 2000
-"""Of each text, so that the work for one pair is bounded; texts that agree so far and differ later count as alike."""
+"""Words of each text that are looked at, to bound the work; texts that agree so far and differ later count as alike."""
 _SCHEME = "affine32"
-"""Of datasketch's permutations; stored bands are worthless under another one."""
+"""The name of datasketch's permutations; stored bands are worthless under another one."""
 _WORD = re.compile(r"[\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]|[^\W\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]+")
 """Scripts that are written without spaces count by character."""
 
@@ -40,7 +44,7 @@ class BandHasher:
         return tuple(_band_key(owner, band, parts) for band in range(NUM_BANDS))
 
     def _signature(self, text: str) -> list[bytes]:
-        """Per band, the bytes of its rows."""
+        """The bytes of each band's rows."""
         from datasketch import MinHash
 
         sketch = MinHash(len(self._permutations[0]), permutations=self._permutations, scheme=_SCHEME)
@@ -51,7 +55,7 @@ class BandHasher:
 
 def shingles(text: str) -> set[bytes]:
     """The runs of three words of a text, or the whole text if it has fewer; letter case and punctuation are dropped."""
-    words = list(_first_words(text))
+    words = [match.group() for match in islice(_WORD.finditer(text.lower()), _MAX_WORDS)]
     if len(words) <= _SHINGLE_WORDS:
         return {" ".join(words).encode()}
     return {
@@ -60,21 +64,19 @@ def shingles(text: str) -> set[bytes]:
     }
 
 
-def alike(band_rows: Iterable[tuple[str, str]], threshold: float) -> dict[str, float]:
-    """Of (band key, pair id) rows in the bands of one pair: the ids at least as similar, with the estimate."""
+def alike(band_rows: Iterable[tuple[str, str]]) -> dict[str, float]:
+    """Similar pairs among (band key, pair id) rows in the bands of one pair: their ids, with the estimate."""
     common = Counter(pair_id for _, pair_id in band_rows)
     estimates = {pair_id: _estimate(number) for pair_id, number in common.items()}
-    return {pair_id: estimate for pair_id, estimate in estimates.items() if estimate >= threshold}
-
-
-def num_probes(threshold: float) -> int:
-    """How many bands of a pair to look into: without one in common there, too few others are left to be alike."""
-    needed = next(number for number in range(1, NUM_BANDS + 1) if _estimate(number) >= threshold)
-    return NUM_BANDS - needed + 1
+    return {pair_id: estimate for pair_id, estimate in estimates.items() if estimate >= _SIMILARITY}
 
 
 def _estimate(num_common: int) -> float:
     return float((num_common / NUM_BANDS) ** (1 / _ROWS))
+
+
+NUM_PROBES = NUM_BANDS + 1 - min(number for number in range(1, NUM_BANDS + 1) if _estimate(number) >= _SIMILARITY)
+"""Bands of a pair to look into first: without one in common there, too few others are left to be alike."""
 
 
 def _band_key(owner: str, band: int, parts: list[list[bytes]]) -> str:
@@ -86,12 +88,5 @@ def _band_key(owner: str, band: int, parts: list[list[bytes]]) -> str:
 
 
 def _last_turn(prompt: Prompt) -> str:
-    """What was asked; system prompt and earlier turns are the same in many pairs of one user."""
+    """The question that was asked; system prompt and earlier turns are the same in many pairs of one user."""
     return prompt if isinstance(prompt, str) else text_of(prompt[-1].get("content"))
-
-
-def _first_words(text: str) -> Iterator[str]:
-    for count, match in enumerate(_WORD.finditer(text.lower())):
-        if count == _MAX_WORDS:
-            return
-        yield match.group()

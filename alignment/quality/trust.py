@@ -1,4 +1,4 @@
-"""Whom to believe: how often the live adapter agrees with a user, against how often it agrees with all others.
+"""Trust in users: how often the live adapter agrees with a user, against how often it agrees with all others.
 
 The adapter has learnt from everybody, so it speaks for the majority of the weight it was trained on. A user whose pairs
 it gets wrong far more often than everybody else's is hostile, careless or of another taste; for one shared adapter
@@ -15,15 +15,19 @@ from dataclasses import dataclass, replace
 
 from alignment.intervals import wilson
 
-MIN_MARGIN = 0.01
+_MIN_MARGIN = 0.01
 """Margins (nats) closer to zero are no agreement and no disagreement: the bare base has zero for every pair."""
+_MIN_PAIRS = 8
+"""Scored pairs of a user before their agreement with everybody else is judged."""
+_CONFIDENCE = 0.95
+"""A user is distrusted when their agreement is below that of the others with this confidence."""
 MAX_OF_ONE_USER = 32
 """Newest scores of a user that count: old enough habits are forgotten, and nobody is the whole of the others."""
 
 
 @dataclass(frozen=True, slots=True)
-class Score:
-    """What the live adapter said about one pair."""
+class UserMargin:
+    """The live adapter's word on one pair of a user."""
 
     user: str | None
     margin: float
@@ -34,7 +38,7 @@ class Score:
 
 @dataclass(frozen=True, slots=True)
 class Standing:
-    """What is known about one user (None: all who gave no name)."""
+    """Agreement of the live adapter with one user (None: all who gave no name), and what follows from it."""
 
     user: str | None
     agreement: float
@@ -49,7 +53,7 @@ class Standing:
 
     @property
     def factor(self) -> float:
-        """What a distrusted user's pairs count: 0 for who is right half of the time or less, against the others.
+        """Factor of a distrusted user's pairs: 0 for one who is right half as often as the others, or less.
 
         Of labels of which a share p is right, 2p - 1 is left when right and wrong ones cancel. In tenths, so that
         records are not rewritten for every new score.
@@ -58,9 +62,7 @@ class Standing:
         return round(min(1.0, max(0.0, 2 * relative - 1)), 1) if self.is_distrusted else 1.0
 
 
-def judge(
-    user: str | None, own: Sequence[Score], recent: Sequence[Score], min_pairs: int, confidence: float
-) -> Standing | None:
+def judge(user: str | None, own: Sequence[UserMargin], recent: Sequence[UserMargin]) -> Standing | None:
     """Compare a user's newest scores (newest first) with the others' among `recent`; None if there are too few."""
     others: defaultdict[str | None, list[bool]] = defaultdict(list)
     seen: Counter[str | None] = Counter()
@@ -70,25 +72,25 @@ def judge(
             others[score.version].append(score.margin > 0)
     mine = [score for score in own if _says_something(score) and score.version in others][:MAX_OF_ONE_USER]
     num_others = sum(len(others[version]) for version in {score.version for score in mine})
-    if len(mine) < min_pairs or num_others < min_pairs:
+    if min(len(mine), num_others) < _MIN_PAIRS:
         return None
     num_right = sum(score.margin > 0 for score in mine)
     expected = sum(_share(others[score.version]) for score in mine) / len(mine)
-    _, upper = wilson(num_right, len(mine), confidence)
-    lower, _ = wilson(expected * num_others, num_others, confidence)
+    _, upper = wilson(num_right, len(mine), _CONFIDENCE)
+    lower, _ = wilson(expected * num_others, num_others, _CONFIDENCE)
     return Standing(user, num_right / len(mine), len(mine), expected, is_suspect=upper < lower)
 
 
 def settle(standings: Iterable[Standing]) -> list[Standing]:
-    """Decide who of all judged users is distrusted: the suspects, if they are fewer than half of the users."""
+    """Distrust the suspects, if they are fewer than half of all judged users."""
     judged = list(standings)
     suspects = sum(standing.is_suspect for standing in judged)
     few = 2 * suspects < len(judged)
     return [replace(standing, is_distrusted=standing.is_suspect and few) for standing in judged]
 
 
-def _says_something(score: Score) -> bool:
-    return abs(score.margin) >= MIN_MARGIN
+def _says_something(score: UserMargin) -> bool:
+    return abs(score.margin) >= _MIN_MARGIN
 
 
 def _share(answers: Sequence[bool]) -> float:

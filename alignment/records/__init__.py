@@ -1,1 +1,1 @@
-"""What feedback is: kinds, texts, preference pairs, and the row formats of other tools."""
+"""Records of feedback: kinds, chat texts, preference pairs, and the row formats of other tools."""

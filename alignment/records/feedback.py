@@ -20,15 +20,10 @@ import re
 from datetime import UTC, datetime
 from typing import Annotated, Any, Literal, NamedTuple
 
-from pydantic import (
-    AliasChoices,
-    Field,
-    ValidationError,
-    field_validator,
-)
+from pydantic import AliasChoices, Field, ValidationError, field_validator
 
+from alignment.records.chat import Messages, ShortText, TextOrMessages, WireModel
 from alignment.records.json_checks import check_json
-from alignment.records.messages import Messages, ShortText, TextOrMessages, WireModel
 from core.errors import InvalidFeedbackError
 
 MAX_WEIGHT = 10.0
@@ -47,7 +42,7 @@ class ResponseRef(NamedTuple):
 
 
 class _Item(WireModel):
-    """What every form may carry."""
+    """Keys that every form may carry."""
 
     id: ShortText | None = None
     """Chosen by the client; the same id twice is one record."""
@@ -59,6 +54,11 @@ class _Item(WireModel):
     source: ShortText | None = None
     created_at: float | None = None
     """Unix seconds. The client's word; ordering and windows use the time of receipt."""
+
+    @property
+    def refs(self) -> list[ResponseRef]:
+        """Responses of ours that the item names; the better one of a preference first."""
+        return []
 
     @field_validator("created_at", mode="before")
     @classmethod
@@ -77,9 +77,8 @@ class _AboutResponse(_Item):
     choice_index: ChoiceIndex | None = None
 
     @property
-    def ref(self) -> ResponseRef:
-        """The response that this item is about."""
-        return _reference(self.response_id, self.choice_index, "choice_index")
+    def refs(self) -> list[ResponseRef]:
+        return [_reference(self.response_id, self.choice_index, "choice_index")]
 
 
 class PreferenceByIds(_Item):
@@ -96,14 +95,11 @@ class PreferenceByIds(_Item):
     )
 
     @property
-    def chosen_ref(self) -> ResponseRef:
-        """The better response."""
-        return _reference(self.chosen_id, self.chosen_choice_index, "chosen_choice_index")
-
-    @property
-    def rejected_ref(self) -> ResponseRef:
-        """The worse response."""
-        return _reference(self.rejected_id, self.rejected_choice_index, "rejected_choice_index")
+    def refs(self) -> list[ResponseRef]:  # noqa: D102
+        return [
+            _reference(self.chosen_id, self.chosen_choice_index, "chosen_choice_index"),
+            _reference(self.rejected_id, self.rejected_choice_index, "rejected_choice_index"),
+        ]
 
 
 class PreferenceRow(_Item):
@@ -152,7 +148,7 @@ class Rating(_AboutResponse):
 
 
 class Correction(_AboutResponse):
-    """What the response should have said."""
+    """A better text for a response."""
 
     type: Literal["correction"] = "correction"
     value: TextOrMessages
@@ -167,9 +163,8 @@ class Comment(_Item):
     choice_index: ChoiceIndex | None = None
 
     @property
-    def ref(self) -> ResponseRef | None:
-        """The response that this comment is about, if any."""
-        return _reference(self.response_id, self.choice_index, "choice_index") if self.response_id else None
+    def refs(self) -> list[ResponseRef]:  # noqa: D102
+        return [_reference(self.response_id, self.choice_index, "choice_index")] if self.response_id else []
 
 
 FeedbackItem = PreferenceByIds | PreferenceRow | OpenAIPreferenceRow | Rating | Correction | Comment
@@ -234,7 +229,7 @@ def _reference(response_id: str, choice_index: int | None, param: str) -> Respon
 
 
 def _named(error: ValidationError, model: type[_Item]) -> InvalidFeedbackError:
-    """The first pydantic error in the words of our API."""
+    """Say pydantic's first error in the words of our API."""
     first = error.errors(include_url=False, include_context=False, include_input=False)[0]
     path = [str(part) for part in first["loc"] if not str(part).startswith("<")]
     param = ".".join(path)[:200] or None

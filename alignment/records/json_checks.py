@@ -1,4 +1,4 @@
-"""Is a decoded JSON value safe to keep? One iterative walk, before any model looks at it.
+"""Checks that a decoded JSON value is safe to keep: one iterative walk, before any model looks at it.
 
 Python's `json` lets through what a database, a tokenizer or a recursive encoder chokes on later: NaN, lone
 surrogates, NUL characters, integers of any size, nesting of any depth. All of them are refused here, once, with
@@ -39,7 +39,7 @@ def check_json(value: object) -> None:
 
 
 def is_storable(text: str) -> bool:
-    """Could any database hold this text? What could not be stored need not be looked up."""
+    """True if any database can hold this text. What could not be stored need not be looked up."""
     return _BAD_CHARACTER.search(text) is None
 
 

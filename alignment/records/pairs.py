@@ -10,12 +10,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from alignment.records.chat import Message, text_of, whole_text
 from alignment.records.feedback import OpenAIPreferenceRow, PreferenceByIds, PreferenceRow, ResponseRef
 from alignment.records.json_checks import canonical_json
-from alignment.records.messages import Message
 from core.errors import InvalidFeedbackError, UnknownResponseError
+from core.wire import Prompt
 
-Prompt = list[dict[str, Any]] | str
 Split = Literal["train", "heldout"]
 
 
@@ -54,11 +54,7 @@ def prompt_key(prompt: Prompt) -> str:
     It decides the split and which ratings belong together, so it must not depend on process, machine or Python's
     hash seed. Normalising spaces keeps a trivially reformatted training prompt out of the held-out set.
     """
-    if isinstance(prompt, str):
-        normal: object = " ".join(prompt.split())
-    else:
-        normal = [{**message, "content": " ".join(text_of(message.get("content")).split())} for message in prompt]
-    return hashlib.sha256(canonical_json(normal).encode()).hexdigest()
+    return hashlib.sha256(canonical_json(_normal(prompt, _spaced)).encode()).hexdigest()
 
 
 def pair_key(prompt: Prompt, chosen: str, rejected: str) -> str:
@@ -69,11 +65,8 @@ def pair_key(prompt: Prompt, chosen: str, rejected: str) -> str:
     """
     sides = [(_folded(answer), answer.strip()) for answer in (chosen, rejected)]
     first, second = sorted(sides)  # the second part tells answers apart that differ in case or spaces only
-    if isinstance(prompt, str):
-        normal: object = _folded(prompt)
-    else:
-        normal = [{**message, "content": _folded(text_of(message.get("content")))} for message in prompt]
-    digest = hashlib.sha256(canonical_json([normal, first[0], second[0]]).encode()).hexdigest()
+    content = [_normal(prompt, _folded), first[0], second[0]]
+    digest = hashlib.sha256(canonical_json(content).encode()).hexdigest()
     return digest[:32] + ("a" if sides[0] == first else "b")
 
 
@@ -82,29 +75,23 @@ def contrary_key(key: str) -> str:
     return key[:-1] + ("b" if key.endswith("a") else "a")
 
 
+def _spaced(text: str) -> str:
+    return " ".join(text.split())
+
+
 def _folded(text: str) -> str:
-    return " ".join(text.casefold().split())
+    return _spaced(text.casefold())
+
+
+def _normal(prompt: Prompt, normalise: Callable[[str], str]) -> object:
+    if isinstance(prompt, str):
+        return normalise(prompt)
+    return [{**message, "content": normalise(text_of(message.get("content")))} for message in prompt]
 
 
 def split_of(key: str, holdout_fraction: float) -> Split:
-    """Which side a prompt falls on. All pairs of one prompt fall on the same side, now and after a restart."""
+    """The side that a prompt falls on: all its pairs fall on the same side, now and after a restart."""
     return "heldout" if int(key[:13], 16) / 16**13 < holdout_fraction else "train"
-
-
-def plain_prompt(prompt: Prompt) -> Prompt:
-    """`prompt` with text parts joined: chat templates differ in how they treat parts and nulls."""
-    if isinstance(prompt, str):
-        return prompt
-    return [{**message, "content": text_of(message.get("content"))} for message in prompt]
-
-
-def text_of(content: object) -> str:
-    """The text of a message content: text itself, text parts joined, or nothing."""
-    if isinstance(content, str):
-        return content
-    if isinstance(content, list):
-        return "".join(part.get("text") or "" for part in content if isinstance(part, dict))
-    return ""
 
 
 def checked_text(text: str, param: str, max_chars: int) -> str:
@@ -126,24 +113,13 @@ def checked_pair(draft: PairDraft, max_chars: int, params: tuple[str, str, str])
     Raises:
         InvalidFeedbackError: something is empty, too long, or both answers are equal but for surrounding space.
     """
-    prompt_text = draft.prompt if isinstance(draft.prompt, str) else canonical_texts(draft.prompt)
-    checked_text(prompt_text, params[0], max_chars)
-    checked_text(draft.chosen, params[1], max_chars)
-    checked_text(draft.rejected, params[2], max_chars)
+    texts = (whole_text(draft.prompt), draft.chosen, draft.rejected)
+    for text, param in zip(texts, params, strict=True):
+        checked_text(text, param, max_chars)
     if draft.chosen.strip() == draft.rejected.strip():
         message = f"{params[1]} and {params[2]} are the same text, so there is nothing to prefer"
         raise InvalidFeedbackError(message, params[2])
     return draft
-
-
-def canonical_texts(messages: list[dict[str, Any]]) -> str:
-    """All contents, and tool calls as JSON, one after the other: what a length limit has to count."""
-    texts = []
-    for message in messages:
-        texts.append(text_of(message.get("content")))
-        if message.get("tool_calls"):
-            texts.append(canonical_json(message["tool_calls"]))
-    return "".join(texts)
 
 
 def pair_from_row(row: PreferenceRow | OpenAIPreferenceRow, max_chars: int) -> PairDraft:
@@ -171,11 +147,12 @@ def pair_from_ids(item: PreferenceByIds, find: FindResponse, max_chars: int) -> 
         UnknownResponseError: an id is not in the response store.
         InvalidFeedbackError: the same response twice, responses to different prompts, or see `checked_pair`.
     """
-    if item.chosen_ref == item.rejected_ref:
+    chosen_ref, rejected_ref = item.refs
+    if chosen_ref == rejected_ref:
         message = "chosen_id and rejected_id name the same response; with n>1 send the choice indices too"
         raise InvalidFeedbackError(message, "rejected_id")
-    chosen = found_response(item.chosen_ref, find, "chosen_id")
-    rejected = found_response(item.rejected_ref, find, "rejected_id")
+    chosen = found_response(chosen_ref, find, "chosen_id")
+    rejected = found_response(rejected_ref, find, "rejected_id")
     if prompt_key(chosen.prompt) != prompt_key(rejected.prompt):
         message = "chosen_id and rejected_id answer different prompts, so they cannot be compared"
         raise InvalidFeedbackError(message, "rejected_id")
@@ -237,7 +214,7 @@ def _draft(
 
 
 def _split_answer(value: str | list[Message], param: str) -> tuple[list[dict[str, Any]], str]:
-    """What comes before the last assistant turn, and the text of that turn."""
+    """Split at the last assistant turn: what comes before it, and its text."""
     if isinstance(value, str):
         return [], value
     last = value[-1]
@@ -245,7 +222,8 @@ def _split_answer(value: str | list[Message], param: str) -> tuple[list[dict[str
         raise InvalidFeedbackError(f"{param} must end with an assistant message, not {last.role}", param)
     if last.tool_calls:
         raise InvalidFeedbackError(f"{param} ends with a tool call; only text can be trained on", param)
-    return _as_messages(value[:-1]), text_of(_as_messages([last])[0]["content"])
+    *context, answer = _as_messages(value)
+    return context, answer["content"]
 
 
 def _as_messages(value: str | list[Message] | None) -> list[dict[str, Any]]:
@@ -253,11 +231,5 @@ def _as_messages(value: str | list[Message] | None) -> list[dict[str, Any]]:
         return []
     if isinstance(value, str):
         return [{"role": "user", "content": value}]
-    return [_as_dict(message) for message in value]
-
-
-def _as_dict(message: Message) -> dict[str, Any]:
-    """Only what was sent, in one shape."""
-    fields = message.model_dump(exclude_none=True)
-    fields["content"] = text_of(fields.get("content"))
-    return fields
+    sent = [message.model_dump(exclude_none=True) for message in value]
+    return [{**fields, "content": text_of(fields.get("content"))} for fields in sent]

@@ -76,7 +76,7 @@ def to_api_row(row: Row, chat: bool = False) -> ApiRow:
 
 
 def _is_feedback(row: Row) -> bool:
-    """Is this one of our forms that no data set has? Then every key of it counts."""
+    """True for one of our forms that no data set has: then every key of it counts."""
     kind = row.get("type")
     if isinstance(kind, str) and kind in FEEDBACK_TYPES:
         return True
@@ -84,7 +84,7 @@ def _is_feedback(row: Row) -> bool:
 
 
 def _convert(row: Row) -> tuple[RowFormat, dict[str, Any], frozenset[str]]:
-    """Format, item and the columns it was made of."""
+    """Find the format; returns it with the item and the columns that it was made of."""
     if "preferred_output" in row or isinstance(row.get("input"), dict):
         return "openai", {key: row[key] for key in _OPENAI if key in row}, frozenset(_OPENAI)
     if "human_ref_A" in row and "human_ref_B" in row:
@@ -170,7 +170,7 @@ def _read_transcript(text: str) -> list[dict[str, str]]:
 
 
 def _is_conversation(value: object) -> bool:
-    """A list that says more than the one answer."""
+    """True for a list that says more than the one answer."""
     return isinstance(value, list) and len(value) > 1
 
 

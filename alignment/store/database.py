@@ -1,9 +1,19 @@
-"""The database behind the feedback store: connections, transactions, and every line that knows which kind it is."""
+"""The database behind the feedback store: connections, transactions, and every line that knows which kind it is.
 
+A part of the store is a `Part`; its methods that `reads` or `writes` decorates run in a transaction of their own, whose
+connection is their first argument. Any failure of the database is a `StoreUnavailableError`, after which the
+connections are thrown away, so the next call starts clean. Several threads' small writes share one flush of the disk
+(`GroupCommit`).
+"""
+
+import functools
 import threading
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, TypeVar
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any, Concatenate, Generic, ParamSpec, TypeVar
 
 from sqlalchemy import Column, Engine, Table, create_engine, event
 from sqlalchemy.dialects import postgresql, sqlite
@@ -13,33 +23,40 @@ from sqlalchemy.exc import ArgumentError, NoSuchModuleError, SQLAlchemyError
 from core.errors import ConfigError, StoreUnavailableError
 
 T = TypeVar("T")
+P = ParamSpec("P")
+PartT = TypeVar("PartT", bound="Part")
+Job = TypeVar("Job")
+Result = TypeVar("Result")
 BUSY_TIMEOUT_S = 5.0
-"""How long a writer waits for another process's transaction, which take milliseconds, and for a connection."""
+"""Time that a writer waits for another process's transaction, which take milliseconds, and for a connection."""
 _WRITE_OPTION = "mace_write"
 _MAX_RACES = 3
 
 
+_CHUNK = 400
+"""Values in one IN list; SQLite's oldest limit is 999 parameters."""
+
+
 class Database:
-    """Transactions on one engine, from any thread. Writers of this process take turns.
+    """Transactions on one engine, from any thread. Writers of this process take turns. `clock` gives Unix seconds."""
 
-    Any failure of the database is a `StoreUnavailableError`, after which the connections are thrown away, so the
-    next call starts clean.
-    """
-
-    def __init__(self, engine: Engine) -> None:
-        self._engine = engine
+    def __init__(self, engine: Engine, clock: Callable[[], float] = time.time) -> None:
+        self.engine = engine
+        self.clock = clock
         self._writing = threading.Lock()
 
     def close(self) -> None:
         """Give all connections back. A later call opens new ones."""
-        self._engine.dispose()
+        self.engine.dispose()
 
-    def _read(self, work: Callable[[Connection], T]) -> T:
-        with _named_errors(self._engine), self._engine.connect() as connection, connection.begin():
+    def read(self, work: Callable[[Connection], T]) -> T:
+        """Run `work` in a transaction that takes no write lock."""
+        with _named_errors(self.engine), self.engine.connect() as connection, connection.begin():
             return work(connection)
 
-    def _write(self, work: Callable[[Connection], T]) -> T:
-        with self._writing, _named_errors(self._engine):
+    def write(self, work: Callable[[Connection], T]) -> T:
+        """Run `work` in a transaction that is on disk on return. It may run several times: see `_lost_a_race`."""
+        with self._writing, _named_errors(self.engine):
             for _ in range(_MAX_RACES):
                 try:
                     return self._write_once(work)
@@ -49,8 +66,106 @@ class Database:
             return self._write_once(work)
 
     def _write_once(self, work: Callable[[Connection], T]) -> T:
-        with self._engine.execution_options(**{_WRITE_OPTION: True}).begin() as connection:
+        with self.engine.execution_options(**{_WRITE_OPTION: True}).begin() as connection:
             return work(connection)
+
+
+class Part:
+    """A part of the store: methods on one database."""
+
+    def __init__(self, database: Database) -> None:
+        self.database = database
+
+
+def reads(work: Callable[Concatenate[PartT, Connection, P], T]) -> Callable[Concatenate[PartT, P], T]:
+    """Make a method run in a reading transaction of its own."""
+
+    @functools.wraps(work)
+    def run(self: PartT, /, *args: P.args, **kwargs: P.kwargs) -> T:
+        return self.database.read(lambda connection: work(self, connection, *args, **kwargs))
+
+    return run
+
+
+def writes(work: Callable[Concatenate[PartT, Connection, P], T]) -> Callable[Concatenate[PartT, P], T]:
+    """Make a method run in a writing transaction of its own, which is on disk when it returns."""
+
+    @functools.wraps(work)
+    def run(self: PartT, /, *args: P.args, **kwargs: P.kwargs) -> T:
+        return self.database.write(lambda connection: work(self, connection, *args, **kwargs))
+
+    return run
+
+
+@dataclass(slots=True, eq=False)
+class _Ticket(Generic[Job, Result]):
+    job: Job
+    done: bool = False
+    result: Result | None = None
+    error: Exception | None = None
+
+
+class GroupCommit(Generic[Job, Result]):
+    """Runs `commit`, which is all or nothing, on batches of jobs of several threads, one batch at a time.
+
+    A durable commit costs one flush of the disk (2 to 4 ms on an SSD). Callers that arrive while a commit is running
+    wait, and the next one to get its turn writes for all of them. Nobody waits for company: a lone caller commits at
+    once.
+    """
+
+    def __init__(self, commit: Callable[[Sequence[Job]], Sequence[Result]], max_jobs: int = 64) -> None:
+        self._commit = commit
+        self._max_jobs = max_jobs
+        self._changed = threading.Condition()
+        self._leading = False
+        self._waiting: list[_Ticket[Job, Result]] = []
+
+    def submit(self, job: Job) -> Result:
+        """Return when `job` is committed; raise what `commit` raised for it."""
+        ticket: _Ticket[Job, Result] = _Ticket(job)
+        with self._changed:
+            self._waiting.append(ticket)
+        while not ticket.done:
+            batch = self._take_turn(ticket)
+            if batch:
+                self._lead(batch)
+        if ticket.error is not None:
+            raise ticket.error
+        return ticket.result  # type: ignore[return-value]  # set together with done
+
+    def _take_turn(self, ticket: _Ticket[Job, Result]) -> list[_Ticket[Job, Result]]:
+        """Wait until `ticket` is done (nothing to do) or until it is this thread's turn to write a batch."""
+        with self._changed:
+            self._changed.wait_for(lambda: ticket.done or not self._leading)
+            if ticket.done:
+                return []
+            self._leading = True
+            batch = self._waiting[: self._max_jobs]
+            del self._waiting[: self._max_jobs]
+            return batch
+
+    def _lead(self, batch: list[_Ticket[Job, Result]]) -> None:
+        try:
+            self._run(batch)
+        finally:
+            with self._changed:  # undone ones: KeyboardInterrupt or the like; the next leader takes them
+                self._waiting[:0] = [ticket for ticket in batch if not ticket.done]
+                self._leading = False
+                self._changed.notify_all()
+
+    def _run(self, batch: list[_Ticket[Job, Result]]) -> None:
+        try:
+            results = self._commit([ticket.job for ticket in batch])
+        except Exception as error:  # noqa: BLE001 - it belongs to the callers, who get it from `submit`
+            if len(batch) > 1 and not isinstance(error, StoreUnavailableError):
+                for ticket in batch:  # one bad job must not fail the others
+                    self._run([ticket])
+                return
+            for ticket in batch:
+                ticket.error, ticket.done = error, True
+            return
+        for ticket, result in zip(batch, results, strict=True):
+            ticket.result, ticket.done = result, True
 
 
 def open_engine(url: str | URL) -> Engine:
@@ -76,7 +191,7 @@ def open_engine(url: str | URL) -> Engine:
 
 
 def _open_server(url: URL) -> Engine:
-    """As patient and as durable as with SQLite: whatever the server's defaults are, 2xx means on disk."""
+    """An engine as patient and as durable as SQLite's: whatever the server's defaults are, 2xx means on disk."""
     if url.get_backend_name() == "postgresql" and "connect_timeout" not in url.query:
         url = url.update_query_dict({"connect_timeout": str(round(BUSY_TIMEOUT_S))})
     engine = create_engine(url, pool_pre_ping=True, pool_timeout=BUSY_TIMEOUT_S)
@@ -94,15 +209,20 @@ def insert_new(
     """
     if not rows:
         return set()
-    if connection.dialect.name == "postgresql":
-        safe = postgresql.insert(table).on_conflict_do_nothing().returning(returning)
-        return set(connection.execute(safe, rows).scalars())
-    statement = sqlite.insert(table).on_conflict_do_nothing().returning(returning)
+    insert = postgresql.insert if connection.dialect.name == "postgresql" else sqlite.insert
+    statement = insert(table).on_conflict_do_nothing().returning(returning)
     return set(connection.execute(statement, rows).scalars())
 
 
+def chunked(values: Iterable[Any]) -> Iterator[list[Any]]:
+    """`values` in lists that fit into one IN list."""
+    rest = iter(values)
+    while chunk := list(islice(rest, _CHUNK)):
+        yield chunk
+
+
 def _lost_a_race(error: SQLAlchemyError) -> bool:
-    """Did PostgreSQL roll the transaction back only because of another one, so that repeating it is right?
+    """True if PostgreSQL rolled the transaction back only because of another one, so that repeating it is right.
 
     Serialization failure, deadlock, and the unique violation that two processes creating the tables can see; all
     inserts of ours that may collide use `insert_new`. SQLite has one writer and no such errors.
@@ -127,14 +247,14 @@ def _prepare_postgres(connection: Any, _record: object) -> None:
 
 
 def _begin_sqlite(connection: Connection) -> None:
-    """Writers take the lock first: a transaction that reads and then writes may fail to get it later."""
+    """Let writers take the lock first: a transaction that reads and then writes may fail to get it later."""
     writes = connection.get_execution_options().get(_WRITE_OPTION, False)
     connection.exec_driver_sql("BEGIN IMMEDIATE" if writes else "BEGIN")
 
 
 @contextmanager
 def _named_errors(engine: Engine) -> Iterator[None]:
-    """Foreign errors end here. The message keeps the driver's words and drops SQL and parameters: users' texts."""
+    """Name foreign errors. The message keeps the driver's words and drops SQL and parameters: users' texts."""
     try:
         yield
     except SQLAlchemyError as error:

@@ -8,45 +8,18 @@ import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, NoReturn, Protocol
+from typing import Any, Literal, NoReturn
 
 from alignment.records.json_checks import canonical_json
-from alignment.records.pairs import Prompt
-from alignment.records.row_formats import RowFormat, to_api_row
+from alignment.records.row_formats import ApiRow, to_api_row
 from alignment.store.intake import ItemOutcome
+from alignment.store.pairs import PairStore
 from core.errors import InvalidFeedbackError
+from core.wire import Prompt
 
 ExportFormat = Literal["trl", "openai"]
 
 _UTF8_BOM = "\ufeff"
-
-
-class PairTexts(Protocol):
-    """What an export row needs of a pair."""
-
-    @property
-    def prompt(self) -> Prompt:
-        """Messages or plain text."""
-
-    @property
-    def chosen(self) -> str:
-        """The better answer."""
-
-    @property
-    def rejected(self) -> str:
-        """The worse answer."""
-
-
-@dataclass(frozen=True, slots=True)
-class ImportedLine:
-    """One line that is not blank. Exactly one of `item` and `error` is set."""
-
-    line_number: int
-    """Counted from 1, blank lines included, as editors do."""
-    item: dict[str, Any] | None = None
-    """The row as our API takes it."""
-    format: RowFormat | None = None
-    error: InvalidFeedbackError | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +33,7 @@ class LineError:
 
 @dataclass(slots=True)
 class ImportReport:
-    """What became of a file."""
+    """Counts and errors of an imported file."""
 
     num_accepted: int = 0
     num_duplicates: int = 0
@@ -73,20 +46,25 @@ MAX_REPORTED_ERRORS = 1000
 """A client that sends at most so many lines at once hears about each of them."""
 
 
-def read_jsonl(lines: Iterable[str | bytes]) -> Iterator[ImportedLine]:
-    """Decode line by line; a bad line becomes an error with its number, and reading goes on."""
+def read_jsonl(lines: Iterable[str | bytes]) -> Iterator[tuple[int, ApiRow | InvalidFeedbackError]]:
+    """Decode line by line: line number and row, or what is wrong with the line. Blank lines are left out.
+
+    Line numbers count from 1, blank lines included, as editors do.
+    """
     for number, line in enumerate(lines, start=1):
         try:
             value = decode_line(line)
+            if value is BLANK:
+                continue
+            if not isinstance(value, dict):
+                raise InvalidFeedbackError("the line is not a JSON object")
+            yield number, to_api_row(value)
         except InvalidFeedbackError as error:
-            yield ImportedLine(number, error=error)
-        else:
-            if value is not BLANK:
-                yield _read_row(number, value)
+            yield number, error
 
 
 BLANK = object()
-"""What `decode_line` gives for an empty line."""
+"""Result of `decode_line` for an empty line."""
 
 
 def decode_line(line: str | bytes) -> object:
@@ -104,22 +82,12 @@ def decode_line(line: str | bytes) -> object:
         raise InvalidFeedbackError(f"the line is not JSON: {error}") from error
 
 
-def _read_row(number: int, value: object) -> ImportedLine:
-    if not isinstance(value, dict):
-        return ImportedLine(number, error=InvalidFeedbackError("the line is not a JSON object"))
-    try:
-        row = to_api_row(value)
-    except InvalidFeedbackError as error:
-        return ImportedLine(number, error=error)
-    return ImportedLine(number, row.item, row.format)
-
-
 def import_jsonl(
     lines: Iterable[str | bytes],
     add: Callable[[Sequence[object]], Sequence[ItemOutcome]],
     batch_items: int = 500,
 ) -> ImportReport:
-    """Feed a file into `FeedbackStore.add`, one transaction per `batch_items` lines.
+    """Feed a file into `add` (`FeedbackLog.add`), one transaction per `batch_items` lines.
 
     Lines without an id get one from their content, so an interrupted import is simply repeated.
 
@@ -127,16 +95,29 @@ def import_jsonl(
         StoreUnavailableError: from `add`; the batches before are stored.
     """
     report = ImportReport()
-    batch: list[ImportedLine] = []
-    for line in read_jsonl(lines):
-        if line.error is not None:
-            _note_error(report, line.line_number, str(line.error), line.error.param)
+
+    def note_error(number: int, message: str, param: str | None) -> None:
+        report.num_errors += 1
+        if len(report.errors) < MAX_REPORTED_ERRORS:
+            report.errors.append(LineError(number, message, param))
+
+    def add_batch() -> None:
+        for number, outcome in zip(batch, add(list(batch.values())), strict=True):
+            if outcome.status == "error":
+                note_error(number, outcome.message or "", outcome.param)
+            report.num_accepted += outcome.status == "accepted"
+            report.num_duplicates += outcome.status == "duplicate"
+        batch.clear()
+
+    batch: dict[int, dict[str, Any]] = {}
+    for number, row in read_jsonl(lines):
+        if isinstance(row, InvalidFeedbackError):
+            note_error(number, str(row), row.param)
             continue
-        batch.append(line)
+        batch[number] = with_id(row.item)
         if len(batch) >= batch_items:
-            _import_batch(batch, add, report)
-            batch = []
-    _import_batch(batch, add, report)
+            add_batch()
+    add_batch()
     return report
 
 
@@ -151,52 +132,34 @@ def with_id(item: dict[str, Any]) -> dict[str, Any]:
     return {**item, "id": f"import-{digest[:32]}"}
 
 
-def export_row(pair: PairTexts, format: ExportFormat) -> dict[str, Any]:
-    """One row of a TRL or OpenAI preference file."""
-    return trl_row(pair) if format == "trl" else openai_row(pair)
+def export_chunk(
+    pairs: PairStore, format: ExportFormat, after: int, limit: int
+) -> tuple[list[dict[str, Any]], int | None]:
+    """Up to `limit` rows of the export behind position `after` (0: the beginning), and where to go on.
+
+    Raises:
+        InvalidFeedbackError: no such format.
+    """
+    if format not in ("trl", "openai"):
+        raise InvalidFeedbackError("format must be 'trl' or 'openai'", "format")
+    chunk = pairs.after(after, limit)
+    rows = [export_row(pair.prompt, pair.chosen, pair.rejected, format) for pair in chunk]
+    return rows, chunk[-1].seq if chunk else None
 
 
-def trl_row(pair: PairTexts) -> dict[str, Any]:
-    """Plain text stays text; chat becomes TRL's conversational form."""
-    if isinstance(pair.prompt, str):
-        return {"prompt": pair.prompt, "chosen": pair.chosen, "rejected": pair.rejected}
-    return {"prompt": pair.prompt, "chosen": _answer(pair.chosen), "rejected": _answer(pair.rejected)}
+def export_row(prompt: Prompt, chosen: str, rejected: str, format: ExportFormat) -> dict[str, Any]:
+    """One row of a TRL or OpenAI preference file.
 
-
-def openai_row(pair: PairTexts) -> dict[str, Any]:
-    """OpenAI's form is chat only: a plain-text prompt becomes a user message, which is not undone by an import."""
-    is_text = isinstance(pair.prompt, str)
-    messages = [{"role": "user", "content": pair.prompt}] if is_text else pair.prompt
-    return {
-        "input": {"messages": messages},
-        "preferred_output": _answer(pair.chosen),
-        "non_preferred_output": _answer(pair.rejected),
-    }
-
-
-def _answer(text: str) -> list[dict[str, str]]:
-    return [{"role": "assistant", "content": text}]
-
-
-def _import_batch(
-    batch: list[ImportedLine], add: Callable[[Sequence[object]], Sequence[ItemOutcome]], report: ImportReport
-) -> None:
-    if not batch:
-        return
-    outcomes = add([with_id(line.item or {}) for line in batch])
-    for line, outcome in zip(batch, outcomes, strict=True):
-        if outcome.status == "accepted":
-            report.num_accepted += 1
-        elif outcome.status == "duplicate":
-            report.num_duplicates += 1
-        else:
-            _note_error(report, line.line_number, outcome.message or "", outcome.param)
-
-
-def _note_error(report: ImportReport, line_number: int, message: str, param: str | None) -> None:
-    report.num_errors += 1
-    if len(report.errors) < MAX_REPORTED_ERRORS:
-        report.errors.append(LineError(line_number, message, param))
+    In TRL's, plain text stays text, and chat becomes its conversational form. OpenAI's form is chat only: a plain-text
+    prompt becomes a user message, which is not undone by an import.
+    """
+    if format == "trl" and isinstance(prompt, str):
+        return {"prompt": prompt, "chosen": chosen, "rejected": rejected}
+    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+    better, worse = ([{"role": "assistant", "content": text}] for text in (chosen, rejected))
+    if format == "trl":
+        return {"prompt": messages, "chosen": better, "rejected": worse}
+    return {"input": {"messages": messages}, "preferred_output": better, "non_preferred_output": worse}
 
 
 def _refuse_constant(name: str) -> NoReturn:

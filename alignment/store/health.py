@@ -1,6 +1,6 @@
-"""What is wrong with a feedback store, if anything, and what to do about it: the store's part of `mace doctor`.
+"""The store's part of `mace doctor`: finds what is wrong with a feedback store, and says what to do about it.
 
-Looks from outside, with nothing of `FeedbackStore`, because that is what may not open. Changes nothing.
+Looks from outside, with nothing of `FeedbackStore`, because that may not open. Changes nothing.
 """
 
 import os
@@ -10,9 +10,8 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from sqlalchemy import text
 from sqlalchemy.engine import URL, Connection, make_url
@@ -21,6 +20,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from alignment.store.database import open_engine
 from alignment.store.feedback_store import database_path
 from alignment.store.schema import SCHEMA_VERSION
+from core.checks import CheckResult
 from core.errors import ConfigError
 
 _MIB = 1 << 20
@@ -32,17 +32,7 @@ _LARGE_LOG_BYTES = 1024 * _MIB
 _STILL_SAFE = "until then feedback is answered with 503, and nothing acknowledged is lost"
 
 
-@dataclass(frozen=True, slots=True)
-class Health:
-    """What one check found."""
-
-    check: str
-    status: Literal["ok", "warning", "error"]
-    found: str
-    fix: str = ""
-
-
-def examine_store(state_dir: Path, database_url: str | None = None) -> list[Health]:
+def examine_store(state_dir: Path, database_url: str | None = None) -> list[CheckResult]:
     """Check the store that a server with these settings would use; a store that does not exist yet is fine."""
     if database_url is None:
         return _examine_file(database_path(state_dir))
@@ -52,15 +42,15 @@ def examine_store(state_dir: Path, database_url: str | None = None) -> list[Heal
             return _examine_file(Path(str(url.database).removeprefix("file:")))
         return _examine_server(url)
     except (ConfigError, SQLAlchemyError) as error:
-        return [Health("store", "error", _first_line(error), "correct feedback.database_url")]
+        return [CheckResult("store", "error", _first_line(error), "correct feedback.database_url")]
 
 
-def _examine_file(path: Path) -> list[Health]:
+def _examine_file(path: Path) -> list[CheckResult]:
     place = next(one for one in (path.parent.absolute(), *path.parent.absolute().parents) if one.exists())
     found = [_check_place(place)]
     if not path.exists():
-        return [*found, Health("store", "ok", f"none yet at {path}")]
-    checks: list[Callable[[Path], Health]] = [_check_contents, _check_schema, _check_size]
+        return [*found, CheckResult("store", "ok", f"none yet at {path}")]
+    checks: list[Callable[[Path], CheckResult]] = [_check_contents, _check_schema, _check_size]
     if found[0].status != "error":
         checks.insert(0, _check_lock)
     for check in checks:
@@ -72,8 +62,8 @@ def _examine_file(path: Path) -> list[Health]:
     return found
 
 
-def _check_place(directory: Path) -> Health:
-    """Can files be made here, and is there room for them? Tried, since permissions say nothing of a full disk."""
+def _check_place(directory: Path) -> CheckResult:
+    """Check that files can be made here, by making one: permissions say nothing of a full disk."""
     free = shutil.disk_usage(directory).free
     try:
         with tempfile.TemporaryFile(dir=directory) as file:
@@ -81,14 +71,14 @@ def _check_place(directory: Path) -> Health:
             os.fsync(file.fileno())
     except OSError as error:
         fix = "free some disk" if free < _MIN_FREE_BYTES else "make it writable for the server's user"
-        return Health("store place", "error", f"{directory}: {error.strerror}", f"{fix}; {_STILL_SAFE}")
+        return CheckResult("store place", "error", f"{directory}: {error.strerror}", f"{fix}; {_STILL_SAFE}")
     if free < _MIN_FREE_BYTES:
         found = f"{directory}: {free // _MIB} MiB free"
-        return Health("store place", "error", found, f"free some disk; when it is full, {_STILL_SAFE}")
-    return Health("store place", "ok", f"{directory} is writable, {free // _MIB} MiB free")
+        return CheckResult("store place", "error", found, f"free some disk; when it is full, {_STILL_SAFE}")
+    return CheckResult("store place", "ok", f"{directory} is writable, {free // _MIB} MiB free")
 
 
-def _check_lock(path: Path) -> Health:
+def _check_lock(path: Path) -> CheckResult:
     with _opened(path, "rw") as connection:
         try:
             connection.execute("BEGIN IMMEDIATE")
@@ -97,11 +87,13 @@ def _check_lock(path: Path) -> Health:
             if "locked" not in str(error):
                 raise
             fix = f"see who has it open (fuser {path}) and end a program that should not; {_STILL_SAFE}"
-            return Health("store lock", "error", f"held by another process for over {_LOCK_TIMEOUT_S:.0f} s", fix)
-    return Health("store lock", "ok", "free")
+            return CheckResult(
+                "store lock", "error", f"held by another process for over {_LOCK_TIMEOUT_S:.0f} s", fix
+            )
+    return CheckResult("store lock", "ok", "free")
 
 
-def _check_contents(path: Path) -> Health:
+def _check_contents(path: Path) -> CheckResult:
     """SQLite's own check of every page, as far as it comes in the time."""
     deadline_s = time.monotonic() + _MAX_CHECK_S
     with _opened(path) as connection:
@@ -111,13 +103,13 @@ def _check_contents(path: Path) -> Health:
         except sqlite3.OperationalError as error:
             if "interrupted" not in str(error):
                 raise
-            return Health("store contents", "ok", f"nothing wrong within {_MAX_CHECK_S:.0f} s of reading")
+            return CheckResult("store contents", "ok", f"nothing wrong within {_MAX_CHECK_S:.0f} s of reading")
     if verdict != "ok":
         return _corrupt(path, str(verdict).splitlines()[-1])
-    return Health("store contents", "ok", "intact")
+    return CheckResult("store contents", "ok", "intact")
 
 
-def _check_schema(path: Path) -> Health:
+def _check_schema(path: Path) -> CheckResult:
     with _opened(path) as connection:
         if connection.execute("SELECT 1 FROM sqlite_master WHERE name = 'meta'").fetchone() is None:
             return _judge_schema(None)
@@ -125,17 +117,17 @@ def _check_schema(path: Path) -> Health:
     return _judge_schema(row[0] if row else None)
 
 
-def _judge_schema(version: str | None) -> Health:
+def _judge_schema(version: str | None) -> CheckResult:
     if version is None:
-        return Health("store schema", "ok", "no tables yet")
+        return CheckResult("store schema", "ok", "no tables yet")
     if not version.isdecimal() or not 1 <= int(version) <= SCHEMA_VERSION:
         found = f"{version}, this MACE reads 1 to {SCHEMA_VERSION}"
-        return Health("store schema", "error", found, "use the release that wrote it, or a newer one")
+        return CheckResult("store schema", "error", found, "use the release that wrote it, or a newer one")
     note = "" if int(version) == SCHEMA_VERSION else f"; the next start brings it to {SCHEMA_VERSION}"
-    return Health("store schema", "ok", f"{version}{note}")
+    return CheckResult("store schema", "ok", f"{version}{note}")
 
 
-def _check_size(path: Path) -> Health:
+def _check_size(path: Path) -> CheckResult:
     log = path.with_name(path.name + "-wal")
     log_bytes = log.stat().st_size if log.exists() else 0
     with _opened(path) as connection:
@@ -144,8 +136,8 @@ def _check_size(path: Path) -> Health:
     found = f"{count} records, {path.stat().st_size / _MIB:.1f} MiB, log {log_bytes / _MIB:.1f} MiB"
     if log_bytes > _LARGE_LOG_BYTES:
         fix = f"a reader keeps the log from being folded in: end programs that have {path} open, then restart"
-        return Health("store size", "warning", found, fix)
-    return Health("store size", "ok", found)
+        return CheckResult("store size", "warning", found, fix)
+    return CheckResult("store size", "ok", found)
 
 
 @contextmanager
@@ -155,58 +147,58 @@ def _opened(path: Path, mode: str = "ro") -> Iterator[sqlite3.Connection]:
         yield connection
 
 
-def _explain(path: Path, error: sqlite3.Error) -> Health:
+def _explain(path: Path, error: sqlite3.Error) -> CheckResult:
     words = _first_line(error)
     if "not a database" in words or "malformed" in words:
         return _corrupt(path, words)
     if "locked" in words:
-        return Health("store lock", "error", words, f"see who has it open: fuser {path}; {_STILL_SAFE}")
+        return CheckResult("store lock", "error", words, f"see who has it open: fuser {path}; {_STILL_SAFE}")
     if isinstance(error, sqlite3.OperationalError) and ("unable to open" in words or "readonly" in words):
         fix = f"make {path} and its directory readable and writable for the server's user; {_STILL_SAFE}"
-        return Health("store file", "error", f"{path}: {words}", fix)
-    return Health("store file", "error", f"{path}: {words}", "see the words of SQLite")
+        return CheckResult("store file", "error", f"{path}: {words}", fix)
+    return CheckResult("store file", "error", f"{path}: {words}", "see the words of SQLite")
 
 
-def _corrupt(path: Path, words: str) -> Health:
+def _corrupt(path: Path, words: str) -> CheckResult:
     fix = (
         f"stop the server; keep a copy of {path} and {path.name}-wal; restore a backup, or save what can be read "
         f"(sqlite3 {path} .recover | sqlite3 new.db) and put it in its place"
     )
-    return Health("store contents", "error", f"{path} is corrupt: {words}", fix)
+    return CheckResult("store contents", "error", f"{path} is corrupt: {words}", fix)
 
 
-def _examine_server(url: URL) -> list[Health]:
+def _examine_server(url: URL) -> list[CheckResult]:
     shown = url.render_as_string(hide_password=True)
     engine = open_engine(url)
     try:
         with engine.connect() as connection:
-            return [Health("store", "ok", f"{shown} answers"), *_ask_server(connection)]
+            return [CheckResult("store", "ok", f"{shown} answers"), *_ask_server(connection)]
     except SQLAlchemyError as error:
         words = _first_line(getattr(error, "orig", None) or error)
-        return [Health("store", "error", f"{shown}: {words}", f"start the database server; {_STILL_SAFE}")]
+        return [CheckResult("store", "error", f"{shown}: {words}", f"start the database server; {_STILL_SAFE}")]
     finally:
         engine.dispose()
 
 
-def _ask_server(connection: Connection) -> Iterator[Health]:
+def _ask_server(connection: Connection) -> Iterator[CheckResult]:
     def ask(query: str) -> Any:
         return connection.execute(text(query)).scalar()
 
     if connection.dialect.name != "postgresql":
-        yield Health("store", "error", connection.dialect.name, "only SQLite and PostgreSQL are supported")
+        yield CheckResult("store", "error", connection.dialect.name, "only SQLite and PostgreSQL are supported")
         return
     if ask("SHOW transaction_read_only") == "on":
         fix = f"name the primary in feedback.database_url, not a standby; {_STILL_SAFE}"
-        yield Health("store lock", "error", "the server takes no writes", fix)
+        yield CheckResult("store lock", "error", "the server takes no writes", fix)
     if ask("SHOW fsync") != "on":
-        yield Health(
+        yield CheckResult(
             "store place", "warning", "fsync is off", "turn it on: a power cut may lose acknowledged feedback"
         )
     known = ask("SELECT to_regclass('meta')") is not None
     yield _judge_schema(ask("SELECT value FROM meta WHERE key = 'schema_version'") if known else None)
     count = ask("SELECT count(*) FROM feedback") if known else 0
     size = int(ask("SELECT pg_database_size(current_database())"))
-    yield Health("store size", "ok", f"{count} records, database {size / _MIB:.1f} MiB")
+    yield CheckResult("store size", "ok", f"{count} records, database {size / _MIB:.1f} MiB")
 
 
 def _first_line(error: BaseException) -> str:

@@ -1,4 +1,4 @@
-"""Taking in feedback: everything that happens between a raw item and its committed rows.
+"""Taking in feedback: everything that happens between a raw item and its rows.
 
 `prepare` needs no database and runs in the caller's thread; `write_items` runs inside one transaction. Its order
 matters: known ids are looked up *before* response ids are resolved, so that a retry is answered as a duplicate
@@ -8,8 +8,8 @@ even if the responses it names were dropped since.
 import hashlib
 import time
 import uuid
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from sqlalchemy import or_, select, update
@@ -36,10 +36,10 @@ from alignment.records.pairs import (
     pair_from_ids,
     pair_from_row,
 )
-from alignment.store.database import insert_new
-from alignment.store.pair_rows import put_pairs
-from alignment.store.rating_pairs import put_rating
-from alignment.store.response_store import chunked, find_responses
+from alignment.store.database import chunked, insert_new
+from alignment.store.pairs import put_pairs
+from alignment.store.ratings import put_rating
+from alignment.store.responses import find_responses
 from alignment.store.schema import feedback
 from core.alignment_config import FeedbackConfig
 from core.errors import FeedbackError, InvalidFeedbackError, StoreUnavailableError
@@ -49,7 +49,7 @@ Responses = dict[ResponseRef, StoredResponse]
 
 @dataclass(frozen=True, slots=True)
 class ItemOutcome:
-    """What became of one item. `accepted` and `duplicate` mean: committed."""
+    """The answer for one item. `accepted` and `duplicate` mean: committed."""
 
     id: str | None
     """The record's id; None for a refused item that brought none."""
@@ -60,10 +60,6 @@ class ItemOutcome:
     """Name of the class in core.errors."""
     message: str | None = None
     param: str | None = None
-
-    def to_wire(self) -> dict[str, Any]:
-        """Built-in types only."""
-        return asdict(self)
 
 
 @dataclass(slots=True)
@@ -81,22 +77,24 @@ class Prepared:
 
     raw_json: str = ""
     fingerprint: str = ""
-    client_id: str | None = None
     idempotency_key: str | None = None
     item: FeedbackItem | None = None
     draft: PairDraft | None = None
     response: StoredResponse | None = None
-    """What a rating is about."""
+    """The response that a rating, correction or comment is about."""
     record: _Record | None = None
     status: Literal["accepted", "duplicate"] = "accepted"
     error: FeedbackError | None = None
 
+    @property
+    def client_id(self) -> str | None:
+        """The id that the client chose, if any."""
+        return self.item.id if self.item else None
+
     def outcome(self) -> ItemOutcome:
         """The answer for this item, once the transaction is committed."""
-        if self.error is not None:
-            error = self.error
-            param = getattr(error, "param", None)
-            return ItemOutcome(self.client_id, "error", None, type(error).__name__, str(error), param)
+        if (error := self.error) is not None:
+            return ItemOutcome(self.client_id, "error", None, type(error).__name__, str(error), error.param)
         assert self.record is not None
         return ItemOutcome(self.record.id, self.status, self.record.pair_id)
 
@@ -105,18 +103,15 @@ def prepare(raw: object, idempotency_key: str | None, config: FeedbackConfig) ->
     """Parse and normalise as far as that goes without the database. Never raises a FeedbackError, but keeps it."""
     prepared = Prepared(idempotency_key=idempotency_key)
     try:
-        item = parse_item(raw)
-        prepared.item, prepared.client_id = item, item.id
+        prepared.item = item = parse_item(raw)
         if isinstance(item, PreferenceRow | OpenAIPreferenceRow):
             prepared.draft = pair_from_row(item, config.max_text_chars)
         elif isinstance(item, Comment):
             checked_text(item.value, "value", config.max_text_chars)
-        _response_refs(item)
+        _ = item.refs  # an id that contradicts itself is refused here
+        prepared.raw_json, prepared.fingerprint = canonical_json(raw), _fingerprint(raw)
     except FeedbackError as error:
         prepared.error = error
-        return prepared
-    prepared.raw_json = canonical_json(raw)
-    prepared.fingerprint = _fingerprint(raw)
     return prepared
 
 
@@ -129,13 +124,16 @@ def write_items(
     """
     batch = [replace(prepared) for prepared in batch]  # a rolled-back attempt must leave no trace in them
     known = _Known(connection, batch)
-    refs = {
-        ref for prepared in batch if prepared.item and not prepared.error for ref in _response_refs(prepared.item)
-    }
-    responses = find_responses(connection, refs)
+    valid = [prepared.item for prepared in batch if prepared.item and not prepared.error]
+    responses = find_responses(connection, {ref for item in valid for ref in item.refs})
     fresh = [prepared for prepared in batch if not prepared.error and _admit(prepared, known, responses, config)]
     fresh = _insert_feedback(connection, fresh, now)
-    put_pairs(connection, list(_new_pairs(fresh)), config, now)
+    pairs = [
+        (prepared.record.pair_id, prepared.draft, prepared.item)
+        for prepared in fresh
+        if prepared.draft and prepared.item and prepared.record and prepared.record.pair_id
+    ]
+    put_pairs(connection, pairs, config.holdout_fraction, now)
     for prepared in fresh:
         if isinstance(prepared.item, Rating):
             _settle_rating(connection, prepared, config, now)
@@ -170,7 +168,7 @@ class _Known:
 
 
 def _admit(prepared: Prepared, known: _Known, responses: Responses, config: FeedbackConfig) -> bool:
-    """Is it a new and valid item? Otherwise its status or error is set."""
+    """True for a new and valid item; otherwise its status or error is set."""
     try:
         if _is_duplicate(prepared, known):
             return False
@@ -199,24 +197,19 @@ def _resolve(prepared: Prepared, responses: Responses, config: FeedbackConfig) -
     item = prepared.item
     if isinstance(item, PreferenceByIds):
         prepared.draft = pair_from_ids(item, responses.get, config.max_text_chars)
-    elif isinstance(item, Correction):
-        original = found_response(item.ref, responses.get, "response_id")
-        prepared.draft = pair_from_correction(item.value, original, config.max_text_chars)
-    elif isinstance(item, Rating):
-        prepared.response = found_response(item.ref, responses.get, "response_id")
-    elif isinstance(item, Comment) and item.ref:
-        found_response(item.ref, responses.get, "response_id")
+    elif isinstance(item, Rating | Correction | Comment) and item.refs:
+        prepared.response = found_response(item.refs[0], responses.get, "response_id")
+        if isinstance(item, Correction):
+            prepared.draft = pair_from_correction(item.value, prepared.response, config.max_text_chars)
 
 
 def _insert_feedback(connection: Connection, fresh: list[Prepared], now: float) -> list[Prepared]:
     """Insert, and return those that are really new: on PostgreSQL another process may have been faster."""
-    inserted = insert_new(
-        connection, feedback, [_feedback_row(prepared, now) for prepared in fresh], feedback.c.id
-    )
+    rows = [_feedback_row(prepared, now) for prepared in fresh]
+    inserted = insert_new(connection, feedback, rows, feedback.c.id)
     lost = [prepared for prepared in fresh if prepared.record and prepared.record.id not in inserted]
-    winners = _Known(connection, lost) if lost else None
+    winners = _Known(connection, lost)
     for prepared in lost:
-        assert winners is not None
         try:
             if not _is_duplicate(prepared, winners):
                 raise StoreUnavailableError("the record that came in between was removed again; please repeat")
@@ -241,12 +234,6 @@ def _feedback_row(prepared: Prepared, now: float) -> dict[str, Any]:
     }
 
 
-def _new_pairs(fresh: list[Prepared]) -> Iterator[tuple[str, PairDraft, FeedbackItem]]:
-    for prepared in fresh:
-        if prepared.draft and prepared.item and prepared.record and prepared.record.pair_id:
-            yield prepared.record.pair_id, prepared.draft, prepared.item
-
-
 def _settle_rating(connection: Connection, prepared: Prepared, config: FeedbackConfig, now: float) -> None:
     item, response, record = prepared.item, prepared.response, prepared.record
     assert isinstance(item, Rating)
@@ -256,18 +243,11 @@ def _settle_rating(connection: Connection, prepared: Prepared, config: FeedbackC
     match = put_rating(connection, record.id, item, response, pair_id=pair_id, config=config, now=now)
     if match is None:
         return
-    put_pairs(connection, [(pair_id, match.draft, item)], config, now)
-    both = update(feedback).where(feedback.c.id.in_([record.id, match.partner_feedback_id]))
+    draft, partner_id = match
+    put_pairs(connection, [(pair_id, draft, item)], config.holdout_fraction, now)
+    both = update(feedback).where(feedback.c.id.in_([record.id, partner_id]))
     connection.execute(both.values(pair_id=pair_id))
     record.pair_id = pair_id
-
-
-def _response_refs(item: FeedbackItem) -> list[ResponseRef]:
-    if isinstance(item, PreferenceByIds):
-        return [item.chosen_ref, item.rejected_ref]
-    if isinstance(item, Rating | Correction | Comment) and item.ref:
-        return [item.ref]
-    return []
 
 
 def _fingerprint(raw: object) -> str:

@@ -3,7 +3,7 @@
 JSON is stored as text, so SQLite and PostgreSQL behave alike. What a user said is never rewritten, only what training
 and the quality checks made of it. Sequence numbers (`seq`) are never reused: cursors stay valid after deletions.
 
-Whoever changes a table here raises `SCHEMA_VERSION` and writes the step from the version before in
+To change a table here, raise `SCHEMA_VERSION` and write the step from the version before in
 `alignment/store/migrations.py`; a test compares the result with a new database. New tables need no step.
 """
 
@@ -120,7 +120,7 @@ pair_bands = Table(
     Column("pair_seq", BigInteger().with_variant(Integer, "sqlite"), primary_key=True, index=True),
     sqlite_with_rowid=False,
 )
-"""Which pairs share a band of their MinHash signatures: candidates for near-duplicates."""
+"""Pairs that share a band of their MinHash signatures are candidates for near-duplicates."""
 
 ratings = Table(
     "ratings",

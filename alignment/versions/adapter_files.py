@@ -59,7 +59,7 @@ def version_name(number: int) -> str:
 
 
 def check_files(directory: Path) -> None:
-    """Are the PEFT files complete and readable?
+    """Check that the PEFT files are complete and readable.
 
     Raises:
         DamagedAdapterError: a file is missing, is not JSON, or the weights are truncated or not safetensors.
@@ -101,41 +101,6 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise DamagedAdapterError(f"{path.parent.name}: {path.name} is not a JSON object")
     return value
-
-
-def write_durably(path: Path, text: str) -> None:
-    """Replace a file so that after a crash there is the old text or the new one, and never a part.
-
-    One writer at a time: the caller holds a lock or owns the directory.
-    """
-    temporary = path.with_name(f"{path.name}.new")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
-    sync_directory(path.parent)
-
-
-def sync_tree(directory: Path) -> None:
-    """Flush every file below, and the directories themselves."""
-    for parent, _, names in os.walk(directory):
-        for name in names:
-            _sync(Path(parent) / name, os.O_RDONLY)
-        sync_directory(Path(parent))
-
-
-def sync_directory(directory: Path) -> None:
-    """Flush names: a rename is durable only after this."""
-    _sync(directory, os.O_RDONLY | os.O_DIRECTORY)
-
-
-def _sync(path: Path, flags: int) -> None:
-    descriptor = os.open(path, flags)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _check_safetensors(path: Path) -> None:

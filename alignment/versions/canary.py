@@ -1,4 +1,4 @@
-"""The verdict on a canary: is the version on trial worse than the live one, by its users and by the clock? Pure.
+"""The verdict on a canary: whether the version on trial is worse than the live one, for its users and by the clock.
 
 Both questions compare two shares of independent trials (thumbs up of all thumbs, requests within their SLO of all
 requests) by a one-sided lower bound of their difference: Newcombe's hybrid of two Wilson intervals (Statistics in
@@ -31,7 +31,7 @@ class Share:
 
 @dataclass(frozen=True, slots=True)
 class Arm:
-    """What was seen of one version since the trial began."""
+    """Ratings and requests of one version since the trial began."""
 
     ratings: Share = field(default_factory=Share)
     """Thumbs up of all thumbs."""
@@ -41,7 +41,7 @@ class Arm:
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """What to do with the canary."""
+    """The decision on the canary."""
 
     action: Literal["wait", "promote", "roll_back"]
     reason: str
@@ -76,7 +76,7 @@ def judge_canary(canary: Arm, live: Arm, elapsed_s: float, config: VersionsConfi
 
 
 def least_drop(canary: Share, live: Share, confidence: float) -> float:
-    """By how much the canary's share is below the live one's at least, at this one-sided confidence; -1 if unknown."""
+    """Lower bound of how far the canary's share is below the live one's, one-sided at `confidence`; -1 if unknown."""
     if not canary.total or not live.total:
         return -1.0
     p_live, p_canary = live.hits / live.total, canary.hits / canary.total

@@ -8,6 +8,12 @@ one-sided test (exact McNemar for accuracy, Wilcoxon's signed ranks for CLPD), o
 few pairs a test has no power, with many a bound would let a sure loss through. So with few pairs one lost pair refuses,
 also where CLPD rose on the whole: forgiving that let versions fall by up to 4.5 points (docs/quality.md). No correction
 for several tests: to refuse too often costs a little training, to accept too often costs users.
+
+The generation check finds a candidate that collapsed: preferences can be satisfied by a model that no longer speaks,
+that stops at once, never stops, or repeats itself. The candidate and the live adapter answer the same held-out prompts
+greedily; compared are mean length and the share of repeated 3-grams. The distance to the frozen reference is
+`KL(candidate || reference)` per token, estimated on the candidate's own answers: the mean of
+`log π(y|x) - log π_ref(y|x)` over their tokens.
 """
 
 import math
@@ -17,12 +23,24 @@ from typing import Any
 
 from alignment.intervals import wilson
 from core.alignment_config import GateConfig
-from core.types import PairScore
+from core.types import PairScore, TokenizedPair
 
 _TOLERANCE = 1e-9
 """Rounding of the means; far below anything that a preference could move."""
 _MAX_SCORE = 1e100
 """Larger numbers count as infinite, so that no mean can overflow."""
+MAX_CLPD_DROP = 2.0
+"""A fall of the mean CLPD by so many nats refuses a candidate, significant or not. Larger than that of the accuracy, as
+pairs that stay right by a smaller distance are no loss yet."""
+GENERATION_TOKENS = 64
+"""Length of the answers of the generation check, at most."""
+MAX_LENGTH_FACTOR = 3.0
+"""Mean length of the candidate's answers against the live adapter's: at most this, at least its inverse."""
+MAX_REPETITION_RISE = 0.3
+"""The share of repeated 3-grams may be larger by this than in the live adapter's answers."""
+_GRAM = 3
+_LENGTH_PRIOR = 4.0
+"""Tokens added to both mean lengths, so that answers of one and of three tokens do not count as a collapse."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +55,7 @@ class WindowScores:
 
 @dataclass(frozen=True, slots=True)
 class WindowComparison:
-    """What one window says. Means over `num_pairs` pairs that both adapters were scored on."""
+    """Both adapters on one window. Means over `num_pairs` pairs that both adapters were scored on."""
 
     name: str
     num_pairs: int
@@ -66,7 +84,7 @@ class GateDecision:
     reason: str
     windows: tuple[WindowComparison, ...] = ()
     generation: dict[str, float] = field(default_factory=dict)
-    """What the generation check measured; empty if it did not run."""
+    """Measurements of the generation check; empty if it did not run."""
 
     @property
     def num_pairs(self) -> int:
@@ -88,7 +106,9 @@ class GateDecision:
         return {**asdict(self), "num_pairs": self.num_pairs}
 
 
-def judge_candidate(windows: Iterable[WindowScores], config: GateConfig) -> GateDecision:
+def judge_candidate(
+    windows: Iterable[WindowScores], config: GateConfig, max_clpd_drop: float = MAX_CLPD_DROP
+) -> GateDecision:
     """Compare a candidate with the live adapter on the held-out pairs that the live adapter was scored on.
 
     With no such pairs there is nothing to compare, and the candidate is accepted, saying so. A candidate that
@@ -104,7 +124,7 @@ def judge_candidate(windows: Iterable[WindowScores], config: GateConfig) -> Gate
         if live:
             comparison = _compare(window.name, [score for score in candidate if score is not None], live)
             compared.append(comparison)
-            falls += _falls(comparison, config)
+            falls += _falls(comparison, config, max_clpd_drop)
     return GateDecision(not falls, _reason(falls, compared), tuple(compared))
 
 
@@ -177,13 +197,13 @@ def _wilcoxon_p(differences: Sequence[float]) -> float:
     return float(wilcoxon(moved, alternative="less").pvalue)
 
 
-def _falls(window: WindowComparison, config: GateConfig) -> list[str]:
-    """What speaks against the candidate, in words."""
+def _falls(window: WindowComparison, config: GateConfig, max_clpd_drop: float) -> list[str]:
+    """Reasons against the candidate, in words."""
     alpha = 1.0 - config.confidence
     measures = (
         ("preference accuracy", "", window.candidate_accuracy, window.live_accuracy, window.p_accuracy,
          config.max_accuracy_drop),
-        ("CLPD", " nats", window.candidate_clpd, window.live_clpd, window.p_clpd, config.max_clpd_drop),
+        ("CLPD", " nats", window.candidate_clpd, window.live_clpd, window.p_clpd, max_clpd_drop),
     )  # fmt: skip
     falls = []
     for name, unit, candidate, live, p, bound in measures:
@@ -209,13 +229,104 @@ def _reason(falls: Sequence[str], compared: Sequence[WindowComparison]) -> str:
     )
 
 
+@dataclass(frozen=True, slots=True)
+class GenerationReport:
+    """The measurements over all prompts."""
+
+    candidate_length: float
+    """Mean answer length in tokens, as `live_length`."""
+    live_length: float
+    candidate_repetition: float
+    """Share of 3-grams that came before in the same answer, as `live_repetition`."""
+    live_repetition: float
+    kl: float
+    """Nats per token; NaN if no answer could be scored."""
+
+    def problems(self, config: GateConfig) -> list[str]:
+        """Reasons against the candidate, in words; empty if there is none."""
+        found = []
+        ratio = (self.candidate_length + _LENGTH_PRIOR) / (self.live_length + _LENGTH_PRIOR)
+        if not 1 / MAX_LENGTH_FACTOR <= ratio <= MAX_LENGTH_FACTOR:
+            found.append(f"answers are {self.candidate_length:.1f} tokens long (live {self.live_length:.1f})")
+        if self.candidate_repetition - self.live_repetition > MAX_REPETITION_RISE:
+            found.append(
+                f"{self.candidate_repetition:.0%} of 3-grams are repetitions (live {self.live_repetition:.0%})"
+            )
+        if not self.kl <= config.max_kl:
+            found.append(
+                f"KL to the reference is {self.kl:.2f} nats per token on its own answers, allowed {config.max_kl:g}"
+            )
+        return found
+
+    def metrics(self) -> dict[str, float]:
+        """Finite numbers for a manifest."""
+        numbers = {
+            "generation_length": self.candidate_length,
+            "live_generation_length": self.live_length,
+            "generation_repetition": self.candidate_repetition,
+            "live_generation_repetition": self.live_repetition,
+            "generation_kl": self.kl,
+        }
+        return {name: value for name, value in numbers.items() if math.isfinite(value)}
+
+
+def pairs_to_score(
+    prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[int]], max_length_tokens: int
+) -> list[TokenizedPair]:
+    """The candidate's answers as chosen completions, for the trainer to score; an empty answer has no score.
+
+    The rejected side is only there because a pair has two: one token that the answer does not begin with.
+    """
+    pairs = []
+    for index, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
+        chosen = tuple(answer[: max(0, max_length_tokens - len(prompt))])
+        if chosen:
+            pairs.append(TokenizedPair(f"generation-{index}", tuple(prompt), chosen, (int(chosen[0] == 0),)))
+    return pairs
+
+
+def report_generation(
+    candidate: Sequence[Sequence[int]],
+    live: Sequence[Sequence[int]],
+    scored: Sequence[TokenizedPair],
+    scores: Sequence[PairScore],
+) -> GenerationReport:
+    """Put the measurements together.
+
+    Args:
+        candidate: its answers as token ids, by prompt.
+        live: the live adapter's answers to the same prompts.
+        scored: `pairs_to_score` of the candidate's answers.
+        scores: their scores, in the same order.
+    """
+    num_tokens = sum(len(pair.chosen_ids) for pair in scored)
+    excess = math.fsum(score.policy_chosen_logp - score.reference_chosen_logp for score in scores)
+    return GenerationReport(
+        candidate_length=_mean(map(len, candidate)),
+        live_length=_mean(map(len, live)),
+        candidate_repetition=repetition(candidate),
+        live_repetition=repetition(live),
+        kl=excess / num_tokens if num_tokens else math.nan,
+    )
+
+
+def repetition(answers: Sequence[Sequence[int]]) -> float:
+    """Share of the 3-grams of all answers that came before in the same answer; 0 if there is none."""
+    total = distinct = 0
+    for answer in answers:
+        grams = [tuple(answer[i : i + _GRAM]) for i in range(len(answer) - _GRAM + 1)]
+        total += len(grams)
+        distinct += len(set(grams))
+    return (total - distinct) / total if total else 0.0
+
+
 def _accuracy(scores: Sequence[PairScore]) -> float:
     return sum(score.margin > 0 for score in scores) / len(scores)
 
 
 def _mean(values: Iterable[float]) -> float:
     numbers = list(values)
-    return math.fsum(numbers) / len(numbers)
+    return math.fsum(numbers) / len(numbers) if numbers else 0.0
 
 
 def _is_finite(score: PairScore) -> bool:

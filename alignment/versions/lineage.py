@@ -1,16 +1,15 @@
-"""Where every version comes from and what became of it, as rows for the API and the command line."""
+"""Lineage: where every version comes from and what became of it, as rows for the API and the command line."""
 
 from typing import Any
 
-from alignment.versions.activation_log import BASE, Activation
 from alignment.versions.adapter_files import version_number
 from alignment.versions.registry import AdapterRegistry, AdapterVersion
-from alignment.versions.serving_state import Serving
+from alignment.versions.serving_state import BASE, Activation, Serving
 from core.errors import UnknownVersionError
 
 
 def lineage_rows(registry: AdapterRegistry) -> list[dict[str, Any]]:
-    """One row for each version on disk, oldest first; damaged ones with their error."""
+    """All versions on disk as rows, oldest first; damaged ones with their error."""
     serving, failed = registry.serving.read(), registry.serving.rolled_back()
     last: dict[str, Activation] = {}
     for entry in registry.serving.activations():
@@ -44,7 +43,7 @@ def lineage_row(registry: AdapterRegistry, name: str) -> dict[str, Any]:
 
 
 def is_rollback(registry: AdapterRegistry, name: str) -> bool:
-    """Is there a newer version than `name` (`v000N` or `base`) that passed the gate and did not fail its trial?"""
+    """True if a newer version than `name` (`v000N` or `base`) passed the gate and did not fail its trial."""
     failed = registry.serving.rolled_back()
     number = version_number(name) or 0
     return any(

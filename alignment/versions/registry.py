@@ -13,12 +13,18 @@
 
 Versions are immutable. A version exists from the moment of one rename until the moment of another: what a crash leaves
 behind is a temporary directory, whose lock died with its process, and the next `open` removes it.
+
+Deletion has two steps, because other executors, and requests between the look-up of a name and the engine, may still
+need the files: a version is *retired* first (its name disappears everywhere), and deleted once nobody has used it
+for `REST_S`.
 """
 
 import fcntl
 import os
 import shutil
+import time
 import uuid
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,15 +33,15 @@ from alignment.versions.adapter_files import (
     AdapterManifest,
     check_files,
     read_manifest,
-    sync_directory,
-    sync_tree,
     version_name,
     version_number,
-    write_durably,
 )
 from alignment.versions.serving_state import LIVE_FILE, ServingState, one_writer
 from core.errors import AdapterError, DamagedAdapterError, UnknownVersionError
+from core.files import sync, sync_tree, write_atomically
 
+REST_S = 30.0
+"""Far above the time that executors need to see a retirement, and a request from its arrival to the engine."""
 _TEMPORARY = ".tmp-"
 _LAST_FILE = "last"
 
@@ -49,7 +55,8 @@ class AdapterVersion:
     manifest: AdapterManifest
 
 
-Versions = list[AdapterVersion]
+Versions = list[AdapterVersion]  # inside the class, `list` is a method
+Names = list[str]
 
 
 class AdapterRegistry:
@@ -61,9 +68,9 @@ class AdapterRegistry:
     def __init__(self, root: Path, base_model: str | None = None) -> None:
         self.root = root
         self.damaged: dict[str, DamagedAdapterError] = {}
-        """What the last `list` had to skip, by name, and why."""
+        """Versions that the last `list` had to skip, with the reason, by name."""
         self.serving = ServingState(root, self._check_servable)
-        """What answers for the model: the live version, a pin, a canary."""
+        """The pointers: the live version, a pin, a canary."""
         self._base_model = base_model
         self._locks_held: dict[Path, int] = {}
 
@@ -101,11 +108,18 @@ class AdapterRegistry:
         check_files(temporary)
         try:
             with one_writer(self.root):
-                version = self._commit(temporary, manifest)
+                last = version_number(self.serving.pointer(_LAST_FILE)) or 0
+                name = version_name(1 + max([last, *self._numbers()]))
+                complete = manifest.model_copy(update={"version": name})
+                write_atomically(temporary / MANIFEST_FILE, complete.model_dump_json(indent=2) + "\n")
+                sync_tree(temporary)
+                write_atomically(self.root / _LAST_FILE, f"{name}\n")
+                temporary.rename(self.root / name)
+                sync(self.root)
         except OSError as error:
             raise AdapterError(f"cannot commit an adapter version to {self.root}: {error}") from error
         self._release(temporary)
-        return version
+        return AdapterVersion(name, self.root / name, complete)
 
     def abandon(self, temporary: Path) -> None:
         """Remove the directory from `begin`; harmless if it is gone."""
@@ -158,27 +172,16 @@ class AdapterRegistry:
                     return False
                 doomed = self.root / f"{_TEMPORARY}{uuid.uuid4().hex}"
                 if (self.root / name).is_dir():
-                    self._remember_number(name)
+                    # The highest number outlives its directory, also one that was copied here by hand.
+                    if (version_number(name) or 0) > (version_number(self.serving.pointer(_LAST_FILE)) or 0):
+                        write_atomically(self.root / _LAST_FILE, f"{name}\n")
                     (self.root / name).rename(doomed)
-                    sync_directory(self.root)
+                    sync(self.root)
                 self.serving.forget_retired(name)
         except OSError as error:
             raise AdapterError(f"cannot delete {name} from {self.root}: {error}") from error
         shutil.rmtree(doomed, ignore_errors=True)  # what is left of it, the next `open` removes
         return True
-
-    def activate(self, name: str | None) -> None:
-        """Make a published version the live one, by the API and without a pin; see `ServingState.activate`.
-
-        Raises:
-            AdapterError: the version was rejected.
-            UnknownVersionError, DamagedAdapterError: see `get`.
-        """
-        self.serving.activate(name)
-
-    def live_name(self) -> str | None:
-        """Name of the live version, unchecked; None is the bare base model. One small read: made for polling."""
-        return self.serving.pointer(LIVE_FILE) or None
 
     def live(self) -> AdapterVersion | None:
         """The live version; None is the bare base model.
@@ -186,7 +189,7 @@ class AdapterRegistry:
         Raises:
             UnknownVersionError, DamagedAdapterError: the pointer names a version that cannot be used.
         """
-        name = self.live_name()
+        name = self.serving.pointer(LIVE_FILE)
         return self.get(name) if name else None
 
     def recover_live(self) -> AdapterVersion | None:
@@ -204,25 +207,33 @@ class AdapterRegistry:
         self.serving.activate(fallback.name if fallback else None, by="recovery", reason=reason, pin=pinned)
         return fallback
 
-    def _commit(self, temporary: Path, manifest: AdapterManifest) -> AdapterVersion:
-        name = version_name(1 + max([version_number(self.serving.pointer(_LAST_FILE)) or 0, *self._numbers()]))
-        complete = manifest.model_copy(update={"version": name})
-        write_durably(temporary / MANIFEST_FILE, complete.model_dump_json(indent=2) + "\n")
-        sync_tree(temporary)
-        write_durably(self.root / _LAST_FILE, f"{name}\n")
-        temporary.rename(self.root / name)
-        sync_directory(self.root)
-        return AdapterVersion(name, self.root / name, complete)
+    def retire_old(self, keep: int, in_use: set[str]) -> tuple[Names, Names]:
+        """Retire what is beyond `keep`, and delete what has rested; returns what is retired now, and what was deleted.
+
+        Every executor calls this again and again with the versions that it needs, which keeps them from being deleted
+        by others. Damaged versions are left alone and not counted: they may belong to another base model.
+
+        Raises:
+            AdapterError: the disk refuses.
+        """
+        serving, failed, versions = self.serving.read(), self.serving.rolled_back(), self.list()
+        for version in versions:
+            if version.name == serving.live and version.manifest.parent:
+                in_use = in_use | {version.manifest.parent}
+        surplus = versions_to_retire(
+            {one.name: one.manifest.status == "rejected" or one.name in failed for one in versions},
+            keep,
+            retired=serving.retired,
+            protected={serving.live, serving.pinned, serving.canary, *in_use},
+        )
+        if surplus or in_use & serving.retired.keys():
+            serving = self.serving.retire(surplus, in_use)
+        due = rested(serving.retired, time.time())
+        return sorted(serving.retired), [name for name in due if self.delete(name)]
 
     def _check_servable(self, name: str) -> None:
         if self.get(name).manifest.status != "published":
             raise AdapterError(f"{name} was rejected by the gate and cannot go live")
-
-    def _remember_number(self, name: str) -> None:
-        """The highest number outlives its directory, also one that was copied here by hand."""
-        last = version_number(self.serving.pointer(_LAST_FILE)) or 0
-        if (version_number(name) or 0) > last:
-            write_durably(self.root / _LAST_FILE, f"{name}\n")
 
     def _numbers(self) -> set[int]:
         """Every number that a directory has, damaged ones too."""
@@ -256,3 +267,33 @@ class AdapterRegistry:
 
 def _lock_path(temporary: Path) -> Path:
     return temporary.with_name(f"{temporary.name}.lock")
+
+
+def versions_to_retire(
+    versions: Mapping[str, bool],
+    keep: int,
+    *,
+    retired: Collection[str] = (),
+    protected: Collection[str | None] = (),
+) -> list[str]:
+    """Names beyond `keep`: failed ones first, then the others, oldest first.
+
+    Never a protected one, nor the newest of all, whose verdict has just been made; so more than `keep` may stay.
+
+    Args:
+        versions: all usable versions, oldest first, and whether each failed: rejected by the gate, or rolled back.
+        keep: how many may stay.
+        retired: what is on its way out already.
+        protected: live and its parent, pinned, canary, in use, what training started from.
+    """
+    staying = [name for name in versions if name not in retired]
+    excess = len(staying) - keep
+    if excess <= 0:
+        return []
+    may_go = [name for name in staying[:-1] if name not in protected]
+    return sorted(may_go, key=lambda name: not versions[name])[:excess]
+
+
+def rested(retired: Mapping[str, float], now_s: float) -> list[str]:
+    """Retired versions that nobody has used for `REST_S`; times are Unix seconds."""
+    return [name for name, at in sorted(retired.items()) if now_s - at >= REST_S]

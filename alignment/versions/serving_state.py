@@ -1,4 +1,4 @@
-"""Which adapter version answers for the model, and who decided that: the pointers beside the versions.
+"""The pointers beside the versions: which one answers for the model, and who decided that.
 
 ::
 
@@ -6,29 +6,120 @@
     pin       what was live when it was pinned, `base` or `v000N`; missing or empty: not pinned
     canary    the version on trial with a share of the traffic; missing or empty: none
     retired   versions about to be deleted, each with the time since when nobody uses it
-    activations.jsonl   every change, see `alignment.versions.activation_log`
+    activations.jsonl   every change, one JSON line each, append-only
 
-The pointer `live` is the truth. Every change is logged first; `reconcile` adds what a crash in between left out.
+The pointer `live` is the truth. Every change is logged on disk before the pointer moves; `reconcile` adds what a crash
+in between left out. A line that a crash tore is ignored, and the next one starts on a line of its own.
 All executors on one state directory share these files and poll them; a kernel lock makes them one writer.
 """
 
 import fcntl
 import os
+import threading
 import time
+from collections import deque
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
-from alignment.versions.activation_log import BASE, LOG_FILE, Activation, ActivationLog, Actor, Event
-from alignment.versions.adapter_files import version_number, write_durably
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from alignment.versions.adapter_files import version_number
 from core.errors import AdapterError
+from core.files import sync, write_atomically
 
 LIVE_FILE = "live"
 PIN_FILE = "pin"
 CANARY_FILE = "canary"
 RETIRED_FILE = "retired"
+_LOG_FILE = "activations.jsonl"
 _LOCK_FILE = ".lock"
+BASE = "base"
+"""Stands for the bare base model where a version is named."""
+
+Event = Literal["activated", "held", "canary", "rolled_back", "released", "retired", "deleted"]
+"""`held`: passed the gate, but a pin kept it from going live. `retired`: its name is gone, its files follow."""
+Actor = Literal["gate", "api", "canary", "recovery", "retention"]
+
+_MAX_ENTRIES = 10_000
+"""Newest entries kept in memory; the file has them all."""
+
+
+class Activation(BaseModel):
+    """One line. Unknown keys are dropped, so that an older MACE can read what a newer one wrote."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+    time: float
+    """Unix seconds."""
+    event: Event
+    version: str
+    """`v000N` or `base`."""
+    previous: str | None = None
+    """The version that was live before (`v000N` or `base`)."""
+    by: Actor
+    reason: str = ""
+    pinned: bool = False
+
+
+class ActivationLog:
+    """One file. `append` needs a lock among writers, which the caller holds; `read` needs none."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._entries: deque[Activation] = deque(maxlen=_MAX_ENTRIES)
+        self._offset = 0
+        self._reading = threading.Lock()
+
+    def append(self, entry: Activation) -> None:
+        """Write one line; on disk on return.
+
+        Raises:
+            OSError: it could not be written; the log is as before.
+        """
+        descriptor = os.open(self.path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
+        try:
+            size = os.fstat(descriptor).st_size
+            torn = size > 0 and os.pread(descriptor, 1, size - 1) != b"\n"
+            line = (b"\n" if torn else b"") + entry.model_dump_json().encode() + b"\n"
+            try:
+                if os.write(descriptor, line) != len(line):
+                    raise OSError("the disk took a part of the line only")
+                os.fsync(descriptor)
+            except OSError:
+                os.ftruncate(descriptor, size)
+                raise
+        finally:
+            os.close(descriptor)
+        if size == 0:
+            sync(self.path.parent)
+
+    def read(self) -> tuple[Activation, ...]:
+        """The newest entries, oldest first. Only what was appended since the last call is read.
+
+        Raises:
+            OSError: the file cannot be read.
+        """
+        with self._reading:
+            try:
+                with self.path.open("rb") as file:
+                    if os.fstat(file.fileno()).st_size < self._offset:  # replaced by hand: start again
+                        self._offset = 0
+                        self._entries.clear()
+                    file.seek(self._offset)
+                    new = file.read()
+            except FileNotFoundError:
+                return ()
+            complete = new[: new.rfind(b"\n") + 1]  # the rest is torn, or being written
+            self._offset += len(complete)
+            for line in filter(None, complete.split(b"\n")):
+                try:
+                    self._entries.append(Activation.model_validate_json(line))
+                except ValidationError:
+                    continue
+            return tuple(self._entries)
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +136,7 @@ class Serving:
 
     @property
     def training_base(self) -> str | None:
-        """What training goes on from: the canary while there is one, as it will be live if it is good."""
+        """The version that training goes on from: the canary while there is one, as it will be live if it is good."""
         return self.canary or self.live
 
 
@@ -59,7 +150,7 @@ class ServingState:
         self._root = root
         self._check = check
         self._clock = clock
-        self.log = ActivationLog(root / LOG_FILE)
+        self.log = ActivationLog(root / _LOG_FILE)
 
     def read(self) -> Serving:
         """All pointers, unchecked. Four small reads: made for polling."""
@@ -71,7 +162,7 @@ class ServingState:
         )
 
     def activations(self) -> tuple[Activation, ...]:
-        """What happened so far, oldest first."""
+        """Every change so far, oldest first."""
         try:
             return self.log.read()
         except OSError as error:
@@ -88,7 +179,7 @@ class ServingState:
         return failed
 
     def canary_since_s(self) -> float | None:
-        """When the trial in progress began (Unix seconds); None if there is none."""
+        """Unix seconds at which the trial in progress began; None if there is none."""
         name = self.pointer(CANARY_FILE)
         started = [entry.time for entry in self.activations() if entry.event == "canary" and entry.version == name]
         return started[-1] if started else None
@@ -189,13 +280,13 @@ class ServingState:
             return self.read()
 
     def forget_retired(self, name: str) -> None:
-        """A retired version was deleted. The caller holds the lock (`one_writer`)."""
+        """Note that a retired version was deleted. The caller holds the lock (`one_writer`)."""
         before = self.read()
         self._note("deleted", name, "retention", "", before)
         self._keep_retired({key: at for key, at in before.retired.items() if key != name}, before)
 
     def reconcile(self) -> None:
-        """After a crash: the log gets the live pointer's last word, a pin names what is live, a lost canary ends."""
+        """Repair what a crash left: the log gets the live pointer's word, a pin follows it, a lost canary ends."""
         with self._writing("check the live pointer"):
             now = self.read()
             entries = [entry for entry in self.activations() if entry.event == "activated"]
@@ -232,21 +323,11 @@ class ServingState:
     def _note(
         self, event: Event, version: str | None, by: Actor, reason: str, before: Serving, *, pinned: bool = False
     ) -> None:
-        previous = before.live or BASE
-        self.log.append(
-            Activation(
-                time=self._clock(),
-                event=event,
-                version=version or BASE,
-                previous=previous,
-                by=by,
-                reason=reason,
-                pinned=pinned,
-            )
-        )
+        names = {"version": version or BASE, "previous": before.live or BASE}
+        self.log.append(Activation(time=self._clock(), event=event, by=by, reason=reason, pinned=pinned, **names))
 
     def _write(self, name: str, text: str) -> None:
-        write_durably(self._root / name, f"{text}\n")
+        write_atomically(self._root / name, f"{text}\n")
 
     def _keep_retired(self, retired: Mapping[str, float], before: Serving) -> None:
         if retired != before.retired:
@@ -263,7 +344,7 @@ class ServingState:
 
 @contextmanager
 def one_writer(root: Path) -> Iterator[None]:
-    """Among all threads and processes that use this directory; the kernel releases it if the holder dies.
+    """Lock out all other threads and processes that use this directory; the kernel unlocks it if the holder dies.
 
     Raises:
         OSError: the lock file cannot be made.
@@ -286,7 +367,7 @@ def _parse_retired(text: str) -> dict[str, float]:
 
 
 def _obstacle(serving: Serving, over: str | None) -> str | None:
-    """What keeps a version that passed the gate, compared with `over`, from the traffic."""
+    """The obstacle that keeps a version which passed the gate, compared with `over`, from the traffic, in words."""
     if serving.pinned is not None:
         return f"{serving.pinned} is pinned"
     live = serving.live or BASE

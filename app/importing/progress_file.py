@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from app.importing.tally import Tally
+from core.files import write_atomically
 
 
 @dataclass(slots=True)
@@ -41,13 +42,12 @@ class ProgressFile:
             return None
 
     def save(self, progress: Progress) -> None:
-        """Write, then rename: a reader sees the old progress or the new one.
+        """Replace what was saved before.
 
         Raises:
             OSError: the cache directory cannot be written.
         """
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        new = self.path.with_suffix(f".{os.getpid()}.new")
         data = {
             "next_after": progress.next_after,
             "last_id": progress.last_id,
@@ -55,8 +55,7 @@ class ProgressFile:
             "rejected_bytes": progress.rejected_bytes,
             "tally": progress.tally.to_json(),
         }
-        new.write_text(json.dumps(data), encoding="utf-8")
-        new.replace(self.path)
+        write_atomically(self.path, json.dumps(data))
 
     def remove(self) -> None:
         """Forget; also if there is nothing to forget."""

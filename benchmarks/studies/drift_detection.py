@@ -16,10 +16,8 @@ import numpy as np
 import typer
 from rich.table import Table
 
-from alignment.drift.events import ScoredPair
-from alignment.drift.streams import GLOBAL, ScoreStreams
+from alignment.drift.streams import GLOBAL, ScoredPair, ScoreStreams, Sensitivity
 from benchmarks.harness.report import AsJson, Out, show
-from core.alignment_config import DriftConfig
 
 _Margins = Callable[[np.random.Generator, int], np.ndarray]
 _STATIONARY_RUN = 5_000
@@ -74,40 +72,42 @@ def main(
     seeds: Annotated[int, typer.Option(min=1, help="Changes of each kind")] = 20,
     stationary: Annotated[int, typer.Option(min=0, help="Stationary pairs of each stream")] = 100_000,
     settings: Annotated[
-        list[str] | None, typer.Option("--set", help="A setting of `drift` as name=value, may be repeated")
+        list[str] | None, typer.Option("--set", help="A field of `Sensitivity` as name=value, may be repeated")
     ] = None,
     out: Out = None,
 ) -> None:
     """How soon the drift detectors see a change, and how often one that is not there."""
-    config = DriftConfig.model_validate(dict(one.split("=", 1) for one in settings or ()))
+    sensitivity = Sensitivity(
+        **{name: float(value) for name, value in (one.split("=", 1) for one in settings or ())}
+    )
     rows = {}
     for name, margins in STREAMS.items():
         rows[name] = {
             "accuracy": float((margins(np.random.default_rng(0), 100_000) > 0).mean()),
-            "false_detections_per_100000": _false_detections(config, margins, stationary),
-            **{change: _delays(config, margins, change, seeds) for change in CHANGES},
+            "false_detections_per_100000": _false_detections(sensitivity, margins, stationary),
+            **{change: _delays(sensitivity, margins, change, seeds) for change in CHANGES},
         }
     show(rows, [_table(rows)], as_json, out)
 
 
-def _false_detections(config: DriftConfig, margins: _Margins, stationary: int) -> float:
+def _false_detections(sensitivity: Sensitivity, margins: _Margins, stationary: int) -> float:
     """Count detections in runs of `_STATIONARY_RUN` pairs, each a stream of its own."""
     runs = math.ceil(stationary / _STATIONARY_RUN)
     found = sum(
-        len(list(_detections(config, margins(np.random.default_rng(seed), _STATIONARY_RUN))))
+        len(list(_detections(sensitivity, margins(np.random.default_rng(seed), _STATIONARY_RUN))))
         for seed in range(runs)
     )
     return 100_000 * found / max(1, runs * _STATIONARY_RUN)
 
 
-def _delays(config: DriftConfig, margins: _Margins, change: str, seeds: int) -> dict[str, Any]:
+def _delays(sensitivity: Sensitivity, margins: _Margins, change: str, seeds: int) -> dict[str, Any]:
     """Pairs until a change is seen, those that were missed counted apart; and where it was dated, from the truth."""
     num_before, make = CHANGES[change]
     delays, errors = [], []
     for seed in range(seeds):
         rng = np.random.default_rng(seed)
         values = np.concatenate([margins(rng, num_before), make(rng, margins)])
-        seen = next((one for one in _detections(config, values) if one[0] > num_before), None)
+        seen = next((one for one in _detections(sensitivity, values) if one[0] > num_before), None)
         if seen is not None:
             delays.append(seen[0] - num_before)
             errors.append(seen[1] - num_before)
@@ -119,9 +119,9 @@ def _delays(config: DriftConfig, margins: _Margins, change: str, seeds: int) -> 
     }
 
 
-def _detections(config: DriftConfig, margins: np.ndarray) -> Iterator[tuple[int, int]]:
+def _detections(sensitivity: Sensitivity, margins: np.ndarray) -> Iterator[tuple[int, int]]:
     """Position at which a change for the worse is seen, and the position that it is dated to."""
-    streams = ScoreStreams(config)
+    streams = ScoreStreams(sensitivity)
     for seq, margin in enumerate(margins.tolist(), 1):
         loss = math.log1p(math.exp(-abs(margin))) + max(-margin, 0.0)
         pair = ScoredPair(str(seq), seq, loss, margin, "", None, {}, 1.0, 0.0)

@@ -14,8 +14,6 @@ import functools
 import hashlib
 import random
 import re
-import shutil
-import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +22,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from benchmarks.harness.report import StateDir, note
+from core.files import atomic_directory
 from engine.pruning.tasks import RecallKind, all_words, make_recall
 
 if TYPE_CHECKING:
@@ -79,17 +78,11 @@ def ensure_needle_model(state_dir: Path, seed: int = 0, recipe: NeedleRecipe | N
     if target.is_dir():
         return target
     target.parent.mkdir(parents=True, exist_ok=True)
-    staging = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
-    try:
+    with atomic_directory(target) as staging:
         tokenizer = train_tokenizer()
         model = train_needle_model(tokenizer, recipe, seed)
         model.save_pretrained(staging)
         tokenizer.save_pretrained(staging)
-        staging.chmod(0o755)
-        staging.rename(target)
-    except BaseException:
-        shutil.rmtree(staging, ignore_errors=True)
-        raise
     return target
 
 

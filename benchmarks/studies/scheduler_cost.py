@@ -172,7 +172,7 @@ class _PlanningEngine:
         watch.lap("view")
         plan = self._planner.plan(view)
         watch.lap("plan")
-        self._planner.note_requests()
+        self._planner.retrain.note_requests()
         self._waiting.add_request(arriving)
         started: StandInRequest = self._waiting.peek_request()
         self._waiting.pop_request()

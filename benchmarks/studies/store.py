@@ -21,7 +21,7 @@ from rich.table import Table
 
 from alignment.quality.monitor import QualityMonitor
 from alignment.store.feedback_store import FeedbackStore, database_path
-from alignment.store.pair_rows import StoredPair
+from alignment.store.pairs import QualityChange, StoredPair
 from benchmarks.harness.report import AsJson, Out, note, show
 from benchmarks.harness.statistics import percentile
 from core.alignment_config import FeedbackConfig, QualityConfig
@@ -60,7 +60,9 @@ def feedback(
     """Feedback records committed per second; with --pairs the curve over the store's size."""
     if pairs is None:
         rates = {
-            "one_by_one": _rate(items // 5, directory, lambda store, rows: [store.add([row]) for row in rows]),
+            "one_by_one": _rate(
+                items // 5, directory, lambda store, rows: [store.feedback.add([row]) for row in rows]
+            ),
             f"{_THREADS}_threads": _rate(items, directory, _from_threads),
             f"batches_of_{_BATCH}": _rate(items, directory, _in_batches),
         }
@@ -99,12 +101,12 @@ def _rate(
 
 def _from_threads(store: FeedbackStore, rows: list[dict[str, Any]]) -> None:
     with ThreadPoolExecutor(_THREADS) as pool:
-        list(pool.map(lambda row: store.add([row]), rows))
+        list(pool.map(lambda row: store.feedback.add([row]), rows))
 
 
 def _in_batches(store: FeedbackStore, rows: list[dict[str, Any]]) -> None:
     for start in range(0, len(rows), _BATCH):
-        store.add(rows[start : start + _BATCH])
+        store.feedback.add(rows[start : start + _BATCH])
 
 
 def measure_growth(num_pairs: int, directory: Path) -> list[dict[str, Any]]:
@@ -125,7 +127,7 @@ def measure_growth(num_pairs: int, directory: Path) -> list[dict[str, Any]]:
         database_bytes = database_path(directory).stat().st_size
         started_s = time.perf_counter()
         store = _open(directory)
-        store.unscored_pairs(8)
+        store.sampling.unscored_pairs(8)
         open_s = time.perf_counter() - started_s
         rates = {
             "one_by_one": _insert_rate(store, size, _SINGLE, 1, chooser),
@@ -168,15 +170,15 @@ def measure_judgement(directory: Path, num_pairs: int, repeats: int) -> dict[str
 
 def _judge(store: FeedbackStore, monitor: QualityMonitor, start: int, count: int, chooser: random.Random) -> float:
     """Add pairs, score them as an adapter that is right about nine of ten honest ones, and judge them; seconds."""
-    store.add(_items(start, count, chooser, _JUDGED_USERS))
-    pairs = store.unscored_pairs(count)
+    store.feedback.add(_items(start, count, chooser, _JUDGED_USERS))
+    pairs = store.sampling.unscored_pairs(count)
     scores = []
     for pair in pairs:
         right = (chooser.random() < 0.9) != (pair.user == _HOSTILE)
         margin = abs(chooser.gauss(1, 0.5)) * (1 if right else -1)
         scores.append(PairScore(pair.pair_id, 0.0, 0.0, 0.0, 0.0, math.log1p(math.exp(-margin)), margin))
-    store.record_scores(scores, _VERSION)
-    scored = store.find_pairs([pair.pair_id for pair in pairs])
+    store.pairs.record_scores(scores, _VERSION)
+    scored = store.pairs.find([pair.pair_id for pair in pairs])
     started_s = time.perf_counter()
     monitor.assess(scored)
     return time.perf_counter() - started_s
@@ -210,7 +212,7 @@ def _fill(store: FeedbackStore, start: int, end: int, chooser: random.Random) ->
     for position in range(start, end, _BATCH):
         items = _items(position, min(_BATCH, end - position), chooser)
         started_s = time.perf_counter()
-        outcomes = store.add(items)
+        outcomes = store.feedback.add(items)
         insert_s += time.perf_counter() - started_s
         pair_ids = [outcome.pair_id or "" for outcome in outcomes]
         newest.append(pair_ids)
@@ -218,7 +220,7 @@ def _fill(store: FeedbackStore, start: int, end: int, chooser: random.Random) ->
             aged = newest.pop(0)
             _record(store, aged, chooser)
             for share in (0.9, 0.5, 0.1):  # most are trained a few times
-                store.mark_trained(aged[: int(share * len(aged))])
+                store.pairs.mark_trained(aged[: int(share * len(aged))])
     return insert_s, [pair_id for pair_ids in newest for pair_id in pair_ids]
 
 
@@ -228,14 +230,14 @@ def _record(store: FeedbackStore, pair_ids: list[str], chooser: random.Random) -
         PairScore(pair_id, -40.0, -50.0, -42.0, -48.0, loss, 1.0 - loss)
         for pair_id, loss in zip(pair_ids, losses, strict=True)
     ]
-    store.record_scores(scores, _VERSION, dict.fromkeys(pair_ids, "0" * 32))
+    store.pairs.record_scores(scores, _VERSION, dict.fromkeys(pair_ids, "0" * 32))
 
 
 def _insert_rate(store: FeedbackStore, start: int, count: int, batch: int, chooser: random.Random) -> float:
     batches = [_items(start + position, batch, chooser) for position in range(0, count, batch)]
     started_s = time.perf_counter()
     for items in batches:
-        store.add(items)
+        store.feedback.add(items)
     return count / (time.perf_counter() - started_s)
 
 
@@ -248,26 +250,25 @@ def _operations(
         return chooser.randrange(1 << 30)
 
     def some() -> list[StoredPair]:
-        return store.replay_pairs(8, 10, (), seed())
+        return store.sampling.replay_pairs(8, 10, (), seed())
 
-    busy = {pair.pair_id for pair in store.new_pairs(32)}
-    yield "new_pairs newest", lambda: store.new_pairs(8, busy), _READS
-    yield "new_pairs loss", lambda: store.new_pairs(8, busy, order="loss"), _READS
-    yield "hard_pairs", lambda: store.hard_pairs(8, 10, busy, 0.5), _READS
+    busy = {pair.pair_id for pair in store.sampling.new_pairs(32)}
+    yield "new_pairs newest", lambda: store.sampling.new_pairs(8, busy), _READS
+    yield "new_pairs loss", lambda: store.sampling.new_pairs(8, busy, order="loss"), _READS
+    yield "hard_pairs", lambda: store.sampling.hard_pairs(8, 10, busy, 0.5), _READS
     yield (
         "hard_pairs behind",
-        lambda: store.hard_pairs(8, 10, busy, 0.5, since_seq=store.newest_scored(600)[-1].seq),
+        lambda: store.sampling.hard_pairs(8, 10, busy, 0.5, since_seq=store.sampling.newest_scored(600)[-1].seq),
         _READS,
     )
-    yield "replay_pairs", lambda: store.replay_pairs(8, 10, busy, seed()), _READS
-    yield "held_out 64+64", lambda: store.held_out(64, 64, 0, seed()), _READS
-    yield "unscored_pairs", lambda: store.unscored_pairs(32, busy), _READS
-    yield "stale_pairs", lambda: store.stale_pairs(32, "v0002", busy, newest=32), _READS
-    yield "newest_scored 256", lambda: store.newest_scored(256), _READS
-    yield "matches of 8", lambda: store.matches([pair.pair_key for pair in some()]), _READS
-    yield "user_scores 64", lambda: store.user_scores(f"user{chooser.randrange(_USERS)}", 64), _READS
-    yield "user_share 200", lambda: store.user_share(200), _READS
-    yield "backlog", store.backlog, _READS
+    yield "replay_pairs", lambda: store.sampling.replay_pairs(8, 10, busy, seed()), _READS
+    yield "held_out 64+64", lambda: store.sampling.held_out(64, 64, 0, seed()), _READS
+    yield "unscored_pairs", lambda: store.sampling.unscored_pairs(32, busy), _READS
+    yield "stale_pairs", lambda: store.sampling.stale_pairs(32, "v0002", busy, newest=32), _READS
+    yield "newest_scored 256", lambda: store.sampling.newest_scored(256), _READS
+    yield "matches of 8", lambda: store.matches.find([pair.pair_key for pair in some()]), _READS
+    yield "user_scores 64", lambda: store.matches.user_scores(f"user{chooser.randrange(_USERS)}", 64), _READS
+    yield "user_share 200", lambda: store.matches.user_share(200), _READS
     yield "counts", store.counts, _COUNTS
 
     trained = [pair.pair_id for _ in range(_WRITES) for pair in some()]
@@ -275,9 +276,13 @@ def _operations(
     fresh = iter([unscored[start : start + 8] for start in range(0, len(unscored), 8)])
     changes = iter([trained[start : start + 8] for start in range(0, len(trained), 8)])
     reasons = ("copy: 1 of 2",)
-    yield "mark_trained of 8", lambda: store.mark_trained(next(steps)), _WRITES
+    yield "mark_trained of 8", lambda: store.pairs.mark_trained(next(steps)), _WRITES
     yield "record_scores of 8", lambda: _record(store, next(fresh), chooser), _WRITES
-    yield "set_quality of 8", lambda: store.set_quality([(one, 0.5, reasons) for one in next(changes)]), _WRITES
+    yield (
+        "set_quality of 8",
+        lambda: store.pairs.set_quality([QualityChange(one, 0.5, reasons) for one in next(changes)]),
+        _WRITES,
+    )
 
 
 def _latency(call: Callable[[], object], repeats: int) -> dict[str, float]:

@@ -1,12 +1,12 @@
-"""CentralScheduler: the global fine-tune queue and which executor gets what.
+"""CentralScheduler: the global fine-tune queue, and its best-fit packing onto executors.
 
 The queue holds preference pairs in three roles (new, hard, replay), each ordered by `P_ft(t) + γ·L_DPO`. When an
 executor asks for work, its share of each role becomes one batch, and best-fit packing over the executors' reported
 headroom says whether this executor is the one. Pairs that wait for their first scores are handed out in between:
 scoring is cheap, and what is not scored has no `L_DPO` yet. A leased batch that is not heard of again returns.
 
-From the same reports `advice` ranks the executors for a prompt. It is there to be looked at: requests are routed by
-`deployments.routing.router`, which has the same numbers and the same function, and goes on when this actor is away.
+Requests are routed by `deployments.routing.router`, which has the same numbers and the same function as `placement`
+in the status, and goes on when this actor is away.
 
 Everything here can be rebuilt: the DriftMonitor owns the durable state and streams pairs again after a restart.
 `now_s` comes from the clock that is passed in, so the class is plain and testable; app.main makes it a Ray actor.
@@ -15,13 +15,13 @@ Everything here can be rebuilt: the DriftMonitor owns the durable state and stre
 import math
 import time
 import uuid
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from core.config import AppArgs
 from core.types import TaskKind
-from core.wire import BatchOutcome, Headroom, TrainingBatch, TrainingPair
+from core.wire import ROLE_SHARES, BatchOutcome, Headroom, TrainingBatch, TrainingPair
 from deployments.monitors.metrics import Meter
 from scheduler.packing import Bin, Demand, best_fit, first_fit
 from scheduler.placement import RankedExecutor, choose_executor
@@ -29,7 +29,8 @@ from scheduler.queues.finetune import MixedQueue, QueuedTask, ScoringQueue
 
 LEASE_S = 60.0
 """A batch goes to another executor when its own has not been heard of for so long; see `heartbeat`."""
-
+MAX_ATTEMPTS = 3
+"""A pair that fails as often is parked."""
 _HEADROOM_TTL_S = 5.0
 _SMOOTHING = 0.2
 _SCORE_STEPS = 2
@@ -50,13 +51,10 @@ class _Lease:
 class CentralScheduler:
     """Queue, leases and packing. All methods are quick and run one at a time (a Ray actor's default)."""
 
-    def __init__(self, args: dict[str, Any], clock: Callable[[], float] = time.monotonic) -> None:
-        config = AppArgs.model_validate(args)
+    def __init__(self, config: AppArgs, clock: Callable[[], float] = time.monotonic) -> None:
         self._config = config
         self._clock = clock
-        training = config.training
-        shares = {"new": training.new_share, "hard": training.hard_share, "replay": training.replay_share}
-        self._queue: MixedQueue[TrainingPair] = MixedQueue(config.experiments, config.scheduler.gamma, shares)
+        self._queue: MixedQueue[TrainingPair] = MixedQueue(config.experiments, config.scheduler.gamma, ROLE_SHARES)
         self._to_score: ScoringQueue[TrainingPair] = ScoringQueue()
         self._scored_last = False
         self._gamma = config.scheduler.gamma
@@ -87,7 +85,7 @@ class CentralScheduler:
                 self._to_score.push(pair.pair_id, pair)
 
     def set_gamma(self, gamma: float) -> None:
-        """Weight of the loss in the priority of everything queued, from now on."""
+        """Set the weight of the loss in the priority of everything queued."""
         if gamma != self._gamma:
             self._gamma = gamma
             self._queue.set_gamma(gamma)
@@ -95,28 +93,26 @@ class CentralScheduler:
 
     def known_pair_ids(self) -> dict[str, list[str]]:
         """Ids of all pairs that are queued or leased, under `train` and `score`."""
-        self._expire_leases()
+        self._return_leases()
         return {
             "train": [*self._queue.ids(), *self._leased_ids(TaskKind.TRAIN)],
             "score": [*self._to_score.ids(), *self._leased_ids(TaskKind.EVALUATE)],
         }
 
     def poll(self, headroom: Headroom) -> TrainingBatch | None:
-        """Work for an executor, or None: nothing is due, or another executor fits better."""
+        """Lease work to an executor; None if nothing is due, or another executor fits better."""
         now_s = self._clock()
         self._headrooms[headroom.executor_id] = (now_s, headroom)
         self._meter.refresh()
-        self._expire_leases()
-        if any(lease.executor_id == headroom.executor_id for lease in self._leases.values()):
-            self._release_executor(headroom.executor_id)  # it restarted and forgot
+        self._return_leases(lambda lease: lease.executor_id == headroom.executor_id)  # it restarted and forgot
         size = min(len(self._queue), self._config.training.pairs_per_step)
         is_due = headroom.may_train and self._is_due(size, now_s) and self._is_best_fit(headroom, size, now_s)
         if self._to_score and not (is_due and self._scored_last):  # alternately, if both wait
-            return self._lease_scoring(headroom.executor_id, now_s)
-        return self._lease(headroom.executor_id, size, now_s) if is_due else None
+            return self._lease_scoring(headroom.executor_id)
+        return self._lease_training(headroom.executor_id, size) if is_due else None
 
     def heartbeat(self, executor_id: str) -> None:
-        """An executor still works on its batch: a step may take longer than a lease."""
+        """Renew the lease of an executor that still works on its batch: a step may take longer than a lease."""
         expires_s = self._clock() + LEASE_S
         for task_id, lease in self._leases.items():
             if lease.executor_id == executor_id:
@@ -129,8 +125,7 @@ class CentralScheduler:
             return []
         if lease.batch.kind is TaskKind.EVALUATE and len(lease.batch.pairs) > 1:
             return []  # the bad pair of a batch is found by scoring them one by one
-        limit = self._config.training.max_attempts
-        return [pair_id for pair_id, attempts in lease.attempts.items() if attempts + 1 >= limit]
+        return [pair_id for pair_id, attempts in lease.attempts.items() if attempts + 1 >= MAX_ATTEMPTS]
 
     def complete(self, outcome: BatchOutcome) -> None:
         """Close a lease. A failed batch goes back with one more attempt, which lowers its priority."""
@@ -150,21 +145,10 @@ class CentralScheduler:
         left = [pair for pair in lease.batch.pairs if pair.pair_id not in unusable]
         self._requeue(lease, left, failures=1)
 
-    def advice(
-        self, prompt_tokens: int, cached_prefix_tokens: Mapping[str, int] | None = None
-    ) -> list[RankedExecutor]:
-        """Executors with a fresh report, the one that fits a prompt best first.
-
-        Args:
-            prompt_tokens: length of the prompt.
-            cached_prefix_tokens: tokens of it in an executor's prefix cache, by executor id.
-        """
-        loads = [room.load for room in self._fresh_headrooms(self._clock()) if room.load is not None]
-        return choose_executor(prompt_tokens, loads, cached_prefix_tokens or {}, self._config.scheduler.tau_mem)
-
     def stats(self) -> dict[str, Any]:
-        """Queue length, leases, executors, and where a short prompt would go, for `/v1/training`."""
-        top, experiments = self._queue.peek(), self._config.experiments
+        """Queue length, leases, executors, and how they rank for a prompt of one token, for `/v1/training`."""
+        top, experiments, tau_mem = self._queue.peek(), self._config.experiments, self._config.scheduler.tau_mem
+        loads = [room.load for room in self._fresh_headrooms(self._clock()) if room.load is not None]
         return {
             "queued_pairs": len(self._queue),
             "queued_by_role": self._queue.lengths(),
@@ -172,7 +156,7 @@ class CentralScheduler:
             "gamma": self._gamma,
             "leased_batches": len(self._leases),
             "executors": sorted(self._headrooms),
-            "placement": [_to_wire(ranked) for ranked in self.advice(1)],
+            "placement": [_to_wire(ranked) for ranked in choose_executor(1, loads, {}, tau_mem)],
             "top_priority": None if top is None else top.priority_at(self._clock(), self._gamma, experiments),
         }
 
@@ -186,63 +170,55 @@ class CentralScheduler:
         return top.payload.times_trained > 0 or now_s - top.arrived_s >= self._config.training.max_age_s
 
     def _is_best_fit(self, headroom: Headroom, size: int, now_s: float) -> bool:
-        free = [room for room in self._fresh_headrooms(now_s) if not self._has_lease(room.executor_id)]
+        busy = {lease.executor_id for lease in self._leases.values()}
+        free = [room for room in self._fresh_headrooms(now_s) if room.executor_id not in busy]
         # Memory is a hard limit. Time is not: a step can be interrupted, so it may be longer than any free window.
         longest_s = max(room.latency_s for room in free)
         demand = Demand(self._bytes_per_batch, min(self._busy_s_per_pair * size, longest_s))
-        bins = [self._bin(room) for room in free]
+        tau_mem = self._config.scheduler.tau_mem
+        bins = [
+            Bin(one.executor_id, tau_mem * min(one.memory_bytes, _UNKNOWN_MEMORY_BYTES), one.latency_s)
+            for one in free
+        ]
         fit = first_fit if self._config.experiments.packing == "first_fit" else best_fit
         chosen = fit(demand, bins)
         return chosen is not None and chosen.bin_id == headroom.executor_id
 
     def _fresh_headrooms(self, now_s: float) -> list[Headroom]:
-        """Reports that still count, by executor id."""
+        """Reports that are young enough to count, ordered by executor id."""
         fresh = [room for seen_s, room in self._headrooms.values() if now_s - seen_s <= _HEADROOM_TTL_S]
         return sorted(fresh, key=lambda room: room.executor_id)
 
-    def _bin(self, room: Headroom) -> Bin:
-        memory_bytes = min(room.memory_bytes, _UNKNOWN_MEMORY_BYTES)
-        return Bin(room.executor_id, self._config.scheduler.tau_mem * memory_bytes, room.latency_s)
-
-    def _lease(self, executor_id: str, size: int, now_s: float) -> TrainingBatch:
+    def _lease_training(self, executor_id: str, size: int) -> TrainingBatch:
         tasks = self._queue.pop_batch(size)
-        attempts = max(task.attempts for task in tasks)
-        pairs = tuple(task.payload for task in tasks)
-        batch = TrainingBatch(f"ft-{uuid.uuid4().hex[:12]}", pairs, attempts, gamma=self._gamma)
-        counts = {task.task_id: task.attempts for task in tasks}
-        self._leases[batch.task_id] = _Lease(batch, executor_id, now_s + LEASE_S, counts)
-        self._scored_last = False
         self._meter.set_gauge("finetune_queue_pairs", len(self._queue))
-        return batch
+        attempts = {task.task_id: task.attempts for task in tasks}
+        return self._lease(executor_id, TaskKind.TRAIN, [task.payload for task in tasks], attempts)
 
-    def _lease_scoring(self, executor_id: str, now_s: float) -> TrainingBatch:
-        """The pairs that wait longest for their scores."""
+    def _lease_scoring(self, executor_id: str) -> TrainingBatch:
+        """Lease the pairs that wait longest for their scores."""
         pairs, attempts = self._to_score.pop_batch(_SCORE_STEPS * self._config.training.pairs_per_step)
-        task_id = f"score-{uuid.uuid4().hex[:12]}"
-        batch = TrainingBatch(task_id, tuple(pairs), attempts, TaskKind.EVALUATE, self._gamma)
-        counts = {pair.pair_id: attempts for pair in pairs}
-        self._leases[batch.task_id] = _Lease(batch, executor_id, now_s + LEASE_S, counts)
-        self._scored_last = True
-        return batch
+        return self._lease(executor_id, TaskKind.EVALUATE, pairs, {pair.pair_id: attempts for pair in pairs})
 
-    def _has_lease(self, executor_id: str) -> bool:
-        return any(lease.executor_id == executor_id for lease in self._leases.values())
+    def _lease(
+        self, executor_id: str, kind: TaskKind, pairs: Sequence[TrainingPair], attempts: dict[str, int]
+    ) -> TrainingBatch:
+        name = "score" if kind is TaskKind.EVALUATE else "ft"
+        task_id = f"{name}-{uuid.uuid4().hex[:12]}"
+        batch = TrainingBatch(task_id, tuple(pairs), max(attempts.values()), kind, self._gamma)
+        self._leases[task_id] = _Lease(batch, executor_id, self._clock() + LEASE_S, attempts)
+        self._scored_last = kind is TaskKind.EVALUATE
+        return batch
 
     def _leased_ids(self, kind: TaskKind = TaskKind.TRAIN) -> set[str]:
         batches = [lease.batch for lease in self._leases.values() if lease.batch.kind is kind]
         return {pair.pair_id for batch in batches for pair in batch.pairs}
 
-    def _expire_leases(self) -> None:
+    def _return_leases(self, is_over: Callable[[_Lease], bool] = lambda _: False) -> None:
+        """Put pairs of leases that expired, or are over, back into the queue."""
         now_s = self._clock()
-        self._return_leases(lambda lease: lease.expires_s <= now_s)
-
-    def _release_executor(self, executor_id: str) -> None:
-        self._return_leases(lambda lease: lease.executor_id == executor_id)
-
-    def _return_leases(self, is_over: Callable[[_Lease], bool]) -> None:
-        """Pairs of leases that will not be reported any more go back into the queue."""
         for task_id, lease in list(self._leases.items()):
-            if is_over(lease):
+            if lease.expires_s <= now_s or is_over(lease):
                 del self._leases[task_id]
                 self._requeue(lease, lease.batch.pairs, failures=0)
 

@@ -1,4 +1,4 @@
-"""DriftMonitor: owns the feedback store, watches for drift, streams pairs into the fine-tune queue.
+"""DriftMonitor: owns the feedback store, watches for drift, and streams pairs into the fine-tune queue.
 
 Every new pair is scored by the live adapter first; `ScoreJudge` draws the conclusions, `PairStream` chooses what is
 trained. Runs as a Ray actor with several threads; the store is thread-safe, the rest is guarded by locks. Everything
@@ -7,15 +7,16 @@ durable is in the store, so the actor can be killed at any moment.
 
 import logging
 import threading
+import time
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from typing import Any
 
 from alignment.records.feedback import FEEDBACK_TYPES
 from alignment.records.pairs import StoredResponse
 from alignment.store.feedback_store import FeedbackStore
-from alignment.store.formats import ExportFormat, import_jsonl
+from alignment.store.formats import ExportFormat, export_chunk, import_jsonl
 from core.config import AppArgs
 from core.errors import StoreUnavailableError
 from core.types import TaskKind
@@ -28,30 +29,22 @@ logger = logging.getLogger(__name__)
 
 STREAM_INTERVAL_S = 0.25
 _EXPORT_CHUNK = 1000
-_IMPORT_BATCH = 500
 _RECORDED_TASKS = 1000
 _MAX_HISTORY = 1000
-
-
-@dataclass(frozen=True, slots=True)
-class _Parts:
-    """What needs the store; made when that can be opened."""
-
-    store: FeedbackStore
-    judge: ScoreJudge
-    stream: PairStream
+_MAX_OLD_PAIRS = 64
+"""Held-out pairs before the newest ones that the gate looks at, a sample."""
 
 
 class DriftMonitor:
     """See the module docstring. Call `start` after construction; calling it again is harmless."""
 
-    def __init__(self, args: dict[str, Any], queue: FineTuneQueue) -> None:
-        self._config = AppArgs.model_validate(args)
+    def __init__(self, config: AppArgs, queue: FineTuneQueue) -> None:
+        self._config = config
         self._queue = queue
         self._lock = threading.Lock()
         self._meter = Meter("drift_monitor")
-        self._parts: _Parts | None = None
-        self._stopped = threading.Event()
+        self._stream: PairStream | None = None
+        """Made when the store can be opened, with the store and the judge."""
         self._recorded: deque[str] = deque(maxlen=_RECORDED_TASKS)
         self._thread: threading.Thread | None = None
 
@@ -63,74 +56,74 @@ class DriftMonitor:
                 self._thread.start()
 
     def add_feedback(self, items: Sequence[object], idempotency_key: str | None = None) -> list[dict[str, Any]]:
-        """Store items; see `FeedbackStore.add`. Outcomes are committed when this returns.
+        """Store items; outcomes are committed when this returns.
 
         Raises:
-            StoreUnavailableError, InvalidFeedbackError: see `FeedbackStore.add`.
+            StoreUnavailableError, InvalidFeedbackError: see `FeedbackLog.add`.
         """
-        outcomes = self._open().store.add(items, idempotency_key=idempotency_key)
+        outcomes = self._open().store.feedback.add(items, idempotency_key=idempotency_key)
         for item, outcome in zip(items, outcomes, strict=True):
             kind = item.get("type", "preference") if isinstance(item, dict) else "malformed"
-            self._meter.count("feedback_received", type=_known_type(kind), status=outcome.status)
-        return [outcome.to_wire() for outcome in outcomes]
+            label = kind if isinstance(kind, str) and kind in FEEDBACK_TYPES else "other"  # not what a client sent
+            self._meter.count("feedback_received", type=label, status=outcome.status)
+        return [asdict(outcome) for outcome in outcomes]
 
     def import_feedback(self, body: bytes) -> dict[str, Any]:
         """Store a JSONL body line by line; returns the report (counts, errors with line numbers)."""
-        batch = min(_IMPORT_BATCH, self._config.feedback.max_items)
-        return asdict(import_jsonl(body.splitlines(), self._open().store.add, batch))
+        return asdict(import_jsonl(body.splitlines(), self._open().store.feedback.add))
 
     def feedback_page(self, after: str | None, limit: int, kind: str | None) -> dict[str, Any]:
         """A stretch of the stored items, oldest first."""
-        return asdict(self._open().store.page(after=after, limit=limit, type=kind))
+        return asdict(self._open().store.feedback.page(after=after, limit=limit, type=kind))
 
     def export_chunk(self, format: ExportFormat, after: int) -> tuple[list[dict[str, Any]], int | None]:
         """Up to a thousand rows of the export after a position, and the next position; None at the end."""
-        return self._open().store.export_chunk(format, after, _EXPORT_CHUNK)
+        return export_chunk(self._open().store.pairs, format, after, _EXPORT_CHUNK)
 
     def put_responses(self, responses: list[StoredResponse]) -> int:
         """Remember responses so that feedback can name them."""
-        stored = self._open().store.put_responses(responses)
+        stored = self._open().store.responses.put(responses)
         self._meter.count("responses_stored", stored)
         return stored
 
     def held_out_pairs(self) -> HeldOutPairs:
         """The gate's test set: the newest held-out pairs, and a sample of those before, back to the last change."""
         gate, parts = self._config.gate, self._open()
-        recent, old = parts.store.held_out(
-            gate.max_pairs,
-            gate.max_old_pairs,
-            since_seq=parts.judge.last_change_seq,
-            seed=self._config.training.seed,
-        )
+        since_seq, seed = parts.judge.appetite().last_change_seq, self._config.training.seed
+        recent, old = parts.store.sampling.held_out(gate.max_pairs, _MAX_OLD_PAIRS, since_seq, seed)
         return HeldOutPairs(tuple(map(training_pair, recent)), tuple(map(training_pair, old)))
 
     def note_live(self, version: str) -> None:
-        """Which version executors serve; after a change the newest pairs are scored again."""
+        """Take note of the version that executors serve; after a change the newest pairs are scored again."""
         self._open().judge.note_live(version)
 
     def record(self, outcome: BatchOutcome, failed_ids: list[str], version: str | None) -> None:
-        """Write down what became of a batch: scores, counts of training, pairs that must be parked."""
+        """Write down what became of a batch: scores, counts of training, pairs that must be parked.
+
+        Scores of a training step are those of the shadow adapter, which may be refused; it is named after the live
+        `version` that it is based on, with a plus.
+        """
         parts = self._open()
         if outcome.task_id in self._recorded:  # a repeat: the first answer got lost on its way
             return
         if outcome.scores and outcome.kind is TaskKind.TRAIN:
             ids = [score.pair_id for score in outcome.scores]
-            parts.store.mark_trained(ids, outcome.scores, f"{version}+")  # the shadow's, which may be refused
+            parts.store.pairs.mark_trained(ids, outcome.scores, f"{version}+")
             self._meter.count("pairs_trained", len(outcome.scores))
         elif outcome.scores:
             parts.judge.take_scores(outcome, version)
             self._meter.count("pairs_scored", len(outcome.scores))
         for pair_id, reason in outcome.unusable:
-            parts.store.park(pair_id, reason)
+            parts.store.pairs.park(pair_id, reason)
         for pair_id in failed_ids:
-            parts.store.park(pair_id, outcome.error or "failed")
+            parts.store.pairs.park(pair_id, outcome.error or "failed")
         self._recorded.append(outcome.task_id)
         self._show(parts.judge)
 
     def drift(self, limit: int = 50, stream: str | None = None) -> dict[str, Any]:
-        """State of all streams, what follows from it, and the newest events; for `/v1/drift`."""
+        """The state of all streams, what follows from it, and the newest events; for `/v1/drift`."""
         parts = self._open()
-        events = parts.store.drift_events(min(max(limit, 0), _MAX_HISTORY), stream)
+        events = parts.store.loop.drift_events(min(max(limit, 0), _MAX_HISTORY), stream)
         return {**parts.judge.report(), "history": [asdict(event) for event in events]}
 
     def stats(self) -> dict[str, Any]:
@@ -139,37 +132,37 @@ class DriftMonitor:
         return {"store": asdict(parts.store.counts()), "drift": parts.judge.summary()}
 
     def rating_counts(self, since_s: float) -> dict[str | None, tuple[int, int]]:
-        """Thumbs up and down since a time (Unix seconds), by the adapter version that was rated."""
-        return self._open().store.rating_counts(since_s)
+        """Thumbs up and down since a time (Unix seconds), by adapter version; see `FeedbackLog.rating_counts`."""
+        return self._open().store.feedback.rating_counts(since_s)
 
     def stream_once(self) -> int:
         """Queue pairs that should be scored or trained on; returns how many."""
-        return self._open().stream.stream_once()
+        return self._open().stream_once()
 
-    def _open(self) -> _Parts:
-        """The store and what works on it.
+    def _open(self) -> PairStream:
+        """The stream, with its store and its judge.
 
         Raises:
             StoreUnavailableError: it cannot be opened now; the next call tries again.
         """
         with self._lock:
-            if self._parts is None:
+            if self._stream is None:
                 store = FeedbackStore.open(self._config.feedback, self._config.state_dir)
-                judge = ScoreJudge(self._config, store)
-                self._parts = _Parts(store, judge, PairStream(self._config, store, judge, self._queue))
-            return self._parts
+                self._stream = PairStream(self._config, store, ScoreJudge(self._config, store), self._queue)
+            return self._stream
 
     def _stream_forever(self) -> None:
-        while not self._stopped.wait(STREAM_INTERVAL_S):
+        while True:
+            time.sleep(STREAM_INTERVAL_S)
             try:
                 self.stream_once()
                 self._meter.refresh()
             except StoreUnavailableError as error:
                 logger.warning("no pairs are streamed: %s", error)
-                self._stopped.wait(5.0)
+                time.sleep(5.0)
             except Exception:  # the stream must outlive a restart of the scheduler actor
                 logger.exception("streaming pairs failed, will go on")
-                self._stopped.wait(1.0)
+                time.sleep(1.0)
 
     def _show(self, judge: ScoreJudge) -> None:
         state = judge.summary()
@@ -178,8 +171,3 @@ class DriftMonitor:
         self._meter.set_gauge("retrain_rate", state["retrain_rate"])
         if state["accuracy"] is not None:
             self._meter.set_gauge("drift_accuracy", state["accuracy"])
-
-
-def _known_type(kind: object) -> str:
-    """A bounded label: never what a client sent."""
-    return kind if isinstance(kind, str) and kind in FEEDBACK_TYPES else "other"

@@ -1,7 +1,7 @@
-"""PairStream: which pairs are scored next, and which are trained.
+"""PairStream: chooses the pairs that are scored and trained next.
 
 New pairs are scored first; then each earns training slots at the retrain rate. A slot goes to a new pair, to one that
-the live adapter still gets wrong, or to a replayed one, in the shares of the configuration. So a quiet stream costs
+the live adapter still gets wrong, or to a replayed one, in fixed shares. So a quiet stream costs
 next to nothing, a change of taste calls for as much training as it needs, and fixing today does not forget yesterday.
 """
 
@@ -9,20 +9,20 @@ from collections.abc import Collection
 from typing import Protocol
 
 from alignment.store.feedback_store import FeedbackStore
-from alignment.store.pair_rows import PENDING, StoredPair
 from alignment.store.pair_sampling import NewOrder
+from alignment.store.pairs import PENDING, StoredPair
 from core.config import AppArgs
-from core.wire import PairRole, TrainingPair
-from deployments.control.score_judge import ScoreJudge, stored_version
+from core.wire import ROLE_SHARES, PairRole, TrainingPair
+from deployments.control.score_judge import Appetite, ScoreJudge, stored_version
 
 _QUEUE_AHEAD_BATCHES = 4
 """Pairs kept queued ahead of training, in batches: enough to have a choice, few enough to follow new feedback."""
 _SCORING_BACKLOG_PAIRS = 256
-"""After a large import the newest so many are scored first."""
+"""The newest pairs are scored first, so many of them, after a large import."""
 
 
 class FineTuneQueue(Protocol):
-    """What the monitor needs of the CentralScheduler."""
+    """The part of the CentralScheduler that the monitor calls."""
 
     def known_pair_ids(self) -> dict[str, list[str]]:
         """Ids that are queued or leased, under `train` and `score`."""
@@ -46,95 +46,92 @@ class FineTuneQueue(Protocol):
 
 
 class PairStream:
-    """Fills the queue from the store. Not thread-safe; one thread calls `stream_once`."""
+    """Fills the queue from the store. Not thread-safe: one thread calls `stream_once`."""
 
     def __init__(self, config: AppArgs, store: FeedbackStore, judge: ScoreJudge, queue: FineTuneQueue) -> None:
         self._config = config
-        self._store = store
-        self._judge = judge
+        self.store = store
+        self.judge = judge
         self._queue = queue
         self._draw = 0
-        self._followed_change_seq = judge.last_change_seq
+        self._followed_change_seq = judge.appetite().last_change_seq
+        self._ahead = _QUEUE_AHEAD_BATCHES * config.training.pairs_per_step
 
     def stream_once(self) -> int:
         """Queue what should be scored and trained; returns how many pairs that were."""
-        self._queue.set_gamma(self._judge.gamma)  # each time: the queue may have been restarted
+        wanted = self.judge.appetite()
+        self._queue.set_gamma(wanted.gamma)  # each time: the queue may have been restarted
         known = self._queue.known_pair_ids()
-        if self._judge.last_change_seq != self._followed_change_seq:
-            self._drop_old_taste(known["train"])
+        if wanted.last_change_seq != self._followed_change_seq:
+            self._drop_old_taste(known["train"], wanted.last_change_seq)
             known = self._queue.known_pair_ids()
-        num_to_score = self._stream_scoring(known["score"])
+        num_to_score = self._stream_scoring(known["score"], wanted)
         is_busy = bool(known["train"] or known["score"] or num_to_score)
-        return num_to_score + self._stream_training(known["train"], is_busy=is_busy)
+        return num_to_score + self._stream_training(known["train"], wanted, is_busy=is_busy)
 
-    def _stream_scoring(self, known: Collection[str]) -> int:
-        """New pairs in order of arrival, for drift is a matter of order; then what another version has scored."""
+    def _drop_old_taste(self, queued: Collection[str], change_seq: int) -> None:
+        """Take out of the queue what would teach the preferences before the change; its slots are needed now."""
+        old = [pair.pair_id for pair in self.store.pairs.find(queued) if pair.seq <= change_seq]
+        self.judge.credit.refund(self._queue.withdraw(old))
+        self._followed_change_seq = change_seq
+
+    def _stream_scoring(self, known: Collection[str], wanted: Appetite) -> int:
+        """Queue new pairs in order of arrival, for drift is a matter of order; then what another version has scored."""
         room = self._ahead - len(known)
         if room <= 0:
             return 0
-        newest = self._store.unscored_pairs(_SCORING_BACKLOG_PAIRS, exclude=known)
+        newest = self.store.sampling.unscored_pairs(_SCORING_BACKLOG_PAIRS, exclude=known)
         is_flooded = len(newest) == _SCORING_BACKLOG_PAIRS  # more may wait behind: who speaks now comes first
         pairs = (newest[:room] if is_flooded else newest[-room:])[::-1]
         if len(pairs) < room:
-            again = [pair_id for pair_id in self._judge.unscored_ids if pair_id not in known]
-            found = [pair for pair in self._store.find_pairs(again) if pair.state == PENDING]
-            self._judge.forget(
-                set(again) - {pair.pair_id for pair in found}
-            )  # parked or deleted: never scored again
+            again = set(wanted.unscored_ids).difference(known)
+            found = [pair for pair in self.store.pairs.find(again) if pair.state == PENDING]
+            self.judge.forget(again.difference(pair.pair_id for pair in found))  # parked or deleted for good
             pairs += found[: room - len(pairs)]
+        return self._enqueue_scoring(pairs)
+
+    def _enqueue_scoring(self, pairs: list[StoredPair]) -> int:
         if pairs:
             self._queue.enqueue_scoring([training_pair(pair) for pair in pairs])
         return len(pairs)
 
-    def _drop_old_taste(self, queued: Collection[str]) -> None:
-        """Preferences changed: what was queued before would teach the old ones, and its slots are needed now."""
-        change_seq = self._judge.last_change_seq
-        old = [pair.pair_id for pair in self._store.find_pairs(queued) if pair.seq <= change_seq]
-        self._judge.give_back(self._queue.withdraw(old))
-        self._followed_change_seq = change_seq
-
-    def _stream_training(self, known: Collection[str], *, is_busy: bool) -> int:
-        room = self._ahead - len(known)
+    def _stream_training(self, known: Collection[str], wanted: Appetite, *, is_busy: bool) -> int:
+        room, credit = self._ahead - len(known), self.judge.credit
         if room <= 0:
             return 0
-        if (
-            not is_busy and self._judge.is_complaining
-        ):  # everything was tried, scored and published, and is not enough
-            self._judge.top_up(self._config.drift.window)
-        granted = self._judge.grant(room)
+        was_not_enough = wanted.is_complaining and not is_busy  # all was tried, scored and published
+        if was_not_enough:
+            credit.top_up(self._config.drift.window)
+        granted = credit.spend(room)
         if granted <= 0:
             return 0
-        chosen = self._choose(granted, set(known))
-        self._judge.give_back(granted - len(chosen))
+        chosen = self._choose(granted, set(known), wanted)
+        credit.refund(granted - len(chosen))
         if chosen:
             self._queue.enqueue(chosen)
-        elif not is_busy and self._judge.is_complaining:
-            return self._rescore(room)
+        elif was_not_enough:  # a refused candidate may have learnt what the live version has not
+            version = stored_version(wanted.live_version)
+            return self._enqueue_scoring(self.store.sampling.stale_pairs(room, version))
         return len(chosen)
 
-    def _rescore(self, limit: int) -> int:
-        """Pairs whose scores are not the live version's: a refused candidate may have learnt what that has not."""
-        stale = self._store.stale_pairs(limit, stored_version(self._judge.live_version))
-        if stale:
-            self._queue.enqueue_scoring([training_pair(pair) for pair in stale])
-        return len(stale)
-
-    def _choose(self, limit: int, exclude: set[str]) -> list[TrainingPair]:
+    def _choose(self, limit: int, exclude: set[str], wanted: Appetite) -> list[TrainingPair]:
         """Up to `limit` pairs of all roles. Replay keeps its share of what is trained: alone it would teach nothing."""
-        training = self._config.training
-        order: NewOrder = "newest" if self._judge.is_alarmed else "loss"
-        fresh = self._store.new_pairs(limit, exclude, order, self._judge.last_change_seq)
+        sampling, since_seq = self.store.sampling, wanted.last_change_seq
+        epochs = self._config.training.max_epochs
+        order: NewOrder = "newest" if wanted.is_alarmed else "loss"
+        fresh = sampling.new_pairs(limit, exclude, order, since_seq)
         exclude = exclude | {pair.pair_id for pair in fresh}
-        hard = self._store.hard_pairs(
-            limit,
-            training.max_epochs,
-            exclude=exclude,
-            min_loss=self._judge.min_hard_loss,
-            since_seq=self._judge.last_change_seq,
-        )
-        replay = self._replayed(limit, len(fresh) + len(hard), exclude | {pair.pair_id for pair in hard})
+        hard = sampling.hard_pairs(limit, epochs, exclude, wanted.min_hard_loss, since_seq)
+        exclude = exclude | {pair.pair_id for pair in hard}
+        share = ROLE_SHARES["replay"]
+        num_replayed = round(min(limit * share, (len(fresh) + len(hard)) * share / (1.0 - share)))
+        replay: list[StoredPair] = []
+        if num_replayed:  # of the present preferences: what users changed their minds about is not kept alive
+            self._draw += 1
+            seed = self._config.training.seed + self._draw
+            replay = sampling.replay_pairs(num_replayed, epochs, exclude, seed, since_seq)
         room = limit - len(replay)
-        of_new = training.new_share / (training.new_share + training.hard_share)
+        of_new = ROLE_SHARES["new"] / (ROLE_SHARES["new"] + ROLE_SHARES["hard"])
         num_new = min(len(fresh), max(room - len(hard), round(room * of_new)))
         roles: tuple[tuple[list[StoredPair], PairRole], ...] = (
             (fresh[:num_new], "new"),
@@ -143,29 +140,9 @@ class PairStream:
         )
         return [training_pair(pair, role) for pairs, role in roles for pair in pairs]
 
-    def _replayed(self, limit: int, num_others: int, exclude: set[str]) -> list[StoredPair]:
-        """Pairs trained before, of the present preferences: what users changed their minds about is not kept alive."""
-        training = self._config.training
-        share = training.replay_share / (training.new_share + training.hard_share + training.replay_share)
-        number = round(min(limit * share, num_others * share / max(1.0 - share, 1e-9)))
-        if number == 0:
-            return []
-        self._draw += 1
-        return self._store.replay_pairs(
-            number,
-            exclude=exclude,
-            seed=training.seed + self._draw,
-            max_epochs=training.max_epochs,
-            since_seq=self._judge.last_change_seq,
-        )
-
-    @property
-    def _ahead(self) -> int:
-        return _QUEUE_AHEAD_BATCHES * self._config.training.pairs_per_step
-
 
 def training_pair(pair: StoredPair, role: PairRole = "new") -> TrainingPair:
-    """A stored pair as executors get it: weighted by its user's word and its quality."""
+    """The pair as executors get it: its weight is the user's word times its quality."""
     return TrainingPair(
         pair_id=pair.pair_id,
         prompt=pair.prompt,

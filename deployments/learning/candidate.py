@@ -1,25 +1,33 @@
-"""One candidate on its way: written, scored on held-out pairs, made to speak, judged, committed.
+"""One candidate on its way: written, scored on held-out pairs, asked for sample answers, judged, committed.
 
 The shadow adapter does not change meanwhile: the learner waits for the verdict before it trains on.
 """
 
 import asyncio
 import itertools
+from collections.abc import Sequence
 from pathlib import Path
 
-from alignment.versions.activation_log import BASE
 from alignment.versions.adapter_files import AdapterManifest
-from alignment.versions.gate import GateDecision, WindowScores, judge_candidate
-from alignment.versions.generation_check import GenerationReport, pairs_to_score, report_generation
+from alignment.versions.gate import (
+    GENERATION_TOKENS,
+    GateDecision,
+    GenerationReport,
+    WindowScores,
+    judge_candidate,
+    pairs_to_score,
+    report_generation,
+)
 from alignment.versions.registry import AdapterRegistry, AdapterVersion
+from alignment.versions.serving_state import BASE
 from core.config import AppArgs
 from core.errors import AdapterError, TrainingError
 from core.ports import EnginePort
 from core.types import FineTuneTask, PairScore, StepMetrics, TaskKind, TokenizedPair
 from core.wire import HeldOutPairs, TrainingPair
-from deployments.learning.tokenizing import PairBatcher
 from deployments.learning.training_progress import TrainingProgress
 from deployments.publishing.versions import AdapterVersions
+from engine.training.pair_tokens import PairTokenizer
 
 _FIRST_NUMBER = 1 << 30
 """Candidates have numbers of their own inside vLLM, and names never used before; versions count from 1."""
@@ -34,13 +42,13 @@ class CandidateJudge:
         engine: EnginePort,
         versions: AdapterVersions,
         registry: AdapterRegistry,
-        batcher: PairBatcher,
+        tokenizer: PairTokenizer,
         args: AppArgs,
     ) -> None:
         self._engine = engine
         self._versions = versions
         self._registry = registry
-        self._batcher = batcher
+        self._tokenizer = tokenizer
         self._args = args
 
     async def offer(
@@ -53,7 +61,7 @@ class CandidateJudge:
         """
         staging = await asyncio.to_thread(self._registry.begin)
         try:
-            await self._engine.save_adapter(staging, self._batcher.base_model)
+            await self._engine.save_adapter(staging, self._tokenizer.base_model)
             compared_with = self._versions.live
             decision = await self._judge(staging, held_out)
             manifest = self._manifest(decision, progress, last, compared_with)
@@ -81,10 +89,10 @@ class CandidateJudge:
         return GateDecision(not problems, reason, decision.windows, report.metrics())
 
     async def _score_both(self, pairs: tuple[TrainingPair, ...]) -> tuple[list[PairScore], list[PairScore]]:
-        tokenized, _ = await asyncio.to_thread(self._batcher.tokenize, pairs)
+        tokenized, _ = await asyncio.to_thread(self._tokenizer.tokenize_all, pairs)
         return await self._score(tokenized, on_live=False), await self._score(tokenized, on_live=True)
 
-    async def _score(self, pairs: list[TokenizedPair], *, on_live: bool) -> list[PairScore]:
+    async def _score(self, pairs: Sequence[TokenizedPair], *, on_live: bool) -> list[PairScore]:
         if not pairs:
             return []
         task_id = f"evaluate-{'live' if on_live else 'candidate'}"
@@ -94,19 +102,19 @@ class CandidateJudge:
         return list(result.scores)
 
     async def _check_generation(self, staging: Path, pairs: tuple[TrainingPair, ...]) -> GenerationReport | None:
-        """None if there is no prompt to answer, or the check is switched off."""
+        """Answer held-out prompts with candidate and live version; None without a prompt, or if it is switched off."""
         gate = self._args.gate
-        tokenized, _ = await asyncio.to_thread(self._batcher.tokenize, pairs[: gate.generation_prompts])
+        tokenized, _ = await asyncio.to_thread(self._tokenizer.tokenize_all, pairs[: gate.generation_prompts])
         prompts = [list(pair.prompt_ids) for pair in tokenized if pair.prompt_ids]
         if not prompts:
             return None
         number = next(_numbers)
         handle = self._engine.version_handle(f"candidate-{staging.name}-{number}", number, staging)
         try:
-            candidate = await self._engine.generate(handle, prompts, gate.generation_tokens)
+            candidate = await self._engine.generate(handle, prompts, GENERATION_TOKENS)
         finally:
             await self._engine.unload_version(handle)
-        live = await self._engine.generate(self._versions.live_handle, prompts, gate.generation_tokens)
+        live = await self._engine.generate(self._versions.live_handle, prompts, GENERATION_TOKENS)
         answers = pairs_to_score(prompts, candidate, self._args.training.max_length_tokens)
         return report_generation(candidate, live, answers, await self._score(answers, on_live=False))
 
@@ -118,7 +126,7 @@ class CandidateJudge:
             metrics |= {"train_loss": last.loss, "train_margin": last.margin}
         return AdapterManifest(
             parent=None if progress.base == BASE else progress.base,
-            base_model=self._batcher.base_model,
+            base_model=self._tokenizer.base_model,
             status="published" if decision.accepted else "rejected",
             reason=decision.reason,
             pair_ids=progress.candidate_pairs,

@@ -8,7 +8,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +16,10 @@ from alignment.versions.registry import AdapterRegistry
 from core.config import AppArgs
 from core.errors import ControlUnavailableError, StoreUnavailableError
 from core.ports import ControlPort, EnginePort
-from core.types import Checkpoint, FineTuneTask, TaskKind, TaskResult, TokenizedPair
+from core.types import Checkpoint, FineTuneTask, StepMetrics, TaskKind, TaskResult
 from core.wire import HORIZON_S, BatchOutcome, ExecutorLoad, Headroom, TrainingBatch
 from deployments.learning.candidate import CandidateJudge
-from deployments.learning.shadow_keeper import ShadowKeeper
-from deployments.learning.status import LearnerStatus
-from deployments.learning.tokenizing import PairBatcher, Unusable
+from deployments.learning.training_progress import ShadowKeeper
 from deployments.monitors.heartbeat import with_heartbeat
 from deployments.monitors.metrics import Meter
 from deployments.publishing.versions import AdapterVersions, Published
@@ -33,6 +31,8 @@ POLL_INTERVAL_S = 0.25
 _CONTROL_BACKOFF_S = 1.0
 _MAX_FAILURES_IN_A_ROW = 10
 """After as many failed tasks in a row, training pauses itself until someone resumes it."""
+_FAILURE_BACKOFF_S = 1.0
+"""Rest after a failed task; doubles with each further failure in a row, up to `_MAX_BACKOFF_S`."""
 _MAX_BACKOFF_S = 60.0
 _REFUSALS_PER_GENERATION = 4
 """After as many refused candidates in a row training goes on from the parent of the version that it went on from.
@@ -42,10 +42,45 @@ candidate made from it repeated itself.
 """
 _DRAINED_POLLS = 4
 """The queue counts as empty after so many polls without a batch; then what was learnt is offered early."""
+_SMOOTHING = 0.2
+
+
+@dataclass(slots=True)
+class LearnerStatus:
+    """What this learner is doing and has done, for `/v1/training`. A restart sets the counters back."""
+
+    phase: str = "idle"
+    """idle, scoring, training, evaluating, publishing, backing off, pinned or paused."""
+    paused: bool = False
+    pause_reason: str | None = None
+    steps: int = 0
+    failed_steps: int = 0
+    failures_in_a_row: int = 0
+    pairs: int = 0
+    busy_s: float = 0.0
+    longest_slice_s: float = 0.0
+    last: StepMetrics | None = None
+    last_error: str | None = None
+    last_decision: str | None = None
+    pairs_per_s: float = 0.0
+    """Smoothed over the last steps, from batch to batch while training."""
+    task_id: str | None = None
+    restored_steps: int = 0
+    """`total_steps` of the checkpoint that this process started from."""
+    started_at: float = field(default_factory=time.time)
+
+    def note_step(self, metrics: StepMetrics, num_pairs: int, wall_s: float) -> None:
+        """Count an optimizer step; `wall_s` is from the batch's arrival to its end."""
+        self.steps += 1
+        self.pairs += num_pairs
+        self.last = metrics
+        rate = num_pairs / max(wall_s, 1e-9)
+        smoothed = self.pairs_per_s + _SMOOTHING * (rate - self.pairs_per_s)
+        self.pairs_per_s = smoothed if self.pairs_per_s else rate
 
 
 class Learner:
-    """One per executor. `run` until cancelled. `checkpoint` is where the training state is kept, step by step."""
+    """The learning loop of one executor. `checkpoint` is where the training state is kept, step by step."""
 
     def __init__(
         self,
@@ -57,7 +92,6 @@ class Learner:
         registry: AdapterRegistry,
         tokenizer: PairTokenizer,
         args: AppArgs,
-        base_model: str,
         checkpoint: Path,
         current_load: Callable[[], ExecutorLoad | None] = lambda: None,
     ) -> None:
@@ -68,11 +102,10 @@ class Learner:
         self._args = args
         self._shadow = ShadowKeeper(engine, versions, registry, checkpoint)
         self._current_load = current_load
-        self._batcher = PairBatcher(tokenizer, base_model, args.model.dtype)
-        self._judge = CandidateJudge(engine, versions, registry, self._batcher, args)
+        self._tokenizer = tokenizer
+        self._judge = CandidateJudge(engine, versions, registry, tokenizer, args)
         self._idle_polls = 0
         self._meter = Meter("executor")
-        self._failures_in_a_row = 0
         self._refusals_in_a_row = 0
         self._rest_until_s = 0.0
         self._busy_share = 0.0
@@ -91,7 +124,7 @@ class Learner:
         """Go on after a pause."""
         self.status.paused = False
         self.status.pause_reason = None
-        self._failures_in_a_row = 0
+        self.status.failures_in_a_row = 0
         self._rest_until_s = 0.0
 
     def follow_live(self) -> None:
@@ -99,12 +132,11 @@ class Learner:
         self._follow = True
 
     def status_to_wire(self) -> dict[str, Any]:
-        """The status as built-in types."""
+        """Status as built-in types."""
         return {
             **asdict(self.status),
             "steps_since_candidate": self._shadow.progress.steps_since_candidate,
             "total_steps": self._shadow.progress.total_steps,
-            "failures_in_a_row": self._failures_in_a_row,
             "live_version": self._versions.live,
             "last_publish": asdict(self._versions.last_publish),
         }
@@ -173,14 +205,14 @@ class Learner:
         self.status.phase, self.status.task_id = "training" if is_training else "scoring", batch.task_id
         live = self._versions.live
         started_s = time.perf_counter()
-        pairs, unusable = await asyncio.to_thread(self._batcher.tokenize, batch.pairs)
-        result: TaskResult | None = None
+        pairs, unusable = await asyncio.to_thread(self._tokenizer.tokenize_all, batch.pairs)
+        result = TaskResult(batch.task_id, batch.kind)
         if pairs:
             after = self._shadow.progress.after_step(pair.pair_id for pair in pairs)
             task = FineTuneTask(
                 batch.task_id,
                 batch.kind,
-                tuple(pairs),
+                pairs,
                 on_live=not is_training,
                 dpo_loss=batch.dpo_loss,
                 attempts=batch.attempts,
@@ -189,37 +221,29 @@ class Learner:
             )
             result = await with_heartbeat(self._engine.run_task(task), self._beat)
             if not is_training and self._versions.live != live:
-                result = replace(result, scores=())  # whose they are is not known: the pairs are asked for again
+                result.scores = ()  # whose they are is not known: the pairs are asked for again
             self._note_outcome(result)
             if is_training and result.error is None:
                 self._shadow.progress = after
                 self._note_step(result, len(pairs), time.perf_counter() - started_s)
-        await self._report(batch, result, pairs, unusable, live)
+        outcome = BatchOutcome(
+            batch.task_id,
+            self._executor_id,
+            scores=result.scores,
+            error=result.error,
+            busy_s=result.busy_s,
+            peak_bytes=result.peak_bytes,
+            unusable=unusable,
+            kind=batch.kind,
+            reference_keys={pair.pair_id: self._tokenizer.reference_key(pair) for pair in pairs},
+        )
+        await self._report(outcome, live)
         self.status.task_id = None
 
     async def _beat(self) -> None:
         await self._control.heartbeat(self._executor_id)
 
-    async def _report(
-        self,
-        batch: TrainingBatch,
-        result: TaskResult | None,
-        pairs: list[TokenizedPair],
-        unusable: Unusable,
-        live: str,
-    ) -> None:
-        outcome = BatchOutcome(
-            task_id=batch.task_id,
-            executor_id=self._executor_id,
-            scores=result.scores if result else (),
-            metrics=result.metrics if result else None,
-            error=result.error if result else None,
-            busy_s=result.busy_s if result else 0.0,
-            peak_bytes=result.peak_bytes if result else 0,
-            unusable=tuple(unusable),
-            kind=batch.kind,
-            reference_keys=self._batcher.reference_keys(pairs),
-        )
+    async def _report(self, outcome: BatchOutcome, live: str) -> None:
         while True:  # the step is done: its record must not be lost to a restart of Control
             try:
                 await with_heartbeat(self._control.complete(outcome, live), self._beat)
@@ -238,14 +262,14 @@ class Learner:
             self._meter.count("train_steps", outcome="failed" if result.error else "done")
         self._meter.count("train_busy_seconds", result.busy_s)
         if result.error is None:
-            self._failures_in_a_row = 0
+            status.failures_in_a_row = 0
             return
         status.failed_steps += 1
         status.last_error = result.error
-        self._failures_in_a_row += 1
-        backoff_s = self._args.training.failure_backoff_s * 2 ** (self._failures_in_a_row - 1)
+        status.failures_in_a_row += 1
+        backoff_s = _FAILURE_BACKOFF_S * 2 ** (status.failures_in_a_row - 1)
         self._rest_until_s = time.monotonic() + min(backoff_s, _MAX_BACKOFF_S)
-        if self._failures_in_a_row >= _MAX_FAILURES_IN_A_ROW:
+        if status.failures_in_a_row >= _MAX_FAILURES_IN_A_ROW:
             self.pause(f"{_MAX_FAILURES_IN_A_ROW} failed tasks in a row, the last: {result.error}")
 
     def _note_step(self, result: TaskResult, num_pairs: int, wall_s: float) -> None:

@@ -1,17 +1,25 @@
-"""What a learner must know to go on after a restart: it travels in the header of each training checkpoint.
+"""Where the shadow adapter stands: which version it is trained on from, its checkpoint, and the way back.
 
-A checkpoint is written after every optimizer step by the worker, atomically. Replicas on one state directory each
-claim a file of their own; the kernel gives it back when the replica dies.
+A checkpoint is written after every optimizer step by the worker, atomically; what a learner must know to go on after a
+restart travels in its header. Replicas on one state directory each claim a file of their own.
 """
 
+import asyncio
 import fcntl
+import logging
 import os
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from alignment.versions.registry import AdapterRegistry
+from alignment.versions.serving_state import BASE
 from core.errors import AdapterError
+from core.ports import EnginePort
+from deployments.publishing.versions import AdapterVersions
+
+logger = logging.getLogger(__name__)
 
 _MAX_REPLICAS = 1024
 
@@ -20,14 +28,14 @@ _MAX_REPLICAS = 1024
 class TrainingProgress:
     """State of the shadow adapter in words."""
 
-    base: str = "base"
+    base: str = BASE
     """Version that the shadow adapter was trained on from: `v000N`, or `base` for the bare model."""
     instead_of: str = ""
     """The last good state, if training went back to an ancestor of it because too many candidates were refused."""
     total_steps: int = 0
     """Optimizer steps since the first one on this state directory; never goes back."""
     steps_since_candidate: int = 0
-    candidate_pairs: tuple[str, ...] = field(default=())
+    candidate_pairs: tuple[str, ...] = ()
     """Ids of the pairs trained on since `base`."""
 
     @property
@@ -68,39 +76,95 @@ class TrainingProgress:
         )
 
 
-class CheckpointSlot:
-    """The checkpoint file of one replica: `checkpoint.safetensors`, and `checkpoint-1` and so on for further ones."""
+class ShadowKeeper:
+    """Keeps the shadow adapter, its progress and its checkpoint in step with the versions."""
 
-    def __init__(self, directory: Path) -> None:
-        self._directory = directory
-        self._descriptor: int | None = None
-        self.path = directory / "checkpoint.safetensors"
+    def __init__(
+        self, engine: EnginePort, versions: AdapterVersions, registry: AdapterRegistry, checkpoint: Path
+    ) -> None:
+        self._engine = engine
+        self._versions = versions
+        self._registry = registry
+        self.checkpoint = checkpoint
+        self.progress = TrainingProgress()
 
-    def claim(self) -> Path:
-        """Take the first file that no living replica has.
-
-        Raises:
-            AdapterError: the directory cannot be written.
-        """
+    async def restore(self) -> None:
+        """Put the shadow adapter where training left off: the last checkpoint, if it belongs to what is live."""
+        saved = await self._engine.load_training_state(self.checkpoint)
+        base = self._versions.training_base
         try:
-            self._directory.mkdir(parents=True, exist_ok=True)
-            for number in range(_MAX_REPLICAS):
-                name = "checkpoint" if number == 0 else f"checkpoint-{number}"
-                descriptor = os.open(self._directory / f".{name}.lock", os.O_CREAT | os.O_RDWR, 0o644)
-                try:
-                    fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                except BlockingIOError:
-                    os.close(descriptor)
-                    continue
-                self._descriptor = descriptor
-                self.path = self._directory / f"{name}.safetensors"
-                return self.path
-        except OSError as error:
-            raise AdapterError(f"no checkpoint can be kept in {self._directory}: {error}") from error
-        raise AdapterError(f"{_MAX_REPLICAS} replicas have a checkpoint in {self._directory}")
+            self.progress = TrainingProgress.from_wire(saved or {})
+        except (TypeError, ValueError) as error:
+            logger.warning("the checkpoint's progress is not readable: %s", error)
+            saved = None
+        if saved is not None and await self._is_checkpoint_of(base):
+            self.progress = self.progress.from_version(base)  # published, and killed before that was written down
+        elif saved is None or base not in (self.progress.base, self.progress.instead_of):
+            await self.return_to_base()
 
-    def release(self) -> None:
-        """Give the file back; the end of the process does it too."""
-        if self._descriptor is not None:
-            os.close(self._descriptor)
-            self._descriptor = None
+    async def return_to_base(self, generations: int = 0) -> None:
+        """Set the shadow adapter to what training goes on from: the last good state, live or on trial.
+
+        Args:
+            generations: go back to an ancestor of that state; beyond the first version lies the bare model.
+        """
+        goal = self._versions.training_base
+        base = await asyncio.to_thread(self._ancestor, goal, generations)
+        directory = None if base == BASE else (await asyncio.to_thread(self._registry.get, base)).path
+        try:
+            await self._engine.load_adapter(directory)
+        except AdapterError as error:
+            logger.warning("shadow adapter starts afresh: %s", error)
+            await self._engine.load_adapter(None)
+        await self.begin_at(base, "" if base == goal else goal)
+
+    async def begin_at(self, version: str, instead_of: str = "") -> None:
+        """The shadow adapter is that version now; an ancestor `instead_of` the last good state."""
+        self.progress = self.progress.from_version(version, instead_of)
+        await self._engine.save_training_state(self.checkpoint, self.progress.to_wire())
+
+    def _ancestor(self, version: str, generations: int) -> str:
+        """The version itself (0), its parent (1) and so on; the bare model beyond the first and for what is gone."""
+        for _ in range(generations):
+            if version == BASE:
+                break
+            try:
+                version = self._registry.get(version).manifest.parent or BASE
+                if version != BASE:
+                    self._registry.get(version)
+            except AdapterError:  # deleted or damaged
+                return BASE
+        return version
+
+    async def _is_checkpoint_of(self, version: str) -> bool:
+        """The version was made from the adapter of this checkpoint."""
+        if version == BASE:
+            return False
+        config = (await asyncio.to_thread(self._registry.get, version)).manifest.config
+        mine = self.progress
+        return config.get("total_steps") == mine.total_steps and config.get("trained_from") == mine.base
+
+
+def claim_checkpoint(directory: Path) -> tuple[Path, int]:
+    """Take the first checkpoint file that no living replica has: `checkpoint.safetensors`, `checkpoint-1` and so on.
+
+    Returns:
+        The file, and the descriptor of its lock. The file is given back when that is closed or the process dies.
+
+    Raises:
+        AdapterError: the directory cannot be written.
+    """
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        for number in range(_MAX_REPLICAS):
+            name = "checkpoint" if number == 0 else f"checkpoint-{number}"
+            descriptor = os.open(directory / f".{name}.lock", os.O_CREAT | os.O_RDWR, 0o644)
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                os.close(descriptor)
+                continue
+            return directory / f"{name}.safetensors", descriptor
+    except OSError as error:
+        raise AdapterError(f"no checkpoint can be kept in {directory}: {error}") from error
+    raise AdapterError(f"{_MAX_REPLICAS} replicas have a checkpoint in {directory}")

@@ -42,8 +42,6 @@ async def end_with(check_health: Callable[[], Awaitable[None]]) -> NoReturn:
     while True:
         try:
             await check_health()
-        except asyncio.CancelledError:
-            raise
         except Exception as error:  # noqa: BLE001 - whatever it is, nothing can be served any more
             logger.error("the engine is dead, this replica ends: %s: %s", type(error).__name__, error)
             os._exit(1)

@@ -14,8 +14,8 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import Any
 
-from alignment.versions.activation_log import BASE
 from alignment.versions.canary import Arm, Share, Verdict, judge_canary
+from alignment.versions.serving_state import BASE
 from core.alignment_config import VersionsConfig
 from core.config import SloConfig
 from core.errors import MaceError

@@ -2,7 +2,7 @@
 
 Keys in vLLM's prefix cache belong to one version: its name is part of their hash. So the first requests after a
 publish would all compute system prompts and conversations again, at the same moment. Here that is done before the
-name moves: as requests of class `background`, one at a time and in steps, so that a user waits for one step at most.
+name moves: as background requests, one at a time and in steps, so that a user waits for one step at most.
 It has a time limit and can only fail alone: the version goes live all the same, with what was warmed until then.
 """
 

@@ -20,12 +20,10 @@ from dataclasses import replace
 from enum import StrEnum
 from typing import Any
 
-from alignment.versions.activation_log import BASE, Actor
 from alignment.versions.adapter_files import version_number
 from alignment.versions.lineage import is_rollback, lineage_row, lineage_rows
 from alignment.versions.registry import AdapterRegistry, AdapterVersion
-from alignment.versions.retention import prune
-from alignment.versions.serving_state import Serving
+from alignment.versions.serving_state import BASE, Actor, Serving
 from core.alignment_config import VersionsConfig
 from core.errors import AdapterError, UnknownVersionError
 from core.ports import EnginePort
@@ -198,9 +196,8 @@ class AdapterVersions:
         """Retire versions beyond `versions.keep` and delete retired ones that have rested; returns what was deleted."""
         async with self._changing:
             in_use = {name.rpartition("@")[2] for name in self._engine.versions_in_use()}
-            retired, deleted = await asyncio.to_thread(
-                prune, self._registry, self._config.keep, {*in_use, self.training_base}
-            )
+            in_use.add(self.training_base)
+            retired, deleted = await asyncio.to_thread(self._registry.retire_old, self._config.keep, in_use)
             await self._forget(retired, deleted)
             return deleted
 

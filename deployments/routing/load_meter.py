@@ -14,6 +14,8 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 
+import numpy as np
+
 from core.batch import IterationSample
 from core.wire import ExecutorLoad
 from engine.vllm.front_end import EngineLoad
@@ -26,38 +28,32 @@ class PromptSpeed:
     """Learns the seconds of an iteration as `fixed_s + prompt_token_s * prompt tokens`."""
 
     def __init__(self) -> None:
-        self._weight = 0.0
-        self._tokens = 0.0
-        self._seconds = 0.0
-        self._tokens_squared = 0.0
-        self._tokens_seconds = 0.0
+        self._sums = np.zeros((2, 3))
+        """Sums, with forgetting, of `[1, n]` times `[1, n, wall_s]` for iterations with `n` prompt tokens."""
 
     def observe(self, sample: IterationSample) -> None:
         """Take in one measured iteration."""
         num_tokens = sample.shape.num_prefill_tokens
-        wall_s = _wall_s(sample)
-        self._weight = _FORGETTING * self._weight + 1
-        self._tokens = _FORGETTING * self._tokens + num_tokens
-        self._seconds = _FORGETTING * self._seconds + wall_s
-        self._tokens_squared = _FORGETTING * self._tokens_squared + num_tokens * num_tokens
-        self._tokens_seconds = _FORGETTING * self._tokens_seconds + num_tokens * wall_s
+        self._sums = _FORGETTING * self._sums + np.outer((1, num_tokens), (1, num_tokens, _wall_s(sample)))
 
     @property
     def prompt_token_s(self) -> float | None:
         """Seconds that one more prompt token takes; None before any prompt token was measured."""
-        if self._tokens == 0:
+        (weight, tokens, seconds), (_, tokens_squared, tokens_seconds) = self._sums.tolist()
+        if tokens == 0:
             return None
-        spread = self._weight * self._tokens_squared - self._tokens**2
-        slope = self._weight * self._tokens_seconds - self._tokens * self._seconds
-        if spread > 1e-9 * self._weight * self._tokens_squared and slope > 0:
-            return slope / spread
-        return self._tokens_seconds / self._tokens_squared  # one size of chunk only, or noise: all time is theirs
+        spread = weight * tokens_squared - tokens**2
+        slope = weight * tokens_seconds - tokens * seconds
+        if spread > 1e-9 * weight * tokens_squared and slope > 0:
+            return float(slope / spread)
+        return float(tokens_seconds / tokens_squared)  # one size of chunk only, or noise: all time is theirs
 
     @property
     def fixed_s(self) -> float:
         """Seconds of an iteration apart from its prompt tokens."""
-        per_token = self.prompt_token_s or 0.0
-        return max(0.0, (self._seconds - per_token * self._tokens) / self._weight) if self._weight else 0.0
+        weight, tokens, seconds = self._sums[0].tolist()
+        per_token_s = self.prompt_token_s or 0.0
+        return max(0.0, (seconds - per_token_s * tokens) / weight) if weight else 0.0
 
 
 class LoadMeter:

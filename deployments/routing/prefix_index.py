@@ -36,7 +36,7 @@ _current: ContextVar["tuple[TextPrefixes, bool] | None"] = ContextVar("mace_text
 
 
 @dataclass(slots=True)
-class _Prompt:
+class _KnownPrompt:
     """The last prompt under one longest name."""
 
     prefixes: TextPrefixes
@@ -67,7 +67,7 @@ class PrefixIndex:
         self.tree = PrefixTree(block_tokens, _TREE_BYTES)
         self._live_namespace = live_namespace
         self._clock = clock
-        self._prompts: OrderedDict[str, _Prompt] = OrderedDict()
+        self._prompts: OrderedDict[str, _KnownPrompt] = OrderedDict()
 
     def on_change(self, change: PrefixChange) -> None:
         """The engine's cache has changed."""
@@ -83,7 +83,7 @@ class PrefixIndex:
             return  # drawn for the version on trial: says nothing of most requests with these names
         tokens = array("I", token_ids[:_MAX_PROMPT_TOKENS])
         name = prefixes.digests[-1]
-        self._prompts[name] = _Prompt(prefixes, namespace, is_live, tokens, len(token_ids))
+        self._prompts[name] = _KnownPrompt(prefixes, namespace, is_live, tokens, len(token_ids))
         self._prompts.move_to_end(name)
         if len(self._prompts) > _MAX_PROMPTS:
             self._prompts.popitem(last=False)

@@ -55,7 +55,7 @@ Candidates = list[RunningReplica]
 
 
 @dataclass(frozen=True, slots=True)
-class _Prompt:
+class _SeenPrompt:
     """A request's prompt, as far as a router can see it."""
 
     num_tokens: int
@@ -64,7 +64,7 @@ class _Prompt:
     """Empty if the client names none."""
 
     @classmethod
-    def of(cls, request: PendingRequest) -> "_Prompt":
+    def of(cls, request: PendingRequest) -> "_SeenPrompt":
         scope = scope_of(request)
         prefixes = TextPrefixes.from_headers(scope["headers"])
         return cls(prompt_tokens_of(scope), prefixes, request.metadata.session_id)
@@ -101,7 +101,7 @@ class ExecutorRouter(RequestRouter):
         """Serve says who took a request: rarely another replica than the first one proposed."""
         now_s = self._get_curr_time_s()
         if not self._bookings.settle(pending_request.metadata.internal_request_id, replica_id, now_s):
-            self._note(_Prompt.of(pending_request), replica_id, now_s)
+            self._note(_SeenPrompt.of(pending_request), replica_id, now_s)
 
     def on_request_completed(self, replica_id: ReplicaID, internal_request_id: str) -> None:
         """Serve says that a request ended, well or not: long before a report, its prompt is not waiting any more."""
@@ -110,7 +110,7 @@ class ExecutorRouter(RequestRouter):
     def _ranked(
         self, candidates: Candidates, loads: list[ExecutorLoad], request: PendingRequest, now_s: float
     ) -> list[Candidates]:
-        prompt = _Prompt.of(request)
+        prompt = _SeenPrompt.of(request)
         cached = self._cached_tokens(candidates, loads, prompt)
         by_id = {replica.replica_id.unique_id: replica for replica in candidates}
         ranking = choose_executor(prompt.num_tokens, loads, cached, self._tau_mem)
@@ -120,7 +120,7 @@ class ExecutorRouter(RequestRouter):
         self._note(prompt, best, now_s)
         return [[by_id[ranked.executor_id]] for ranked in ranking]
 
-    def _note(self, prompt: _Prompt, replica_id: ReplicaID, now_s: float) -> None:
+    def _note(self, prompt: _SeenPrompt, replica_id: ReplicaID, now_s: float) -> None:
         """Note that session and prefixes of a prompt are now, or soon, in that replica's cache."""
         if prompt.session:
             self._sessions[prompt.session] = (replica_id.unique_id, prompt.num_tokens)
@@ -130,7 +130,9 @@ class ExecutorRouter(RequestRouter):
         if prompt.prefixes is not None:
             self._sent_prefixes.note(replica_id.unique_id, prompt.prefixes, now_s)
 
-    def _cached_tokens(self, candidates: Candidates, loads: list[ExecutorLoad], prompt: _Prompt) -> dict[str, int]:
+    def _cached_tokens(
+        self, candidates: Candidates, loads: list[ExecutorLoad], prompt: _SeenPrompt
+    ) -> dict[str, int]:
         """Prompt tokens in each replica's cache, as far as this router can know."""
         cached = {}
         if prompt.session in self._sessions:

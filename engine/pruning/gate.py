@@ -4,8 +4,6 @@
 """
 
 import math
-import os
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from core.config import KvPruningConfig, ModelConfig
 from core.errors import ProfileError
+from core.files import write_atomically
 from engine.pruning.tasks import RecallKind
 from profiler.profile import Origin, profile_path
 
@@ -109,13 +108,7 @@ class PruningReport(_Model):
         """
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            with tempfile.NamedTemporaryFile(
-                "w", encoding="utf-8", dir=path.parent, prefix=f".{path.name}.", delete=False
-            ) as file:
-                file.write(self.model_dump_json(indent=1))
-                file.flush()
-                os.fsync(file.fileno())
-            Path(file.name).replace(path)
+            write_atomically(path, self.model_dump_json(indent=1))
         except OSError as error:
             raise ProfileError(f"cannot write pruning report {path}: {error.strerror}") from error
 

@@ -2,9 +2,6 @@
 
 import fcntl
 import hashlib
-import os
-import shutil
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,6 +10,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from transformers import GenerationConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from core.files import atomic_directory
 from engine.tiny import corpus, tokenizer
 from engine.tiny.train import Recipe, train_model
 
@@ -38,22 +36,10 @@ def build(state_dir: Path, seed: int, recipe: Recipe, show_progress: bool) -> Pa
     models_dir.mkdir(parents=True, exist_ok=True)
     with _locked(models_dir / f".{target.name}.lock"):
         if not target.is_dir():
-            _build_into(target, seed, recipe, show_progress)
+            with atomic_directory(target) as staging:
+                words = tokenizer.train_tokenizer()
+                _save(staging, _train_with_progress(words, recipe, seed, show_progress), words)
     return target
-
-
-def _build_into(target: Path, seed: int, recipe: Recipe, show_progress: bool) -> None:
-    """Write everything beside the target, then rename: the target is never seen half written."""
-    staging = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
-    try:
-        words = tokenizer.train_tokenizer()
-        model = _train_with_progress(words, recipe, seed, show_progress)
-        _save(staging, model, words)
-        staging.chmod(0o755)
-        staging.rename(target)
-    except BaseException:
-        shutil.rmtree(staging, ignore_errors=True)
-        raise
 
 
 def _train_with_progress(
@@ -84,8 +70,6 @@ def _save(directory: Path, model: LlamaForCausalLM, words: PreTrainedTokenizerFa
     words.save_pretrained(directory, save_jinja_files=False)
     for path in directory.iterdir():
         path.chmod(0o644)
-        with path.open("rb") as file:
-            os.fsync(file.fileno())
 
 
 def _fingerprint(recipe: Recipe) -> str:

@@ -3,8 +3,6 @@
 Shapes: c completion tokens of a head chunk, C of a micro-batch, n pairs, H hidden size, V vocabulary.
 """
 
-from dataclasses import dataclass
-
 import torch
 from torch.nn import functional
 
@@ -55,31 +53,24 @@ def _score(
     return log_probs, target_rows.sub_(mean_row.div_(total))
 
 
-@dataclass(frozen=True, slots=True)
-class DpoTerms:
-    """The loss of each pair of a micro-batch and what backward needs."""
-
-    table: torch.Tensor
-    """fp32 [6, n]: policy chosen, policy rejected, reference chosen, reference rejected, loss, margin."""
-    coefficients: torch.Tensor
-    """fp32 [2n]: d loss / d policy log-probability over beta, in (-1, 1), chosen rows first.
-
-    Kept near 1 and multiplied by beta / (pairs of the task) in the fp32 gradients, so that half precision does not
-    underflow on the way through the layers.
-    """
-
-
 def sum_per_row(values: torch.Tensor, rows: torch.Tensor, num_rows: int) -> torch.Tensor:
     """Sum [C] by row index into [num_rows]. A masked sum: `index_add_` is not deterministic on CUDA."""
     mask = rows.unsqueeze(0) == torch.arange(num_rows, device=rows.device).unsqueeze(1)
     return torch.where(mask, values, 0.0).sum(1)
 
 
-def sigmoid_dpo(policy: torch.Tensor, reference: torch.Tensor, beta: float) -> DpoTerms:
-    """DPO terms from sequence log-probabilities [2n], chosen rows first."""
+def sigmoid_dpo(policy: torch.Tensor, reference: torch.Tensor, beta: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """The loss of each pair and what backward needs, from sequence log-probabilities [2n], chosen rows first.
+
+    Returns:
+        fp32 [6, n]: policy chosen, policy rejected, reference chosen, reference rejected, loss, margin.
+        fp32 [2n]: d loss / d policy log-probability over beta, in (-1, 1), chosen rows first. They stay near 1 and are
+        multiplied by beta / (pairs of the task) in the fp32 gradients, so that half precision does not underflow on
+        the way through the layers.
+    """
     chosen, rejected = (policy - reference).chunk(2)
     margin = beta * (chosen - rejected)
     loss = -functional.logsigmoid(margin)
     slope = torch.sigmoid(-margin)
     table = torch.stack([*policy.chunk(2), *reference.chunk(2), loss, margin])
-    return DpoTerms(table, torch.cat([-slope, slope]))
+    return table, torch.cat([-slope, slope])

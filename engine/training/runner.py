@@ -1,36 +1,45 @@
 """Runs fine-tune tasks slice by slice inside the worker process. Knows torch, not vLLM.
 
 Tasks run one at a time, in order of arrival (the central scheduler has ordered them). Invariants: `run` never
-raises because of a task, an error is that task's result; it never starts a slice whose upper estimate does not
-fit into the rest of the budget, beyond `min_slices`.
+raises because of a task, an error is that task's result; beyond `min_slices` it never starts a slice whose upper
+estimate does not fit into the rest of the budget.
 """
 
 import logging
 import sys
 import time
 from collections import deque
-from dataclasses import replace
+from dataclasses import dataclass
 from typing import Any
 
 import psutil
 import torch
 
 from core.config import AppArgs
+from core.dpo_slices import SliceSpec
 from core.errors import ConfigError, DeviceMemoryError
 from core.types import FineTuneTask, SliceKind, SliceReport, SliceTiming, TaskKind, TaskResult, TokenizedPair
-from engine.training.adapter_keeper import AdapterKeeper
 from engine.training.base_weights import WeightViews
 from engine.training.dpo import DpoStep
-from engine.training.dpo_work import SliceSpec
-from engine.training.running_step import RunningStep, failure
-from engine.training.shadow import ShadowAdapter
+from engine.training.shadow import AdapterKeeper, ShadowAdapter
 from engine.training.trainable import TrainableModel
 from scheduler.iteration.slices import SliceAdmission
 
 logger = logging.getLogger(__name__)
 
 _WARM_UP_TOKENS = 16
-_HELD_BACK_WAIT_S = 1e-3
+_CHECKPOINT_WAIT_S = 1e-3
+
+
+@dataclass(slots=True)
+class _RunningStep:
+    """The step in progress."""
+
+    task: FineTuneTask
+    step: DpoStep
+    slice_tokens: int
+    result: TaskResult
+    """What it has cost so far; metrics and scores come at the end."""
 
 
 class FineTuneRunner:
@@ -41,13 +50,13 @@ class FineTuneRunner:
         self._shadow = shadow
         self._config = args.training
         self._share_prompt = args.experiments.share_prompt
-        self._admission = SliceAdmission()
+        self.admission = SliceAdmission()
         self._slice_tokens = args.training.max_slice_tokens
         self.warm_up_slices: list[SliceTiming] = []
         """Every kind of slice, measured once before anything was served."""
         self._waiting: deque[FineTuneTask] = deque()
         self._malformed: list[TaskResult] = []
-        self._running: RunningStep | None = None
+        self._running: _RunningStep | None = None
         self.adapters = AdapterKeeper(shadow)
         self._checkpoints = self.adapters.checkpoints
         self._shared_pointers: frozenset[int] = frozenset()
@@ -79,9 +88,9 @@ class FineTuneRunner:
         """Queue a task given as `FineTuneTask.to_wire()`. A malformed one is a failed result of the next `run`."""
         try:
             self._waiting.append(FineTuneTask.from_wire(task))
-        except (AttributeError, KeyError, TypeError, ValueError) as error:
-            task_id = str(task.get("task_id"))
-            self._malformed.append(failure(FineTuneTask(task_id, TaskKind.EVALUATE, ()), error))
+        except ValueError as error:
+            unread = FineTuneTask(str(task.get("task_id")), TaskKind.EVALUATE, ())
+            self._fail(unread, error, self._malformed)
 
     def abort(self, task_id: str) -> None:
         """Drop a task; parameters are as before it. Unknown ids are ignored."""
@@ -91,33 +100,29 @@ class FineTuneRunner:
             self._stop()
 
     def set_slice_tokens(self, num_tokens: int) -> None:
-        """Padded tokens of micro-batches of steps that start from now on; 0: as configured."""
+        """Set the padded tokens of micro-batches of steps that start from now on; 0: as configured."""
         self._slice_tokens = min(num_tokens or self._config.max_slice_tokens, self._config.max_slice_tokens)
 
     def run(self, budget_s: float, min_slices: int) -> SliceReport:
         """Run slices for at most `budget_s` seconds, but at least `min_slices` if there is work that may run.
 
-        An optimizer slice is held back while the checkpoint of the step before is on its way to disk, so that a killed
+        An optimizer slice waits while the checkpoint of the step before is on its way to disk, so that a killed
         process loses one step at most. Nothing else waits for the disk.
         """
-        report = SliceReport(finished=self._malformed)
-        self._malformed = []
+        report = self._new_report()
         started_s = time.perf_counter()
         if budget_s > 0 or min_slices > 0:
             _synchronize(self._model.device)
-            while (running := self._current(report)) is not None:
-                spec = running.next_spec()
+            while (spec := self._next_slice(report)) is not None:
                 left_s = budget_s - (time.perf_counter() - started_s)
-                if self._is_held_back(running, spec):
+                if self._waits_for_disk(spec):
                     if not report.slices:  # an idle engine would ask again and again
-                        self._checkpoints.wait(min(max(0.0, left_s), _HELD_BACK_WAIT_S))
+                        self._checkpoints.wait(min(max(0.0, left_s), _CHECKPOINT_WAIT_S))
                     break
                 enough = len(report.slices) >= min_slices
-                if enough and not self._admission.fits(
-                    spec.kind, spec.num_tokens, left_s, first=not report.slices
-                ):
+                if enough and not self.admission.fits(spec.kind, spec.num_tokens, left_s, first=not report.slices):
                     break
-                self._run_slice(running, spec, report)
+                self._run_slice(spec, report)
                 if report.out_of_memory:  # what failed has cost its time; smaller slices start with a new budget
                     break
         if self._running is not None:
@@ -126,12 +131,11 @@ class FineTuneRunner:
 
     def run_step(self) -> SliceReport:
         """Run the step in progress, or the next one, to its end: the blocking baselines."""
-        report = SliceReport(finished=self._malformed)
-        self._malformed = []
-        while (running := self._current(report)) is not None and not report.finished:
-            self._run_slice(running, running.next_spec(), report)
-            if running.step.done:
-                self._finish(running, report)
+        report = self._new_report()
+        while (spec := self._next_slice(report)) is not None and not report.finished:
+            self._run_slice(spec, report)
+            if self._running is not None and self._running.step.done:
+                self._finish(self._running, report)
         return report
 
     def describe(self) -> dict[str, int]:
@@ -140,17 +144,20 @@ class FineTuneRunner:
         shared = sum(size for pointer, size in weights.items() if pointer in self._shared_pointers)
         return {"base_weight_bytes": sum(weights.values()), "shared_bytes": shared}
 
-    def _is_held_back(self, running: RunningStep, spec: SliceSpec) -> bool:
-        if spec.kind is not SliceKind.OPTIMIZER or running.task.checkpoint is None:
-            return False
-        return self._checkpoints.is_behind()
+    def _new_report(self) -> SliceReport:
+        malformed, self._malformed = self._malformed, []
+        return SliceReport(finished=malformed)
 
-    def _current(self, report: SliceReport) -> RunningStep | None:
-        """The step with a slice to run; ends finished steps and starts waiting tasks on the way."""
+    def _waits_for_disk(self, spec: SliceSpec) -> bool:
+        is_kept = self._running is not None and self._running.task.checkpoint is not None
+        return spec.kind is SliceKind.OPTIMIZER and is_kept and self._checkpoints.is_behind()
+
+    def _next_slice(self, report: SliceReport) -> SliceSpec | None:
+        """The slice to run; on the way to it a finished step ends and waiting tasks start. None: no work is left."""
         while True:
-            if self._running is not None and self._running.step.next_slice is not None:
-                return self._running
             if self._running is not None:
+                if (spec := self._running.step.next_slice) is not None:
+                    return spec
                 self._finish(self._running, report)
             if not self._waiting:
                 return None
@@ -162,41 +169,33 @@ class FineTuneRunner:
                 raise ConfigError("the live adapter is never trained in place")
             step = self._new_step(task, self._slice_tokens)
         except Exception as error:  # noqa: BLE001 - any failure is the task's result; serving goes on
-            self._report_failure(task, error, report)
+            self._fail(task, error, report.finished)
             return
         if task.on_live:
             self.adapters.put_live_in()
-        self._running = RunningStep(task, step, self._slice_tokens)
+        self._running = _RunningStep(task, step, self._slice_tokens, TaskResult(task.task_id, task.kind))
 
     def _new_step(self, task: FineTuneTask, slice_tokens: int) -> DpoStep:
         config = self._config.model_copy(update={"max_slice_tokens": slice_tokens})
         return DpoStep(self._model, self._shadow, task, config, share_prompt=self._share_prompt)
 
-    def _finish(self, running: RunningStep, report: SliceReport) -> None:
-        metrics, scores = running.step.result()
+    def _finish(self, running: _RunningStep, report: SliceReport) -> None:
+        result = running.result
+        result.metrics, result.scores = running.step.result()
         self._stop()
-        report.finished.append(
-            TaskResult(
-                task_id=running.task.task_id,
-                kind=running.task.kind,
-                metrics=metrics,
-                scores=scores,
-                num_slices=running.num_slices,
-                busy_s=running.busy_s,
-                longest_slice_s=running.longest_slice_s,
-                peak_bytes=running.peak_bytes,
-                free_bytes=free_memory_bytes(self._model.device),
-                optimizer_steps=self._shadow.num_steps,
-                checkpoint_error=self._checkpoints.take_error(),
-            )
-        )
+        result.free_bytes = free_memory_bytes(self._model.device)
+        result.optimizer_steps = self._shadow.num_steps
+        result.checkpoint_error = self._checkpoints.take_error()
+        report.finished.append(result)
 
     def _stop(self) -> None:
         """Forget the running step, and put the shadow back if the live adapter stood in for it."""
         self.adapters.put_shadow_back()
         self._running = None
 
-    def _run_slice(self, running: RunningStep, spec: SliceSpec, report: SliceReport) -> None:
+    def _run_slice(self, spec: SliceSpec, report: SliceReport) -> None:
+        running = self._running
+        assert running is not None  # whose slice it is
         started_s = time.perf_counter()
         try:
             running.step.run_slice()
@@ -207,44 +206,49 @@ class FineTuneRunner:
             self._shrink(running, error, report)
         except Exception as error:  # noqa: BLE001 - any failure is the task's result; serving goes on
             self._stop()
-            self._report_failure(running.task, error, report)
+            self._fail(running.task, error, report.finished)
         _synchronize(self._model.device)
-        latency_s = time.perf_counter() - started_s
-        held_bytes = running.step.activation_bytes
-        running.count(latency_s, held_bytes)
+        latency_s, held_bytes = time.perf_counter() - started_s, running.step.activation_bytes
+        cost = running.result
+        cost.num_slices += 1
+        cost.busy_s += latency_s
+        cost.longest_slice_s = max(cost.longest_slice_s, latency_s)
+        cost.peak_bytes = max(cost.peak_bytes, held_bytes)
         report.peak_bytes = max(report.peak_bytes, held_bytes)
         if not report.out_of_memory:  # such a slice did not do its work
-            self._admission.observe(spec.kind, spec.num_tokens, latency_s)
+            self.admission.observe(spec.kind, spec.num_tokens, latency_s)
             report.slices.append(SliceTiming(spec.kind, spec.num_tokens, latency_s))
 
-    def _shrink(self, running: RunningStep, error: DeviceMemoryError, report: SliceReport) -> None:
+    def _shrink(self, running: _RunningStep, error: DeviceMemoryError, report: SliceReport) -> None:
         """Start the step again with micro-batches of half the size; a single pair cannot be halved."""
         if self._model.device.type == "cuda":
             torch.cuda.empty_cache()
-        if running.largest_batch_pairs <= 1:
-            self._stop()
-            self._report_failure(running.task, error, report)
-            return
-        running.slice_tokens = max(1, running.slice_tokens // 2)
-        self._slice_tokens = min(self._slice_tokens, running.slice_tokens)
-        logger.warning("%s; the step starts again with slices of %d tokens", error, running.slice_tokens)
-        try:
-            running.step = self._new_step(running.task, running.slice_tokens)
-        except Exception as again:  # noqa: BLE001 - the device may be full of something else
-            self._stop()
-            self._report_failure(running.task, again, report)
+        failure: Exception = error
+        if running.step.largest_batch_pairs > 1:
+            running.slice_tokens = max(1, running.slice_tokens // 2)
+            self._slice_tokens = min(self._slice_tokens, running.slice_tokens)
+            logger.warning("%s; the step starts again with slices of %d tokens", error, running.slice_tokens)
+            try:
+                running.step = self._new_step(running.task, running.slice_tokens)
+                return
+            except Exception as again:  # noqa: BLE001 - the device may be full of something else
+                failure = again
+        self._stop()
+        self._fail(running.task, failure, report.finished)
 
-    def _report_failure(self, task: FineTuneTask, error: Exception, report: SliceReport) -> None:
-        result = failure(task, error)
-        report.finished.append(replace(result, checkpoint_error=self._checkpoints.take_error()))
+    def _fail(self, task: FineTuneTask, error: Exception, finished: list[TaskResult]) -> None:
+        """A task that did not end well has a result all the same."""
+        logger.warning("fine-tune task %s failed: %s", task.task_id, error, exc_info=error)
+        words = f"{type(error).__name__}: {error}"
+        checkpoint_error = self._checkpoints.take_error()
+        finished.append(TaskResult(task.task_id, task.kind, error=words, checkpoint_error=checkpoint_error))
 
     def _warm_up(self) -> None:
         """Run one step of a made-up pair, so that no kind of slice is unknown; leaves no trace in the adapter."""
         half = min(_WARM_UP_TOKENS, self._config.max_prompt_tokens, self._config.max_length_tokens // 2)
-        prompt = (0,) * half
-        pair = TokenizedPair("warm-up", prompt, (0,) * half, (1,) * half)
+        pair = TokenizedPair("warm-up", (0,) * half, (0,) * half, (1,) * half)
         for _ in range(2):  # the first pass pays for lazy set-up inside torch
-            self._admission = SliceAdmission()
+            self.admission = SliceAdmission()
             self.submit(FineTuneTask("warm-up", TaskKind.TRAIN, (pair,)).to_wire())
             report = self.run(float("inf"), sys.maxsize)
             result, self.warm_up_slices = report.finished[0], report.slices

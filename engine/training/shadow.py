@@ -1,11 +1,13 @@
-"""The adapter in training: LoRA matrices and AdamW's state, with snapshots, PEFT export and a resumable file.
+"""The adapter in training: LoRA matrices and AdamW's state, its PEFT files, and the live version that may stand in.
 
 All LoRA matrices of the model are views of one flat fp32 buffer, layer after layer. Gradient norm, AdamW and
-snapshots are then one operation each instead of one per matrix (336 of them for 24 layers).
+copies are then one operation each instead of one per matrix (336 of them for 24 layers).
 """
 
 import json
-from collections.abc import Mapping
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,19 +17,25 @@ from safetensors.torch import load_file, save_file
 
 from core.config import TrainingConfig
 from core.errors import AdapterError, DamagedAdapterError, DivergedError
-from engine.training.skeleton import training_mode
-from engine.training.tensor_files import atomic, check_tensors
-from engine.training.trainable import TrainableModel
-from engine.training.training_state import (
+from core.files import atomic_file, remove_partial_files, write_atomically
+from core.types import Checkpoint
+from engine.training.checkpoint import (
+    CheckpointWriter,
     TrainingState,
+    check_tensors,
     random_state,
     read_training_state,
     set_random_state,
     write_training_state,
 )
+from engine.training.trainable import TrainableModel, training_mode
+
+logger = logging.getLogger(__name__)
 
 _CONFIG_FILE = "adapter_config.json"
 _WEIGHTS_FILE = "adapter_model.safetensors"
+_DISK_PATIENCE_S = 60.0
+"""Wait so long for a checkpoint that is on its way to disk before another one is written or read."""
 
 
 class ShadowAdapter:
@@ -50,11 +58,6 @@ class ShadowAdapter:
                 [self._flat], lr=config.learning_rate, weight_decay=config.weight_decay, fused=True
             )
             self._clear_optimizer()
-
-    @property
-    def num_parameters(self) -> int:
-        """Trained numbers; training state is 12 bytes each and its copy as many, gradients 4 more in a step."""
-        return self._flat.numel()
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """The LoRA matrices by PEFT name, copied to the CPU."""
@@ -105,7 +108,7 @@ class ShadowAdapter:
         return norm
 
     def checkpoint(self) -> TrainingState:
-        """A copy on the device of everything that `load_training_state` needs.
+        """A copy on the device of everything that `restore` needs.
 
         It stays as it is while it `is_leased`. The next step uses it as the state to go back to, so that a checkpoint
         after each step costs no copy more than none.
@@ -113,20 +116,25 @@ class ShadowAdapter:
         with training_mode(self._model.device):
             state = self._copy()
             state.rng = random_state(self._model.device)
+            if self._flat.is_cuda:
+                torch.cuda.synchronize(self._flat.device)  # it is read in another thread and on another stream
             return state
 
-    def snapshot(self) -> dict[str, torch.Tensor]:
-        """Everything that `restore` needs, on the CPU: parameters, AdamW moments, step count."""
-        with training_mode(self._model.device):
-            state = {name: tensor.detach().to("cpu", copy=True) for name, tensor in self._state().items()}
-            return {**state, "num_steps": torch.tensor(self.num_steps, device="cpu")}
+    def restore(self, state: TrainingState) -> None:
+        """Take over a state that `checkpoint` made; further steps are bit-equal to those of an uninterrupted run.
 
-    def restore(self, snapshot: Mapping[str, torch.Tensor]) -> None:
-        """Back to a snapshot of this adapter, bit for bit."""
+        Raises:
+            DamagedAdapterError: It is of another LoRA shape, or holds values that are not finite; nothing changed.
+        """
+        if state.shapes != self._layout():
+            raise DamagedAdapterError("training state belongs to another model or LoRA shape")
         with training_mode(self._model.device):
-            for name, tensor in self._state().items():
-                tensor.detach().copy_(snapshot[name])
-        self.num_steps, self._latest = int(snapshot["num_steps"]), None
+            mine = self.state_tensors()
+            check_tensors(state.tensors, {name: tensor.shape for name, tensor in mine.items()}, "training state")
+            for name, tensor in mine.items():
+                tensor.copy_(state.tensors[name])
+        self.num_steps, self._latest = state.num_steps, None
+        set_random_state(state.rng, self._model.device)
 
     def reset(self) -> None:
         """Back to the seeded start: B is zero, so the model is the base model. The optimizer forgets all."""
@@ -146,10 +154,9 @@ class ShadowAdapter:
         fields |= {"base_model_name_or_path": base_model, "inference_mode": True}
         try:
             directory.mkdir(parents=True, exist_ok=True)
-            with atomic(directory / _WEIGHTS_FILE) as path:
+            with atomic_file(directory / _WEIGHTS_FILE) as path:
                 save_file(self.tensors(), path, metadata={"format": "pt"})
-            with atomic(directory / _CONFIG_FILE) as path:
-                path.write_text(json.dumps(fields, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+            write_atomically(directory / _CONFIG_FILE, json.dumps(fields, indent=2, sort_keys=True) + "\n")
         except (OSError, SafetensorError) as error:
             raise AdapterError(f"adapter cannot be written to {directory}: {error}") from error
 
@@ -164,12 +171,16 @@ class ShadowAdapter:
             self._flat.detach().copy_(flat)
             self._clear_optimizer()
 
-    def read(self, directory: Path | str) -> torch.Tensor:
-        """The parameters of a PEFT directory as a flat tensor for `exchange`; this adapter is unchanged.
+    def read(self, directory: Path | str | None) -> torch.Tensor:
+        """Read the parameters of a PEFT directory, or zeros for the bare base model, as a flat tensor for `exchange`.
 
         Raises:
             DamagedAdapterError: Files are missing or unreadable, or rank, alpha, names or shapes differ.
         """
+        with training_mode(self._model.device):
+            flat = torch.zeros_like(self._flat, requires_grad=False)
+        if directory is None:
+            return flat
         directory = Path(directory)
         try:
             fields: dict[str, Any] = json.loads((directory / _CONFIG_FILE).read_text(encoding="utf-8"))
@@ -184,15 +195,9 @@ class ShadowAdapter:
             )
         check_tensors(tensors, {name: p.shape for name, p in self._parameters.items()}, directory.name)
         with training_mode(self._model.device):
-            flat = torch.empty_like(self._flat, requires_grad=False)
-            for view, name in zip(self._views(flat), self._parameters, strict=True):
+            for name, view in self.named_views(flat).items():
                 view.copy_(tensors[name])
-            return flat
-
-    def zeros(self) -> torch.Tensor:
-        """A flat tensor for `exchange` under which the model is the bare base model."""
-        with training_mode(self._model.device):
-            return torch.zeros_like(self._flat, requires_grad=False)
+        return flat
 
     def exchange(self, flat: torch.Tensor) -> None:
         """Swap the parameters with those in `flat`, in place; optimizer state stays. Twice is no change."""
@@ -201,32 +206,6 @@ class ShadowAdapter:
             self._flat.detach().copy_(flat)
             flat.copy_(mine)
 
-    def save_training_state(self, path: Path | str, progress: dict[str, Any] | None = None) -> None:
-        """Write parameters, optimizer, random numbers and progress atomically, now.
-
-        Raises:
-            AdapterError: The file cannot be written; an older one at `path` is intact.
-        """
-        with training_mode(self._model.device):
-            random = random_state(self._model.device)
-        state = TrainingState(self._state(), self.num_steps, self._layout(), random)
-        write_training_state(Path(path), state, progress or {})
-
-    def load_training_state(self, path: Path | str) -> dict[str, Any]:
-        """Inverse of `save_training_state`, returns the progress; further steps are bit-equal to an uninterrupted run.
-
-        Raises:
-            DamagedAdapterError: The file is missing, unreadable, or of another LoRA shape; nothing changed.
-        """
-        name = Path(path).name
-        state, progress = read_training_state(Path(path))
-        if state.shapes != self._layout():
-            raise DamagedAdapterError(f"training state {name} belongs to another model or LoRA shape")
-        check_tensors(state.tensors, {key: tensor.shape for key, tensor in self._state().items()}, name)
-        self.restore({**state.tensors, "num_steps": torch.tensor(state.num_steps)})
-        set_random_state(state.rng, self._model.device)
-        return progress
-
     def _views(self, flat: torch.Tensor) -> list[torch.Tensor]:
         parts = torch.split(flat, [p.numel() for p in self._parameters.values()])
         return [part.view(p.shape) for part, p in zip(parts, self._parameters.values(), strict=True)]
@@ -234,14 +213,14 @@ class ShadowAdapter:
     def _layout(self) -> dict[str, list[int]]:
         return {name: list(parameter.shape) for name, parameter in self._parameters.items()}
 
-    def _state(self) -> dict[str, torch.Tensor]:
-        """The live tensors of a `TrainingState`."""
+    def state_tensors(self) -> dict[str, torch.Tensor]:
+        """The tensors of a `TrainingState` as they are in use, not copied."""
         return {"flat": self._flat.detach(), **self._optimizer.state[self._flat]}
 
     def _copy(self) -> TrainingState:
         """A copy that equals parameters and optimizer: the latest one, or a new one in memory that nobody reads."""
         if self._latest is None:
-            live = self._state()
+            live = self.state_tensors()
             free = next((copy for copy in self._copies if not copy.is_leased), None)
             if free is None:
                 empty = {name: torch.empty_like(tensor) for name, tensor in live.items()}
@@ -254,13 +233,13 @@ class ShadowAdapter:
         return self._latest
 
     def _put_back(self, copy: TrainingState) -> None:
-        for name, tensor in self._state().items():
+        for name, tensor in self.state_tensors().items():
             tensor.copy_(copy.tensors[name])
         self._latest = copy
 
     def _check_finite(self) -> None:
         """A bound of each tensor is not finite if one of its values is not; one wait for the device."""
-        bounds = [bound for tensor in self._state().values() for bound in tensor.aminmax()]
+        bounds = [bound for tensor in self.state_tensors().values() for bound in tensor.aminmax()]
         if not bool(torch.stack(bounds).isfinite().all()):
             raise DivergedError("a parameter or its moments are not finite after the optimizer step")
 
@@ -272,3 +251,108 @@ class ShadowAdapter:
             "exp_avg": torch.zeros_like(self._flat, requires_grad=False),
             "exp_avg_sq": torch.zeros_like(self._flat, requires_grad=False),
         }
+
+
+class AdapterKeeper:
+    """The shadow adapter, the live version that may stand in for it, and the files of both.
+
+    `REMOTE_METHODS` are called between two iterations. They mean the shadow, also while an evaluation of the live
+    version is in progress.
+    """
+
+    REMOTE_METHODS = frozenset(
+        {"save_adapter", "load_adapter", "set_live", "save_training_state", "load_training_state"}
+    )
+
+    def __init__(self, shadow: ShadowAdapter) -> None:
+        self.shadow = shadow
+        self.checkpoints = CheckpointWriter()
+        self._stand_in = shadow.read(None)
+        """Parameters of the live version, or of the shadow while that one stands in for it."""
+        self._live_stands_in = False
+
+    def put_live_in(self) -> None:
+        """Let the live version stand in for the shadow; see `put_shadow_back`."""
+        self.shadow.exchange(self._stand_in)
+        self._live_stands_in = True
+
+    def put_shadow_back(self) -> None:
+        """Undo `put_live_in`; without one it does nothing."""
+        if self._live_stands_in:
+            self.shadow.exchange(self._stand_in)
+            self._live_stands_in = False
+
+    def checkpoint(self, checkpoint: Checkpoint) -> None:
+        """Copy the state after a step and have it written; failures are kept for the next result."""
+        try:
+            state = self.shadow.checkpoint()
+        except RuntimeError as error:
+            self.checkpoints.note_error(f"{type(error).__name__}: {error}")
+        else:
+            self.checkpoints.submit(Path(checkpoint.path), state, checkpoint.progress)
+
+    def save_adapter(self, directory: str, base_model: str) -> None:
+        """Write the shadow adapter in PEFT format.
+
+        Raises:
+            AdapterError: The directory cannot be written.
+        """
+        with self._shadow_in_place():
+            self.shadow.save(directory, base_model)
+
+    def load_adapter(self, directory: str | None) -> None:
+        """Set the shadow adapter to a saved version, or to the seeded start; the optimizer starts afresh.
+
+        Raises:
+            DamagedAdapterError: The directory is unreadable or does not fit; the adapter is unchanged.
+        """
+        with self._shadow_in_place():
+            if directory is None:
+                self.shadow.reset()
+            else:
+                self.shadow.load(directory)
+
+    def set_live(self, directory: str | None) -> None:
+        """Take in a version (None: the bare base) as the one that `on_live` evaluations score from now on.
+
+        Raises:
+            DamagedAdapterError: The directory is unreadable or does not fit.
+        """
+        live = self.shadow.read(directory)
+        with self._shadow_in_place():
+            self._stand_in = live
+
+    def save_training_state(self, path: str, progress: dict[str, Any]) -> None:
+        """Write shadow adapter, optimizer and progress now; inference waits for the disk.
+
+        Raises:
+            AdapterError: The file cannot be written; an older one at `path` is intact.
+        """
+        self.checkpoints.wait(_DISK_PATIENCE_S)  # an older state must not come after this one
+        with self._shadow_in_place():
+            write_training_state(Path(path), self.shadow.checkpoint(), progress)
+
+    def load_training_state(self, path: str) -> dict[str, Any] | None:
+        """Restore shadow adapter and optimizer and return the progress; None if there is no usable file (logged)."""
+        self.checkpoints.wait(_DISK_PATIENCE_S)
+        remove_partial_files(Path(path))
+        if not Path(path).exists():
+            return None
+        try:
+            state, progress = read_training_state(Path(path))
+            with self._shadow_in_place():
+                self.shadow.restore(state)
+        except DamagedAdapterError as error:
+            logger.warning("training state ignored: %s", error)
+            return None
+        return progress
+
+    @contextmanager
+    def _shadow_in_place(self) -> Iterator[None]:
+        stood_in = self._live_stands_in
+        self.put_shadow_back()
+        try:
+            yield
+        finally:
+            if stood_in:
+                self.put_live_in()

@@ -16,18 +16,26 @@ from typing import Any
 
 import peft
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from core.config import LoraConfig, TrainingConfig
-from core.errors import ConfigError
-from engine.training.prompt_sharing import SharedPrompts
-from engine.training.skeleton import adopt_weights, make_skeleton, read_config, read_weights, training_mode
+from core.errors import ConfigError, ModelNotFoundError, UnsupportedModelError
+from engine.training.attention import ATTENTION, SharedPrompts
 
+SUPPORTED_MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
 TARGET_MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-ADAPTER_NAME = "shadow"
-PEFT_PREFIX = "base_model.model."
+_ADAPTER_NAME = "shadow"
 
 Rotary = tuple[torch.Tensor, torch.Tensor]
+
+
+@contextmanager
+def training_mode(device: torch.device, *, grad: bool = False) -> Iterator[None]:
+    """Normal tensors, no autocast, the given grad mode: whatever mode the caller (vLLM's worker) is in."""
+    with torch.inference_mode(False), torch.set_grad_enabled(grad), torch.autocast(device.type, enabled=False):
+        yield
 
 
 class TrainableModel:
@@ -37,25 +45,41 @@ class TrainableModel:
     pass, the policy pass and the recomputation for backward.
     """
 
-    def __init__(self, causal_lm: nn.Module, lora: LoraConfig, lora_config: peft.LoraConfig) -> None:
+    def __init__(self, causal_lm: Any, lora: LoraConfig, lora_config: peft.LoraConfig) -> None:
         self.causal_lm = causal_lm
+        self.hf_config: Any = causal_lm.config
         self.lora = lora
         self.lora_config = lora_config
-        self.hf_config: Any = causal_lm.config
-        decoder: Any = causal_lm.model
+        decoder = causal_lm.model
         self._embed_tokens: nn.Embedding = decoder.embed_tokens
         self._layers: list[nn.Module] = list(decoder.layers)
         self._norm: nn.Module = decoder.norm
         self._rotary_emb: nn.Module = decoder.rotary_emb
-        self._lm_head: Any = causal_lm.lm_head
         self._rotary_cache: Rotary | None = None
-        self._lora_modules = [
+        self.head_weight: torch.Tensor = causal_lm.lm_head.weight
+        """The LM head's matrix [V, H]."""
+        self.device, self.dtype = self._embed_tokens.weight.device, self._embed_tokens.weight.dtype
+        self.num_layers = len(self._layers)
+        self.layer_weights = sum(w.numel() for w in self._layers[0].parameters() if not w.requires_grad)
+        """Base weights of one decoder layer, the measure of its work per token."""
+        self.head_weights = self.head_weight.numel()
+        self.vocab_size = self._embed_tokens.num_embeddings
+        """Rows of the embedding, V."""
+        self.context_tokens = int(self.hf_config.max_position_embeddings)
+        """Longest sequence that the position embeddings were made for."""
+        self._lora_modules: list[list[Any]] = [
             [module for module in layer.modules() if isinstance(module, peft.tuners.lora.LoraLayer)]
             for layer in self._layers
         ]
-        self._lora_parameters = [_lora_parameters(layer, i) for i, layer in enumerate(self._layers)]
-        weight = self._embed_tokens.weight
-        self.device, self.dtype = weight.device, weight.dtype
+        self._lora_parameters = [
+            {
+                # Their names in a saved PEFT adapter, which leave the adapter's own name out.
+                f"base_model.model.model.layers.{i}.{name.replace(f'.{_ADAPTER_NAME}.', '.')}": parameter
+                for name, parameter in layer.named_parameters()
+                if ".lora_" in name
+            }
+            for i, layer in enumerate(self._layers)
+        ]
 
     @classmethod
     def build(
@@ -68,7 +92,7 @@ class TrainableModel:
         seed: int,
         weights: Mapping[str, torch.Tensor] | None = None,
     ) -> "TrainableModel":
-        """Make the skeleton, adopt the base weights, add a fresh LoRA.
+        """Make an empty decoder, adopt the base weights, add a fresh LoRA.
 
         Args:
             model_dir: Local directory with `config.json` (and safetensors, if `weights` is None).
@@ -85,41 +109,31 @@ class TrainableModel:
             ConfigError: A weight is missing or has another shape, dtype or device.
         """
         device = torch.device(device)
-        config = read_config(model_dir)
+        config = _read_config(model_dir)
         with training_mode(device):
-            causal_lm = make_skeleton(config, device)
-            names = [name for name, _ in causal_lm.named_parameters(remove_duplicate=False)]
+            with torch.device("meta"):
+                causal_lm: Any = AutoModelForCausalLM.from_config(config, attn_implementation=ATTENTION)
+            with torch.device(device):  # the only buffers of a decoder
+                causal_lm.model.rotary_emb = type(causal_lm.model.rotary_emb)(config=causal_lm.config)
             if weights is None:
-                weights = read_weights(Path(model_dir), set(names), dtype, device)
-            adopt_weights(causal_lm, weights, dtype, device)
-            lora_config = _peft_config(lora)
-            peft.inject_adapter_in_model(lora_config, causal_lm, adapter_name=ADAPTER_NAME)
+                names = {name for name, _ in causal_lm.named_parameters(remove_duplicate=False)}
+                weights = _read_weights(Path(model_dir), names, dtype, device)
+            _adopt_weights(causal_lm, weights, dtype, device)
+            lora_config = peft.LoraConfig(
+                r=lora.rank,
+                lora_alpha=int(lora.alpha) if float(lora.alpha).is_integer() else lora.alpha,
+                target_modules=list(TARGET_MODULES),
+                lora_dropout=0.0,
+                bias="none",
+                task_type="CAUSAL_LM",
+            )
+            peft.inject_adapter_in_model(lora_config, causal_lm, adapter_name=_ADAPTER_NAME)
             causal_lm.eval()
             model = cls(causal_lm, lora, lora_config)
             for parameter in model.lora_parameters().values():
                 parameter.data = parameter.data.to(device=device, dtype=torch.float32)
             model.reset_lora(seed)
         return model
-
-    @property
-    def num_layers(self) -> int:
-        """Number of decoder layers."""
-        return len(self._layers)
-
-    @property
-    def layer_weights(self) -> int:
-        """Base weights of one decoder layer, the measure of its work per token."""
-        return sum(weight.numel() for weight in self._layers[0].parameters() if not weight.requires_grad)
-
-    @property
-    def vocab_size(self) -> int:
-        """V, the number of rows of the embedding."""
-        return self._embed_tokens.num_embeddings
-
-    @property
-    def context_tokens(self) -> int:
-        """Longest sequence that the position embeddings were made for."""
-        return int(self.hf_config.max_position_embeddings)
 
     def check_lengths(self, config: TrainingConfig) -> None:
         """Raise ConfigError if a sequence could exceed the sliding window, which the layers here do not apply."""
@@ -165,16 +179,6 @@ class TrainableModel:
         normed: torch.Tensor = self._norm(hidden)
         return normed
 
-    @property
-    def head_weight(self) -> torch.Tensor:
-        """The LM head's matrix [V, H]."""
-        weight: torch.Tensor = self._lm_head.weight
-        return weight
-
-    def head(self, hidden_chunk: torch.Tensor) -> torch.Tensor:
-        """Final norm and LM head, [n, H] to logits [n, V] in the model's dtype."""
-        return nn.functional.linear(self.final_norm(hidden_chunk), self.head_weight)
-
     @contextmanager
     def adapter_disabled(self, layer: int | None = None) -> Iterator[None]:
         """Run as the base model, in one layer or in all: the DPO reference needs no second model.
@@ -182,17 +186,14 @@ class TrainableModel:
         Sets PEFT's flag itself: `LoraLayer.enable_adapters` also toggles `requires_grad`, which is slow.
         """
         groups = self._lora_modules if layer is None else [self._lora_modules[layer]]
+        modules = [module for group in groups for module in group]
         try:
-            self._set_disabled(groups, True)
+            for module in modules:
+                module._disable_adapters = True
             yield
         finally:
-            self._set_disabled(groups, False)
-
-    @staticmethod
-    def _set_disabled(groups: list[list[Any]], value: bool) -> None:
-        for group in groups:
-            for module in group:
-                module._disable_adapters = value
+            for module in modules:
+                module._disable_adapters = False
 
     def lora_parameters(self) -> dict[str, nn.Parameter]:
         """All LoRA matrices, layer after layer, by their names in a saved PEFT adapter."""
@@ -204,7 +205,7 @@ class TrainableModel:
 
     @torch.no_grad()
     def reset_lora(self, seed: int) -> None:
-        """A as PEFT draws it (Kaiming uniform), B zero. Drawn on the CPU: the same on every device."""
+        """Set A as PEFT draws it (Kaiming uniform) and B to zero. Drawn on the CPU: the same on every device."""
         generator = torch.Generator("cpu").manual_seed(seed)
         for name, parameter in self.lora_parameters().items():
             values = torch.zeros(parameter.shape, dtype=torch.float32, device="cpu")
@@ -213,21 +214,70 @@ class TrainableModel:
             parameter.copy_(values)
 
 
-def _peft_config(lora: LoraConfig) -> peft.LoraConfig:
-    return peft.LoraConfig(
-        r=lora.rank,
-        lora_alpha=int(lora.alpha) if float(lora.alpha).is_integer() else lora.alpha,
-        target_modules=list(TARGET_MODULES),
-        lora_dropout=0.0,
-        bias="none",
-        task_type="CAUSAL_LM",
-    )
+def _read_config(model_dir: str) -> Any:
+    """Read the model's configuration.
+
+    Raises:
+        ModelNotFoundError: There is none, or it cannot be read.
+        UnsupportedModelError: The architecture is not one of `SUPPORTED_MODEL_TYPES`.
+    """
+    try:
+        config = AutoConfig.from_pretrained(model_dir, local_files_only=True)
+    except (OSError, ValueError) as error:
+        raise ModelNotFoundError(f"no usable model configuration in {model_dir}: {error}") from error
+    architectures = config.architectures or []
+    causal = all(name.endswith("ForCausalLM") for name in architectures)
+    if config.model_type not in SUPPORTED_MODEL_TYPES or not causal:
+        raise UnsupportedModelError(
+            f"cannot train {config.model_type} ({', '.join(architectures) or 'no architecture named'}) layer by "
+            f"layer; supported: causal language models of type {', '.join(SUPPORTED_MODEL_TYPES)}"
+        )
+    return config
 
 
-def _lora_parameters(layer: nn.Module, i: int) -> dict[str, nn.Parameter]:
-    """LoRA matrices of layer i by their names in a saved PEFT adapter, which leave the adapter's own name out."""
-    return {
-        f"{PEFT_PREFIX}model.layers.{i}.{name.replace(f'.{ADAPTER_NAME}.', '.')}": parameter
-        for name, parameter in layer.named_parameters()
-        if ".lora_" in name
-    }
+def _read_weights(
+    directory: Path, names: set[str], dtype: torch.dtype, device: torch.device
+) -> dict[str, torch.Tensor]:
+    """Copy the named parameters out of the directory's safetensors files, not their unaligned pages.
+
+    Raises:
+        ModelNotFoundError: There is no such file, or one cannot be read.
+    """
+    files = sorted(directory.glob("*.safetensors"))
+    if not files:
+        raise ModelNotFoundError(f"{directory} has no .safetensors file")
+    weights: dict[str, torch.Tensor] = {}
+    for path in files:
+        try:
+            with safe_open(path, framework="pt") as file:
+                for name in names.intersection(file.keys()):
+                    weights[name] = file.get_tensor(name).to(device=device, dtype=dtype, copy=True)
+        except (OSError, SafetensorError) as error:
+            raise ModelNotFoundError(f"{path} cannot be read: {error}") from error
+    return weights
+
+
+def _adopt_weights(
+    causal_lm: Any, weights: Mapping[str, torch.Tensor], dtype: torch.dtype, device: torch.device
+) -> None:
+    """Put every tensor in its parameter's place without a copy.
+
+    Raises:
+        ConfigError: A weight is missing or has another shape, dtype or device.
+    """
+    tied = bool(causal_lm.config.tie_word_embeddings)
+    for name, empty in list(causal_lm.named_parameters(remove_duplicate=False)):
+        source = "model.embed_tokens.weight" if tied and name == "lm_head.weight" else name
+        tensor = weights.get(source)
+        if tensor is None:
+            raise ConfigError(f"the base model has no weight {source}")
+        if tensor.shape != empty.shape or tensor.dtype != dtype or tensor.device.type != device.type:
+            raise ConfigError(
+                f"weight {source} is {tuple(tensor.shape)} {tensor.dtype} on {tensor.device}, "
+                f"wanted {tuple(empty.shape)} {dtype} on {device}"
+            )
+        if tensor.is_inference():  # autograd refuses to save such a tensor: make a normal one of the same storage
+            alias = torch.empty(0, dtype=dtype, device=tensor.device)
+            tensor = alias.set_(tensor.untyped_storage(), tensor.storage_offset(), tensor.size(), tensor.stride())
+        owner, _, leaf = name.rpartition(".")
+        setattr(causal_lm.get_submodule(owner), leaf, nn.Parameter(tensor.detach(), requires_grad=False))

@@ -127,7 +127,7 @@ def make_engine_args(args: AppArgs, model_dir: str) -> Any:
 
 
 def _pruning_kwargs(on_cpu: bool) -> dict[str, Any]:
-    """What dropping KV blocks needs: small blocks, and attention outside of captured graphs, on closed-up rows."""
+    """For dropping KV blocks: small blocks, and attention outside of captured graphs, on closed-up rows."""
     if on_cpu:
         return {"block_size": CPU_PRUNING_BLOCK_TOKENS}
     return {"attention_backend": "FLASH_ATTN", "compilation_config": {"cudagraph_mode": "PIECEWISE"}}
@@ -157,13 +157,6 @@ def _lora_rank_of_vllm(rank: int) -> int:
     return next(allowed for allowed in (1, 8, 16, 32, 64, 128, 256, 320, 512) if allowed >= rank)
 
 
-async def start_engine(args: AppArgs, model_dir: str, stat_loggers: list[Any] | None = None) -> Any:
-    """Start `AsyncLLM` (and its EngineCore process)."""
-    from vllm.v1.engine.async_llm import AsyncLLM
-
-    return AsyncLLM.from_engine_args(make_engine_args(args, model_dir), stat_loggers=stat_loggers)
-
-
 def make_task_request(payload: dict[str, Any], key: str) -> tuple[Any, Any]:
     """Prompt and sampling parameters of the vLLM request that carries a fine-tune task."""
     from vllm import SamplingParams
@@ -189,15 +182,10 @@ def make_answer_params(max_tokens: int) -> Any:
 
 
 def refusals() -> tuple[type[Exception], ...]:
-    """What vLLM raises for a prompt that it does not take."""
+    """The errors that vLLM raises for a prompt that it does not take."""
     from vllm.exceptions import VLLMValidationError
 
     return (ValueError, VLLMValidationError)
-
-
-async def remove_lora(client: Any, handle: Any) -> None:
-    """Drop an adapter from the engine's memory; one that is not loaded is ignored."""
-    await client.remove_lora(handle.lora_int_id)
 
 
 def lora_names_in_use(client: Any) -> set[str]:

@@ -1,4 +1,4 @@
-"""What the hybrid scheduler and worker say to each other inside an engine.
+"""The messages between the hybrid scheduler and its worker inside an engine.
 
 Both ride as attributes on vLLM's own objects, which are plain dataclasses and are pickled whole between the
 two processes: a `Directive` on `SchedulerOutput`, an `IterationReport` on a copy of `ModelRunnerOutput`.
@@ -24,14 +24,14 @@ class MemoryCounters:
     num_blocks: int = 0
     """KV blocks that can be given out."""
     free_blocks: int = 0
-    """Of these, how many nobody holds; the prefix cache may still know what is in them."""
+    """Those that nobody holds; the prefix cache may still know what is in them."""
     pruned_blocks: int = 0
     pruned_requests: int = 0
     preemptions: int = 0
     arena_capacity_bytes: int = 0
     arena_used_bytes: int = 0
     ledger_error: str | None = None
-    """What `MemoryLedger.check_integrity` found; None if the books balance."""
+    """The finding of `MemoryLedger.check_integrity`; None if the books balance."""
 
 
 @dataclass(slots=True)
@@ -57,7 +57,7 @@ class Directive:
 
 @dataclass(slots=True)
 class WorkerFacts:
-    """What the worker knew before the first iteration."""
+    """Measurements of the worker from before the first iteration."""
 
     warm_up: list[SliceTiming]
     """Every kind of slice, measured once."""
@@ -73,6 +73,6 @@ class IterationReport:
     forward_s: float
     """Inference forward pass and sampling."""
     facts: WorkerFacts | None = None
-    """In the first report only."""
+    """Only the first report has them."""
     kv_scores: dict[str, list[tuple[int, float]]] = field(default_factory=dict)
-    """By request id: position and score of its full KV blocks; higher is kept."""
+    """Position and score of full KV blocks, keyed by request id; higher is kept."""

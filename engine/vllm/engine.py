@@ -21,9 +21,7 @@ from engine.vllm.front_end import (
     read_engine_load,
     watch_prompts,
 )
-
-_BACKGROUND_PRIORITY = 1
-"""Class `background` (`scheduler.priority`)."""
+from scheduler.priority import BACKGROUND_PRIORITY
 
 
 class HybridEngine:
@@ -39,7 +37,10 @@ class HybridEngine:
     @classmethod
     async def start(cls, args: AppArgs, model_dir: str, stat_loggers: list[Any] | None = None) -> "HybridEngine":
         """Start the engine processes; returns when the model is loaded."""
-        return cls(await vllm_compat.start_engine(args, model_dir, stat_loggers), args)
+        from vllm.v1.engine.async_llm import AsyncLLM
+
+        engine_args = vllm_compat.make_engine_args(args, model_dir)
+        return cls(AsyncLLM.from_engine_args(engine_args, stat_loggers=stat_loggers), args)
 
     async def run_task(self, task: FineTuneTask) -> TaskResult:
         """Run a fine-tune task to its end, slice by slice between inference. Cancelling aborts it.
@@ -64,7 +65,7 @@ class HybridEngine:
         Raises:
             AdapterError: the directory cannot be written.
         """
-        await self._call_runner("save_adapter", str(directory), base_model)
+        await self._call_worker("save_adapter", str(directory), base_model)
 
     async def load_adapter(self, directory: Path | None) -> None:
         """Set the shadow adapter to a saved version, or to its initial state; optimizer state is reset.
@@ -72,7 +73,7 @@ class HybridEngine:
         Raises:
             DamagedAdapterError: the directory is unreadable or does not fit; nothing changed.
         """
-        await self._call_runner("load_adapter", _text(directory))
+        await self._call_worker("load_adapter", _text(directory))
 
     async def set_live(self, directory: Path | None) -> None:
         """Tell the trainer which version `on_live` evaluations score; None is the bare base model.
@@ -81,7 +82,7 @@ class HybridEngine:
             DamagedAdapterError: the directory is unreadable or does not fit; nothing changed.
         """
         if self._args.training.enabled:
-            await self._call_runner("set_live", _text(directory))
+            await self._call_worker("set_live", _text(directory))
 
     async def save_training_state(self, path: Path, progress: dict[str, Any]) -> None:
         """Write shadow adapter, optimizer and progress (JSON values) so that training can go on after a restart.
@@ -89,19 +90,19 @@ class HybridEngine:
         Raises:
             AdapterError: the file cannot be written; an older one at `path` is intact.
         """
-        await self._call_runner("save_training_state", str(path), progress)
+        await self._call_worker("save_training_state", str(path), progress)
 
     async def load_training_state(self, path: Path) -> dict[str, Any] | None:
         """Restore what `save_training_state` or a step's checkpoint wrote, and return its progress.
 
         None if there is no file or it is damaged (logged); nothing changed then.
         """
-        progress: dict[str, Any] | None = await self._call_runner("load_training_state", str(path))
+        progress: dict[str, Any] | None = await self._call_worker("load_training_state", str(path))
         return progress
 
     async def describe_trainer(self) -> dict[str, int]:
         """`base_weight_bytes` of the trainer and the `shared_bytes` among them, which are vLLM's own tensors."""
-        description: dict[str, int] = await self._call_runner("describe")
+        description: dict[str, int] = await self._call_worker("describe")
         return description
 
     async def iterations(self, after: int = 0) -> tuple[int, list[IterationSample]]:
@@ -109,17 +110,17 @@ class HybridEngine:
 
         The worker keeps the last 4096. `overhead_s` of a sample is the iteration's before it.
         """
-        reply = (await self.client.collective_rpc("mace_iterations", args=(after,)))[0]
+        reply = await self._call_worker("iterations", after)
         return reply["next"], [IterationSample.from_wire(sample) for sample in reply["samples"]]
 
     async def memory_status(self) -> dict[str, Any]:
         """`engine.vllm.directive.MemoryCounters` as of the last iteration; on CPU also the worker's `heap_*_bytes`."""
-        status: dict[str, Any] = (await self.client.collective_rpc("mace_memory"))[0]
+        status: dict[str, Any] = await self._call_worker("memory")
         return status
 
     async def pruning_refusal(self) -> str | None:
         """Why `kv_pruning` stays off with this model although the settings ask for it; None if it does not."""
-        refusal: str | None = (await self.client.collective_rpc("mace_pruning_refusal"))[0]
+        refusal: str | None = await self._call_worker("pruning_refusal")
         return refusal
 
     async def load_version(self, handle: Any) -> None:
@@ -128,7 +129,7 @@ class HybridEngine:
 
     async def unload_version(self, handle: Any) -> None:
         """Forget an adapter version on the inference side. None of its requests may be running (`versions_in_use`)."""
-        await vllm_compat.remove_lora(self.client, handle)
+        await self.client.remove_lora(handle.lora_int_id)
 
     def versions_in_use(self) -> set[str]:
         """Names of the adapter versions of unfinished requests."""
@@ -182,7 +183,7 @@ class HybridEngine:
             params,
             request_id,
             lora_request=handle,
-            priority=_BACKGROUND_PRIORITY,
+            priority=BACKGROUND_PRIORITY,
         )
         async for output in outputs:
             ids, num_cached = list(output.outputs[0].token_ids), output.num_cached_tokens or 0
@@ -229,7 +230,7 @@ class HybridEngine:
         watch_prompts(self.client, see)
 
     def load(self, cached_tokens: CachedTokens | None = None) -> EngineLoad:
-        """How full the engine is; see `engine.vllm.front_end.read_engine_load`."""
+        """KV memory and queue of the engine now; see `engine.vllm.front_end.read_engine_load`."""
         return read_engine_load(self.client, cached_tokens)
 
     @property
@@ -249,7 +250,7 @@ class HybridEngine:
         """Stop the engine processes."""
         self.client.shutdown()
 
-    async def _call_runner(self, method: str, *args: Any) -> Any:
+    async def _call_worker(self, method: str, *args: Any) -> Any:
         """Between two iterations, in the worker. Errors of our tree come back as they were raised there."""
         reply = (await self.client.collective_rpc("mace_call", args=(method, *args)))[0]
         if "error" in reply:

@@ -1,4 +1,4 @@
-"""What the front-end process sees of its engine without calling into it: how full it is, and every prompt.
+"""The front-end process's own knowledge of its engine, without a call into it: its load, and every prompt.
 
 Both come from vLLM's output processor. It is the first place that knows a prompt's token ids (after the chat template,
 before the engine process), and it keeps the state of every unfinished request.
@@ -18,7 +18,7 @@ SeePrompt = Callable[[str | None, Sequence[int]], None]
 """Takes adapter name (None: the base model) and token ids of a request."""
 
 OWN_REQUESTS = ("finetune-", "generate-", "profile-")
-"""How the ids of requests begin that are not anybody's; vLLM's own start with `chatcmpl-`, `cmpl-` or `resp_`."""
+"""Prefixes of the ids of requests that no user sent; vLLM's own start with `chatcmpl-`, `cmpl-` or `resp_`."""
 
 _MAX_LOOKUPS = 256
 """Waiting prompts that are looked up for one reading, 8 us for a thousand tokens; the others count in full."""

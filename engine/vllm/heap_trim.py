@@ -19,12 +19,12 @@ logger = logging.getLogger(__name__)
 _PERIOD_S = 60.0
 _LEAST_FREE_BYTES = 64 << 20
 _FREE_SHARE = 0.25
-"""Of the heap in use: so much may be free, to be used again without asking the system."""
+"""Share of the used heap that may be free, to be used again without asking the system."""
 
 
 @dataclass(frozen=True, slots=True)
 class HeapUse:
-    """What the C library has of the system, large blocks of their own left out; bytes."""
+    """Memory that the C library has of the system, in bytes; large blocks of their own are left out."""
 
     used_bytes: int
     free_bytes: int
@@ -70,7 +70,7 @@ class _MallInfo2(ctypes.Structure):
 
 
 def heap_use() -> HeapUse | None:
-    """Of this process, all arenas; None if the C library does not tell."""
+    """Use of this process's heap, all arenas; None if the C library does not tell."""
     libc = _libc()
     if libc is None:
         return None

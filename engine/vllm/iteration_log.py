@@ -1,4 +1,4 @@
-"""What iterations take, in the worker: a timer of forward passes, and a ring of the last samples."""
+"""Measurement of iterations in the worker: a timer of forward passes, and a ring of the last samples."""
 
 import time
 from collections import deque

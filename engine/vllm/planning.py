@@ -34,7 +34,7 @@ class KvPool:
     """
 
     num_blocks: int
-    """That can be given out; vLLM keeps one more as the null block."""
+    """Blocks that can be given out; vLLM keeps one more as the null block."""
     block_bytes: int
     block_tokens: int
     num_groups: int = 1
@@ -50,7 +50,7 @@ class KvPool:
         return cls(max(1, (num_blocks - 1) // num_groups), block_bytes, block_tokens, num_groups)
 
     def free_blocks(self, num_free: int) -> int:
-        """Of so many free ones of vLLM's (the null block is none of them)."""
+        """Free blocks, from the number of vLLM's free ones (the null block is none of them)."""
         return min(num_free // self.num_groups, self.num_blocks)
 
 
@@ -105,7 +105,7 @@ def _load_profile(args: AppArgs) -> Profile | None:
 
 
 class PrefixLookup:
-    """How much of a waiting prompt is in the prefix cache: the planner sizes chunks by what is left to compute.
+    """The part of a waiting prompt that is in the prefix cache: the planner sizes chunks by what is left to compute.
 
     Looks without taking: vLLM decides when it schedules the request. A cache evicts a prompt's end before its
     beginning, so the blocks that are left are the first ones and a binary search finds how many: a walk along every
@@ -229,7 +229,7 @@ def shape_of(
 
 
 def is_decoding(request: Any, num_computed_tokens: int) -> bool:
-    """Whether only the newest token (and drafts after it) is left to compute; a resumed request prefills again."""
+    """True if only the newest token (and drafts after it) is left to compute; a resumed request prefills again."""
     return num_computed_tokens >= request.num_tokens - 1
 
 

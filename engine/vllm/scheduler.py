@@ -73,7 +73,7 @@ class HybridSchedulerMixin:
         """Queue a request with vLLM, or take a fine-tune task aside."""
         task = _task_of(request)
         if task is None:
-            self._planner.note_requests()
+            self._planner.retrain.note_requests()
             super().add_request(request)  # type: ignore[misc]
             return
         self._tasks.add(request, task, time.time())
@@ -176,7 +176,7 @@ class HybridSchedulerMixin:
             self._directive.dropped_blocks.setdefault(request_id, []).extend(positions)
 
     def _note_scheduled(self, output: SchedulerOutput, plan: Plan) -> None:
-        """What pruning must know of the forward pass, and what the worker passes on to whoever asks."""
+        """Tell the pruner of the forward pass, and the worker the counters that others ask it for."""
         directive, pruner, memory = self._directive, self._pruner, self._planner.memory
         directive.memory = MemoryCounters(
             self._pool.num_blocks,
@@ -232,7 +232,7 @@ class HybridSchedulerMixin:
             self._last_training = None
         # Two iterations are in flight with async scheduling: the next may have reserved memory for a step it starts.
         if not report.finetune.held_bytes and self._last_training is None:
-            self._planner.release_arena()
+            self._planner.memory.release_arena()
 
     def _take_facts(self, facts: WorkerFacts) -> None:
         """The arena's size, and the warm-up slices: no kind is unknown to the planner from here on."""
@@ -245,7 +245,7 @@ class HybridSchedulerMixin:
         if task is None:  # aborted meanwhile
             return
         if result.kind is TaskKind.TRAIN and result.error is None:
-            self._planner.note_trained(task.num_pairs)
+            self._planner.retrain.note_trained(task.num_pairs)
         request = task.request
         request.status = RequestStatus.FINISHED_STOPPED
         core_outputs = outputs.setdefault(request.client_index, EngineCoreOutputs())
@@ -260,11 +260,11 @@ class HybridSchedulerMixin:
 
 
 class HybridScheduler(HybridSchedulerMixin, Scheduler):
-    """For engines without async scheduling (CPU)."""
+    """Scheduler of engines without async scheduling (CPU)."""
 
 
 class AsyncHybridScheduler(HybridSchedulerMixin, AsyncScheduler):
-    """For engines with async scheduling (one GPU); a plain Scheduler subclass would turn it off."""
+    """Scheduler of engines with async scheduling (one GPU); a plain Scheduler subclass would turn it off."""
 
 
 def _ledger_error(memory: MemoryLedger) -> str | None:

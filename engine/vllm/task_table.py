@@ -4,7 +4,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from core.pair_groups import PairShape
+from core.dpo_slices import PairGroup
 from core.types import SliceReport, TaskKind
 from scheduler.view import FineTuneState
 
@@ -14,15 +14,16 @@ class EngineTask:
     """A task that vLLM knows as a request."""
 
     request: Any
-    num_pairs: int
+    task: dict[str, Any]
+    """`FineTuneTask.to_wire()`; the worker names what is wrong with it."""
     max_batch_tokens: int
     """Tokens that a layer computes for its largest pair alone, padding included, before it is cut."""
     arrived_s: float
-    dpo_loss: float | None
-    attempts: int
-    gamma: float | None = None
-    """Weight of the loss in the priority; None: the configured one."""
-    is_training: bool = True
+
+    @property
+    def num_pairs(self) -> int:
+        """Pairs of the task."""
+        return len(self.task.get("pairs") or ())
 
 
 class TaskTable:
@@ -32,24 +33,16 @@ class TaskTable:
         self._share_prompts = share_prompts
         self._tasks: dict[str, EngineTask] = {}
         self._last_progress_s = 0.0
-        self._held_bytes = self._step_tokens = 0
+        self._report = SliceReport()
+        """The newest one."""
 
     def __bool__(self) -> bool:
         return bool(self._tasks)
 
     def add(self, request: Any, task: dict[str, Any], now_s: float) -> None:
         """Take in a task given as `FineTuneTask.to_wire()`."""
-        pairs = task.get("pairs") or ()
-        self._tasks[request.request_id] = EngineTask(
-            request=request,
-            num_pairs=len(pairs),
-            max_batch_tokens=_largest_pair(pairs, self._share_prompts),
-            arrived_s=now_s,
-            dpo_loss=task.get("dpo_loss"),
-            attempts=task.get("attempts", 0),
-            gamma=task.get("gamma"),
-            is_training=task.get("kind") != TaskKind.EVALUATE,
-        )
+        largest = _largest_pair(task.get("pairs") or (), self._share_prompts)
+        self._tasks[request.request_id] = EngineTask(request, task, largest, now_s)
 
     def pop(self, task_id: str) -> EngineTask | None:
         """Take out a task that ended; None if it was aborted before."""
@@ -64,10 +57,10 @@ class TaskTable:
         """Remember when slices last ran and what their step holds."""
         if report.slices:
             self._last_progress_s = now_s
-        self._held_bytes, self._step_tokens = report.held_bytes, report.step_tokens
+        self._report = report
 
     def state(self, now_s: float) -> FineTuneState | None:
-        """What the planner needs to know; None if there is no task."""
+        """The fine-tune work as the planner sees it; None if there is no task."""
         if not self._tasks:
             return None
         front = next(iter(self._tasks.values()))
@@ -76,12 +69,12 @@ class TaskTable:
         self._last_progress_s = min(self._last_progress_s, now_s)
         return FineTuneState(
             last_progress_s=max(front.arrived_s, self._last_progress_s),
-            is_training=front.is_training,
-            dpo_loss=front.dpo_loss,
-            attempts=front.attempts,
-            gamma=front.gamma,
-            held_bytes=self._held_bytes,
-            step_tokens=self._step_tokens,
+            is_training=front.task.get("kind") != TaskKind.EVALUATE,
+            dpo_loss=front.task.get("dpo_loss"),
+            attempts=front.task.get("attempts", 0),
+            gamma=front.task.get("gamma"),
+            held_bytes=self._report.held_bytes,
+            step_tokens=self._report.step_tokens,
             max_batch_tokens=front.max_batch_tokens,
         )
 
@@ -89,7 +82,7 @@ class TaskTable:
 def _largest_pair(pairs: Iterable[dict[str, Any]], share_prompts: bool) -> int:
     """Tokens of the largest pair in the layout that the step will choose; 0 for malformed pairs, which it will name."""
     try:
-        lengths = [[len(p[key]) for key in ("prompt_ids", "chosen_ids", "rejected_ids")] for p in pairs]
+        lengths = [(len(p["prompt_ids"]), len(p["chosen_ids"]), len(p["rejected_ids"])) for p in pairs]
     except (KeyError, TypeError):
         return 0
-    return max((PairShape(*three).tokens(share_prompts=share_prompts) for three in lengths), default=0)
+    return max((PairGroup.of(three, may_share=share_prompts).num_tokens for three in lengths), default=0)

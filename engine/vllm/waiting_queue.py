@@ -38,7 +38,7 @@ class AgeingRequestQueue(RequestQueue):
         self._block_tokens = block_tokens or 1
         self._leading_blocks = max(1, _LEADING_TOKENS // block_tokens) if block_tokens else 1
         self._groups: dict[str, Any] = {}
-        """By request id, of all that ever waited here and may still run."""
+        """Groups of all requests that ever waited here and may still run, keyed by request id."""
         self.now_s = 0.0
         """Wall clock of the iteration that is being scheduled, like `Request.arrival_time`."""
 

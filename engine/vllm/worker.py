@@ -19,9 +19,9 @@ from core.errors import ConfigError, MaceError
 from core.types import SliceReport
 from engine.pruning.pruner import unsupported
 from engine.pruning.worker import Scores, WorkerPruning, to_wire
-from engine.training.adapter_keeper import AdapterKeeper
 from engine.training.base_weights import WeightViews, huggingface_views, is_shared, unpacked_cpu_weights
 from engine.training.runner import FineTuneRunner, free_memory_bytes
+from engine.training.shadow import AdapterKeeper
 from engine.vllm.compat import app_args_of, exit_with_parent
 from engine.vllm.directive import (
     DIRECTIVE_ATTRIBUTE,
@@ -110,33 +110,38 @@ class HybridWorkerMixin:
         return self._finish(super().sample_tokens(grammar_output))  # type: ignore[misc]
 
     def mace_call(self, method: str, *args: Any) -> dict[str, Any]:
-        """Call a method of `AdapterKeeper`, or `describe`, between two iterations (through `collective_rpc`).
+        """Answer `HybridEngine` between two iterations (through `collective_rpc`).
+
+        `iterations` (`IterationLog.since`), `memory` (`memory_status`), `pruning_refusal` (the reason why KV blocks
+        cannot be dropped although the settings ask for it, or None), `describe` (the trainer's weights), and the
+        methods of `AdapterKeeper`.
 
         Returns `{"value": ...}`, or `{"error": class name, "message": ...}` for errors of our tree: vLLM would turn
         an exception into text.
         """
-        if self._runner is None:
-            return _error(ConfigError("training is disabled in this engine (training.enabled: false)"))
-        if method == "describe":
-            return {"value": self._runner.describe()}
-        if method not in AdapterKeeper.REMOTE_METHODS:
-            return _error(ConfigError(f"not a remote method of the fine-tune runner: {method}"))
         try:
-            return {"value": getattr(self._runner.adapters, method)(*args)}
+            return {"value": self._method(method)(*args)}
         except MaceError as error:
-            return _error(error)
+            return {"error": type(error).__name__, "message": str(error)}
 
-    def mace_iterations(self, after: int) -> dict[str, Any]:
-        """Samples of the iterations since number `after`, and the number to ask for next (`IterationLog.since`)."""
-        return self._log.since(after)
-
-    def mace_memory(self) -> dict[str, Any]:
+    def memory_status(self) -> dict[str, Any]:
         """`MemoryCounters` of the last iteration."""
         return asdict(self._memory)
 
-    def mace_pruning_refusal(self) -> str | None:
-        """Why KV blocks cannot be dropped although the settings ask for it; None if they can, or need not."""
-        return self._pruning_refusal
+    def _method(self, name: str) -> Callable[..., Any]:
+        if name == "iterations":
+            return self._log.since
+        if name == "memory":
+            return self.memory_status
+        if name == "pruning_refusal":
+            return lambda: self._pruning_refusal
+        if self._runner is None:
+            raise ConfigError("training is disabled in this engine (training.enabled: false)")
+        if name == "describe":
+            return self._runner.describe
+        if name not in AdapterKeeper.REMOTE_METHODS:
+            raise ConfigError(f"not a remote method of the fine-tune runner: {name}")
+        return getattr(self._runner.adapters, name)
 
     def _run_slices(self, directive: Directive) -> SliceReport:
         if self._runner is None:
@@ -188,7 +193,3 @@ class _ReportingAsyncOutput(AsyncModelRunnerOutput):
 
     def get_output(self) -> ModelRunnerOutput:
         return self._finish(self._inner.get_output())
-
-
-def _error(error: MaceError) -> dict[str, Any]:
-    return {"error": type(error).__name__, "message": str(error)}

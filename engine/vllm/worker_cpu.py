@@ -14,14 +14,14 @@ class HybridCpuWorker(HybridWorkerMixin, CPUWorker):
     _trimmer: HeapTrimmer | None = None
 
     def execute_model(self, scheduler_output: Any) -> Any:
-        """As the mixin's; between two iterations free memory goes back to the system."""
+        """Run one iteration; before it free heap memory goes back to the system."""
         if self._trimmer is None:
             self._trimmer = HeapTrimmer()
         self._trimmer.tick()
         return super().execute_model(scheduler_output)
 
-    def mace_memory(self) -> dict[str, Any]:
-        """As the mixin's, and the C library's heap: what grows there is a leak, or holes."""
+    def memory_status(self) -> dict[str, Any]:
+        """`MemoryCounters` and the C library's heap: what grows there is a leak, or holes."""
         use = heap_use()
         heap = {} if use is None else {"heap_used_bytes": use.used_bytes, "heap_free_bytes": use.free_bytes}
-        return {**super().mace_memory(), **heap}
+        return {**super().memory_status(), **heap}

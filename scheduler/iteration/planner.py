@@ -15,6 +15,7 @@ from dataclasses import dataclass
 
 from core.batch import ForwardShape, IterationSample, Plan
 from core.config import AppArgs
+from core.dpo_slices import HEAD_CHUNK_TOKENS
 from core.model_dims import ModelDims
 from core.ports import LatencyPredictor
 from core.types import SliceKind
@@ -30,12 +31,12 @@ from scheduler.priority import decode_priority, finetune_priority, prefill_prior
 from scheduler.view import FineTuneState, IterationView
 
 IDLE_QUANTUM_S = 0.01
-"""With nothing to serve, slices run for this long (at least one) before new requests are looked for."""
+"""Slices of an idle engine run for this long (at least one) before new requests are looked for."""
 
 
 @dataclass(frozen=True, slots=True)
 class EngineLimits:
-    """What the device and the engine can do, beside what the settings say."""
+    """Abilities of the device and the engine that the settings do not say."""
 
     max_tokens: int
     """Tokens of one forward pass."""
@@ -45,11 +46,11 @@ class EngineLimits:
     """Size of the fine-tune arena if `training.arena_bytes` does not say it; 0 until the worker knows what is free."""
     kv_bytes_per_token: float = 0.0
     arena_fixed_bytes: float = 0.0
-    """What a step holds whatever its micro-batches, from the profile."""
+    """Memory that a step holds whatever its micro-batches, from the profile."""
     arena_bytes_per_token: float = 0.0
-    """What it holds for each padded token of a micro-batch, from the profile; 0 if unknown."""
+    """Memory that it holds for each padded token of a micro-batch, from the profile; 0 if unknown."""
     dims: ModelDims | None = None
-    """Of the model in training: predicts a step's memory where no profile does. None: learnt from the first steps."""
+    """Sizes of the trained model, which predict a step's memory where no profile does; None: its first steps tell."""
     can_chunk_prefills: bool = True
     """False: a prompt is computed in one pass, so its tokens may not be limited."""
     can_prune: bool = True
@@ -66,12 +67,13 @@ class IterationPlanner:
             tau_mem=args.scheduler.tau_mem,
         )
         self.predictor = predictor
-        self._retrain = RetrainMeter(args)
+        self.retrain = RetrainMeter(args)
+        """Tell it of arrived requests and of trained pairs."""
         self._config, self._experiments, self._slo = args.scheduler, args.experiments, args.slo
         self._limits = limits
         need = None
         if limits.dims is not None:
-            need = ArenaNeed(limits.dims, args.lora.rank, args.training.head_chunk_tokens)
+            need = ArenaNeed(limits.dims, args.lora.rank, HEAD_CHUNK_TOKENS)
         arena = ArenaModel(limits.arena_fixed_bytes, limits.arena_bytes_per_token, need)
         max_slice_tokens = args.training.max_slice_tokens
         self._sizer = SliceSizer(args.experiments, predictor, self.memory, max_slice_tokens, arena)
@@ -87,10 +89,10 @@ class IterationPlanner:
         """Before slices ran out of it."""
 
     def may_run(self, state: FineTuneState | None) -> bool:
-        """Whether slices could run if nothing was to be served now. Scoring a candidate is held back by no rate."""
+        """True if slices could run with nothing to serve now. No rate delays the scoring of a candidate."""
         if state is None or self._config.policy == "inference_only":
             return False
-        return not state.is_training or self._retrain.may_train()
+        return not state.is_training or self.retrain.may_train()
 
     def plan(self, view: IterationView) -> Plan:
         """Token budget, chunk cap and KV blocks to drop, or a blocking training phase of a baseline.
@@ -152,20 +154,8 @@ class IterationPlanner:
         elif has_grown and arena_bytes < self._full_arena_bytes:
             self.memory.set_capacity(Pool.ARENA, min(2 * arena_bytes, self._full_arena_bytes))
 
-    def note_requests(self, count: int = 1) -> None:
-        """Count arrived inference requests."""
-        self._retrain.note_requests(count)
-
-    def note_trained(self, num_pairs: int) -> None:
-        """Count pairs of finished optimizer steps."""
-        self._retrain.note_trained(num_pairs)
-
-    def release_arena(self) -> None:
-        """No step is in progress any more."""
-        self.memory.release(Pool.ARENA)
-
     def _plan_forward(self, view: IterationView, shape: ForwardShape, blocks: BlockBudget) -> Plan:
-        """What inference may take; chunks are added to `shape`, which holds what decodes."""
+        """The plan for inference; chunks are added to `shape`, which holds what decodes."""
         if not view.prefills or not self._limits.can_chunk_prefills:
             return Plan(self._limits.max_tokens)
         decode_s = self.predictor.forward_upper_s(shape)
@@ -231,24 +221,24 @@ class IterationPlanner:
         return is_urgent
 
     def _arena_bytes(self, state: FineTuneState, slice_tokens: int) -> int:
-        """What the step may hold, within the arena."""
+        """Memory that the step may hold, within the arena."""
         num_tokens = max(slice_tokens, state.step_tokens, state.max_batch_tokens)
         wanted = max(self._sizer.arena_bytes(num_tokens), state.held_bytes)
         return min(wanted, self.memory.pool_capacity_bytes(Pool.ARENA))
 
     def _is_blocking_due(self, state: FineTuneState | None, now_s: float) -> bool:
         """A baseline stops inference for a step; scoring a candidate is one as well, and is never put off."""
-        if state is not None and not state.is_training and self._retrain.is_blocking_policy:
+        if state is not None and not state.is_training and self.retrain.is_blocking_policy:
             return True
-        return self._retrain.is_blocking_due(state is not None, now_s)
+        return self.retrain.is_blocking_due(state is not None, now_s)
 
     def _may_train(self, state: FineTuneState) -> bool:
-        """Whether slices may run beside inference."""
+        """True if slices may run beside inference."""
         return self._config.policy == "mace" and self.may_run(state)
 
     def _must_train(self, view: IterationView, state: FineTuneState) -> bool:
-        """Whether a slice runs even without slack: below the rate's floor, or it has waited above all others."""
-        if self._retrain.is_below_floor():
+        """True if a slice runs even without slack: below the rate's floor, or it has waited above all others."""
+        if self.retrain.is_below_floor():
             return True
         return self._finetune_priority(view, state) > max(
             decode_priority(0.0, self._experiments) if view.num_decode else float("-inf"),

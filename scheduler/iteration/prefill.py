@@ -1,4 +1,4 @@
-"""How much of which prompt the iteration takes: Algorithm 1 on the prompts in their order, nobody overtakes.
+"""The prompt chunks of an iteration: Algorithm 1 on the prompts in their order, nobody overtakes.
 
 A chunk comes in candidate sizes; those that need KV blocks which are not free carry what pruning for them costs
 (`scheduler.packing`). A prompt in progress is never given a chunk for which there are no blocks: vLLM would preempt a
@@ -28,7 +28,7 @@ class _Candidate:
     num_tokens: int
     demand: Demand
     num_blocks: int
-    """That must be free when it is scheduled."""
+    """KV blocks that must be free when it is scheduled."""
     quote: Quote
 
 

@@ -1,4 +1,4 @@
-"""How much training the retrain rate asks for, and when the blocking baselines train.
+"""The retrain rate: the training that it asks for, and the phases of the blocking baselines.
 
 The retrain rate is preference pairs trained for each inference request (the prototype's "number of training tasks /
 number of inference tasks", where a task is one pair). `mace` takes what the slack gives, within floor and cap.
@@ -27,7 +27,7 @@ class RetrainMeter:
 
     @property
     def is_blocking_policy(self) -> bool:
-        """Whether training stops inference."""
+        """True if training stops inference."""
         return self._period is not None
 
     def note_requests(self, count: int = 1) -> None:
@@ -39,7 +39,7 @@ class RetrainMeter:
         self._num_pairs += num_pairs
 
     def may_train(self) -> bool:
-        """Whether fine-tune work could run if nothing was to be served now.
+        """True if fine-tune work could run with nothing to serve now.
 
         `mace` stops above its cap until requests catch up; an idle server without requests may train.
         """
@@ -49,7 +49,7 @@ class RetrainMeter:
         return self._is_quota_open() and (self._phase_quota is not None or self._is_period_over())
 
     def is_blocking_due(self, has_work: bool, now_s: float) -> bool:
-        """Whether a baseline stops inference now. Call once for each iteration; False for the other policies.
+        """True if a baseline stops inference now. Call once for each iteration; False for the other policies.
 
         A phase begins when its requests have arrived and there is work. It lasts until its quota is trained,
         `requests since the last phase * retrain_rate`, or there was no work for `phase_gap_s`: steps come one by one,
@@ -69,7 +69,7 @@ class RetrainMeter:
         return has_work
 
     def is_below_floor(self) -> bool:
-        """Whether `mace` must train even without slack."""
+        """True if `mace` must train even without slack."""
         return self._num_pairs < self._config.retrain_rate_floor * self._num_requests
 
     def _is_quota_open(self) -> bool:

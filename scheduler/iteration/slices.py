@@ -21,14 +21,14 @@ from scheduler.memory.ledger import MemoryLedger, Pool
 from scheduler.packing import Bin, Demand, choose_candidate
 
 _MEASUREMENTS = 32
-"""Of each kind and size, the newest."""
+"""Newest measurements that are kept for each kind and size."""
 _BLOCKED_BEFORE_RELAX = 8
 """Iterations in which an estimate keeps a slice out before its slowest measurement is forgotten."""
 
 _SMALLEST_TOKENS = 32
 _BUDGETS = 64
 _USUAL_QUANTILE = 0.25
-"""Of the recent budgets: a slice of the chosen size fits into three of four iterations that have slack."""
+"""Quantile of the recent budgets: a slice of the chosen size fits into three of four iterations that have slack."""
 _REFRESH_EVERY = 16
 """Iterations between two choices; they matter only when a micro-batch starts."""
 _GROW_AFTER = 256
@@ -60,7 +60,7 @@ class SliceAdmission:
         return max(self._recent[kind, nearest]) * 2.0 ** max(0, num_tokens.bit_length() - nearest)
 
     def fits(self, kind: SliceKind, num_tokens: int, left_s: float, *, first: bool) -> bool:
-        """Whether the slice's upper estimate is within `left_s` of the iteration's budget; unknown kinds never fit.
+        """True if the slice's upper estimate is within `left_s` of the iteration's budget; unknown kinds never fit.
 
         `first`: no slice ran in this iteration yet. Only such refusals count as "kept out": an outlier among the
         measurements must not bar a kind for ever.

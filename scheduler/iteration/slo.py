@@ -1,4 +1,4 @@
-"""What the SLO targets leave: seconds that an iteration may last, and seconds of it that may go to fine-tuning.
+"""The time that the SLO targets leave: seconds that an iteration may last, and seconds of it for fine-tuning.
 
 TBT: every running request waits for the whole iteration, so an iteration of predicted latency above the target
 is a miss for all of them. TTFT: a request without its first token waits for this iteration and for those that its
@@ -11,7 +11,7 @@ from core.ports import LatencyPredictor
 from scheduler.view import IterationView
 
 _UNSERVED_SHARE_OF_TTFT = 0.5
-"""With nobody decoding, an iteration may last this share of the TTFT target: a request that arrives just after its
+"""If nobody decodes, an iteration may last this share of the TTFT target: a request that arrives just after its
 start still has the other half for its own prompt."""
 
 _TYPICAL_CONTEXT = 256

@@ -17,10 +17,10 @@ from dataclasses import dataclass
 from core.model_dims import ModelDims
 
 _VOCABULARY_BLOCK = 8192
-"""As in `engine.training.dpo_loss`: columns of logits at a time."""
+"""Columns of logits at a time, as in `engine.training.dpo_loss`."""
 _FP32 = 4
 _KEEP = 0.999
-"""Of a peak with each smaller one of its size: a step with unusually long rows is forgotten in the end."""
+"""Factor of a peak with each smaller one of its size: a step with unusually long rows is forgotten in the end."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,7 +29,7 @@ class ArenaNeed:
 
     dims: ModelDims
     lora_rank: int
-    """Of the LoRA on each of the seven linear maps of a layer."""
+    """Rank of the LoRA on each of the seven linear maps of a layer."""
     head_chunk_tokens: int
 
     @property
@@ -52,7 +52,7 @@ class ArenaNeed:
 
     @property
     def layer_bytes_per_token(self) -> int:
-        """What autograd keeps for the backward pass of one layer.
+        """Bytes that autograd keeps for the backward pass of one layer.
 
         Two norms keep their input and its fp32 copy; attention keeps queries and keys before and after rotation,
         values and its output; the MLP keeps gate, its activation, up and their product; a LoRA keeps its input in
@@ -83,7 +83,7 @@ class ArenaModel:
         self._bytes_per_token = bytes_per_token
         self._need = need
         self._peaks: dict[int, tuple[int, float]] = {}
-        """By size class: tokens and bytes of the highest peak."""
+        """Tokens and bytes of the highest peak, keyed by size class."""
 
     def observe(self, num_tokens: int, peak_bytes: float) -> None:
         """Take in what a micro-batch held at most between two slices; 0 is no measurement."""

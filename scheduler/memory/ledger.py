@@ -11,14 +11,14 @@ from core.errors import LedgerError
 
 
 class Pool(StrEnum):
-    """Where bytes come from."""
+    """The two allocations."""
 
     KV = "kv"
     ARENA = "arena"
 
 
 class MemoryLedger:
-    """How many bytes of each pool are used."""
+    """Capacity and use of each pool."""
 
     def __init__(self, *, kv_bytes: int, arena_bytes: int, tau_mem: float) -> None:
         if kv_bytes < 0 or arena_bytes < 0 or not 0 < tau_mem <= 1:
@@ -29,7 +29,7 @@ class MemoryLedger:
 
     @property
     def capacity_bytes(self) -> int:
-        """What packing may fill: `tau_mem` of both pools."""
+        """The part that packing may fill: `tau_mem` of both pools."""
         return int(self._tau_mem * sum(self._capacity.values()))
 
     @property
@@ -46,11 +46,11 @@ class MemoryLedger:
         return self._used[pool]
 
     def room_bytes(self, pool: Pool) -> int:
-        """What the pool may use in all while the other keeps what it has; below zero if that passes the joint limit."""
+        """Most that the pool may use while the other keeps what it has; below zero if that passes the joint limit."""
         return min(self._capacity[pool], self.joint_room_bytes(pool))
 
     def joint_room_bytes(self, pool: Pool) -> int:
-        """What the joint limit leaves of it, however large the pool is."""
+        """The same by the joint limit alone, however large the pool is."""
         return self.capacity_bytes - (self.used_bytes - self._used[pool])
 
     def reserve(self, pool: Pool, num_bytes: int) -> bool:
@@ -76,9 +76,9 @@ class MemoryLedger:
             raise LedgerError(f"{pool} cannot hold {num_bytes} bytes: {self._capacity[pool]} in all")
         self._used[pool] = num_bytes
 
-    def release(self, pool: Pool) -> None:
-        """Nothing of the pool is used any more."""
-        self._used[pool] = 0
+    def release_arena(self) -> None:
+        """No step is in progress any more."""
+        self._used[Pool.ARENA] = 0
 
     def set_capacity(self, pool: Pool, num_bytes: int) -> None:
         """Set a pool's hard limit, as soon as it is known; never below what is used."""

@@ -1,4 +1,4 @@
-"""What is done when memory is short, in this order: smaller slices, prune, defer training, let vLLM preempt.
+"""The measures when memory is short, in this order: smaller slices, prune, defer training, let vLLM preempt.
 
 With `kv_pruning.start: always` whatever may be dropped is dropped before anything else is decided.
 
@@ -21,15 +21,16 @@ from scheduler.view import IterationView, PrefillTask, PruneOffer
 
 _SHORT_SHARE = 0.1
 _ENOUGH_SHARE = 0.2
-"""Of the KV blocks, and of the joint budget while there is training: below the first blocks are scored, until the
-second is free. Scores come one iteration after they are asked for; a prompt may take a tenth of the blocks in one."""
+"""Shares of the KV blocks, and of the joint budget while there is training: below the first, blocks are scored until
+the second is free. Scores come one iteration after they are asked for; a prompt may take a tenth of the blocks in it.
+"""
 
 _NOTHING = PruneOffer(())
 
 
 @dataclass(slots=True)
 class Quote:
-    """What has to be dropped for a task to get its memory."""
+    """The blocks that have to be dropped for a task to get its memory."""
 
     num_blocks: int
     pruned_bytes: float
@@ -43,18 +44,6 @@ FREE = Quote(0, 0.0, 0.0)
 
 class BlockBudget:
     """One iteration's KV blocks: free, droppable and given out."""
-
-    __slots__ = (
-        "_offer",
-        "block_bytes",
-        "block_tokens",
-        "chunk_tokens",
-        "decode_blocks",
-        "free_blocks",
-        "is_short",
-        "pruned_blocks",
-        "reason",
-    )
 
     def __init__(self, view: IterationView, block_bytes: float) -> None:
         self.block_bytes = block_bytes
@@ -73,7 +62,7 @@ class BlockBudget:
 
     @property
     def growth_bytes(self) -> float:
-        """By how much the KV blocks in use grow with this iteration; negative if more are dropped."""
+        """Growth of the KV blocks in use with this iteration; negative if more are dropped."""
         chunk_blocks = self.chunk_tokens / self.block_tokens if self.chunk_tokens else 0.0
         return (self.decode_blocks + chunk_blocks - self.pruned_blocks) * self.block_bytes
 
@@ -95,7 +84,7 @@ class BlockBudget:
         return blocks * self.block_tokens - prefill.context_tokens
 
     def quote(self, num_blocks: int = 0, missing_bytes: float = 0.0) -> Quote | None:
-        """What to drop for so many new blocks, and for bytes of the joint budget; None if that is not on offer."""
+        """The price of so many new blocks, and of bytes of the joint budget; None if that is not on offer."""
         missing = num_blocks - self.free_blocks
         if missing_bytes > 0:
             missing = max(missing, math.ceil(missing_bytes / self.block_bytes) if self.block_bytes else 1 << 60)
@@ -143,7 +132,7 @@ class MemoryRelief:
         self._is_short = False
 
     def drop_at_once(self, view: IterationView) -> tuple[IterationView, int]:
-        """With `start: always` the view as it is without the blocks on offer, and how many these are."""
+        """The view without the blocks on offer, and their number, for `start: always`; else the view as it is."""
         if self._start != "always" or view.prune_offer is None:
             return view, 0
         dropped = view.prune_offer.num_blocks
@@ -181,7 +170,7 @@ class MemoryRelief:
         return self._is_short
 
     def _lacks(self, share: float, blocks: BlockBudget, view: IterationView) -> bool:
-        """Whether less than `share` is free, or less than the first prompt in line needs."""
+        """True if less than `share` is free, or less than the first prompt in line needs."""
         block_bytes = max(blocks.block_bytes, 1e-9)
         kv_blocks = self._memory.pool_capacity_bytes(Pool.KV) / block_bytes
         if blocks.free_blocks < share * kv_blocks:

@@ -1,4 +1,4 @@
-"""Which beginnings of prompts come again and again: system prompts, few-shot heads, conversations that go on.
+"""The beginnings of prompts that come again and again: system prompts, few-shot heads, conversations that go on.
 
 A trie over blocks of tokens, since a prefix cache keeps whole blocks. Each block has a weight: the requests that
 began with everything up to it, the newest counting 1 and each older one less, by half with every `half_life` requests.
@@ -15,7 +15,7 @@ from itertools import islice
 _LARGEST_UNIT = 1e100
 """A new request weighs ever more instead of all old ones less; beyond this all weights are scaled down."""
 _KEPT_SHARE = 0.75
-"""What is left when the bound is reached and the least asked for is forgotten."""
+"""Share of the blocks that stays when the bound is reached and the least asked for is forgotten."""
 _PROMPTS_AT_LEAST = 8
 """Prompts that are remembered, however long they are."""
 _TOKEN_BYTES = array("I").itemsize
@@ -45,11 +45,11 @@ class _SharedBlock:
     tokens: bytes
     weight: float
     parent: int
-    """Its position, -1 at the beginning of a prompt."""
+    """Position of the block before it, -1 at the beginning of a prompt."""
     total: float = 0.0
     """Weight of the heaviest way from here to the end, this block included."""
     heavy: int = -1
-    """Where that way goes on; -1 if it ends here."""
+    """Position of the next block on that way; -1 if it ends here."""
 
 
 class HotPrefixes:

@@ -1,4 +1,4 @@
-"""What an engine's prefix cache holds: a radix tree over token ids, one KV block at a time.
+"""The content of an engine's prefix cache: a radix tree over token ids, one KV block at a time.
 
 Fed by what the engine says of its cache (`engine.prefix_cache`): a block is stored under its parent's hash, a block is
 removed, everything is cleared. Asked for the longest cached prefix of a prompt. vLLM never shares keys between
@@ -22,7 +22,7 @@ BLOCK_OVERHEAD_BYTES = 480
 it is 300 (measured with `tracemalloc`)."""
 
 BlockHash = bytes | int
-"""As the engine names a block; unique among those in its cache."""
+"""The engine's name of a block; unique among those in its cache."""
 
 _TOKEN_BYTES = 4
 _LEAF_SLACK = 64
@@ -37,7 +37,7 @@ class BlocksStored:
     parent_hash: BlockHash | None
     """The block before the first one; None if they begin a prompt."""
     token_ids: tuple[int, ...]
-    """Of all blocks, each in [0, 2^32)."""
+    """Tokens of all blocks, each in [0, 2^32)."""
     block_hashes: tuple[BlockHash, ...]
 
 
@@ -79,7 +79,7 @@ class _Node:
         self.last_used_s = last_used_s
         self.blocks: list[_Block] = []
         self.children: dict[bytes, _Node] = {}
-        """By the tokens of their first block."""
+        """Keyed by the tokens of their first block."""
         self.is_queued = False
         """Stands in the tree's eviction heap."""
 

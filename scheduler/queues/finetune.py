@@ -1,4 +1,4 @@
-"""What waits to be trained and to be scored.
+"""The fine-tune queues: pairs that wait to be trained, and pairs that wait to be scored.
 
 The order of training is (priority, arrival, sequence number). All fine-tune tasks age at one rate, so between two of
 them the order of `base + rate·wait + γ·L` never changes: a heap on the value at time zero stays right. γ is one for all
@@ -40,7 +40,7 @@ class TaskQueue(Generic[T]):
         """Weight of the loss in the order now; changed by `set_gamma`."""
         self._heap: list[tuple[float, float, int, str]] = []
         self._tasks: dict[str, tuple[int, QueuedTask[T]]] = {}
-        """By id; the number tells its entry in the heap from older ones."""
+        """Keyed by id; the number tells a task's entry in the heap from older ones."""
         self._sequence = 0
 
     def __len__(self) -> int:

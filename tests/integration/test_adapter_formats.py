@@ -24,8 +24,7 @@ from engine.tiny.styles import Style, judge, render
 from engine.training.dpo import DpoStep
 from engine.training.pair_tokens import PairTokenizer
 from engine.training.shadow import ShadowAdapter
-from engine.training.skeleton import training_mode
-from engine.training.trainable import TrainableModel
+from engine.training.trainable import TrainableModel, training_mode
 from engine.vllm.compat import worker_binding
 
 pytestmark = pytest.mark.vllm

@@ -319,7 +319,7 @@ def test_every_iteration_is_reported_with_what_was_predicted_for_it(fresh, pairs
     assert max(s.peak_bytes for s in samples) > 0
 
 
-def test_a_batch_request_waits_behind_a_later_interactive_one(fresh):
+def test_a_background_request_waits_behind_a_later_interactive_one(fresh):
     first_tokens = []
     full = asyncio.Event()
 
@@ -333,12 +333,12 @@ def test_a_batch_request_waits_behind_a_later_interactive_one(fresh):
     async def run():
         seats = [asyncio.create_task(send(f"running-{i}", 0, 60)) for i in range(16)]
         await full.wait()
-        batch = asyncio.create_task(send("batch", 1, 2))
+        background = asyncio.create_task(send("background", 1, 2))
         await asyncio.sleep(0.02)
-        await asyncio.gather(batch, send("interactive", 0, 2), *seats)
+        await asyncio.gather(background, send("interactive", 0, 2), *seats)
 
     fresh.run(run())
-    assert first_tokens[16:] == ["interactive", "batch"]
+    assert first_tokens[16:] == ["interactive", "background"]
 
 
 def test_a_long_prompt_is_cut_so_that_running_requests_keep_their_pace(fresh):

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from alignment.drift.tracker import ScoredPair
+from alignment.drift.streams import ScoredPair
 
 TOPICS = {
     "cooking": "soup bread oven salt pepper onion pan boil roast sauce dough recipe butter garlic stew",

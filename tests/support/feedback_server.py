@@ -23,10 +23,10 @@ class _Control:
         self._store = store
 
     async def import_feedback(self, body):
-        return asdict(await asyncio.to_thread(import_jsonl, body.splitlines(), self._store.add))
+        return asdict(await asyncio.to_thread(import_jsonl, body.splitlines(), self._store.feedback.add))
 
     async def feedback_page(self, after, limit, kind):
-        return asdict(await asyncio.to_thread(self._store.page, after=after, limit=limit, type=kind))
+        return asdict(await asyncio.to_thread(self._store.feedback.page, after=after, limit=limit, type=kind))
 
 
 class _Executor:

@@ -7,11 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.nn import functional
 
 from core.config import AppArgs
 from core.types import FineTuneTask, TaskResult
 from engine.training.runner import FineTuneRunner
-from engine.training.skeleton import training_mode
+from engine.training.trainable import training_mode
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,7 @@ class InProcessEngine:
 
     async def generate(self, handle: Any, prompts: Sequence[Sequence[int]], max_tokens: int) -> list[list[int]]:
         shadow = self._runner.adapters.shadow
-        adapter = shadow.zeros() if handle is None else shadow.read(handle.path)
+        adapter = shadow.read(None if handle is None else handle.path)
         shadow.exchange(adapter)
         try:
             return [self._answer(list(prompt), max_tokens) for prompt in prompts]
@@ -91,5 +92,6 @@ class InProcessEngine:
                 hidden = model.embed(torch.tensor([ids]))
                 for layer in range(model.num_layers):
                     hidden = model.run_layer(layer, hidden, model.rotary(len(ids)))
-                ids.append(int(model.head(hidden[0, -1:]).argmax()))
+                logits = functional.linear(model.final_norm(hidden[0, -1:]), model.head_weight)
+                ids.append(int(logits.argmax()))
         return ids[start:]

@@ -4,6 +4,7 @@ from core.batch import ForwardShape
 from core.config import AppArgs, ExperimentsConfig, KvPruningConfig, SchedulerConfig, SloConfig
 from core.types import SliceKind
 from scheduler.iteration.planner import EngineLimits, IterationPlanner
+from scheduler.priority import BASE_DECODE, BASE_FINETUNE, RATE_FINETUNE
 
 
 class KnownDevice:
@@ -39,6 +40,10 @@ class UnknownDevice(KnownDevice):
         return None
 
     slice_upper_s = slice_s
+
+
+STARVATION_BOUND_S = (BASE_DECODE - BASE_FINETUNE) / RATE_FINETUNE
+"""Longest time that fine-tune work goes without a slice while inference is saturated, with ageing."""
 
 
 def settings(*, slo=None, pruning=None, **changes) -> AppArgs:

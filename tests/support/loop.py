@@ -8,7 +8,7 @@ from typing import Any
 
 from alignment.quality.monitor import QualityMonitor
 from alignment.store.feedback_store import FeedbackStore
-from alignment.store.pair_store import StoredPair
+from alignment.store.pairs import StoredPair
 from core.config import AppArgs
 from core.types import FineTuneTask, PairScore, TaskKind, TokenizedPair
 from core.wire import CachedReference, TrainingPair
@@ -93,22 +93,22 @@ class Loop:
 
     async def run_round(self, items: Sequence[dict[str, Any]], steps: int) -> None:
         """Take feedback in, judge it, train on it and publish what came of it."""
-        outcomes = self.store.add(items)
+        outcomes = self.store.feedback.add(items)
         assert all(outcome.status == "accepted" for outcome in outcomes), outcomes
-        while pairs := self.store.unscored_pairs(SCORED_AT_ONCE):
+        while pairs := self.store.sampling.unscored_pairs(SCORED_AT_ONCE):
             await self._score(pairs)
         for _ in range(steps):
             await self._train()
         await self._publish()
         await self.test()
-        while pairs := self.store.stale_pairs(SCORED_AT_ONCE, self._version, newest=RESCORED):
+        while pairs := self.store.sampling.stale_pairs(SCORED_AT_ONCE, self._version, newest=RESCORED):
             await self._score(pairs)
 
     async def _score(self, pairs: list[StoredPair]) -> None:
         scores = await self._evaluate([_training_pair(pair) for pair in pairs])
         keys = {pair.pair_id: _REFERENCE_KEY for pair in pairs}
-        self.store.record_scores(scores, self._version, keys)
-        self.monitor.assess(self.store.find_pairs([pair.pair_id for pair in pairs]))
+        self.store.pairs.record_scores(scores, self._version, keys)
+        self.monitor.assess(self.store.pairs.find([pair.pair_id for pair in pairs]))
 
     async def _evaluate(self, pairs: Sequence[TrainingPair]) -> tuple[PairScore, ...]:
         return (await self._run(TaskKind.EVALUATE, pairs)).scores
@@ -116,14 +116,18 @@ class Loop:
     async def _train(self) -> None:
         """Half new pairs, half a sample of those trained before: by position, so that a run can be repeated."""
         size, epochs = self._args.training.pairs_per_step, self._args.training.max_epochs
-        known = [pair for pair in self.store.newest_scored(REPLAYED) if pair.quality > 0 and pair.split == "train"]
+        known = [
+            pair
+            for pair in self.store.sampling.newest_scored(REPLAYED)
+            if pair.quality > 0 and pair.split == "train"
+        ]
         new = [pair for pair in known if pair.times_trained == 0]
         old = [pair for pair in known if 0 < pair.times_trained < epochs]
         num_old = min(len(old), max(size // 2, size - len(new)))
         batch = new[: size - num_old] + random.Random(self._num_tasks).sample(old, num_old)
         if batch:
             await self._run(TaskKind.TRAIN, [_training_pair(pair) for pair in batch])
-            self.store.mark_trained([pair.pair_id for pair in batch])
+            self.store.pairs.mark_trained([pair.pair_id for pair in batch])
             self._steps += 1
             self._trained_pairs += len(batch)
 

@@ -72,7 +72,7 @@ class MiniEngine:
     def arrive(self, request: Request):
         request.arrived_s = self.now_s
         self.waiting.push(request.request_id, request, self.now_s, request.user_priority)
-        self.planner.note_requests()
+        self.planner.retrain.note_requests()
 
     def add_task(self, task_id: str, num_slices: int):
         self.tasks[task_id] = num_slices
@@ -103,7 +103,7 @@ class MiniEngine:
             self.longest_starvation_s = max(self.longest_starvation_s, self.now_s - since_s)
         self.planner.observe(sample)
         if not self.tasks:
-            self.planner.release_arena()
+            self.planner.memory.release_arena()
         self.log.append(f"{self.now_s:.9f} {plan} {shape} {tokens} {len(slices)}")
         return view, plan, shape, slices
 
@@ -221,7 +221,7 @@ class MiniEngine:
             self.tasks[task_id] -= 1
             if self.tasks[task_id] == 0:
                 del self.tasks[task_id]
-                self.planner.note_trained(1)
+                self.planner.retrain.note_trained(1)
                 if plan.is_blocking:
                     break
         return slices

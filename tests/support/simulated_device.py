@@ -1,5 +1,6 @@
 """A device of known costs, and short traces on it."""
 
+from types import SimpleNamespace
 from typing import Any
 
 from core.batch import ForwardShape
@@ -7,7 +8,6 @@ from core.types import SliceKind
 from profiler.models import LatencyModel, MemoryModel
 from profiler.profile import QUANTILE_LEVELS, FitError, Origin, Profile, RawSamples
 from simulator.device import Quantiles
-from simulator.finetune import StepModel
 from simulator.hardware import Hardware
 from simulator.trace import Trace
 
@@ -55,7 +55,7 @@ class KnownDevice:
         self.num_observed += 1
 
 
-STEP_MODEL = StepModel(num_layers=3, layer_weights=100_000, head_weights=200_000, head_chunk_tokens=128)
+STEP_MODEL = SimpleNamespace(num_layers=3, layer_weights=100_000, head_weights=200_000)
 
 
 def make_hardware(device=None, *, new_predictor=KnownDevice, kv_tokens=20_000, step_model=STEP_MODEL) -> Hardware:

@@ -4,7 +4,7 @@ import asyncio
 from dataclasses import dataclass
 
 from core.batch import ForwardShape, IterationSample
-from core.pair_groups import PairShape
+from core.dpo_slices import PairGroup
 from core.types import SliceKind, SliceReport, SliceTiming, TaskKind, TaskResult
 from tests.support.synthetic_device import SyntheticDevice
 
@@ -55,8 +55,7 @@ class SyntheticEngine:
         self.requests[task.task_id] = Running(0, 0, 0)
         try:
             await asyncio.sleep(self.step_s)
-            shapes = [PairShape(len(p.prompt_ids), len(p.chosen_ids), len(p.rejected_ids)) for p in task.pairs]
-            num_tokens = sum(shape.tokens(share_prompts=True) for shape in shapes)
+            num_tokens = sum(PairGroup.of(pair.lengths).num_tokens for pair in task.pairs)
             kinds = [SliceKind.POLICY_LAYER, SliceKind.POLICY_LAYER]
             if task.kind is TaskKind.TRAIN:
                 kinds.append(SliceKind.BACKWARD_LAYER)

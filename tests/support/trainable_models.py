@@ -87,10 +87,16 @@ def make_task(num_pairs: int = 4, kind: TaskKind = TaskKind.TRAIN, seed: int = 0
 
 
 def make_training(**changes: Any) -> TrainingConfig:
-    fields: dict[str, Any] = {"learning_rate": 1e-2, "weight_decay": 0.01, "seed": 5, "head_chunk_tokens": 7}
+    fields: dict[str, Any] = {"learning_rate": 1e-2, "weight_decay": 0.01, "seed": 5}
     if "max_length_tokens" in changes:
         fields["max_prompt_tokens"] = changes["max_length_tokens"] - 1
     return TrainingConfig(**(fields | changes))
+
+
+def snapshot(shadow: ShadowAdapter) -> dict[str, torch.Tensor]:
+    """Copies of parameters, moments and step count."""
+    copies = {name: tensor.detach().cpu().clone() for name, tensor in shadow.state_tensors().items()}
+    return {**copies, "num_steps": torch.tensor(shadow.num_steps)}
 
 
 def run_to_loss(step: DpoStep) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from alignment.store.feedback_store import FeedbackStore
-from alignment.store.pair_store import StoredPair
+from alignment.store.pairs import StoredPair
 from alignment.versions.registry import AdapterRegistry
 from core.config import AppArgs
 from core.types import FineTuneTask, PairScore, TaskKind, TokenizedPair
@@ -74,9 +74,9 @@ class WholeLoop:
 
     def __init__(self, args: AppArgs, model_dir: Path, test_items: Sequence[dict[str, Any]] = ()) -> None:
         self.args = args
-        self.scheduler = CentralScheduler(args.model_dump(mode="json"), clock=lambda: self._now_s)
-        self.monitor = DriftMonitor(args.model_dump(mode="json"), self.scheduler)
-        self.tokenizer = PairTokenizer.load(str(model_dir), args.training)
+        self.scheduler = CentralScheduler(args, clock=lambda: self._now_s)
+        self.monitor = DriftMonitor(args, self.scheduler)
+        self.tokenizer = PairTokenizer.load(str(model_dir), args.training, BASE_MODEL, args.model.dtype)
         self.engine = InProcessEngine(model_dir, args, end_tokens(model_dir))
         self.registry = AdapterRegistry.open(args.state_dir / "adapters", BASE_MODEL)
         self.versions = AdapterVersions(self.engine, self.registry, "m", args.versions)
@@ -88,7 +88,6 @@ class WholeLoop:
             registry=self.registry,
             tokenizer=self.tokenizer,
             args=args,
-            base_model=BASE_MODEL,
             checkpoint=args.state_dir / "training" / "checkpoint.safetensors",
         )
         self._now_s = 0.0
@@ -118,12 +117,12 @@ class WholeLoop:
     def stored_pairs(self) -> list[StoredPair]:
         """Every pair that was ever scored, newest first, as the disk has it."""
         with self._store() as store:
-            return store.newest_scored(10_000)
+            return store.sampling.newest_scored(10_000)
 
     def num_unscored(self) -> int:
         """Stored pairs that no adapter has scored."""
         with self._store() as store:
-            return len(store.unscored_pairs(10_000))
+            return len(store.sampling.unscored_pairs(10_000))
 
     async def test(self, version: str | None) -> TestScore:
         """How a version does on the test items; None is the bare base."""

@@ -81,7 +81,7 @@ def _status(outcome: dict[str, Any]) -> int:
 
 
 async def _export(
-    control: ControlClient, format: str, rows: list[dict[str, Any]], cursor: int | None
+    control: ControlClient, format: Literal["trl", "openai"], rows: list[dict[str, Any]], cursor: int | None
 ) -> AsyncIterator[bytes]:
     """The rows as lines of JSON, and those from the cursor on; None is the end."""
     yield b"".join(json.dumps(row, ensure_ascii=False).encode() + b"\n" for row in rows)

@@ -26,6 +26,7 @@ from benchmarks.studies.drift.report import show, write_report
 from benchmarks.studies.drift.scoring import PairLogProbs, Scorer, served_gap, tokenized
 from core.config import AppArgs
 from core.errors import MaceError
+from core.files import write_atomically
 from profiler.device import installed_versions
 
 _PROFILE_S = 30.0
@@ -103,9 +104,7 @@ class Runs:
                     profile = self._profile()
                     started_s = time.perf_counter()
                     record = self._run_one(policy, seed, profile)
-                    partial = path.with_suffix(".tmp")
-                    partial.write_text(record.model_dump_json(), encoding="utf-8")
-                    partial.rename(path)  # an interrupt leaves no half run
+                    write_atomically(path, record.model_dump_json())  # an interrupt leaves no half run
                     self.say(
                         f"{policy.value}, seed {seed}: {_line(record)} ({time.perf_counter() - started_s:.0f} s)"
                     )

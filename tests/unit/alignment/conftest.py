@@ -6,7 +6,9 @@ from pathlib import Path
 import pytest
 from sqlalchemy import create_engine, text
 
+from alignment.records.feedback import ResponseRef
 from alignment.store.feedback_store import FeedbackStore
+from alignment.store.responses import find_responses
 from core.alignment_config import FeedbackConfig
 from tests.support.clock import Clock
 from tests.support.postgres_server import start_server
@@ -79,6 +81,17 @@ def open_store(database_url, tmp_path, clock):
 def store(open_store):
     """A store of which every pair may be trained on."""
     return open_store()
+
+
+@pytest.fixture
+def response_of():
+    """From a store and the name of a response to what is stored of it."""
+
+    def find(store, response_id, choice_index=0):
+        ref = ResponseRef(response_id, choice_index)
+        return store.database.read(lambda connection: find_responses(connection, [ref])).get(ref)
+
+    return find
 
 
 @pytest.fixture

@@ -5,11 +5,20 @@ import math
 
 import pytest
 
+from alignment.drift import tracker as drift_tracker
+from alignment.drift import window
 from alignment.drift.tracker import DriftTracker
 from core.alignment_config import DriftConfig
 from tests.support.drift_pairs import feed, scored
 
-CONFIG = DriftConfig(window=10, min_pairs=4, min_accuracy=0.75, max_loss=0.55, half_life_pairs=10)
+CONFIG = DriftConfig(window=10, min_accuracy=0.75, max_loss=0.55)
+
+
+@pytest.fixture(autouse=True)
+def few_pairs(monkeypatch):
+    """Small constants make short streams."""
+    monkeypatch.setattr(window, "MIN_PAIRS", 4)
+    monkeypatch.setattr(drift_tracker, "HALF_LIFE_PAIRS", 10)
 
 
 def filled(*values, config=CONFIG):
@@ -31,7 +40,7 @@ def test_low_accuracy_is_drift_and_says_so():
     assert (tracker.level, tracker.retrain_rate, tracker.gamma_factor) == (
         1.0,
         CONFIG.alarm_rate,
-        CONFIG.alarm_gamma,
+        drift_tracker.ALARM_GAMMA,
     )
     assert tracker.reason == "preference accuracy 0.50 is below 0.75 over 4 pairs"
 
@@ -59,8 +68,9 @@ def test_before_anything_is_known_the_first_pairs_count_as_an_alarm():
     assert (tracker.drifted, tracker.level) == (False, 1.0)
 
 
-def test_a_window_smaller_than_min_pairs_still_reports():
-    assert filled(*[-1.0] * 4, config=DriftConfig(window=4, min_pairs=100)).drifted
+def test_a_window_smaller_than_min_pairs_still_reports(monkeypatch):
+    monkeypatch.setattr(window, "MIN_PAIRS", 100)
+    assert filled(*[-1.0] * 4, config=DriftConfig(window=4)).drifted
 
 
 def test_the_level_halves_with_every_half_life_of_agreeing_pairs():
@@ -137,11 +147,12 @@ def test_scores_that_are_not_finite_are_counted_and_ignored():
     tracker.observe(scored(9, 1.0))
     tracker.note_live("v1")
     tracker.rescore("p9", math.nan, 1.0, "v1")
-    assert (tracker.num_ignored, tracker.to_wire()["streams"]["global"]["num_pairs"]) == (4, 1)
+    assert (tracker.to_wire()["num_ignored"], tracker.to_wire()["streams"]["global"]["num_pairs"]) == (4, 1)
 
 
-def test_an_alarm_that_the_window_does_not_share_ends_when_a_new_version_has_been_scored():
-    config = DriftConfig(window=10, min_pairs=4, min_accuracy=0.01, max_loss=100.0, half_life_pairs=1e6)
+def test_an_alarm_that_the_window_does_not_share_ends_when_a_new_version_has_been_scored(monkeypatch):
+    config = DriftConfig(window=10, min_accuracy=0.01, max_loss=100.0)
+    monkeypatch.setattr(drift_tracker, "HALF_LIFE_PAIRS", 1e6)
     tracker = DriftTracker(config)
     feed(tracker, [3.0] * 100)
     feed(tracker, [*[-3.0] * 5, 3.0], start=101)
@@ -175,5 +186,5 @@ def test_a_change_around_the_change_of_the_live_version_says_so():
 
 def test_a_smaller_window_after_a_restart_keeps_the_newest_pairs():
     state = json.loads(json.dumps(filled(*[-1.0] * 6, *[2.0] * 4).to_state()))
-    tracker = DriftTracker.from_state(state, DriftConfig(window=4, min_pairs=4))
+    tracker = DriftTracker.from_state(state, DriftConfig(window=4))
     assert tracker.to_wire()["accuracy"] == 1.0

@@ -22,7 +22,7 @@ def kinds(drift, prompts, start=0):
 @pytest.mark.parametrize("seed", range(2))
 def test_another_topic_is_found(seed):
     rng = np.random.default_rng(seed)
-    drift = InputDrift(CONFIG)
+    drift = InputDrift()
     assert kinds(drift, [asked(rng, "cooking") for _ in range(300)]) == []
     assert "prompt_novelty" in kinds(drift, [asked(rng, "code") for _ in range(128)], start=300)
 
@@ -30,7 +30,7 @@ def test_another_topic_is_found(seed):
 @pytest.mark.parametrize("num_words", [4, 60])
 def test_another_length_is_found_in_either_direction(num_words):
     rng = np.random.default_rng(0)
-    drift = InputDrift(CONFIG)
+    drift = InputDrift()
     kinds(drift, [asked(rng, "cooking", int(rng.integers(10, 20))) for _ in range(300)])
     changes = kinds(drift, [asked(rng, "cooking", num_words) for _ in range(128)], start=300)
     assert "prompt_length" in changes
@@ -39,7 +39,7 @@ def test_another_length_is_found_in_either_direction(num_words):
 def test_stationary_prompts_raise_nothing():
     rng = np.random.default_rng(1)
     prompts = [asked(rng, rng.choice(["cooking", "code"]), int(rng.integers(6, 40))) for _ in range(1200)]
-    assert kinds(InputDrift(CONFIG), prompts) == []
+    assert kinds(InputDrift(), prompts) == []
 
 
 def test_input_drift_raises_the_level_to_a_half_and_is_no_alarm():
@@ -67,7 +67,7 @@ def test_prompts_of_distrusted_pairs_are_not_looked_at():
 
 @pytest.mark.parametrize("prompt", ["", " \n", "日本語の文", "\x00", "word " * 50_000])
 def test_odd_prompts_are_taken(prompt):
-    drift = InputDrift(CONFIG)
+    drift = InputDrift()
     assert kinds(drift, [prompt] * 40) == []
     assert 0.0 <= drift.to_wire()["mean_novelty"] <= 1.0
 

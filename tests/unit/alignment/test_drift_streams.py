@@ -7,9 +7,9 @@ import pytest
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
+from alignment.drift import streams, window
 from alignment.drift.change_streams import ChangeStream, LossRise, Row, change_point
-from alignment.drift.streams import _channels
-from alignment.drift.tracker import DriftTracker
+from alignment.drift.tracker import ALARM_GAMMA, QUIET_GAMMA, DriftTracker
 from core.alignment_config import DriftConfig
 from tests.support.drift_pairs import feed, margins, scored
 
@@ -39,7 +39,7 @@ def test_a_sudden_change_is_found_within_64_pairs_and_dated(seed, flipped):
 def test_five_thousand_stationary_pairs_raise_no_detection(flipped):
     for seed in range(2):
         rng = np.random.default_rng(seed)
-        stream = ChangeStream(_channels(CONFIG), 1024)
+        stream = ChangeStream(streams.channels(streams.SENSITIVITY), 1024)
         changes = []
         for seq, margin in enumerate(margins(rng, 5000, flipped=flipped)):
             pair = scored(seq, margin)
@@ -140,8 +140,9 @@ def test_a_user_who_is_weighted_down_later_leaves_the_window_for_good():
     assert (tracker.complains, tracker.unscored_ids) == (False, [])
 
 
-def test_the_least_recently_updated_stream_is_dropped_first():
-    tracker = DriftTracker(DriftConfig(max_streams=3))
+def test_the_least_recently_updated_stream_is_dropped_first(monkeypatch):
+    monkeypatch.setattr(streams, "MAX_STREAMS", 3)
+    tracker = DriftTracker(CONFIG)
     for seq, user in enumerate(["a", "b", "c", "a", "d"]):
         tracker.observe(scored(seq, 1.0, user=user))
     assert list(tracker.to_wire()["streams"]) == ["global", "user:d", "user:a", "user:c"]
@@ -164,7 +165,7 @@ def test_restarts_in_the_middle_change_no_answer():
 
 def test_a_restart_of_a_full_stream_changes_no_answer():
     rng = np.random.default_rng(7)
-    channels = _channels(CONFIG)
+    channels = streams.channels(streams.SENSITIVITY)
     whole = ChangeStream(channels, 64)
     rows = [Row(seq, scored(seq, margin).loss, margin) for seq, margin in enumerate(margins(rng, 200))]
     for row in rows:
@@ -186,16 +187,25 @@ def test_the_split_of_least_squares_dates_a_change():
 
 
 def test_no_single_loss_raises_an_alarm():
-    test = LossRise(CONFIG.page_hinkley_threshold)
-    assert not any(test.update(0.1) for _ in range(100))
-    assert not test.update(1e5)
-    assert not any(test.update(0.1) for _ in range(100))
+    test = LossRise(streams.SENSITIVITY.page_hinkley_threshold)
+    assert not any(test(0.1) for _ in range(100))
+    assert not test(1e5)
+    assert not any(test(0.1) for _ in range(100))
 
 
 @pytest.mark.parametrize("threshold", [1e-3, 1e6])
 def test_an_extreme_threshold_does_not_overflow(threshold):
     test = LossRise(threshold)
-    assert [test.update(value) for value in (0.0, 1e300, -1e300)] == [False, False, False]
+    assert [test(value) for value in (0.0, 1e300, -1e300)] == [False, False, False]
+
+
+@pytest.fixture(scope="module")
+def two_streams():
+    """Few streams and a short minimum, for every example alike."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(streams, "MAX_STREAMS", 2)
+        patch.setattr(window, "MIN_PAIRS", 4)
+        yield
 
 
 @settings(max_examples=30, deadline=None, phases=[Phase.explicit, Phase.reuse, Phase.generate])
@@ -210,8 +220,9 @@ def test_an_extreme_threshold_does_not_overflow(threshold):
         max_size=60,
     )
 )
+@pytest.mark.usefixtures("two_streams")
 def test_whatever_comes_in_the_state_stays_bounded_finite_and_restorable(rows):
-    config = DriftConfig(window=8, min_pairs=4, max_streams=2)
+    config = DriftConfig(window=8)
     tracker = DriftTracker(config)
     for seq, (loss, margin, weight, user) in enumerate(rows):
         pair = scored(seq, 0.0, user=user, weight=weight)
@@ -220,7 +231,7 @@ def test_whatever_comes_in_the_state_stays_bounded_finite_and_restorable(rows):
         )
         assert 0.0 <= tracker.level <= 1.0
         assert config.quiet_rate <= tracker.retrain_rate <= config.alarm_rate
-        assert config.quiet_gamma <= tracker.gamma_factor <= config.alarm_gamma
+        assert QUIET_GAMMA <= tracker.gamma_factor <= ALARM_GAMMA
     state = tracker.to_state()
     text = json.dumps(state, allow_nan=False)
     assert len(text) < 100_000  # 22 KB of it for the mean prompt

@@ -7,10 +7,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from alignment.records.feedback import parse_item
+from alignment.records.row_formats import ApiRow
 from alignment.store.formats import read_jsonl
 from alignment.store.intake import prepare
 from core.alignment_config import FeedbackConfig
-from core.errors import FeedbackError
+from core.errors import FeedbackError, InvalidFeedbackError
 
 CONFIG = FeedbackConfig(max_text_chars=100)
 KEYS = st.sampled_from(
@@ -68,6 +69,6 @@ def test_values_that_are_accepted_encode_to_clean_utf8(raw):
 @given(st.lists(st.binary(max_size=30) | JSON.map(lambda value: json.dumps(value).encode()), max_size=5))
 @settings(max_examples=80, deadline=None)
 def test_arbitrary_bytes_are_read_line_by_line(lines):
-    for line in read_jsonl(lines):
-        assert (line.item is None) != (line.error is None)
-        assert 1 <= line.line_number <= len(lines)
+    for number, row in read_jsonl(lines):
+        assert isinstance(row, ApiRow | InvalidFeedbackError)
+        assert 1 <= number <= len(lines)

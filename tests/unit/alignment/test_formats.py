@@ -2,10 +2,10 @@
 
 import json
 
-from alignment.records.pairs import PairDraft
 from alignment.store.feedback_store import FeedbackStore
 from alignment.store.formats import MAX_REPORTED_ERRORS, export_row, import_jsonl, read_jsonl
 from core.alignment_config import FeedbackConfig
+from core.errors import InvalidFeedbackError
 
 USER = {"role": "user", "content": "Hi?"}
 
@@ -33,19 +33,21 @@ LINES = [
 
 def test_each_line_has_its_own_format_and_its_own_error():
     read = list(read_jsonl(LINES))
-    assert [line.line_number for line in read] == [1, 3, 4, 5, 6, 7, 8, 9, 10, 11]
-    assert [line.format for line in read if line.item] == ["trl", "implicit_prompt", "openai", "trl", "feedback"]
-    assert [line.line_number for line in read if line.error] == [5, 6, 7, 8, 9]
+    assert [number for number, _ in read] == [1, 3, 4, 5, 6, 7, 8, 9, 10, 11]
+    refused = [number for number, row in read if isinstance(row, InvalidFeedbackError)]
+    formats = [row.format for number, row in read if number not in refused]
+    assert formats == ["trl", "implicit_prompt", "openai", "trl", "feedback"]
+    assert refused == [5, 6, 7, 8, 9]
 
 
 def test_an_import_reports_what_happened_by_line(tmp_path):
     store = FeedbackStore.open(FeedbackConfig(), tmp_path)
-    report = import_jsonl(LINES, store.add, batch_items=2)
+    report = import_jsonl(LINES, store.feedback.add, batch_items=2)
     assert (report.num_accepted, report.num_duplicates, report.num_errors) == (4, 0, 6)
     assert sorted(error.line_number for error in report.errors) == [5, 6, 7, 8, 9, 10]
     [equal] = [error for error in report.errors if error.line_number == 10]
     assert (equal.param, "same text" in equal.message) == ("rejected", True)
-    assert import_jsonl(LINES, store.add).num_duplicates == 4
+    assert import_jsonl(LINES, store.feedback.add).num_duplicates == 4
 
 
 def test_only_the_first_errors_are_kept_but_all_are_counted():
@@ -54,9 +56,9 @@ def test_only_the_first_errors_are_kept_but_all_are_counted():
 
 
 def test_export_rows_hold_the_formats_own_keys_only():
-    chat, text = PairDraft([USER], "a", "b"), PairDraft("p", "a", "b")
-    assert export_row(text, "trl") == {"prompt": "p", "chosen": "a", "rejected": "b"}
-    assert export_row(chat, "trl") == {"prompt": [USER], "chosen": [says("a")], "rejected": [says("b")]}
+    chat, text = ([USER], "a", "b"), ("p", "a", "b")
+    assert export_row(*text, "trl") == {"prompt": "p", "chosen": "a", "rejected": "b"}
+    assert export_row(*chat, "trl") == {"prompt": [USER], "chosen": [says("a")], "rejected": [says("b")]}
     openai = {"preferred_output": [says("a")], "non_preferred_output": [says("b")]}
-    assert export_row(chat, "openai") == {"input": {"messages": [USER]}, **openai}
-    assert export_row(text, "openai") == {"input": {"messages": [{"role": "user", "content": "p"}]}, **openai}
+    assert export_row(*chat, "openai") == {"input": {"messages": [USER]}, **openai}
+    assert export_row(*text, "openai") == {"input": {"messages": [{"role": "user", "content": "p"}]}, **openai}

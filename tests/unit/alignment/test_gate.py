@@ -2,7 +2,7 @@ import math
 
 import pytest
 
-from alignment.versions.gate import WindowScores, accuracy_interval, clpd, judge_candidate
+from alignment.versions.gate import MAX_CLPD_DROP, WindowScores, accuracy_interval, clpd, judge_candidate
 from core.alignment_config import GateConfig
 from core.types import PairScore
 
@@ -21,8 +21,8 @@ def window(candidate, live, name="recent"):
     )
 
 
-def judge(candidate, live, **config):
-    return judge_candidate([window(candidate, live)], GateConfig(**config))
+def judge(candidate, live, max_clpd_drop=MAX_CLPD_DROP, **config):
+    return judge_candidate([window(candidate, live)], GateConfig(**config), max_clpd_drop)
 
 
 def test_a_better_candidate_is_accepted_with_its_numbers():
@@ -72,7 +72,7 @@ def test_mcnemar_is_the_exact_binomial_tail():
 def test_a_fall_of_clpd_refuses_though_every_pair_is_still_right():
     live = [score(i, 1.0, gap=8.0 + i % 3) for i in range(40)]
     candidate = [score(i, 1.0, gap=7.7 + i % 3) for i in range(40)]
-    decision = judge_candidate([WindowScores("recent", candidate, live)], GateConfig(max_clpd_drop=1.0))
+    decision = judge_candidate([WindowScores("recent", candidate, live)], GateConfig(), max_clpd_drop=1.0)
     assert not decision.accepted
     assert "CLPD fell" in decision.reason
     assert "nats" in decision.reason

@@ -2,11 +2,11 @@ import math
 
 import pytest
 
-from alignment.versions.generation_check import pairs_to_score, repetition, report_generation
+from alignment.versions.gate import pairs_to_score, repetition, report_generation
 from core.alignment_config import GateConfig
 from core.types import PairScore
 
-GATE = GateConfig(max_length_factor=3.0, max_repetition_rise=0.3, max_kl=2.0)
+GATE = GateConfig(max_kl=2.0)
 LIVE = [list(range(20)), list(range(30))]
 
 

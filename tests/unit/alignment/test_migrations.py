@@ -109,26 +109,28 @@ def shape(engine):
     return tables
 
 
-def test_a_database_of_schema_1_keeps_everything(old_url, tmp_path):
+def test_a_database_of_schema_1_keeps_everything(old_url, tmp_path, response_of):
     store = FeedbackStore.open(config(old_url), tmp_path)
-    trained, parked, held_out, fresh = store.find_pairs([f"pair-{number}" for number in range(4)])
+    trained, parked, held_out, fresh = store.pairs.find([f"pair-{number}" for number in range(4)])
     assert (trained.times_trained, trained.last_loss, trained.scored_version) == (3, 0.25, "v0007")
     assert (trained.user, trained.weight, trained.created_at, trained.prompt) == ("ann", 2.0, 7.0, PROMPT)
     assert (trained.tags, trained.quality, trained.reference) == ({"team": "blue"}, 1.0, None)
     assert trained.pair_key == pair_key(PROMPT, "good 0", "bad")
     assert (parked.state, parked.park_reason, held_out.split) == ("parked", "too long", "heldout")
-    assert store.get("fb-0").item["tags"] == {"team": "blue"}
-    assert store.get_response("r").text == "answer"
+    assert store.feedback.get("fb-0").item["tags"] == {"team": "blue"}
+    assert response_of(store, "r").text == "answer"
     assert store.counts().feedback == {"preference": 1, "rating": 1}
-    assert store.rating_counts(0.0) == {None: (1, 0)}
+    assert store.feedback.rating_counts(0.0) == {None: (1, 0)}
     # and it works on
-    assert [pair.pair_id for pair in store.unscored_pairs(9)] == [fresh.pair_id, held_out.pair_id]
-    assert [pair.pair_id for pair in store.replay_pairs(9, 10)] == [trained.pair_id]
-    assert [pair.pair_id for pair in store.held_out_pairs(9)] == [held_out.pair_id]
-    assert [one.pair_id for one in store.matches([trained.pair_key])[trained.pair_key]] == [trained.pair_id]
-    store.record_scores([PairScore(fresh.pair_id, -1, -2, -1, -2, 0.5, 0.1)], "v0008", {fresh.pair_id: "key"})
-    [added] = store.add([{"prompt": "new", "chosen": "a", "rejected": "b"}], idempotency_key="key2")
-    assert store.find_pairs([added.pair_id])[0].seq > fresh.seq
+    assert [pair.pair_id for pair in store.sampling.unscored_pairs(9)] == [fresh.pair_id, held_out.pair_id]
+    assert [pair.pair_id for pair in store.sampling.replay_pairs(9, 10)] == [trained.pair_id]
+    assert [pair.pair_id for pair in store.sampling.held_out(9, 0)[0]] == [held_out.pair_id]
+    assert [one.pair_id for one in store.matches.find([trained.pair_key])[trained.pair_key]] == [trained.pair_id]
+    store.pairs.record_scores(
+        [PairScore(fresh.pair_id, -1, -2, -1, -2, 0.5, 0.1)], "v0008", {fresh.pair_id: "key"}
+    )
+    [added] = store.feedback.add([{"prompt": "new", "chosen": "a", "rejected": "b"}], idempotency_key="key2")
+    assert store.pairs.find([added.pair_id])[0].seq > fresh.seq
     store.close()
 
 
@@ -163,7 +165,7 @@ def test_a_failed_migration_leaves_the_old_database_as_it_was(old_url, tmp_path,
         assert connection.execute(select(meta.c.value)).scalar() == "1"
     monkeypatch.undo()
     store = FeedbackStore.open(config(old_url), tmp_path)
-    assert len(store.find_pairs(["pair-0", "pair-3"])) == 2
+    assert len(store.pairs.find(["pair-0", "pair-3"])) == 2
     store.close()
     engine.dispose()
 
@@ -175,7 +177,7 @@ def test_many_rows_are_migrated_in_chunks(old_url, schema_1, tmp_path, monkeypat
         connection.execute(schema_1["pairs"].insert(), [pair_row(number) for number in range(10, 20)])
     engine.dispose()
     store = FeedbackStore.open(config(old_url), tmp_path)
-    pairs = store.find_pairs([f"pair-{number}" for number in range(20)])
+    pairs = store.pairs.find([f"pair-{number}" for number in range(20)])
     assert [one.pair_key for one in pairs] == [pair_key(PROMPT, one.chosen, "bad") for one in pairs]
     assert len(pairs) == 14
     store.close()
@@ -184,7 +186,7 @@ def test_many_rows_are_migrated_in_chunks(old_url, schema_1, tmp_path, monkeypat
 def test_stores_that_open_at_once_migrate_once(old_url, tmp_path):
     with ThreadPoolExecutor(4) as pool:
         stores = list(pool.map(lambda _: FeedbackStore.open(config(old_url), tmp_path), range(4)))
-    assert all(store.get("fb-0") for store in stores)
+    assert all(store.feedback.get("fb-0") for store in stores)
     for store in stores:
         store.close()
 
@@ -192,6 +194,6 @@ def test_stores_that_open_at_once_migrate_once(old_url, tmp_path):
 @pytest.mark.parametrize("version", ["99", "0", "two", ""])
 def test_a_database_of_another_release_is_not_touched(open_store, version):
     store = open_store()
-    store._write(lambda c: c.execute(meta.update().values(value=version)))
+    store.database.write(lambda c: c.execute(meta.update().values(value=version)))
     with pytest.raises(ConfigError, match=f"schema {version}"):
         open_store()

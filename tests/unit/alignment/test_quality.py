@@ -5,6 +5,7 @@ from itertools import count
 
 import pytest
 
+from alignment.quality import monitor as quality_monitor
 from alignment.quality.monitor import MAX_COPIES, QualityMonitor
 from core.alignment_config import QualityConfig
 from core.types import PairScore
@@ -28,7 +29,7 @@ def item(user, **fields):
 
 
 def add(store, *items):
-    return [outcome.pair_id for outcome in store.add(list(items))]
+    return [outcome.pair_id for outcome in store.feedback.add(list(items))]
 
 
 def assess(store, monitor, ids, margin=2.0, version=LIVE):
@@ -38,8 +39,8 @@ def assess(store, monitor, ids, margin=2.0, version=LIVE):
         PairScore(pair_id, 0.0, 0.0, 0.0, 0.0, math.log1p(math.exp(-value)), value)
         for pair_id, value in zip(ids, margins, strict=True)
     ]
-    store.record_scores(scores, version)
-    return {change.pair_id: change for change in monitor.assess(store.find_pairs(ids))}
+    store.pairs.record_scores(scores, version)
+    return {change.pair_id: change for change in monitor.assess(store.pairs.find(ids))}
 
 
 def say(store, monitor, user, number, margin=2.0, version=LIVE):
@@ -57,12 +58,12 @@ def say_together(store, monitor, margins_of, version=LIVE):
 
 
 def qualities(store, ids):
-    by_id = {pair.pair_id: pair.quality for pair in store.find_pairs(ids)}
+    by_id = {pair.pair_id: pair.quality for pair in store.pairs.find(ids)}
     return [by_id[pair_id] for pair_id in ids]
 
 
 def reasons(store, pair_id):
-    return " | ".join(store.find_pairs([pair_id])[0].quality_reasons)
+    return " | ".join(store.pairs.find([pair_id])[0].quality_reasons)
 
 
 def test_ordinary_feedback_is_left_alone(store, monitor):
@@ -186,7 +187,7 @@ def test_a_contradiction_that_was_deleted_counts_no_more(store, monitor):
     pro, contra = opposite(["ann"], ["bob"])
     first, second = add(store, *pro, *contra)
     assess(store, monitor, [first, second])
-    assert store.delete(store.page().entries[-1].id)
+    assert store.feedback.delete(store.feedback.page().entries[-1].id)
     assess(store, monitor, [first], version="v0002")
     assert qualities(store, [first]) == [1.0]
 
@@ -200,8 +201,8 @@ def test_a_flood_is_held_at_its_share(store, monitor):
     assert "flooding: user 'eve' sent 66% of the newest 106 pairs, at most 30% count" in reasons(store, flood[0])
 
 
-def test_a_flood_that_fills_the_whole_window_is_still_seen(store):
-    monitor = QualityMonitor(QualityConfig(flood_window=40), store)
+def test_a_flood_that_fills_the_whole_window_is_still_seen(store, monitor, monkeypatch):
+    monkeypatch.setattr(quality_monitor, "FLOOD_WINDOW", 40)
     crowd(store, monitor, hostile=(), users=USERS[:3], rounds=4)
     flood = say(store, monitor, "eve", 60)
     assert max(qualities(store, flood)) < 0.05
@@ -373,7 +374,7 @@ def test_a_users_name_cannot_forge_a_reason(store, monitor):
     name = "x: x 1\ntrust: fine: x 1"
     said = crowd(store, monitor, hostile=(name,), users=("ann", "bob", "cem", "dua", name))
     assert set(qualities(store, said[name])) == {0.0}
-    assert len(store.find_pairs(said[name][:1])[0].quality_reasons[0].splitlines()) == 1
+    assert len(store.pairs.find(said[name][:1])[0].quality_reasons[0].splitlines()) == 1
 
 
 def test_a_store_that_fails_changes_no_standing(store, monitor, monkeypatch):

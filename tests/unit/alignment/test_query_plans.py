@@ -8,42 +8,41 @@ import pytest
 from sqlalchemy import event
 
 from alignment.store.feedback_store import FeedbackStore
+from alignment.store.pairs import QualityChange
 from core.alignment_config import FeedbackConfig
 from core.types import PairScore
 
 SIZE = 600
 CALLS = {
-    "new": lambda store, ids: store.new_pairs(8),
-    "new, worst": lambda store, ids: store.new_pairs(8, order="loss"),
-    "hard": lambda store, ids: store.hard_pairs(8, 10),
-    "hard, behind": lambda store, ids: store.hard_pairs(8, 10, since_seq=5),
-    "new, behind": lambda store, ids: store.new_pairs(8, since_seq=5),
-    "replay": lambda store, ids: store.replay_pairs(8, 10, since_seq=5),
-    "held out": lambda store, ids: store.held_out(8, 8, since_seq=5)[1],
-    "unscored": lambda store, ids: store.unscored_pairs(8),
-    "newest scored": lambda store, ids: store.newest_scored(8, "train"),
-    "stale": lambda store, ids: store.stale_pairs(8, "v0002"),
-    "backlog": lambda store, ids: [store.backlog()],
-    "find": lambda store, ids: store.find_pairs(ids[:8]),
-    "matches": lambda store, ids: store.matches([store.find_pairs(ids[:1])[0].pair_key]),
-    "bands": lambda store, ids: store.band_matches(["band"]),
-    "shares": lambda store, ids: store.user_share(8),
-    "user": lambda store, ids: store.user_scores("u1", 8),
-    "events": lambda store, ids: [*store.drift_events(8), *store.drift_events(8, "global"), 1],
-    "page": lambda store, ids: store.page(limit=8, type="preference").entries,
-    "ratings": lambda store, ids: [store.rating_counts(1e9)],
+    "new": lambda store, ids: store.sampling.new_pairs(8),
+    "new, worst": lambda store, ids: store.sampling.new_pairs(8, order="loss"),
+    "hard": lambda store, ids: store.sampling.hard_pairs(8, 10),
+    "hard, behind": lambda store, ids: store.sampling.hard_pairs(8, 10, since_seq=5),
+    "new, behind": lambda store, ids: store.sampling.new_pairs(8, since_seq=5),
+    "replay": lambda store, ids: store.sampling.replay_pairs(8, 10, since_seq=5),
+    "held out": lambda store, ids: store.sampling.held_out(8, 8, since_seq=5)[1],
+    "unscored": lambda store, ids: store.sampling.unscored_pairs(8),
+    "newest scored": lambda store, ids: store.sampling.newest_scored(8),
+    "stale": lambda store, ids: store.sampling.stale_pairs(8, "v0002"),
+    "find": lambda store, ids: store.pairs.find(ids[:8]),
+    "matches": lambda store, ids: store.matches.find([store.pairs.find(ids[:1])[0].pair_key]),
+    "bands": lambda store, ids: store.matches.band_matches(["band"]),
+    "shares": lambda store, ids: store.matches.user_share(8),
+    "user": lambda store, ids: store.matches.user_scores("u1", 8),
+    "events": lambda store, ids: [*store.loop.drift_events(8), *store.loop.drift_events(8, "global"), 1],
+    "page": lambda store, ids: store.feedback.page(limit=8, type="preference").entries,
+    "ratings": lambda store, ids: [store.feedback.rating_counts(1e9)],
 }
 WRITES = {
-    "scores": lambda store, ids: store.record_scores(
+    "scores": lambda store, ids: store.pairs.record_scores(
         [PairScore(ids[0], -1, -2, -1, -2, 0.3, 0.1)], "v1", {ids[0]: "k"}
     ),
-    "trained": lambda store, ids: store.mark_trained(ids[:8]),
-    "failed": lambda store, ids: store.mark_failed(ids[:8], "why", 1),
-    "quality": lambda store, ids: store.set_quality([(ids[0], 0.5, ("copy",))]),
-    "bands": lambda store, ids: store.put_bands([("band", 3)]),
-    "delete": lambda store, ids: store.delete("item-1"),
-    "add": lambda store, ids: store.add([{"prompt": "x", "chosen": "a", "rejected": "b"}]),
-    "state": lambda store, ids: store.save_state("x", 1),
+    "trained": lambda store, ids: store.pairs.mark_trained(ids[:8]),
+    "quality": lambda store, ids: store.pairs.set_quality([QualityChange(ids[0], 0.5, ("copy",))]),
+    "bands": lambda store, ids: store.matches.put_bands([("band", 3)]),
+    "delete": lambda store, ids: store.feedback.delete("item-1"),
+    "add": lambda store, ids: store.feedback.add([{"prompt": "x", "chosen": "a", "rejected": "b"}]),
+    "state": lambda store, ids: store.loop.save_state("x", 1),
 }
 
 
@@ -55,13 +54,13 @@ def filled(tmp_path_factory):
         {"id": f"item-{n}", "prompt": f"p{n}", "chosen": "a", "rejected": "b", "user": f"u{n % 7}"}
         for n in range(SIZE)
     ]
-    ids = [outcome.pair_id for outcome in store.add(items)]
+    ids = [outcome.pair_id for outcome in store.feedback.add(items)]
     chooser = random.Random(0)
     scores = [PairScore(pair_id, -1, -2, -1, -2, chooser.random(), 0.1) for pair_id in ids[: SIZE - 100]]
-    store.record_scores(scores, "v1")
+    store.pairs.record_scores(scores, "v1")
     for count in (400, 200, 100):
-        store.mark_trained(ids[:count])
-    store.put_bands([("band", 1), ("band", 2)])
+        store.pairs.mark_trained(ids[:count])
+    store.matches.put_bands([("band", 1), ("band", 2)])
     yield store, ids, directory / "feedback.db"
     store.close()
 
@@ -73,11 +72,11 @@ def plans(store, path, call):
     def remember(connection, cursor, statement, parameters, context, executemany):
         seen.append((statement, parameters[0] if executemany else parameters))
 
-    event.listen(store._engine, "before_cursor_execute", remember)
+    event.listen(store.database.engine, "before_cursor_execute", remember)
     try:
         result = call()
     finally:
-        event.remove(store._engine, "before_cursor_execute", remember)
+        event.remove(store.database.engine, "before_cursor_execute", remember)
     with sqlite3.connect(path) as connection:
         found = []
         for statement, parameters in seen:

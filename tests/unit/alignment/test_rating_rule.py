@@ -25,11 +25,11 @@ USER = [{"role": "user", "content": "Hi?"}]
 
 
 def answer(store, response_id, text, prompt=USER, choice_index=0, adapter="v0001"):
-    store.put_responses([StoredResponse(response_id, choice_index, prompt, text, adapter, "m")])
+    store.responses.put([StoredResponse(response_id, choice_index, prompt, text, adapter, "m")])
 
 
 def rate(store, response_id, value, user=None, **extra):
-    [outcome] = store.add([{"response_id": response_id, "value": value, "user": user, **extra}])
+    [outcome] = store.feedback.add([{"response_id": response_id, "value": value, "user": user, **extra}])
     assert outcome.status == "accepted", outcome
     return outcome
 
@@ -40,10 +40,10 @@ def test_an_up_and_a_down_on_the_same_prompt_make_one_pair(store):
     up = rate(store, "a", "up")
     assert up.pair_id is None
     down = rate(store, "b", "down")
-    [pair] = store.find_pairs([down.pair_id])
+    [pair] = store.pairs.find([down.pair_id])
     assert (pair.chosen, pair.rejected, pair.origin) == ("good", "bad", "rating")
     assert (pair.chosen_version, pair.rejected_version) == ("v0002", "v0001")
-    assert store.get(up.id).pair_id == down.pair_id
+    assert store.feedback.get(up.id).pair_id == down.pair_id
     answer(store, "c", "also bad")
     assert rate(store, "c", "down").pair_id is None  # the up is used
 
@@ -51,7 +51,7 @@ def test_an_up_and_a_down_on_the_same_prompt_make_one_pair(store):
 def test_ratings_of_one_batch_pair_up_too(store):
     answer(store, "a", "good")
     answer(store, "b", "bad")
-    up, down = store.add([{"response_id": "a", "value": 1}, {"response_id": "b", "value": -1}])
+    up, down = store.feedback.add([{"response_id": "a", "value": 1}, {"response_id": "b", "value": -1}])
     assert up.pair_id is None
     assert down.pair_id is not None
 
@@ -61,7 +61,7 @@ def test_the_newest_open_counterpart_is_taken(store):
         answer(store, name, f"text {name}")
     rate(store, "a", False)
     rate(store, "b", False)
-    [pair] = store.find_pairs([rate(store, "c", True).pair_id])
+    [pair] = store.pairs.find([rate(store, "c", True).pair_id])
     assert pair.rejected == "text b"
 
 
@@ -100,10 +100,10 @@ def test_deleting_a_rating_removes_its_pair_and_reopens_the_partner(store):
         answer(store, name, f"text {name}")
     up = rate(store, "a", "up")
     down = rate(store, "b", "down")
-    assert store.delete(down.id)
-    assert not store.delete(down.id)
-    assert store.find_pairs([down.pair_id]) == []
-    assert store.get(up.id).pair_id is None
+    assert store.feedback.delete(down.id)
+    assert not store.feedback.delete(down.id)
+    assert store.pairs.find([down.pair_id]) == []
+    assert store.feedback.get(up.id).pair_id is None
     assert rate(store, "c", "down").pair_id is not None
 
 
@@ -138,14 +138,14 @@ def test_thumbs_pair_up_as_the_rule_says(ratings, as_one_batch):
         config = FeedbackConfig(rating_window_s=WINDOW_S)
         store = FeedbackStore.open(config, Path(state_dir), lambda: clock["now"])
         names = itertools.product(PROMPTS, ANSWERS)
-        store.put_responses([StoredResponse(f"{prompt}-{text}", 0, prompt, text) for prompt, text in names])
+        store.responses.put([StoredResponse(f"{prompt}-{text}", 0, prompt, text) for prompt, text in names])
         items = [{"response_id": f"{p}-{a}", "user": u, "value": v} for p, a, u, v, _ in ratings]
         if as_one_batch:
-            store.add(items)
+            store.feedback.add(items)
         else:
             next(now)
             for item, clock["now"] in zip(items, now, strict=True):
-                store.add([item])
-        rows = [(row["prompt"], row["chosen"], row["rejected"]) for row in store.export("trl")]
+                store.feedback.add([item])
+        rows = [(pair.prompt, pair.chosen, pair.rejected) for pair in store.pairs.after(0, 10_000)]
         store.close()
     assert rows == expected_pairs(ratings)

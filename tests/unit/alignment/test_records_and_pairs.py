@@ -179,7 +179,7 @@ def test_a_rating_needs_no_type_and_knows_every_spelling(value, expected):
     item = parse_item({"response_id": "r#2", "value": value})
     assert isinstance(item, Rating)
     assert item.value == expected
-    assert item.ref == ("r", 2)
+    assert item.refs == [("r", 2)]
 
 
 def test_types_may_be_left_out_where_keys_are_clear():
@@ -187,7 +187,7 @@ def test_types_may_be_left_out_where_keys_are_clear():
     assert isinstance(parse_item({"chosen_id": "a", "rejected_id": "b"}), PreferenceByIds)
     comment = parse_item({"type": "comment", "value": "nice", "user": "u", "tags": {"page": "1"}, "source": "web"})
     assert isinstance(comment, Comment)
-    assert comment.ref is None
+    assert comment.refs == []
 
 
 def test_created_at_may_be_seconds_or_iso_text():

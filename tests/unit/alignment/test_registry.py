@@ -1,6 +1,5 @@
 """Adapter versions on disk: atomic, never renumbered, damage named."""
 
-import os
 import struct
 import subprocess
 import sys
@@ -8,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from alignment.versions import adapter_files, registry
+from alignment.versions import registry
 from alignment.versions.registry import AdapterRegistry
 from core.errors import AdapterError, DamagedAdapterError, UnknownVersionError
 from tests.support.adapter_versions import MANIFEST, ROOT, commit, names, truncate, write_adapter
@@ -35,14 +34,14 @@ def test_the_live_pointer_moves_to_published_versions_and_back_to_the_base(adapt
     assert adapters.live() is None
     commit(adapters)
     commit(adapters, status="rejected", reason="accuracy fell")
-    adapters.activate("v0001")
+    adapters.serving.activate("v0001")
     assert adapters.live().name == "v0001"
     with pytest.raises(AdapterError, match="rejected"):
-        adapters.activate("v0002")
+        adapters.serving.activate("v0002")
     with pytest.raises(UnknownVersionError):
-        adapters.activate("v0009")
+        adapters.serving.activate("v0009")
     assert AdapterRegistry.open(adapters.root).live().name == "v0001"
-    adapters.activate(None)
+    adapters.serving.activate(None)
     assert adapters.live() is None
     assert adapters.get("v0002").manifest.reason == "accuracy fell"
 
@@ -90,7 +89,7 @@ DAMAGE = {
 def test_a_damaged_version_is_named_and_skipped_and_the_live_one_recovers(adapters, damage):
     for _ in range(3):
         commit(adapters)
-    adapters.activate("v0002")
+    adapters.serving.activate("v0002")
     damage(adapters.root / "v0002")
     with pytest.raises(DamagedAdapterError, match="v0002"):
         adapters.get("v0002")
@@ -105,7 +104,7 @@ def test_a_damaged_version_is_named_and_skipped_and_the_live_one_recovers(adapte
 
 def test_recovery_ends_at_the_base_model(adapters):
     commit(adapters)
-    adapters.activate("v0001")
+    adapters.serving.activate("v0001")
     (adapters.root / "live").write_text("nonsense\n")
     assert adapters.recover_live().name == "v0001"
     DAMAGE["no weights"](adapters.root / "v0001")
@@ -123,7 +122,7 @@ def test_an_incomplete_adapter_is_not_committed(adapters):
     assert list(adapters.root.iterdir()) == []
 
 
-STEPS = ["write_durably", "sync_tree", "sync_directory"]
+STEPS = ["write_atomically", "sync_tree", "sync"]
 
 
 @pytest.mark.parametrize("step", STEPS)
@@ -203,12 +202,3 @@ def test_a_directory_that_cannot_be_used_is_a_named_error(tmp_path):
     with pytest.raises(AdapterError):
         AdapterRegistry(tmp_path / "nowhere").begin()
     assert AdapterRegistry(tmp_path / "nowhere").list() == ()
-
-
-def test_a_replaced_file_is_old_or_new_never_partial(tmp_path, monkeypatch):
-    target = tmp_path / "live"
-    adapter_files.write_durably(target, "old")
-    monkeypatch.setattr(os, "fsync", lambda _: (_ for _ in ()).throw(OSError("disk gone")))
-    with pytest.raises(OSError, match="disk gone"):
-        adapter_files.write_durably(target, "new")
-    assert target.read_text() == "old"

@@ -7,15 +7,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from alignment.versions import retention
-from alignment.versions.registry import AdapterRegistry
-from alignment.versions.retention import KeptVersion, prune, versions_to_retire
+from alignment.versions import registry
+from alignment.versions.registry import AdapterRegistry, rested, versions_to_retire
 from core.errors import UnknownVersionError
 from tests.support.adapter_versions import ROOT, commit, names
 
 
 def kept(*failed):
-    return [KeptVersion(f"v{number + 1:04d}", bool(fails)) for number, fails in enumerate(failed)]
+    """By name, oldest first: whether the version failed."""
+    return {f"v{number + 1:04d}": bool(fails) for number, fails in enumerate(failed)}
 
 
 def test_failed_versions_go_first_then_the_oldest_and_the_newest_never():
@@ -25,7 +25,7 @@ def test_failed_versions_go_first_then_the_oldest_and_the_newest_never():
     assert versions_to_retire(versions, 2) == ["v0002", "v0004", "v0001", "v0003"]
     assert "v0006" not in versions_to_retire(versions, 0)
     assert versions_to_retire(versions, 4, retired=["v0002"]) == ["v0004"]
-    assert versions_to_retire([], 2) == []
+    assert versions_to_retire({}, 2) == []
 
 
 @given(
@@ -37,19 +37,18 @@ def test_failed_versions_go_first_then_the_oldest_and_the_newest_never():
 def test_retention_keeps_its_promises(failed, keep, protected, retired):
     versions = kept(*failed)
     protected = {f"v{number:04d}" for number in protected}
-    retired = {f"v{number:04d}" for number in retired} & {one.name for one in versions}
+    retired = {f"v{number:04d}" for number in retired} & versions.keys()
     going = versions_to_retire(versions, keep, retired=retired, protected=protected)
-    staying = [one for one in versions if one.name not in retired]
+    staying = [name for name in versions if name not in retired]
     assert not set(going) & (protected | retired)
     assert len(going) == len(set(going)) <= max(0, len(staying) - keep)
     if len(going) < len(staying) - keep:  # it kept too many only because the rest may not go
-        assert all(one.name in protected | set(going) or one is staying[-1] for one in staying)
+        assert all(name in protected | set(going) or name == staying[-1] for name in staying)
 
 
 @pytest.fixture
 def adapters(tmp_path, monkeypatch):
-    monkeypatch.setattr(retention, "REST_S", 0.0)
-    monkeypatch.setattr(retention.rested, "__defaults__", (0.0,))
+    monkeypatch.setattr(registry, "REST_S", 0.0)
     return AdapterRegistry.open(tmp_path / "adapters", base_model="tiny")
 
 
@@ -57,10 +56,10 @@ def test_what_serves_or_is_in_use_stays_and_numbers_are_not_used_again(adapters)
     for number in range(1, 9):
         commit(adapters, parent=f"v{number - 1:04d}" if number > 1 else None)
     adapters.serving.activate("v0003", pin=True)
-    prune(adapters, 2, {"v0001"})
+    adapters.retire_old(2, {"v0001"})
     assert names(adapters) == ["v0001", "v0002", "v0003", "v0008"]  # in use, parent of live, live, newest
     adapters.serving.activate("v0008")
-    prune(adapters, 2, set())
+    adapters.retire_old(2, set())
     assert names(adapters) == ["v0003", "v0008"]
     assert commit(adapters).name == "v0009"
     deleted = [entry.version for entry in adapters.serving.activations() if entry.event == "deleted"]
@@ -77,10 +76,10 @@ def test_a_retired_version_stays_until_nobody_has_used_it_for_a_while(tmp_path):
     for _ in range(3):
         commit(adapters)
     adapters.serving.retire(["v0001", "v0002"])
-    assert retention.rested(adapters.serving.read().retired, 1029.0) == []
+    assert rested(adapters.serving.read().retired, 1029.0) == []
     now[0] = 1020.0
     adapters.serving.retire([], in_use=["v0001"])  # another executor still needs it
-    assert retention.rested(adapters.serving.read().retired, 1031.0) == ["v0002"]
+    assert rested(adapters.serving.read().retired, 1031.0) == ["v0002"]
     assert AdapterRegistry.open(tmp_path, "tiny").serving.read().retired == {"v0001": 1020.0, "v0002": 1000.0}
 
 
@@ -101,7 +100,7 @@ def test_damaged_versions_are_left_alone(adapters):
     for _ in range(4):
         commit(adapters)
     (adapters.root / "v0001" / "manifest.json").write_text('{"base_model": "big", "version": "v0001"}')
-    prune(adapters, 2, set())
+    adapters.retire_old(2, set())
     assert sorted(adapters.names()) == ["v0001", "v0003", "v0004"]
 
 
@@ -134,6 +133,6 @@ def test_a_deletion_that_is_killed_leaves_the_version_whole_or_gone(adapters, wh
     assert names(again) == (["v0001", "v0002"] if when == "before" else ["v0002"])
     assert again.damaged == {}
     assert not list(again.root.glob(".tmp-*"))
-    prune(again, 2, set())  # ends what was begun, if anything was left
+    again.retire_old(2, set())  # ends what was begun, if anything was left
     assert names(again) == ["v0002"]
     assert again.serving.read().retired == {}

@@ -7,15 +7,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from alignment.drift.retrain_rate import TrainingCredit, gamma_factor, interpolate, retrain_rate
-from core.alignment_config import DriftConfig
-
-CONFIG = DriftConfig(quiet_rate=0.25, alarm_rate=4.0, quiet_gamma=0.0, alarm_gamma=2.0)
+from alignment.drift.tracker import TrainingCredit, interpolate
 
 
 def test_the_rate_is_geometric_between_quiet_and_alarm_and_linear_from_zero():
-    assert [retrain_rate(CONFIG, level) for level in (0, 0.5, 1)] == pytest.approx([0.25, 1.0, 4.0])
-    assert [gamma_factor(CONFIG, level) for level in (0, 0.5, 1)] == pytest.approx([0.0, 1.0, 2.0])
+    assert [interpolate(0.25, 4.0, level) for level in (0, 0.5, 1)] == pytest.approx([0.25, 1.0, 4.0])
+    assert [interpolate(0.0, 2.0, level) for level in (0, 0.5, 1)] == pytest.approx([0.0, 1.0, 2.0])
 
 
 @given(st.floats(0, 1e6), st.floats(0, 1e6), st.floats())
@@ -28,7 +25,7 @@ def test_the_rate_stays_between_its_bounds(quiet, alarm, level):
 @given(st.floats(0, 1), st.floats(0, 1))
 def test_more_alarm_never_means_a_lower_rate(one, other):
     low, high = sorted((one, other))
-    assert retrain_rate(CONFIG, low) <= retrain_rate(CONFIG, high) * (1 + 1e-12)
+    assert interpolate(0.25, 4.0, low) <= interpolate(0.25, 4.0, high) * (1 + 1e-12)
 
 
 def test_fractions_add_up_to_whole_slots():

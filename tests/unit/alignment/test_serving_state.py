@@ -8,9 +8,9 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from alignment.versions.activation_log import Activation, ActivationLog
 from alignment.versions.lineage import is_rollback, lineage_row, lineage_rows
 from alignment.versions.registry import AdapterRegistry
+from alignment.versions.serving_state import Activation, ActivationLog
 from core.errors import AdapterError, DamagedAdapterError, UnknownVersionError
 from tests.support.adapter_versions import ROOT, commit, truncate
 
@@ -147,14 +147,14 @@ from alignment.versions.registry import AdapterRegistry
 
 adapters = AdapterRegistry.open(Path(sys.argv[1]), "tiny")
 adapters.serving.activate("v0001", pin=True)
-allowed, real = int(sys.argv[2]), serving_state.write_durably
+allowed, real = int(sys.argv[2]), serving_state.write_atomically
 def write(*args):
     global allowed
     if not allowed:
         os._exit(9)
     allowed -= 1
     real(*args)
-serving_state.write_durably = write
+serving_state.write_atomically = write
 adapters.serving.activate("v0002", pin=True)
 """
 

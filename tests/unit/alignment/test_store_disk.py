@@ -57,7 +57,7 @@ def add_until_refused(store):
     acknowledged = []
     for number in range(5000):
         try:
-            [outcome] = store.add([row(number, id=f"i{number}", chosen="x" * 2000)])
+            [outcome] = store.feedback.add([row(number, id=f"i{number}", chosen="x" * 2000)])
         except StoreUnavailableError:
             return acknowledged
         acknowledged.append(outcome.id)
@@ -82,7 +82,7 @@ except StoreUnavailableError as error:
     print(type(error).__name__, flush=True)
 sys.stdin.readline()
 store = FeedbackStore.open(FeedbackConfig(), state_dir)
-print(store.add([{"type": "comment", "value": "x"}])[0].status)
+print(store.feedback.add([{"type": "comment", "value": "x"}])[0].status)
 """
 
 
@@ -90,32 +90,34 @@ def test_every_commit_is_flushed_to_the_disk(local_store):
     """SIGKILL cannot show this: the kernel still has the pages. A power cut would."""
     pragmas = {}
     for name in ("journal_mode", "synchronous", "busy_timeout"):
-        pragmas[name] = local_store._read(lambda c, name=name: c.exec_driver_sql(f"PRAGMA {name}").scalar())
+        pragmas[name] = local_store.database.read(
+            lambda c, name=name: c.exec_driver_sql(f"PRAGMA {name}").scalar()
+        )
     assert pragmas == {"journal_mode": "wal", "synchronous": 2, "busy_timeout": 200}
 
 
 def test_a_full_database_is_unavailable_and_works_again_after(local_store):
     limit = {"pages": 0}
 
-    @event.listens_for(local_store._engine, "connect")
+    @event.listens_for(local_store.database.engine, "connect")
     def limit_pages(connection, _record):
         connection.execute(f"PRAGMA max_page_count = {limit['pages'] or 2**30}")
 
-    local_store.add([row(0, id="before")])
+    local_store.feedback.add([row(0, id="before")])
     limit["pages"] = 60
     local_store.close()
     with pytest.raises(StoreUnavailableError, match="full"):
-        local_store.add([row(number, id=f"n{number}", chosen="x" * 1000) for number in range(500)])
+        local_store.feedback.add([row(number, id=f"n{number}", chosen="x" * 1000) for number in range(500)])
     kept = local_store.counts().pairs["train"]
     with pytest.raises(StoreUnavailableError, match="full"):
-        local_store.put_responses([StoredResponse(f"r{n}", 0, "p", "x" * 9000) for n in range(20)])
-    assert local_store.get("before") is not None
+        local_store.responses.put([StoredResponse(f"r{n}", 0, "p", "x" * 9000) for n in range(20)])
+    assert local_store.feedback.get("before") is not None
     limit["pages"] = 0
     with pytest.raises(StoreUnavailableError):
-        local_store.add(
+        local_store.feedback.add(
             [row(1, chosen="x" * 30_000) for _ in range(9)]
         )  # the limited connection, for the last time
-    assert local_store.add([row(2, id="after")])[0].status == "accepted"
+    assert local_store.feedback.add([row(2, id="after")])[0].status == "accepted"
     assert local_store.counts().pairs["train"] == kept + 1
 
 
@@ -124,37 +126,37 @@ def test_a_locked_database_is_unavailable_and_works_again_after(local_store, tmp
     blocker = sqlite3.connect(tmp_path / "feedback.db", isolation_level=None)
     blocker.execute("BEGIN IMMEDIATE")
     with pytest.raises(StoreUnavailableError, match="locked"):
-        local_store.add([row(1, id="x")])
-    assert local_store.get("x") is None  # readers are not blocked
+        local_store.feedback.add([row(1, id="x")])
+    assert local_store.feedback.get("x") is None  # readers are not blocked
     blocker.execute("ROLLBACK")
-    assert local_store.add([row(1, id="x")])[0].status == "accepted"
+    assert local_store.feedback.add([row(1, id="x")])[0].status == "accepted"
 
 
 def test_a_corrupt_database_is_unavailable_and_works_again_when_restored(local_store, tmp_path):
-    local_store.add([row(1, id="x")])
+    local_store.feedback.add([row(1, id="x")])
     local_store.close()
     database = tmp_path / "feedback.db"
     good = database.read_bytes()
     database.write_bytes(b"garbage" * 1000)
     for call in (
-        lambda: local_store.add([row(2)]),
-        lambda: local_store.get("x"),
+        lambda: local_store.feedback.add([row(2)]),
+        lambda: local_store.feedback.get("x"),
         local_store.counts,
-        local_store.backlog,
+        local_store.pairs.counts,
     ):
         with pytest.raises(StoreUnavailableError, match="not a database"):
             call()
     local_store.close()
     database.write_bytes(good)
-    assert local_store.get("x") is not None
-    assert local_store.add([row(2)])[0].status == "accepted"
+    assert local_store.feedback.get("x") is not None
+    assert local_store.feedback.add([row(2)])[0].status == "accepted"
 
 
 def test_a_read_only_database_is_unavailable_for_writing(local_store, tmp_path):
-    local_store.add([row(1, id="x")])
+    local_store.feedback.add([row(1, id="x")])
     read_only = FeedbackConfig(database_url=f"sqlite:///file:{tmp_path}/feedback.db?mode=ro&uri=true")
     with pytest.raises(StoreUnavailableError):
-        FeedbackStore.open(read_only, tmp_path).add([row(2)])
+        FeedbackStore.open(read_only, tmp_path).feedback.add([row(2)])
 
 
 def test_a_read_only_directory_is_unavailable_until_it_is_writable(open_to_all):
@@ -179,7 +181,7 @@ def test_error_messages_hold_no_users_text(local_store, tmp_path):
     local_store.close()
     (tmp_path / "feedback.db").write_bytes(b"garbage" * 1000)
     with pytest.raises(StoreUnavailableError) as caught:
-        local_store.add([row(1, chosen="my secret")])
+        local_store.feedback.add([row(1, chosen="my secret")])
     assert "secret" not in str(caught.value)
     assert "SELECT" not in str(caught.value)
 
@@ -193,14 +195,14 @@ def test_on_a_full_disk_reads_go_on_and_writes_do_too_once_there_is_room(small_d
     assert len(acknowledged) > 20
     for _ in range(3):
         with pytest.raises(StoreUnavailableError):
-            store.add([row(9999, chosen="x" * 30_000)])
-    assert all(store.get(one) for one in acknowledged)
+            store.feedback.add([row(9999, chosen="x" * 30_000)])
+    assert all(store.feedback.get(one) for one in acknowledged)
     assert store.counts().pairs["train"] == len(acknowledged)
     ballast.unlink()
-    assert store.add([row(9999, id="after")])[0].status == "accepted"
+    assert store.feedback.add([row(9999, id="after")])[0].status == "accepted"
     store.close()
     store = FeedbackStore.open(CONFIG, place)
-    assert all(store.get(one) for one in [*acknowledged, "after"])
+    assert all(store.feedback.get(one) for one in [*acknowledged, "after"])
     assert store.counts().pairs["train"] == len(acknowledged) + 1
     store.close()
 
@@ -208,7 +210,7 @@ def test_on_a_full_disk_reads_go_on_and_writes_do_too_once_there_is_room(small_d
 def test_a_disk_that_turns_read_only_can_still_be_read_and_is_written_again_after(small_disk):
     place, remount = small_disk
     store = FeedbackStore.open(CONFIG, place)
-    store.add([row(1, id="before")])
+    store.feedback.add([row(1, id="before")])
     in_use = {path: path.read_bytes() for path in place.iterdir()}  # an error turns disks read-only in mid-use
     store.close()
     for path, content in in_use.items():
@@ -216,22 +218,24 @@ def test_a_disk_that_turns_read_only_can_still_be_read_and_is_written_again_afte
     assert remount("ro")
     for _ in range(2):
         with pytest.raises(StoreUnavailableError):
-            store.add([row(2, id="during")])
-        assert store.get("before") is not None
-        assert [pair.prompt for pair in store.unscored_pairs(9)] == ["p1"]
+            store.feedback.add([row(2, id="during")])
+        assert store.feedback.get("before") is not None
+        assert [pair.prompt for pair in store.sampling.unscored_pairs(9)] == ["p1"]
     reader = FeedbackStore.open(CONFIG, place)  # a restart finds it so
     assert reader.get("before") is not None
     reader.close()
     store.close()
     assert remount("rw")
-    assert store.get("during") is None
-    assert store.add([row(2, id="during")])[0].status == "accepted"
-    assert store.get("before") is not None
+    assert store.feedback.get("during") is None
+    assert store.feedback.add([row(2, id="during")])[0].status == "accepted"
+    assert store.feedback.get("before") is not None
     store.close()
 
 
 def test_garbage_in_a_page_is_unavailable_and_the_rest_can_still_be_read(local_store, tmp_path):
-    acknowledged = [one.id for one in local_store.add([row(n, id=f"i{n}", chosen="x" * 500) for n in range(300)])]
+    acknowledged = [
+        one.id for one in local_store.feedback.add([row(n, id=f"i{n}", chosen="x" * 500) for n in range(300)])
+    ]
     local_store.close()
     path = tmp_path / "feedback.db"
     content = bytearray(path.read_bytes())
@@ -244,7 +248,7 @@ def test_garbage_in_a_page_is_unavailable_and_the_rest_can_still_be_read(local_s
     found = []
     for one in acknowledged:
         try:
-            found.append(local_store.get(one))
+            found.append(local_store.feedback.get(one))
         except StoreUnavailableError as error:
             assert "malformed" in str(error)  # noqa: PT017
     assert 0 < len(found) < 300
@@ -256,7 +260,7 @@ def test_a_damaged_write_ahead_log_is_cut_off_where_the_damage_begins(tmp_path):
     live, copy = tmp_path / "live", tmp_path / "copy"
     store = FeedbackStore.open(CONFIG, live)
     for number in range(12):
-        store.add([row(number, id=f"i{number}")])
+        store.feedback.add([row(number, id=f"i{number}")])
     copy.mkdir()
     (copy / "feedback.db").write_bytes((live / "feedback.db").read_bytes())
     log = bytearray((live / "feedback.db-wal").read_bytes())
@@ -264,9 +268,9 @@ def test_a_damaged_write_ahead_log_is_cut_off_where_the_damage_begins(tmp_path):
     log[len(log) // 2 : len(log) // 2 + 100] = os.urandom(100)
     (copy / "feedback.db-wal").write_bytes(log)
     store = FeedbackStore.open(CONFIG, copy)
-    kept = [store.get(f"i{number}") is not None for number in range(12)]
+    kept = [store.feedback.get(f"i{number}") is not None for number in range(12)]
     assert kept == sorted(kept, reverse=True)
     assert 0 < sum(kept) < 12
-    assert store.add([row(99)])[0].status == "accepted"
-    assert store._read(lambda c: c.exec_driver_sql("PRAGMA integrity_check").scalar()) == "ok"
+    assert store.feedback.add([row(99)])[0].status == "accepted"
+    assert store.database.read(lambda c: c.exec_driver_sql("PRAGMA integrity_check").scalar()) == "ok"
     store.close()

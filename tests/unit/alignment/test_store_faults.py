@@ -9,8 +9,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from alignment.records.pairs import StoredResponse
+from alignment.store.database import GroupCommit
 from alignment.store.feedback_store import FeedbackStore
-from alignment.store.group_commit import GroupCommit
 from core.alignment_config import FeedbackConfig
 
 CONFIG = FeedbackConfig(holdout_fraction=0.0)
@@ -33,7 +33,7 @@ number = 0
 while True:
     item = {"prompt": f"p{number}", "chosen": "a", "rejected": "b", "id": f"{sys.argv[2]}-{number}"}
     try:
-        [outcome] = store.add([item])
+        [outcome] = store.feedback.add([item])
     except StoreUnavailableError:  # the other writer never pauses; a client would repeat, too
         continue
     print(outcome.id, flush=True)
@@ -55,7 +55,7 @@ def test_nothing_acknowledged_is_lost_when_the_process_is_killed(tmp_path):
         child.wait()
         store = FeedbackStore.open(CONFIG, tmp_path)
         assert acknowledged[-1]
-        assert all(store.get(one) for one in acknowledged)
+        assert all(store.feedback.get(one) for one in acknowledged)
         assert store.counts().pairs["train"] + store.counts().pairs["heldout"] >= len(acknowledged)
         store.close()
 
@@ -68,7 +68,7 @@ def test_two_processes_may_write_at_once(tmp_path):
         acknowledged += child.stdout.read().split()
         child.wait()
     store = FeedbackStore.open(CONFIG, tmp_path)
-    assert all(store.get(one) for one in acknowledged)
+    assert all(store.feedback.get(one) for one in acknowledged)
 
 
 def test_threads_that_race_with_the_same_ids_make_one_record_each(store):
@@ -76,7 +76,7 @@ def test_threads_that_race_with_the_same_ids_make_one_record_each(store):
 
     def post(_):
         barrier.wait()
-        return [store.add([row(number, id=f"same-{number}")])[0] for number in range(15)]
+        return [store.feedback.add([row(number, id=f"same-{number}")])[0] for number in range(15)]
 
     with ThreadPoolExecutor(8) as pool:
         results = list(pool.map(post, range(8)))
@@ -92,7 +92,7 @@ def test_two_stores_that_race_with_the_same_key_make_one_record(open_store):
 
     def post(store):
         barrier.wait()
-        return [store.add([row(1)], idempotency_key=f"k{number}")[0] for number in range(15)]
+        return [store.feedback.add([row(1)], idempotency_key=f"k{number}")[0] for number in range(15)]
 
     with ThreadPoolExecutor(2) as pool:
         left, right = pool.map(post, stores)
@@ -105,10 +105,10 @@ def test_two_stores_that_race_with_the_same_key_make_one_record(open_store):
 
 def test_racing_opposite_thumbs_use_every_rating_once(store):
     prompt = [{"role": "user", "content": "Hi?"}]
-    store.put_responses([StoredResponse(f"r{n}", 0, prompt, f"text {n}") for n in range(24)])
+    store.responses.put([StoredResponse(f"r{n}", 0, prompt, f"text {n}") for n in range(24)])
 
     def rate(number):
-        return store.add([{"response_id": f"r{number}", "value": number % 2 == 0}])[0]
+        return store.feedback.add([{"response_id": f"r{number}", "value": number % 2 == 0}])[0]
 
     with ThreadPoolExecutor(6) as pool:
         outcomes = list(pool.map(rate, range(24)))

@@ -26,7 +26,7 @@ def bad(findings):
 def local(tmp_path):
     """The state directory of a store with a few records."""
     store = FeedbackStore.open(FeedbackConfig(), tmp_path)
-    store.add([{"prompt": f"p{n}", "chosen": "x" * 900, "rejected": "b"} for n in range(50)])
+    store.feedback.add([{"prompt": f"p{n}", "chosen": "x" * 900, "rejected": "b"} for n in range(50)])
     store.close()
     return tmp_path
 
@@ -113,11 +113,11 @@ def test_a_database_server_is_examined(postgres):
         connection.execute(text("CREATE SCHEMA health"))
     assert "no tables yet" in [one.found for one in examine_store(Path("unused"), url)]
     store = FeedbackStore.open(FeedbackConfig(database_url=url), Path("unused"))
-    store.add([{"prompt": "p", "chosen": "a", "rejected": "b"}])
+    store.feedback.add([{"prompt": "p", "chosen": "a", "rejected": "b"}])
     findings = examine_store(Path("unused"), url)
     assert not bad(findings)
     assert "1 records" in findings[-1].found
-    store._write(lambda c: c.execute(meta.update().values(value="99")))
+    store.database.write(lambda c: c.execute(meta.update().values(value="99")))
     store.close()
     assert "store schema" in bad(examine_store(Path("unused"), url))
     read_only = url.replace("search_path%3Dhealth", "search_path%3Dhealth%20-cdefault_transaction_read_only%3Don")

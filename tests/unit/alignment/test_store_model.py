@@ -4,6 +4,7 @@ import random
 
 import pytest
 
+from alignment.store.pairs import QualityChange
 from core.alignment_config import FeedbackConfig
 from core.types import PairScore
 
@@ -14,21 +15,21 @@ NUM_PAIRS = 90
 def history(store, chooser):
     """Pairs with a random past; returns their ids."""
     items = [{"prompt": f"p{n % 60}", "chosen": f"a{n}", "rejected": "b"} for n in range(NUM_PAIRS)]
-    ids = [outcome.pair_id for outcome in store.add(items)]
+    ids = [outcome.pair_id for outcome in store.feedback.add(items)]
     for _ in range(40):
         some = chooser.sample(ids, 6)
-        action = chooser.randrange(6)
+        action = chooser.randrange(5)
         if action <= 1:
             scores = [PairScore(pair_id, -1, -2, -1, -2, chooser.uniform(0, 3), 0.0) for pair_id in some]
-            store.record_scores(scores, chooser.choice(["v1", "v2", None]))
+            store.pairs.record_scores(scores, chooser.choice(["v1", "v2", None]))
         elif action == 2:
-            store.mark_trained(some)
+            store.pairs.mark_trained(some)
         elif action == 3:
-            store.set_quality([(pair_id, chooser.choice([0.0, 0.5, 1.0]), ("why",)) for pair_id in some])
-        elif action == 4:
-            store.park(some[0], "why")
+            store.pairs.set_quality(
+                [QualityChange(pair_id, chooser.choice([0.0, 0.5, 1.0]), ("why",)) for pair_id in some]
+            )
         else:
-            store.unpark(some[0])
+            store.pairs.park(some[0], "why")
     return ids
 
 
@@ -37,7 +38,7 @@ def test_every_answer_is_that_of_a_look_at_every_pair(open_store, seed):
     chooser = random.Random(seed)
     store = open_store(FeedbackConfig(holdout_fraction=0.3))
     ids = history(store, chooser)
-    everything = store.find_pairs(ids)
+    everything = store.pairs.find(ids)
     exclude = set(chooser.sample(ids, 9))
     pending = [pair for pair in everything if pair.state == "pending"][::-1]
     is_scored = {pair.pair_id for pair in pending if pair.last_loss is not None}
@@ -49,28 +50,23 @@ def test_every_answer_is_that_of_a_look_at_every_pair(open_store, seed):
     assert new
     assert old
 
-    assert store.new_pairs(7, exclude) == new[:7]
-    assert store.new_pairs(7, exclude, "loss") == sorted(new, key=lambda pair: -pair.last_loss)[:7]
-    assert store.hard_pairs(99, MAX_EPOCHS, exclude, 1.0) == hard
-    assert store.hard_pairs(2, MAX_EPOCHS, exclude, 1.0) == hard[:2]
+    assert store.sampling.new_pairs(7, exclude) == new[:7]
+    assert store.sampling.new_pairs(7, exclude, "loss") == sorted(new, key=lambda pair: -pair.last_loss)[:7]
+    assert store.sampling.hard_pairs(99, MAX_EPOCHS, exclude, 1.0) == hard
+    assert store.sampling.hard_pairs(2, MAX_EPOCHS, exclude, 1.0) == hard[:2]
     middle = everything[len(everything) // 2].seq
-    assert store.hard_pairs(99, MAX_EPOCHS, exclude, 1.0, middle) == [pair for pair in hard if pair.seq > middle]
-    assert sorted(store.replay_pairs(99, MAX_EPOCHS, exclude), key=lambda pair: -pair.seq) == old
-    few = store.replay_pairs(3, MAX_EPOCHS, exclude, seed=seed)
+    assert store.sampling.hard_pairs(99, MAX_EPOCHS, exclude, 1.0, middle) == [
+        pair for pair in hard if pair.seq > middle
+    ]
+    assert sorted(store.sampling.replay_pairs(99, MAX_EPOCHS, exclude), key=lambda pair: -pair.seq) == old
+    few = store.sampling.replay_pairs(3, MAX_EPOCHS, exclude, seed=seed)
     assert len({pair.pair_id for pair in few}) == min(3, len(old))
     assert {pair.pair_id for pair in few} <= {pair.pair_id for pair in old}
-    assert store.unscored_pairs(99, exclude) == [pair for pair in free if pair.pair_id not in is_scored]
+    assert store.sampling.unscored_pairs(99, exclude) == [pair for pair in free if pair.pair_id not in is_scored]
     scored = [pair for pair in pending if pair.pair_id in is_scored]
-    assert store.newest_scored(20) == scored[:20]
-    assert store.newest_scored(5, "heldout") == [pair for pair in scored if pair.split == "heldout"][:5]
+    assert store.sampling.newest_scored(20) == scored[:20]
     stale = [p for p in scored[:30] if p.scored_version != "v2" and p.pair_id not in exclude]
-    assert store.stale_pairs(4, "v2", exclude, newest=30) == stale[:4]
-    waiting = [pair for pair in pending if pair.split == "train" and pair.times_trained == 0]
-    untrusted = [pair for pair in waiting if pair.pair_id in is_scored and pair.quality == 0]
-    never_scored_but_trained = [
-        p for p in pending if p.split == "train" and p.pair_id not in is_scored and p.times_trained > 0
-    ]
-    assert store.backlog().num_pairs == len(waiting) - len(untrusted) + len(never_scored_but_trained)
+    assert store.sampling.stale_pairs(4, "v2", exclude, newest=30) == stale[:4]
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -78,12 +74,12 @@ def test_the_gates_pairs_are_the_newest_of_their_prompts(open_store, seed):
     store = open_store(FeedbackConfig(holdout_fraction=0.5))
     ids = history(store, random.Random(seed))
     held = [
-        p for p in store.find_pairs(ids)[::-1] if p.split == "heldout" and p.state == "pending" and p.quality > 0
+        p for p in store.pairs.find(ids)[::-1] if p.split == "heldout" and p.state == "pending" and p.quality > 0
     ]
     newest = {}
     for pair in held:
         newest.setdefault(pair.prompt, pair)
-    recent, old = store.held_out(6, 5, since_seq=0, seed=seed)
+    recent, old = store.sampling.held_out(6, 5, since_seq=0, seed=seed)
     assert recent == list(newest.values())[:6]
     known = {pair.pair_id for pair in held}
     assert all(pair.pair_id in known and pair.prompt not in {one.prompt for one in recent} for pair in old)

@@ -2,9 +2,9 @@
 
 import pytest
 
-from alignment.drift.events import DriftEvent
+from alignment.drift.streams import DriftEvent
 from alignment.records.pairs import contrary_key, pair_key
-from alignment.store import loop_store, pair_matches
+from alignment.store import feedback_store, pair_matches
 from core.types import PairScore
 
 
@@ -36,68 +36,70 @@ def test_copies_and_contradictions_are_found_newest_first(store):
         pair(prompt="Else?"),
         pair("other", "bad"),
     ]
-    ids = [outcome.pair_id for outcome in store.add(items)]
-    first = store.find_pairs(ids[:1])[0]
-    found = store.matches([first.pair_key, "unknown-a"])
+    ids = [outcome.pair_id for outcome in store.feedback.add(items)]
+    first = store.pairs.find(ids[:1])[0]
+    found = store.matches.find([first.pair_key, "unknown-a"])
     assert found["unknown-a"] == []
     assert [(ids.index(one.pair_id), one.user, one.is_contrary) for one in found[first.pair_key]] == [
         (2, None, False),
         (1, "eve", True),
         (0, "ann", False),
     ]
-    assert first.contrary_key == store.find_pairs([ids[1]])[0].pair_key
-    assert len(store.matches([first.pair_key], limit=1)[first.pair_key]) == 2
+    assert contrary_key(first.pair_key) == store.pairs.find([ids[1]])[0].pair_key
+    assert len(store.matches.find([first.pair_key], limit=1)[first.pair_key]) == 2
 
 
 def test_pairs_in_a_band_are_found_until_they_are_deleted_or_too_old(store, monkeypatch):
-    outcomes = store.add([pair(prompt=str(number)) for number in range(4)])
-    seqs = [one.seq for one in store.find_pairs([outcome.pair_id for outcome in outcomes])]
+    outcomes = store.feedback.add([pair(prompt=str(number)) for number in range(4)])
+    seqs = [one.seq for one in store.pairs.find([outcome.pair_id for outcome in outcomes])]
     rows = [("x", seqs[0]), ("x", seqs[1]), ("y", seqs[1]), ("x", seqs[2])]
-    store.put_bands(rows)
-    store.put_bands(rows)
+    store.matches.put_bands(rows)
+    store.matches.put_bands(rows)
     ids = [outcome.pair_id for outcome in outcomes]
-    assert store.band_matches(["x", "z", "y"], 2) == [("x", ids[2]), ("x", ids[1]), ("y", ids[1])]
-    store.delete(outcomes[1].id)
-    assert store.band_matches(["x", "y"]) == [("x", ids[2]), ("x", ids[0])]
+    assert store.matches.band_matches(["x", "z", "y"], 2) == [("x", ids[2]), ("x", ids[1]), ("y", ids[1])]
+    store.feedback.delete(outcomes[1].id)
+    assert store.matches.band_matches(["x", "y"]) == [("x", ids[2]), ("x", ids[0])]
     monkeypatch.setattr(pair_matches, "MAX_BANDED_PAIRS", 2)
-    store._write(pair_matches.trim_bands)
-    store.put_bands([("y", seqs[3])])
-    assert store.band_matches(["x", "y"]) == [("x", ids[2]), ("y", ids[3])]
+    store.database.write(pair_matches.trim_bands)
+    store.matches.put_bands([("y", seqs[3])])
+    assert store.matches.band_matches(["x", "y"]) == [("x", ids[2]), ("y", ids[3])]
 
 
 def test_shares_and_scores_of_users(store):
     users = ["ann", "bob", None, "bob", "bob"]
-    ids = [one.pair_id for one in store.add([pair(prompt=str(n), user=user) for n, user in enumerate(users)])]
-    assert store.user_share(4) == {"bob": 3, "": 1}
-    assert store.user_share(100) == {"ann": 1, "bob": 3, "": 1}
+    ids = [
+        one.pair_id for one in store.feedback.add([pair(prompt=str(n), user=user) for n, user in enumerate(users)])
+    ]
+    assert store.matches.user_share(4) == {"bob": 3, "": 1}
+    assert store.matches.user_share(100) == {"ann": 1, "bob": 3, "": 1}
     losses = (0.1, 0.2, 0.3, float("nan"))
     scores = [PairScore(pair_id, 0, 0, 0, 0, loss, -loss) for pair_id, loss in zip(ids, losses, strict=False)]
-    store.record_scores(scores, "v0001")
-    assert [(one.pair_id, one.loss, one.margin, one.version) for one in store.user_scores("bob", 5)] == [
+    store.pairs.record_scores(scores, "v0001")
+    assert [(one.pair_id, one.loss, one.margin, one.version) for one in store.matches.user_scores("bob", 5)] == [
         (ids[1], 0.2, -0.2, "v0001")
     ]
-    assert store.user_scores("eve", 5) == []
+    assert store.matches.user_scores("eve", 5) == []
 
 
 def test_drift_events_are_kept_newest_first_and_not_for_ever(store, monkeypatch):
     events = [DriftEvent(float(n), ("global", "user:ann")[n % 2], "loss", n / 10, f"why {n}") for n in range(6)]
-    store.put_drift_events(events[:4])
-    store.put_drift_events([DriftEvent(9.0, "global", "loss", float("nan"), "no number")])
-    assert store.drift_events(3) == [events[3], events[2], events[1]]
-    assert store.drift_events(9, "user:ann") == [events[3], events[1]]
-    monkeypatch.setattr(loop_store, "MAX_EVENTS", 3)
-    store.put_drift_events(events[4:])
-    assert store.drift_events(9) == [events[5], events[4], events[3]]
+    store.loop.put_drift_events(events[:4])
+    store.loop.put_drift_events([DriftEvent(9.0, "global", "loss", float("nan"), "no number")])
+    assert store.loop.drift_events(3) == [events[3], events[2], events[1]]
+    assert store.loop.drift_events(9, "user:ann") == [events[3], events[1]]
+    monkeypatch.setattr(feedback_store, "MAX_EVENTS", 3)
+    store.loop.put_drift_events(events[4:])
+    assert store.loop.drift_events(9) == [events[5], events[4], events[3]]
 
 
 def test_states_are_kept_by_name_over_a_restart(open_store):
     store = open_store()
-    assert store.load_state("drift") is None
-    store.save_state("drift", {"level": 0.5, "words": ["ü", None]})
-    store.save_state("sampler", [1, 2])
-    store.save_state("drift", {"level": 0.25})
+    assert store.loop.load_state("drift") is None
+    store.loop.save_state("drift", {"level": 0.5, "words": ["ü", None]})
+    store.loop.save_state("sampler", [1, 2])
+    store.loop.save_state("drift", {"level": 0.25})
     store.close()
     store = open_store()
-    assert (store.load_state("drift"), store.load_state("sampler")) == ({"level": 0.25}, [1, 2])
+    assert (store.loop.load_state("drift"), store.loop.load_state("sampler")) == ({"level": 0.25}, [1, 2])
     with pytest.raises(ValueError, match="JSON"):
-        store.save_state("drift", {"level": float("nan")})
+        store.loop.save_state("drift", {"level": float("nan")})

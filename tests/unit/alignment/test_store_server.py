@@ -20,18 +20,18 @@ def row(number, **extra):
 def test_a_stopped_server_is_unavailable_and_works_again_when_it_is_back(postgres, how):
     url = postgres.url()
     store = FeedbackStore.open(FeedbackConfig(database_url=url), Path("unused"))
-    store.add([row(1, id=f"before-{how}")])
+    store.feedback.add([row(1, id=f"before-{how}")])
     postgres.stop(how)
     try:
-        for call in (lambda: store.add([row(2)]), lambda: store.get("before"), store.backlog):
+        for call in (lambda: store.feedback.add([row(2)]), lambda: store.feedback.get("before"), store.counts):
             with pytest.raises(StoreUnavailableError):
                 call()
         with pytest.raises(StoreUnavailableError):
             FeedbackStore.open(FeedbackConfig(database_url=url), Path("unused"))
     finally:
         postgres.start()
-    assert store.get(f"before-{how}") is not None
-    assert store.add([row(2, id=f"after-{how}")])[0].status == "accepted"
+    assert store.feedback.get(f"before-{how}") is not None
+    assert store.feedback.add([row(2, id=f"after-{how}")])[0].status == "accepted"
     store.close()
 
 
@@ -42,10 +42,10 @@ def test_a_table_locked_by_another_client_of_the_server_is_unavailable_not_a_han
     with engine.begin() as connection:
         connection.execute(text("LOCK TABLE feedback IN EXCLUSIVE MODE"))
         with pytest.raises(StoreUnavailableError, match="lock timeout"):
-            store.add([row(1, id="locked")])
-        assert store.get("locked") is None
+            store.feedback.add([row(1, id="locked")])
+        assert store.feedback.get("locked") is None
     engine.dispose()
-    assert store.add([row(1, id="locked")])[0].status == "accepted"
+    assert store.feedback.add([row(1, id="locked")])[0].status == "accepted"
     store.close()
 
 
@@ -53,6 +53,6 @@ def test_an_acknowledgement_from_the_server_means_on_disk(postgres):
     store = FeedbackStore.open(FeedbackConfig(database_url=postgres.url()), Path("unused"))
     settings = {}
     for name in ("fsync", "synchronous_commit", "lock_timeout"):
-        settings[name] = store._read(lambda c, name=name: c.exec_driver_sql(f"SHOW {name}").scalar())
+        settings[name] = store.database.read(lambda c, name=name: c.exec_driver_sql(f"SHOW {name}").scalar())
     assert settings == {"fsync": "on", "synchronous_commit": "on", "lock_timeout": "5s"}
     store.close()

@@ -92,3 +92,19 @@ def test_an_unreadable_response_is_still_delivered(kept):
     client = client_of("/v1/chat/completions", lambda: JSONResponse({"choices": [{"weird": 1}]}), kept)
     assert client.post("/v1/chat/completions", json={"messages": MESSAGES}).status_code == 200
     assert kept == []
+
+
+def test_a_stream_of_a_responses_call_is_kept_as_its_last_event_has_it(kept):
+    def event(kind, **response):
+        return f"event: {kind}\ndata: {json.dumps({'type': kind, 'response': response})}\n\n"
+
+    def stream():
+        yield event("response.created", id="resp_2", model="m@v0001", status="in_progress")
+        yield 'data: {"type": "response.output_text.delta", "delta": "ye"}\n\n'
+        output = [{"type": "message", "content": [{"type": "output_text", "text": "yes"}]}]
+        yield event("response.completed", id="resp_2", model="m@v0001", status="completed", output=output)
+
+    client = client_of("/v1/responses", lambda: StreamingResponse(stream()), kept)
+    client.post("/v1/responses", json={"input": "q", "stream": True})
+    [response] = kept
+    assert (response.response_id, response.text, response.adapter) == ("resp_2", "yes", "v0001")

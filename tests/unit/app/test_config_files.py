@@ -54,8 +54,8 @@ def test_serve_config_is_valid_for_serve_and_for_us():
     [
         ({"slo": {"ttft_s": -1.0}}, "slo.ttft_s"),
         ({"slo": {"tbt_s": 0}}, "slo.tbt_s"),
-        ({"scheduler": {"lambda_memory": 0, "lambda_latency": 0}}, "cannot both be 0"),
-        ({"scheduler": {"lambda_memory": -0.1}}, "scheduler.lambda_memory"),
+        ({"scheduler": {"lambda_memory": 0.4}}, "lambda_memory is now the constant 0.5"),
+        ({"scheduler": {"packing": "first_fit"}}, "packing is now experiments.packing"),
         ({"scheduler": {"tau_mem": 1.01}}, "scheduler.tau_mem"),
         ({"scheduler": {"policy": "ekya"}}, "scheduler.policy"),
         ({"scheduler": {"retrain_rate_floor": 0.5, "retrain_rate_cap": 0.4}}, "must not be above"),

@@ -9,7 +9,8 @@ from fastapi import FastAPI
 from fastapi.testclient import TestClient
 from typer.testing import CliRunner
 
-from alignment.drift.tracker import DriftTracker, ScoredPair
+from alignment.drift.streams import ScoredPair
+from alignment.drift.tracker import DriftTracker
 from app.commands import drift as command
 from app.http.routes import training as route
 from core.alignment_config import DriftConfig

@@ -134,8 +134,8 @@ def test_progress_counts_only_for_the_same_data_and_a_server_that_has_them(serve
     with pytest.raises(KeyboardInterrupt):
         importer(open_source(str(path)), server, on_settled=interrupt).run()
     assert importer(open_source(str(path)), server).resume()
-    [last] = server.store.page(limit=1000).entries[-1:]
-    server.store.delete(last.id)
+    [last] = server.store.feedback.page(limit=1000).entries[-1:]
+    server.store.feedback.delete(last.id)
     assert not importer(open_source(str(path)), server).resume()
     write_lines(path, [trl(index) for index in range(601)])
     assert importer(open_source(str(path)), server)._progress_file.load() is None

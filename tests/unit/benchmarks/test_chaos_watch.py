@@ -35,7 +35,7 @@ def version(registry):
 
 def test_a_whole_version_is_seen_and_one_in_the_making_is_not(registry, version):
     registry.begin()
-    registry.activate(version.name)
+    registry.serving.activate(version.name)
     watch = VersionWatch(registry.root)
     watch.look()
     assert (watch.seen, watch.half_written, watch.looks) == (["v0001"], {}, 1)

@@ -2,12 +2,13 @@ import json
 
 import pytest
 
+from core.config import AppArgs
 from core.types import TaskKind
 from core.wire import HORIZON_S, BatchOutcome, ExecutorLoad, Headroom, TrainingPair
-from deployments.control.central_scheduler import LEASE_S, CentralScheduler
+from deployments.control.central_scheduler import LEASE_S, MAX_ATTEMPTS, CentralScheduler
 from tests.support.clock import Clock
 
-BATCH, MAX_AGE_S, ATTEMPTS = 4, 20.0, 3
+BATCH, MAX_AGE_S = 4, 20.0
 
 
 @pytest.fixture
@@ -17,8 +18,8 @@ def clock():
 
 @pytest.fixture
 def scheduler(clock):
-    training = {"pairs_per_step": BATCH, "max_age_s": MAX_AGE_S, "max_attempts": ATTEMPTS}
-    return CentralScheduler({"training": training}, clock)
+    training = {"pairs_per_step": BATCH, "max_age_s": MAX_AGE_S}
+    return CentralScheduler(AppArgs.model_validate({"training": training}), clock)
 
 
 def pairs(*names, loss=None, times_trained=0):
@@ -72,10 +73,10 @@ def test_a_completed_batch_is_forgotten(scheduler):
 
 def test_a_failed_batch_comes_back_until_its_attempts_are_used_up(scheduler, clock):
     scheduler.enqueue(pairs(*"abcd"))
-    for attempt in range(1, ATTEMPTS + 1):
+    for attempt in range(1, MAX_ATTEMPTS + 1):
         batch = scheduler.poll(room())
         outcome = BatchOutcome(batch.task_id, "e1", error="DivergedError: nan")
-        expected = list("abcd") if attempt == ATTEMPTS else []
+        expected = list("abcd") if attempt == MAX_ATTEMPTS else []
         assert sorted(scheduler.failed_for_good(outcome)) == expected
         scheduler.complete(outcome)
     assert known(scheduler) == []
@@ -118,7 +119,7 @@ def test_the_better_fitting_executor_gets_the_batch(scheduler):
     batch = scheduler.poll(room("warm-up"))
     scheduler.complete(BatchOutcome(batch.task_id, "warm-up", busy_s=4.0, peak_bytes=800_000))
     scheduler.poll(room("roomy", memory_bytes=1e9))  # both have reported now
-    scheduler._release_executor("roomy")
+    scheduler._return_leases(lambda lease: lease.executor_id == "roomy")
     assert scheduler.poll(room("tight", memory_bytes=1e6, latency_s=5.0)) is not None
 
 
@@ -141,7 +142,7 @@ def test_a_busy_executor_that_is_alone_still_trains(scheduler):
 
 def test_tau_mem_of_an_executors_memory_may_be_filled_and_no_more(clock):
     args = {"training": {"pairs_per_step": BATCH}, "scheduler": {"tau_mem": 0.5}}
-    scheduler = CentralScheduler(args, clock)
+    scheduler = CentralScheduler(AppArgs.model_validate(args), clock)
     scheduler.enqueue(pairs(*"abcd"))
     batch = scheduler.poll(room())
     scheduler.complete(BatchOutcome(batch.task_id, "e1", busy_s=1.0, peak_bytes=4_000))
@@ -152,8 +153,8 @@ def test_tau_mem_of_an_executors_memory_may_be_filled_and_no_more(clock):
 
 def fleet_of(packing, clock):
     """A scheduler that knows a batch to take 400 kB and 4 s, with `a-roomy` and `b-tight` free."""
-    args = {"training": {"pairs_per_step": BATCH}, "scheduler": {"packing": packing}}
-    scheduler = CentralScheduler(args, clock)
+    args = {"training": {"pairs_per_step": BATCH}, "experiments": {"packing": packing}}
+    scheduler = CentralScheduler(AppArgs.model_validate(args), clock)
     scheduler.enqueue(pairs(*"abcd"))
     batch = scheduler.poll(room("b-tight", 1e6, 5.0))
     scheduler.complete(BatchOutcome(batch.task_id, "b-tight", busy_s=4.0, peak_bytes=400_000))
@@ -180,14 +181,14 @@ def test_executors_that_do_not_know_their_memory_yet_are_ordered_by_id(clock):
     scheduler.poll(room("b-tight", float("inf")))
     scheduler.enqueue(pairs(*"ijkl"))
     clock.now_s += 1
-    scheduler._release_executor("b-tight")
+    scheduler._return_leases(lambda lease: lease.executor_id == "b-tight")
     assert scheduler.poll(room("c", float("inf"))) is None
     assert scheduler.poll(room("a-roomy", float("inf"))) is not None
 
 
 def test_without_the_reward_term_the_loss_orders_nothing(clock):
-    args = {"training": {"pairs_per_step": 1}, "scheduler": {"reward_term": False}}
-    scheduler = CentralScheduler(args, clock)
+    args = {"training": {"pairs_per_step": 1}, "experiments": {"reward_term": False}}
+    scheduler = CentralScheduler(AppArgs.model_validate(args), clock)
     scheduler.enqueue(pairs("first", loss=0.1))
     clock.now_s += 0.1
     scheduler.enqueue(pairs("second", loss=5.0))
@@ -204,19 +205,18 @@ def report(scheduler, executor, **changes):
     scheduler.poll(Headroom(executor, 1e9, HORIZON_S, load(executor, **changes)))
 
 
-def advised(scheduler, *args):
-    return [ranked.executor_id for ranked in scheduler.advice(*args)]
+def placed(scheduler):
+    return [ranked["executor_id"] for ranked in scheduler.stats()["placement"]]
 
 
-def test_advice_ranks_the_executors_of_fresh_reports(scheduler, clock):
+def test_the_executors_of_fresh_reports_are_ranked(scheduler, clock):
     report(scheduler, "busy", waiting_tokens=500)
     report(scheduler, "free")
     scheduler.poll(room("silent"))  # reports no load
-    assert advised(scheduler, 100) == ["free", "busy"]
-    assert advised(scheduler, 600, {"busy": 590}) == ["busy", "free"]
+    assert placed(scheduler) == ["free", "busy"]
     clock.now_s += 60
     report(scheduler, "busy", waiting_tokens=500)
-    assert advised(scheduler, 100) == ["busy"]
+    assert placed(scheduler) == ["busy"]
 
 
 def test_stats_show_where_a_prompt_would_go_and_are_json(scheduler):
@@ -313,7 +313,7 @@ def test_a_small_first_batch_does_not_make_full_ones_look_too_large(scheduler, c
 
 def test_only_the_pairs_that_failed_often_are_parked(scheduler, clock):
     scheduler.enqueue(pairs("bad"))
-    for _ in range(ATTEMPTS - 1):
+    for _ in range(MAX_ATTEMPTS - 1):
         clock.now_s += MAX_AGE_S
         batch = scheduler.poll(room())
         scheduler.complete(BatchOutcome(batch.task_id, "e1", error="DivergedError: x"))

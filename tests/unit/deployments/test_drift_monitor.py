@@ -3,6 +3,8 @@ import itertools
 
 import pytest
 
+from alignment.drift import streams, tracker, window
+from core.config import AppArgs
 from core.errors import StoreUnavailableError
 from core.types import PairScore, TaskKind
 from core.wire import BatchOutcome
@@ -40,7 +42,7 @@ class FakeQueue:
 ARGS = {
     "feedback": {"holdout_fraction": 0.0},
     "training": {"pairs_per_step": 2, "max_epochs": 3},
-    "drift": {"window": 4, "min_pairs": 2, "quiet_rate": 0.5, "alarm_rate": 2.0, "half_life_pairs": 2},
+    "drift": {"window": 4, "quiet_rate": 0.5, "alarm_rate": 2.0},
 }
 task_ids = (f"task-{number}" for number in itertools.count())
 
@@ -55,7 +57,7 @@ class World:
     """A monitor with its queue, and an adapter that likes pairs or not."""
 
     def __init__(self, tmp_path, **changes):
-        self.args = {**ARGS, "state_dir": str(tmp_path), **changes}
+        self.args = AppArgs.model_validate({**ARGS, "state_dir": str(tmp_path), **changes})
         self.queue = FakeQueue()
         self.monitor = DriftMonitor(self.args, self.queue)
         self.version = "base"
@@ -97,6 +99,13 @@ class World:
     def publish(self, version):
         self.version = version
         self.monitor.note_live(version)
+
+
+@pytest.fixture(autouse=True)
+def few_pairs(monkeypatch):
+    """Small constants make short streams."""
+    monkeypatch.setattr(window, "MIN_PAIRS", 2)
+    monkeypatch.setattr(tracker, "HALF_LIFE_PAIRS", 2)
 
 
 @pytest.fixture
@@ -235,9 +244,10 @@ def roles_after_two_rounds(world):
     return [pair.role for pair in world.queue.pairs.values()]
 
 
-def test_replay_takes_its_share(tmp_path):
-    deaf = {"hddm_confidence": 1e-9, "adwin_delta": 1e-9, "page_hinkley_threshold": 1e3}
-    roles = roles_after_two_rounds(World(tmp_path, drift={**ARGS["drift"], **deaf}))
+def test_replay_takes_its_share(world, monkeypatch):
+    deaf = streams.Sensitivity(hddm_confidence=1e-9, adwin_delta=1e-9, page_hinkley_threshold=1e3)
+    monkeypatch.setattr(streams, "SENSITIVITY", deaf)
+    roles = roles_after_two_rounds(world)
     assert roles.count("replay") == 2
     assert roles.count("new") == 6
 
@@ -312,10 +322,10 @@ def test_a_hostile_copy_of_a_pair_is_weighted_down_with_a_reason(world):
     world.stream()
     world.score(likes=True)
     store = world.monitor._open().store
-    eve = next(pair for pair in store.newest_scored(10) if pair.user == "eve")
+    eve = next(pair for pair in store.sampling.newest_scored(10) if pair.user == "eve")
     assert eve.quality < 0.5
     assert eve.quality_reasons
-    ann = next(pair for pair in store.newest_scored(10) if pair.user == "ann")
+    ann = next(pair for pair in store.sampling.newest_scored(10) if pair.user == "ann")
     assert ann.quality > eve.quality
 
 
@@ -325,7 +335,7 @@ def test_a_pair_that_cannot_be_scored_again_does_not_hold_the_window_up(world):
     world.stream()
     world.score(likes=False)
     world.publish("v0002")
-    world.monitor._open().store.park(ids[-1], "it does not fit any more")
+    world.monitor._open().store.pairs.park(ids[-1], "it does not fit any more")
     for _ in range(3):
         world.stream()
         assert ids[-1] not in world.queue.to_score
@@ -341,7 +351,7 @@ def test_who_speaks_now_is_heard_before_a_large_import(world):
     for _ in range(2):
         world.score(likes=True)
         world.stream()
-    scored = {pair.pair_id for pair in world.monitor._open().store.newest_scored(100)}
+    scored = {pair.pair_id for pair in world.monitor._open().store.sampling.newest_scored(100)}
     assert set(new) <= scored | set(world.queue.to_score)
 
 
@@ -368,11 +378,11 @@ def test_a_report_that_came_twice_is_judged_once_and_in_full(world, monkeypatch)
     world.queue.to_score = {}
     store = world.monitor._open().store
     with monkeypatch.context() as patch:
-        patch.setattr(store, "set_quality", _locked)
+        patch.setattr(store.pairs, "set_quality", _locked)
         with pytest.raises(StoreUnavailableError):
             world.monitor.record(outcome, [], "base")
     world.monitor.record(outcome, [], "base")
-    assert min(pair.quality for pair in store.newest_scored(10)) < 0.5
+    assert min(pair.quality for pair in store.sampling.newest_scored(10)) < 0.5
     assert world.monitor.drift()["num_pairs"] > 0
 
 

@@ -3,24 +3,27 @@ import asyncio
 import pytest
 
 from alignment.versions.registry import AdapterRegistry
-from core.config import AppArgs
+from core.config import AppArgs, TrainingConfig
 from core.errors import AdapterError, PairTooLongError, StoreUnavailableError
 from core.types import TaskKind, TokenizedPair
 from core.wire import CachedReference, TrainingBatch, TrainingPair
 from deployments.learning import learner as learner_module
 from deployments.learning.learner import Learner
 from deployments.publishing.versions import AdapterVersions
-from engine.training.pair_tokens import reference_key
+from engine.training.pair_tokens import PairTokenizer
 from tests.support.fake_ports import FakeControl, FakeEngine
 
 BASE_MODEL = "base-model"
 
 
-class FakeTokenizer:
-    def tokenize(self, pair):
+class FakeTokenizer(PairTokenizer):
+    def __init__(self):
+        super().__init__(None, set(), TrainingConfig(), BASE_MODEL)
+
+    def token_ids(self, pair):
         if pair.prompt == "long":
             raise PairTooLongError("too long")
-        return TokenizedPair(pair.pair_id, (1,), (2,), (3,))
+        return (1,), (2,), (3,)
 
 
 def batch(number, *prompts):
@@ -34,6 +37,7 @@ def batch(number, *prompts):
 def _fast(monkeypatch):
     monkeypatch.setattr(learner_module, "POLL_INTERVAL_S", 0.001)
     monkeypatch.setattr(learner_module, "_CONTROL_BACKOFF_S", 0.001)
+    monkeypatch.setattr(learner_module, "_FAILURE_BACKOFF_S", 0.001)
 
 
 class World:
@@ -42,7 +46,6 @@ class World:
     def __init__(self, tmp_path, control, **training):
         self.control = control
         self.engine = FakeEngine()
-        training = {"failure_backoff_s": 0.001, **training}
         self.args = AppArgs.model_validate({"training": training, "state_dir": tmp_path})
         self.checkpoint = tmp_path / "training" / "checkpoint.safetensors"
         self.registry = AdapterRegistry.open(tmp_path / "adapters", BASE_MODEL)
@@ -71,7 +74,6 @@ class World:
             registry=self.registry,
             tokenizer=FakeTokenizer(),
             args=self.args,
-            base_model=BASE_MODEL,
             checkpoint=self.checkpoint,
         )
         await self.learner.restore()
@@ -148,8 +150,9 @@ def test_a_failed_step_is_reported_and_the_next_one_runs(tmp_path):
     assert world.versions.live == "base"
 
 
-def test_ten_failures_in_a_row_pause_training_with_the_reason(tmp_path):
-    world = World(tmp_path, FakeControl([batch(i) for i in range(12)]), failure_backoff_s=0)
+def test_ten_failures_in_a_row_pause_training_with_the_reason(tmp_path, monkeypatch):
+    monkeypatch.setattr(learner_module, "_FAILURE_BACKOFF_S", 0.0)
+    world = World(tmp_path, FakeControl([batch(i) for i in range(12)]))
     world.engine.error = "DivergedError: x"
     status = world.run()
     assert status.paused
@@ -237,7 +240,7 @@ def test_a_batch_to_score_is_scored_by_the_live_adapter_and_changes_nothing(tmp_
 
 def test_a_cached_reference_is_used_for_the_same_tokens_and_no_others(tmp_path):
     pair = TokenizedPair("p", (1,), (2,), (3,))
-    good = CachedReference(reference_key(BASE_MODEL, pair), -5.0, -6.0)
+    good = CachedReference(FakeTokenizer().reference_key(pair), -5.0, -6.0)
     stale = CachedReference("of other tokens", -7.0, -8.0)
     pairs = (TrainingPair("p", "q", "a", "b", reference=good), TrainingPair("o", "q", "a", "b", reference=stale))
     world = World(tmp_path, FakeControl([TrainingBatch("t", pairs)]))
@@ -340,8 +343,9 @@ def test_the_candidate_speaks_under_a_name_of_its_own_and_is_forgotten(tmp_path)
     assert manifest.metrics["generation_length"] == 8.0
 
 
-def test_failures_in_a_row_rest_longer_each_time(tmp_path):
-    world = World(tmp_path, FakeControl([batch(i) for i in range(12)]), failure_backoff_s=0.02)
+def test_failures_in_a_row_rest_longer_each_time(tmp_path, monkeypatch):
+    monkeypatch.setattr(learner_module, "_FAILURE_BACKOFF_S", 0.02)
+    world = World(tmp_path, FakeControl([batch(i) for i in range(12)]))
     world.engine.error = "DivergedError: x"
     status = world.run(turns=400)
     assert 1 < status.failed_steps < 7  # 0.02 + 0.04 + 0.08 + 0.16 + 0.32 s

@@ -17,7 +17,6 @@ from deployments.routing.prefix_names import (
     middlewares,
     prefixes_of,
 )
-from deployments.routing.sent import SentPrefixes
 
 
 def chat(*contents, model="m"):
@@ -166,23 +165,6 @@ def test_a_client_that_leaves_in_the_middle_of_its_body_is_reported_behind_the_m
 
 def test_serve_gets_the_middleware():
     assert [middleware.cls for middleware in middlewares()] == [PrefixNames]
-
-
-def test_sent_prefixes_count_until_a_report_had_time_to_name_them():
-    sent, prefixes = SentPrefixes(), prefixes_of(chat("x" * 1000))
-    sent.note("a", prefixes, 10.0)
-    assert sent.since("a", 9.0, prefixes) == set(prefixes.digests)
-    assert sent.since("a", 12.0, prefixes) == set(prefixes.digests)
-    assert sent.since("a", 13.5, prefixes) == set()
-    assert sent.since("b", 9.0, prefixes) == set()
-
-
-def test_sent_prefixes_are_bounded_and_the_oldest_go_first():
-    sent = SentPrefixes()
-    for number in range(70_000):
-        sent.note("a", TextPrefixes(256, (str(number),)), float(number))
-    assert sent.since("a", 0.0, TextPrefixes(256, ("69999",))) == {"69999"}
-    assert sent.since("a", 0.0, TextPrefixes(256, ("10",))) == set()
 
 
 def test_the_longest_known_name_decides():

@@ -1,4 +1,5 @@
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -6,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from core.errors import AdapterError
-from deployments.learning.training_progress import CheckpointSlot, TrainingProgress
+from deployments.learning.training_progress import TrainingProgress, claim_checkpoint
 
 ROOT = Path(__file__).parents[3]
 
@@ -25,30 +26,29 @@ def test_the_total_outlives_every_version():
 
 
 def test_replicas_on_one_state_directory_have_a_file_each(tmp_path):
-    first, second = CheckpointSlot(tmp_path), CheckpointSlot(tmp_path)
-    assert first.claim() == tmp_path / "checkpoint.safetensors"
-    assert second.claim() == tmp_path / "checkpoint-1.safetensors"
-    first.release()
-    assert CheckpointSlot(tmp_path).claim() == tmp_path / "checkpoint.safetensors"
+    (first, lock), (second, _) = claim_checkpoint(tmp_path), claim_checkpoint(tmp_path)
+    assert (first, second) == (tmp_path / "checkpoint.safetensors", tmp_path / "checkpoint-1.safetensors")
+    os.close(lock)
+    assert claim_checkpoint(tmp_path)[0] == tmp_path / "checkpoint.safetensors"
 
 
 def test_a_replica_that_is_killed_gives_its_file_back(tmp_path):
     script = (
         "import sys, time; from pathlib import Path\n"
-        "from deployments.learning.training_progress import CheckpointSlot\n"
-        "slot = CheckpointSlot(Path(sys.argv[1])); print(slot.claim().name, flush=True); time.sleep(60)"
+        "from deployments.learning.training_progress import claim_checkpoint\n"
+        "path, lock = claim_checkpoint(Path(sys.argv[1])); print(path.name, flush=True); time.sleep(60)"
     )
     child = subprocess.Popen([sys.executable, "-c", script, str(tmp_path)], stdout=subprocess.PIPE, cwd=ROOT)
     try:
         assert child.stdout.readline().strip() == b"checkpoint.safetensors"
-        assert CheckpointSlot(tmp_path).claim().name == "checkpoint-1.safetensors"
+        assert claim_checkpoint(tmp_path)[0].name == "checkpoint-1.safetensors"
     finally:
         child.kill()
         child.wait()
-    assert CheckpointSlot(tmp_path).claim().name == "checkpoint.safetensors"
+    assert claim_checkpoint(tmp_path)[0].name == "checkpoint.safetensors"
 
 
 def test_a_directory_that_cannot_be_made_is_a_named_error(tmp_path):
     (tmp_path / "training").write_text("a file")
     with pytest.raises(AdapterError, match="no checkpoint can be kept"):
-        CheckpointSlot(tmp_path / "training").claim()
+        claim_checkpoint(tmp_path / "training")

@@ -4,7 +4,7 @@ import asyncio
 
 import pytest
 
-from alignment.versions import retention
+from alignment.versions import registry as on_disk
 from alignment.versions.adapter_files import AdapterManifest
 from alignment.versions.registry import AdapterRegistry
 from core.alignment_config import VersionsConfig
@@ -131,7 +131,7 @@ def test_a_canary_that_fails_sends_training_back_to_live(registry):
 
 
 def test_another_executors_versions_appear_and_disappear(registry, monkeypatch):
-    monkeypatch.setattr(retention.rested, "__defaults__", (0.0,))
+    monkeypatch.setattr(on_disk, "REST_S", 0.0)
     config = VersionsConfig(keep=2)
     ours, _ = attached(registry, config)
     theirs, names = attached(registry, config)
@@ -156,7 +156,7 @@ def test_a_version_that_a_request_runs_on_is_kept(registry, monkeypatch):
     versions._engine.in_use = {"m@v0001"}
     assert asyncio.run(versions.retire_old()) == []  # the others are retired, and rest
     assert set(names) == {"m", None, "m@v0001", "m@v0004"}
-    monkeypatch.setattr(retention.rested, "__defaults__", (0.0,))
+    monkeypatch.setattr(on_disk, "REST_S", 0.0)
     assert asyncio.run(versions.retire_old()) == ["v0002", "v0003"]
     publish(versions, registry)
     versions._engine.in_use = set()

@@ -5,9 +5,8 @@ import pytest
 import torch
 
 from core.errors import AdapterError
-from engine.training import checkpoint_writer
-from engine.training.checkpoint_writer import CheckpointWriter
-from engine.training.training_state import TrainingState, read_training_state
+from engine.training import checkpoint
+from engine.training.checkpoint import CheckpointWriter, TrainingState, read_training_state
 
 WAIT_S = 20.0
 
@@ -70,7 +69,7 @@ def test_a_disk_that_hangs_is_not_waited_for_for_ever(tmp_path, monkeypatch):
     writer = CheckpointWriter(disk)
     writer.submit(tmp_path / "0", state(), {})
     assert writer.is_behind()
-    monkeypatch.setattr(checkpoint_writer, "PATIENCE_S", 0.0)
+    monkeypatch.setattr(checkpoint, "PATIENCE_S", 0.0)
     assert not writer.is_behind()
     disk.may_write.release()
     assert writer.wait(WAIT_S)

@@ -16,6 +16,7 @@ from core.types import Checkpoint, SliceKind, TaskKind
 from engine.training.dpo import DpoStep
 from engine.training.runner import FineTuneRunner
 from tests.support.trainable_models import make_task, make_training, save_model
+from tests.support.trainable_models import snapshot as copies
 
 WAIT_S = 20.0
 
@@ -63,7 +64,7 @@ def same(a, b):
 
 
 def snapshot(runner):
-    return runner.adapters.shadow.snapshot()
+    return copies(runner.adapters.shadow)
 
 
 def test_a_checkpointed_step_can_be_gone_on_from_bit_by_bit(runner, model_dir, tmp_path):
@@ -157,13 +158,13 @@ METHODS = {
 }
 
 
-def poison(step, kind, work):
+def poison(step, kind, batch):
     """Make one number that the slice has left a NaN."""
     left = {
-        SliceKind.REFERENCE_HEAD: lambda: work.reference[-1],
-        SliceKind.POLICY_HEAD: lambda: work.policy[-1],
+        SliceKind.REFERENCE_HEAD: lambda: batch.reference_logps[-1],
+        SliceKind.POLICY_HEAD: lambda: batch.policy_logps[-1],
         SliceKind.BACKWARD_LAYER: lambda: step._gradients,
-    }.get(kind, lambda: work.hidden)()
+    }.get(kind, lambda: batch.hidden)()
     left.view(-1)[0] = float("nan")
 
 
@@ -187,10 +188,10 @@ def break_slice(monkeypatch, kind, fault):
         return
     method = getattr(DpoStep, METHODS[kind])
 
-    def broken(self, work, *args):
-        method(self, work, *args)
+    def broken(self, batch, *args):
+        method(self, batch, *args)
         fail()
-        poison(self, kind, work)
+        poison(self, kind, batch)
 
     monkeypatch.setattr(DpoStep, METHODS[kind], broken)
 

@@ -3,11 +3,22 @@ import torch
 from torch.nn import functional
 from transformers import AutoModelForCausalLM
 
+from core import dpo_slices
 from core.errors import DivergedError, PairTooLongError, TrainingError
 from core.types import FineTuneTask, SliceKind, TaskKind, TokenizedPair
+from engine.training import dpo
 from engine.training.dpo import DpoStep
 from engine.training.shadow import ShadowAdapter
-from tests.support.trainable_models import build, make_task, make_training, run, run_to_loss, save_model, start
+from tests.support.trainable_models import (
+    build,
+    make_task,
+    make_training,
+    run,
+    run_to_loss,
+    save_model,
+    snapshot,
+    start,
+)
 
 
 @pytest.fixture(scope="module")
@@ -25,8 +36,9 @@ def _gradients(directory, task, config):
     return {name: grad.clone() for name, grad in step.gradients().items()}, run(step).result()
 
 
-def test_slices_are_one_layer_or_one_chunk(llama):
-    _, _, step = start(llama, make_task(1), make_training(head_chunk_tokens=4))
+def test_slices_are_one_layer_or_one_chunk(llama, monkeypatch):
+    monkeypatch.setattr(dpo_slices, "HEAD_CHUNK_TOKENS", 4)
+    _, _, step = start(llama, make_task(1))
     specs, targets, tokens = step.pending, 12, step.pending[0].num_tokens
     assert tokens == sum(len(s) for s in _rows(step.task.pairs[0])) - len(step.task.pairs[0].prompt_ids)
     targets = sum(len(ids) for ids in (step.task.pairs[0].chosen_ids, step.task.pairs[0].rejected_ids))
@@ -59,10 +71,11 @@ def test_slices_are_one_layer_or_one_chunk(llama):
     assert step.next_slice is None
 
 
-def test_a_wide_head_is_cut_to_the_work_of_a_layer(tmp_path):
+def test_a_wide_head_is_cut_to_the_work_of_a_layer(tmp_path, monkeypatch):
+    monkeypatch.setattr(dpo_slices, "HEAD_CHUNK_TOKENS", 1000)
     directory = save_model(tmp_path, "llama", vocab_size=2000, hidden_size=16)
     task = make_task(12)
-    model, _, step = start(directory, task, make_training(head_chunk_tokens=1000))
+    model, _, step = start(directory, task)
     chunks = [spec for spec in step.pending if spec.kind is SliceKind.REFERENCE_HEAD]
     layer_work = step.next_slice.num_tokens * model.layer_weights
     assert all(spec.num_tokens * 2000 * 16 <= layer_work for spec in chunks)
@@ -97,15 +110,17 @@ def test_interruption_after_every_slice_is_bit_equal(llama):
                 torch.manual_seed(i)
             assert step.done
     assert _same(torn_shadow.tensors(), shadow.tensors())
-    assert _same(torn_shadow.snapshot(), shadow.snapshot())
+    assert _same(snapshot(torn_shadow), snapshot(shadow))
     assert not _same(shadow.tensors(), ShadowAdapter(build(llama), config).tensors())
 
 
-@pytest.mark.parametrize("changes", [{"max_slice_tokens": 16}, {"max_slice_tokens": 48}, {"head_chunk_tokens": 1}])
-def test_micro_batches_and_chunks_change_nothing(llama, changes):
+@pytest.mark.parametrize(("slice_tokens", "chunk_tokens"), [(16, 7), (48, 7), (1024, 1)])
+def test_micro_batches_and_chunks_change_nothing(llama, monkeypatch, slice_tokens, chunk_tokens):
     task = make_task(5)
-    whole, (metrics, scores) = _gradients(llama, task, make_training(head_chunk_tokens=1000))
-    cut, (cut_metrics, cut_scores) = _gradients(llama, task, make_training(**changes))
+    monkeypatch.setattr(dpo_slices, "HEAD_CHUNK_TOKENS", 1000)
+    whole, (metrics, scores) = _gradients(llama, task, make_training())
+    monkeypatch.setattr(dpo_slices, "HEAD_CHUNK_TOKENS", chunk_tokens)
+    cut, (cut_metrics, cut_scores) = _gradients(llama, task, make_training(max_slice_tokens=slice_tokens))
     for name, grad in whole.items():
         assert (cut[name] - grad).norm() < 1e-5 * grad.norm(), name
     assert [s.pair_id for s in scores] == [p.pair_id for p in task.pairs] == [s.pair_id for s in cut_scores]
@@ -135,13 +150,13 @@ def _sequence_logp(model, prompt, completion):
 def test_evaluate_changes_nothing_and_equals_plain_hugging_face(llama):
     task, config = make_task(3, TaskKind.EVALUATE), make_training(max_slice_tokens=48, beta=0.3)
     model, shadow, step = start(llama, task, config)
-    before, peak = shadow.snapshot(), 0
+    before, peak = snapshot(shadow), 0
     kinds = set()
     while step.next_slice:
         kinds.add(step.run_slice())
         peak = max(peak, step.activation_bytes)
     assert not kinds & {SliceKind.BACKWARD_LAYER, SliceKind.OPTIMIZER}
-    assert _same(before, shadow.snapshot())
+    assert _same(before, snapshot(shadow))
     assert step.activation_bytes == 0
     widest = max(spec.num_tokens for spec in DpoStep(model, shadow, task, config).pending)
     assert peak <= 2 * widest * 32 * 4  # one hidden state and some scalars, no kept inputs
@@ -184,7 +199,7 @@ def _poison_grad(step):
 def _poison_hidden(step):
     for _ in range(3):
         step.run_slice()
-    step._work[0].hidden[0, 0, 0] = float("nan")
+    step._batches[0].hidden[0, 0, 0] = float("nan")
 
 
 @pytest.mark.parametrize("poison", [_poison_grad, _poison_hidden])
@@ -192,38 +207,39 @@ def test_nan_diverges_and_leaves_everything_untouched(llama, poison):
     config = make_training()
     model, shadow, first = start(llama, make_task(), config)
     run(first)
-    before = shadow.snapshot()
+    before = snapshot(shadow)
     step = DpoStep(model, shadow, make_task(seed=1), config)
     poison(step)
     with pytest.raises(DivergedError):
         run(step)
     _assert_discarded(step)
-    assert _same(before, shadow.snapshot())
+    assert _same(before, snapshot(shadow))
     assert run(DpoStep(model, shadow, make_task(seed=1), config)).done
 
 
-def test_exploding_loss_is_discarded_but_evaluated(llama):
-    config = make_training(max_loss=0.01, max_slice_tokens=16)
+def test_exploding_loss_is_discarded_but_evaluated(llama, monkeypatch):
+    monkeypatch.setattr(dpo, "MAX_LOSS", 0.01)
+    config = make_training(max_slice_tokens=16)
     model, shadow, step = start(llama, make_task(), config)
-    before = shadow.snapshot()
+    before = snapshot(shadow)
     with pytest.raises(DivergedError, match=r"up to 0\.01"):
         run(step)
     _assert_discarded(step)
-    assert _same(before, shadow.snapshot())
+    assert _same(before, snapshot(shadow))
     assert run(DpoStep(model, shadow, make_task(kind=TaskKind.EVALUATE), config)).result()[0].loss > 0.01
 
 
 def test_discard_after_any_slice(llama):
     config = make_training(max_slice_tokens=48)
     model, shadow, step = start(llama, make_task(), config)
-    before = shadow.snapshot()
+    before = snapshot(shadow)
     for count in range(len(step.pending)):
         step = DpoStep(model, shadow, make_task(), config)
         for _ in range(count):
             step.run_slice()
         step.discard()
         _assert_discarded(step)
-    assert _same(before, shadow.snapshot())
+    assert _same(before, snapshot(shadow))
     assert all(p.grad is None for p in model.causal_lm.parameters())
 
 

@@ -8,6 +8,7 @@ from torch.nn import functional
 
 from core.errors import DivergedError, TrainingError
 from core.types import SliceKind, TaskKind
+from engine.training import dpo
 from engine.training.dpo import DpoStep
 from engine.training.shadow import ShadowAdapter
 from tests.support.trainable_models import build, make_task, make_training, run, run_to_loss, save_model, start
@@ -150,12 +151,13 @@ def test_a_pair_of_weight_zero_contributes_nothing(llama):
     assert metrics.loss > 0
 
 
-def test_the_bound_of_the_loss_is_on_the_weighted_mean(llama):
-    bound = make_training(max_loss=0.3)  # the pairs' own losses are around ln 2
-    run(start(llama, weighted(make_task(4), (0.1,) * 4), bound)[2])
+def test_the_bound_of_the_loss_is_on_the_weighted_mean(llama, monkeypatch):
+    monkeypatch.setattr(dpo, "MAX_LOSS", 0.3)  # the pairs' own losses are around ln 2
+    run(start(llama, weighted(make_task(4), (0.1,) * 4))[2])
     with pytest.raises(DivergedError, match="weighted"):
-        run(start(llama, make_task(4), bound)[2])
-    run(start(llama, weighted(make_task(4), (8.0,) * 4), make_training(max_loss=3.0))[2])  # no explosion
+        run(start(llama, make_task(4))[2])
+    monkeypatch.setattr(dpo, "MAX_LOSS", 3.0)
+    run(start(llama, weighted(make_task(4), (8.0,) * 4))[2])  # no explosion
 
 
 @pytest.mark.parametrize("weight", [-0.1, float("nan"), float("inf")])

@@ -1,5 +1,6 @@
 import pytest
 import torch
+from torch.nn import functional
 
 from engine.training import dpo_loss
 from engine.training.dpo_loss import sigmoid_dpo, sum_per_row, token_log_probs, token_log_probs_and_grad
@@ -16,7 +17,8 @@ def test_blockwise_head_equals_autograd(tmp_path, monkeypatch, block, scale):
     hidden = torch.randn(9, 32, generator=torch.Generator().manual_seed(2))
     targets = torch.arange(9) * 6
     leaf = hidden.clone().requires_grad_(True)
-    expected = model.head(leaf).log_softmax(-1).gather(-1, targets[:, None]).squeeze(-1)
+    logits = functional.linear(model.final_norm(leaf), model.head_weight)
+    expected = logits.log_softmax(-1).gather(-1, targets[:, None]).squeeze(-1)
     (expected_grad,) = torch.autograd.grad(expected.sum(), leaf)
     with torch.no_grad():
         log_probs, grad = token_log_probs_and_grad(model, hidden, targets)
@@ -28,10 +30,10 @@ def test_blockwise_head_equals_autograd(tmp_path, monkeypatch, block, scale):
 def test_sigmoid_dpo_coefficients_are_the_derivative():
     policy = torch.tensor([-3.0, -8.0, -40.0, -2.0], requires_grad=True)
     reference = torch.tensor([-4.0, -7.0, -1.0, -9.0])
-    terms = sigmoid_dpo(policy, reference, beta=0.5)
-    (grad,) = torch.autograd.grad(terms.table[4].sum(), policy)
-    torch.testing.assert_close(0.5 * terms.coefficients, grad)
-    torch.testing.assert_close(terms.table[5], torch.tensor([20.0, -4.0]))
+    table, coefficients = sigmoid_dpo(policy, reference, beta=0.5)
+    (grad,) = torch.autograd.grad(table[4].sum(), policy)
+    torch.testing.assert_close(0.5 * coefficients, grad)
+    torch.testing.assert_close(table[5], torch.tensor([20.0, -4.0]))
 
 
 def test_rows_are_summed_apart_even_beside_nan():

@@ -7,10 +7,10 @@ import pytest
 import torch
 from torch.nn import functional
 
-from core import pair_groups
+from core import dpo_slices
 from core.types import FineTuneTask, SliceKind, TaskKind, TokenizedPair
+from engine.training.attention import SharedPrompts
 from engine.training.dpo import DpoStep
-from engine.training.prompt_sharing import SharedPrompts
 from engine.training.shadow import ShadowAdapter
 from tests.support.trainable_models import (
     CONFIGS,
@@ -46,7 +46,7 @@ def task_of(sizes, kind=TaskKind.TRAIN):
 
 
 def layouts(step):
-    return [work.batch.shared is not None for work in step._work]
+    return [batch.shared is not None for batch in step._batches]
 
 
 def outcome(directory, task, config, **kwargs):
@@ -210,7 +210,7 @@ def test_these_comparisons_notice_a_wrong_mask(llama, monkeypatch, wrong):
 
 
 def test_the_bound_that_decides_is_of_tokens(llama, monkeypatch):
-    monkeypatch.setattr(pair_groups, "_MIN_SAVED_SHARE", -1.0)
+    monkeypatch.setattr(dpo_slices, "_MIN_SAVED_SHARE", -1.0)
     task = task_of([(0, 20, 20), (0, 9, 9)])
     assert layouts(start(llama, task, make_training())[2]) == [True]
     assert_equal_steps(

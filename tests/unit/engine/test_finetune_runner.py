@@ -6,6 +6,7 @@ import torch
 
 from core.config import AppArgs
 from core.types import SliceKind, TaskKind
+from engine.training import dpo
 from engine.training.runner import FineTuneRunner
 from engine.training.trainable import TrainableModel
 from engine.vllm.task_table import TaskTable
@@ -41,7 +42,7 @@ def parameters(runner):
 def test_the_warm_up_leaves_no_trace_and_knows_every_kind_of_slice(runner):
     assert runner._shadow.num_steps == 0
     assert all(bool((t == 0).all()) for name, t in parameters(runner).items() if "lora_B" in name)
-    assert all(runner._gate.fits(kind, 8, 60.0, first=True) for kind in SliceKind)
+    assert all(runner.admission.fits(kind, 8, 60.0, first=True) for kind in SliceKind)
 
 
 def test_without_work_nothing_runs(runner):
@@ -57,7 +58,7 @@ def test_without_budget_nothing_runs(runner):
 
 def test_a_slice_that_does_not_fit_is_not_started(runner, monkeypatch):
     runner.submit(make_task().to_wire())
-    monkeypatch.setattr(runner._gate._estimator, "predict", lambda kind, tokens: 5.0)
+    monkeypatch.setattr(runner.admission, "upper_s", lambda kind, tokens: 5.0)
     assert runner.run(4.0, 0).slices == []
     assert len(runner.run(4.0, 1).slices) == 1
 
@@ -66,8 +67,8 @@ def test_an_estimate_that_bars_a_slice_is_relaxed_in_the_end(runner):
     runner.submit(make_task().to_wire())
     spec = (SliceKind.EMBED, 56)
     for _ in range(3):
-        runner._gate.observe(*spec, 30.0)
-    runner._gate.observe(*spec, 1e-6)
+        runner.admission.observe(*spec, 30.0)
+    runner.admission.observe(*spec, 1e-6)
     runs = [bool(runner.run(0.05, 0).slices) for _ in range(40)]
     assert not runs[0]
     assert any(runs)
@@ -117,9 +118,9 @@ def test_an_aborted_evaluation_of_live_gives_the_shadow_back(runner):
     assert all(torch.equal(before[name], t) for name, t in parameters(runner).items())
 
 
-def test_a_diverging_step_is_a_named_result_and_changes_nothing(runner):
+def test_a_diverging_step_is_a_named_result_and_changes_nothing(runner, monkeypatch):
     before = parameters(runner)
-    runner._config = make_training(max_loss=1e-6)
+    monkeypatch.setattr(dpo, "MAX_LOSS", 1e-6)
     runner.submit(make_task().to_wire())
     [result] = finish(runner)
     assert result.error.startswith("DivergedError: ")

@@ -7,7 +7,7 @@ from core.config import TrainingConfig
 from core.errors import PairTooLongError, TrainingError
 from core.types import TokenizedPair
 from core.wire import TrainingPair
-from engine.training.pair_tokens import PairTokenizer, reference_key
+from engine.training.pair_tokens import PairTokenizer
 
 MESSAGES = [
     {"role": "system", "content": "Be kind."},
@@ -23,6 +23,10 @@ def tokenizer(tiny_assistant):
 @pytest.fixture(scope="module")
 def hub_tokenizer(tiny_assistant):
     return AutoTokenizer.from_pretrained(tiny_assistant)
+
+
+def key_of(pair, *model):
+    return PairTokenizer(None, set(), TrainingConfig(), *(model or ("base",))).reference_key(pair)
 
 
 def test_a_chat_pair_is_the_rendered_template_cut_at_the_prompt(tokenizer, hub_tokenizer):
@@ -54,21 +58,19 @@ def test_the_weight_comes_along_and_the_key_is_that_of_the_cut_tokens(tokenizer,
     pair = TrainingPair("p", MESSAGES, "It is Paris.", "Certainly! Paris.", weight=0.25)
     assert tokenizer.tokenize(pair).weight == 0.25
     short = PairTokenizer.load(str(tiny_assistant), TrainingConfig(max_prompt_tokens=8, max_length_tokens=128))
-    assert reference_key("base", tokenizer.tokenize(pair)) != reference_key("base", short.tokenize(pair))
+    assert key_of(tokenizer.tokenize(pair)) != key_of(short.tokenize(pair))
 
 
 def test_the_key_of_a_reference_is_of_model_precision_and_tokens_and_of_nothing_else():
     pair = TokenizedPair("p", (1, 2), (3,), (4, 5))
-    key = reference_key("base", pair)
+    key = key_of(pair)
     assert len(key) == 64
-    assert (
-        reference_key("base", TokenizedPair("q", (1, 2), (3,), (4, 5), weight=0.5, reference=(-1.0, -1.0))) == key
-    )
+    assert key_of(TokenizedPair("q", (1, 2), (3,), (4, 5), weight=0.5, reference=(-1.0, -1.0))) == key
     others = [
-        reference_key("other", pair),
-        reference_key("base", pair, "float32"),
-        reference_key("base", TokenizedPair("p", (1,), (2, 3), (4, 5))),
-        reference_key("base", TokenizedPair("p", (1, 2), (3, 4), (5,))),
-        reference_key("base", TokenizedPair("p", (1, 2), (4, 5), (3,))),
+        key_of(pair, "other"),
+        key_of(pair, "base", "float32"),
+        key_of(TokenizedPair("p", (1,), (2, 3), (4, 5))),
+        key_of(TokenizedPair("p", (1, 2), (3, 4), (5,))),
+        key_of(TokenizedPair("p", (1, 2), (4, 5), (3,))),
     ]
     assert len({key, *others}) == 6

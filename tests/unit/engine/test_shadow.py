@@ -7,9 +7,19 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from core.errors import AdapterError, DamagedAdapterError, DivergedError
+from engine.training.checkpoint import read_training_state, write_training_state
 from engine.training.dpo import DpoStep
 from engine.training.shadow import ShadowAdapter
-from tests.support.trainable_models import build, make_task, make_training, run, run_to_loss, save_model, start
+from tests.support.trainable_models import (
+    build,
+    make_task,
+    make_training,
+    run,
+    run_to_loss,
+    save_model,
+    snapshot,
+    start,
+)
 
 
 @pytest.fixture(scope="module")
@@ -19,6 +29,16 @@ def qwen(tmp_path_factory):
 
 def _same(a: dict, b: dict) -> bool:
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def _save(shadow, path, progress=None):
+    write_training_state(path, shadow.checkpoint(), progress or {})
+
+
+def _load(shadow, path):
+    state, progress = read_training_state(path)
+    shadow.restore(state)
+    return progress
 
 
 def _train(model, shadow, config, seeds):
@@ -76,13 +96,13 @@ def test_load_takes_parameters_and_clears_the_optimizer(qwen, tmp_path):
     other.load(tmp_path)
     assert _same(other.tensors(), shadow.tensors())
     assert other.num_steps == 0
-    assert not other.snapshot()["exp_avg"].any()
+    assert not snapshot(other)["exp_avg"].any()
 
 
 def test_damaged_adapters_are_refused_and_change_nothing(qwen, tmp_path):
     config = make_training()
     shadow = ShadowAdapter(build(qwen), config)
-    before = shadow.snapshot()
+    before = snapshot(shadow)
     ShadowAdapter(build(qwen, rank=8), config).save(tmp_path / "rank8", "base")
     shadow.save(tmp_path / "good", "base")
     tensors = load_file(tmp_path / "good" / "adapter_model.safetensors")
@@ -99,41 +119,41 @@ def test_damaged_adapters_are_refused_and_change_nothing(qwen, tmp_path):
     for name, message in messages.items():
         with pytest.raises(DamagedAdapterError, match=message):
             shadow.load(tmp_path / name)
-    assert _same(before, shadow.snapshot())
+    assert _same(before, snapshot(shadow))
 
 
-def test_snapshot_restore_and_reset(qwen):
+def test_checkpoint_restore_and_reset(qwen):
     config = make_training()
     model = build(qwen, warm=False)
     shadow = ShadowAdapter(model, config)
-    fresh = shadow.snapshot()
+    fresh = snapshot(shadow)
     _train(model, shadow, config, [0])
-    snapshot = shadow.snapshot()
-    assert all(tensor.device.type == "cpu" for tensor in snapshot.values())
+    state, before = shadow.checkpoint(), snapshot(shadow)
+    state.is_leased = True
     _train(model, shadow, config, [1])
-    after = shadow.snapshot()
+    after = snapshot(shadow)
     with torch.inference_mode():
-        shadow.restore(snapshot)
-    assert _same(shadow.snapshot(), snapshot)
+        shadow.restore(state)
+    assert _same(snapshot(shadow), before)
     _train(model, shadow, config, [1])
-    assert _same(shadow.snapshot(), after)
+    assert _same(snapshot(shadow), after)
     assert shadow.num_steps == 2
     shadow.reset()
-    assert _same(shadow.snapshot(), fresh)
+    assert _same(snapshot(shadow), fresh)
 
 
 def test_training_state_resumes_bit_equal(qwen, tmp_path):
     config, path = make_training(), tmp_path / "state" / "training.safetensors"
     model, shadow, _ = start(qwen, make_task(), config)
     _train(model, shadow, config, range(2))
-    shadow.save_training_state(path)
+    _save(shadow, path)
     _train(model, shadow, config, range(2, 4))
     resumed = build(qwen, seed=99)
     resumed_shadow = ShadowAdapter(resumed, config)
-    resumed_shadow.load_training_state(path)
+    _load(resumed_shadow, path)
     assert resumed_shadow.num_steps == 2
     _train(resumed, resumed_shadow, config, range(2, 4))
-    assert _same(resumed_shadow.snapshot(), shadow.snapshot())
+    assert _same(snapshot(resumed_shadow), snapshot(shadow))
     assert [p.name for p in path.parent.iterdir()] == ["training.safetensors"]
 
 
@@ -141,11 +161,11 @@ def test_damaged_training_state(qwen, tmp_path, monkeypatch):
     config, path = make_training(), tmp_path / "training.safetensors"
     shadow = ShadowAdapter(build(qwen), config)
     with pytest.raises(DamagedAdapterError, match="cannot be read"):
-        shadow.load_training_state(path)
-    ShadowAdapter(build(qwen, rank=8), config).save_training_state(path)
+        _load(shadow, path)
+    _save(ShadowAdapter(build(qwen, rank=8), config), path)
     with pytest.raises(DamagedAdapterError, match="another model or LoRA shape"):
-        shadow.load_training_state(path)
-    shadow.save_training_state(path)
+        _load(shadow, path)
+    _save(shadow, path)
     good = path.read_bytes()
 
     def full(_):
@@ -153,43 +173,43 @@ def test_damaged_training_state(qwen, tmp_path, monkeypatch):
 
     monkeypatch.setattr("os.fsync", full)
     with pytest.raises(AdapterError, match="no space left"):
-        shadow.save_training_state(path)
+        _save(shadow, path)
     assert path.read_bytes() == good
     assert [p.name for p in tmp_path.iterdir()] == ["training.safetensors"]
     path.write_bytes(good[:-4])
     with pytest.raises(DamagedAdapterError, match="cannot be read"):
-        shadow.load_training_state(path)
+        _load(shadow, path)
 
 
 def test_a_state_of_the_first_format_loads_without_progress(qwen, tmp_path):
     config, path = make_training(), tmp_path / "training.safetensors"
     model, shadow, _ = start(qwen, make_task(), config)
     _train(model, shadow, config, range(2))
-    state = shadow.snapshot()
+    state = snapshot(shadow)
     num_steps = int(state.pop("num_steps"))
     shapes = {name: list(tensor.shape) for name, tensor in shadow.tensors().items()}
     header = {"format": 1, "num_steps": num_steps, "shapes": shapes}
     save_file(state, path, metadata={"mace": json.dumps(header)})
     other = ShadowAdapter(build(qwen, seed=99), config)
-    assert other.load_training_state(path) == {}
-    assert _same(other.snapshot(), shadow.snapshot())
+    assert _load(other, path) == {}
+    assert _same(snapshot(other), snapshot(shadow))
     save_file(state, path, metadata={"mace": json.dumps(header | {"format": 3})})
     with pytest.raises(DamagedAdapterError, match="unknown format 3"):
-        other.load_training_state(path)
+        _load(other, path)
 
 
 def test_progress_and_random_numbers_come_back(qwen, tmp_path):
     config, path = make_training(), tmp_path / "training.safetensors"
     shadow = ShadowAdapter(build(qwen), config)
     progress = {"cursor": [3, 0.5], "candidate": {"pairs": ["a", "ä"]}, "none": None}
-    shadow.save_training_state(path, progress)
+    _save(shadow, path, progress)
     drawn = torch.rand(3)
     torch.manual_seed(99)
-    assert shadow.load_training_state(path) == progress
+    assert _load(shadow, path) == progress
     assert torch.equal(torch.rand(3), drawn)
     with pytest.raises(AdapterError, match="cannot be written"):
-        shadow.save_training_state(path, {"not JSON": object()})
-    assert shadow.load_training_state(path) == progress
+        _save(shadow, path, {"not JSON": object()})
+    assert _load(shadow, path) == progress
 
 
 def test_random_numbers_of_another_torch_are_left_out(qwen, tmp_path, monkeypatch):
@@ -197,9 +217,9 @@ def test_random_numbers_of_another_torch_are_left_out(qwen, tmp_path, monkeypatc
     monkeypatch.setattr(
         "engine.training.shadow.random_state", lambda device: {"cpu": torch.zeros(7, dtype=torch.uint8)}
     )
-    shadow.save_training_state(path, {"step": 1})
+    _save(shadow, path, {"step": 1})
     before = torch.get_rng_state()
-    assert shadow.load_training_state(path) == {"step": 1}
+    assert _load(shadow, path) == {"step": 1}
     assert torch.equal(torch.get_rng_state(), before)
 
 
@@ -209,22 +229,22 @@ def test_a_step_that_leaves_a_value_that_is_not_finite_is_undone(qwen, monkeypat
     config = make_training()
     model, shadow, step = start(qwen, make_task(), config)
     run(step)
-    before = shadow.snapshot()
+    before = snapshot(shadow)
     optimizer_step = torch.optim.AdamW.step
 
     def overflow(self, *args):
         optimizer_step(self, *args)
-        shadow._state()[name][17] = value
+        shadow.state_tensors()[name][17] = value
 
     with monkeypatch.context() as patch:
         patch.setattr(torch.optim.AdamW, "step", overflow)
         with pytest.raises(DivergedError, match="not finite after the optimizer step"):
             run(DpoStep(model, shadow, make_task(seed=1), config))
-    assert _same(before, shadow.snapshot())
+    assert _same(before, snapshot(shadow))
     other = ShadowAdapter(build(qwen), config)
     _train(other._model, other, config, [0, 1])
     _train(model, shadow, config, [1])
-    assert _same(shadow.snapshot(), other.snapshot())
+    assert _same(snapshot(shadow), snapshot(other))
 
 
 def test_a_checkpoint_stays_as_it_is_while_someone_reads_it(qwen):
@@ -248,10 +268,10 @@ def test_a_checkpoint_stays_as_it_is_while_someone_reads_it(qwen):
 
 def test_infinite_gradient_is_refused(qwen):
     shadow = ShadowAdapter(build(qwen), make_training())
-    before = shadow.snapshot()
+    before = snapshot(shadow)
     gradients, _ = shadow.new_gradients()
     gradients[0] = float("inf")
     with pytest.raises(DivergedError, match="norm is inf"):
         shadow.apply(gradients)
-    assert _same(before, shadow.snapshot())
+    assert _same(before, snapshot(shadow))
     assert shadow.num_steps == 0

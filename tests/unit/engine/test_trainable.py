@@ -4,6 +4,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch.nn import functional
 from transformers import AutoModelForCausalLM, GPT2Config
 
 from core.errors import ConfigError, ModelNotFoundError, UnsupportedModelError
@@ -15,7 +16,7 @@ def _forward(model, ids):
         hidden = model.embed(ids)
         for i in range(model.num_layers):
             hidden = model.run_layer(i, hidden, model.rotary(ids.shape[1]))
-        return model.head(hidden.flatten(0, 1)).view(*ids.shape, -1)
+        return functional.linear(model.final_norm(hidden), model.head_weight)
 
 
 def _fused(directory: str) -> dict[str, torch.Tensor]:

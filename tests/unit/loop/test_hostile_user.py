@@ -54,7 +54,7 @@ async def learn(args: AppArgs, model_dir, seed: int, is_hostile: bool) -> tuple[
         await loop.test()
         for items in rounds_of(seed, is_hostile):
             await loop.run_round(items, STEPS)
-        pairs = loop.store.newest_scored(1000)
+        pairs = loop.store.sampling.newest_scored(1000)
     finally:
         loop.close()
     qualities = {user: [pair.quality for pair in pairs if pair.user == user] for user in USERS}

@@ -1,13 +1,12 @@
 import pytest
 
 from core.batch import ForwardShape, IterationSample
-from core.config import ExperimentsConfig, SloConfig
+from core.config import SloConfig
 from core.types import SliceKind, SliceReport, SliceTiming
 from scheduler.iteration.planner import IDLE_QUANTUM_S
 from scheduler.memory.ledger import Pool
-from scheduler.priority import starvation_bound_s
 from scheduler.view import FineTuneState, IterationView, PrefillTask
-from tests.support.known_device import KnownDevice, UnknownDevice, make_planner
+from tests.support.known_device import STARVATION_BOUND_S, KnownDevice, UnknownDevice, make_planner
 
 
 def work(last_progress_s=0.0, **kwargs):
@@ -140,7 +139,7 @@ def test_while_somebody_waits_for_a_seat_or_for_blocks_nothing_is_spent():
 
 def test_aged_work_gets_a_slice_without_slack_within_the_stated_bound():
     planner = make_planner()
-    bound_s = starvation_bound_s(ExperimentsConfig())
+    bound_s = STARVATION_BOUND_S
     starved = view(decode=400, now_s=bound_s + 1, finetune=work(dpo_loss=0.0))
     assert run(planner, starved).min_slices == 1
     early = view(decode=400, now_s=0.5 * bound_s, finetune=work(dpo_loss=0.0))
@@ -148,7 +147,7 @@ def test_aged_work_gets_a_slice_without_slack_within_the_stated_bound():
 
 
 def test_a_high_loss_reaches_its_turn_sooner_unless_the_reward_term_is_off():
-    now_s = starvation_bound_s(ExperimentsConfig()) - 10
+    now_s = STARVATION_BOUND_S - 10
     state = view(decode=400, now_s=now_s, finetune=work(dpo_loss=5.0))
     assert run(make_planner(), state).min_slices == 1
     assert run(make_planner(reward_term=False), state).min_slices == 0
@@ -161,14 +160,14 @@ def test_without_ageing_nothing_is_forced():
 
 def test_the_floor_of_the_retrain_rate_trains_without_slack_and_the_cap_stops_it_with_slack():
     floor = make_planner(retrain_rate_floor=0.5)
-    floor.note_requests(10)
+    floor.retrain.note_requests(10)
     assert run(floor, view(decode=400, finetune=work())).min_slices == 1
-    floor.note_trained(5)
+    floor.retrain.note_trained(5)
     assert run(floor, view(decode=400, finetune=work())).min_slices == 0
     cap = make_planner(retrain_rate_cap=0.5)
-    cap.note_requests(10)
+    cap.retrain.note_requests(10)
     assert run(cap, view(decode=1, finetune=work())).finetune_budget_s > 0
-    cap.note_trained(5)
+    cap.retrain.note_trained(5)
     assert run(cap, view(decode=1, finetune=work())).finetune_budget_s == 0
 
 
@@ -176,21 +175,21 @@ def test_the_floor_of_the_retrain_rate_trains_without_slack_and_the_cap_stops_it
 def test_a_blocking_baseline_stops_inference_until_its_quota_is_trained(policy, period):
     planner = make_planner(policy=policy, retrain_rate=0.5)
     state = view(decode=4, finetune=work())
-    planner.note_requests(period - 1)
+    planner.retrain.note_requests(period - 1)
     assert run(planner, state).finetune_budget_s == 0  # they never train beside inference
-    planner.note_requests(1)
+    planner.retrain.note_requests(1)
     plan = planner.plan(state)
     assert plan.is_blocking
     assert plan.token_budget == 0
-    planner.note_trained(period // 2)
+    planner.retrain.note_trained(period // 2)
     assert not planner.plan(state).is_blocking
-    planner.note_requests(period - 1)
+    planner.retrain.note_requests(period - 1)
     assert not planner.plan(state).is_blocking
 
 
 def test_a_baseline_does_not_block_for_work_that_is_not_there():
     planner = make_planner(policy="continuous")
-    planner.note_requests(100)
+    planner.retrain.note_requests(100)
     assert not planner.plan(view(decode=4)).is_blocking
 
 
@@ -275,8 +274,8 @@ def test_work_that_waited_too_long_may_pass_tau_but_not_the_arena():
 
 def test_a_cap_on_training_does_not_hold_back_a_score():
     planner = make_planner(retrain_rate_cap=0.1)
-    planner.note_requests(10)
-    planner.note_trained(8)
+    planner.retrain.note_requests(10)
+    planner.retrain.note_trained(8)
     assert run(planner, view(finetune=work())).min_slices == 0
     assert run(planner, view(finetune=work(is_training=False))).min_slices == 1
 
@@ -327,8 +326,8 @@ def test_the_upper_estimate_and_not_the_mean_has_to_fit():
 
 def test_an_engine_that_may_not_train_sleeps_but_wakes_to_score():
     capped = make_planner(retrain_rate_cap=0.1)
-    capped.note_requests(1)
-    capped.note_trained(8)
+    capped.retrain.note_requests(1)
+    capped.retrain.note_trained(8)
     assert not capped.may_run(None)
     assert not capped.may_run(work())
     assert capped.may_run(work(is_training=False))

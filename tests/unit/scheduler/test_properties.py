@@ -7,11 +7,9 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
-from core.config import ExperimentsConfig
 from scheduler.iteration.prefill import MIN_PREFILL_TOKENS
 from scheduler.memory.ledger import Pool
-from scheduler.priority import starvation_bound_s
-from tests.support.known_device import KnownDevice
+from tests.support.known_device import STARVATION_BOUND_S, KnownDevice
 from tests.support.known_device import settings as settings_of
 from tests.support.mini_engine import MiniEngine, Request
 
@@ -110,7 +108,7 @@ class PlannedEngine(RuleBasedStateMachine):
         if hasattr(self, "engine") and self.engine.args.scheduler.policy == "mace":
             engine = self.engine
             longest_s = 3.0 * (engine.device.base_s + 600 * engine.device.token_s) + 1.0
-            assert engine.longest_starvation_s <= starvation_bound_s(engine.args.experiments) + longest_s
+            assert engine.longest_starvation_s <= STARVATION_BOUND_S + longest_s
 
     def teardown(self):
         """Whatever happened, the engine ends with everything served and, if it trains at all, trained."""
@@ -146,14 +144,12 @@ def saturated(args, seconds):
 
 
 def test_under_saturation_a_slice_runs_within_the_stated_bound():
-    bound_s = starvation_bound_s(ExperimentsConfig())
-    engine = saturated(settings_of(), 2.2 * bound_s)
+    engine = saturated(settings_of(), 2.2 * STARVATION_BOUND_S)
     assert engine.slices_run["t"] == 2
-    assert engine.longest_starvation_s <= bound_s + 0.5
+    assert engine.longest_starvation_s <= STARVATION_BOUND_S + 0.5
 
 
 def test_without_ageing_training_may_starve_for_ever():
-    assert starvation_bound_s(ExperimentsConfig(ageing=False)) == float("inf")
     assert saturated(settings_of(ageing=False), 200).slices_run["t"] == 0
 
 

@@ -62,7 +62,7 @@ def test_json_is_the_same_for_the_same_seed_and_draws_nothing(files):
 def test_a_table_is_printed_and_a_picture_drawn(files):
     outcome = run("small.yaml", *_DEVICE, "--log", "events.jsonl")
     assert outcome.exit_code == 0, outcome.output
-    for name in ("TTFT", "TTFT batch", "TBT", "SLO attainment", "fine-tune pairs/s", "utilisation"):
+    for name in ("TTFT", "TTFT background", "TBT", "SLO attainment", "fine-tune pairs/s", "utilisation"):
         assert name in outcome.stdout
     assert (files / "small.png").read_bytes().startswith(b"\x89PNG")
     events = [json.loads(line)["event"] for line in (files / "events.jsonl").read_text().splitlines()]

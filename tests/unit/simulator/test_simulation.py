@@ -45,11 +45,11 @@ def simulate(trace, *, kv_tokens=20_000, **options):
 
 
 traces = st.builds(
-    lambda policy, seats, tokens, pairs_per_s, rate, executors, batch_share, seed: make_trace(
+    lambda policy, seats, tokens, pairs_per_s, rate, executors, background_share, seed: make_trace(
         num_requests=60,
         seed=seed,
         executors=executors,
-        batch_share=batch_share,
+        background_share=background_share,
         arrivals={"rate_per_s": rate},
         finetune={"pairs_per_s": pairs_per_s},
         args={
@@ -173,9 +173,9 @@ def test_requests_spread_over_executors():
 
 
 def test_batch_requests_wait_behind_interactive_ones():
-    trace = make_trace(batch_share=0.5, arrivals={"rate_per_s": 300}, args={"engine": {"max_num_seqs": 4}})
+    trace = make_trace(background_share=0.5, arrivals={"rate_per_s": 300}, args={"engine": {"max_num_seqs": 4}})
     classes = simulate(trace)[0].to_json()["classes"]
-    assert classes["batch"]["ttft"]["p50_s"] > classes["interactive"]["ttft"]["p50_s"]
+    assert classes["background"]["ttft"]["p50_s"] > classes["interactive"]["ttft"]["p50_s"]
 
 
 def test_planners_learn_from_every_nth_iteration():

@@ -76,7 +76,7 @@ def test_gaps_have_the_processs_variation(arrivals, expected):
 
 def test_lengths_follow_their_distribution():
     prompts = {"kind": "lognormal", "mean": 64, "sigma": 0.6, "low": 4, "high": 512}
-    requests = list(make_trace(num_requests=20_000, prompt_tokens=prompts, batch_share=0.3).requests())
+    requests = list(make_trace(num_requests=20_000, prompt_tokens=prompts, background_share=0.3).requests())
     lengths = [request.num_prompt_tokens for request in requests]
     assert statistics.fmean(lengths) == pytest.approx(64, rel=0.03)
     assert 4 <= min(lengths) <= max(lengths) <= 512
@@ -87,7 +87,7 @@ def test_lengths_follow_their_distribution():
 
 def test_another_output_length_leaves_arrivals_and_prompts_alone():
     first = list(make_trace().requests())
-    second = list(make_trace(output_tokens={"kind": "constant", "value": 5}, batch_share=0.5).requests())
+    second = list(make_trace(output_tokens={"kind": "constant", "value": 5}, background_share=0.5).requests())
     assert [(r.arrival_s, r.num_prompt_tokens) for r in first] == [
         (r.arrival_s, r.num_prompt_tokens) for r in second
     ]

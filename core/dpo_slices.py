@@ -1,0 +1,180 @@
+"""A DPO step as data: how its pairs form micro-batches, and the slices that follow. The simulator runs the same ones.
+
+A micro-batch has one of two layouts.
+Plain: two rows of a pair, prompt with chosen and prompt with rejected, padded to the widest row of the group.
+Shared: each prompt once and nothing padded, all prompts, then all chosen, then all rejected completions.
+
+The last token of a sequence predicts nothing and is left out of both.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from core.types import SliceKind
+
+PairLengths = tuple[int, int, int]
+"""Tokens of a pair's prompt, chosen and rejected completion."""
+
+_MIN_SAVED_SHARE = 0.08
+"""Saved tokens from which sharing pays: its attention costs some copies more (docs/prompt_sharing.md)."""
+HEAD_CHUNK_TOKENS = 128
+"""Most completion tokens of one head slice."""
+_MIN_CHUNK_TOKENS = 16
+"""Below this a head chunk costs the reading of the head's weights, whatever its size."""
+
+
+@dataclass(frozen=True, slots=True)
+class PairGroup:
+    """Pairs that go through a layer together. A group of one pair grows by `joined`, in order of `row_tokens`."""
+
+    members: tuple[int, ...]
+    """Indices of the pairs."""
+    is_cached: bool
+    """Their reference log-probabilities are known."""
+    may_share: bool
+    row_tokens: int
+    """Width of the widest row of the plain layout."""
+    prompt_tokens: int
+    """Length of the longest prompt."""
+    completion_tokens: int
+    """Length of the longest completion."""
+    shared_tokens: int
+    """Tokens of the shared layout."""
+    num_targets: int
+    """Completion tokens that are scored; without a prompt the first token of a row is predicted by nothing."""
+
+    @classmethod
+    def of(
+        cls, lengths: PairLengths, index: int = 0, *, is_cached: bool = False, may_share: bool = True
+    ) -> "PairGroup":
+        """A group of one pair."""
+        prompt, chosen, rejected = lengths
+        longest = max(chosen, rejected)
+        return cls(
+            (index,),
+            is_cached,
+            may_share,
+            row_tokens=prompt + longest - 1,
+            prompt_tokens=prompt,
+            completion_tokens=longest,
+            shared_tokens=prompt + chosen + rejected - 2,
+            num_targets=chosen + rejected - (2 if prompt == 0 else 0),
+        )
+
+    def joined(self, other: "PairGroup") -> "PairGroup":
+        """Both together."""
+        return PairGroup(
+            self.members + other.members,
+            self.is_cached,
+            self.may_share,
+            max(self.row_tokens, other.row_tokens),
+            max(self.prompt_tokens, other.prompt_tokens),
+            max(self.completion_tokens, other.completion_tokens),
+            self.shared_tokens + other.shared_tokens,
+            self.num_targets + other.num_targets,
+        )
+
+    @property
+    def shares_prompts(self) -> bool:
+        """The shared layout is the cheaper one."""
+        plain = 2 * len(self.members) * self.row_tokens
+        return self.may_share and self.shared_tokens <= (1 - _MIN_SAVED_SHARE) * plain
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens that a layer computes, padding included."""
+        return self.shared_tokens if self.shares_prompts else 2 * len(self.members) * self.row_tokens
+
+    def fits(self, max_tokens: int) -> bool:
+        """A slice of `max_tokens` may have this group.
+
+        The shared layout's attention is padded, to the longest prompt before the longest completion. With even lengths
+        these keys are at most twice the tokens; uneven groups stay within that.
+        """
+        padded_keys = 2 * len(self.members) * (self.prompt_tokens + self.completion_tokens)
+        return self.num_tokens <= max_tokens and (not self.shares_prompts or padded_keys <= 2 * max_tokens)
+
+
+def group_pairs(
+    pairs: Sequence[PairLengths], is_cached: Sequence[bool], max_tokens: int, *, share_prompts: bool
+) -> list[PairGroup]:
+    """Group pairs by length so that a group has at most `max_tokens` tokens, at least one pair each.
+
+    Args:
+        pairs: lengths of the pairs after cutting.
+        is_cached: for each pair, whether its reference log-probabilities are known. Such pairs come first, in groups of
+            their own.
+        max_tokens: bound of a group; a single pair may have more.
+        share_prompts: allow the shared layout. Each group takes the cheaper one.
+    """
+    singles = [
+        PairGroup.of(lengths, i, is_cached=cached, may_share=share_prompts)
+        for i, (lengths, cached) in enumerate(zip(pairs, is_cached, strict=True))
+    ]
+    groups: list[PairGroup] = []
+    for single in sorted(singles, key=lambda one: (not one.is_cached, one.row_tokens)):
+        joined = groups[-1].joined(single) if groups else single
+        if groups and groups[-1].is_cached == single.is_cached and joined.fits(max_tokens):
+            groups[-1] = joined
+        else:
+            groups.append(single)
+    return groups
+
+
+@dataclass(frozen=True, slots=True)
+class SliceSpec:
+    """What a slice will do."""
+
+    kind: SliceKind
+    num_tokens: int
+    """Tokens for embedding and layers, padding included, completion tokens for head and loss, 0 for the optimizer."""
+    group: int = 0
+    """Index of its micro-batch."""
+    part: int = 0
+    """The layer, or the first completion token of a head chunk."""
+
+
+class StepModel(Protocol):
+    """What of a model's shape decides the slices of a step."""
+
+    @property
+    def num_layers(self) -> int:
+        """Decoder layers."""
+        ...
+
+    @property
+    def layer_weights(self) -> int:
+        """Parameters of one layer."""
+        ...
+
+    @property
+    def head_weights(self) -> int:
+        """Parameters of the LM head."""
+        ...
+
+
+def step_slices(groups: Sequence[PairGroup], model: StepModel, *, trains: bool = True) -> Iterator[SliceSpec]:
+    """All slices of a step in order: reference and policy forward, loss and backward of each group, then the optimizer.
+
+    A group whose reference is known has no reference forward; an evaluation (not `trains`) ends with the last loss.
+    A head chunk is no more work than a layer: with 152k words a head is nine layers.
+    """
+    passes = (
+        (SliceKind.REFERENCE_LAYER, SliceKind.REFERENCE_HEAD),
+        (SliceKind.POLICY_LAYER, SliceKind.POLICY_HEAD),
+    )
+    for number, group in enumerate(groups):
+        tokens, targets = group.num_tokens, group.num_targets
+        chunk = min(HEAD_CHUNK_TOKENS, max(tokens * model.layer_weights // model.head_weights, _MIN_CHUNK_TOKENS))
+        for layer_kind, head_kind in passes[group.is_cached :]:
+            yield SliceSpec(SliceKind.EMBED, tokens, number)
+            for i in range(model.num_layers):
+                yield SliceSpec(layer_kind, tokens, number, i)
+            for start in range(0, targets, chunk):
+                yield SliceSpec(head_kind, min(chunk, targets - start), number, start)
+        yield SliceSpec(SliceKind.LOSS, targets, number)
+        for i in reversed(range(model.num_layers)) if trains else ():
+            yield SliceSpec(SliceKind.BACKWARD_LAYER, tokens, number, i)
+    if trains:
+        yield SliceSpec(SliceKind.OPTIMIZER, 0)

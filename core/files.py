@@ -1,0 +1,76 @@
+"""Files and directories that are either whole or not there, also after a crash or a power cut.
+
+What is new is written beside its target, flushed, and renamed onto it: a reader sees the old content or the new one,
+never a part. Several writers of one target do not disturb each other; the last one wins.
+"""
+
+import os
+import secrets
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+_PARTIAL = ".partial"
+
+
+@contextmanager
+def atomic_file(path: Path) -> Iterator[Path]:
+    """Give a sibling path to write to. It replaces `path` at the end, or is removed after an error."""
+    partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}{_PARTIAL}")
+    try:
+        yield partial
+        sync(partial)
+        partial.replace(path)
+        sync(path.parent)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Replace a text file (UTF-8); it is on disk on return.
+
+    Raises:
+        OSError: it cannot be written; the old file is intact.
+    """
+    with atomic_file(path) as partial:
+        partial.write_text(text, encoding="utf-8")
+
+
+@contextmanager
+def atomic_directory(target: Path) -> Iterator[Path]:
+    """Give a sibling directory to fill. It becomes `target` at the end, or is removed after an error."""
+    staging = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    try:
+        yield staging
+        staging.chmod(0o755)
+        sync_tree(staging)
+        staging.rename(target)
+        sync(target.parent)
+    except BaseException:
+        shutil.rmtree(staging, ignore_errors=True)
+        raise
+
+
+def remove_partial_files(path: Path) -> None:
+    """Delete what a killed process left of a half-written `path`; only while nobody writes it."""
+    for partial in path.parent.glob(f".{path.name}*{_PARTIAL}"):
+        partial.unlink(missing_ok=True)
+
+
+def sync(path: Path) -> None:
+    """Flush a file, or a directory: a rename in it is durable only after this."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def sync_tree(directory: Path) -> None:
+    """Flush every file below, and the directories themselves."""
+    for parent, _, names in os.walk(directory):
+        for name in names:
+            sync(Path(parent) / name)
+        sync(Path(parent))

@@ -1,0 +1,115 @@
+"""Our routes and steps around an application that stands for vLLM's."""
+
+import json
+from types import SimpleNamespace
+
+import pytest
+from fastapi import FastAPI, Request
+from starlette.testclient import TestClient
+
+from app.http.app import attach_routes
+from core.config import AppArgs
+from core.errors import ControlUnavailableError
+
+
+class Control:
+    async def stats(self):
+        raise ControlUnavailableError("away")
+
+    async def add_feedback(self, items, key):
+        return [{"status": "accepted", "id": f"fb-{key}", "pair_id": None} for _ in items]
+
+    async def export_chunk(self, format, after):
+        return ([{"row": after}], after + 1) if after < 2 else ([], None)
+
+
+class Versions:
+    live, pinned, canary = "v0002", None, None
+
+    def cards(self):
+        return [{"id": "mace-tiny", "parent": "mace-tiny@v0002"}]
+
+
+@pytest.fixture
+def kept():
+    return []
+
+
+@pytest.fixture
+def executor(kept):
+    async def nothing():
+        return {"executor_id": "e"}
+
+    return SimpleNamespace(
+        args=AppArgs(),
+        control=Control(),
+        versions=Versions(),
+        trial=SimpleNamespace(is_running=False),
+        responses=SimpleNamespace(add=kept.append, flush=nothing),
+        engine=SimpleNamespace(max_model_len=512),
+        base_model="tiny",
+        learner=None,
+        is_ready=True,
+        status=nothing,
+    )
+
+
+@pytest.fixture
+def client(executor):
+    app = FastAPI()
+
+    @app.get("/v1/models")
+    async def models():
+        return "vLLM's own"
+
+    @app.post("/v1/completions")
+    async def complete(request: Request):
+        return {"id": "cmpl-1", "model": "mace-tiny@v0002", "choices": [{"index": 0, "text": "a"}]} | {
+            "asked": await request.json()
+        }
+
+    return TestClient(attach_routes(app, executor))
+
+
+def test_our_models_replace_vllms_and_readiness_names_the_live_version(client):
+    [card] = client.get("/v1/models").json()["data"]
+    assert (card["id"], card["root"], card["max_model_len"]) == ("mace-tiny", "tiny", 512)
+    assert client.get("/v1/models/nobody").json()["error"]["code"] == 404
+    assert client.get("/ready").json() == {"ready": True, "live": "v0002"}
+
+
+def test_a_request_goes_through_every_step(client, kept):
+    reply = client.post("/v1/completions", json={"prompt": "p", "service_tier": "batch"}).json()
+    assert reply["asked"] == {"prompt": "p", "service_tier": "flex", "priority": 1}
+    [response] = kept
+    assert (response.response_id, response.prompt, response.text, response.adapter) == (
+        "cmpl-1",
+        "p",
+        "a",
+        "v0002",
+    )
+    assert client.post("/v1/completions", json={"extra_args": {"mace_x": 1}}).status_code == 400
+    assert len(kept) == 1
+
+
+def test_feedback_takes_the_json_that_was_parsed_and_says_what_is_wrong_with_another(client):
+    reply = client.post("/v1/feedback", json={"items": [{}, {}]}, headers={"Idempotency-Key": "k"})
+    assert (reply.status_code, [row["id"] for row in reply.json()["data"]]) == (202, ["fb-k", "fb-k"])
+    for body, message in ((b"", "is empty"), (b"{oops", "is no JSON: "), (b"[" * 100_000, "nested too deeply")):
+        reply = client.post("/v1/feedback", content=body)
+        assert reply.status_code == 400
+        assert message in reply.json()["error"]["message"]
+
+
+def test_an_export_is_one_line_a_row(client):
+    assert [json.loads(line) for line in client.get("/v1/feedback/export").text.splitlines()] == [
+        {"row": 0},
+        {"row": 1},
+    ]
+
+
+def test_training_is_shown_in_part_while_control_is_away_and_cannot_be_paused_without_a_learner(client):
+    reply = client.get("/v1/training").json()
+    assert (reply["enabled"], reply["executor"]) == (False, {"executor_id": "e"})
+    assert reply["error"] == {"message": "away", "type": "ControlUnavailableError"}
+    assert client.post("/v1/training/pause").status_code == 409
