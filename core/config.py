@@ -23,6 +23,9 @@ TINY_ASSISTANT = "builtin:tiny-assistant"
 KV_PRUNING_OPT_OUT = "kv_pruning"
 """Public key in a request's `vllm_xargs`: false keeps all of its KV blocks."""
 
+KV_PRUNING_SINK_TOKENS = 32
+"""The first tokens of a request, which pruning always keeps: attention rests on them (StreamingLLM)."""
+
 
 class ModelConfig(Section):
     """Which model is served and under what name."""
@@ -191,16 +194,17 @@ class ExperimentsConfig(Section):
 class KvPruningConfig(Section):
     """Dropping KV blocks that attention will hardly miss. Off unless `start` says when."""
 
+    gone: ClassVar[dict[str, str]] = {
+        "method": "is gone: blocks are always scored by KeyDiff",
+        "sink_tokens": "is now the constant 32",
+    }
+
     start: Literal["off", "memory_pressure", "always"] = "off"
     """`memory_pressure`: only when blocks are short; `always`: every request, as soon as its prompt is computed."""
     max_fraction: float = Field(0.25, gt=0, le=0.9)
     """Share of a request's KV blocks that may be dropped."""
-    method: Literal["keydiff", "key_norm"] = "keydiff"
-    """How blocks are scored, from keys alone."""
-    sink_tokens: int = Field(32, ge=1)
-    """The first tokens of a request are always kept: attention rests on them (StreamingLLM)."""
     recent_tokens: int = Field(128, ge=1)
-    """So are the last ones."""
+    """The last tokens of a request are always kept, and so are the first 32 (`KV_PRUNING_SINK_TOKENS`)."""
     max_logprob_drop: float = Field(0.05, ge=0)
     """Nats per token that pruning at `max_fraction` may cost on `mace profile pruning`, or it does not switch on."""
     max_accuracy_drop: float = Field(0.02, ge=0, le=1)
@@ -212,11 +216,12 @@ class KvPruningConfig(Section):
 class ProfileConfig(Section):
     """The latency and memory profile of this device and model."""
 
+    gone: ClassVar[dict[str, str]] = {"max_measure_s": "is now the constant 60 s"}
+
     path: Path | None = None
     """Profile to start from; default is `state_dir/profiles/<device>/<model>.json`."""
     measure_at_start: bool = True
     """Measure a profile in the background if there is none."""
-    max_measure_s: float = Field(60.0, gt=0)
 
 
 class AppArgs(Section):

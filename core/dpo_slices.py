@@ -124,7 +124,7 @@ def group_pairs(
 
 @dataclass(frozen=True, slots=True)
 class SliceSpec:
-    """What a slice will do."""
+    """One slice that is to run."""
 
     kind: SliceKind
     num_tokens: int
@@ -136,7 +136,7 @@ class SliceSpec:
 
 
 class StepModel(Protocol):
-    """What of a model's shape decides the slices of a step."""
+    """Sizes of a model that decide the slices of a step."""
 
     @property
     def num_layers(self) -> int:

@@ -1,4 +1,4 @@
-"""Shared nouns: what travels between the scheduler, the engine and the deployments.
+"""Shared nouns that travel between the scheduler, the engine and the deployments.
 
 Plain dataclasses of built-in types only, so that they cross process borders as JSON or msgpack
 (`to_wire` / `from_wire`) and the pure packages need no torch.
@@ -25,7 +25,7 @@ class SliceKind(StrEnum):
 
 
 class TaskKind(StrEnum):
-    """What a fine-tune task asks of the engine."""
+    """Purpose of a fine-tune task."""
 
     TRAIN = "train"
     """One optimizer step on a batch of pairs, applied to the shadow adapter."""
@@ -80,7 +80,7 @@ class StepMetrics:
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
-    """Where the training state is written after a step, and what its learner must know to go on from there."""
+    """File for the training state after a step, with what its learner must know to go on from there."""
 
     path: str
     progress: dict[str, Any]
@@ -122,7 +122,7 @@ class FineTuneTask:
 
 @dataclass(slots=True)
 class TaskResult:
-    """How a fine-tune task ended. Exactly one of `metrics` and `error` is set."""
+    """End of a fine-tune task. Exactly one of `metrics` and `error` is set; neither while it runs."""
 
     task_id: str
     kind: TaskKind
@@ -135,7 +135,7 @@ class TaskResult:
     """Device time of all slices."""
     longest_slice_s: float = 0.0
     peak_bytes: int = 0
-    """Most memory that the step held between slices: activations and gradients."""
+    """Most memory between two slices of the step: activations and gradients."""
     free_bytes: int = 0
     """Free device memory when the task ended; 0 if unknown."""
     optimizer_steps: int = 0
@@ -169,7 +169,7 @@ class SliceTiming:
 
 @dataclass(slots=True)
 class SliceReport:
-    """What the worker did for fine-tuning in one engine iteration."""
+    """Fine-tuning in one engine iteration, as the worker reports it."""
 
     slices: list[SliceTiming] = field(default_factory=list)
     finished: list[TaskResult] = field(default_factory=list)
@@ -178,6 +178,6 @@ class SliceReport:
     step_tokens: int = 0
     """Padded tokens of its micro-batches; 0 without a step."""
     peak_bytes: int = 0
-    """Most that was held between two slices of this iteration."""
+    """Most of them between two slices of this iteration."""
     out_of_memory: bool = False
     """A slice ran out of device memory; its step starts again with smaller ones, or has failed."""

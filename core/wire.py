@@ -1,4 +1,4 @@
-"""What crosses a Ray handle: built-in types in frozen dataclasses, cheap to pickle."""
+"""Messages that cross a Ray handle: built-in types in frozen dataclasses, cheap to pickle."""
 
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -34,7 +34,7 @@ class TrainingPair:
     chosen: str
     rejected: str
     dpo_loss: float | None = None
-    """From the last time it was scored; None if never."""
+    """Loss when it was scored last; None if it never was."""
     times_trained: int = 0
     weight: float = 1.0
     """The user's weight times what the quality checks left of it."""
@@ -44,7 +44,7 @@ class TrainingPair:
 
 @dataclass(frozen=True, slots=True)
 class HeldOutPairs:
-    """The gate's test set: pairs that are never trained on."""
+    """Test set of the publish gate: pairs that are never trained on."""
 
     recent: tuple[TrainingPair, ...] = ()
     """The newest, one for each prompt."""
@@ -74,11 +74,11 @@ class TrainingBatch:
 
 @dataclass(frozen=True, slots=True)
 class ExecutorLoad:
-    """What an executor has left for inference; its bin when a request is placed (`scheduler.placement`)."""
+    """Resources of an executor for inference; its bin when a request is placed (`scheduler.placement`)."""
 
     executor_id: str
     reported_s: float
-    """When it was measured, on the wall clock (`time.time`), so that other machines can judge its age."""
+    """Time of the measurement on the wall clock (`time.time`), so that other machines can judge its age."""
     free_kv_bytes: float
     kv_capacity_bytes: float
     kv_bytes_per_token: float
@@ -95,7 +95,7 @@ class ExecutorLoad:
 
 @dataclass(frozen=True, slots=True)
 class Headroom:
-    """What an executor has left for fine-tuning; its bin in the best-fit packing."""
+    """Resources of an executor for fine-tuning; its bin in the best-fit packing."""
 
     executor_id: str
     memory_bytes: float
@@ -109,7 +109,7 @@ class Headroom:
 
 @dataclass(frozen=True, slots=True)
 class BatchOutcome:
-    """How a leased batch ended on its executor."""
+    """Result of a leased batch on its executor."""
 
     task_id: str
     executor_id: str
@@ -121,7 +121,7 @@ class BatchOutcome:
     """Pairs left out, with the reason (too long for the model, say); they are parked, not retried."""
     kind: TaskKind = TaskKind.TRAIN
     reference_keys: dict[str, str] = field(default_factory=dict)
-    """By pair id: the `CachedReference.key` of the reference log-probabilities in `scores`."""
+    """The `CachedReference.key` of the reference log-probabilities in `scores`, by pair id."""
 
 
 HORIZON_S = 10.0

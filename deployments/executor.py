@@ -20,9 +20,13 @@ from deployments.learning.learner import Learner
 from deployments.learning.training_progress import claim_checkpoint
 from deployments.monitors.engine_monitor import EngineMonitor
 from deployments.monitors.heartbeat import end_with
-from deployments.monitors.profiling import background_profiler, target_warnings, with_profile_path
+from deployments.monitors.profiling import (
+    profile_at_start,
+    target_warnings,
+    with_profile_path,
+    with_pruning_gate,
+)
 from deployments.monitors.response_log import ResponseLog
-from deployments.pruning_gate import with_pruning_gate
 from deployments.publishing.canary import CanaryTrial
 from deployments.publishing.versions import AdapterVersions
 from deployments.routing.load_meter import LoadMeter
@@ -87,10 +91,10 @@ class Executor:
         self.prefixes, kv_events = follow_prefixes(self.engine, lambda: self.versions.live_adapter)
         if self.args.training.enabled and self.args.scheduler.policy != "inference_only":
             self.learner = await self._make_learner(model_dir, registry)
-        profiler = background_profiler(self.engine, self.args)
-        loops: list[Any] = [self.responses, self.trial, kv_events, self.learner, profiler]
+        loops: list[Any] = [self.responses, self.trial, kv_events, self.learner]
         self._background = [asyncio.create_task(loop.run()) for loop in loops if loop is not None]
         self._background.append(asyncio.create_task(end_with(self.engine.check_health)))
+        self._background.append(asyncio.create_task(profile_at_start(self.engine, self.args)))
         self.is_ready = True
         return self._attach_routes(app, self)
 

@@ -1,4 +1,4 @@
-"""From measured iterations to a profile: least squares on relative errors with non-negative coefficients.
+"""Fits a profile to measured iterations: least squares on relative errors with non-negative coefficients.
 
 A noisy machine gives outliers, nearly always too slow. Rows are weighted by 1 / measured in a first fit, then rows
 whose measured / predicted is far from its median (five median absolute deviations of the log, and at least 1.5x) are
@@ -6,21 +6,25 @@ left out and the rest is fitted again with weights 1 / predicted, which unlike 1
 that happened to be fast. Errors are stated on held-out rows of which none was left out.
 """
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
 
 from core.batch import IterationSample
 from core.errors import ProfileError
-from profiler.models import LatencyModel, MemoryModel
-from profiler.profile import QUANTILE_LEVELS, FitError, Origin, Profile, RawSamples
-from profiler.raw import ForwardRow, SliceRow, latency_rows, spread_rows
+from core.types import SliceKind
+from profiler.profile import QUANTILE_LEVELS, FitError, LatencyModel, MemoryModel, Origin, Profile, RawSamples
 
-if TYPE_CHECKING:
-    from numpy.typing import NDArray
+_Array = NDArray[Any]
+_T = TypeVar("_T")
 
-    _Array = NDArray[Any]
-
+_MAX_FORWARD_ROWS = 2000
+_MAX_SLICE_ROWS = 400
+"""Rows that a profile keeps of each kind of slice; it stays below some 200 kB."""
 _HOLD_OUT = 0.25
 _MIN_FORWARD_ROWS = 12
 _MIN_HOLD_OUT_ROWS = 8
@@ -34,15 +38,6 @@ _MIN_LIKE_ROWS = 4
 
 
 @dataclass(frozen=True, slots=True)
-class MemorySample:
-    """What one fine-tune step held at most."""
-
-    num_tokens: int
-    """Padded tokens of its largest micro-batch."""
-    peak_bytes: int
-
-
-@dataclass(frozen=True, slots=True)
 class _Fit:
     coefficients: tuple[float, ...]
     error: FitError
@@ -51,18 +46,41 @@ class _Fit:
 
 
 def fit_profile(
-    samples: Sequence[IterationSample],
+    samples: Iterable[IterationSample],
     origin: Origin,
     *,
-    memory: Sequence[MemorySample] = (),
+    memory: Sequence[tuple[int, int]] = (),
     kv_bytes_per_token: int | None = None,
 ) -> Profile:
-    """Fit every model; `origin.seed` decides the hold-out split.
+    """Fit every model.
+
+    Empty forward passes and times that are zero, NaN or infinite are left out.
+
+    Args:
+        samples: measured iterations.
+        origin: what was measured; its seed decides the hold-out split.
+        memory: for each fine-tune step, padded tokens of its largest micro-batch and the bytes it held at most.
+        kv_bytes_per_token: KV cache of one token; None: unknown.
 
     Raises:
         ProfileError: fewer than a dozen forward passes were measured.
     """
-    raw = spread_rows(latency_rows(samples), [(sample.num_tokens, sample.peak_bytes) for sample in memory])
+    forward: list[tuple[int, int, int, int, int, float, float]] = []
+    slices: dict[SliceKind, list[tuple[int, float]]] = {}
+    for sample in samples:
+        shape, overhead_s = sample.shape, sample.overhead_s
+        if shape.num_tokens and _is_usable(sample.forward_s):
+            features = (shape.num_decode, shape.decode_context, shape.num_prefill_tokens, shape.prefill_attention)
+            overhead_s = overhead_s if 0 <= overhead_s < math.inf else 0.0
+            forward.append((*features, shape.num_prefills, sample.forward_s, overhead_s))
+        for timing in () if sample.report.out_of_memory else sample.report.slices:
+            if _is_usable(timing.latency_s):
+                slices.setdefault(timing.kind, []).append((timing.num_tokens, timing.latency_s))
+    raw = RawSamples(
+        forward=_thin(forward, _MAX_FORWARD_ROWS),
+        slices={kind: _thin(rows, _MAX_SLICE_ROWS) for kind, rows in slices.items()},
+        memory=_thin(list(memory), _MAX_SLICE_ROWS),
+    )
     return fit_raw(raw, origin, kv_bytes_per_token=kv_bytes_per_token)
 
 
@@ -72,20 +90,20 @@ def fit_raw(raw: RawSamples, origin: Origin, *, kv_bytes_per_token: int | None =
     Raises:
         ProfileError: fewer than a dozen forward passes were measured.
     """
-    import numpy as np
-
     if len(raw.forward) < _MIN_FORWARD_ROWS:
         raise ProfileError(f"{len(raw.forward)} forward passes are too few to fit; {_MIN_FORWARD_ROWS} are needed")
-    features, latencies = _forward_matrix(raw.forward)
+    table = np.asarray(raw.forward, dtype=float)
+    features, latencies, overheads = np.column_stack([np.ones(len(table)), table[:, :5]]), table[:, 5], table[:, 6]
     forward = _fit(features, latencies, origin.seed)
     slices = {kind: _fit_slices(rows, origin.seed) for kind, rows in raw.slices.items() if rows}
-    overheads = np.asarray([row[6] for row in raw.forward])
     return Profile(
         origin=origin,
-        latency=LatencyModel(
-            forward=_six(forward.coefficients),
-            typical=_six(tuple(float(value) for value in features.max(axis=0))),
-            slices={kind: (fit.coefficients[0], fit.coefficients[1]) for kind, fit in slices.items()},
+        latency=LatencyModel.model_validate(
+            {
+                "forward": forward.coefficients,
+                "typical": features.max(axis=0).tolist(),
+                "slices": {kind: fit.coefficients for kind, fit in slices.items()},
+            }
         ),
         memory=_fit_memory(raw.memory, kv_bytes_per_token),
         forward_error=forward.error,
@@ -100,17 +118,16 @@ def fit_raw(raw: RawSamples, origin: Origin, *, kv_bytes_per_token: int | None =
     )
 
 
-def _forward_matrix(rows: Sequence[ForwardRow]) -> "tuple[_Array, _Array]":
-    """Features [n, 6] and seconds [n]."""
-    import numpy as np
-
-    table = np.asarray(rows, dtype=float)
-    return np.column_stack([np.ones(len(table)), table[:, :5]]), table[:, 5]
+def _is_usable(latency_s: float) -> bool:
+    return 0.0 < latency_s < math.inf
 
 
-def _fit_slices(rows: Sequence[SliceRow], seed: int) -> _Fit:
-    import numpy as np
+def _thin(rows: list[_T], most: int) -> list[_T]:
+    """A bounded part, evenly spread over time."""
+    return rows if len(rows) <= most else [rows[index * len(rows) // most] for index in range(most)]
 
+
+def _fit_slices(rows: Sequence[tuple[int, float]], seed: int) -> _Fit:
     table = np.asarray(rows, dtype=float)
     tokens, latencies = table[:, 0], table[:, 1]
     if np.unique(tokens).size > 1:
@@ -123,10 +140,8 @@ def _fit_slices(rows: Sequence[SliceRow], seed: int) -> _Fit:
     return _Fit(halves, fit.error, fit.ratios, fit.noise)
 
 
-def _fit(features: "_Array", latencies: "_Array", seed: int) -> _Fit:
+def _fit(features: _Array, latencies: _Array, seed: int) -> _Fit:
     """Fit on three quarters of the rows; errors on the rest, ratios over all."""
-    import numpy as np
-
     count = len(latencies)
     order = np.random.default_rng(seed).permutation(count)
     num_held_out = int(_HOLD_OUT * count) if count >= _MIN_HOLD_OUT_ROWS else 0
@@ -137,18 +152,11 @@ def _fit(features: "_Array", latencies: "_Array", seed: int) -> _Fit:
     errors = np.abs(predicted[rows] / latencies[rows] - 1.0)
     error = FitError(num_rows=num_held_out, median=float(np.median(errors)), p95=float(np.quantile(errors, 0.95)))
     ratios = latencies / predicted
-    return _Fit(
-        tuple(float(value) for value in coefficients),
-        error,
-        _quantiles(ratios),
-        _quantiles(_noise(features, ratios)),
-    )
+    return _Fit(tuple(coefficients.tolist()), error, _quantiles(ratios), _quantiles(_noise(features, ratios)))
 
 
-def _noise(features: "_Array", ratios: "_Array") -> "_Array":
+def _noise(features: _Array, ratios: _Array) -> _Array:
     """Ratios over the median of rows that are alike; what a linear fit misses is no noise, it comes back each time."""
-    import numpy as np
-
     like = np.round(_CLASSES_PER_OCTAVE * np.log2(1.0 + features)).astype(int)
     _, group = np.unique(like, axis=0, return_inverse=True)
     group = group.ravel()
@@ -160,9 +168,7 @@ def _noise(features: "_Array", ratios: "_Array") -> "_Array":
     return np.concatenate(noise) if noise else ratios
 
 
-def _robust_fit(features: "_Array", latencies: "_Array") -> "_Array":
-    import numpy as np
-
+def _robust_fit(features: _Array, latencies: _Array) -> _Array:
     coefficients = _least_squares(features, latencies, 1.0 / latencies)
     for _ in range(_REFITS):
         predicted = np.maximum(features @ coefficients, 1e-12)
@@ -174,9 +180,8 @@ def _robust_fit(features: "_Array", latencies: "_Array") -> "_Array":
     return coefficients
 
 
-def _least_squares(features: "_Array", latencies: "_Array", weights: "_Array") -> "_Array":
+def _least_squares(features: _Array, latencies: _Array, weights: _Array) -> _Array:
     """Weighted, non-negative; columns are scaled first, because attention counts reach millions."""
-    import numpy as np
     from sklearn.linear_model import LinearRegression
 
     rows = features * weights[:, None]
@@ -188,8 +193,6 @@ def _least_squares(features: "_Array", latencies: "_Array", weights: "_Array") -
 
 def _fit_memory(rows: Sequence[tuple[int, int]], kv_bytes_per_token: int | None) -> MemoryModel:
     """An upper line: least squares through the peak of each size, then lifted over every row."""
-    import numpy as np
-
     if not rows:
         return MemoryModel(arena_bytes=0.0, arena_bytes_per_token=0.0, kv_bytes_per_token=kv_bytes_per_token)
     table = np.asarray(rows, dtype=float)
@@ -203,12 +206,5 @@ def _fit_memory(rows: Sequence[tuple[int, int]], kv_bytes_per_token: int | None)
     )
 
 
-def _quantiles(values: "_Array") -> tuple[float, ...]:
-    import numpy as np
-
-    return tuple(float(value) for value in np.quantile(values, QUANTILE_LEVELS))
-
-
-def _six(values: tuple[float, ...]) -> tuple[float, float, float, float, float, float]:
-    constant, decode, context, prefill, attention, chunk = values
-    return constant, decode, context, prefill, attention, chunk
+def _quantiles(values: _Array) -> tuple[float, ...]:
+    return tuple(np.quantile(values, QUANTILE_LEVELS).tolist())

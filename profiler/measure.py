@@ -1,30 +1,101 @@
-"""Run a grid of points on a real engine and collect what its iterations took."""
+"""Measure a device: run a grid of points on a real engine, alone or beside its users, and collect the iterations."""
 
 import asyncio
 import contextlib
 import logging
+import math
 import random
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from enum import StrEnum
+from pathlib import Path
 from typing import Any, Protocol
 
 from core.batch import IterationSample
 from core.dpo_slices import PairGroup
 from core.types import FineTuneTask, TaskKind, TaskResult, TokenizedPair
-from profiler.fit import MemorySample
-from profiler.grid import DECODE_TOKENS, MIXED_TOKENS, GridPoint, MeasurePlan, PointKind, make_grid
+from profiler.fit import fit_profile
+from profiler.profile import Origin, Profile
 
 logger = logging.getLogger(__name__)
 
+MEASURE_S = 60.0
+"""Measuring time of a profile."""
 _POLL_S = 0.01
 _ROW_TOKENS = 128
 """Width of the rows of measured micro-batches; more tokens are more pairs."""
-_WARM_UP = (GridPoint(PointKind.DECODE, 0, 8, 2), GridPoint(PointKind.PREFILL, 64))
+
+
+class PointKind(StrEnum):
+    """Kinds of work that one point runs."""
+
+    PREFILL = "prefill"
+    """One prompt whose first `context` tokens are cached already."""
+    DECODE = "decode"
+    """`batch` prompts of `context` tokens, then some tokens of each."""
+    MIXED = "mixed"
+    """Like DECODE, with a prompt of `num_tokens` coming in between: hybrid iterations."""
+    EVALUATE = "evaluate"
+    """A fine-tune task that changes nothing: one micro-batch of `num_tokens` padded tokens."""
+    TRAIN = "train"
+    """A DPO step on one micro-batch of `num_tokens` padded tokens."""
+
+
+_DECODED_TOKENS = {PointKind.DECODE: 12, PointKind.MIXED: 16}
+"""Tokens that each request of a point decodes."""
+_LONGEST_DECODE = 16
+
+
+@dataclass(frozen=True, slots=True)
+class GridPoint:
+    """One measurement."""
+
+    kind: PointKind
+    num_tokens: int = 0
+    context: int = 0
+    batch: int = 1
+
+    @property
+    def work(self) -> int:
+        """Tokens that the point computes or reads; its time grows at most about in proportion."""
+        if self.kind in _DECODED_TOKENS:
+            return self.batch * (self.context + _DECODED_TOKENS[self.kind]) + self.num_tokens
+        return self.context + self.num_tokens
+
+
+@dataclass(frozen=True, slots=True)
+class MeasurePlan:
+    """Bounds of a measurement, from the engine's limits."""
+
+    vocab_size: int
+    max_model_len: int
+    max_num_seqs: int
+    max_tokens: int
+    """Tokens of one iteration."""
+    max_slice_tokens: int
+    """Tokens of one micro-batch; 0: no fine-tune slices."""
+    max_pair_tokens: int
+    """Tokens of a pair's prompt and completion."""
+    max_kv_tokens: int | None = None
+    """Tokens that the KV cache holds; None: unknown, batches stay within one sequence of full length."""
+    budget_s: float = MEASURE_S
+    """Measuring time in all; waiting for the engine to be idle does not count."""
+    max_point_s: float = 1.0
+    """Points expected to take longer are left out."""
+    max_rounds: int = 3
+    """Times that the whole grid is measured if the budget allows, each time with new prompts."""
+    seed: int = 0
+    share_prompt: bool = True
+    """`experiments.share_prompt`: how many tokens a pair takes."""
+    trains: bool = False
+    """TRAIN points change the shadow adapter: only where it is thrown away."""
+    is_background: bool = False
+    """Wait for an idle engine before each point, and give way to every request that arrives."""
 
 
 class ProfiledEngine(Protocol):
-    """What measuring needs of an engine; `engine.vllm.engine.HybridEngine` is the real one."""
+    """The part of an engine that measuring needs; `engine.vllm.engine.HybridEngine` is the real one."""
 
     def decode(
         self, prompt_ids: Sequence[int], request_id: str, max_tokens: int, handle: Any = None, priority: int = 0
@@ -47,12 +118,12 @@ class ProfiledEngine(Protocol):
 
 @dataclass(slots=True)
 class Measurement:
-    """What a measurement gave."""
+    """Results so far."""
 
     samples: list[IterationSample] = field(default_factory=list)
-    memory: list[MemorySample] = field(default_factory=list)
+    memory: list[tuple[int, int]] = field(default_factory=list)
+    """Padded tokens of each training step's micro-batch, and the bytes that it held at most."""
     num_points: int = 0
-    num_interrupted: int = 0
     measured_s: float = 0.0
 
 
@@ -65,6 +136,48 @@ async def measure_grid(
         MaceError: the engine ended a task without a result.
     """
     return await _Measurer(engine, plan, on_progress).run()
+
+
+async def measure_profile(
+    engine: ProfiledEngine,
+    plan: MeasurePlan,
+    origin: Origin,
+    kv_bytes_per_token: int | None = None,
+    on_progress: Callable[[Measurement], None] | None = None,
+) -> Profile:
+    """Measure the grid and fit a profile.
+
+    Raises:
+        ProfileError: too little could be measured.
+        MaceError: the engine ended a task without a result.
+    """
+    found = await measure_grid(engine, plan, on_progress)
+    return await asyncio.to_thread(
+        fit_profile, found.samples, origin, memory=found.memory, kv_bytes_per_token=kv_bytes_per_token
+    )
+
+
+async def measure_in_background(
+    engine: ProfiledEngine, plan: MeasurePlan, origin: Origin, path: Path, kv_bytes_per_token: int | None = None
+) -> None:
+    """Measure beside a running server without hurting its requests, fit, and write the profile.
+
+    Points run only while the engine has no unfinished request, take about a second at most, and are aborted as soon as
+    a request arrives. Fine-tune tasks are evaluations, which change nothing; what real training runs meanwhile is
+    recorded as well. A failure is a warning: the server goes on with online estimates.
+
+    Raises:
+        ValueError: the plan trains, or gives way to nobody.
+    """
+    if plan.trains or not plan.is_background:
+        raise ValueError("a background plan gives way to requests and never trains")
+    try:
+        profile = await measure_profile(engine, plan, origin, kv_bytes_per_token)
+        await asyncio.to_thread(profile.save, path)
+    except Exception as error:  # noqa: BLE001 - whatever fails here, serving is not affected
+        logger.warning("no profile was measured: %s: %s", type(error).__name__, error)
+        return
+    logger.info("profile in %s, median error of a forward pass %.1f %%", path, 100 * profile.forward_error.median)
 
 
 class _Measurer:
@@ -83,7 +196,8 @@ class _Measurer:
         self._result = Measurement()
 
     async def run(self) -> Measurement:
-        for point in _WARM_UP:  # first calls load kernels and fill caches: run, but not recorded
+        # First calls load kernels and fill caches: these two are run, but not recorded.
+        for point in (GridPoint(PointKind.DECODE, 0, 8, 2), GridPoint(PointKind.PREFILL, 64)):
             await self._until_done(point)
         self._next_iteration, _ = await self._engine.iterations(0)
         self._result = Measurement()
@@ -116,7 +230,7 @@ class _Measurer:
         return self._plan.budget_s - self._result.measured_s
 
     def _expected_s(self, point: GridPoint) -> float:
-        """In proportion to the measured point of the same kind that is nearest in work; 0 if there is none."""
+        """Time of a point in proportion to the measured one of its kind that is nearest in work; 0 without one."""
         done = self._walls.get(point.kind)
         if not done:
             return 0.0
@@ -135,7 +249,6 @@ class _Measurer:
                 self._walls.setdefault(point.kind, []).append((point.work, wall_s))
                 self._result.num_points += 1
                 return
-            self._result.num_interrupted += 1
             if self._left_s() <= 0:
                 return
 
@@ -170,10 +283,8 @@ class _Measurer:
             if prefix:
                 await self._decode(prefix, 1)
             await self._decode(prefix + self._tokens(point.num_tokens), 1)
-        elif point.kind is PointKind.DECODE:
-            await self._together(point, DECODE_TOKENS)
-        elif point.kind is PointKind.MIXED:
-            await self._together(point, MIXED_TOKENS)
+        elif point.kind in _DECODED_TOKENS:
+            await self._together(point, _DECODED_TOKENS[point.kind])
         else:
             await self._run_task(point)
 
@@ -212,7 +323,7 @@ class _Measurer:
         if result.error is not None:  # random tokens may well diverge; the slices before are measured all the same
             logger.info("a measured fine-tune task ended early: %s", result.error)
         elif kind is TaskKind.TRAIN and result.peak_bytes:
-            self._result.memory.append(MemorySample(num_tokens, result.peak_bytes))
+            self._result.memory.append((num_tokens, result.peak_bytes))
 
     def _pairs(self, num_tokens: int) -> tuple[tuple[TokenizedPair, ...], int]:
         """Pairs that make one micro-batch of at most `num_tokens` tokens, padding included, and its true size."""
@@ -232,3 +343,73 @@ class _Measurer:
     def _tokens(self, count: int) -> list[int]:
         """Random ids, so that no prefix cache knows them."""
         return self._rng.choices(range(self._plan.vocab_size), k=count)
+
+
+def make_grid(plan: MeasurePlan) -> list[GridPoint]:
+    """All points, each kind ordered coarse to fine, the kinds taking turns."""
+    room = plan.max_model_len - _LONGEST_DECODE - 1
+    lengths = _powers(8, min(room, plan.max_tokens))
+    contexts = [0, *_powers(128, room)]
+    batches = _powers(1, plan.max_num_seqs)
+    sizes = _powers(32, plan.max_slice_tokens)
+    families = [
+        [GridPoint(PointKind.PREFILL, n, c) for n in lengths for c in contexts if n + c <= room],
+        [GridPoint(PointKind.DECODE, 0, c, b) for b in batches for c in (8, *contexts[1:]) if _fits(plan, b, c)],
+        [
+            GridPoint(PointKind.MIXED, n, 32, b)
+            for b in batches
+            for n in lengths
+            if b < plan.max_num_seqs and n >= 32 and _fits(plan, b, n)
+        ],
+        [GridPoint(PointKind.EVALUATE, n) for n in sizes],
+        [GridPoint(PointKind.TRAIN, n) for n in sizes] if plan.trains else [],
+    ]
+    return list(_take_turns(coarse_to_fine(family) for family in families if family))
+
+
+def coarse_to_fine(points: Sequence[GridPoint]) -> list[GridPoint]:
+    """The least work first, then always the point that is farthest from all before it (logarithmic axes)."""
+    left = sorted(points, key=lambda point: (point.work, point.num_tokens, point.context))
+    if not left:
+        return []
+    ordered = [left.pop(0)]
+    distance = [_distance(point, ordered[0]) for point in left]
+    while left:
+        index = max(range(len(left)), key=distance.__getitem__)
+        chosen = left.pop(index)
+        distance.pop(index)
+        distance = [min(d, _distance(point, chosen)) for d, point in zip(distance, left, strict=True)]
+        ordered.append(chosen)
+    return ordered
+
+
+def _fits(plan: MeasurePlan, batch: int, context: int) -> bool:
+    """Half of the KV cache at most, so that nothing is preempted."""
+    tokens = batch * (context + _LONGEST_DECODE)
+    limit = plan.max_model_len if plan.max_kv_tokens is None else plan.max_kv_tokens // 2
+    return context + _LONGEST_DECODE < plan.max_model_len and (tokens <= limit or batch == 1)
+
+
+def _powers(first: int, last: int) -> list[int]:
+    """Powers of two times `first` up to `last`, and `last` itself."""
+    values = []
+    value = first
+    while value <= last:
+        values.append(value)
+        value *= 2
+    return values if not values or values[-1] == last else [*values, last]
+
+
+def _distance(a: GridPoint, b: GridPoint) -> float:
+    pairs = ((a.num_tokens, b.num_tokens), (a.context, b.context), (a.batch, b.batch))
+    return sum(abs(math.log2(1 + x) - math.log2(1 + y)) for x, y in pairs)
+
+
+def _take_turns(families: Iterable[list[GridPoint]]) -> Iterable[GridPoint]:
+    """The first of each family, then every family spread evenly over the order: all end about together."""
+    placed = [
+        (index / len(family), number, point)
+        for number, family in enumerate(families)
+        for index, point in enumerate(family)
+    ]
+    return [point for _, _, point in sorted(placed, key=lambda entry: entry[:2])]

@@ -1,33 +1,29 @@
-"""A whole run: executors, the router before them, and the loop over events.
+"""One simulation: executors, the router before them, and the loop over events in virtual time.
 
 Everything random comes from the seed, and events are in a total order, so the same trace, profile and seed give the
 same run and the same event log, byte for byte.
 """
 
+import heapq
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
+from enum import IntEnum
 from typing import Literal
 
 import numpy as np
 
 from core.batch import ForwardShape, IterationSample
-from core.config import EngineConfig
 from core.errors import ConfigError
 from core.types import SliceReport
-from scheduler.iteration.planner import EngineLimits, IterationPlanner
-from scheduler.queues.waiting import WaitingQueue
+from scheduler.iteration.planner import IterationPlanner
 from simulator.device import Device
-from simulator.events import EventKind, EventQueue
-from simulator.executor import Executor
+from simulator.executor import SimulatedExecutor
 from simulator.hardware import FrozenPredictor, Hardware
-from simulator.kv_pruning import KvPruner
 from simulator.requests import RequestPool
-from simulator.result import Result
-from simulator.routing import LeastLoadedRouter, PlacementRouter, Router
-from simulator.running import RunningSet, SimRequest
-from simulator.statistics import Statistics
-from simulator.token_meter import TokenMeter
+from simulator.routing import LeastLoadedRouter, PlacementRouter
+from simulator.running import SimRequest
+from simulator.statistics import Result, Statistics, TokenMeter
 from simulator.trace import Trace
 from simulator.trainer import Trainer
 
@@ -41,9 +37,26 @@ _MOST_RANKED = 8
 """Executors up to which `auto` ranks all of them for each request."""
 
 
+class EventKind(IntEnum):
+    """Events of one instant happen in this order.
+
+    What ends comes before what arrives, so that a request that arrives at the end of an iteration finds the seats which
+    that iteration has freed.
+    """
+
+    ITERATION_END = 0
+    TASK = 1
+    ARRIVAL = 2
+
+
+Event = tuple[float, EventKind, int, int, int]
+"""Time in seconds, kind, sequence number, executor, and the run of that executor which the event belongs to. Events are
+in a total order, as in simpy."""
+
+
 @dataclass(frozen=True, slots=True)
 class Options:
-    """How to simulate; nothing in here belongs to the deployment that is simulated."""
+    """Settings of the simulation itself, none of the deployment that is simulated."""
 
     noise: bool = True
     adapt: bool = True
@@ -73,13 +86,21 @@ class Simulation:
         write_log: Callable[[str], object] | None = None,
         statistics: Statistics | None = None,
     ) -> None:
-        _check(trace.args.engine)
+        engine = trace.args.engine
+        if engine.max_num_seqs > engine.max_num_batched_tokens:
+            raise ConfigError(
+                f"engine.max_num_seqs ({engine.max_num_seqs}) must not be above engine.max_num_batched_tokens"
+                f" ({engine.max_num_batched_tokens}): every running request needs a token in an iteration"
+            )
         self._trace = trace
         self._hardware = hardware
         self._options = options or Options()
         self._write_log = write_log
-        self._events = EventQueue()
-        self._statistics = statistics or Statistics(trace.args.slo, _bucket_s(trace))
+        self._events: list[Event] = []
+        """Heap of what is to come."""
+        self._num_events = 0
+        self._now_s = 0.0
+        self._statistics = statistics or Statistics(trace.args.slo, max(trace.expected_s / _BUCKETS, 1e-3))
         seeds = np.random.SeedSequence([trace.seed, _NOISE_STREAM]).spawn(trace.executors)
         self.executors = [self._executor(index, seed) for index, seed in enumerate(seeds)]
         self._router = self._new_router()
@@ -90,166 +111,108 @@ class Simulation:
 
     def run(self) -> Result:
         """Simulate until the last request has ended, and the trace's duration is over."""
-        events = self._events
         for executor in self.executors:
             executor.start(0.0)
         self._plan_arrival()
         self._plan_task()
         duration_s = self._trace.duration_s or 0.0
-        while (next_s := events.next_time_s()) is not None:
-            if self._next_request is None and self._num_ended == self._num_arrived and next_s > duration_s:
+        while self._events:
+            has_served_all = self._next_request is None and self._num_ended == self._num_arrived
+            if has_served_all and self._events[0][0] > duration_s:
                 break
-            now_s, kind, _, index, work = events.pop()
+            self._now_s, kind, _, index, work = heapq.heappop(self._events)
             if kind == EventKind.ITERATION_END:
-                self._end(self.executors[index], work, now_s)
+                self._end(self.executors[index], work)
             elif kind == EventKind.ARRIVAL:
-                self._arrive(now_s)
+                self._arrive()
             else:
-                self._add_task(now_s)
+                self._add_task()
         return Result(
             name=self._trace.name,
             policy=self._trace.args.scheduler.policy,
             seed=self._trace.seed,
             num_executors=len(self.executors),
             num_requests=self._num_arrived,
-            virtual_s=max(events.now_s, duration_s),
+            virtual_s=max(self._now_s, duration_s),
             statistics=self._statistics,
         )
 
-    def _end(self, executor: Executor, work: int, now_s: float) -> None:
-        executor.end(work, now_s)
-        if executor.meter.finished:
-            for request in executor.meter.finished:
-                self._router.ended(request, executor.index)
-            self._num_ended += len(executor.meter.finished)
-            executor.meter.finished.clear()
+    def _push(self, time_s: float, kind: EventKind, executor: int = 0, run: int = 0) -> None:
+        """Schedule an event.
 
-    def _arrive(self, now_s: float) -> None:
+        Raises:
+            ValueError: `time_s` is in the past or not a number.
+        """
+        if not time_s >= self._now_s:
+            raise ValueError(f"an event at {time_s} s cannot be scheduled at {self._now_s} s")
+        self._num_events += 1
+        heapq.heappush(self._events, (time_s, kind, self._num_events, executor, run))
+
+    def _end(self, executor: SimulatedExecutor, work: int) -> None:
+        executor.end(work, self._now_s)
+        for request in executor.meter.finished:
+            self._router.ended(request, executor.index)
+        self._num_ended += len(executor.meter.finished)
+        executor.meter.finished.clear()
+
+    def _arrive(self) -> None:
         request = self._next_request
         assert request is not None  # the event was scheduled with it
-        index = self._router.choose(request, now_s)
+        index = self._router.choose(request, self._now_s)
         self._num_arrived += 1
         self._plan_arrival()
         self._log("arrived", request.request_id, index)
-        self.executors[index].submit(request, now_s)
+        self.executors[index].submit(request, self._now_s)
 
     def _plan_arrival(self) -> None:
         request = next(self._requests, None)
         self._next_request = None if request is None else SimRequest.of(request)
         if request is not None:
-            self._events.push(request.arrival_s, EventKind.ARRIVAL)
+            self._push(request.arrival_s, EventKind.ARRIVAL)
 
-    def _add_task(self, now_s: float) -> None:
-        """A batch of pairs goes where the fewest tasks are."""
+    def _add_task(self) -> None:
+        """Send a batch of pairs where the fewest tasks are."""
         executor = min(self.executors, key=lambda e: (e.trainer.num_tasks, len(e.requests), e.index))
         self._log("task", "", executor.index)
         self._plan_task()
-        executor.add_task(now_s)
+        executor.add_task(self._now_s)
 
     def _plan_task(self) -> None:
         rate = self._trace.finetune.pairs_per_s
         training = self._trace.args.training
         if rate and training.enabled:
-            self._events.push(self._events.now_s + training.pairs_per_step / rate, EventKind.TASK)
+            self._push(self._now_s + training.pairs_per_step / rate, EventKind.TASK)
 
-    def _executor(self, index: int, seed: np.random.SeedSequence) -> Executor:
+    def _executor(self, index: int, seed: np.random.SeedSequence) -> SimulatedExecutor:
         trace, hardware, options = self._trace, self._hardware, self._options
-        device = Device(hardware.device, seed=seed, noise=options.noise, slow_down=trace.slow_down)
-        trainer = self._trainer(device)
-        planner = self._planner()
+        device = Device(hardware.profile, seed=seed, noise=options.noise, slow_down=trace.slow_down)
+        trainer = Trainer(trace, hardware, device)
+        predictor = hardware.new_predictor()
+        known = predictor if options.adapt else FrozenPredictor(predictor)
+        planner = IterationPlanner(trace.args, known, hardware.limits)
         if trace.args.training.enabled and trace.finetune.pairs_per_s != 0:
-            trainer.measure_all_kinds()
-            planner.observe(IterationSample(ForwardShape(), 0.0, report=SliceReport(trainer.warm_up)))
-        running = RunningSet(
-            max_seats=trace.args.engine.max_num_seqs,
-            kv_tokens=hardware.kv_tokens,
-            block_tokens=hardware.block_tokens,
-        )
-        pruning = trace.args.kv_pruning
-        return Executor(
+            planner.observe(IterationSample(ForwardShape(), 0.0, report=SliceReport(trainer.warm_up())))
+        is_large = trace.expected_s * trace.arrivals.rate_per_s >= _LARGE_REQUESTS
+        return SimulatedExecutor(
             index,
             planner=planner,
             device=device,
             trainer=trainer,
-            requests=RequestPool(
-                running=running,
-                waiting=WaitingQueue(trace.args.experiments),
-                kv_bytes_per_token=hardware.kv_bytes_per_token,
-                pruner=None if pruning.start == "off" else KvPruner(pruning, hardware.block_tokens),
-            ),
+            requests=RequestPool(trace.args, hardware),
             meter=TokenMeter(index, self._statistics, None if self._write_log is None else self._log),
             statistics=self._statistics,
-            schedule_end=self._schedule_end,
-            observe_every=options.observe_every or _observe_every(trace),
+            schedule_end=lambda run, end_s: self._push(end_s, EventKind.ITERATION_END, index, run),
+            observe_every=options.observe_every or (_LARGE_STEP if is_large else 1),
             is_fast=options.fast,
         )
 
-    def _trainer(self, device: Device) -> Trainer:
-        finetune, training = self._trace.finetune, self._trace.args.training
-        return Trainer(
-            device=device,
-            model=self._hardware.step_model,
-            pair=(finetune.prompt_tokens, finetune.completion_tokens, finetune.completion_tokens),
-            config=training,
-            arena_bytes_per_token=self._hardware.arena_bytes_per_token,
-            has_backlog=training.enabled and finetune.pairs_per_s is None,
-            share_prompt=self._trace.args.experiments.share_prompt,
-        )
-
-    def _planner(self) -> IterationPlanner:
-        hardware = self._hardware
-        predictor = hardware.new_predictor()
-        limits = EngineLimits(
-            max_tokens=self._trace.args.engine.max_num_batched_tokens,
-            kv_bytes=int(hardware.kv_tokens * hardware.kv_bytes_per_token),
-            arena_bytes=hardware.arena_bytes,
-            kv_bytes_per_token=hardware.kv_bytes_per_token,
-            arena_fixed_bytes=hardware.arena_fixed_bytes,
-            arena_bytes_per_token=hardware.arena_bytes_per_token,
-            dims=hardware.dims,
-        )
-        return IterationPlanner(
-            self._trace.args, predictor if self._options.adapt else FrozenPredictor(predictor), limits
-        )
-
-    def _new_router(self) -> Router:
-        args, device = self._trace.args, self._hardware.device
+    def _new_router(self) -> LeastLoadedRouter | PlacementRouter:
         chosen = self._options.router
         if chosen == "least_loaded" or (chosen == "auto" and len(self.executors) > _MOST_RANKED):
-            return LeastLoadedRouter(len(self.executors), device)
-        return PlacementRouter(
-            self.executors,
-            device,
-            kv_bytes_per_token=self._hardware.kv_bytes_per_token,
-            tau_mem=args.scheduler.tau_mem,
-            slo=args.slo,
-        )
-
-    def _schedule_end(self, executor: int, run: int, end_s: float) -> None:
-        self._events.push(end_s, EventKind.ITERATION_END, executor, run)
+            return LeastLoadedRouter(len(self.executors), self._hardware.profile.latency)
+        return PlacementRouter(self.executors, self._trace.args, self._hardware)
 
     def _log(self, event: str, subject: str, executor: int) -> None:
         if self._write_log is not None:
-            line = {"time_s": self._events.now_s, "event": event, "subject": subject, "executor": executor}
+            line = {"time_s": self._now_s, "event": event, "subject": subject, "executor": executor}
             self._write_log(json.dumps(line) + "\n")
-
-
-def _check(engine: EngineConfig) -> None:
-    if engine.max_num_seqs > engine.max_num_batched_tokens:
-        raise ConfigError(
-            f"engine.max_num_seqs ({engine.max_num_seqs}) must not be above engine.max_num_batched_tokens"
-            f" ({engine.max_num_batched_tokens}): every running request needs a token in an iteration"
-        )
-
-
-def _observe_every(trace: Trace) -> int:
-    return _LARGE_STEP if _expected_s(trace) * trace.arrivals.rate_per_s >= _LARGE_REQUESTS else 1
-
-
-def _bucket_s(trace: Trace) -> float:
-    return max(_expected_s(trace) / _BUCKETS, 1e-3)
-
-
-def _expected_s(trace: Trace) -> float:
-    """About how long the requests take to arrive."""
-    return trace.duration_s or (trace.num_requests or 0) / trace.arrivals.rate_per_s

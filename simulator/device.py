@@ -1,4 +1,4 @@
-"""The device that the simulated executors run on: what iterations really cost, as far as the profile knows.
+"""The device of a simulated executor: the true cost of its iterations, as far as the profile knows.
 
 Noise is drawn from the quantiles in the profile, independently for each iteration and each slice. Iterations and slices
 draw from separate streams of the executor's own, one draw for each, so a run gives the same numbers whether its
@@ -6,75 +6,32 @@ iterations are simulated one by one or in a stretch.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Protocol
 
 import numpy as np
 
 from core.batch import ForwardShape
 from core.errors import ConfigError
 from core.types import SliceKind
+from profiler.online import OnlineLatencyModel
+from profiler.profile import QUANTILE_LEVELS, Profile
 from simulator.trace import SlowDown
 
 _BLOCK = 1024
 _SMALLEST = 1e-9
-
-
-@dataclass(frozen=True, slots=True)
-class Quantiles:
-    """A distribution: values at levels from 0 to 1."""
-
-    levels: Sequence[float]
-    values: Sequence[float]
-
-    @classmethod
-    def exactly(cls, value: float) -> "Quantiles":
-        """No spread."""
-        return cls((0.0, 1.0), (value, value))
-
-
-class DeviceModel(Protocol):
-    """What a profile says of a device (`simulator.profiled.ProfiledDevice` is the real one)."""
-
-    @property
-    def overhead_s(self) -> float:
-        """Usual time of an iteration that is neither forward pass nor slices."""
-        ...
-
-    @property
-    def overhead_noise(self) -> Quantiles:
-        """Its distribution, in seconds."""
-        ...
-
-    @property
-    def forward_noise(self) -> Quantiles:
-        """Measured over predicted latency of forward passes."""
-        ...
-
-    def slice_noise(self, kind: SliceKind) -> Quantiles:
-        """Measured over predicted latency of slices of a kind."""
-        ...
-
-    def forward_s(self, shape: ForwardShape) -> float:
-        """Latency of a forward pass in seconds; 0 if it is empty."""
-        ...
-
-    def slice_s(self, kind: SliceKind, num_tokens: int) -> float | None:
-        """Latency of a slice in seconds; None if the profile does not know its kind."""
-        ...
+_NO_NOISE = (1.0,)
 
 
 class NoiseStream:
-    """Values drawn by inverse transform from quantiles, each used once and in order.
+    """Values drawn by inverse transform from quantiles at `QUANTILE_LEVELS`, each used once and in order.
 
     Between two quantiles the logarithm is interpolated: a straight line from the 99th percentile to a single extreme
     outlier would make the tail far too heavy.
     """
 
-    def __init__(self, quantiles: Quantiles, seed: np.random.SeedSequence) -> None:
-        self._levels = np.asarray(quantiles.levels, dtype=np.float64)
-        self._logs = np.log(np.maximum(np.asarray(quantiles.values, dtype=np.float64), _SMALLEST))
-        self._constant = quantiles.values[0] if len(set(quantiles.values)) == 1 else None
+    def __init__(self, quantiles: Sequence[float], seed: np.random.SeedSequence) -> None:
+        """`quantiles` may be a single value: a distribution without spread."""
+        self._constant = quantiles[0] if len(set(quantiles)) == 1 else None
+        self._logs = np.log(np.maximum(np.asarray(quantiles, dtype=np.float64), _SMALLEST))
         self._rng = np.random.default_rng(seed)
         self._drawn: list[float] = []
         self._next = 0
@@ -93,45 +50,40 @@ class NoiseStream:
     def _draw(self) -> list[float]:
         if self._constant is not None:
             return [self._constant] * _BLOCK
-        drawn: list[float] = np.exp(np.interp(self._rng.random(_BLOCK), self._levels, self._logs)).tolist()
+        drawn: list[float] = np.exp(np.interp(self._rng.random(_BLOCK), QUANTILE_LEVELS, self._logs)).tolist()
         return drawn
 
 
 class Device:
-    """One executor's device: the model of it, times noise, times a slow-down from some moment on."""
+    """One executor's device: the profile's model, times noise, times a slow-down from some moment on."""
 
     def __init__(
-        self, model: DeviceModel, *, seed: np.random.SeedSequence, noise: bool, slow_down: SlowDown | None
+        self, profile: Profile, *, seed: np.random.SeedSequence, noise: bool, slow_down: SlowDown | None
     ) -> None:
         overhead_seed, forward_seed, *slice_seeds = seed.spawn(2 + len(SliceKind))
-        self._model = model
-        self._overheads = NoiseStream(
-            model.overhead_noise if noise else Quantiles.exactly(model.overhead_s), overhead_seed
+        self._model = OnlineLatencyModel(profile)  # learns nothing here: the profile's model in its fast form
+        self.overheads = NoiseStream(
+            profile.overhead_quantiles_s if noise else (profile.overhead_s,), overhead_seed
         )
-        self._factors = NoiseStream(model.forward_noise if noise else Quantiles.exactly(1.0), forward_seed)
+        """Overheads of the coming iterations, in seconds."""
+        self.factors = NoiseStream(profile.forward_noise if noise else _NO_NOISE, forward_seed)
+        """Noise of the coming iterations' forward passes."""
+        slice_noise = profile.slice_noise if noise else {}
         self._slice_factors = {
-            kind: NoiseStream(model.slice_noise(kind) if noise else Quantiles.exactly(1.0), slice_seed)
+            kind: NoiseStream(slice_noise.get(kind, _NO_NOISE), slice_seed)
             for kind, slice_seed in zip(SliceKind, slice_seeds, strict=True)
         }
         self._slow_at_s = float("inf") if slow_down is None else slow_down.at_s
         self._slow_factor = 1.0 if slow_down is None else slow_down.factor
 
-    def overheads_s(self, count: int) -> list[float]:
-        """Overhead of the next `count` iterations, not taken yet."""
-        return self._overheads.ahead(count)
-
-    def factors(self, count: int) -> list[float]:
-        """Noise of the forward passes of the next `count` iterations, not taken yet."""
-        return self._factors.ahead(count)
-
     def take(self, count: int) -> None:
-        """So many iterations have happened."""
-        self._overheads.take(count)
-        self._factors.take(count)
+        """Use up the overheads and the noise of `count` iterations, which have happened."""
+        self.overheads.take(count)
+        self.factors.take(count)
 
     def forward_s(self, shape: ForwardShape, start_s: float, factor: float) -> float:
         """Latency of a forward pass that starts at `start_s`, with a factor from `factors`; 0 if it is empty."""
-        latency_s = self._model.forward_s(shape) * factor
+        latency_s = (self._model.forward_s(shape) or 0.0) * factor
         return latency_s * self._slow_factor if start_s >= self._slow_at_s else latency_s
 
     def slice_s(self, kind: SliceKind, num_tokens: int, start_s: float) -> float:

@@ -1,4 +1,4 @@
-"""One simulated executor: the production planner in virtual time.
+"""One executor of a simulation: the production planner in virtual time.
 
 An iteration is: view, plan, fill as vLLM fills, settle, slices as far as admitted, forward pass; it lasts overhead +
 slices + forward pass, and its tokens are out at its end.
@@ -19,8 +19,7 @@ from scheduler.iteration.planner import IterationPlanner
 from simulator.device import Device
 from simulator.requests import Fill, RequestPool
 from simulator.running import SimRequest
-from simulator.statistics import Statistics
-from simulator.token_meter import TokenMeter
+from simulator.statistics import Statistics, TokenMeter
 from simulator.trainer import Trained, Trainer
 
 _FIRST_STRETCH = 8
@@ -53,8 +52,8 @@ class _Stretch:
     """Cached tokens before the first."""
 
 
-class Executor:
-    """See the module docstring. `schedule_end(executor, run, end_s)` is told when the work in progress ends."""
+class SimulatedExecutor:
+    """See the module docstring. `schedule_end(run, end_s)` is told when the work in progress ends."""
 
     def __init__(
         self,
@@ -66,7 +65,7 @@ class Executor:
         requests: RequestPool,
         meter: TokenMeter,
         statistics: Statistics,
-        schedule_end: Callable[[int, int, float], None],
+        schedule_end: Callable[[int, float], None],
         observe_every: int = 1,
         is_fast: bool = True,
     ) -> None:
@@ -88,7 +87,7 @@ class Executor:
         self._iterations = 0
 
     def submit(self, request: SimRequest, now_s: float) -> None:
-        """A request arrives.
+        """Take in a request.
 
         Raises:
             ConfigError: it can never fit the KV cache.
@@ -99,12 +98,12 @@ class Executor:
         self._wake(now_s)
 
     def add_task(self, now_s: float) -> None:
-        """Fine-tune work arrives."""
+        """Take in fine-tune work."""
         self.trainer.add_task(now_s)
         self._wake(now_s)
 
     def end(self, run: int, now_s: float) -> None:
-        """Work number `run` is over; nothing happens if it was cut short meanwhile."""
+        """End work number `run`; nothing happens if it was cut short meanwhile."""
         if run != self._run:
             return
         if isinstance(self._current, _Stretch):
@@ -124,7 +123,7 @@ class Executor:
             self._start_iteration(now_s)
 
     def wait_s(self, now_s: float) -> float:
-        """Until the iteration in progress ends."""
+        """Seconds until the iteration in progress ends."""
         current = self._current
         if current is None:
             return 0.0
@@ -134,13 +133,11 @@ class Executor:
 
     def kv_tokens_used(self, now_s: float) -> int:
         """Tokens of KV memory that cannot be given out, with the passes of a stretch that are over by now."""
-        running = self.requests.running
-        if not isinstance(self._current, _Stretch):
-            return running.kv_used
-        return running.kv_used_after(bisect_right(self._current.ends_s, now_s))
+        over = bisect_right(self._current.ends_s, now_s) if isinstance(self._current, _Stretch) else 0
+        return self.requests.running.kv_used(over)
 
     def _wake(self, now_s: float) -> None:
-        """Something arrived: a sleeping executor starts, a stretch ends with the iteration in progress."""
+        """Something arrived: start if asleep; a stretch ends with the iteration in progress."""
         current = self._current
         if current is None:
             self.start(now_s)
@@ -153,11 +150,11 @@ class Executor:
     def _begin(self, work: _Iteration | _Stretch, end_s: float) -> None:
         self._current = work
         self._run += 1
-        self._schedule_end(self.index, self._run, end_s)
+        self._schedule_end(self._run, end_s)
 
     def _may_stretch(self) -> bool:
         return (
-            self.requests.pruner is None  # then the planner watches the blocks
+            not self.requests.prunes  # else the planner watches the blocks
             and self.requests.only_decodes
             and not self.trainer.has_work
             and self._knows_no_work
@@ -168,11 +165,11 @@ class Executor:
         running, forward_s = self.requests.running, self._device.forward_s
         count = min(running.passes_to_change(), self._stretch_limit)
         shape = ForwardShape(num_decode=running.num_decode, decode_context=running.decode_context)
-        overheads_s = self._device.overheads_s(count)
+        overheads_s = self._device.overheads.ahead(count)
         start_s = now_s
         ends_s: list[float] = []
         forwards_s: list[float] = []
-        for overhead_s, factor in zip(overheads_s, self._device.factors(count), strict=True):
+        for overhead_s, factor in zip(overheads_s, self._device.factors.ahead(count), strict=True):
             latency_s = forward_s(shape, now_s, factor)
             now_s = now_s + overhead_s + latency_s
             ends_s.append(now_s)
@@ -199,11 +196,8 @@ class Executor:
         view = self.requests.view(now_s, self.trainer.state())
         self._knows_no_work = view.finetune is None
         plan = self._planner.plan(view)
-        pruned = self.requests.prune(plan.prune_blocks) if plan.prune_blocks else 0
-        if pruned:
+        if pruned := self.requests.prune(plan):
             self.meter.pruned(pruned)
-        if self.requests.pruner is not None:
-            self.requests.pruner.is_asked = plan.wants_prune_scores
         fill = self.requests.fill(plan, now_s)
         for request in fill.preempted:
             self.meter.preempted(request)
@@ -215,9 +209,9 @@ class Executor:
             return  # nothing is allowed to train: sleep until something arrives
         forward_s = 0.0
         if fill.shape.num_tokens:
-            factor = self._device.factors(1)[0]
+            factor = self._device.factors.ahead(1)[0]
             forward_s = self._device.forward_s(fill.shape, now_s + trained.busy_s, factor)
-        overhead_s = self._device.overheads_s(1)[0]
+        overhead_s = self._device.overheads.ahead(1)[0]
         end_s = now_s + overhead_s + forward_s + trained.busy_s
         self._begin(_Iteration(now_s, end_s, plan, fill, overhead_s, forward_s, trained), end_s)
 

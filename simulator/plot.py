@@ -1,12 +1,13 @@
 """A picture of one simulation: TTFT, TBT, and what the devices did over time."""
 
+from __future__ import annotations
+
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from core.config import SloConfig
 from core.errors import ConfigError
-from simulator.result import Result
-from simulator.statistics import Histogram
+from simulator.statistics import Histogram, Result
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -27,7 +28,9 @@ def write_plot(result: Result, slo: SloConfig, path: Path) -> None:
     figure = Figure(figsize=(11, 7), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots(2, 2)
-    figure.suptitle(_title(result))
+    attained = "" if result.slo_attainment is None else f", SLO attainment {result.slo_attainment:.2%}"
+    executors = "1 executor" if result.num_executors == 1 else f"{result.num_executors:,} executors"
+    figure.suptitle(f"{result.name}, {result.policy}: {result.num_requests:,} requests on {executors}{attained}")
     _draw_cdf(axes[0][0], "time to first token", result.ttft, slo.ttft_s)
     _draw_cdf(axes[0][1], "time between tokens", result.statistics.tbt, slo.tbt_s)
     _draw_utilisation(axes[1][0], result)
@@ -38,20 +41,11 @@ def write_plot(result: Result, slo: SloConfig, path: Path) -> None:
         raise ConfigError(f"cannot write plot {path}: {error}") from error
 
 
-def _title(result: Result) -> str:
-    attained = "" if result.slo_attainment is None else f", SLO attainment {result.slo_attainment:.2%}"
-    executors = "1 executor" if result.num_executors == 1 else f"{result.num_executors:,} executors"
-    return f"{result.name}, {result.policy}: {result.num_requests:,} requests on {executors}{attained}"
-
-
-def _draw_cdf(axes: "Axes", title: str, histogram: Histogram, target_s: float) -> None:
+def _draw_cdf(axes: Axes, title: str, histogram: Histogram, target_s: float) -> None:
     from matplotlib.ticker import StrMethodFormatter
 
     ends_s, shares = histogram.cdf()
-    axes.set_title(title)
-    axes.set_xlabel("ms")
-    axes.set_ylabel("share")
-    axes.set_ylim(0, 1.02)
+    axes.set(title=title, xlabel="ms", ylabel="share", ylim=(0, 1.02))
     axes.grid(alpha=0.3)
     if not ends_s:
         return
@@ -72,7 +66,7 @@ def _draw_cdf(axes: "Axes", title: str, histogram: Histogram, target_s: float) -
     axes.legend(fontsize="small")
 
 
-def _draw_utilisation(axes: "Axes", result: Result) -> None:
+def _draw_utilisation(axes: Axes, result: Result) -> None:
     found = result.statistics
     times_s, width_s = _buckets(result)
     devices_s = width_s * result.num_executors
@@ -81,22 +75,19 @@ def _draw_utilisation(axes: "Axes", result: Result) -> None:
     axes.stackplot(
         times_s, forward, slices, labels=["forward passes", "slices"], colors=["tab:blue", "tab:orange"]
     )
-    axes.set_title(f"utilisation, {result.utilisation:.1%} in all")
-    axes.set_xlabel("virtual time, s")
-    axes.set_ylabel("share of device time")
-    axes.set_ylim(0, 1.05)
+    title = f"utilisation, {result.utilisation:.1%} in all"
+    axes.set(title=title, xlabel="virtual time, s", ylabel="share of device time", ylim=(0, 1.05))
     axes.grid(alpha=0.3)
     axes.legend(fontsize="small", loc="lower right")
 
 
-def _draw_pairs(axes: "Axes", result: Result) -> None:
+def _draw_pairs(axes: Axes, result: Result) -> None:
     times_s, width_s = _buckets(result)
     rates = [result.statistics.pairs_per_bucket[i] / width_s for i in range(len(times_s))]
     axes.bar(times_s, rates, width=width_s, color="tab:orange")
     axes.axhline(result.pairs_per_s, color="0.3", linestyle="--", linewidth=1, label="mean")
-    axes.set_title(f"fine-tune pairs, {result.pairs_per_s:.3g}/s in all")
-    axes.set_xlabel("virtual time, s")
-    axes.set_ylabel("pairs trained per second")
+    title = f"fine-tune pairs, {result.pairs_per_s:.3g}/s in all"
+    axes.set(title=title, xlabel="virtual time, s", ylabel="pairs trained per second")
     axes.grid(alpha=0.3)
     axes.legend(fontsize="small", loc="lower right")
 

@@ -1,29 +1,29 @@
 """The requests of one executor, waiting and running, and how an iteration is filled with them.
 
-`view` describes them to the planner as `engine.vllm.planning` describes vLLM's; `fill` gives out the token
-budget as
+`view` describes them to the planner as `engine.vllm.planning` describes vLLM's; `fill` gives out the token budget as
 vLLM does: decodes first, then prompts in progress, then the waiting queue while seats and KV memory last.
 """
 
 from dataclasses import dataclass, field
 
 from core.batch import ForwardShape, Plan
+from core.config import AppArgs
 from scheduler.queues.waiting import WaitingQueue
 from scheduler.view import FineTuneState, IterationView, PrefillTask
-from simulator.kv_pruning import KvPruner
-from simulator.running import RunningSet, SimRequest
+from simulator.hardware import Hardware
+from simulator.running import RunningSet, SimRequest, SimulatedPruner
 
 
 @dataclass(slots=True)
 class Fill:
-    """What a forward pass computes."""
+    """The work of one forward pass."""
 
     shape: ForwardShape = field(default_factory=ForwardShape)
     chunks: list[tuple[SimRequest, int]] = field(default_factory=list)
     preempted: list[SimRequest] = field(default_factory=list)
 
     def add_chunk(self, request: SimRequest, left: int, max_chunk_tokens: int) -> int:
-        """Take what the budget allows of a prompt; returns its tokens."""
+        """Take as much of a prompt as the budget allows; returns its tokens."""
         tokens = min(request.left, left, max_chunk_tokens or left)
         if tokens <= 0:
             return 0
@@ -39,29 +39,17 @@ class Fill:
 class RequestPool:
     """The waiting queue and the seats of one executor."""
 
-    def __init__(
-        self,
-        *,
-        running: RunningSet,
-        waiting: WaitingQueue[SimRequest],
-        kv_bytes_per_token: float,
-        pruner: KvPruner | None = None,
-    ) -> None:
-        """`pruner`: None if KV blocks are never dropped."""
-        self.running = running
-        self.waiting = waiting
+    def __init__(self, args: AppArgs, hardware: Hardware) -> None:
+        self.running = RunningSet(args.engine.max_num_seqs, hardware.kv_tokens, hardware.block_tokens)
+        self.waiting: WaitingQueue[SimRequest] = WaitingQueue(args.experiments)
         self.waiting_tokens = 0
         """Prompt tokens of the waiting queue."""
-        self.pruner = pruner
-        self._kv_bytes_per_token = kv_bytes_per_token
+        self.prunes = args.kv_pruning.start != "off"
+        self._pruner = SimulatedPruner(args.kv_pruning, self.running)
+        self._kv_bytes_per_token = hardware.limits.kv_bytes_per_token
 
     def __len__(self) -> int:
         return len(self.waiting) + len(self.running)
-
-    @property
-    def used_kv_bytes(self) -> int:
-        """KV memory that cannot be given out."""
-        return int(self.running.kv_used * self._kv_bytes_per_token)
 
     @property
     def only_decodes(self) -> bool:
@@ -69,24 +57,24 @@ class RequestPool:
         return self.running.num_decode > 0 and not self.running.prefills and not self.waiting
 
     def enqueue(self, request: SimRequest) -> None:
-        """Into the waiting queue; a preempted request keeps its arrival."""
+        """Put a request into the waiting queue; a preempted one keeps its arrival."""
         self.waiting.push(request.request_id, request, request.arrival_s, request.user_priority)
         self.waiting_tokens += request.target
 
     def view(self, now_s: float, finetune: FineTuneState | None) -> IterationView:
-        """The state before an iteration is planned."""
+        """Describe the state before an iteration is planned."""
         running = self.running
         view = IterationView(
             now_s,
             running.num_decode,
             running.decode_context,
             free_seats=running.max_seats - len(running),
-            used_kv_bytes=self.used_kv_bytes,
+            used_kv_bytes=int(running.kv_used() * self._kv_bytes_per_token),
             finetune=finetune,
             free_kv_blocks=running.blocks.free,
             block_tokens=running.blocks.block_tokens,
             decode_blocks=running.decode_blocks,
-            prune_offer=None if self.pruner is None else self.pruner.offer(running),
+            prune_offer=self._pruner.offer() if self.prunes else None,
         )
         for request in running.prefills:
             if request.left <= 1:
@@ -99,9 +87,9 @@ class RequestPool:
             view.add_waiting(head, len(self.waiting), self.waiting.oldest_arrival_s())
         return view
 
-    def prune(self, num_blocks: int) -> int:
-        """Drop KV blocks of the last view's offer; returns how many."""
-        return 0 if self.pruner is None else self.pruner.prune(num_blocks, self.running)
+    def prune(self, plan: Plan) -> int:
+        """Drop the KV blocks that the plan takes of the last view's offer; returns how many."""
+        return self._pruner.prune(plan) if self.prunes else 0
 
     def fill(self, plan: Plan, now_s: float) -> Fill:
         """Choose what the forward pass computes; preempts if decoding needs the KV memory."""
@@ -123,7 +111,7 @@ class RequestPool:
         return fill
 
     def _make_room(self, fill: Fill) -> None:
-        """Every decoding request needs room for one more token."""
+        """Preempt until every decoding request has room for one more token."""
         running = self.running
         while running.decode_blocks > running.blocks.free:
             request = running.preempt()

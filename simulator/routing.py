@@ -1,18 +1,18 @@
-"""Which executor a request goes to.
+"""Routers: they choose the executor that a request goes to.
 
 `PlacementRouter` is the production ranking with loads that are never stale. It looks at every executor in Python, so
 large clusters use `LeastLoadedRouter`: least predicted work, from a number kept for each executor.
 """
 
 from collections.abc import Sequence
-from typing import Protocol
 
 from core.batch import ForwardShape
-from core.config import SloConfig
+from core.config import AppArgs
 from core.wire import ExecutorLoad
+from profiler.profile import LatencyModel
 from scheduler.placement import choose_executor
-from simulator.device import DeviceModel
-from simulator.executor import Executor
+from simulator.executor import SimulatedExecutor
+from simulator.hardware import Hardware
 from simulator.running import SimRequest
 
 _PROMPT = 256
@@ -21,31 +21,19 @@ _CONTEXT = 256
 """Tokens and requests of the passes that the costs of one token are taken from."""
 
 
-class Router(Protocol):
-    """Places requests and hears when they end."""
-
-    def choose(self, request: SimRequest, now_s: float) -> int:
-        """Index of the executor that gets the request."""
-        ...
-
-    def ended(self, request: SimRequest, executor: int) -> None:
-        """A request's last token is out."""
-        ...
-
-
 class LeastLoadedRouter:
     """Least predicted work: prompt tokens plus the answer's expected length, at the profile's cost of a token."""
 
-    def __init__(self, num_executors: int, device: DeviceModel) -> None:
+    def __init__(self, num_executors: int, latency: LatencyModel) -> None:
         self._work_ns = [0] * num_executors
-        self._prompt_token_ns = _prompt_token_s(device) * 1e9
+        self._prompt_token_ns = _prompt_token_s(latency) * 1e9
         decode = ForwardShape(num_decode=_BATCH, decode_context=_BATCH * _CONTEXT)
-        self._output_token_ns = device.forward_s(decode) / _BATCH * 1e9
+        self._output_token_ns = latency.forward_s(decode) / _BATCH * 1e9
         self._num_ended = 0
         self._output_tokens = 0
 
     def choose(self, request: SimRequest, now_s: float) -> int:  # noqa: ARG002
-        """The executor with the least work; ties go to the first."""
+        """Choose the executor with the least work; ties go to the first."""
         expected = self._output_tokens / self._num_ended if self._num_ended else _CONTEXT
         request.work_ns = int(request.num_prompt * self._prompt_token_ns + expected * self._output_token_ns)
         executor = self._work_ns.index(min(self._work_ns))
@@ -64,30 +52,27 @@ class PlacementRouter:
 
     def __init__(
         self,
-        executors: Sequence[Executor],
-        device: DeviceModel,
-        *,
-        kv_bytes_per_token: float,
-        tau_mem: float,
-        slo: SloConfig,
+        executors: Sequence[SimulatedExecutor],
+        args: AppArgs,
+        hardware: Hardware,
     ) -> None:
         self._executors = executors
-        self._prompt_token_s = _prompt_token_s(device)
-        self._kv_bytes_per_token = kv_bytes_per_token
-        self._tau_mem = tau_mem
-        self._slo = slo
+        self._prompt_token_s = _prompt_token_s(hardware.profile.latency)
+        self._kv_bytes_per_token = hardware.limits.kv_bytes_per_token
+        self._tau_mem = args.scheduler.tau_mem
+        self._ttft_s = args.slo.ttft_s
 
     def choose(self, request: SimRequest, now_s: float) -> int:
-        """The best rank."""
+        """Choose the executor of the best rank."""
         if len(self._executors) == 1:
             return 0
         loads = [self._load(executor, now_s) for executor in self._executors]
         return int(choose_executor(request.num_prompt, loads, {}, self._tau_mem)[0].executor_id)
 
     def ended(self, request: SimRequest, executor: int) -> None:
-        """Nothing is remembered."""
+        """Remember nothing."""
 
-    def _load(self, executor: Executor, now_s: float) -> ExecutorLoad:
+    def _load(self, executor: SimulatedExecutor, now_s: float) -> ExecutorLoad:
         running = executor.requests.running
         capacity = running.kv_capacity
         return ExecutorLoad(
@@ -96,7 +81,7 @@ class PlacementRouter:
             free_kv_bytes=(capacity - executor.kv_tokens_used(now_s)) * self._kv_bytes_per_token,
             kv_capacity_bytes=capacity * self._kv_bytes_per_token,
             kv_bytes_per_token=self._kv_bytes_per_token,
-            ttft_target_s=self._slo.ttft_s,
+            ttft_target_s=self._ttft_s,
             waiting_tokens=executor.requests.waiting_tokens + sum(r.left for r in running.prefills),
             num_running=running.num_decode,
             prompt_token_s=self._prompt_token_s,
@@ -104,9 +89,9 @@ class PlacementRouter:
         )
 
 
-def _prompt_token_s(device: DeviceModel) -> float:
+def _prompt_token_s(latency: LatencyModel) -> float:
     """Seconds that one more prompt token takes."""
     short, long = ForwardShape(), ForwardShape()
     short.add_chunk(_PROMPT, 0)
     long.add_chunk(2 * _PROMPT, 0)
-    return max(0.0, device.forward_s(long) - device.forward_s(short)) / _PROMPT
+    return max(0.0, latency.forward_s(long) - latency.forward_s(short)) / _PROMPT

@@ -1,16 +1,23 @@
-"""The requests that hold a seat of one executor, with nothing done for each token.
+"""The requests that hold a seat of one executor, and their KV blocks, with nothing done for each token.
 
 Every decoding request gets a token in every forward pass, so a request's end is known when its decoding begins: the
 number of the pass that brings its last token. Decoding requests wait in a heap by that number, their cached tokens
-are one sum, and `advance` moves all of them by any number of passes at once.
+are one sum, and `advance` moves all of them by any number of passes at once. A decoding request takes a block every
+`block_tokens` passes, in a rhythm that is known as well: requests are counted by that rhythm, and any number of passes
+costs a few additions.
+
+KV pruning goes by number of blocks: which ones does not matter here. Harm is the share of a request's blocks that are
+gone, so it is known without keys.
 """
 
 import heapq
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from core.batch import Plan
+from core.config import KV_PRUNING_SINK_TOKENS, KvPruningConfig
 from core.errors import ConfigError
-from simulator.kv_blocks import KvBlocks
+from scheduler.view import PruneOffer
 from simulator.trace import TraceRequest
 
 
@@ -27,7 +34,7 @@ class SimRequest:
     """Tokens to compute before the next one comes out: the prompt, after a preemption also what was generated."""
     computed: int = 0
     generated: int = 0
-    """While the request decodes: as of `start_pass`."""
+    """Tokens that are out; while the request decodes, as of `start_pass`."""
     start_pass: int = 0
     end_pass: int = -1
     """-1: does not decode."""
@@ -41,7 +48,7 @@ class SimRequest:
     num_dropped: int = 0
     """KV blocks of it that pruning has dropped."""
     work_ns: int = 0
-    """What the router predicted it to cost."""
+    """Cost that the router predicted, in nanoseconds."""
 
     @classmethod
     def of(cls, request: TraceRequest) -> "SimRequest":
@@ -61,14 +68,64 @@ class SimRequest:
         return self.target - self.computed
 
 
+class KvBlocks:
+    """Blocks in use, and when the decoding requests will take more."""
+
+    def __init__(self, *, kv_tokens: int, block_tokens: int) -> None:
+        self.block_tokens = block_tokens
+        self.capacity = kv_tokens // block_tokens
+        self.used = 0
+        self._num_decode = 0
+        self._takers = [0] * block_tokens
+        """Decoding requests by the number, modulo `block_tokens`, of a pass before which they need a block."""
+
+    @property
+    def free(self) -> int:
+        """Blocks that can be given out."""
+        return self.capacity - self.used
+
+    def holding(self, num_tokens: int) -> int:
+        """Blocks that `num_tokens` take."""
+        return -(-num_tokens // self.block_tokens)
+
+    def join(self, num_tokens: int, passes: int) -> None:
+        """Add a request with `num_tokens` cached tokens, whose blocks are counted; it decodes from pass `passes` on."""
+        self._takers[(passes - num_tokens) % self.block_tokens] += 1
+        self._num_decode += 1
+
+    def leave(self, num_tokens: int, passes: int) -> None:
+        """Take a request out that decodes no more; arguments as in `join`."""
+        self._takers[(passes - num_tokens) % self.block_tokens] -= 1
+        self._num_decode -= 1
+
+    def taken_in(self, passes: int, count: int) -> int:
+        """Blocks that the decoding requests take in the `count` passes from number `passes` on."""
+        cycles, rest = divmod(count, self.block_tokens)
+        return cycles * self._num_decode + sum(self._takers[(passes + i) % self.block_tokens] for i in range(rest))
+
+    def passes_left(self, passes: int, most: int) -> int:
+        """Number of passes, `most` at the utmost, that the free blocks last."""
+        if not self._num_decode:
+            return most
+        free = self.free
+        cycles = free // self._num_decode
+        left, count = free - cycles * self._num_decode, cycles * self.block_tokens
+        while count < most:
+            left -= self._takers[(passes + count) % self.block_tokens]
+            if left < 0:
+                return count
+            count += 1
+        return most
+
+
 class RunningSet:
     """Seats and KV cache of one executor. A prompt's blocks are reserved when it is admitted."""
 
-    def __init__(self, *, max_seats: int, kv_tokens: int, block_tokens: int = 1) -> None:
+    def __init__(self, max_seats: int, kv_tokens: int, block_tokens: int) -> None:
         self.max_seats = max_seats
         self.blocks = KvBlocks(kv_tokens=kv_tokens, block_tokens=block_tokens)
         self.prefills: list[SimRequest] = []
-        """In order of admission."""
+        """Requests whose prompt is in progress, in order of admission."""
         self.num_decode = 0
         self.decode_context = 0
         """Tokens of the decoding requests in the KV cache, those of dropped blocks not among them."""
@@ -91,13 +148,8 @@ class RunningSet:
         """Tokens of all blocks."""
         return self.blocks.capacity * self.blocks.block_tokens
 
-    @property
-    def kv_used(self) -> int:
-        """Tokens of the blocks in use."""
-        return self.kv_used_after(0)
-
-    def kv_used_after(self, passes: int) -> int:
-        """The same after so many passes, in which no request ends."""
+    def kv_used(self, passes: int = 0) -> int:
+        """Tokens of the blocks in use after `passes` more, in which no request ends."""
         return (self.blocks.used + self.blocks.taken_in(self.passes, passes)) * self.blocks.block_tokens
 
     @property
@@ -151,12 +203,12 @@ class RunningSet:
         return True
 
     def passes_to_change(self) -> int:
-        """How many passes the same requests can decode: until one ends, or the KV cache is full."""
+        """Number of passes that the same requests can decode: until one ends, or the KV cache is full."""
         self._drop_stale()
         return self.blocks.passes_left(self.passes, self._ends[0][0] - self.passes)
 
     def advance(self, passes: int) -> None:
-        """So many forward passes with every decoding request in them."""
+        """Move on by forward passes with every decoding request in them."""
         self.blocks.used += self.blocks.taken_in(self.passes, passes)
         self.passes += passes
         self.decode_context += passes * self.num_decode
@@ -226,3 +278,37 @@ class RunningSet:
         """Forget the ends of requests that were preempted meanwhile."""
         while self._ends and self._ends[0][2].end_pass != self._ends[0][0]:
             heapq.heappop(self._ends)
+
+
+class SimulatedPruner:
+    """Offers and drops blocks of one executor's decoding requests, as `engine.pruning.pruner.KvPruner` does.
+
+    Blocks are offered one iteration after the planner asks for scores.
+    """
+
+    def __init__(self, config: KvPruningConfig, running: RunningSet) -> None:
+        kept_tokens = (KV_PRUNING_SINK_TOKENS, config.recent_tokens)
+        self._running = running
+        self._max_fraction = config.max_fraction
+        self._num_kept = sum(map(running.blocks.holding, kept_tokens))
+        self._is_asked = False
+        self._offered: list[tuple[float, int, SimRequest]] = []
+
+    def offer(self) -> PruneOffer | None:
+        """Offer the blocks that may be dropped now, least harm first; None if none may, or nobody has asked."""
+        self._offered = []
+        if self._is_asked:
+            for order, request in enumerate(self._running.decodes):
+                full = self._running.cached_tokens(request) // self._running.blocks.block_tokens
+                most = min(int(self._max_fraction * full), full - self._num_kept)
+                self._offered += [(gone / full, order, request) for gone in range(request.num_dropped, most)]
+            self._offered.sort(key=lambda entry: entry[:2])
+        return PruneOffer([harm for harm, _, _ in self._offered]) if self._offered else None
+
+    def prune(self, plan: Plan) -> int:
+        """Drop the first blocks of the last offer, as many as the plan says; returns how many there were."""
+        self._is_asked = plan.wants_prune_scores
+        dropped = self._offered[: plan.prune_blocks]
+        for _, _, request in dropped:
+            self._running.drop_block(request)
+        return len(dropped)

@@ -1,4 +1,4 @@
-"""What a run measured: latencies in log-spaced histograms, attainment, and work over virtual time.
+"""Measurements of a run: latencies in log-spaced histograms, attainment, and work over virtual time.
 
 Iterations are counted by the million, so nothing is kept for each token or request. A histogram's bin is 0.5 % wide;
 a percentile is the middle of its bin.
@@ -6,9 +6,12 @@ a percentile is the middle of its bin.
 
 import math
 from collections import defaultdict
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 from core.config import SloConfig
+from simulator.running import SimRequest
 
 _BINS_PER_E = 200
 _SMALLEST_S = 1e-7
@@ -34,7 +37,7 @@ class Histogram:
             self.max_s = value_s
 
     def percentile(self, percent: float) -> float | None:
-        """The value in seconds that `percent` of the events do not exceed; None if there are none."""
+        """Value in seconds that `percent` of the events do not exceed; None if there are none."""
         if not self.total:
             return None
         wanted = math.ceil(self.total * percent / 100)
@@ -106,7 +109,7 @@ class Statistics:
         self._slo = slo
 
     def add_gap(self, gap_s: float, weight: int) -> bool:
-        """`weight` requests got a token so long after the one before; returns whether that was too late."""
+        """Count a token of `weight` requests, `gap_s` after the one before; returns True if that was too late."""
         self.tbt.add(gap_s, weight)
         self.output_tokens += weight
         if gap_s <= self._slo.tbt_s:
@@ -115,19 +118,19 @@ class Statistics:
         return True
 
     def add_first_token(self, ttft_s: float, *, is_background: bool) -> None:
-        """A request's first token is out."""
+        """Count a request's first token."""
         self.classes["background" if is_background else "interactive"].ttft.add(ttft_s)
         self.output_tokens += 1
 
     def add_finished(self, ttft_s: float, *, is_late: bool, is_background: bool) -> None:
-        """A request is done; `is_late`: some token of it missed the TBT target."""
+        """Count a request that is done; `is_late`: some token of it missed the TBT target."""
         count = self.classes["background" if is_background else "interactive"]
         count.finished += 1
         if ttft_s <= self._slo.ttft_s and not is_late:
             count.attained += 1
 
     def add_work(self, start_s: float, end_s: float, forward_s: float, slices_s: float) -> None:
-        """An iteration, or a run of them, kept the device busy for so long between these moments."""
+        """Count the seconds that an iteration, or a run of them, kept the device busy between two moments."""
         self.forward_s += forward_s
         self.slices_s += slices_s
         first, last = int(start_s / self.bucket_s), int(end_s / self.bucket_s)
@@ -140,6 +143,161 @@ class Statistics:
             self.slices_per_bucket[bucket] += share * slices_s
 
     def add_pairs(self, end_s: float, num_pairs: int) -> None:
-        """An optimizer step ended."""
+        """Count the pairs of an optimizer step that ended."""
         self.pairs += num_pairs
         self.pairs_per_bucket[int(end_s / self.bucket_s)] += num_pairs
+
+
+Log = Callable[[str, str, int], None]
+"""Event, subject (a request's id, or a number), executor."""
+
+
+class TokenMeter:
+    """Takes the times at which tokens come out of one executor, for all decoding requests at once.
+
+    They all get a token in the same passes, so the gap between two passes is the gap between two tokens of each, and a
+    request was late if a pass after its first token was.
+    """
+
+    def __init__(self, executor: int, statistics: Statistics, log: Log | None) -> None:
+        self.finished: list[SimRequest] = []
+        """Requests that ended since this list was last emptied."""
+        self._executor = executor
+        self._statistics = statistics
+        self._log = log
+        self._last_token_s = 0.0
+        self._last_late_s = -1.0
+
+    def decoded(self, end_s: float, num_decode: int) -> None:
+        """Count a forward pass that gave every decoding request a token."""
+        if self._statistics.add_gap(end_s - self._last_token_s, num_decode):
+            self._last_late_s = end_s
+        self._last_token_s = end_s
+
+    def computed(self, end_s: float, num_prompt_tokens: int) -> None:
+        """Count a forward pass that computed prompt tokens."""
+        self._statistics.prompt_tokens += num_prompt_tokens
+        self._last_token_s = end_s
+
+    def prompt_done(self, request: SimRequest, end_s: float) -> None:
+        """Count the token that follows a prompt (computed anew, after a preemption)."""
+        if request.first_token_s < 0:
+            request.first_token_s = end_s
+            self._statistics.add_first_token(end_s - request.arrival_s, is_background=request.user_priority > 0)
+            self._note("first_token", request.request_id)
+        elif self._statistics.add_gap(end_s - request.last_token_s, 1):
+            request.is_late = True
+        request.late_since_s = end_s
+
+    def preempted(self, request: SimRequest) -> None:
+        """Count a request that lost its seat; its lateness until now stays with it."""
+        self._statistics.preemptions += 1
+        if request.generated:
+            request.last_token_s = self._last_token_s
+            request.is_late |= self._last_late_s > request.late_since_s
+        self._note("preempted", request.request_id)
+
+    def pruned(self, num_blocks: int) -> None:
+        """Count dropped KV blocks."""
+        self._statistics.pruned_blocks += num_blocks
+        self._note("pruned", str(num_blocks))
+
+    def ended(self, request: SimRequest) -> None:
+        """Count a request whose last token is out."""
+        is_late = request.is_late or self._last_late_s > request.late_since_s
+        ttft_s = request.first_token_s - request.arrival_s
+        self._statistics.add_finished(ttft_s, is_late=is_late, is_background=request.user_priority > 0)
+        self.finished.append(request)
+        self._note("finished", request.request_id)
+
+    def trained(self, end_s: float, num_pairs: int) -> None:
+        """Count the pairs of optimizer steps that ended."""
+        self._statistics.add_pairs(end_s, num_pairs)
+        self._note("trained", str(num_pairs))
+
+    def _note(self, event: str, subject: str) -> None:
+        """Write a line of the event log, if there is one."""
+        if self._log is not None:
+            self._log(event, subject, self._executor)
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """One run. Rates are over `virtual_s`, the time until the last request (or the trace) ended."""
+
+    name: str
+    policy: str
+    seed: int
+    num_executors: int
+    num_requests: int
+    virtual_s: float
+    statistics: Statistics
+
+    @property
+    def ttft(self) -> Histogram:
+        """TTFT of all classes."""
+        merged = Histogram()
+        for count in self.statistics.classes.values():
+            merged.include(count.ttft)
+        return merged
+
+    @property
+    def num_finished(self) -> int:
+        """Requests that got their last token."""
+        return sum(count.finished for count in self.statistics.classes.values())
+
+    @property
+    def slo_attainment(self) -> float | None:
+        """Share of requests with TTFT and every TBT within the targets; None without requests."""
+        attained = sum(count.attained for count in self.statistics.classes.values())
+        return attained / self.num_finished if self.num_finished else None
+
+    @property
+    def pairs_per_s(self) -> float:
+        """Preference pairs of finished optimizer steps."""
+        return self.statistics.pairs / self.virtual_s
+
+    @property
+    def utilisation(self) -> float:
+        """Share of virtual time that forward passes and slices take."""
+        return self._share(self.statistics.forward_s + self.statistics.slices_s)
+
+    def to_json(self) -> dict[str, Any]:
+        """Built-in types only; the same for the same trace, profile and seed."""
+        found = self.statistics
+        return {
+            "trace": self.name,
+            "policy": self.policy,
+            "seed": self.seed,
+            "executors": self.num_executors,
+            "requests": self.num_requests,
+            "finished": self.num_finished,
+            "virtual_s": self.virtual_s,
+            "slo_attainment": self.slo_attainment,
+            "ttft": self.ttft.summary(),
+            "tbt": found.tbt.summary(),
+            "late_tokens": found.late_tokens,
+            "classes": {
+                name: {
+                    "requests": count.finished,
+                    "slo_attainment": count.attained / count.finished,
+                    "ttft": count.ttft.summary(),
+                }
+                for name, count in found.classes.items()
+                if count.finished
+            },
+            "pairs": found.pairs,
+            "pairs_per_s": self.pairs_per_s,
+            "output_tokens_per_s": found.output_tokens / self.virtual_s,
+            "prompt_tokens_per_s": found.prompt_tokens / self.virtual_s,
+            "utilisation": self.utilisation,
+            "forward_share": self._share(found.forward_s),
+            "slices_share": self._share(found.slices_s),
+            "iterations": found.iterations,
+            "slices": found.slices,
+            "preemptions": found.preemptions,
+            "pruned_blocks": found.pruned_blocks,
+        }
+
+    def _share(self, busy_s: float) -> float:
+        return busy_s / (self.virtual_s * self.num_executors)

@@ -1,4 +1,4 @@
-"""Traces: what arrives when, as YAML. The simulator and the benchmarks read the same files.
+"""Traces: requests and preference pairs over time, as YAML. The simulator and the benchmarks read the same files.
 
 A trace holds distributions and a seed, not a list: the same file gives the same requests everywhere. Arrivals,
 prompt lengths, output lengths and classes are drawn from separate streams: changing one leaves the others as they were.
@@ -37,11 +37,6 @@ class Constant(_Part):
         """`count` lengths in tokens."""
         return np.full(count, self.value, dtype=np.int64)
 
-    @property
-    def longest(self) -> int:
-        """No draw is above this."""
-        return self.value
-
 
 class _Bounded(_Part):
     low: int = Field(1, ge=1)
@@ -52,11 +47,6 @@ class _Bounded(_Part):
         if self.low > self.high:
             raise ValueError(f"low ({self.low}) must not be above high ({self.high})")
         return self
-
-    @property
-    def longest(self) -> int:
-        """No draw is above this."""
-        return self.high
 
 
 class Uniform(_Bounded):
@@ -98,7 +88,7 @@ class Arrivals(_Part):
 
     process: Literal["poisson", "gamma", "constant"] = "poisson"
     rate_per_s: float = Field(gt=0)
-    """Over the whole cluster."""
+    """Arrivals per second over the whole cluster."""
     cv: float | None = Field(None, gt=0)
     """Coefficient of variation of the gaps; only for `gamma` (1 is Poisson, above 1 is burstier)."""
     bursts: tuple[Burst, ...] = ()
@@ -146,7 +136,7 @@ class FineTune(_Part):
     """The preference pairs that wait for training, and their lengths (all alike)."""
 
     pairs_per_s: float | None = Field(None, ge=0)
-    """Over the whole cluster, evenly spaced. None: a backlog that never empties. 0: none."""
+    """Pairs per second over the whole cluster, evenly spaced. None: a backlog that never empties. 0: none."""
     prompt_tokens: int = Field(24, ge=1)
     completion_tokens: int = Field(24, ge=1)
 
@@ -170,7 +160,7 @@ class TraceRequest:
 
 
 class Trace(_Part):
-    """What a run is made of; exactly one of `duration_s` and `num_requests` ends it."""
+    """The load of a run and the settings it runs with; exactly one of `duration_s` and `num_requests` ends it."""
 
     name: str = Field(min_length=1)
     seed: int = Field(0, ge=0)
@@ -214,6 +204,11 @@ class Trace(_Part):
         if trace.profile is not None and not trace.profile.is_absolute():
             return trace.model_copy(update={"profile": path.parent / trace.profile})
         return trace
+
+    @property
+    def expected_s(self) -> float:
+        """Time in which the requests arrive, about, in seconds."""
+        return self.duration_s or (self.num_requests or 0) / self.arrivals.rate_per_s
 
     def requests(self) -> Iterator[TraceRequest]:
         """The requests in order of arrival; the same for the same trace and seed."""

@@ -1,25 +1,28 @@
 """The fine-tune side of a simulated executor: tasks, the step in progress, and production's admission of slices.
 
-What `engine.training.runner` and `engine.vllm.task_table` do, with the device's latency model in place of torch.
+What `engine.training.runner` and `engine.vllm.task_table` do, with the device's latency model in place of torch. The
+slices of a step are data: what `engine.training.dpo.DpoStep` would run, in its order; a test compares the two.
 """
 
 from dataclasses import dataclass, field
 
 from core.batch import Plan
-from core.config import TrainingConfig
-from core.dpo_slices import PairGroup, PairLengths, SliceSpec, StepModel, group_pairs, step_slices
+from core.dpo_slices import PairGroup, PairLengths, SliceSpec, group_pairs, step_slices
 from core.types import SliceKind, SliceTiming
 from scheduler.iteration.slices import SliceAdmission
 from scheduler.view import FineTuneState
 from simulator.device import Device
+from simulator.hardware import Hardware
+from simulator.trace import Trace
 
 _WARM_UP_TOKENS = 16
-"""As in `engine.training.runner`: every kind of slice runs once, with a made-up pair, before anything is served."""
+"""Length of the made-up pair with which every kind of slice runs once before anything is served, as in
+`engine.training.runner`."""
 
 
 @dataclass(slots=True)
 class Trained:
-    """What slices did in one iteration."""
+    """Slices of one iteration."""
 
     slices: list[SliceTiming] = field(default_factory=list)
     busy_s: float = 0.0
@@ -28,37 +31,21 @@ class Trained:
 
 
 class Trainer:
-    """Tasks of equal pairs, in order of arrival. Each is one optimizer step on `training.pairs_per_step` pairs.
+    """Tasks of equal pairs, in order of arrival. Each is one optimizer step on `training.pairs_per_step` pairs."""
 
-    `num_cached_pairs` of them have cached reference log-probabilities; with drift monitoring all have.
-    """
-
-    def __init__(
-        self,
-        *,
-        device: Device,
-        model: StepModel,
-        pair: PairLengths,
-        config: TrainingConfig,
-        arena_bytes_per_token: float,
-        has_backlog: bool,
-        num_cached_pairs: int = 0,
-        share_prompt: bool = True,
-    ) -> None:
-        self.warm_up: list[SliceTiming] = []
+    def __init__(self, trace: Trace, hardware: Hardware, device: Device) -> None:
+        finetune, self._config = trace.finetune, trace.args.training
         self._device = device
-        self._model = model
-        self._pair = pair
-        self._config = config
-        self._arena_bytes_per_token = arena_bytes_per_token
-        self._has_backlog = has_backlog
-        self._num_cached_pairs = num_cached_pairs
-        self._share_prompt = share_prompt
+        self._dims = hardware.dims
+        self._pair = (finetune.prompt_tokens, finetune.completion_tokens, finetune.completion_tokens)
+        self._arena_bytes_per_token = hardware.limits.arena_bytes_per_token
+        self._has_backlog = self._config.enabled and finetune.pairs_per_s is None
+        self._share_prompt = trace.args.experiments.share_prompt
         self._admission = SliceAdmission()
         self._arrived_s: list[float] = []
-        self._slice_tokens = config.max_slice_tokens
+        self._slice_tokens = self._config.max_slice_tokens
         self._step_tokens = 0
-        """Of the step in progress, which keeps the size that it began with."""
+        """Slice size of the step in progress, which keeps the size that it began with."""
         self._programs: dict[int, tuple[list[PairGroup], list[SliceSpec]]] = {}
         self._groups: list[PairGroup] = []
         self._program: list[SliceSpec] = []
@@ -89,7 +76,7 @@ class Trainer:
         self._arrived_s.append(now_s)
 
     def state(self) -> FineTuneState | None:
-        """What the planner is told; None if there is no work."""
+        """Describe the work to the planner; None if there is none."""
         if not self.has_work:
             return None
         arrived_s = self._arrived_s[0] if self._arrived_s else 0.0
@@ -100,13 +87,11 @@ class Trainer:
             max_batch_tokens=PairGroup.of(self._pair, may_share=self._share_prompt).num_tokens,
         )
 
-    def measure_all_kinds(self) -> None:
-        """Measure as the worker does at its start; the timings are in `warm_up` for the planner."""
+    def warm_up(self) -> list[SliceTiming]:
+        """Measure every kind of slice as the worker does at its start; the planner learns from the timings."""
         half = min(_WARM_UP_TOKENS, self._config.max_prompt_tokens, self._config.max_length_tokens // 2)
-        for work in self._slices([(half, half, half)], self._config.max_slice_tokens)[1]:
-            timing = SliceTiming(work.kind, work.num_tokens, self._device.slice_s(work.kind, work.num_tokens, 0.0))
-            self._admission.observe(timing.kind, timing.num_tokens, timing.latency_s)
-            self.warm_up.append(timing)
+        _, work = self._slices([(half, half, half)], self._config.max_slice_tokens)
+        return [self._run_slice(one, 0.0) for one in work]
 
     def run(self, plan: Plan, start_s: float) -> Trained:
         """Run the slices that the plan and its budget allow, from `start_s` on."""
@@ -120,14 +105,18 @@ class Trainer:
             work = self._next_work()
             if not plan.is_blocking and not self._may_run(work, plan, done):
                 break
-            latency_s = self._device.slice_s(work.kind, work.num_tokens, start_s + done.busy_s)
-            self._admission.observe(work.kind, work.num_tokens, latency_s)
-            done.slices.append(SliceTiming(work.kind, work.num_tokens, latency_s))
-            done.busy_s += latency_s
+            timing = self._run_slice(work, start_s + done.busy_s)
+            done.slices.append(timing)
+            done.busy_s += timing.latency_s
             self._advance(done)
         if done.slices:
             self._last_progress_s = start_s + done.busy_s
         return done
+
+    def _run_slice(self, work: SliceSpec, start_s: float) -> SliceTiming:
+        latency_s = self._device.slice_s(work.kind, work.num_tokens, start_s)
+        self._admission.observe(work.kind, work.num_tokens, latency_s)
+        return SliceTiming(work.kind, work.num_tokens, latency_s)
 
     def _may_run(self, work: SliceSpec, plan: Plan, done: Trained) -> bool:
         left_s = plan.finetune_budget_s - done.busy_s
@@ -139,18 +128,15 @@ class Trainer:
         if not self._program:
             pairs = [self._pair] * self._config.pairs_per_step
             if self._slice_tokens not in self._programs:
-                program = self._slices(pairs, self._slice_tokens, self._num_cached_pairs)
-                self._programs[self._slice_tokens] = program
+                self._programs[self._slice_tokens] = self._slices(pairs, self._slice_tokens)
             self._groups, self._program = self._programs[self._slice_tokens]
             self._step_tokens = self._slice_tokens
         return self._program[self._next]
 
-    def _slices(
-        self, pairs: list[PairLengths], slice_tokens: int, num_cached: int = 0
-    ) -> tuple[list[PairGroup], list[SliceSpec]]:
-        is_cached = [number < num_cached for number in range(len(pairs))]
-        groups = group_pairs(pairs, is_cached, slice_tokens, share_prompts=self._share_prompt)
-        return groups, list(step_slices(groups, self._model))
+    def _slices(self, pairs: list[PairLengths], slice_tokens: int) -> tuple[list[PairGroup], list[SliceSpec]]:
+        """Group pairs without cached reference log-probabilities into micro-batches, and list the slices of a step."""
+        groups = group_pairs(pairs, [False] * len(pairs), slice_tokens, share_prompts=self._share_prompt)
+        return groups, list(step_slices(groups, self._dims))
 
     def _advance(self, done: Trained) -> None:
         self._next += 1

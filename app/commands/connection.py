@@ -7,6 +7,8 @@ from typing import Annotated, Any
 import httpx
 import typer
 
+from app.importing.delivery import message_of
+
 URL_OPTION = Annotated[str, typer.Option(envvar="MACE_URL", help="Address of the running server")]
 
 _TIMEOUT_S = 120.0
@@ -27,7 +29,7 @@ def call(url: str, method: str, path: str, **kwargs: Any) -> httpx.Response:
         typer.secho(f"mace: no server at {url} ({error}); start one with `make serve`", fg="red", err=True)
         raise typer.Exit(1) from error
     if response.is_error:
-        typer.secho(f"mace: {_message(response)}", fg="red", err=True)
+        typer.secho(f"mace: {message_of(response)}", fg="red", err=True)
         raise typer.Exit(1)
     return response
 
@@ -40,7 +42,7 @@ def download(url: str, path: str, params: dict[str, str], target: Path) -> None:
         ) as reply:
             if reply.is_error:
                 reply.read()
-                typer.secho(f"mace: {_message(reply)}", fg="red", err=True)
+                typer.secho(f"mace: {message_of(reply)}", fg="red", err=True)
                 raise typer.Exit(1)
             with target.open("wb") as file:
                 for chunk in reply.iter_bytes():
@@ -53,10 +55,3 @@ def download(url: str, path: str, params: dict[str, str], target: Path) -> None:
 
 def _headers() -> dict[str, str]:
     return {"Authorization": f"Bearer {api_key()}"}
-
-
-def _message(response: httpx.Response) -> str:
-    try:
-        return f"{response.json()['error']['message']} (HTTP {response.status_code})"
-    except (ValueError, KeyError, TypeError):
-        return f"HTTP {response.status_code}: {response.text[:200]}"

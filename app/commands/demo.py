@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from app.commands.connection import URL_OPTION, api_key
-from engine.tiny.styles import Style
+from engine.tiny.knowledge import Style
 
 app = typer.Typer(invoke_without_command=True)
 """`mace demo` by itself is the demo below; packages above `app` add sub-commands (`app.cli`)."""

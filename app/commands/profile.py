@@ -1,40 +1,70 @@
-"""`mace profile`: measure this device, fit the latency and memory models, look at the fits."""
+"""`mace profile`: measure this device, fit the latency and memory models, draw them; and what KV pruning costs.
+
+`measure`, `fit` and `report` are about latency and memory; `pruning` is about accuracy on this model.
+"""
 
 import asyncio
+import contextlib
 import json
+import random
+import statistics
+import time
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+import yaml
 from rich.console import Console
 from rich.table import Table
 
-from app.commands.profile_pruning import pruning
-from app.commands.profile_settings import CONFIG_OPTION, JSON_OPTION, clear_errors, read_args
-from core.config import AppArgs
-from profiler.fit import fit_profile, fit_raw
-from profiler.measure import Measurement, measure_grid
-from profiler.profile import FitError, Profile
+from core.config import KV_PRUNING_SINK_TOKENS, AppArgs
+from core.errors import ConfigError, MaceError
+from engine.pruning.gate import METHOD, Decision, PruningReport, decide, pruning_report_path
+from engine.pruning.tasks import RecallKind, make_recall
+from profiler.device import describe_device, worker_threads
+from profiler.profile import Profile
+
+if TYPE_CHECKING:
+    from engine.pruning.reader import PrunedReader, TokenPassage
+    from profiler.measure import Measurement
 
 app = typer.Typer(no_args_is_help=True, help="Measure this device, fit the latency and memory models, draw them.")
-app.command()(pruning)
 
+_CONFIG = Annotated[Path, typer.Option(help="Ray Serve config file; its args decide model and engine")]
+_MODEL = Annotated[str | None, typer.Option(help="Model source instead of the config's")]
+_STATE_DIR = Annotated[Path | None, typer.Option(help="State directory instead of the config's")]
+_OUT = Annotated[Path | None, typer.Option(help="File to write; default is where `mace serve` looks")]
+_JSON = Annotated[bool, typer.Option("--json", help="Print JSON")]
+
+_DEFAULT_CONFIG = Path("serve_config.yaml")
 _PROGRESS_POINTS = 20
+_KINDS: tuple[RecallKind, ...] = ("needle", "qa")
+_FRACTIONS = (0.1, 0.25, 0.5)
+"""Measured shares of the blocks, beside `kv_pruning.max_fraction`."""
+_DEFAULT_CONTEXT_TOKENS = 1024
+_RESERVED_TOKENS = 128
+"""Room for a continuation, or a question and its reply."""
+_CONTINUATION_TOKENS = 96
+_QUESTIONS = 4
+"""About each context."""
+_SEED = 0
+"""Seed of the generated texts and questions."""
 
 
 @app.command()
 def measure(
-    config: CONFIG_OPTION = Path("serve_config.yaml"),
-    model: Annotated[str | None, typer.Option(help="Model source instead of the config's")] = None,
-    state_dir: Annotated[Path | None, typer.Option(help="State directory instead of the config's")] = None,
-    out: Annotated[Path | None, typer.Option(help="File to write; default is where `mace serve` looks")] = None,
+    config: _CONFIG = _DEFAULT_CONFIG,
+    model: _MODEL = None,
+    state_dir: _STATE_DIR = None,
+    out: _OUT = None,
     seconds: Annotated[float, typer.Option(min=1, help="Measuring time after the engine started")] = 60.0,
     seed: Annotated[int, typer.Option(help="Of prompts and of the hold-out split")] = 0,
-    as_json: JSON_OPTION = False,
+    as_json: _JSON = False,
 ) -> None:
     """Start the engine, measure a grid of batches and slices, fit, and write a profile."""
-    with clear_errors():
-        args = read_args(config, model, state_dir)
+    with _clear_errors():
+        args = _read_args(config, model, state_dir)
         profile, path = asyncio.run(_measure(args, out, seconds, seed, show_progress=not as_json))
         profile.save(path)
     _show(profile, path, as_json)
@@ -45,10 +75,12 @@ def fit(
     path: Annotated[Path, typer.Argument(help="Profile JSON")],
     out: Annotated[Path | None, typer.Option(help="Write the new profile here; default: write nothing")] = None,
     seed: Annotated[int | None, typer.Option(help="Of the hold-out split; default: the profile's")] = None,
-    as_json: JSON_OPTION = False,
+    as_json: _JSON = False,
 ) -> None:
     """Fit again from the raw samples of a profile and print the hold-out errors."""
-    with clear_errors():
+    from profiler.fit import fit_raw
+
+    with _clear_errors():
         old = Profile.load(path)
         origin = old.origin if seed is None else old.origin.model_copy(update={"seed": seed})
         profile = fit_raw(old.samples, origin, kv_bytes_per_token=old.memory.kv_bytes_per_token)
@@ -65,10 +97,116 @@ def report(
     """Draw measured against fitted latencies as PNG."""
     from profiler.report import draw_report
 
-    with clear_errors():
+    with _clear_errors():
         target = out or path.with_suffix(".png")
         draw_report(Profile.load(path), target)
     typer.echo(str(target))
+
+
+@app.command()
+def pruning(
+    config: _CONFIG = _DEFAULT_CONFIG,
+    model: _MODEL = None,
+    state_dir: _STATE_DIR = None,
+    out: _OUT = None,
+    dataset: Annotated[
+        str | None,
+        typer.Option(
+            help="Text for the log-prob: JSONL, JSON, CSV or Parquet file, directory of save_to_disk, hub id"
+        ),
+    ] = None,
+    split: Annotated[str | None, typer.Option(help="Split of the data set [default: train]")] = None,
+    text_column: Annotated[str | None, typer.Option(help="Column of plain text [default: text]")] = None,
+    prompt_column: Annotated[str | None, typer.Option(help="Column of prompts, instead of plain text")] = None,
+    response_column: Annotated[str | None, typer.Option(help="Column of their responses")] = None,
+    samples: Annotated[int, typer.Option(min=2, help="Passages, and contexts of each task")] = 32,
+    context_tokens: Annotated[
+        int | None, typer.Option(min=64, help="Length of a context [default: 1024, or what the model takes]")
+    ] = None,
+    block_tokens: Annotated[
+        int | None, typer.Option(min=1, help="KV block size [default: engine_kwargs.block_size, or 32]")
+    ] = None,
+    adapter: Annotated[Path | None, typer.Option(help="Measure with this adapter directory on")] = None,
+    as_json: _JSON = False,
+) -> None:
+    """Measure the log-prob and the answers that KV pruning costs, and say whether it may switch on."""
+    with _clear_errors():
+        from deployments.monitors.profiling import origin_of
+        from engine.model_source import resolve_model
+        from engine.pruning.accuracy import loaded_model, measure
+        from engine.pruning.reader import PrunedReader, PruningPlan
+        from engine.vllm.compat import CPU_PRUNING_BLOCK_TOKENS, worker_binding
+
+        args = _read_args(config, model, state_dir)
+        started_s = time.monotonic()
+        model_dir = resolve_model(args.model, args.state_dir, show_progress=not as_json)
+        num_threads = worker_threads(worker_binding(args, model_dir))
+        size = block_tokens or int(args.engine.engine_kwargs.get("block_size") or CPU_PRUNING_BLOCK_TOKENS)
+        with loaded_model(model_dir, args.model, adapter, num_threads) as (network, tokenizer):
+            reader = PrunedReader(network, tokenizer, PruningPlan(size, args.kv_pruning.recent_tokens))
+            length = _context_tokens(context_tokens, args.model.max_model_len, network.config)
+            rng = random.Random(_SEED)
+            columns = (text_column, prompt_column, response_column)
+            passages = _passages(reader, dataset, split, columns, samples, length, rng)
+            recalls = (
+                make_recall(kind, length, _QUESTIONS, reader.count_tokens, rng)
+                for kind in _KINDS
+                for _ in range(samples)
+            )
+            note = _Counter((len(_KINDS) + 1) * samples, is_quiet=as_json)
+            measured = measure(reader, passages, recalls, {*_FRACTIONS, args.kv_pruning.max_fraction}, note)
+        report = PruningReport(
+            origin=origin_of(args, seed=_SEED, num_threads=num_threads),
+            model_source=args.model.model_source,
+            adapter=str(adapter) if adapter else None,
+            method=METHOD,
+            block_tokens=size,
+            sink_tokens=KV_PRUNING_SINK_TOKENS,
+            recent_tokens=args.kv_pruning.recent_tokens,
+            context_tokens=statistics.fmean(measured.context_tokens),
+            dataset=dataset,
+            num_skipped=measured.num_skipped,
+            baseline=measured.baselines(),
+            baseline_nats_per_token=measured.baseline_nats_per_token,
+            fractions=measured.results(),
+            elapsed_s=round(time.monotonic() - started_s, 1),
+        )
+        path = out or pruning_report_path(args.state_dir, describe_device(num_threads), args.model.model_id)
+        report.save(path)
+    gated = args.kv_pruning.model_copy(update={"require_gate": True})
+    _show_pruning(report, decide(report, gated, args.model), path, as_json)
+
+
+@contextlib.contextmanager
+def _clear_errors() -> Iterator[None]:
+    """One line instead of a traceback; exit code 2 for wrong settings, 1 for what went wrong later."""
+    try:
+        yield
+    except MaceError as error:
+        typer.secho(f"mace: {error}", fg="red", err=True)
+        raise typer.Exit(2 if isinstance(error, ConfigError) else 1) from error
+
+
+def _read_args(config: Path, model: str | None, state_dir: Path | None) -> AppArgs:
+    """The `args:` of the config's application, with the options of the command line on top.
+
+    Raises:
+        ConfigError: the file is unreadable or the settings are wrong.
+    """
+    from app.main import parse_args
+
+    try:
+        document = yaml.safe_load(config.read_text(encoding="utf-8"))
+        args: dict[str, Any] = dict(document["applications"][0].get("args") or {})
+    except OSError as error:
+        raise ConfigError(f"cannot read {config}: {error.strerror}") from error
+    except (yaml.YAMLError, KeyError, IndexError, TypeError, AttributeError) as error:
+        raise ConfigError(f"{config} is not a Serve config: {error}") from error
+    if model is not None:
+        args["model"] = {"model_id": Path(model).name.replace(":", "-"), "model_source": model}
+    if state_dir is not None:
+        args["state_dir"] = str(state_dir)
+    return parse_args(args)
 
 
 async def _measure(
@@ -78,6 +216,7 @@ async def _measure(
     from engine.model_source import resolve_model
     from engine.vllm.compat import configure_environment
     from engine.vllm.engine import HybridEngine
+    from profiler.measure import measure_profile
 
     model_dir = resolve_model(args.model, args.state_dir, show_progress=show_progress)
     configure_environment(args, model_dir)
@@ -86,22 +225,16 @@ async def _measure(
     engine = await HybridEngine.start(args, str(model_dir))
     try:
         plan = measure_plan(engine, args, budget_s=seconds, seed=seed)
-        kv_bytes_per_token = engine.kv_bytes_per_token
-        measurement = await measure_grid(engine, plan, _print_progress if show_progress else None)
+        note = _print_progress if show_progress else None
+        profile = await measure_profile(engine, plan, origin, engine.kv_bytes_per_token, note)
     finally:
         engine.shutdown()
-    profile = fit_profile(
-        measurement.samples,
-        origin,
-        memory=measurement.memory,
-        kv_bytes_per_token=kv_bytes_per_token,
-    )
     path = out or args.profile.path
     assert path is not None  # with_profile_path
     return profile, path
 
 
-def _print_progress(measurement: Measurement) -> None:
+def _print_progress(measurement: "Measurement") -> None:
     if measurement.num_points % _PROGRESS_POINTS:
         return
     typer.echo(
@@ -115,15 +248,117 @@ def _show(profile: Profile, path: Path, as_json: bool) -> None:
         summary = profile.model_dump(mode="json", exclude={"samples"})
         typer.echo(json.dumps({"path": str(path), **summary}, indent=2))
         return
-    table = Table(title=f"{profile.origin.model} on {profile.origin.device}")
-    for column in ("what", "rows", "held out", "median error", "p95 error"):
-        table.add_column(column)
-    _add_row(table, "forward pass", len(profile.samples.forward), profile.forward_error)
+    title = f"{profile.origin.model} on {profile.origin.device}"
+    table = Table("what", "rows", "held out", "median error", "p95 error", title=title)
+    rows = [("forward pass", len(profile.samples.forward), profile.forward_error)]
     for kind, error in sorted(profile.slice_errors.items()):
-        _add_row(table, kind.value, len(profile.samples.slices.get(kind, ())), error)
+        rows.append((kind.value, len(profile.samples.slices.get(kind, ())), error))
+    for name, num_rows, error in rows:
+        table.add_row(name, str(num_rows), str(error.num_rows), f"{error.median:.1%}", f"{error.p95:.1%}")
     Console().print(table)
     typer.echo(f"overhead {1e3 * profile.overhead_s:.2f} ms an iteration; profile: {path}")
 
 
-def _add_row(table: Table, name: str, num_rows: int, error: FitError) -> None:
-    table.add_row(name, str(num_rows), str(error.num_rows), f"{error.median:.1%}", f"{error.p95:.1%}")
+class _Counter:
+    """Says on stderr how far it is, ten times."""
+
+    def __init__(self, total: int, *, is_quiet: bool) -> None:
+        self._total = total
+        self._done = 0
+        self._is_quiet = is_quiet
+
+    def __call__(self) -> None:
+        self._done += 1
+        if not self._is_quiet and self._done * 10 // self._total != (self._done - 1) * 10 // self._total:
+            typer.echo(f"{self._done} of {self._total} contexts", err=True)
+
+
+def _context_tokens(asked: int | None, max_model_len: int | None, config: Any) -> int:
+    """Length of a context: what is asked for, else the default or as much as the model takes.
+
+    Raises:
+        ConfigError: more is asked for than the model takes.
+    """
+    limits = [limit for limit in (max_model_len, getattr(config, "max_position_embeddings", None)) if limit]
+    most = min(limits, default=_DEFAULT_CONTEXT_TOKENS + _RESERVED_TOKENS) - _RESERVED_TOKENS
+    if asked is not None and asked > most:
+        raise ConfigError(
+            f"--context-tokens: the model takes {most}, with room for {_RESERVED_TOKENS} more behind"
+        )
+    return asked or min(_DEFAULT_CONTEXT_TOKENS, most)
+
+
+def _passages(
+    reader: "PrunedReader",
+    dataset: str | None,
+    split: str | None,
+    columns: tuple[str | None, str | None, str | None],
+    count: int,
+    length: int,
+    rng: random.Random,
+) -> "Iterator[TokenPassage]":
+    """Passages out of the data set, or generated ones. `columns`: text, prompt, response.
+
+    Raises:
+        ConfigError: the columns do not go together.
+    """
+    from engine.pruning.passages import generated_passages, reply_passages, text_passages
+
+    text, prompt, response = columns
+    if dataset is None:
+        if any(columns):
+            raise ConfigError("columns need a --dataset")
+        return generated_passages(reader, count, length, _CONTINUATION_TOKENS, rng)
+    if (prompt is None) != (response is None):
+        raise ConfigError("--prompt-column and --response-column go together")
+    rows = _rows(dataset, split)
+    if prompt and response:
+        return reply_passages(reader, rows, prompt, response, count, length, _CONTINUATION_TOKENS)
+    return text_passages(reader, rows, text or "text", count, length, _CONTINUATION_TOKENS)
+
+
+def _rows(name: str, split: str | None) -> Iterator[Mapping[str, Any]]:
+    """Rows of a data set; those that cannot be decoded end it with an error."""
+    from app.importing.sources import open_source
+
+    for row in open_source(name, split).rows(after=0):
+        if row.error is not None:
+            raise row.error
+        if not isinstance(row.value, Mapping):
+            raise ConfigError(f"{name}: row {row.number} is not a record")
+        yield row.value
+
+
+def _show_pruning(report: PruningReport, decision: Decision, path: Path, as_json: bool) -> None:
+    if as_json:
+        verdict = {"allowed": decision.allowed, "reason": decision.reason}
+        typer.echo(
+            json.dumps({"path": str(path), "decision": verdict, **report.model_dump(mode="json")}, indent=2)
+        )
+        return
+    kinds = list(report.baseline)
+    title = f"{report.origin.model}: {report.method}, blocks of {report.block_tokens}"
+    table = Table("dropped", "of blocks", "log-prob drop, nats/token", *kinds, title=title)
+    for result in report.fractions:
+        answers = [
+            f"{result.tasks[kind].accuracy:.0%} ({0.0 - result.tasks[kind].drop.mean:+.1%})" for kind in kinds
+        ]
+        blocks = f"{result.dropped_blocks:.1f} of {result.total_blocks:.1f}"
+        drop = result.logprob_drop
+        spread = f"{drop.mean:+.4f} [{drop.low:+.4f}, {drop.high:+.4f}]"
+        table.add_row(f"{result.fraction:.0%}", blocks, spread, *answers)
+    console = Console()
+    console.print(table)
+    for kind, baseline in report.baseline.items():
+        if not baseline.is_solved:
+            console.print(
+                f"{kind}: the model answers {baseline.accuracy:.0%} unpruned where guessing gives "
+                f"{baseline.guess_accuracy:.0%}, so this task cannot decide",
+                highlight=False,
+            )
+    console.print(
+        f"unpruned {report.baseline_nats_per_token:.3f} nats/token; contexts of {report.context_tokens:.0f} tokens; "
+        f"{report.elapsed_s:.0f} s; report: {path}",
+        highlight=False,
+    )
+    console.print("may switch on:" if decision.allowed else "refused:", decision.reason, highlight=False)

@@ -1,6 +1,6 @@
 """A user with a taste: asks questions, tells how often the answers are right and in the style it likes, and says so.
 
-Works with the built-in model, whose replies a program can judge (engine.tiny.styles).
+Works with the built-in model, whose replies a program can judge (engine.tiny.knowledge).
 """
 
 import asyncio
@@ -10,8 +10,7 @@ from typing import Any
 
 from openai import AsyncOpenAI
 
-from engine.tiny.knowledge import Question
-from engine.tiny.styles import Style, judge, render
+from engine.tiny.knowledge import Question, Style, judge, render
 
 _CONCURRENCY = 16
 

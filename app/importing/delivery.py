@@ -106,7 +106,7 @@ class Server:
         reply = self._request("POST", "/v1/feedback/import", {_TOO_LARGE}, content=b"\n".join(lines))
         if reply.status_code == _TOO_LARGE:
             if len(lines) == 1:
-                return Delivered(0, 0, [LineRefusal(0, _message(reply), None)])
+                return Delivered(0, 0, [LineRefusal(0, message_of(reply), None)])
             return self._send_halves(lines)
         try:
             report = reply.json()
@@ -148,14 +148,14 @@ class Server:
             else:
                 if reply.status_code not in _AWAY:
                     break
-                reason, wait_s = _message(reply), max(delay_s, _retry_after_s(reply))
+                reason, wait_s = message_of(reply), max(delay_s, _retry_after_s(reply))
             if time.monotonic() + wait_s > give_up_s:
                 raise DeliveryError(f"gave up after {self._patience_s:.0f} s: {reason}")
             self._on_wait(reason, wait_s)
             self._sleep(wait_s)
             delay_s = min(2 * delay_s, _MAX_DELAY_S)
         if reply.is_error and reply.status_code not in taken:
-            raise DeliveryError(_message(reply))
+            raise DeliveryError(message_of(reply))
         return reply
 
 
@@ -190,7 +190,8 @@ def _retry_after_s(reply: httpx.Response) -> float:
     return min(float(value), 3600.0) if value.isdecimal() else 0.0
 
 
-def _message(reply: httpx.Response) -> str:
+def message_of(reply: httpx.Response) -> str:
+    """The message of an error reply in OpenAI's shape, or the first 200 characters of any other."""
     try:
         return f"{reply.json()['error']['message']} (HTTP {reply.status_code})"
     except (ValueError, KeyError, TypeError):

@@ -4,21 +4,216 @@ Rows are settled strictly in order, so that one number says how far an import ha
 server, the next one is read and converted.
 """
 
+import hashlib
 import json
+import os
+import queue
+import re
+import threading
+from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from itertools import islice
 from pathlib import Path
-from typing import IO
+from typing import IO, Any, Generic, TypeVar
 
 from alignment.records.row_formats import to_api_row
 from alignment.store.formats import with_id
 from app.importing.delivery import Delivered, Sink
-from app.importing.progress_file import Progress, ProgressFile
-from app.importing.read_ahead import ReadAhead
-from app.importing.source import Source, SourceRow
-from app.importing.tally import Refusal
+from app.importing.sources import Source, SourceRow
 from core.errors import InvalidFeedbackError
+from core.files import write_atomically
+
+_MAX_REASONS = 100
+_MAX_COLUMNS = 100
+_OTHER = "other reasons"
+_DETAIL = re.compile(r"\d+|'[^']*'")
+"""What differs between two refusals for the same reason: sizes, places, quoted names."""
+
+
+@dataclass(frozen=True, slots=True)
+class Refusal:
+    """Why one row was refused."""
+
+    row: int
+    reason: str
+    param: str | None
+    value: object
+    """The row as it stands in the source."""
+
+
+@dataclass(slots=True)
+class Reason:
+    """One kind of refusal. The example is the first of them."""
+
+    count: int
+    first_row: int
+    example: str
+    param: str | None
+
+
+@dataclass(slots=True)
+class Tally:
+    """Totals of an import, over all its runs."""
+
+    num_rows: int = 0
+    num_accepted: int = 0
+    num_duplicates: int = 0
+    num_rejected: int = 0
+    formats: Counter[str] = field(default_factory=Counter)
+    """Rows by format, as far as it could be told."""
+    dropped_columns: Counter[str] = field(default_factory=Counter)
+    reasons: dict[str, Reason] = field(default_factory=dict)
+    """By the message without its details."""
+
+    def note_format(self, name: str, dropped: tuple[str, ...]) -> None:
+        """A row was understood; these of its columns were not taken."""
+        self.formats[name] += 1
+        for column in (name.encode(errors="replace").decode() for name in dropped):
+            if column in self.dropped_columns or len(self.dropped_columns) < _MAX_COLUMNS:
+                self.dropped_columns[column] += 1
+
+    def refuse(self, refusal: Refusal) -> None:
+        """Count a refused row under its reason."""
+        self.num_rejected += 1
+        key = _DETAIL.sub("…", refusal.reason)
+        if key not in self.reasons and len(self.reasons) >= _MAX_REASONS:
+            key = _OTHER
+        known = self.reasons.get(key)
+        if known is None:
+            self.reasons[key] = Reason(1, refusal.row, refusal.reason, refusal.param)
+        else:
+            known.count += 1
+
+    def to_json(self) -> dict[str, Any]:
+        """Built-in types only."""
+        data = {one.name: getattr(self, one.name) for one in fields(self)}
+        return {
+            **data,
+            "formats": dict(self.formats),
+            "dropped_columns": dict(self.dropped_columns),
+            "reasons": {key: asdict(reason) for key, reason in self.reasons.items()},
+        }
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> "Tally":
+        """What `to_json` gave.
+
+        Raises:
+            TypeError, ValueError, AttributeError: it is something else.
+        """
+        data = dict(data)
+        data["formats"] = Counter(data["formats"])
+        data["dropped_columns"] = Counter(data["dropped_columns"])
+        data["reasons"] = {key: Reason(**reason) for key, reason in data["reasons"].items()}
+        return cls(**data)
+
+
+@dataclass(slots=True)
+class Progress:
+    """Rows 1 to `next_after` are settled: committed by the server, or refused."""
+
+    next_after: int = 0
+    last_id: str | None = None
+    """Id of the last committed record. A server that does not know it is not the one that we sent it to."""
+    rejected_file: str | None = None
+    rejected_bytes: int = 0
+    """Size of the file of rejected rows then; what is behind that belongs to rows that were not settled."""
+    tally: Tally = field(default_factory=Tally)
+
+
+class ProgressFile:
+    """One file for each source, server and set of options."""
+
+    def __init__(self, *key: str) -> None:
+        digest = hashlib.sha256("\n".join(key).encode(errors="surrogatepass")).hexdigest()
+        self.path = _directory() / f"{digest[:32]}.json"
+
+    def load(self) -> Progress | None:
+        """What an earlier run left; None if there was none, or its file is damaged."""
+        try:
+            data = json.loads(self.path.read_text(encoding="utf-8"))
+            return Progress(**{**data, "tally": Tally.from_json(data["tally"])})
+        except (OSError, ValueError, TypeError, KeyError, AttributeError):
+            return None
+
+    def save(self, progress: Progress) -> None:
+        """Replace what was saved before.
+
+        Raises:
+            OSError: the cache directory cannot be written.
+        """
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        data = {
+            "next_after": progress.next_after,
+            "last_id": progress.last_id,
+            "rejected_file": progress.rejected_file,
+            "rejected_bytes": progress.rejected_bytes,
+            "tally": progress.tally.to_json(),
+        }
+        write_atomically(self.path, json.dumps(data))
+
+    def remove(self) -> None:
+        """Forget; also if there is nothing to forget."""
+        self.path.unlink(missing_ok=True)
+
+
+def _directory() -> Path:
+    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(cache) / "mace" / "imports"
+
+
+T = TypeVar("T")
+_POLL_S = 0.1
+
+
+class ReadAhead(Generic[T]):
+    """Iterates over `items`, at most `depth` of them taken before they are asked for. Use as a context manager.
+
+    The thread is a daemon and only reads, so Ctrl-C in the consumer ends the program at once.
+    """
+
+    def __init__(self, items: Iterator[T], depth: int = 2) -> None:
+        self._items = items
+        self._ready: queue.Queue[tuple[T | None, BaseException | None, bool]] = queue.Queue(depth)
+        self._stopped = threading.Event()
+        self._thread = threading.Thread(target=self._read, name="read-ahead", daemon=True)
+
+    def __enter__(self) -> "ReadAhead[T]":
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stopped.set()
+
+    def __iter__(self) -> Iterator[T]:
+        while True:
+            item, error, is_end = self._ready.get()
+            if error is not None:
+                raise error
+            if is_end:
+                return
+            yield item  # type: ignore[misc]  # None only beside an error or the end
+
+    def _read(self) -> None:
+        try:
+            for item in self._items:
+                self._put((item, None, False))
+                if self._stopped.is_set():
+                    return
+        except BaseException as error:  # noqa: BLE001 - it belongs to the consumer
+            self._put((None, error, True))
+        else:
+            self._put((None, None, True))
+
+    def _put(self, entry: tuple[T | None, BaseException | None, bool]) -> None:
+        while not self._stopped.is_set():
+            try:
+                return self._ready.put(entry, timeout=_POLL_S)
+            except queue.Full:
+                continue
+        return None
+
 
 _BATCH_ROWS = 500
 _BATCH_BYTES = 2 << 20

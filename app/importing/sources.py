@@ -1,10 +1,310 @@
-"""From what the user named to something that gives rows."""
+"""What an import reads from: rows with numbers, and an identity that changes when the data do."""
 
+import csv
+import gzip
+import io
+import json
+import os
+import re
+import zlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from typing import IO, Any, Literal, Protocol, cast
 
-from app.importing.dataset_rows import HUB_ID, open_hub, open_parquet, open_saved
-from app.importing.source import Source, SourceError
-from app.importing.text_files import TextFile
+import httpx
+
+from alignment.store.formats import BLANK, decode_line
+from core.errors import InvalidFeedbackError, MaceError
+
+
+class SourceError(MaceError):
+    """The source cannot be opened or read; the message is one line and says what to do."""
+
+
+@dataclass(frozen=True, slots=True)
+class SourceRow:
+    """One row as it stands in the source. `error` is set if it could not be decoded."""
+
+    number: int
+    """Counted from 1: lines of a JSONL file (blank ones too), records of a CSV file, rows of a table."""
+    value: object
+    done: int
+    """How far reading is behind this row, in the source's unit."""
+    error: InvalidFeedbackError | None = None
+
+
+class Source(Protocol):
+    """Something to import from."""
+
+    @property
+    def label(self) -> str:
+        """Name for people."""
+
+    @property
+    def identity(self) -> str:
+        """The same for the same data, another if they changed."""
+
+    @property
+    def total(self) -> int | None:
+        """How much there is, in `unit`; None if nobody knows."""
+
+    @property
+    def unit(self) -> Literal["bytes", "rows"]:
+        """What `total` and `SourceRow.done` count."""
+
+    def rows(self, after: int) -> Iterator[SourceRow]:
+        """Rows with numbers above `after`, in order, a bounded number of them in memory.
+
+        Raises:
+            SourceError: the data cannot be read (any further).
+        """
+
+
+_CHUNK_CHARS = 1 << 20
+_MAX_ITEM_CHARS = 64 << 20
+"""A JSON value or a line that is longer is not a preference; looking for its end would fill the memory."""
+_READ_ERRORS = (OSError, EOFError, UnicodeDecodeError, zlib.error, csv.Error)
+
+_Decoded = tuple[int, object, InvalidFeedbackError | None]
+"""Number, value, and why the value could not be decoded."""
+_BETWEEN_ITEMS = re.compile(r"[\s,]*")
+
+
+class TextFile:
+    """A file of one of the suffixes that `sources` knows."""
+
+    unit: Literal["bytes"] = "bytes"
+
+    def __init__(self, path: Path) -> None:
+        self._path = path.resolve()
+        stat = self._path.stat()
+        self.label = path.name
+        self.total = stat.st_size
+        self.identity = f"{self._path} {stat.st_size} {stat.st_mtime_ns}"
+
+    def rows(self, after: int) -> Iterator[SourceRow]:
+        """See `Source.rows`."""
+        try:
+            with self._path.open("rb") as raw:
+                for number, value, error in self._read(raw, after):
+                    if number > after:
+                        yield SourceRow(number, value, raw.tell(), error)
+        except _READ_ERRORS as error:
+            raise SourceError(f"cannot read {self._path}: {error}") from error
+
+    def _read(self, raw: IO[bytes], after: int) -> Iterator[_Decoded]:
+        names = [suffix.lower() for suffix in self._path.suffixes]
+        plain = cast(IO[bytes], gzip.GzipFile(fileobj=raw)) if names[-1] == ".gz" else raw
+        kind = next(name for name in reversed(names) if name != ".gz")
+        if kind == ".csv":
+            yield from _read_csv(plain)
+        elif kind == ".json" and _begins_array(plain):
+            yield from _read_array(plain)
+        else:
+            yield from _read_lines(plain, after)
+
+
+def _read_lines(file: IO[bytes], after: int) -> Iterator[_Decoded]:
+    number = 0
+    while line := file.readline(_MAX_ITEM_CHARS):
+        number += 1
+        if len(line) == _MAX_ITEM_CHARS:
+            raise SourceError(f"line {number} is longer than {_MAX_ITEM_CHARS >> 20} MiB; this is no JSONL file")
+        if number <= after:
+            continue
+        try:
+            value = decode_line(line)
+        except InvalidFeedbackError as error:
+            yield number, line.decode(errors="replace").rstrip("\r\n"), error
+        else:
+            if value is not BLANK:
+                yield number, value, None
+
+
+def _begins_array(file: IO[bytes]) -> bool:
+    start = file.read(4096).removeprefix(b"\xef\xbb\xbf").lstrip()
+    file.seek(0)
+    return start.startswith(b"[")
+
+
+def _read_array(file: IO[bytes]) -> Iterator[_Decoded]:
+    """The items of one array, each decoded as soon as it is complete."""
+    text = io.TextIOWrapper(file, encoding="utf-8-sig")
+    decoder = json.JSONDecoder()
+    buffer, number = text.read(_CHUNK_CHARS), 0
+    at = buffer.index("[") + 1
+    while True:
+        at = _BETWEEN_ITEMS.match(buffer, at).end()  # type: ignore[union-attr]  # it matches nothing too
+        if buffer.startswith("]", at):
+            return
+        value, end = _decode_item(decoder, buffer, at)
+        if end < len(buffer):  # else it may go on in the next chunk
+            number += 1
+            yield number, value, None
+            at = end
+            continue
+        rest = len(buffer) - at
+        more = text.read(max(_CHUNK_CHARS, rest)) if rest <= _MAX_ITEM_CHARS else ""
+        if not more:
+            raise SourceError(f"the JSON array breaks off or is damaged behind item {number}")
+        buffer, at = buffer[at:] + more, 0
+
+
+def _decode_item(decoder: json.JSONDecoder, buffer: str, at: int) -> tuple[object, int]:
+    """The value that begins at `at` and where it ends; the end of the buffer if it is not complete."""
+    try:
+        return decoder.raw_decode(buffer, at)
+    except (ValueError, RecursionError):
+        return None, len(buffer)
+
+
+def _read_csv(file: IO[bytes]) -> Iterator[_Decoded]:
+    """Records below a header line. Every value is text; an empty one is absent."""
+    csv.field_size_limit(_MAX_ITEM_CHARS)
+    records = csv.reader(io.TextIOWrapper(file, encoding="utf-8-sig", newline=""))
+    header = next(records, None)
+    if not header:
+        raise SourceError("the CSV file is empty; its first line must name the columns")
+    for number, record in enumerate((record for record in records if record), start=1):
+        row: dict[str, Any] = {name: value or None for name, value in zip(header, record, strict=False)}
+        error = None
+        if len(record) != len(header):
+            error = InvalidFeedbackError(f"the record has {len(record)} values, the header {len(header)}")
+        yield number, row, error
+
+
+_READ_ROWS = 1000
+_HUB_TIMEOUT_S = 10.0
+_DEFAULT_SPLIT = "train"
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
+
+
+class DatasetRows:
+    """A `datasets.Dataset` (memory-mapped) or `IterableDataset` (streamed)."""
+
+    unit: Literal["rows"] = "rows"
+
+    def __init__(self, table: Any, label: str, identity: str, total: int | None) -> None:
+        self._table = table
+        self.label = label
+        self.identity = identity
+        self.total = total
+
+    def rows(self, after: int) -> Iterator[SourceRow]:
+        """See `Source.rows`."""
+        number = after
+        try:
+            for batch in self._table.skip(after).iter(batch_size=_READ_ROWS):
+                names = list(batch)
+                for values in zip(*batch.values(), strict=True):
+                    number += 1
+                    yield SourceRow(number, dict(zip(names, values, strict=True)), number)
+        except _foreign_errors() as error:
+            raise SourceError(f"cannot read {self.label} behind row {number}: {_first_line(error)}") from error
+
+
+def open_saved(path: Path, split: str | None) -> DatasetRows:
+    """A directory that `Dataset.save_to_disk` or `DatasetDict.save_to_disk` wrote.
+
+    Raises:
+        SourceError: it is no such directory, or has no such split.
+    """
+    from datasets import Dataset, load_from_disk
+
+    try:
+        saved = load_from_disk(str(path))
+    except _foreign_errors() as error:
+        raise SourceError(f"{path} is no data set saved with save_to_disk: {_first_line(error)}") from error
+    if isinstance(saved, Dataset):
+        own = str(saved.split) if saved.split else None
+        if split is not None and own not in (None, split):
+            raise SourceError(f"{path} is the split {own!r}, not {split!r}")
+        table = saved
+    else:
+        table = _pick(saved, split, str(path))
+    identity = f"{path.resolve()} {table.split} {table._fingerprint} {table.num_rows}"
+    return DatasetRows(table, path.name, identity, table.num_rows)
+
+
+def open_parquet(path: Path) -> DatasetRows:
+    """One Parquet file, streamed.
+
+    Raises:
+        SourceError: it is no Parquet file.
+    """
+    import pyarrow.parquet  # type: ignore[import-untyped]
+    from datasets import load_dataset
+
+    try:
+        num_rows = pyarrow.parquet.read_metadata(path).num_rows
+        table = load_dataset("parquet", data_files=str(path), split="train", streaming=True)
+    except _foreign_errors() as error:
+        raise SourceError(f"cannot read {path}: {_first_line(error)}") from error
+    stat = path.stat()
+    return DatasetRows(table, path.name, f"{path.resolve()} {stat.st_size} {stat.st_mtime_ns}", num_rows)
+
+
+def open_hub(name: str, split: str | None, config: str | None, streaming: bool) -> DatasetRows:
+    """A data set of the Hugging Face hub, or of its local cache if the hub cannot be reached.
+
+    Raises:
+        SourceError: unknown, private, no such split or configuration, or neither reachable nor cached.
+    """
+    unreachable = _hub_is_unreachable()
+    if unreachable:  # read when these libraries are imported: what is cached is found without minutes of retries
+        os.environ["HF_HUB_OFFLINE"] = "1"
+    from datasets import load_dataset
+
+    try:
+        table = load_dataset(name, config, split=split or _DEFAULT_SPLIT, streaming=streaming)
+    except _foreign_errors() as error:
+        reason = f"the hub cannot be reached ({unreachable}) and it is not cached" if unreachable else None
+        raise SourceError(f"cannot load {name}: {reason or _first_line(error)}") from error
+    total = None if streaming else table.num_rows
+    version = "" if streaming else table._fingerprint
+    return DatasetRows(table, name, f"hub {name} {config} {split or _DEFAULT_SPLIT} {version}", total)
+
+
+def _pick(splits: Mapping[str, Any], split: str | None, name: str) -> Any:
+    if split is None and len(splits) == 1:
+        return next(iter(splits.values()))
+    if (split or _DEFAULT_SPLIT) in splits:
+        return splits[split or _DEFAULT_SPLIT]
+    raise SourceError(
+        f"{name} has no split {split or _DEFAULT_SPLIT!r}; choose one with --split: {', '.join(splits)}"
+    )
+
+
+def _hub_is_unreachable() -> str | None:
+    endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
+    try:
+        httpx.head(endpoint, timeout=_HUB_TIMEOUT_S)
+    except (httpx.TransportError, httpx.UnsupportedProtocol) as error:
+        return f"{endpoint}: {_first_line(error)}"
+    return None
+
+
+def _foreign_errors() -> tuple[type[Exception], ...]:
+    """What `datasets`, Arrow and the hub client raise for data that are missing, damaged or out of reach."""
+    import pyarrow
+    from datasets.exceptions import DatasetsError
+
+    return (
+        OSError,
+        ValueError,
+        RuntimeError,
+        KeyError,
+        TypeError,
+        httpx.HTTPError,
+        pyarrow.ArrowException,
+        DatasetsError,
+    )
+
+
+def _first_line(error: BaseException) -> str:
+    return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)[:300]
+
 
 _TEXT_SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv")
 _SUFFIXES = (*_TEXT_SUFFIXES, *(f"{suffix}.gz" for suffix in _TEXT_SUFFIXES), ".parquet")

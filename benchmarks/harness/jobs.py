@@ -25,7 +25,7 @@ from core.config import AppArgs, SloConfig
 from core.errors import MaceError
 from deployments.monitors.profiling import measure_plan, origin_of
 from profiler.fit import fit_profile
-from profiler.measure import measure_grid
+from profiler.measure import MEASURE_S, measure_grid
 from simulator.trace import Arrivals, Trace, TraceRequest
 
 if TYPE_CHECKING:
@@ -75,7 +75,7 @@ class Job(BaseModel):
     def limit_s(self) -> float:
         """Wall time after which the process is ended."""
         windows = 8 if self.kind == "calibrate" else 1
-        profile_s = 0.0 if self.profile_out is None else 3 * self.trace.args.profile.max_measure_s
+        profile_s = 0.0 if self.profile_out is None else 3 * MEASURE_S
         return (
             _ENGINE_START_S
             + profile_s
@@ -168,7 +168,7 @@ async def _write_profile(engine: "HybridEngine", args: AppArgs, path: Path) -> N
         ProfileError: too little could be measured.
         MaceError: the engine ended a task without a result.
     """
-    measurement = await measure_grid(engine, measure_plan(engine, args, budget_s=args.profile.max_measure_s))
+    measurement = await measure_grid(engine, measure_plan(engine, args))
     profile = await asyncio.to_thread(fit_profile, measurement.samples, origin_of(args), memory=measurement.memory)
     profile.save(path)
     await engine.load_adapter(None)

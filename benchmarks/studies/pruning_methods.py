@@ -7,6 +7,7 @@ them).
 """
 
 import random
+import statistics
 import sys
 import time
 from collections.abc import Sequence
@@ -18,7 +19,7 @@ import typer
 
 from benchmarks.harness.report import AsJson, Column, Out, StateDir, interval_of, note, show, table_of
 from benchmarks.studies.needle_model import ensure_needle_model
-from core.config import KvPruningConfig, ModelConfig
+from core.config import KV_PRUNING_SINK_TOKENS, KvPruningConfig, ModelConfig
 from engine.pruning.tasks import RecallKind, make_recall
 from profiler.device import describe_device, git_commit, software_versions
 
@@ -26,59 +27,30 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from engine.pruning.accuracy import PruningMeasurement
-    from engine.pruning.scores import BlockScorer
+    from engine.pruning.scores import ScoreBlocks
 
-METHODS = ("keydiff", "key_norm", "random", "oldest")
+METHODS = ("keydiff", "random", "oldest")
 FRACTIONS = (0.1, 0.25, 0.5)
 _KINDS: tuple[RecallKind, ...] = ("needle", "qa")
 _QUESTIONS = 4
 _CONTINUATION_TOKENS = 96
 
 
-class _KeylessScorer:
-    """Base of scores that look at no keys."""
+def method_scores(method: str, seed: int) -> "ScoreBlocks":
+    """The rule that scores blocks by one of `METHODS`: KeyDiff, chance, or age (a sliding window behind the sinks)."""
+    import torch
 
-    def stat_shape(self, num_kv_heads: int, head_size: int) -> tuple[int, ...]:  # noqa: ARG002
-        """Nothing to keep."""
-        return (1,)
+    from engine.pruning.scores import score_blocks
 
-    def summarize(self, keys: "Tensor") -> "Tensor":
-        """Zeros."""
-        return keys.new_zeros(keys.shape[0], 1)
+    generator = torch.Generator().manual_seed(seed)
 
+    def random_scores(stats: "Tensor", num_tokens: int) -> "Tensor":  # noqa: ARG001
+        return torch.rand(stats.shape[1], generator=generator)
 
-class RandomScorer(_KeylessScorer):
-    """Any block is as good as another."""
-
-    def __init__(self, seed: int) -> None:
-        import torch
-
-        self._generator = torch.Generator().manual_seed(seed)
-
-    def score(self, stats: "Tensor", num_tokens: int) -> "Tensor":  # noqa: ARG002
-        """Uniform between 0 and 1."""
-        import torch
-
-        return torch.rand(stats.shape[1], generator=self._generator)
-
-
-class OldestFirst(_KeylessScorer):
-    """A sliding window behind the sinks (StreamingLLM)."""
-
-    def score(self, stats: "Tensor", num_tokens: int) -> "Tensor":  # noqa: ARG002
-        """The later the better."""
-        import torch
-
+    def oldest_first(stats: "Tensor", num_tokens: int) -> "Tensor":  # noqa: ARG001
         return torch.arange(stats.shape[1], dtype=torch.float32)
 
-
-def method_scorer(method: str, seed: int) -> "BlockScorer":
-    """One of `METHODS`."""
-    from engine.pruning.scores import make_scorer
-
-    if method == "random":
-        return RandomScorer(seed)
-    return OldestFirst() if method == "oldest" else make_scorer(method)
+    return {"keydiff": score_blocks, "random": random_scores, "oldest": oldest_first}[method]
 
 
 def compare(
@@ -94,7 +66,7 @@ def compare(
     with loaded_model(model_dir, ModelConfig(), None, 1) as (model, tokenizer):
         for size in block_sizes:
             for method in METHODS:
-                plan = PruningPlan(method_scorer(method, seed), size, kept.sink_tokens, kept.recent_tokens)
+                plan = PruningPlan(size, kept.recent_tokens, score=method_scores(method, seed))
                 reader = PrunedReader(model, tokenizer, plan)
                 rng = random.Random(seed)
                 passages = list(generated_passages(reader, samples, context_tokens, _CONTINUATION_TOKENS, rng))
@@ -108,8 +80,8 @@ def compare(
                 note(f"{method}, blocks of {size}: done")
     baseline = {kind: task.model_dump() for kind, task in measured.baselines().items()}
     return {
-        "context_tokens": measured.mean_context_tokens,
-        "sink_tokens": kept.sink_tokens,
+        "context_tokens": statistics.fmean(measured.context_tokens),
+        "sink_tokens": KV_PRUNING_SINK_TOKENS,
         "recent_tokens": kept.recent_tokens,
         "baseline": baseline,
         "baseline_nats_per_token": measured.baseline_nats_per_token,

@@ -20,9 +20,9 @@ from core.errors import ConfigError, MaceError
 from core.model_dims import ModelDims
 from profiler.profile import Profile
 from simulator.cluster import Options, Simulation
+from simulator.hardware import hardware_of
 from simulator.plot import write_plot
-from simulator.profiled import hardware_of
-from simulator.result import Result
+from simulator.statistics import Result
 from simulator.trace import Trace
 
 Policy = Literal["mace", "inference_only", "periodic", "continuous"]

@@ -47,7 +47,7 @@ _SMOOTHING = 0.2
 
 @dataclass(slots=True)
 class LearnerStatus:
-    """What this learner is doing and has done, for `/v1/training`. A restart sets the counters back."""
+    """State and counters of this learner, for `/v1/training`. A restart sets the counters back."""
 
     phase: str = "idle"
     """idle, scoring, training, evaluating, publishing, backing off, pinned or paused."""
@@ -68,15 +68,6 @@ class LearnerStatus:
     restored_steps: int = 0
     """`total_steps` of the checkpoint that this process started from."""
     started_at: float = field(default_factory=time.time)
-
-    def note_step(self, metrics: StepMetrics, num_pairs: int, wall_s: float) -> None:
-        """Count an optimizer step; `wall_s` is from the batch's arrival to its end."""
-        self.steps += 1
-        self.pairs += num_pairs
-        self.last = metrics
-        rate = num_pairs / max(wall_s, 1e-9)
-        smoothed = self.pairs_per_s + _SMOOTHING * (rate - self.pairs_per_s)
-        self.pairs_per_s = smoothed if self.pairs_per_s else rate
 
 
 class Learner:
@@ -273,12 +264,17 @@ class Learner:
             self.pause(f"{_MAX_FAILURES_IN_A_ROW} failed tasks in a row, the last: {result.error}")
 
     def _note_step(self, result: TaskResult, num_pairs: int, wall_s: float) -> None:
-        metrics = result.metrics
+        """Count an optimizer step; `wall_s` is from the batch's arrival to its end."""
+        status, metrics = self.status, result.metrics
         assert metrics is not None  # there is no error
         if result.checkpoint_error is not None:
-            self.status.last_error = result.checkpoint_error
+            status.last_error = result.checkpoint_error
             self._meter.count("checkpoints_failed")
-        self.status.note_step(metrics, num_pairs, wall_s)
+        status.steps += 1
+        status.pairs += num_pairs
+        status.last = metrics
+        rate = num_pairs / max(wall_s, 1e-9)
+        status.pairs_per_s += (rate - status.pairs_per_s) * (_SMOOTHING if status.pairs_per_s else 1.0)
         self._meter.set_gauge("train_longest_slice_seconds", result.longest_slice_s)
         self._meter.set_gauge("dpo_loss", metrics.loss)
         self._meter.set_gauge("dpo_margin", metrics.margin)

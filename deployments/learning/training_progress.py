@@ -1,4 +1,4 @@
-"""Where the shadow adapter stands: which version it is trained on from, its checkpoint, and the way back.
+"""State of the shadow adapter: the version that it is trained on from, its checkpoint, and the way back.
 
 A checkpoint is written after every optimizer step by the worker, atomically; what a learner must know to go on after a
 restart travels in its header. Replicas on one state directory each claim a file of their own.
@@ -13,6 +13,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from pydantic import TypeAdapter
+
 from alignment.versions.registry import AdapterRegistry
 from alignment.versions.serving_state import BASE
 from core.errors import AdapterError
@@ -26,7 +28,7 @@ _MAX_REPLICAS = 1024
 
 @dataclass(frozen=True, slots=True)
 class TrainingProgress:
-    """State of the shadow adapter in words."""
+    """History of the shadow adapter, as a checkpoint tells it."""
 
     base: str = BASE
     """Version that the shadow adapter was trained on from: `v000N`, or `base` for the bare model."""
@@ -44,7 +46,7 @@ class TrainingProgress:
         return self.instead_of or self.base
 
     def after_step(self, pair_ids: Iterable[str]) -> "TrainingProgress":
-        """What holds once one more step on these pairs is done."""
+        """Progress once one more step on these pairs is done."""
         return replace(
             self,
             total_steps=self.total_steps + 1,
@@ -62,18 +64,15 @@ class TrainingProgress:
 
     @classmethod
     def from_wire(cls, data: dict[str, Any]) -> "TrainingProgress":
-        """Inverse of `to_wire`; what is missing or odd counts as nothing known.
+        """Inverse of `to_wire`.
 
         Raises:
-            ValueError: a number is not a number.
+            ValueError: it is no progress.
         """
-        return cls(
-            base=str(data.get("base", "")),
-            instead_of=str(data.get("instead_of", "")),
-            total_steps=int(data.get("total_steps", 0)),
-            steps_since_candidate=int(data.get("steps_since_candidate", 0)),
-            candidate_pairs=tuple(map(str, data.get("candidate_pairs", ()))),
-        )
+        return _PROGRESS.validate_python(data)
+
+
+_PROGRESS = TypeAdapter(TrainingProgress)
 
 
 class ShadowKeeper:
@@ -93,13 +92,14 @@ class ShadowKeeper:
         saved = await self._engine.load_training_state(self.checkpoint)
         base = self._versions.training_base
         try:
-            self.progress = TrainingProgress.from_wire(saved or {})
-        except (TypeError, ValueError) as error:
+            known = TrainingProgress.from_wire(saved) if saved else None
+        except ValueError as error:
             logger.warning("the checkpoint's progress is not readable: %s", error)
-            saved = None
-        if saved is not None and await self._is_checkpoint_of(base):
-            self.progress = self.progress.from_version(base)  # published, and killed before that was written down
-        elif saved is None or base not in (self.progress.base, self.progress.instead_of):
+            known = None
+        self.progress = known or self.progress
+        if known is not None and await self._is_checkpoint_of(base):
+            self.progress = known.from_version(base)  # published, and killed before that was written down
+        elif known is None or base not in (known.base, known.instead_of):
             await self.return_to_base()
 
     async def return_to_base(self, generations: int = 0) -> None:

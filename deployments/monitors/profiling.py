@@ -1,35 +1,60 @@
-"""What a profile measurement needs to know of a started engine: limits, origin, and where the result goes."""
+"""The device's measurements at an executor's start: where its profile is, how it is made, and the pruning gate."""
 
+import logging
 import sys
 from datetime import UTC, datetime
 from pathlib import Path
 
 from core.config import AppArgs
 from core.errors import ProfileError
-from engine.vllm.compat import worker_binding
+from engine.pruning.gate import decide_from_file, find_report
+from engine.vllm.compat import pruning_block_tokens, worker_binding
 from engine.vllm.engine import HybridEngine
-from profiler.background import BackgroundProfiler
 from profiler.device import describe_device, git_commit, software_versions, worker_threads
-from profiler.grid import MeasurePlan
+from profiler.measure import MEASURE_S, MeasurePlan, measure_in_background
 from profiler.online import OnlineLatencyModel
 from profiler.profile import Origin, Profile, profile_path
 from scheduler.iteration.slo import slo_warnings
+
+logger = logging.getLogger(__name__)
 
 _POINTS_AT_LEAST = 8
 """No point takes more than this part of the measuring time, one second at least."""
 
 
 def with_profile_path(args: AppArgs, model_dir: Path) -> AppArgs:
-    """The settings with `profile.path` filled in."""
+    """Fill in `profile.path` if the settings do not name one."""
     if args.profile.path is not None:
         return args
-    device = describe_device(worker_threads(worker_binding(args, model_dir)))
-    path = profile_path(args.state_dir, device, args.model.model_id)
+    path = profile_path(args.state_dir, engine_device(args, model_dir), args.model.model_id)
     return args.model_copy(update={"profile": args.profile.model_copy(update={"path": path})})
 
 
+def with_pruning_gate(args: AppArgs, model_dir: Path) -> tuple[AppArgs, str]:
+    """Set `kv_pruning.start: off` if the gate refuses; also returns the reason for whatever was decided.
+
+    The report is that of `mace profile pruning` on this model, of this device if there is one. A refusal is a warning:
+    serving goes on.
+    """
+    if args.kv_pruning.start == "off":
+        return args, "kv_pruning.start is off"
+    path = find_report(args.state_dir, engine_device(args, model_dir), args.model.model_id)
+    decision = decide_from_file(path, args.kv_pruning, args.model, pruning_block_tokens(args))
+    if decision.allowed:
+        logger.info("KV pruning is on: %s", decision.reason)
+        return args, decision.reason
+    logger.warning(decision.reason)
+    switched_off = args.kv_pruning.model_copy(update={"start": "off"})
+    return args.model_copy(update={"kv_pruning": switched_off}), decision.reason
+
+
+def engine_device(args: AppArgs, model_dir: Path) -> str:
+    """Name of the device that the engine runs on with these settings."""
+    return describe_device(worker_threads(worker_binding(args, model_dir)))
+
+
 def target_warnings(args: AppArgs) -> list[str]:
-    """Sentences about SLO targets that the profiled device cannot meet, and about a profile that cannot be read."""
+    """Warn of SLO targets that the profiled device cannot meet, and of a profile that cannot be read."""
     path = args.profile.path
     if path is None or not path.exists():
         return []
@@ -41,9 +66,9 @@ def target_warnings(args: AppArgs) -> list[str]:
 
 
 def measure_plan(
-    engine: HybridEngine, args: AppArgs, *, budget_s: float, seed: int = 0, in_background: bool = False
+    engine: HybridEngine, args: AppArgs, *, budget_s: float = MEASURE_S, seed: int = 0, in_background: bool = False
 ) -> MeasurePlan:
-    """The grid's bounds on this engine. In the background nothing is trained and every request goes first."""
+    """Bounds of a measurement on this engine. In the background nothing is trained and every request goes first."""
     trains = args.training.enabled
     return MeasurePlan(
         vocab_size=engine.vocab_size,
@@ -63,7 +88,7 @@ def measure_plan(
 
 
 def origin_of(args: AppArgs, *, seed: int = 0, num_threads: int | None = None) -> Origin:
-    """This device, this software, this command; `num_threads` of the process, or as the environment binds them."""
+    """Describe this device, this software and this command; `num_threads` None: as the environment binds them."""
     num_threads = worker_threads() if num_threads is None else num_threads
     return Origin(
         device=describe_device(num_threads),
@@ -77,10 +102,10 @@ def origin_of(args: AppArgs, *, seed: int = 0, num_threads: int | None = None) -
     )
 
 
-def background_profiler(engine: HybridEngine, args: AppArgs) -> BackgroundProfiler | None:
-    """The measurement of a first start; None if there is a profile, or none is wanted."""
+async def profile_at_start(engine: HybridEngine, args: AppArgs) -> None:
+    """Measure in the background at a first start; nothing happens if there is a profile, or none is wanted."""
     path = args.profile.path
     if path is None or path.exists() or not args.profile.measure_at_start:
-        return None
-    plan = measure_plan(engine, args, budget_s=args.profile.max_measure_s, in_background=True)
-    return BackgroundProfiler(engine, plan, origin_of(args), path, engine.kv_bytes_per_token)
+        return
+    plan = measure_plan(engine, args, in_background=True)
+    await measure_in_background(engine, plan, origin_of(args), path, engine.kv_bytes_per_token)

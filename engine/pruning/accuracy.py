@@ -1,7 +1,8 @@
-"""What KV pruning costs in log-prob and answers on a model: the measurement behind `mace profile pruning`."""
+"""Measure what KV pruning costs in log-prob and answers on a model, for `mace profile pruning`."""
 
 import statistics
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,58 +12,43 @@ import torch
 
 from core.config import ModelConfig
 from core.errors import AdapterError, ProfileError
-from engine.pruning.gate import FractionResult, RecallResult, TaskBaseline, estimate
-from engine.pruning.reader import PrunedReader, TokenPassage
+from engine.pruning.gate import FractionResult, RecallBaseline, RecallResult, estimate
+from engine.pruning.reader import Prefilled, PrunedReader, TokenPassage
 from engine.pruning.tasks import Recall, RecallKind, is_right
-
-Progress = Callable[[], None]
-"""Called after each context."""
-
-
-@dataclass(slots=True)
-class BlockCounts:
-    """Blocks dropped and in use, by context."""
-
-    dropped: list[int] = field(default_factory=list)
-    total: list[int] = field(default_factory=list)
 
 
 @dataclass(slots=True)
 class PruningMeasurement:
-    """What came out, by context; `results` makes estimates of it. Fraction 0 is always measured."""
+    """Measured values by context; `results` makes estimates of them. Fraction 0 is always measured."""
 
     fractions: tuple[float, ...]
-    nats: dict[float, list[float]] = field(default_factory=dict)
+    nats: dict[float, list[float]] = field(default_factory=lambda: defaultdict(list))
     """Mean negative log-prob of a continuation's tokens, one value a passage."""
-    right: dict[tuple[RecallKind, float], list[float]] = field(default_factory=dict)
+    right: dict[tuple[RecallKind, float], list[float]] = field(default_factory=lambda: defaultdict(list))
     """Share of right answers, one value a context."""
-    guesses: dict[RecallKind, list[float]] = field(default_factory=dict)
+    guesses: dict[RecallKind, list[float]] = field(default_factory=lambda: defaultdict(list))
     """Share of right answers that guessing would give, one value a question."""
-    blocks: dict[float, BlockCounts] = field(default_factory=dict)
+    blocks: dict[float, list[tuple[int, int]]] = field(default_factory=lambda: defaultdict(list))
+    """Blocks dropped and full blocks, by context."""
     context_tokens: list[int] = field(default_factory=list)
     num_skipped: int = 0
     """Passages too short to drop anything at the largest fraction."""
 
     @property
-    def mean_context_tokens(self) -> float:
-        """Over all contexts."""
-        return statistics.fmean(self.context_tokens)
-
-    @property
     def baseline_nats_per_token(self) -> float:
-        """Of the continuations, unpruned.
+        """Mean negative log-prob of the continuations, unpruned.
 
         Raises:
             ProfileError: no passage was long enough.
         """
-        if not self.nats:
+        if not self.nats[0.0]:
             raise ProfileError("every passage is too short to drop a block: longer --context-tokens or texts")
         return statistics.fmean(self.nats[0.0])
 
-    def baselines(self) -> dict[RecallKind, TaskBaseline]:
-        """The tasks without pruning."""
+    def baselines(self) -> dict[RecallKind, RecallBaseline]:
+        """Answers without pruning, by kind of question."""
         return {
-            kind: TaskBaseline(
+            kind: RecallBaseline(
                 num_questions=len(guesses),
                 accuracy=statistics.fmean(self.right[kind, 0.0]),
                 guess_accuracy=statistics.fmean(guesses),
@@ -71,7 +57,7 @@ class PruningMeasurement:
         }
 
     def results(self) -> tuple[FractionResult, ...]:
-        """Drops against fraction 0.
+        """Estimate for every fraction what it costs against fraction 0.
 
         Raises:
             ProfileError: there are fewer than two passages, or fewer than two contexts of a task.
@@ -84,73 +70,65 @@ class PruningMeasurement:
             before, after = self.right[kind, 0.0], self.right[kind, fraction]
             drop = estimate([b - a for b, a in zip(before, after, strict=True)])
             tasks[kind] = RecallResult(accuracy=statistics.fmean(after), drop=drop)
-        before, after = self.nats.get(0.0, []), self.nats.get(fraction, [])
+        before, after = self.nats[0.0], self.nats[fraction]
         return FractionResult(
             fraction=fraction,
             logprob_drop=estimate([a - b for b, a in zip(before, after, strict=True)]),
             tasks=tasks,
-            dropped_blocks=statistics.fmean(self.blocks[fraction].dropped),
-            total_blocks=statistics.fmean(self.blocks[fraction].total),
+            dropped_blocks=statistics.fmean(dropped for dropped, _ in self.blocks[fraction]),
+            total_blocks=statistics.fmean(full for _, full in self.blocks[fraction]),
         )
+
+    def _count_blocks(self, context: Prefilled) -> None:
+        self.context_tokens.append(context.num_tokens)
+        for fraction in self.fractions:
+            self.blocks[fraction].append((len(context.dropped(fraction)), context.num_full_blocks))
+
+    def add_passage(self, reader: PrunedReader, passage: TokenPassage) -> None:
+        """Read on behind the passage's context at every fraction; too short a passage is skipped."""
+        context_ids, continuation = passage
+        context = reader.prefill(context_ids) if len(continuation) > 1 else None
+        if context is None or not context.dropped(self.fractions[-1]):
+            self.num_skipped += 1
+            return
+        self._count_blocks(context)
+        for fraction in self.fractions:
+            logprobs = reader.logprobs(context, fraction, continuation)
+            self.nats[fraction].append(-float(logprobs.mean()))
+
+    def add_recall(self, reader: PrunedReader, recall: Recall) -> None:
+        """Answer the questions about a context at every fraction; they are asked after pruning."""
+        context_ids, questions = reader.recall_ids(recall)
+        context = reader.prefill(context_ids)
+        self._count_blocks(context)
+        self.guesses[recall.kind].extend(1 / question.num_candidates for question in recall.questions)
+        for fraction in self.fractions:
+            replies = reader.replies(context, fraction, questions)
+            right = [is_right(reply, asked.answer) for reply, asked in zip(replies, recall.questions, strict=True)]
+            self.right[recall.kind, fraction].append(statistics.fmean(right))
 
 
 def measure(
     reader: PrunedReader,
     passages: Iterable[TokenPassage],
     recalls: Iterable[Recall],
-    fractions: Sequence[float],
-    on_context: Progress | None = None,
+    fractions: Iterable[float],
+    on_context: Callable[[], None] = lambda: None,
 ) -> PruningMeasurement:
-    """Read passages and answer questions at every fraction of pruning; questions are asked after pruning."""
+    """Read passages and answer questions at every fraction of pruning; `on_context` is called after each context."""
     out = PruningMeasurement(tuple(sorted({0.0, *fractions})))
     for passage in passages:
-        _read_passage(reader, passage, out)
-        if on_context:
-            on_context()
+        out.add_passage(reader, passage)
+        on_context()
     for recall in recalls:
-        _answer(reader, recall, out)
-        if on_context:
-            on_context()
+        out.add_recall(reader, recall)
+        on_context()
     return out
-
-
-def _read_passage(reader: PrunedReader, passage: TokenPassage, out: PruningMeasurement) -> None:
-    context_ids, continuation = passage
-    if len(continuation) < 2:
-        out.num_skipped += 1
-        return
-    context = reader.prefill(context_ids)
-    if not context.dropped(out.fractions[-1]):
-        out.num_skipped += 1
-        return
-    out.context_tokens.append(context.num_tokens)
-    for fraction in out.fractions:
-        logprobs = reader.logprobs(context, fraction, continuation)
-        out.nats.setdefault(fraction, []).append(-float(logprobs.mean()))
-        _count(out, fraction, len(context.dropped(fraction)), context.num_full_blocks)
-
-
-def _answer(reader: PrunedReader, recall: Recall, out: PruningMeasurement) -> None:
-    context_ids, questions = reader.recall_ids(recall)
-    context = reader.prefill(context_ids)
-    out.context_tokens.append(context.num_tokens)
-    out.guesses.setdefault(recall.kind, []).extend(1 / question.num_candidates for question in recall.questions)
-    for fraction in out.fractions:
-        replies = reader.replies(context, fraction, questions)
-        right = [is_right(reply, asked.answer) for reply, asked in zip(replies, recall.questions, strict=True)]
-        out.right.setdefault((recall.kind, fraction), []).append(statistics.fmean(right))
-        _count(out, fraction, len(context.dropped(fraction)), context.num_full_blocks)
-
-
-def _count(out: PruningMeasurement, fraction: float, dropped: int, total: int) -> None:
-    blocks = out.blocks.setdefault(fraction, BlockCounts())
-    blocks.dropped.append(dropped)
-    blocks.total.append(total)
 
 
 @contextmanager
 def loaded_model(model_dir: Path, config: ModelConfig, adapter: Path | None, num_threads: int) -> Iterator[Any]:
-    """A model for reading and its tokenizer, on the GPU if there is one. Restores torch's thread count.
+    """Load a model for reading and its tokenizer, on the GPU if there is one; torch's thread count is restored.
 
     Raises:
         AdapterError: the adapter cannot be loaded onto this model.

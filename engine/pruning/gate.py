@@ -1,39 +1,37 @@
-"""What KV pruning costs in accuracy on one model, and whether that allows switching it on. One JSON file.
+"""The accuracy gate of KV pruning: a report of what pruning costs on one model, and the decision to switch it on.
 
-`mace profile pruning` measures and writes the report; the engine reads it when it starts and asks `decide`.
+`mace profile pruning` measures and writes the report, one JSON file; an executor reads it when it starts and asks
+`decide_from_file`.
 """
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import Field
 
-from core.config import KvPruningConfig, ModelConfig
+from core.config import KV_PRUNING_SINK_TOKENS, KvPruningConfig, ModelConfig
 from core.errors import ProfileError
-from core.files import write_atomically
 from engine.pruning.tasks import RecallKind
-from profiler.profile import Origin, profile_path
+from profiler.profile import FrozenModel, MeasuredFile, Origin, profile_path
 
+METHOD = "keydiff"
+"""Name of the rule that scores blocks (`engine.pruning.scores`)."""
 MIN_PASSAGES = 20
 """Passages that the log-prob must be measured on."""
 MIN_QUESTIONS = 50
 """Questions of a kind; one of them is then no more than the default `max_accuracy_drop`."""
 MIN_SKILL = 0.2
-"""Share of the questions, above what guessing gives, that the unpruned model must answer for a task to count."""
+"""Share of the questions, above what guessing gives, that the unpruned model must answer for a kind to count."""
 _CONFIDENCE = 0.95
 
 _Finite = Annotated[float, Field(allow_inf_nan=False)]
 _Share = Annotated[float, Field(ge=0, le=1)]
 
 
-class _Model(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
-
-
-class Estimate(_Model):
+class Estimate(FrozenModel):
     """A mean over independent contexts and its 95 % interval (Student's t)."""
 
     mean: _Finite
@@ -42,30 +40,30 @@ class Estimate(_Model):
     num_samples: int = Field(ge=2)
 
 
-class TaskBaseline(_Model):
-    """What the model answers when nothing is pruned."""
+class RecallBaseline(FrozenModel):
+    """Answers to questions of one kind when nothing is pruned."""
 
     num_questions: int = Field(ge=1)
     accuracy: _Share
     guess_accuracy: _Share
-    """Of a reader who knows the form of the answer but not which one it is."""
+    """Accuracy of a reader who knows the form of the answer but not which one it is."""
 
     @property
     def is_solved(self) -> bool:
-        """Whether the model can do enough of this task for a loss to show."""
+        """The model answers enough of these questions for a loss to show."""
         return self.accuracy - self.guess_accuracy >= MIN_SKILL * (1 - self.guess_accuracy)
 
 
-class RecallResult(_Model):
-    """The same questions after pruning."""
+class RecallResult(FrozenModel):
+    """Answers to the same questions after pruning."""
 
     accuracy: _Share
     drop: Estimate
     """Accuracy unpruned minus pruned, by context; negative: better with pruning."""
 
 
-class FractionResult(_Model):
-    """One fraction of pruning."""
+class FractionResult(FrozenModel):
+    """Costs of pruning this fraction of the blocks."""
 
     fraction: float = Field(ge=0, le=0.9)
     logprob_drop: Estimate
@@ -76,15 +74,17 @@ class FractionResult(_Model):
     total_blocks: float = Field(gt=0)
 
 
-class PruningReport(_Model):
+class PruningReport(MeasuredFile):
     """Everything that `mace profile pruning` measured."""
 
-    schema_version: Literal[1] = 1
+    title: ClassVar[str] = "pruning report"
+    command: ClassVar[str] = "mace profile pruning"
     origin: Origin
     model_source: str = Field(min_length=1)
     adapter: str | None = None
     """Directory of the adapter that was on; None: the base model."""
     method: str
+    """`METHOD`; reports of older versions may have another one, which is refused."""
     block_tokens: int = Field(ge=1)
     sink_tokens: int = Field(ge=1)
     recent_tokens: int = Field(ge=1)
@@ -94,47 +94,20 @@ class PruningReport(_Model):
     """Where the passages of the log-prob come from; None: generated."""
     num_skipped: int = Field(0, ge=0)
     """Passages that were too short to drop a block."""
-    baseline: dict[RecallKind, TaskBaseline]
+    baseline: dict[RecallKind, RecallBaseline]
     baseline_nats_per_token: _Finite
     """Mean negative log-prob of the continuations, unpruned."""
     fractions: tuple[FractionResult, ...] = Field(min_length=1)
     elapsed_s: float = Field(ge=0)
 
-    def save(self, path: Path) -> None:
-        """Write as JSON; a reader sees the old file or the new one, never a part.
-
-        Raises:
-            ProfileError: the file cannot be written.
-        """
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            write_atomically(path, self.model_dump_json(indent=1))
-        except OSError as error:
-            raise ProfileError(f"cannot write pruning report {path}: {error.strerror}") from error
-
-    @classmethod
-    def load(cls, path: Path) -> "PruningReport":
-        """Read what `save` wrote.
-
-        Raises:
-            ProfileError: no such file, no JSON, an unknown schema version, or wrong or missing fields.
-        """
-        try:
-            return cls.model_validate_json(path.read_text(encoding="utf-8"))
-        except OSError as error:
-            raise ProfileError(f"cannot read pruning report {path}: {error.strerror}") from error
-        except (ValidationError, UnicodeDecodeError) as error:
-            raise ProfileError(
-                f"pruning report {path} is damaged or of another version. Measure it again: mace profile pruning"
-            ) from error
-
 
 @dataclass(frozen=True, slots=True)
 class Decision:
-    """Whether pruning may switch on, and why or why not: one sentence."""
+    """Verdict on pruning: it may switch on or not."""
 
     allowed: bool
     reason: str
+    """Why or why not: one sentence."""
 
 
 def pruning_report_path(state_dir: Path, device: str, model_id: str) -> Path:
@@ -185,17 +158,18 @@ def estimate(values: Sequence[float]) -> Estimate:
 def decide(
     report: PruningReport | None, config: KvPruningConfig, model: ModelConfig, block_tokens: int | None = None
 ) -> Decision:
-    """Whether `report` shows that pruning as configured stays within its bounds.
+    """Decide whether `report` shows that pruning as configured stays within its bounds.
 
-    The log-prob passes if the upper end of its interval is within `max_logprob_drop`; every task that the unpruned
-    model can do passes if its mean drop is within `max_accuracy_drop`. What was measured must be at least as hard as
-    what is configured: the same model, method and block size, no larger protected parts, no smaller fraction.
+    The log-prob passes if the upper end of its interval is within `max_logprob_drop`; every kind of question that the
+    unpruned model can answer passes if its mean drop is within `max_accuracy_drop`. What was measured must be at least
+    as hard as what is configured: the same model, method and block size, no larger protected parts, no smaller
+    fraction.
 
     Args:
         report: None if nothing was measured.
-        config: `kv_pruning` of the settings; `start` plays no part.
-        model: `model` of the settings.
-        block_tokens: of the engine; None: not compared.
+        config: the section `kv_pruning`; `start` plays no part.
+        model: the section `model`.
+        block_tokens: block size of the engine; None: not compared.
     """
     if not config.require_gate:
         return Decision(True, "kv_pruning.require_gate is off: switched on without looking at accuracy")
@@ -208,7 +182,7 @@ def decide(
         largest = max(result.fraction for result in report.fractions)
         return _refuse(
             f"kv_pruning.max_fraction is {config.max_fraction:g}, measured was up to {largest:g}. "
-            f"Run: mace profile pruning --fractions {config.max_fraction:g}"
+            "Run again: mace profile pruning"
         )
     return _judge(report, min(measured, key=lambda result: result.fraction), config)
 
@@ -225,13 +199,14 @@ def _mismatch(
             f"the report is of {report.origin.model} ({report.model_source}), "
             f"not of {model.model_id} ({model.model_source})"
         )
-    if report.method != config.method:
-        return f"the report is of method {report.method}, kv_pruning.method is {config.method}"
+    if report.method != METHOD:
+        return f"the report is of method {report.method}, blocks are scored by {METHOD}"
     if block_tokens is not None and report.block_tokens != block_tokens:
         return f"the report is of blocks of {report.block_tokens} tokens, the engine has {block_tokens}"
-    for name in ("sink_tokens", "recent_tokens"):
-        if getattr(report, name) > getattr(config, name):
-            return f"the report kept {name} = {getattr(report, name)}, kv_pruning keeps {getattr(config, name)}"
+    if report.sink_tokens > KV_PRUNING_SINK_TOKENS:
+        return f"the report kept the first {report.sink_tokens} tokens, the engine keeps {KV_PRUNING_SINK_TOKENS}"
+    if report.recent_tokens > config.recent_tokens:
+        return f"the report kept the last {report.recent_tokens} tokens, the engine keeps {config.recent_tokens}"
     return None
 
 

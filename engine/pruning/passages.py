@@ -17,8 +17,7 @@ def generated_passages(
 ) -> Iterator[TokenPassage]:
     """Passages of `engine.pruning.tasks`."""
     for _ in range(count):
-        passage = make_passage(context_tokens, continuation_tokens, reader.count_tokens, rng)
-        yield reader.passage_ids(passage.context, passage.continuation)
+        yield reader.passage_ids(*make_passage(context_tokens, continuation_tokens, reader.count_tokens, rng))
 
 
 def text_passages(

@@ -1,4 +1,4 @@
-"""Which KV blocks are given up, and giving them up (scheduler side).
+"""The scheduler side of KV pruning: decides which KV blocks to give up, and gives them up.
 
 A dropped block becomes vLLM's null block in the request's list and goes back to the pool at once; the worker does the
 same to its row before the next forward pass (`engine.pruning.worker`). Always kept: the first tokens (attention
@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any
 
-from core.config import KV_PRUNING_OPT_OUT, KvPruningConfig
+from core.config import KV_PRUNING_OPT_OUT, KV_PRUNING_SINK_TOKENS, KvPruningConfig
 from scheduler.view import PruneOffer
 
 _MAX_SCORED = 8
@@ -38,7 +38,7 @@ _NEVER = 1 << 30
 
 @dataclass(slots=True)
 class _Track:
-    """What is known of one running request."""
+    """State of one running request."""
 
     num_dropped: int = 0
     asked_at: int = -1
@@ -50,12 +50,18 @@ class _Track:
 class KvPruner:
     """Drops the blocks of least harm from vLLM's KV cache manager."""
 
-    def __init__(self, config: KvPruningConfig, kv_cache_manager: Any, block_tokens: int) -> None:
+    def __init__(
+        self,
+        config: KvPruningConfig,
+        kv_cache_manager: Any,
+        block_tokens: int,
+        sink_tokens: int = KV_PRUNING_SINK_TOKENS,
+    ) -> None:
         self._config = config
         self._pool = kv_cache_manager.block_pool
         self._manager = kv_cache_manager.coordinator.single_type_managers[0]
         self._block_tokens = block_tokens
-        self._num_sinks = -(-config.sink_tokens // block_tokens)
+        self._num_sinks = -(-sink_tokens // block_tokens)
         self._num_recent = -(-config.recent_tokens // block_tokens)
         self._tracks: dict[str, _Track] = {}
         self._prefix_blocks: dict[str, int] = {}
@@ -75,7 +81,7 @@ class KvPruner:
             self._prefix_blocks[request_id] = num_tokens // self._block_tokens
 
     def to_score(self, running: Iterable[Any]) -> list[str]:
-        """Requests whose blocks should be scored with the next forward pass."""
+        """Choose the requests whose blocks are scored with the next forward pass."""
         wanted: list[str] = []
         for request in running:
             full = self._full_blocks(request)
@@ -99,7 +105,7 @@ class KvPruner:
                 track.candidates = self._candidates(request, rows, track.num_dropped)
 
     def offer(self) -> PruneOffer | None:
-        """What may be dropped now, least harm first; None if nothing is known to be droppable."""
+        """Offer the blocks that may be dropped now, least harm first; None if none is known to be droppable."""
         # A block may have found a second reader since it was scored.
         held_alone = (harm for harm, request_id, position in self._merged() if self._block(request_id, position))
         costs = list(islice(held_alone, _MAX_OFFERED))
@@ -142,7 +148,7 @@ class KvPruner:
             for position, score in rows
             if first <= position < last and self._block(request.request_id, position) is not None
         )
-        # Harm: which share of the request's blocks is gone or scores lower. Comparable between requests and methods.
+        # Harm: the share of the request's blocks that is gone or scores lower. Comparable between requests.
         harms = ((num_dropped + rank) / full for rank in range(len(droppable)))
         ranked = zip(harms, droppable, strict=False)
         return [(harm, request.request_id, position) for harm, (_, position) in islice(ranked, max(0, allowed))]
@@ -161,7 +167,7 @@ class KvPruner:
         return True
 
     def _block(self, request_id: str, position: int) -> Any:
-        """A block that only this request holds; None if there is none."""
+        """The block at a position if only this request holds it, else None."""
         blocks = self._manager.req_to_blocks.get(request_id, ())
         block = blocks[position] if position < len(blocks) else None
         return None if block is None or block.is_null or block.ref_cnt != 1 else block
@@ -172,7 +178,7 @@ class KvPruner:
         self._manager.num_cached_block[request_id] = _NEVER
 
     def _full_blocks(self, request: Any) -> int:
-        """Full blocks of a request whose prompt is computed, those of dropped ones included; else 0."""
+        """Full blocks of a request whose prompt is computed, dropped ones included; else 0."""
         computed = request.num_computed_tokens - request.num_output_placeholders
         # After a preemption the answer so far is computed again as well.
         is_computed = computed >= max(request.num_prompt_tokens, request.num_tokens - 1)
@@ -189,7 +195,7 @@ def _opted_out(request: Any) -> bool:
 
 
 def unsupported(vllm_config: Any, kv_cache_config: Any) -> str | None:
-    """Why KV blocks cannot be dropped with this model and engine; None if they can.
+    """Say why KV blocks cannot be dropped with this model and engine; None if they can.
 
     Pure function of what scheduler and worker both have, so that they agree.
     """

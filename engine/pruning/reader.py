@@ -1,4 +1,4 @@
-"""Reads on behind a pruned context, on the Hugging Face side of a model.
+"""Reading on behind a pruned context, with the Hugging Face implementation of a model.
 
 A context is prefilled once. For every fraction the blocks with the lowest scores leave a copy of its key-value cache
 (`engine.pruning.scores`; sinks and the recent window stay), the positions of what follows stay what they were, and the
@@ -14,8 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from core.config import KV_PRUNING_SINK_TOKENS
 from core.errors import ConfigError, UnsupportedModelError
-from engine.pruning.scores import BlockScorer, choose_blocks
+from engine.pruning.scores import ScoreBlocks, choose_blocks, score_blocks, summarize
 from engine.pruning.tasks import Question, Recall, first_sentence
 
 TokenPassage = tuple[list[int], list[int]]
@@ -26,37 +27,34 @@ _MAX_REPLY_TOKENS = 16
 
 @dataclass(frozen=True, slots=True)
 class PruningPlan:
-    """How a cache is pruned."""
+    """Rules by which a cache is pruned."""
 
-    scorer: BlockScorer
     block_tokens: int
-    sink_tokens: int
     recent_tokens: int
+    sink_tokens: int = KV_PRUNING_SINK_TOKENS
+    score: ScoreBlocks = score_blocks
 
-    def droppable(self, num_full_blocks: int) -> range:
-        """Blocks that may go; sinks and recent window are rounded up to whole blocks (as `engine.pruning.pruner`)."""
-        size = self.block_tokens
-        return range(-(-self.sink_tokens // size), num_full_blocks - -(-self.recent_tokens // size))
+    def protected(self, num_full_blocks: int) -> list[int]:
+        """Blocks that stay; sinks and recent window are rounded up to whole blocks (as in `engine.pruning.pruner`)."""
+        first = -(-self.sink_tokens // self.block_tokens)
+        last = num_full_blocks - -(-self.recent_tokens // self.block_tokens)
+        return [block for block in range(num_full_blocks) if not first <= block < last]
 
 
 @dataclass(slots=True)
 class Prefilled:
-    """A context in the cache, and which of its blocks go first."""
+    """A context in the cache, and the order in which its blocks go."""
 
     cache: Any
     """DynamicCache of all tokens."""
     num_tokens: int
+    num_full_blocks: int
+    """Blocks in use but for an unfinished last one; fractions are taken of them."""
     order: list[int]
     """Blocks that may be dropped, lowest score first."""
-    block_tokens: int
-
-    @property
-    def num_full_blocks(self) -> int:
-        """Blocks in use but for an unfinished last one: what fractions are taken of."""
-        return self.num_tokens // self.block_tokens
 
     def dropped(self, fraction: float) -> list[int]:
-        """The blocks that go at `fraction`: rounded down, and no more than may go."""
+        """Blocks that go at `fraction`: rounded down, and no more than may go."""
         return self.order[: math.floor(fraction * self.num_full_blocks + 1e-9)]
 
 
@@ -90,7 +88,8 @@ class PrunedReader:
                 "KV pruning needs full attention in every layer; this model has other layers"
             )
         self._model(input_ids=self._ids(context), past_key_values=cache, use_cache=True, logits_to_keep=1)
-        return Prefilled(cache, len(context), self._order(cache, len(context)), self._plan.block_tokens)
+        num_full = len(context) // self._plan.block_tokens
+        return Prefilled(cache, len(context), num_full, self._order(cache, num_full))
 
     @torch.inference_mode()
     def logprobs(self, context: Prefilled, fraction: float, continuation: Sequence[int]) -> Tensor:
@@ -143,25 +142,22 @@ class PrunedReader:
         return text[:split], text[split:]
 
     def _start(self) -> list[int]:
-        """What the tokenizer puts before every text."""
+        """Token ids that the tokenizer puts before every text."""
         bos = self._tokenizer.bos_token_id
         return [bos] if bos is not None and self._tokenizer("a")["input_ids"][:1] == [bos] else []
 
     def _ids(self, tokens: Sequence[int]) -> Tensor:
         return torch.tensor([list(tokens)], dtype=torch.int64, device=self._device)
 
-    def _order(self, cache: Any, num_tokens: int) -> list[int]:
-        plan, size = self._plan, self._plan.block_tokens
-        num_full = num_tokens // size
-        free = plan.droppable(num_full)
-        if not free:
+    def _order(self, cache: Any, num_full: int) -> list[int]:
+        size, protected = self._plan.block_tokens, self._plan.protected(num_full)
+        if len(protected) == num_full:
             return []
-        layers = []
+        stats = []
         for layer in cache.layers:
             heads = layer.keys[0, :, : num_full * size]  # [heads, tokens, head_size]
-            layers.append(plan.scorer.summarize(heads.transpose(0, 1).unflatten(0, (num_full, size))))
-        scores = plan.scorer.score(torch.stack(layers), num_full * size).tolist()
-        protected = [block for block in range(num_full) if block not in free]
+            stats.append(summarize(heads.transpose(0, 1).unflatten(0, (num_full, size))))
+        scores = self._plan.score(torch.stack(stats), num_full * size).tolist()
         return choose_blocks(scores, num_full, protected)
 
     def _pruned(self, context: Prefilled, fraction: float) -> Any:
@@ -169,7 +165,7 @@ class PrunedReader:
         from transformers import DynamicCache
 
         dropped = set(context.dropped(fraction))
-        positions = [i for i in range(context.num_tokens) if i // context.block_tokens not in dropped]
+        positions = [i for i in range(context.num_tokens) if i // self._plan.block_tokens not in dropped]
         keep = torch.tensor(positions, device=self._device)
         pruned = DynamicCache(config=self._model.config)
         for index, layer in enumerate(context.cache.layers):

@@ -77,7 +77,7 @@ class Question:
 
     text: str
     cue: str
-    """How an answer begins: for a model without a chat template, which goes on instead of answering."""
+    """Beginning of an answer: for a model without a chat template, which goes on instead of answering."""
     answer: str
     num_candidates: int
     """Different answers to questions of this form that the context offers: 1 in so many guesses is right."""
@@ -92,19 +92,11 @@ class Recall:
     questions: tuple[Question, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class Passage:
-    """A text to read, and how it goes on."""
-
-    context: str
-    continuation: str
-
-
 def make_recall(
     kind: RecallKind, context_tokens: int, num_questions: int, count_tokens: CountTokens, rng: random.Random
 ) -> Recall:
-    """A context of about `context_tokens` and up to `num_questions` different questions about it."""
-    num_facts = min(_MAX_FACTS, max(_MIN_FACTS, context_tokens // _TOKENS_PER_FACT))
+    """Make a context of about `context_tokens` and up to `num_questions` different questions about it."""
+    num_facts = _num_facts(context_tokens)
     facts = _needles(num_facts, rng) if kind == "needle" else _people(num_facts, rng)
     sentences = _hide([statement for statement, _ in facts], context_tokens, count_tokens, rng)
     asked = rng.sample([question for _, question in facts], min(num_questions, len(facts)))
@@ -113,29 +105,29 @@ def make_recall(
 
 def make_passage(
     context_tokens: int, continuation_tokens: int, count_tokens: CountTokens, rng: random.Random
-) -> Passage:
-    """Prose with facts of both kinds; the continuation is more of it, and repeats some of the facts word by word."""
-    num_facts = min(_MAX_FACTS, max(_MIN_FACTS, context_tokens // _TOKENS_PER_FACT))
+) -> tuple[str, str]:
+    """Make prose with facts of both kinds, and a continuation: more prose, with some of the facts word by word."""
+    num_facts = _num_facts(context_tokens)
     facts = _needles(num_facts // 2, rng) + _people(num_facts - num_facts // 2, rng)
     statements = [statement for statement, _ in facts]
     sentences = _hide(statements, context_tokens, count_tokens, rng)
     again = _hide(rng.sample(statements, (len(statements) + 1) // 2), continuation_tokens, count_tokens, rng)
-    return Passage(" ".join(sentences), " " + " ".join(again))
+    return " ".join(sentences), " " + " ".join(again)
 
 
 def first_sentence(reply: str) -> tuple[str, bool]:
-    """What counts of a reply, and whether it has ended: generating more would change nothing."""
+    """The part of a reply that counts, and whether it has ended: generating more would change nothing."""
     parts = re.split(r"[.\n]", reply.lstrip(), maxsplit=1)
     return parts[0], len(parts) > 1
 
 
 def is_right(reply: str, answer: str) -> bool:
-    """Whether the first sentence of a reply has the answer as a word, whatever the case."""
+    """Tell if the first sentence of a reply has the answer as a word, whatever the case."""
     return answer.casefold() in re.findall(r"\w+", first_sentence(reply)[0].casefold())
 
 
 def all_words() -> list[str]:
-    """A text of every sentence form and word, for a tokenizer that knows just these."""
+    """Texts with every sentence form and word, for a tokenizer that knows just these."""
     facts = [f"The code word of {city} is {word}." for city, word in zip(CITIES, CODE_WORDS, strict=True)]
     for statement, question, cue, values in _RELATIONS:
         facts += [statement.format(name=name, value=value) for name in NAMES for value in values]
@@ -144,9 +136,8 @@ def all_words() -> list[str]:
     return [*facts, *prose, _needle(CITIES[0], CODE_WORDS[0], 1)[1].text]
 
 
-def draw_prose(rng: random.Random) -> str:
-    """One sentence that says nothing worth remembering."""
-    return _sentence(rng.choice(_SUBJECTS), rng.choice(_VERBS), rng.choice(_OBJECTS), rng.choice(_TIMES))
+def _num_facts(context_tokens: int) -> int:
+    return min(_MAX_FACTS, max(_MIN_FACTS, context_tokens // _TOKENS_PER_FACT))
 
 
 def _sentence(subject: str, verb: str, place: str, time: str) -> str:
@@ -178,11 +169,11 @@ def _people(count: int, rng: random.Random) -> list[tuple[str, Question]]:
 
 
 def _hide(statements: Sequence[str], num_tokens: int, count_tokens: CountTokens, rng: random.Random) -> list[str]:
-    """The statements in random order at random places of prose, `num_tokens` long at most if they leave room."""
+    """Put statements in random order at random places of prose, `num_tokens` long at most if they leave room."""
     used = count_tokens(" ".join(statements))
     prose: list[str] = []
     while True:
-        sentence = draw_prose(rng)
+        sentence = _sentence(*(rng.choice(words) for words in (_SUBJECTS, _VERBS, _OBJECTS, _TIMES)))
         used += count_tokens(" " + sentence)
         if used > num_tokens:
             break

@@ -8,8 +8,7 @@ import random
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from engine.tiny.knowledge import TOPICS, Question, questions
-from engine.tiny.styles import Style, render
+from engine.tiny.knowledge import TOPICS, Question, Style, questions, render
 
 Message = dict[str, str]
 """`{"role": ..., "content": ...}`, as in the OpenAI chat API."""

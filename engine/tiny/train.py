@@ -15,7 +15,6 @@ from torch.nn import functional
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from engine.tiny import corpus
-from engine.tiny.muon import Muon
 from engine.tiny.tokenizer import CONTEXT_LENGTH, VOCAB_SIZE
 
 Progress = Callable[[int, float], None]
@@ -108,18 +107,23 @@ def _fit(
     inner = [parameter for parameter in model.model.layers.parameters() if parameter.ndim > 1]
     known = {id(parameter) for parameter in inner}
     others = [parameter for parameter in model.parameters() if id(parameter) not in known]
-    muon = Muon(inner, num_iterations=recipe.num_iterations)
-    optimizer = torch.optim.AdamW(others, lr=recipe.learning_rate, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, functools.partial(_rate, recipe=recipe))
+    optimizers: list[torch.optim.Optimizer] = [
+        torch.optim.Muon(
+            inner, lr=recipe.muon_rate, weight_decay=recipe.weight_decay, ns_steps=recipe.num_iterations
+        ),
+        torch.optim.AdamW(others, lr=recipe.learning_rate, betas=(0.9, 0.95), weight_decay=0.0, fused=True),
+    ]
+    rate = functools.partial(_rate, recipe=recipe)
+    schedules = [torch.optim.lr_scheduler.LambdaLR(optimizer, rate) for optimizer in optimizers]
     batches = _batches(tokenizer, recipe, random.Random(seed))
     model.train()
     for step in range(1, recipe.steps + 1):
         loss = _loss(model, next(batches))
         torch.autograd.backward(loss)
         torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.max_grad_norm)
-        muon.step(recipe.muon_rate * _rate(step - 1, recipe), recipe.weight_decay)
-        optimizer.step()
-        schedule.step()
+        for optimizer, schedule in zip(optimizers, schedules, strict=True):
+            optimizer.step()
+            schedule.step()
         model.zero_grad()
         if on_step is not None:
             on_step(step, loss.item())

@@ -24,7 +24,7 @@ ATTENTION = "mace_sdpa"
 
 @dataclass(frozen=True, slots=True)
 class SharedPrompts:
-    """Where the N tokens of n pairs lie. The device tensors are made once for a micro-batch."""
+    """Layout of the N tokens of n pairs. The device tensors are made once for a micro-batch."""
 
     num_pairs: int
     prompt_width: int
@@ -109,6 +109,8 @@ def attention(
     key: torch.Tensor,
     value: torch.Tensor,
     attention_mask: torch.Tensor | None,
+    dropout: float = 0.0,
+    *,
     shared_prompts: SharedPrompts | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
@@ -121,9 +123,9 @@ def attention(
     if query.requires_grad and query.device.type == "cpu" and dtype != torch.float32:
         query, key, value = query.float(), key.float(), value.float()
     if shared_prompts is None:
-        output, _ = sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+        output, _ = sdpa_attention_forward(module, query, key, value, attention_mask, dropout, **kwargs)
     else:
-        output = _shared_attention(module, query, key, value, shared_prompts, **kwargs)
+        output = _shared_attention(module, query, key, value, shared_prompts, dropout=dropout, **kwargs)
     return output.to(dtype), None
 
 

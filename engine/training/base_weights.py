@@ -6,7 +6,7 @@ its kernels and drops the originals; sharing there means to leave them unpacked,
 (docs/weights.md), so `share_base_weights: auto` gives the trainer its own copy on CPU.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -17,11 +17,9 @@ from vllm.model_executor.layers.linear import UnquantizedLinearMethod
 from core.config import EngineConfig
 from core.errors import UnsupportedModelError
 
-WeightViews = Mapping[str, torch.Tensor]
-
 
 def is_shared(config: EngineConfig, device_type: str) -> bool:
-    """Whether the trainer uses vLLM's tensors, by the setting and the device."""
+    """The trainer uses vLLM's tensors, by the setting and the device."""
     if config.share_base_weights == "auto":
         return device_type == "cuda"
     return config.share_base_weights == "always"
@@ -53,40 +51,28 @@ def huggingface_views(model: nn.Module, hf_config: Any) -> dict[str, torch.Tenso
     Raises:
         UnsupportedModelError: a fused weight has unexpected rows (quantized, sharded or another architecture).
     """
-    views: dict[str, torch.Tensor] = {}
-    for name, parameter in model.named_parameters():
-        plain_name = name.replace(".base_layer", "")
-        views.update(_split(plain_name, parameter.detach(), hf_config))
-    return views
-
-
-def _split(name: str, tensor: torch.Tensor, hf_config: Any) -> dict[str, torch.Tensor]:
     head_dim = getattr(hf_config, "head_dim", None) or hf_config.hidden_size // hf_config.num_attention_heads
     query_rows = hf_config.num_attention_heads * head_dim
     key_rows = hf_config.num_key_value_heads * head_dim
     fused = {
-        "qkv_proj": (("q_proj", query_rows), ("k_proj", key_rows), ("v_proj", key_rows)),
-        "gate_up_proj": (("gate_proj", hf_config.intermediate_size), ("up_proj", hf_config.intermediate_size)),
+        "qkv_proj": {"q_proj": query_rows, "k_proj": key_rows, "v_proj": key_rows},
+        "gate_up_proj": {"gate_proj": hf_config.intermediate_size, "up_proj": hf_config.intermediate_size},
     }
-    for fused_name, parts in fused.items():
-        if f".{fused_name}." in name:
-            return _split_rows(name, tensor, fused_name, parts)
-    if "embed_tokens" in name or "lm_head" in name:
-        return {name: tensor[: hf_config.vocab_size]}  # vLLM pads the vocabulary
-    return {name: tensor}
-
-
-def _split_rows(
-    name: str, tensor: torch.Tensor, fused_name: str, parts: tuple[tuple[str, int], ...]
-) -> dict[str, torch.Tensor]:
-    expected_rows = sum(rows for _, rows in parts)
-    if tensor.shape[0] != expected_rows:
-        raise UnsupportedModelError(
-            f"{name} has {tensor.shape[0]} rows, expected {expected_rows}: "
-            "quantized or sharded weights cannot be shared with the trainer"
-        )
-    views, start = {}, 0
-    for part_name, rows in parts:
-        views[name.replace(fused_name, part_name)] = tensor[start : start + rows]
-        start += rows
+    views: dict[str, torch.Tensor] = {}
+    for vllm_name, parameter in model.named_parameters():
+        name, tensor = vllm_name.replace(".base_layer", ""), parameter.detach()
+        fused_name = next((one for one in fused if f".{one}." in name), None)
+        if fused_name is not None:
+            parts = fused[fused_name]
+            if tensor.shape[0] != sum(parts.values()):
+                raise UnsupportedModelError(
+                    f"{name} has {tensor.shape[0]} rows, expected {sum(parts.values())}: "
+                    "quantized or sharded weights cannot be shared with the trainer"
+                )
+            slices = torch.split(tensor, list(parts.values()))
+            views |= {name.replace(fused_name, part): rows for part, rows in zip(parts, slices, strict=True)}
+        elif "embed_tokens" in name or "lm_head" in name:
+            views[name] = tensor[: hf_config.vocab_size]  # vLLM pads the vocabulary
+        else:
+            views[name] = tensor
     return views

@@ -35,7 +35,7 @@ class MicroBatch:
     """
 
     group: PairGroup
-    """Which pairs of the task these are, and their numbers of tokens."""
+    """Indices of the pairs in the task, and their numbers of tokens."""
     ids: torch.Tensor
     """int64 [2n, T], or [1, N] with shared prompts."""
     positions: torch.Tensor
@@ -52,7 +52,7 @@ class MicroBatch:
     reference: torch.Tensor | None
     """fp32 [2n]: log-probabilities of the sequences under the reference; None: they are to be computed."""
     shared: SharedPrompts | None
-    """Where each token belongs, if every prompt stands once."""
+    """Layout of the tokens if every prompt stands once; None for rows."""
 
     hidden: torch.Tensor | None = None
     """[2n, T, H] or [1, N, H]; after a last layer the scored positions [C, H]; in backward the gradient, as before."""

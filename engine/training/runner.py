@@ -9,6 +9,7 @@ import logging
 import sys
 import time
 from collections import deque
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,9 +20,8 @@ from core.config import AppArgs
 from core.dpo_slices import SliceSpec
 from core.errors import ConfigError, DeviceMemoryError
 from core.types import FineTuneTask, SliceKind, SliceReport, SliceTiming, TaskKind, TaskResult, TokenizedPair
-from engine.training.base_weights import WeightViews
 from engine.training.dpo import DpoStep
-from engine.training.shadow import AdapterKeeper, ShadowAdapter
+from engine.training.shadow import ShadowAdapter
 from engine.training.trainable import TrainableModel
 from scheduler.iteration.slices import SliceAdmission
 
@@ -39,62 +39,48 @@ class _RunningStep:
     step: DpoStep
     slice_tokens: int
     result: TaskResult
-    """What it has cost so far; metrics and scores come at the end."""
+    """Its cost so far; metrics and scores come at the end."""
 
 
 class FineTuneRunner:
     """Owner of the trainable model, the shadow adapter and the task in progress."""
 
-    def __init__(self, model: TrainableModel, shadow: ShadowAdapter, args: AppArgs) -> None:
-        self._model = model
-        self._shadow = shadow
-        self._config = args.training
-        self._share_prompt = args.experiments.share_prompt
-        self.admission = SliceAdmission()
-        self._slice_tokens = args.training.max_slice_tokens
-        self.warm_up_slices: list[SliceTiming] = []
-        """Every kind of slice, measured once before anything was served."""
-        self._waiting: deque[FineTuneTask] = deque()
-        self._malformed: list[TaskResult] = []
-        self._running: _RunningStep | None = None
-        self.adapters = AdapterKeeper(shadow)
-        self._checkpoints = self.adapters.checkpoints
-        self._shared_pointers: frozenset[int] = frozenset()
-
-    @classmethod
-    def build(
-        cls,
+    def __init__(
+        self,
         *,
         model_dir: str,
         args: AppArgs,
         dtype: torch.dtype,
         device: torch.device,
-        weights: WeightViews | None,
-    ) -> "FineTuneRunner":
+        weights: Mapping[str, torch.Tensor] | None,
+    ) -> None:
         """Build the trainable model and measure every kind of slice once.
 
         Raises:
             UnsupportedModelError, ConfigError: see `TrainableModel.build`.
         """
-        model = TrainableModel.build(
-            model_dir, args.lora, dtype=dtype, device=device, seed=args.training.seed, weights=weights
+        self._config = args.training
+        self._share_prompt = args.experiments.share_prompt
+        self._model = TrainableModel.build(
+            model_dir, args.lora, dtype=dtype, device=device, seed=self._config.seed, weights=weights
         )
-        runner = cls(model, ShadowAdapter(model, args.training), args)
-        runner._shared_pointers = frozenset(tensor.data_ptr() for tensor in (weights or {}).values())
-        runner._warm_up()
-        return runner
+        self._shared_pointers = frozenset(tensor.data_ptr() for tensor in (weights or {}).values())
+        self.shadow = ShadowAdapter(self._model, self._config)
+        self.admission = SliceAdmission()
+        self._slice_tokens = self._config.max_slice_tokens
+        self._waiting: deque[dict[str, Any]] = deque()
+        self._running: _RunningStep | None = None
+        self.warm_up_slices: list[SliceTiming] = []
+        """Every kind of slice, measured once before anything was served."""
+        self._warm_up()
 
     def submit(self, task: dict[str, Any]) -> None:
-        """Queue a task given as `FineTuneTask.to_wire()`. A malformed one is a failed result of the next `run`."""
-        try:
-            self._waiting.append(FineTuneTask.from_wire(task))
-        except ValueError as error:
-            unread = FineTuneTask(str(task.get("task_id")), TaskKind.EVALUATE, ())
-            self._fail(unread, error, self._malformed)
+        """Queue a task given as `FineTuneTask.to_wire()`. A malformed one is a failed result when its turn comes."""
+        self._waiting.append(task)
 
     def abort(self, task_id: str) -> None:
         """Drop a task; parameters are as before it. Unknown ids are ignored."""
-        self._waiting = deque(task for task in self._waiting if task.task_id != task_id)
+        self._waiting = deque(task for task in self._waiting if task.get("task_id") != task_id)
         if self._running is not None and self._running.task.task_id == task_id:
             self._running.step.discard()
             self._stop()
@@ -109,7 +95,7 @@ class FineTuneRunner:
         An optimizer slice waits while the checkpoint of the step before is on its way to disk, so that a killed
         process loses one step at most. Nothing else waits for the disk.
         """
-        report = self._new_report()
+        report = SliceReport()
         started_s = time.perf_counter()
         if budget_s > 0 or min_slices > 0:
             _synchronize(self._model.device)
@@ -117,7 +103,7 @@ class FineTuneRunner:
                 left_s = budget_s - (time.perf_counter() - started_s)
                 if self._waits_for_disk(spec):
                     if not report.slices:  # an idle engine would ask again and again
-                        self._checkpoints.wait(min(max(0.0, left_s), _CHECKPOINT_WAIT_S))
+                        self.shadow.checkpoints.wait(min(max(0.0, left_s), _CHECKPOINT_WAIT_S))
                     break
                 enough = len(report.slices) >= min_slices
                 if enough and not self.admission.fits(spec.kind, spec.num_tokens, left_s, first=not report.slices):
@@ -131,7 +117,7 @@ class FineTuneRunner:
 
     def run_step(self) -> SliceReport:
         """Run the step in progress, or the next one, to its end: the blocking baselines."""
-        report = self._new_report()
+        report = SliceReport()
         while (spec := self._next_slice(report)) is not None and not report.finished:
             self._run_slice(spec, report)
             if self._running is not None and self._running.step.done:
@@ -144,13 +130,9 @@ class FineTuneRunner:
         shared = sum(size for pointer, size in weights.items() if pointer in self._shared_pointers)
         return {"base_weight_bytes": sum(weights.values()), "shared_bytes": shared}
 
-    def _new_report(self) -> SliceReport:
-        malformed, self._malformed = self._malformed, []
-        return SliceReport(finished=malformed)
-
     def _waits_for_disk(self, spec: SliceSpec) -> bool:
         is_kept = self._running is not None and self._running.task.checkpoint is not None
-        return spec.kind is SliceKind.OPTIMIZER and is_kept and self._checkpoints.is_behind()
+        return spec.kind is SliceKind.OPTIMIZER and is_kept and self.shadow.checkpoints.is_behind()
 
     def _next_slice(self, report: SliceReport) -> SliceSpec | None:
         """The slice to run; on the way to it a finished step ends and waiting tasks start. None: no work is left."""
@@ -163,34 +145,36 @@ class FineTuneRunner:
                 return None
             self._start(self._waiting.popleft(), report)
 
-    def _start(self, task: FineTuneTask, report: SliceReport) -> None:
+    def _start(self, wire: dict[str, Any], report: SliceReport) -> None:
+        task = FineTuneTask(str(wire.get("task_id")), TaskKind.EVALUATE, ())
         try:
+            task = FineTuneTask.from_wire(wire)
             if task.on_live and task.kind is TaskKind.TRAIN:
                 raise ConfigError("the live adapter is never trained in place")
             step = self._new_step(task, self._slice_tokens)
         except Exception as error:  # noqa: BLE001 - any failure is the task's result; serving goes on
-            self._fail(task, error, report.finished)
+            self._fail(task, error, report)
             return
         if task.on_live:
-            self.adapters.put_live_in()
+            self.shadow.put_live_in()
         self._running = _RunningStep(task, step, self._slice_tokens, TaskResult(task.task_id, task.kind))
 
     def _new_step(self, task: FineTuneTask, slice_tokens: int) -> DpoStep:
         config = self._config.model_copy(update={"max_slice_tokens": slice_tokens})
-        return DpoStep(self._model, self._shadow, task, config, share_prompt=self._share_prompt)
+        return DpoStep(self._model, self.shadow, task, config, share_prompt=self._share_prompt)
 
     def _finish(self, running: _RunningStep, report: SliceReport) -> None:
         result = running.result
         result.metrics, result.scores = running.step.result()
         self._stop()
         result.free_bytes = free_memory_bytes(self._model.device)
-        result.optimizer_steps = self._shadow.num_steps
-        result.checkpoint_error = self._checkpoints.take_error()
+        result.optimizer_steps = self.shadow.num_steps
+        result.checkpoint_error = self.shadow.checkpoints.take_error()
         report.finished.append(result)
 
     def _stop(self) -> None:
         """Forget the running step, and put the shadow back if the live adapter stood in for it."""
-        self.adapters.put_shadow_back()
+        self.shadow.put_shadow_back()
         self._running = None
 
     def _run_slice(self, spec: SliceSpec, report: SliceReport) -> None:
@@ -200,13 +184,13 @@ class FineTuneRunner:
         try:
             running.step.run_slice()
             if spec.kind is SliceKind.OPTIMIZER and running.task.checkpoint is not None:
-                self.adapters.checkpoint(running.task.checkpoint)
+                self.shadow.keep(running.task.checkpoint)
         except DeviceMemoryError as error:
             report.out_of_memory = True
             self._shrink(running, error, report)
         except Exception as error:  # noqa: BLE001 - any failure is the task's result; serving goes on
             self._stop()
-            self._fail(running.task, error, report.finished)
+            self._fail(running.task, error, report)
         _synchronize(self._model.device)
         latency_s, held_bytes = time.perf_counter() - started_s, running.step.activation_bytes
         cost = running.result
@@ -234,14 +218,14 @@ class FineTuneRunner:
             except Exception as again:  # noqa: BLE001 - the device may be full of something else
                 failure = again
         self._stop()
-        self._fail(running.task, failure, report.finished)
+        self._fail(running.task, failure, report)
 
-    def _fail(self, task: FineTuneTask, error: Exception, finished: list[TaskResult]) -> None:
+    def _fail(self, task: FineTuneTask, error: Exception, report: SliceReport) -> None:
         """A task that did not end well has a result all the same."""
         logger.warning("fine-tune task %s failed: %s", task.task_id, error, exc_info=error)
         words = f"{type(error).__name__}: {error}"
-        checkpoint_error = self._checkpoints.take_error()
-        finished.append(TaskResult(task.task_id, task.kind, error=words, checkpoint_error=checkpoint_error))
+        checkpoint_error = self.shadow.checkpoints.take_error()
+        report.finished.append(TaskResult(task.task_id, task.kind, error=words, checkpoint_error=checkpoint_error))
 
     def _warm_up(self) -> None:
         """Run one step of a made-up pair, so that no kind of slice is unknown; leaves no trace in the adapter."""
@@ -252,7 +236,7 @@ class FineTuneRunner:
             self.submit(FineTuneTask("warm-up", TaskKind.TRAIN, (pair,)).to_wire())
             report = self.run(float("inf"), sys.maxsize)
             result, self.warm_up_slices = report.finished[0], report.slices
-            self._shadow.reset()
+            self.shadow.reset()
             if result.error is not None:
                 logger.warning("warm-up step failed: %s", result.error)
 

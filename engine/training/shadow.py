@@ -39,7 +39,15 @@ _DISK_PATIENCE_S = 60.0
 
 
 class ShadowAdapter:
-    """Owner of the model's LoRA and of its optimizer. One per `TrainableModel`; not thread-safe."""
+    """Owner of the model's LoRA and of its optimizer. One per `TrainableModel`; not thread-safe.
+
+    The live version may stand in for it while that one is evaluated. `REMOTE_METHODS` are called between two iterations
+    and mean the shadow, also then.
+    """
+
+    REMOTE_METHODS = frozenset(
+        {"save_adapter", "load_adapter", "set_live", "save_training_state", "load_training_state"}
+    )
 
     def __init__(self, model: TrainableModel, config: TrainingConfig) -> None:
         self._model = model
@@ -58,6 +66,10 @@ class ShadowAdapter:
                 [self._flat], lr=config.learning_rate, weight_decay=config.weight_decay, fused=True
             )
             self._clear_optimizer()
+        self.checkpoints = CheckpointWriter()
+        self._stand_in = self.read(None)
+        """Parameters of the live version, or of the shadow while that one stands in for it."""
+        self._live_stands_in = False
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """The LoRA matrices by PEFT name, copied to the CPU."""
@@ -142,7 +154,35 @@ class ShadowAdapter:
             self._model.reset_lora(self._config.seed)
             self._clear_optimizer()
 
-    def save(self, directory: Path | str, base_model: str) -> None:
+    def exchange(self, flat: torch.Tensor) -> None:
+        """Swap the parameters with those in `flat`, in place; optimizer state stays. Twice is no change."""
+        with training_mode(self._model.device):
+            mine = self._flat.detach().clone()
+            self._flat.detach().copy_(flat)
+            flat.copy_(mine)
+
+    def put_live_in(self) -> None:
+        """Let the live version stand in for the shadow; see `put_shadow_back`."""
+        self.exchange(self._stand_in)
+        self._live_stands_in = True
+
+    def put_shadow_back(self) -> None:
+        """Undo `put_live_in`; without one it does nothing."""
+        if self._live_stands_in:
+            self.exchange(self._stand_in)
+            self._live_stands_in = False
+
+    def set_live(self, directory: Path | str | None) -> None:
+        """Take in a version (None: the bare base) as the one that `on_live` evaluations score from now on.
+
+        Raises:
+            DamagedAdapterError: The directory is unreadable or does not fit.
+        """
+        live = self.read(directory)
+        with self._shadow_in_place():
+            self._stand_in = live
+
+    def save_adapter(self, directory: Path | str, base_model: str) -> None:
         """Write the adapter in PEFT's format; `PeftModel.from_pretrained` and vLLM load it unchanged.
 
         Raises:
@@ -154,20 +194,25 @@ class ShadowAdapter:
         fields |= {"base_model_name_or_path": base_model, "inference_mode": True}
         try:
             directory.mkdir(parents=True, exist_ok=True)
-            with atomic_file(directory / _WEIGHTS_FILE) as path:
+            with self._shadow_in_place(), atomic_file(directory / _WEIGHTS_FILE) as path:
                 save_file(self.tensors(), path, metadata={"format": "pt"})
             write_atomically(directory / _CONFIG_FILE, json.dumps(fields, indent=2, sort_keys=True) + "\n")
         except (OSError, SafetensorError) as error:
             raise AdapterError(f"adapter cannot be written to {directory}: {error}") from error
 
-    def load(self, directory: Path | str) -> None:
-        """Take the parameters from a PEFT directory; the optimizer starts afresh.
+    def load_adapter(self, directory: Path | str | None) -> None:
+        """Take the parameters from a PEFT directory, or the seeded start; the optimizer starts afresh.
 
         Raises:
-            DamagedAdapterError: Files are missing or unreadable, or rank, alpha, names or shapes differ.
+            DamagedAdapterError: Files are missing or unreadable, or rank, alpha, names or shapes differ; the adapter is
+                unchanged.
         """
+        if directory is None:
+            with self._shadow_in_place():
+                self.reset()
+            return
         flat = self.read(directory)
-        with training_mode(self._model.device):
+        with self._shadow_in_place(), training_mode(self._model.device):
             self._flat.detach().copy_(flat)
             self._clear_optimizer()
 
@@ -199,12 +244,50 @@ class ShadowAdapter:
                 view.copy_(tensors[name])
         return flat
 
-    def exchange(self, flat: torch.Tensor) -> None:
-        """Swap the parameters with those in `flat`, in place; optimizer state stays. Twice is no change."""
-        with training_mode(self._model.device):
-            mine = self._flat.detach().clone()
-            self._flat.detach().copy_(flat)
-            flat.copy_(mine)
+    def keep(self, checkpoint: Checkpoint) -> None:
+        """Copy the state after a step and have it written; failures are kept for the next result."""
+        try:
+            state = self.checkpoint()
+        except RuntimeError as error:
+            self.checkpoints.note_error(f"{type(error).__name__}: {error}")
+        else:
+            self.checkpoints.submit(Path(checkpoint.path), state, checkpoint.progress)
+
+    def save_training_state(self, path: Path | str, progress: dict[str, Any]) -> None:
+        """Write parameters, optimizer, random numbers and progress now; inference waits for the disk.
+
+        Raises:
+            AdapterError: The file cannot be written; an older one at `path` is intact.
+        """
+        self.checkpoints.wait(_DISK_PATIENCE_S)  # an older state must not come after this one
+        with self._shadow_in_place():
+            write_training_state(Path(path), self.checkpoint(), progress)
+
+    def load_training_state(self, path: Path | str) -> dict[str, Any] | None:
+        """Restore what a step or `save_training_state` wrote and return the progress; None without a usable file."""
+        path = Path(path)
+        self.checkpoints.wait(_DISK_PATIENCE_S)
+        remove_partial_files(path)
+        if not path.exists():
+            return None
+        try:
+            state, progress = read_training_state(path)
+            with self._shadow_in_place():
+                self.restore(state)
+        except DamagedAdapterError as error:
+            logger.warning("training state ignored: %s", error)
+            return None
+        return progress
+
+    @contextmanager
+    def _shadow_in_place(self) -> Iterator[None]:
+        stood_in = self._live_stands_in
+        self.put_shadow_back()
+        try:
+            yield
+        finally:
+            if stood_in:
+                self.put_live_in()
 
     def _views(self, flat: torch.Tensor) -> list[torch.Tensor]:
         parts = torch.split(flat, [p.numel() for p in self._parameters.values()])
@@ -251,108 +334,3 @@ class ShadowAdapter:
             "exp_avg": torch.zeros_like(self._flat, requires_grad=False),
             "exp_avg_sq": torch.zeros_like(self._flat, requires_grad=False),
         }
-
-
-class AdapterKeeper:
-    """The shadow adapter, the live version that may stand in for it, and the files of both.
-
-    `REMOTE_METHODS` are called between two iterations. They mean the shadow, also while an evaluation of the live
-    version is in progress.
-    """
-
-    REMOTE_METHODS = frozenset(
-        {"save_adapter", "load_adapter", "set_live", "save_training_state", "load_training_state"}
-    )
-
-    def __init__(self, shadow: ShadowAdapter) -> None:
-        self.shadow = shadow
-        self.checkpoints = CheckpointWriter()
-        self._stand_in = shadow.read(None)
-        """Parameters of the live version, or of the shadow while that one stands in for it."""
-        self._live_stands_in = False
-
-    def put_live_in(self) -> None:
-        """Let the live version stand in for the shadow; see `put_shadow_back`."""
-        self.shadow.exchange(self._stand_in)
-        self._live_stands_in = True
-
-    def put_shadow_back(self) -> None:
-        """Undo `put_live_in`; without one it does nothing."""
-        if self._live_stands_in:
-            self.shadow.exchange(self._stand_in)
-            self._live_stands_in = False
-
-    def checkpoint(self, checkpoint: Checkpoint) -> None:
-        """Copy the state after a step and have it written; failures are kept for the next result."""
-        try:
-            state = self.shadow.checkpoint()
-        except RuntimeError as error:
-            self.checkpoints.note_error(f"{type(error).__name__}: {error}")
-        else:
-            self.checkpoints.submit(Path(checkpoint.path), state, checkpoint.progress)
-
-    def save_adapter(self, directory: str, base_model: str) -> None:
-        """Write the shadow adapter in PEFT format.
-
-        Raises:
-            AdapterError: The directory cannot be written.
-        """
-        with self._shadow_in_place():
-            self.shadow.save(directory, base_model)
-
-    def load_adapter(self, directory: str | None) -> None:
-        """Set the shadow adapter to a saved version, or to the seeded start; the optimizer starts afresh.
-
-        Raises:
-            DamagedAdapterError: The directory is unreadable or does not fit; the adapter is unchanged.
-        """
-        with self._shadow_in_place():
-            if directory is None:
-                self.shadow.reset()
-            else:
-                self.shadow.load(directory)
-
-    def set_live(self, directory: str | None) -> None:
-        """Take in a version (None: the bare base) as the one that `on_live` evaluations score from now on.
-
-        Raises:
-            DamagedAdapterError: The directory is unreadable or does not fit.
-        """
-        live = self.shadow.read(directory)
-        with self._shadow_in_place():
-            self._stand_in = live
-
-    def save_training_state(self, path: str, progress: dict[str, Any]) -> None:
-        """Write shadow adapter, optimizer and progress now; inference waits for the disk.
-
-        Raises:
-            AdapterError: The file cannot be written; an older one at `path` is intact.
-        """
-        self.checkpoints.wait(_DISK_PATIENCE_S)  # an older state must not come after this one
-        with self._shadow_in_place():
-            write_training_state(Path(path), self.shadow.checkpoint(), progress)
-
-    def load_training_state(self, path: str) -> dict[str, Any] | None:
-        """Restore shadow adapter and optimizer and return the progress; None if there is no usable file (logged)."""
-        self.checkpoints.wait(_DISK_PATIENCE_S)
-        remove_partial_files(Path(path))
-        if not Path(path).exists():
-            return None
-        try:
-            state, progress = read_training_state(Path(path))
-            with self._shadow_in_place():
-                self.shadow.restore(state)
-        except DamagedAdapterError as error:
-            logger.warning("training state ignored: %s", error)
-            return None
-        return progress
-
-    @contextmanager
-    def _shadow_in_place(self) -> Iterator[None]:
-        stood_in = self._live_stands_in
-        self.put_shadow_back()
-        try:
-            yield
-        finally:
-            if stood_in:
-                self.put_live_in()

@@ -11,17 +11,18 @@ from dataclasses import asdict
 from functools import partial
 from typing import Any
 
+import torch
 from vllm.v1.outputs import AsyncModelRunnerOutput, ModelRunnerOutput
 
 from core.batch import IterationSample
-from core.config import AppArgs, KvPruningConfig
+from core.config import AppArgs
 from core.errors import ConfigError, MaceError
 from core.types import SliceReport
 from engine.pruning.pruner import unsupported
 from engine.pruning.worker import Scores, WorkerPruning, to_wire
-from engine.training.base_weights import WeightViews, huggingface_views, is_shared, unpacked_cpu_weights
+from engine.training.base_weights import huggingface_views, is_shared, unpacked_cpu_weights
 from engine.training.runner import FineTuneRunner, free_memory_bytes
-from engine.training.shadow import AdapterKeeper
+from engine.training.shadow import ShadowAdapter
 from engine.vllm.compat import app_args_of, exit_with_parent
 from engine.vllm.directive import (
     DIRECTIVE_ATTRIBUTE,
@@ -62,27 +63,27 @@ class HybridWorkerMixin:
 
     def compile_or_warm_up_model(self) -> Any:
         """vLLM's last preparation before it serves; what is free on the device after it, training may use."""
-        self._attach_pruning(app_args_of(self.vllm_config).kv_pruning)  # type: ignore[attr-defined]
+        self._attach_pruning(app_args_of(self.vllm_config))  # type: ignore[attr-defined]
         result = super().compile_or_warm_up_model()  # type: ignore[misc]
         if self._runner is not None:
             free_bytes = free_memory_bytes(self.device)  # type: ignore[attr-defined]
             self._facts = WorkerFacts(self._runner.warm_up_slices, free_bytes)
         return result
 
-    def _attach_pruning(self, config: KvPruningConfig) -> None:
-        if config.start == "off":
+    def _attach_pruning(self, args: AppArgs) -> None:
+        if args.kv_pruning.start == "off":
             return
         runner = self.model_runner  # type: ignore[attr-defined]
         self._pruning_refusal = unsupported(runner.vllm_config, runner.kv_cache_config)
         if self._pruning_refusal is None:
-            self._pruning = WorkerPruning.attach(runner, config)
+            self._pruning = WorkerPruning(runner)
 
     def _build_runner(self, args: AppArgs, shared: bool) -> FineTuneRunner:
         model_config = self.vllm_config.model_config  # type: ignore[attr-defined]
-        weights: WeightViews | None = None
+        weights: dict[str, torch.Tensor] | None = None
         if shared:
             weights = huggingface_views(self.get_model(), model_config.hf_text_config)  # type: ignore[attr-defined]
-        return FineTuneRunner.build(
+        return FineTuneRunner(
             model_dir=model_config.model,
             args=args,
             dtype=model_config.dtype,
@@ -114,7 +115,7 @@ class HybridWorkerMixin:
 
         `iterations` (`IterationLog.since`), `memory` (`memory_status`), `pruning_refusal` (the reason why KV blocks
         cannot be dropped although the settings ask for it, or None), `describe` (the trainer's weights), and the
-        methods of `AdapterKeeper`.
+        methods of `ShadowAdapter`.
 
         Returns `{"value": ...}`, or `{"error": class name, "message": ...}` for errors of our tree: vLLM would turn
         an exception into text.
@@ -139,9 +140,9 @@ class HybridWorkerMixin:
             raise ConfigError("training is disabled in this engine (training.enabled: false)")
         if name == "describe":
             return self._runner.describe
-        if name not in AdapterKeeper.REMOTE_METHODS:
+        if name not in ShadowAdapter.REMOTE_METHODS:
             raise ConfigError(f"not a remote method of the fine-tune runner: {name}")
-        return getattr(self._runner.adapters, name)
+        return getattr(self._runner.shadow, name)
 
     def _run_slices(self, directive: Directive) -> SliceReport:
         if self._runner is None:

@@ -19,8 +19,7 @@ from benchmarks.harness.server import free_port
 from core.config import AppArgs, LoraConfig, TrainingConfig
 from core.types import FineTuneTask, TaskKind
 from core.wire import TrainingPair
-from engine.tiny.knowledge import preference_questions
-from engine.tiny.styles import Style, judge, render
+from engine.tiny.knowledge import Style, judge, preference_questions, render
 from engine.training.dpo import DpoStep
 from engine.training.pair_tokens import PairTokenizer
 from engine.training.shadow import ShadowAdapter

@@ -15,8 +15,7 @@ from core.config import TrainingConfig
 from core.errors import DamagedAdapterError, TrainingError
 from core.types import Checkpoint, FineTuneTask, TaskKind, TokenizedPair
 from core.wire import TrainingPair
-from engine.tiny.knowledge import preference_questions
-from engine.tiny.styles import Style, render
+from engine.tiny.knowledge import Style, preference_questions, render
 from engine.training.pair_tokens import PairTokenizer
 from tests.support.engine_thread import EngineThread
 

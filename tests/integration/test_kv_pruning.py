@@ -25,9 +25,9 @@ def model(model_dir, tiny_assistant):
     return save_small_llama(model_dir, tiny_assistant)
 
 
-@pytest.fixture(scope="module", params=["keydiff", "key_norm"])
-def engine(request, model_dir, model):
-    pruning = {"start": "always", "max_fraction": 0.25, "method": request.param, "recent_tokens": 64}
+@pytest.fixture(scope="module")
+def engine(model_dir, model):
+    pruning = {"start": "always", "max_fraction": 0.25, "recent_tokens": 64}
     thread = EngineThread(
         model_dir,
         model={"model_source": str(model_dir), "dtype": "float32"},

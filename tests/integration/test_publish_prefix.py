@@ -14,8 +14,7 @@ from core.config import TrainingConfig
 from core.types import FineTuneTask, TaskKind
 from core.wire import TrainingPair
 from deployments.publishing.versions import AdapterVersions, Published
-from engine.tiny.knowledge import preference_questions
-from engine.tiny.styles import Style, render
+from engine.tiny.knowledge import Style, preference_questions, render
 from engine.training.pair_tokens import PairTokenizer
 from tests.support.engine_thread import EngineThread
 

@@ -17,7 +17,7 @@ from openai import NotFoundError, OpenAI
 
 from app.demo.run import DemoOptions, run_demo
 from benchmarks.harness.server import ServerError, ServerProcess
-from engine.tiny.styles import Style
+from engine.tiny.knowledge import Style
 
 pytestmark = [pytest.mark.vllm, pytest.mark.ray]
 

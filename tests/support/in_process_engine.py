@@ -30,7 +30,7 @@ class InProcessEngine:
         self.free_memory_bytes = float("inf")
         self.kv_cache_tokens = self.prefix_block_tokens = None
         self._eos_token_ids = set(eos_token_ids)
-        self._runner = FineTuneRunner.build(
+        self._runner = FineTuneRunner(
             model_dir=str(model_dir), args=args, dtype=torch.float32, device=torch.device("cpu"), weights=None
         )
 
@@ -41,25 +41,25 @@ class InProcessEngine:
         return finished[0]
 
     async def save_adapter(self, directory: Path, base_model: str) -> None:
-        self._runner.adapters.save_adapter(str(directory), base_model)
+        self._runner.shadow.save_adapter(str(directory), base_model)
 
     async def load_adapter(self, directory: Path | None) -> None:
-        self._runner.adapters.load_adapter(None if directory is None else str(directory))
+        self._runner.shadow.load_adapter(None if directory is None else str(directory))
 
     async def set_live(self, directory: Path | None) -> None:
-        self._runner.adapters.set_live(None if directory is None else str(directory))
+        self._runner.shadow.set_live(None if directory is None else str(directory))
 
     async def save_training_state(self, path: Path, progress: dict[str, Any]) -> None:
-        self._runner.adapters.save_training_state(str(path), progress)
+        self._runner.shadow.save_training_state(str(path), progress)
 
     async def load_training_state(self, path: Path) -> dict[str, Any] | None:
-        return self._runner.adapters.load_training_state(str(path))
+        return self._runner.shadow.load_training_state(str(path))
 
     def watch_prompts(self, see: Any) -> None:
         pass
 
     async def generate(self, handle: Any, prompts: Sequence[Sequence[int]], max_tokens: int) -> list[list[int]]:
-        shadow = self._runner.adapters.shadow
+        shadow = self._runner.shadow
         adapter = shadow.read(None if handle is None else handle.path)
         shadow.exchange(adapter)
         try:

@@ -12,8 +12,7 @@ from alignment.store.pairs import StoredPair
 from core.config import AppArgs
 from core.types import FineTuneTask, PairScore, TaskKind, TokenizedPair
 from core.wire import CachedReference, TrainingPair
-from engine.tiny.knowledge import Question
-from engine.tiny.styles import Style, render
+from engine.tiny.knowledge import Question, Style, render
 from engine.training.pair_tokens import PairTokenizer
 from tests.support.in_process_engine import InProcessEngine
 

@@ -42,10 +42,11 @@ class MiniEngine:
         arena_tokens=500,
         max_tokens=512,
         block_tokens=1,
+        sink_tokens=4,
     ):
         training = args.training.model_copy(update={"max_slice_tokens": SLICE_TOKENS})
         self.args, self.device = args.model_copy(update={"training": training}), device
-        self.block_tokens, self.pruning = block_tokens, args.kv_pruning
+        self.block_tokens, self.pruning, self.sink_tokens = block_tokens, args.kv_pruning, sink_tokens
         limits = EngineLimits(
             max_tokens,
             kv_bytes=kv_tokens * KV_BYTES_PER_TOKEN,
@@ -118,7 +119,7 @@ class MiniEngine:
         if r.computed < r.num_prompt:
             return 0
         full, size = r.computed // self.block_tokens, self.block_tokens
-        kept = -(-self.pruning.sink_tokens // size) + -(-self.pruning.recent_tokens // size)
+        kept = -(-self.sink_tokens // size) + -(-self.pruning.recent_tokens // size)
         return max(0, min(int(self.pruning.max_fraction * full), full - kept))
 
     def _offer(self):

@@ -5,8 +5,8 @@ from collections.abc import Sequence
 import torch
 from transformers import DynamicCache
 
-from core.config import KvPruningConfig
-from engine.pruning.scores import choose_blocks, make_scorer
+from core.config import KV_PRUNING_SINK_TOKENS, KvPruningConfig
+from engine.pruning.scores import choose_blocks, score_blocks, summarize
 
 
 class PrunedReference:
@@ -56,17 +56,13 @@ class PrunedReference:
         full = self._layers[0][0].shape[2] // size
         allowed = int(config.max_fraction * full) - len(self.dropped)
         left = [i for i in range(full) if i not in self.dropped]
-        scorer = make_scorer(config.method)
         stats = [
             torch.stack(
-                [
-                    scorer.summarize(k[0, :, i * size : (i + 1) * size].transpose(0, 1).unsqueeze(0))[0]
-                    for i in left
-                ]
+                [summarize(k[0, :, i * size : (i + 1) * size].transpose(0, 1).unsqueeze(0))[0] for i in left]
             )
             for k, _ in self._layers
         ]
-        scores = scorer.score(torch.stack(stats), len(left) * size).tolist()
-        sinks, recent = -(-config.sink_tokens // size), -(-config.recent_tokens // size)
+        scores = score_blocks(torch.stack(stats), len(left) * size).tolist()
+        sinks, recent = -(-KV_PRUNING_SINK_TOKENS // size), -(-config.recent_tokens // size)
         protected = {n for n, i in enumerate(left) if i < sinks or i >= full - recent}
         self.dropped |= {left[n] for n in choose_blocks(scores, max(0, allowed), protected)}

@@ -1,13 +1,12 @@
-"""A device of known costs, and short traces on it."""
+"""A device of known costs and its profile, and short traces on it."""
 
-from types import SimpleNamespace
 from typing import Any
 
 from core.batch import ForwardShape
+from core.model_dims import ModelDims
 from core.types import SliceKind
-from profiler.models import LatencyModel, MemoryModel
-from profiler.profile import QUANTILE_LEVELS, FitError, Origin, Profile, RawSamples
-from simulator.device import Quantiles
+from profiler.profile import QUANTILE_LEVELS, FitError, LatencyModel, MemoryModel, Origin, Profile, RawSamples
+from scheduler.iteration.planner import EngineLimits
 from simulator.hardware import Hardware
 from simulator.trace import Trace
 
@@ -24,17 +23,12 @@ _SLICE_COST_S = {
 
 
 class KnownDevice:
-    """Affine costs; also the perfect predictor of itself."""
+    """The perfect predictor of a device with affine costs."""
 
     overhead_s = 0.001
-    overhead_noise = Quantiles((0, 0.5, 1), (0.0005, 0.001, 0.003))
-    forward_noise = Quantiles((0, 0.25, 0.5, 0.75, 1), (0.9, 0.95, 1.0, 1.05, 1.2))
 
     def __init__(self):
         self.num_observed = 0
-
-    def slice_noise(self, kind: SliceKind) -> Quantiles:
-        return Quantiles((0, 0.5, 1), (0.9, 1.0, 1.1))
 
     def forward_s(self, shape: ForwardShape) -> float:
         if not shape.num_tokens:
@@ -55,18 +49,22 @@ class KnownDevice:
         self.num_observed += 1
 
 
-STEP_MODEL = SimpleNamespace(num_layers=3, layer_weights=100_000, head_weights=200_000)
+DIMS = ModelDims(3, 64, 340, num_heads=4, num_kv_heads=4, head_dim=16, vocab_size=3072, dtype_bytes=2)
 
 
-def make_hardware(device=None, *, new_predictor=KnownDevice, kv_tokens=20_000, step_model=STEP_MODEL) -> Hardware:
+def make_hardware(*, profile=None, new_predictor=KnownDevice, kv_tokens=20_000, max_tokens=2048) -> Hardware:
     return Hardware(
-        device=device or KnownDevice(),
+        profile=profile or make_profile(spread=0.2),
         new_predictor=new_predictor,
-        step_model=step_model,
+        limits=EngineLimits(
+            max_tokens=max_tokens,
+            kv_bytes=512 * kv_tokens,
+            arena_bytes=1 << 28,
+            kv_bytes_per_token=512.0,
+            arena_bytes_per_token=4096.0,
+        ),
+        dims=DIMS,
         kv_tokens=kv_tokens,
-        kv_bytes_per_token=512.0,
-        arena_bytes=1 << 28,
-        arena_bytes_per_token=4096.0,
     )
 
 
@@ -83,10 +81,10 @@ def make_trace(**changes: Any) -> Trace:
     return Trace.model_validate(fields | changes)
 
 
-def make_profile() -> Profile:
-    """Of a device that costs what `KnownDevice` does, with a little noise."""
+def make_profile(spread=0.06) -> Profile:
+    """Of a device that costs what `KnownDevice` does, with noise between 1 - spread / 2 and 1 + spread / 2."""
     device = KnownDevice()
-    ratios = tuple(0.97 + 0.06 * level for level in QUANTILE_LEVELS)
+    ratios = tuple(1 - spread / 2 + spread * level for level in QUANTILE_LEVELS)
     error = FitError(num_rows=100, median=0.01, p95=0.03)
     slices = {kind: (0.3 * cost_s, cost_s / 512) for kind, cost_s in _SLICE_COST_S.items()}
     return Profile(

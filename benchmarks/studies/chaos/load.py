@@ -19,8 +19,7 @@ import httpx
 
 from benchmarks.harness.client import Load, Request, RequestRecord
 from benchmarks.harness.server import ServerError
-from engine.tiny.knowledge import held_out_questions, preference_questions
-from engine.tiny.styles import Style, render
+from engine.tiny.knowledge import Style, held_out_questions, preference_questions, render
 
 _USERS = 12
 _PAIRS_PER_TASTE = 150

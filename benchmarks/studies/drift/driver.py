@@ -12,7 +12,7 @@ from benchmarks.harness.client import Clock, HttpPort, Load, Request, RequestErr
 from benchmarks.harness.statistics import percentile
 from benchmarks.studies.drift.plan import Ask, DriftPlan, asks, posts
 from benchmarks.studies.drift.record import BASE, DriftError, Look, Posts, Reply, Stream
-from engine.tiny.styles import judge
+from engine.tiny.knowledge import judge
 
 _DRAIN_S = 20.0
 _MAX_TOKENS = 64

@@ -21,8 +21,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from core.alignment_config import DriftConfig
 from core.config import TINY_ASSISTANT
 from core.wire import TrainingPair
-from engine.tiny.knowledge import Question, held_out_questions, preference_questions, questions
-from engine.tiny.styles import Style, render
+from engine.tiny.knowledge import Question, Style, held_out_questions, preference_questions, questions, render
 
 _HELD_OUT_SEED = 20_260_101
 """Seed of the rejected styles of held-out pairs: the same set for every seed and policy."""

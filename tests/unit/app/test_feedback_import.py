@@ -16,8 +16,7 @@ from typer.testing import CliRunner
 
 from app.cli import app
 from app.importing.delivery import Delivered, DeliveryError, Server
-from app.importing.importer import Importer
-from app.importing.progress_file import ProgressFile
+from app.importing.importer import Importer, ProgressFile
 from app.importing.sources import open_source
 from tests.support.feedback_server import FeedbackServer
 
@@ -258,7 +257,7 @@ def test_gzip_csv_and_json_arrays_are_read(tmp_path):
 
 
 def test_a_json_array_is_read_across_chunks_and_its_damage_is_placed(tmp_path, monkeypatch):
-    monkeypatch.setattr("app.importing.text_files._CHUNK_CHARS", 7)
+    monkeypatch.setattr("app.importing.sources._CHUNK_CHARS", 7)
     path = tmp_path / "rows.json"
     path.write_text(' [ {"a": "]}"} ,\n{"b": [1, 2.5]}, 12345678901234567890, null ] ')
     values = [{"a": "]}"}, {"b": [1, 2.5]}, 12345678901234567890, None]

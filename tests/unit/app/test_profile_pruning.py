@@ -32,7 +32,7 @@ def config(tmp_path_factory):
     args = {
         "model": {"model_id": "random", "model_source": str(home / "model")},
         "state_dir": str(home / "state"),
-        "kv_pruning": {"sink_tokens": 16, "recent_tokens": 32},
+        "kv_pruning": {"recent_tokens": 32},
         "engine": {"engine_kwargs": {"block_size": 16}},
     }
     (home / "serve.yaml").write_text(yaml.safe_dump({"applications": [{"args": args}]}), encoding="utf-8")
@@ -52,17 +52,17 @@ def test_the_report_is_written_where_the_engine_looks_and_the_verdict_is_its_own
     report = PruningReport.load(path)
     assert [entry.fraction for entry in report.fractions] == [0.0, 0.1, 0.25, 0.5]
     assert (report.block_tokens, report.method) == (16, "keydiff")
-    assert (report.sink_tokens, report.recent_tokens) == (16, 32)
+    assert (report.sink_tokens, report.recent_tokens) == (32, 32)
     model = ModelConfig(model_id="random", model_source=str(config.parent / "model"))
-    verdict = decide(report, KvPruningConfig(sink_tokens=16, recent_tokens=32), model)
+    verdict = decide(report, KvPruningConfig(recent_tokens=32), model)
     assert document["decision"] == {"allowed": verdict.allowed, "reason": verdict.reason}
     assert "measured on 2 passages, 20 are needed" in verdict.reason
 
 
 def test_a_table_says_which_task_cannot_decide(config, tmp_path):
-    result = run(config, "--context-tokens", "200", "--method", "key_norm", "--out", str(tmp_path / "r.json"))
+    result = run(config, "--context-tokens", "200", "--out", str(tmp_path / "r.json"))
     assert result.exit_code == 0, result.output
-    assert "random: key_norm, blocks of 16" in result.stdout
+    assert "random: keydiff, blocks of 16" in result.stdout
     assert "so this task cannot decide" in " ".join(result.stdout.split())
     assert "refused: KV pruning stays off" in result.stdout
     assert "6 of 6 contexts" in result.stderr
@@ -92,8 +92,6 @@ def test_text_of_ones_own_decides_the_log_prob(config, tmp_path, name):
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        (("--fractions", "0.1,x"), "is not a list of shares"),
-        (("--fractions", "0.95"), "is not a list of shares"),
         (("--context-tokens", "500"), "the model takes 384"),
         (("--text-column", "text"), "columns need a --dataset"),
         (("--dataset", "{data}", "--prompt-column", "q"), "go together"),

@@ -25,8 +25,7 @@ from benchmarks.studies.drift.scoring import Scorer
 from benchmarks.studies.drift.summary import compare, recovery, summarize
 from core.config import AppArgs, ExperimentsConfig
 from core.types import TokenizedPair
-from engine.tiny.knowledge import held_out_questions, preference_questions
-from engine.tiny.styles import Style, judge
+from engine.tiny.knowledge import Style, held_out_questions, judge, preference_questions
 
 PLAN = DriftPlan(
     styles=(Style.POLITE, Style.TERSE, Style.EXPLAINED), phase_s=10, pairs_per_phase=20, num_held_out=4

@@ -211,7 +211,7 @@ def test_a_file_that_is_no_journal_is_refused(tmp_path, text):
 
 def test_a_pruning_report_that_cannot_be_read_is_refused_before_anything_is_measured(tmp_path, monkeypatch):
     report = tmp_path / "report.json"
-    report.write_text("[]")
+    report.write_text("{")
     monkeypatch.setattr(command, "model_directories", lambda *_, **__: pytest.fail("began to measure"))
     result = CliRunner().invoke(bench, ["memory", "--pruning-report", str(report)])
     assert result.exit_code == 1

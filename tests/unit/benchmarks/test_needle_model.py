@@ -9,8 +9,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from benchmarks.studies import needle_model
 from benchmarks.studies.needle_model import NeedleRecipe, ensure_needle_model
-from benchmarks.studies.pruning_methods import METHODS, OldestFirst, RandomScorer, method_scorer
-from engine.pruning.scores import choose_blocks
+from benchmarks.studies.pruning_methods import METHODS, method_scores
+from engine.pruning.scores import choose_blocks, score_blocks, summarize
 
 RECIPE = NeedleRecipe(steps=6, tokens_per_step=400)
 
@@ -82,17 +82,11 @@ def test_answers_have_the_weight():
     assert all(f" {word} ." in context for word in heavy)
 
 
-def test_random_and_oldest_are_scorers_that_ignore_the_keys():
-    keys = torch.randn(6, 16, 2, 8)
-    for scorer in (RandomScorer(0), OldestFirst()):
-        stats = scorer.summarize(keys)[None]
-        assert stats.shape == (1, 6, *scorer.stat_shape(2, 8))
-        assert scorer.score(stats, 96).shape == (6,)
-    assert choose_blocks(OldestFirst().score(stats, 96).tolist(), 3) == [0, 1, 2]
-    assert not torch.equal(RandomScorer(0).score(stats, 96), RandomScorer(1).score(stats, 96))
-    assert {type(method_scorer(method, 0)).__name__ for method in METHODS} == {
-        "KeyDiffScorer",
-        "KeyNormScorer",
-        "RandomScorer",
-        "OldestFirst",
-    }
+def test_random_and_oldest_are_scores_that_ignore_the_keys():
+    stats = summarize(torch.randn(6, 16, 2, 8))[None]
+    for method in METHODS:
+        assert method_scores(method, 0)(stats, 96).shape == (6,)
+    assert choose_blocks(method_scores("oldest", 0)(stats, 96).tolist(), 3) == [0, 1, 2]
+    draws = [method_scores("random", seed)(stats, 96) for seed in (0, 1)]
+    assert not torch.equal(*draws)
+    assert method_scores("keydiff", 0) is score_blocks

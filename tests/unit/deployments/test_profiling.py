@@ -1,9 +1,18 @@
+import logging
+
 import pytest
 
 from core.batch import ForwardShape, IterationSample
 from core.config import AppArgs
 from core.types import SliceKind, SliceReport, SliceTiming
-from deployments.monitors.profiling import origin_of, target_warnings, with_profile_path
+from deployments.monitors.profiling import (
+    engine_device,
+    origin_of,
+    target_warnings,
+    with_profile_path,
+    with_pruning_gate,
+)
+from engine.pruning.gate import pruning_report_path
 from profiler.fit import fit_profile
 
 
@@ -53,3 +62,41 @@ def test_a_damaged_profile_is_a_warning_and_not_the_end(args):
     args.profile.path.write_text('{"schema_version": 1}')
     (warning,) = target_warnings(args)
     assert "is damaged" in warning
+
+
+@pytest.fixture
+def pruning_args(tmp_path):
+    def make(**pruning):
+        return AppArgs(kv_pruning={"start": "always", **pruning}, state_dir=tmp_path)
+
+    return make
+
+
+def test_pruning_that_is_off_looks_at_nothing(pruning_args, tmp_path):
+    gated, reason = with_pruning_gate(pruning_args(start="off"), tmp_path)
+    assert gated.kv_pruning.start == "off"
+    assert reason == "kv_pruning.start is off"
+
+
+def test_pruning_without_a_report_stays_off_and_names_the_command(pruning_args, tmp_path, caplog):
+    with caplog.at_level(logging.WARNING):
+        gated, reason = with_pruning_gate(pruning_args(), tmp_path)
+    assert gated.kv_pruning.start == "off"
+    assert "mace profile pruning" in reason
+    assert reason in caplog.text
+
+
+def test_a_damaged_pruning_report_is_a_refusal_and_no_crash(pruning_args, tmp_path):
+    settings = pruning_args()
+    path = pruning_report_path(tmp_path, engine_device(settings, tmp_path), settings.model.model_id)
+    path.parent.mkdir(parents=True)
+    path.write_text("{")
+    gated, reason = with_pruning_gate(settings, tmp_path)
+    assert gated.kv_pruning.start == "off"
+    assert "damaged" in reason
+
+
+def test_without_the_gate_pruning_switches_on(pruning_args, tmp_path):
+    gated, reason = with_pruning_gate(pruning_args(require_gate=False), tmp_path)
+    assert gated.kv_pruning.start == "always"
+    assert "require_gate" in reason

@@ -27,7 +27,7 @@ def model_dir(tmp_path_factory):
 
 
 def make_runner(model_dir):
-    return FineTuneRunner.build(
+    return FineTuneRunner(
         model_dir=model_dir,
         args=AppArgs(training=make_training(), lora={"rank": 4, "alpha": 8.0}),
         dtype=torch.float32,
@@ -64,18 +64,18 @@ def same(a, b):
 
 
 def snapshot(runner):
-    return copies(runner.adapters.shadow)
+    return copies(runner.shadow)
 
 
 def test_a_checkpointed_step_can_be_gone_on_from_bit_by_bit(runner, model_dir, tmp_path):
     path = tmp_path / "state.safetensors"
     results = [train(runner, i, path) for i in range(3)]
     assert [result.checkpoint_error for result in results] == [None] * 3
-    assert runner.adapters.checkpoints.wait(WAIT_S)
+    assert runner.shadow.checkpoints.wait(WAIT_S)
     at_3 = snapshot(runner)
     expected = [train(runner, i).metrics for i in (3, 4)]
     other = make_runner(model_dir)
-    assert other.adapters.load_training_state(str(path)) == {"step": 3}
+    assert other.shadow.load_training_state(str(path)) == {"step": 3}
     assert same(snapshot(other), at_3)
     assert [train(other, i).metrics for i in (3, 4)] == expected
     assert same(snapshot(other), snapshot(runner))
@@ -85,19 +85,19 @@ def test_a_checkpointed_step_can_be_gone_on_from_bit_by_bit(runner, model_dir, t
 def test_a_state_saved_now_is_not_overtaken_by_an_older_checkpoint(runner, tmp_path):
     path = tmp_path / "state.safetensors"
     train(runner, 0, path)
-    runner.adapters.save_training_state(str(path), {"published": "v0001"})
-    assert runner.adapters.checkpoints.wait(WAIT_S)
-    assert runner.adapters.load_training_state(str(path)) == {"published": "v0001"}
+    runner.shadow.save_training_state(str(path), {"published": "v0001"})
+    assert runner.shadow.checkpoints.wait(WAIT_S)
+    assert runner.shadow.load_training_state(str(path)) == {"published": "v0001"}
 
 
 def test_without_a_usable_file_there_is_nothing_to_restore(runner, tmp_path):
     path, partial = tmp_path / "state.safetensors", tmp_path / ".state.safetensors.partial"
     partial.write_bytes(b"of a killed process")
-    assert runner.adapters.load_training_state(str(path)) is None
+    assert runner.shadow.load_training_state(str(path)) is None
     assert not partial.exists()
     before = snapshot(runner)
     path.write_bytes(b"damaged")
-    assert runner.adapters.load_training_state(str(path)) is None
+    assert runner.shadow.load_training_state(str(path)) is None
     assert same(before, snapshot(runner))
 
 
@@ -105,7 +105,7 @@ def test_a_disk_error_is_told_with_the_next_result_and_training_goes_on(runner, 
     blocked = tmp_path / "file"
     blocked.write_text("no directory")
     first = train(runner, 0, blocked / "state.safetensors")
-    assert runner.adapters.checkpoints.wait(WAIT_S)
+    assert runner.shadow.checkpoints.wait(WAIT_S)
     results = [first, train(runner, 1), train(runner, 2)]
     assert [result.error for result in results] == [None] * 3
     (error,) = [result.checkpoint_error for result in results if result.checkpoint_error]
@@ -119,8 +119,8 @@ def test_a_disk_error_is_told_with_the_next_result_and_training_goes_on(runner, 
 
 def test_only_the_next_optimizer_slice_waits_for_the_checkpoint(runner, tmp_path, monkeypatch):
     train(runner, 0, tmp_path / "a")
-    assert runner.adapters.checkpoints.wait(WAIT_S)
-    monkeypatch.setattr(runner.adapters.checkpoints, "is_behind", lambda: True)
+    assert runner.shadow.checkpoints.wait(WAIT_S)
+    monkeypatch.setattr(runner.shadow.checkpoints, "is_behind", lambda: True)
     task = dataclasses.replace(make_task(2, seed=1), checkpoint=Checkpoint(str(tmp_path / "a"), {}))
     runner.submit(task.to_wire())
     report = runner.run(60.0, 10_000)
@@ -128,10 +128,10 @@ def test_only_the_next_optimizer_slice_waits_for_the_checkpoint(runner, tmp_path
     started_s = time.perf_counter()
     assert runner.run(60.0, 1).slices == []
     assert time.perf_counter() - started_s < 1.0
-    assert runner.adapters.shadow.num_steps == 1
-    monkeypatch.setattr(runner.adapters.checkpoints, "is_behind", lambda: False)
+    assert runner.shadow.num_steps == 1
+    monkeypatch.setattr(runner.shadow.checkpoints, "is_behind", lambda: False)
     assert [result.error for result in runner.run(60.0, 1).finished] == [None]
-    assert runner.adapters.shadow.num_steps == 2
+    assert runner.shadow.num_steps == 2
 
 
 def test_loading_and_saving_mean_the_shadow_also_while_live_is_evaluated(runner, tmp_path):
@@ -139,11 +139,11 @@ def test_loading_and_saving_mean_the_shadow_also_while_live_is_evaluated(runner,
     trained = snapshot(runner)
     runner.submit(dataclasses.replace(make_task(2, TaskKind.EVALUATE), on_live=True).to_wire())
     runner.run(0.0, 1)
-    runner.adapters.save_training_state(str(tmp_path / "s"), {})
-    runner.adapters.load_adapter(None)
+    runner.shadow.save_training_state(str(tmp_path / "s"), {})
+    runner.shadow.load_adapter(None)
     finish(runner)
     assert not same(snapshot(runner), trained)
-    assert runner.adapters.load_training_state(str(tmp_path / "s")) == {}
+    assert runner.shadow.load_training_state(str(tmp_path / "s")) == {}
     assert same(snapshot(runner), trained)
 
 
@@ -210,16 +210,16 @@ def test_a_fault_in_any_slice_leaves_everything_as_before_the_step(runner, model
     assert same(before, snapshot(runner))
     assert torch.equal(torch.get_rng_state(), random_numbers)
     assert runner.run(0.0, 0).held_bytes == 0
-    assert runner.adapters.checkpoints.wait(WAIT_S)
+    assert runner.shadow.checkpoints.wait(WAIT_S)
     other = make_runner(model_dir)
-    assert other.adapters.load_training_state(str(path)) == {"step": 1}  # the failed step has written nothing
+    assert other.shadow.load_training_state(str(path)) == {"step": 1}  # the failed step has written nothing
     assert train(runner, 1).metrics == train(other, 1).metrics
     assert same(snapshot(runner), snapshot(other))
 
 
 def train_until_killed(runner, path, reports):
     """A process that goes on from the checkpoint and reports each step that is done."""
-    progress = runner.adapters.load_training_state(str(path))
+    progress = runner.shadow.load_training_state(str(path))
     step = progress["step"] if progress else 0
     while True:
         assert train(runner, step, path).error is None
@@ -246,7 +246,7 @@ def test_killed_at_any_moment_training_goes_on_from_a_state_that_was_at_most_one
                 done = receiver.recv()
             except EOFError:
                 break
-        progress = runner.adapters.load_training_state(str(path))
+        progress = runner.shadow.load_training_state(str(path))
         number = progress["step"] if progress else 0
         while len(expected) <= number:
             train(course, len(expected) - 1)

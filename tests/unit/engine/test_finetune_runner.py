@@ -16,7 +16,7 @@ from tests.support.trainable_models import make_task, make_training, save_model
 @pytest.fixture
 def runner(tmp_path):
     args = AppArgs(training=make_training(), lora={"rank": 4, "alpha": 8.0})
-    return FineTuneRunner.build(
+    return FineTuneRunner(
         model_dir=save_model(tmp_path / "model", "llama"),
         args=args,
         dtype=torch.float32,
@@ -36,11 +36,11 @@ def finish(runner, max_iterations=500):
 
 
 def parameters(runner):
-    return runner._shadow.tensors()
+    return runner.shadow.tensors()
 
 
 def test_the_warm_up_leaves_no_trace_and_knows_every_kind_of_slice(runner):
-    assert runner._shadow.num_steps == 0
+    assert runner.shadow.num_steps == 0
     assert all(bool((t == 0).all()) for name, t in parameters(runner).items() if "lora_B" in name)
     assert all(runner.admission.fits(kind, 8, 60.0, first=True) for kind in SliceKind)
 
@@ -79,7 +79,7 @@ def test_one_slice_at_a_time_equals_all_at_once(runner):
     runner.submit(wire)
     [result] = finish(runner)
     stepwise = parameters(runner)
-    runner.adapters.load_adapter(None)
+    runner.shadow.load_adapter(None)
     runner.submit(wire)
     [again] = runner.run(60.0, 10_000).finished
     assert result.metrics == again.metrics
@@ -131,12 +131,12 @@ def test_a_diverging_step_is_a_named_result_and_changes_nothing(runner, monkeypa
 def test_set_live_scores_a_saved_version(runner, tmp_path):
     runner.submit(make_task().to_wire())
     finish(runner)
-    runner.adapters.save_adapter(str(tmp_path / "v"), "base")
+    runner.shadow.save_adapter(str(tmp_path / "v"), "base")
     evaluate = make_task(kind=TaskKind.EVALUATE)
     runner.submit(evaluate.to_wire())
     [shadow] = finish(runner)
-    runner.adapters.load_adapter(None)
-    runner.adapters.set_live(str(tmp_path / "v"))
+    runner.shadow.load_adapter(None)
+    runner.shadow.set_live(str(tmp_path / "v"))
     runner.submit(dataclasses.replace(evaluate, on_live=True).to_wire())
     [live] = finish(runner)
     assert live.scores == shadow.scores
@@ -170,7 +170,7 @@ def test_running_out_of_memory_starts_the_step_again_with_smaller_slices(runner,
         reports.append(runner.run(0.0, 1))
     assert any(report.out_of_memory for report in reports)
     assert reports[-1].finished[0].error is None
-    assert runner._shadow.num_steps == 1
+    assert runner.shadow.num_steps == 1
 
 
 def test_a_pair_that_is_too_large_by_itself_is_a_named_failure(runner, monkeypatch):
@@ -179,7 +179,7 @@ def test_a_pair_that_is_too_large_by_itself_is_a_named_failure(runner, monkeypat
     reports = [runner.run(0.0, 1) for _ in range(20)]
     (result,) = [result for report in reports for result in report.finished]
     assert result.error.startswith("DeviceMemoryError: out of device memory")
-    assert runner._shadow.num_steps == 0
+    assert runner.shadow.num_steps == 0
 
 
 def test_a_blocking_step_runs_to_its_end_and_no_further(runner):
@@ -188,7 +188,7 @@ def test_a_blocking_step_runs_to_its_end_and_no_further(runner):
     report = runner.run_step()
     assert [result.task_id for result in report.finished] == ["a"]
     assert report.held_bytes == 0
-    assert runner._shadow.num_steps == 1
+    assert runner.shadow.num_steps == 1
 
 
 def test_what_a_step_holds_is_reported(runner):

@@ -5,8 +5,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from engine.pruning.block_stats import KeyStatistics
-from engine.pruning.scores import make_scorer
+from engine.pruning.scores import score_blocks, summarize
+from engine.pruning.worker import KeyStatistics
 
 BLOCK, HEADS, SIZE = 4, 2, 8
 
@@ -16,27 +16,25 @@ def slots(block_ids, start, count):
     return torch.tensor([block_ids[t // BLOCK] * BLOCK + t % BLOCK for t in range(start, start + count)])
 
 
-@pytest.mark.parametrize("method", ["keydiff", "key_norm"])
-def test_written_in_chunks_or_at_once_the_scores_are_those_of_whole_blocks(method):
-    scorer = make_scorer(method)
-    statistics = KeyStatistics(scorer, 2, 16, BLOCK, torch.device("cpu"))
+def test_written_in_chunks_or_at_once_the_scores_are_those_of_whole_blocks():
+    statistics = KeyStatistics(2, 16, BLOCK, torch.device("cpu"))
     keys = torch.randn(2, 5 * BLOCK, HEADS, SIZE, generator=torch.Generator().manual_seed(0))
     block_ids = [7, 3, 12, 1, 9]
     for layer in range(2):
         for start, count in ((0, 6), (6, 1), (7, 9), (16, 4)):
             statistics.add(layer, keys[layer, start : start + count], slots(block_ids, start, count))
-    whole = torch.stack([scorer.summarize(keys[layer].view(5, BLOCK, HEADS, SIZE)) for layer in range(2)])
-    assert statistics.scores(block_ids) == pytest.approx(scorer.score(whole, 5 * BLOCK), abs=1e-5)
+    whole = torch.stack([summarize(keys[layer].view(5, BLOCK, HEADS, SIZE)) for layer in range(2)])
+    assert statistics.scores(block_ids) == pytest.approx(score_blocks(whole, 5 * BLOCK), abs=1e-5)
 
 
 def test_a_new_owner_of_a_block_starts_from_nothing_and_padding_is_ignored():
-    statistics = KeyStatistics(make_scorer("keydiff"), 1, 16, BLOCK, torch.device("cpu"))
+    statistics = KeyStatistics(1, 16, BLOCK, torch.device("cpu"))
     generator = torch.Generator().manual_seed(0)
     old, new = torch.randn(2, 2 * BLOCK, HEADS, SIZE, generator=generator)
     statistics.add(0, old, slots([2, 5], 0, 2 * BLOCK))
     padded = torch.cat([new, torch.full((3, HEADS, SIZE), torch.nan)])
     statistics.add(0, padded, torch.cat([slots([2, 5], 0, 2 * BLOCK), torch.full((1,), -1)]))
-    fresh = KeyStatistics(make_scorer("keydiff"), 1, 16, BLOCK, torch.device("cpu"))
+    fresh = KeyStatistics(1, 16, BLOCK, torch.device("cpu"))
     fresh.add(0, new, slots([2, 5], 0, 2 * BLOCK))
     assert statistics.scores([2, 5]) == pytest.approx(fresh.scores([2, 5]))
 
@@ -44,11 +42,11 @@ def test_a_new_owner_of_a_block_starts_from_nothing_and_padding_is_ignored():
 def test_the_hook_leaves_the_cache_update_as_it_is():
     seen = []
     layer = SimpleNamespace(impl=SimpleNamespace(do_kv_cache_update=lambda *arguments: seen.append(arguments)))
-    statistics = KeyStatistics(make_scorer("key_norm"), 1, 4, BLOCK, torch.device("cpu"))
+    statistics = KeyStatistics(1, 4, BLOCK, torch.device("cpu"))
     statistics.attach([layer])
     assert not statistics.has_all_layers
     key, where = torch.ones(BLOCK, HEADS, SIZE), slots([1], 0, BLOCK)
     layer.impl.do_kv_cache_update("owner", key, "value", "cache", where)
     assert seen == [("owner", key, "value", "cache", where)]
     assert statistics.has_all_layers
-    assert statistics.scores([1]).tolist() == pytest.approx([-(SIZE**0.5)])
+    assert statistics.scores([1]).tolist() == pytest.approx([-1.0])

@@ -6,12 +6,16 @@ from core.config import KvPruningConfig
 from engine.pruning.pruner import KvPruner
 from tests.support.kv_requests import BLOCK, make_manager, run
 
-CONFIG = KvPruningConfig(start="always", max_fraction=0.5, sink_tokens=4, recent_tokens=8)
+CONFIG = KvPruningConfig(start="always", max_fraction=0.5, recent_tokens=8)
 
 
 @pytest.fixture
 def manager():
     return make_manager()
+
+
+def make_pruner(manager):
+    return KvPruner(CONFIG, manager, BLOCK, sink_tokens=4)
 
 
 def grow(manager, request, num_tokens):
@@ -32,7 +36,7 @@ def positions_of_nulls(manager, request):
 
 def test_lowest_scores_go_first_and_sinks_and_the_recent_window_never(manager):
     request, _ = run(manager, "a", range(40))
-    pruner, free = KvPruner(CONFIG, manager, BLOCK), manager.block_pool.get_num_free_blocks()
+    pruner, free = make_pruner(manager), manager.block_pool.get_num_free_blocks()
     assert pruner.to_score([request]) == ["a"]
     # Ten blocks: 0 is the sink, 8 and 9 are recent; all three score lowest.
     pruner.note_scores({"a": rows([-9, 5, 1, 4, 0, 3, 2, 6, -9, -9])}, {"a": request})
@@ -49,7 +53,7 @@ def test_lowest_scores_go_first_and_sinks_and_the_recent_window_never(manager):
 
 def test_nothing_is_asked_for_before_the_prompt_is_computed_or_twice_for_the_same_blocks(manager):
     request, _ = run(manager, "a", range(40))
-    pruner = KvPruner(CONFIG, manager, BLOCK)
+    pruner = make_pruner(manager)
     request.num_computed_tokens = 36
     assert pruner.to_score([request]) == []
     request.num_computed_tokens = 40
@@ -62,7 +66,7 @@ def test_nothing_is_asked_for_before_the_prompt_is_computed_or_twice_for_the_sam
 def test_after_a_preemption_the_answer_so_far_is_computed_again_before_anything_is_dropped(manager):
     request, _ = run(manager, "a", range(40))
     grow(manager, request, 20)
-    pruner = KvPruner(CONFIG, manager, BLOCK)
+    pruner = make_pruner(manager)
     request.num_computed_tokens = 48  # resumed, and 12 tokens of the answer are to come
     assert pruner.to_score([request]) == []
     request.num_computed_tokens = 59
@@ -71,7 +75,7 @@ def test_after_a_preemption_the_answer_so_far_is_computed_again_before_anything_
 
 def test_tokens_in_flight_are_no_full_block(manager):
     request, _ = run(manager, "a", range(39))
-    pruner = KvPruner(CONFIG, manager, BLOCK)
+    pruner = make_pruner(manager)
     request.num_computed_tokens, request.num_output_placeholders = 40, 1
     assert pruner.to_score([request]) == ["a"]
     pruner.note_scores({"a": rows([0.0] * 10)}, {"a": request})
@@ -82,14 +86,14 @@ def test_opting_out_keeps_every_block(manager):
     out, _ = run(manager, "out", range(40), {"kv_pruning": False})
     zero, _ = run(manager, "zero", range(100, 140), {"kv_pruning": 0})
     kept, _ = run(manager, "in", range(50, 90), {"kv_pruning": True})
-    assert KvPruner(CONFIG, manager, BLOCK).to_score([out, zero, kept]) == ["in"]
+    assert make_pruner(manager).to_score([out, zero, kept]) == ["in"]
 
 
 def test_blocks_that_others_share_and_prefix_hits_stay(manager):
     first, _ = run(manager, "first", range(40))
     second, num_hits = run(manager, "second", [*range(24), *range(60, 76)])
     assert num_hits == 24
-    pruner = KvPruner(CONFIG, manager, BLOCK)
+    pruner = make_pruner(manager)
     pruner.note_prefix_hit("second", num_hits)
     requests = {"first": first, "second": second}
     assert pruner.to_score(requests.values()) == ["first", "second"]
@@ -110,7 +114,7 @@ def test_blocks_that_others_share_and_prefix_hits_stay(manager):
 
 def test_a_block_that_found_a_second_reader_is_not_offered_any_more(manager):
     first, _ = run(manager, "first", range(40))
-    pruner = KvPruner(CONFIG, manager, BLOCK)
+    pruner = make_pruner(manager)
     pruner.to_score([first])
     pruner.note_scores({"first": rows([0.0] * 10)}, {"first": first})
     assert pruner.offer().num_blocks == 5  # of 1 to 7, half of ten
@@ -122,7 +126,7 @@ def test_a_block_that_found_a_second_reader_is_not_offered_any_more(manager):
 
 def test_what_follows_the_first_dropped_block_leaves_the_prefix_index_and_never_enters_it(manager):
     request, _ = run(manager, "a", range(40))
-    pruner = KvPruner(CONFIG, manager, BLOCK)
+    pruner = make_pruner(manager)
     pruner.to_score([request])
     pruner.note_scores({"a": rows([9, 9, 9, 0, 9, 1, 9, 9, 9, 9])}, {"a": request})
     pruner.prune(2, {"a": request})
@@ -135,7 +139,7 @@ def test_what_follows_the_first_dropped_block_leaves_the_prefix_index_and_never_
 
 def test_a_preempted_request_starts_again(manager):
     request, _ = run(manager, "a", range(40))
-    pruner, free = KvPruner(CONFIG, manager, BLOCK), manager.block_pool.get_num_free_blocks()
+    pruner, free = make_pruner(manager), manager.block_pool.get_num_free_blocks()
     for round_ in (1, 2):
         assert pruner.to_score([request]) == ["a"]
         pruner.note_scores({"a": rows([0.0] * 10)}, {"a": request})
@@ -151,7 +155,7 @@ def test_a_preempted_request_starts_again(manager):
 
 def test_scores_that_come_too_late_are_no_harm(manager):
     request, _ = run(manager, "a", range(40))
-    pruner = KvPruner(CONFIG, manager, BLOCK)
+    pruner = make_pruner(manager)
     pruner.to_score([request])
     manager.free(request)
     pruner.forget("a", has_ended=True)

@@ -8,13 +8,12 @@ from transformers import AutoModelForCausalLM
 
 from core.errors import UnsupportedModelError
 from engine.pruning.reader import PrunedReader, PruningPlan
-from engine.pruning.scores import make_scorer
 from engine.pruning.tasks import make_recall
 from engine.tiny.tokenizer import train_tokenizer
 from tests.support.trainable_models import VOCAB, save_model
 
 BLOCK = 4
-PLAN = PruningPlan(make_scorer("keydiff"), BLOCK, sink_tokens=3, recent_tokens=6)
+PLAN = PruningPlan(BLOCK, sink_tokens=3, recent_tokens=6)
 CONTEXT_TOKENS = 50
 """12 full blocks and half a block."""
 

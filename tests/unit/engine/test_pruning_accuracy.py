@@ -7,15 +7,14 @@ from transformers import AutoModelForCausalLM
 
 from core.config import ModelConfig
 from core.errors import AdapterError, ConfigError, ProfileError
-from engine.pruning.accuracy import BlockCounts, PruningMeasurement, loaded_model, measure
+from engine.pruning.accuracy import PruningMeasurement, loaded_model, measure
 from engine.pruning.passages import generated_passages, reply_passages, text_passages
 from engine.pruning.reader import PrunedReader, PruningPlan
-from engine.pruning.scores import make_scorer
 from engine.pruning.tasks import make_recall
 from engine.tiny.tokenizer import VOCAB_SIZE, train_tokenizer
 from tests.support.trainable_models import save_model
 
-PLAN = PruningPlan(make_scorer("key_norm"), 16, sink_tokens=16, recent_tokens=32)
+PLAN = PruningPlan(16, sink_tokens=16, recent_tokens=32)
 
 
 @pytest.fixture(scope="module")
@@ -107,9 +106,7 @@ def test_drops_are_paired_by_context():
     out = PruningMeasurement((0.0, 0.5), nats={0.0: [1.0, 5.0], 0.5: [1.25, 5.5]})
     out.guesses["needle"] = [0.1] * 8
     out.right = {("needle", 0.0): [1.0, 0.75], ("needle", 0.5): [0.5, 0.75]}
-    for fraction in out.fractions:
-        blocks = out.blocks.setdefault(fraction, BlockCounts())
-        blocks.dropped, blocks.total = [0, 0], [9, 9]
+    out.blocks = {fraction: [(0, 9), (0, 9)] for fraction in out.fractions}
     _, half = out.results()
     assert half.logprob_drop.mean == pytest.approx(0.375)
     assert half.tasks["needle"].drop.mean == pytest.approx(0.25)

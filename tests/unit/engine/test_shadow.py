@@ -69,7 +69,7 @@ def test_save_loads_in_peft_with_equal_logits(qwen, tmp_path):
     config = make_training()
     model, shadow, _ = start(qwen, make_task(), config)
     _train(model, shadow, config, range(2))
-    shadow.save(tmp_path / "v0001", base_model="org/base")
+    shadow.save_adapter(tmp_path / "v0001", base_model="org/base")
     ids = torch.tensor([[5, 6, 7, 8, 9]])
     loaded = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(qwen), tmp_path / "v0001")
     with torch.no_grad():
@@ -91,9 +91,9 @@ def test_load_takes_parameters_and_clears_the_optimizer(qwen, tmp_path):
     config = make_training()
     _, shadow, step = start(qwen, make_task(), config)
     run(step)
-    shadow.save(tmp_path, "base")
+    shadow.save_adapter(tmp_path, "base")
     other = ShadowAdapter(build(qwen, seed=77), config)
-    other.load(tmp_path)
+    other.load_adapter(tmp_path)
     assert _same(other.tensors(), shadow.tensors())
     assert other.num_steps == 0
     assert not snapshot(other)["exp_avg"].any()
@@ -103,22 +103,22 @@ def test_damaged_adapters_are_refused_and_change_nothing(qwen, tmp_path):
     config = make_training()
     shadow = ShadowAdapter(build(qwen), config)
     before = snapshot(shadow)
-    ShadowAdapter(build(qwen, rank=8), config).save(tmp_path / "rank8", "base")
-    shadow.save(tmp_path / "good", "base")
+    ShadowAdapter(build(qwen, rank=8), config).save_adapter(tmp_path / "rank8", "base")
+    shadow.save_adapter(tmp_path / "good", "base")
     tensors = load_file(tmp_path / "good" / "adapter_model.safetensors")
     cases = {
         "missing": dict(list(tensors.items())[1:]),
         "nan": {name: torch.full_like(t, float("nan")) for name, t in tensors.items()},
     }
     for name, changed in cases.items():
-        shadow.save(tmp_path / name, "base")
+        shadow.save_adapter(tmp_path / name, "base")
         save_file(changed, tmp_path / name / "adapter_model.safetensors")
-    shadow.save(tmp_path / "torn", "base")
+    shadow.save_adapter(tmp_path / "torn", "base")
     (tmp_path / "torn" / "adapter_model.safetensors").write_bytes(b"xx")
     messages = {"missing": "1 tensors", "nan": "not finite", "torn": "read", "rank8": "rank 8", "absent": "read"}
     for name, message in messages.items():
         with pytest.raises(DamagedAdapterError, match=message):
-            shadow.load(tmp_path / name)
+            shadow.load_adapter(tmp_path / name)
     assert _same(before, snapshot(shadow))
 
 

@@ -8,8 +8,7 @@ import os
 import random
 
 from core.config import AppArgs
-from engine.tiny.knowledge import Question, held_out_questions, preference_questions
-from engine.tiny.styles import Style
+from engine.tiny.knowledge import Question, Style, held_out_questions, preference_questions
 from tests.support.loop import Loop, LoopReport, flipped, preference
 
 USERS = ("ann", "bob", "cem", "dua", "eve")

@@ -6,7 +6,7 @@ from typer.testing import CliRunner
 
 from app.commands.profile import app
 from profiler.device import describe_device, software_versions, worker_threads
-from profiler.fit import MemorySample, fit_profile
+from profiler.fit import fit_profile
 from profiler.profile import Origin, Profile
 from tests.support.synthetic_device import SyntheticDevice
 
@@ -16,7 +16,7 @@ CLI = CliRunner()
 @pytest.fixture
 def path(tmp_path):
     origin = Origin(device="synthetic", model="m", num_threads=1)
-    profile = fit_profile(SyntheticDevice().samples(100), origin, memory=[MemorySample(64, 1000)])
+    profile = fit_profile(SyntheticDevice().samples(100), origin, memory=[(64, 1000)])
     profile.save(tmp_path / "p.json")
     return tmp_path / "p.json"
 

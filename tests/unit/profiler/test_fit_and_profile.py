@@ -5,12 +5,12 @@ import pytest
 from core.batch import ForwardShape, IterationSample
 from core.errors import ProfileError
 from core.types import SliceKind
-from profiler.fit import MemorySample, fit_profile, fit_raw
-from profiler.profile import QUANTILE_LEVELS, Origin, Profile, profile_path
+from profiler.fit import fit_profile, fit_raw
+from profiler.profile import QUANTILE_LEVELS, Origin, Profile, forward_features, profile_path
 from tests.support.synthetic_device import FORWARD, SLICES, SyntheticDevice, decode, prefill
 
 ORIGIN = Origin(device="synthetic", model="org/model", num_threads=1, seed=3)
-MEMORY = [MemorySample(n, 1_000_000 + 5000 * n) for n in (32, 64, 256, 512)]
+MEMORY = [(n, 1_000_000 + 5000 * n) for n in (32, 64, 256, 512)]
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +64,7 @@ def test_residual_quantiles_are_centred_and_ordered(profile):
 
 def test_memory_is_an_upper_line(profile):
     assert profile.memory.step_bytes(128) == pytest.approx(1_000_000 + 5000 * 128, rel=0.01)
-    noisy = fit_profile(SyntheticDevice().samples(20), ORIGIN, memory=[*MEMORY, MemorySample(64, 3_000_000)])
+    noisy = fit_profile(SyntheticDevice().samples(20), ORIGIN, memory=[*MEMORY, (64, 3_000_000)])
     assert noisy.memory.step_bytes(64) >= 3_000_000
     assert profile.memory.kv_bytes_per_token == 512
 
@@ -123,9 +123,7 @@ def test_a_missing_file_or_an_unwritable_place_gets_a_clear_error(profile, tmp_p
 
 
 def test_synthetic_coefficients_have_one_for_each_feature():
-    from profiler.models import FORWARD_FEATURES
-
-    assert len(FORWARD) == len(FORWARD_FEATURES)
+    assert len(FORWARD) == len(forward_features(ForwardShape()))
 
 
 def test_what_the_linear_form_misses_is_no_noise():

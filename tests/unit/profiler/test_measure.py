@@ -4,10 +4,16 @@ import dataclasses
 import pytest
 
 from core.types import SliceKind, TaskKind
-from profiler.background import BackgroundProfiler
 from profiler.fit import fit_profile
-from profiler.grid import GridPoint, MeasurePlan, PointKind, coarse_to_fine, make_grid
-from profiler.measure import measure_grid
+from profiler.measure import (
+    GridPoint,
+    MeasurePlan,
+    PointKind,
+    coarse_to_fine,
+    make_grid,
+    measure_grid,
+    measure_in_background,
+)
 from profiler.profile import Origin, Profile
 from tests.support.synthetic_device import SyntheticDevice, decode, prefill
 from tests.support.synthetic_engine import SyntheticEngine
@@ -83,12 +89,13 @@ def test_a_measured_grid_gives_the_device_back():
 
 
 def test_the_same_seed_sends_the_same_prompts():
+    plan = dataclasses.replace(PLAN, max_point_s=60.0, budget_s=600.0)  # on a busy machine as well
     first, second = SyntheticEngine(), SyntheticEngine()
-    asyncio.run(measure_grid(first, PLAN))
-    asyncio.run(measure_grid(second, PLAN))
+    asyncio.run(measure_grid(first, plan))
+    asyncio.run(measure_grid(second, plan))
     assert first.prompts == second.prompts
     other = SyntheticEngine()
-    asyncio.run(measure_grid(other, dataclasses.replace(PLAN, seed=1)))
+    asyncio.run(measure_grid(other, dataclasses.replace(plan, seed=1)))
     assert other.prompts != first.prompts
 
 
@@ -119,12 +126,11 @@ def test_a_request_that_arrives_aborts_the_point_at_once_and_it_is_repeated():
         await asyncio.sleep(0.2)
         assert len(engine.samples) == seen  # and stays away while the request runs
         engine.foreign = 0
-        measurement = await measuring
+        await measuring
         assert len(engine.samples) > seen
-        return engine, measurement
+        return engine
 
-    engine, measurement = asyncio.run(scenario())
-    assert measurement.num_interrupted == 1
+    engine = asyncio.run(scenario())
     assert engine.num_aborted >= 1
     assert engine.num_unfinished_requests() == 0
 
@@ -132,28 +138,27 @@ def test_a_request_that_arrives_aborts_the_point_at_once_and_it_is_repeated():
 def test_the_background_profiler_only_evaluates_and_writes_a_profile(tmp_path):
     engine = SyntheticEngine()
     plan = dataclasses.replace(PLAN, trains=False, is_background=True)
-    told = []
     path = tmp_path / "profiles" / "p.json"
-    profile = asyncio.run(BackgroundProfiler(engine, plan, ORIGIN, path, 64, on_profile=told.append).run())
-    assert Profile.load(path) == profile == told[0]
-    assert profile.memory.kv_bytes_per_token == 64
+    asyncio.run(measure_in_background(engine, plan, ORIGIN, path, 64))
+    assert Profile.load(path).memory.kv_bytes_per_token == 64
     assert {task.kind for task in engine.tasks} == {TaskKind.EVALUATE}
 
 
-def test_the_background_profiler_survives_a_broken_engine(tmp_path):
+def test_the_background_profiler_survives_a_broken_engine(tmp_path, caplog):
     class Broken(SyntheticEngine):
         async def iterations(self, after=0):
             raise RuntimeError("engine died")
 
     plan = dataclasses.replace(PLAN, trains=False, is_background=True)
     path = tmp_path / "p.json"
-    assert asyncio.run(BackgroundProfiler(Broken(), plan, ORIGIN, path).run()) is None
+    asyncio.run(measure_in_background(Broken(), plan, ORIGIN, path))
     assert not path.exists()
+    assert "engine died" in caplog.text
 
 
 def test_the_background_profiler_refuses_a_plan_that_would_train(tmp_path):
     with pytest.raises(ValueError, match="never trains"):
-        BackgroundProfiler(SyntheticEngine(), PLAN, ORIGIN, tmp_path / "p.json")
+        asyncio.run(measure_in_background(SyntheticEngine(), PLAN, ORIGIN, tmp_path / "p.json"))
 
 
 def test_cancelling_leaves_nothing_in_the_engine():

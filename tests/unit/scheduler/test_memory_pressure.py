@@ -29,7 +29,7 @@ class PressedEngine(RuleBasedStateMachine):
         self.engine = MiniEngine(
             settings_of(
                 packing=packing,
-                pruning=KvPruningConfig(start=start, max_fraction=max_fraction, sink_tokens=4, recent_tokens=8),
+                pruning=KvPruningConfig(start=start, max_fraction=max_fraction, recent_tokens=8),
             ),
             KnownDevice(base_s=0.005, token_s=0.0002),
             seats=6,
@@ -116,11 +116,12 @@ TestPressedEngine = PressedEngine.TestCase
 def crowd(start, seed_tokens=150):
     """Six requests that outgrow the KV cache together."""
     engine = MiniEngine(
-        settings_of(pruning=KvPruningConfig(start=start, max_fraction=0.4, sink_tokens=16, recent_tokens=32)),
+        settings_of(pruning=KvPruningConfig(start=start, max_fraction=0.4, recent_tokens=32)),
         KnownDevice(base_s=0.005, token_s=0.0001),
         seats=6,
         kv_tokens=1000,
         block_tokens=16,
+        sink_tokens=16,
     )
     for i in range(6):
         engine.arrive(Request(f"r{i}", 0.0, seed_tokens, 60))

@@ -8,12 +8,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from simulator.cluster import Options, Simulation
-from simulator.kv_blocks import KvBlocks
+from simulator.running import KvBlocks
 from tests.support.simulated_device import make_hardware, make_trace
 
 
 def simulate(start, *, kv_tokens=4000, block_tokens=16, max_fraction=0.25, seed=0, num_requests=150, **options):
-    pruning = {"start": start, "max_fraction": max_fraction, "sink_tokens": 16, "recent_tokens": 32}
+    pruning = {"start": start, "max_fraction": max_fraction, "recent_tokens": 32}
     trace = make_trace(
         num_requests=num_requests,
         seed=seed,

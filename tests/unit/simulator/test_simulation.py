@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from core.errors import ConfigError
 from simulator.cluster import Options, Simulation
-from tests.support.simulated_device import make_hardware, make_trace
+from tests.support.simulated_device import KnownDevice, make_hardware, make_trace
 
 
 class Watched:
@@ -39,7 +39,8 @@ class Watched:
 
 def simulate(trace, *, kv_tokens=20_000, **options):
     log = []
-    simulation = Simulation(trace, make_hardware(kv_tokens=kv_tokens), Options(**options), write_log=log.append)
+    hardware = make_hardware(kv_tokens=kv_tokens, max_tokens=trace.args.engine.max_num_batched_tokens)
+    simulation = Simulation(trace, hardware, Options(**options), write_log=log.append)
     watched = Watched(simulation)
     return simulation.run(), [json.loads(line) for line in log], watched.ended_requests
 
@@ -182,7 +183,7 @@ def test_planners_learn_from_every_nth_iteration():
     made = []
 
     def new_predictor():
-        made.append(make_hardware().device)
+        made.append(KnownDevice())
         return made[-1]
 
     for every in (1, 4):

@@ -2,14 +2,12 @@
 
 import pytest
 
-from core.model_dims import ModelDims
 from core.types import SliceKind
 from simulator.cluster import Options, Simulation
-from simulator.profiled import hardware_of
+from simulator.hardware import hardware_of
 from simulator.statistics import Statistics
-from tests.support.simulated_device import make_profile, make_trace
+from tests.support.simulated_device import DIMS, make_profile, make_trace
 
-_DIMS = ModelDims(3, 64, 340, num_heads=4, num_kv_heads=4, head_dim=16, vocab_size=3072, dtype_bytes=2)
 _AT_S = 20.0
 _TBT_S = 0.06
 
@@ -50,7 +48,7 @@ def simulate(*, adapt):
         },
     )
     statistics = Recorder(trace.args.slo, 1.0)
-    hardware = hardware_of(make_profile(), _DIMS, trace.args)
+    hardware = hardware_of(make_profile(), DIMS, trace.args)
     Simulation(trace, hardware, Options(adapt=adapt), statistics=statistics).run()
     before = [gap for gap in statistics.gaps if gap[0] < _AT_S]
     after = [gap for gap in statistics.gaps if gap[0] >= _AT_S]
@@ -78,12 +76,12 @@ def test_hardware_needs_the_size_of_the_kv_cache():
     from core.errors import ConfigError
 
     with pytest.raises(ConfigError, match="kv_cache_memory_bytes"):
-        hardware_of(make_profile(), _DIMS, make_trace().args)
+        hardware_of(make_profile(), DIMS, make_trace().args)
 
 
 def test_the_profiled_device_is_the_profile():
     profile = make_profile()
     trace = make_trace(args={"engine": {"kv_cache_memory_bytes": 1 << 20}})
-    hardware = hardware_of(profile, _DIMS, trace.args)
+    hardware = hardware_of(profile, DIMS, trace.args)
     assert hardware.kv_tokens == (1 << 20) // 512
-    assert hardware.device.slice_s(SliceKind.BACKWARD_LAYER, 512) == pytest.approx(0.0039)
+    assert hardware.profile.latency.slice_s(SliceKind.BACKWARD_LAYER, 512) == pytest.approx(0.0039)

@@ -11,8 +11,8 @@ from engine.pruning.gate import (
     Estimate,
     FractionResult,
     PruningReport,
+    RecallBaseline,
     RecallResult,
-    TaskBaseline,
     decide,
     decide_from_file,
     estimate,
@@ -49,7 +49,7 @@ def result(
 
 def report(*results: FractionResult, accuracy: float = 0.9, num_questions: int = 128, **changes) -> PruningReport:
     baseline = {
-        kind: TaskBaseline(num_questions=num_questions, accuracy=accuracy, guess_accuracy=0.1)
+        kind: RecallBaseline(num_questions=num_questions, accuracy=accuracy, guess_accuracy=0.1)
         for kind in ("needle", "qa")
     }
     fields = {
@@ -80,9 +80,9 @@ def test_small_drops_switch_it_on_and_the_reason_says_what_it_costs():
         (None, "was not measured on this model"),
         (report(model_source="/models/other"), "not of m"),
         (report(origin=Origin(device="d", model="x", num_threads=1)), "report is of x"),
-        (report(method="key_norm"), "of method key_norm, kv_pruning.method is keydiff"),
-        (report(sink_tokens=64), "sink_tokens = 64, kv_pruning keeps 32"),
-        (report(recent_tokens=256), "recent_tokens = 256, kv_pruning keeps 128"),
+        (report(method="key_norm"), "of method key_norm, blocks are scored by keydiff"),
+        (report(sink_tokens=64), "kept the first 64 tokens, the engine keeps 32"),
+        (report(recent_tokens=256), "kept the last 256 tokens, the engine keeps 128"),
         (report(block_tokens=16), "blocks of 16 tokens, the engine has 32"),
         (report(result(0), result(0.1)), "max_fraction is 0.25, measured was up to 0.1"),
         (report(result(0.25, n=19)), "measured on 19 passages, 20 are needed"),

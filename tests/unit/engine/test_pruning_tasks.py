@@ -58,12 +58,12 @@ def test_candidates_count_the_different_answers_of_one_form():
 
 
 def test_a_passage_goes_on_with_facts_of_its_context():
-    passage = make_passage(400, 96, count_words, random.Random(3))
-    assert count_words(passage.continuation) <= 96
-    sentences = [sentence.strip() for sentence in passage.continuation.split(".") if sentence.strip()]
+    context, continuation = make_passage(400, 96, count_words, random.Random(3))
+    assert count_words(continuation) <= 96
+    sentences = [sentence.strip() for sentence in continuation.split(".") if sentence.strip()]
     facts = [s for s in sentences if re.search(r"code word|works at|drinks|carries", s)]
     assert len(facts) >= 3
-    assert all(f"{fact}." in passage.context for fact in facts)
+    assert all(f"{fact}." in context for fact in facts)
 
 
 @pytest.mark.parametrize(
