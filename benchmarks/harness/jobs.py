@@ -24,8 +24,7 @@ from benchmarks.harness.window import WindowOptions, run_window
 from core.config import AppArgs, SloConfig
 from core.errors import MaceError
 from deployments.monitors.profiling import measure_plan, origin_of
-from profiler.fit import fit_profile
-from profiler.measure import MEASURE_S, measure_grid
+from profiler.measure import MEASURE_S, measure_profile
 from simulator.trace import Arrivals, Trace, TraceRequest
 
 if TYPE_CHECKING:
@@ -168,9 +167,7 @@ async def _write_profile(engine: "HybridEngine", args: AppArgs, path: Path) -> N
         ProfileError: too little could be measured.
         MaceError: the engine ended a task without a result.
     """
-    measurement = await measure_grid(engine, measure_plan(engine, args))
-    profile = await asyncio.to_thread(fit_profile, measurement.samples, origin_of(args), memory=measurement.memory)
-    profile.save(path)
+    (await measure_profile(engine, measure_plan(engine, args), origin_of(args))).save(path)
     await engine.load_adapter(None)
 
 

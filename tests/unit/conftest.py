@@ -3,8 +3,6 @@ from collections.abc import Iterator
 
 import pytest
 
-from core import dpo_slices
-
 
 @pytest.fixture(autouse=True)
 def _one_thread() -> Iterator[None]:
@@ -17,9 +15,3 @@ def _one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
-
-
-@pytest.fixture(autouse=True)
-def _small_head_chunks(monkeypatch) -> None:
-    """The test pairs are short: with these chunks their heads take several slices."""
-    monkeypatch.setattr(dpo_slices, "HEAD_CHUNK_TOKENS", 7)
