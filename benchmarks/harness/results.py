@@ -5,11 +5,13 @@ docs/benchmarks.md defines each of them.
 
 import statistics
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
 from benchmarks.harness.client import RequestRecord
 from benchmarks.harness.feeder import TaskRecord
+from benchmarks.harness.report import ms
 from benchmarks.harness.statistics import mean, percentile
 from benchmarks.harness.window import WindowRecord
 from core.config import SloConfig
@@ -39,7 +41,7 @@ class RunMetrics(BaseModel):
     tbt_token_attainment: float | None
     """Share of gaps between tokens within the TBT target."""
     pairs_per_s: float
-    """From the slices' device time in the window and the mean device time of a pair: no step is cut off."""
+    """Slices' device time in the window over the mean device time of a pair, so that no step is cut off."""
     finished_pairs_per_s: float
     """Pairs of the steps that ended within the window: whole steps only."""
     num_failed_steps: int
@@ -90,24 +92,42 @@ def summarize(run: WindowRecord, slo: SloConfig) -> RunMetrics:
 
 
 def meets_slo(record: RequestRecord, slo: SloConfig) -> bool:
-    """Whether the request ended, with TTFT and every gap between tokens within the targets."""
+    """True if the request ended, with TTFT and every gap between tokens within the targets."""
     if record.error is not None or record.ttft_s is None:
         return False
     return record.ttft_s <= slo.ttft_s and max(record.gaps_s, default=0.0) <= slo.tbt_s
 
 
-def medians(runs: Sequence[RunMetrics]) -> dict[str, float | None]:
-    """The median of each metric over repeats; repeats without a value are left out."""
+def summary_row(runs: Sequence[RunMetrics]) -> dict[str, Any]:
+    """The median of each metric over repeats that have a value, and SLO attainment over the requests of all.
+
+    One repeat of a slow model has too few requests to tell 0.99 from 1.
+    """
     names = RunMetrics.model_fields
     columns = {name: [v for run in runs if (v := getattr(run, name)) is not None] for name in names}
-    return {name: statistics.median(column) if column else None for name, column in columns.items()}
-
-
-def pooled_attainment(runs: Sequence[RunMetrics]) -> float | None:
-    """SLO attainment over the requests of all repeats: one repeat of a slow model has too few to tell 0.99 from 1."""
+    row: dict[str, Any] = {name: statistics.median(found) if found else None for name, found in columns.items()}
     met = [(r.slo_attainment * r.num_requests, r.num_requests) for r in runs if r.slo_attainment is not None]
     total = sum(count for _, count in met)
-    return sum(part for part, _ in met) / total if total else None
+    row["pooled_slo_attainment"] = sum(part for part, _ in met) / total if total else None
+    return row
+
+
+def progress_line(metrics: RunMetrics) -> str:
+    """The numbers of a window that its watcher wants to see at once."""
+    attainment = "-" if metrics.slo_attainment is None else f"{metrics.slo_attainment:.3f}"
+    latencies = ", ".join(
+        f"{title} {'-' if value is None else ms(value)}"
+        for title, value in (
+            ("TTFT p50", metrics.ttft_p50_s),
+            ("p99", metrics.ttft_p99_s),
+            ("TBT p50", metrics.tbt_p50_s),
+            ("p99", metrics.tbt_p99_s),
+        )
+    )
+    return (
+        f"attainment {attainment} of {metrics.num_requests}, {metrics.num_errors} errors, {latencies}, "
+        f"{metrics.pairs_per_s:.2f} pairs/s, forward {metrics.forward_share:.0%}, slices {metrics.slices_share:.0%}"
+    )
 
 
 def _training_metrics(run: WindowRecord) -> dict[str, float | int]:

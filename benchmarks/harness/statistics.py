@@ -65,7 +65,7 @@ def ratio_of(pairs: Sequence[tuple[float | None, float | None]], confidence: flo
 
 
 def center_of(values: Sequence[float], confidence: float = CONFIDENCE) -> tuple[float, float | None, float | None]:
-    """Where values lie and an interval for it, by Wilcoxon's signed ranks (Hodges and Lehmann).
+    """Estimate where values lie, with an interval, by Wilcoxon's signed ranks (Hodges and Lehmann).
 
     On a shared machine single windows are off by a factor; a mean would follow them. The interval is exact; it is None
     where there are too few values for it (six give 95 %, eight 99 %).
@@ -97,12 +97,12 @@ class Trend(BaseModel):
 
     @property
     def is_flat(self) -> bool:
-        """Whether it is not shown to grow, or surely grows by less than `_MAX_GROWTH_PER_HOUR`."""
+        """True if it is not shown to grow, or surely grows by less than `_MAX_GROWTH_PER_HOUR`."""
         return self.low <= 0 or self.high <= _MAX_GROWTH_PER_HOUR * self.last_bytes
 
 
 def trend_of(times_s: Sequence[float], sizes: Sequence[float]) -> Trend | None:
-    """Whether resident memory grows, which moves in steps and is no white noise.
+    """Estimate how fast resident memory grows, which moves in steps and is no white noise.
 
     The first third, in which caches fill, is left out; None of fewer than `_STRETCHES` readings after it.
     """
@@ -158,7 +158,7 @@ def ratio_interval(numerators: Sequence[float], denominators: Sequence[float]) -
 
 
 def _percentiles(values: Any) -> Interval:
-    """Of drawn values themselves (no interpolation): an infinite ratio must not turn its neighbours into nan."""
+    """Take drawn values themselves (no interpolation): an infinite ratio must not turn its neighbours into nan."""
     if not len(values):
         return float("nan"), float("nan")
     low, high = np.percentile(values, [2.5, 97.5], method="nearest")

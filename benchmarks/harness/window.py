@@ -22,7 +22,7 @@ from core.errors import TrainingError
 from simulator.trace import TraceRequest
 
 _LEAD_S = 0.05
-"""Between the start of the clock and the first possible arrival."""
+"""Time between the start of the clock and the first possible arrival."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +55,7 @@ class IterationLog:
 
 @dataclass(slots=True)
 class WindowRecord:
-    """What was seen in one window, before any statistics. Times are seconds since it began."""
+    """Everything seen in one window, before any statistics. Times are seconds since it began."""
 
     window_s: float
     requests: list[RequestRecord] = field(default_factory=list)

@@ -5,83 +5,59 @@ Then the simulator runs the same trace from that profile. A machine that is shar
 machine an hour later, so neither a stored profile nor one from another process would be a fair start.
 """
 
-import json
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import typer
-from rich.console import Console
-from rich.table import Table
-
-from benchmarks.harness.jobs import Job, run_job
+from benchmarks.harness.jobs import TRACES, Job, run_job
 from benchmarks.harness.models import model_directories
-from benchmarks.harness.results import RunMetrics
-from benchmarks.studies.simulate import run_trace
+from benchmarks.harness.report import Column, show, table_of
 from simulator.trace import Trace
 
 TOLERANCE = 0.15
-"""Of the measured value."""
+"""Share of the measured value by which the simulated one may differ."""
+FILES = tuple(TRACES / f"agreement-{name}.yaml" for name in ("steady", "bursty", "long"))
+"""They are for the built-in model."""
 
-_FOLDER = Path(__file__).parents[1] / "traces"
-TRACES = tuple(_FOLDER / f"agreement-{name}.yaml" for name in ("steady", "bursty", "long"))
+_COMPARED = ("ttft_p50_s", "ttft_p99_s", "tbt_p50_s", "tbt_p99_s", "pairs_per_s")
+_COLUMNS: tuple[Column, ...] = (
+    ("trace", "trace", str),
+    ("metric", "metric", str),
+    ("measured", "measured", "{:.4g}".format),
+    ("simulated", "simulated", "{:.4g}".format),
+    ("ratio", "ratio", "{:.4g}".format),
+    ("within 15 %", "within_15_percent", lambda is_within: "yes" if is_within else "no"),
+)
 
 
-def run_agreement(
-    as_json: bool = False,
-    traces: Sequence[Path] = TRACES,
-    state_dir: Path = Path("state"),
-    seconds: float | None = None,
-) -> None:
-    """Run the comparison and print it.
-
-    Args:
-        as_json: print JSON instead of a table.
-        traces: files to compare on; they are for the built-in model.
-        state_dir: where the built-in model is or will be.
-        seconds: instead of the traces' own duration.
+def run_agreement(as_json: bool = False, out: Path | None = None, files: Sequence[Path] = FILES) -> None:
+    """Run the comparison on these traces and print it.
 
     Raises:
         ConfigError: a trace is wrong.
         MeasurementError: an engine failed.
     """
-    loaded = [_shortened(Trace.load(path), seconds) for path in traces]
-    with model_directories(["tiny"], state_dir, show_progress=not as_json) as directories:
-        rows = [row for trace in loaded for row in compare(trace, directories["tiny"])]
-    if as_json:
-        typer.echo(json.dumps(rows, indent=2))
-    else:
-        _show(rows)
+    traces = [Trace.load(path) for path in files]
+    with model_directories(["tiny"], Path("state"), show_progress=not as_json) as directories:
+        rows = [row for trace in traces for row in compare(trace, directories["tiny"])]
+    show(rows, [table_of(None, rows, _COLUMNS)], as_json, out)
 
 
 def compare(trace: Trace, model_dir: Path) -> list[dict[str, Any]]:
     """Rows of one trace, see `compare_numbers`. Takes an engine start, a profile and the trace's duration."""
+    from benchmarks.studies.simulate import run_trace
+
     with tempfile.TemporaryDirectory(prefix="mace-agreement-") as directory:
         profile = Path(directory) / "profile.json"
         job = Job(
             model="tiny", model_dir=model_dir, trace=trace, window_s=trace.duration_s or 60.0, profile_out=profile
         )
-        measured = run_job(job).served
+        metrics = run_job(job).served
         simulated = run_trace(trace, profile=profile, model_config=model_dir).to_json()
-    return compare_numbers(trace.name, measured_numbers(measured), simulated_numbers(simulated))
-
-
-def measured_numbers(metrics: RunMetrics) -> dict[str, float | None]:
-    """What is compared, by name; of the engine."""
-    return {
-        "ttft_p50_s": metrics.ttft_p50_s,
-        "ttft_p99_s": metrics.ttft_p99_s,
-        "tbt_p50_s": metrics.tbt_p50_s,
-        "tbt_p99_s": metrics.tbt_p99_s,
-        "pairs_per_s": metrics.pairs_per_s,
-    }
-
-
-def simulated_numbers(result: dict[str, Any]) -> dict[str, float | None]:
-    """The same of `simulator.statistics.Result.to_json()`."""
-    latencies = {f"{name}_{q}_s": result[name][f"{q}_s"] for name in ("ttft", "tbt") for q in ("p50", "p99")}
-    return {**latencies, "pairs_per_s": result["pairs_per_s"]}
+    latencies = {f"{name}_{q}_s": simulated[name][f"{q}_s"] for name in ("ttft", "tbt") for q in ("p50", "p99")}
+    virtual = {**latencies, "pairs_per_s": simulated["pairs_per_s"]}
+    return compare_numbers(trace.name, {name: getattr(metrics, name) for name in _COMPARED}, virtual)
 
 
 def compare_numbers(
@@ -92,7 +68,6 @@ def compare_numbers(
     for name, real in measured.items():
         virtual = simulated[name]
         ratio = virtual / real if real and virtual is not None else None
-        within = None if ratio is None else abs(ratio - 1) <= TOLERANCE
         rows.append(
             {
                 "trace": trace,
@@ -100,20 +75,7 @@ def compare_numbers(
                 "measured": real,
                 "simulated": virtual,
                 "ratio": ratio,
-                "within_15_percent": within,
+                "within_15_percent": None if ratio is None else abs(ratio - 1) <= TOLERANCE,
             }
         )
     return rows
-
-
-def _shortened(trace: Trace, seconds: float | None) -> Trace:
-    return trace if seconds is None else trace.model_copy(update={"duration_s": seconds, "num_requests": None})
-
-
-def _show(rows: list[dict[str, Any]]) -> None:
-    table = Table("trace", "metric", "measured", "simulated", "ratio", "within 15 %")
-    for row in rows:
-        values = (row["measured"], row["simulated"], row["ratio"])
-        verdict = {True: "yes", False: "no", None: "-"}[row["within_15_percent"]]
-        table.add_row(row["trace"], row["metric"], *("-" if v is None else f"{v:.4g}" for v in values), verdict)
-    Console().print(table)

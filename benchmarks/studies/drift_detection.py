@@ -1,13 +1,12 @@
 """How soon the drift detectors see a change, and how often one that is not there.
 
-    python -m benchmarks.studies.drift_detection --json
-    python -m benchmarks.studies.drift_detection --set hddm_confidence=0.001 --set adwin_delta=0.01
+    mace bench drift-detection --json
+    mace bench drift-detection --set hddm_confidence=0.001 --set adwin_delta=0.01
 
 Synthetic margins through the real global stream (`alignment.drift.streams.ScoreStreams`), without the level window.
 False detections are those of stationary pairs; the delay is counted from the first pair of the change.
 """
 
-import json
 import math
 import statistics
 from collections.abc import Callable, Iterator
@@ -15,10 +14,10 @@ from typing import Annotated, Any
 
 import numpy as np
 import typer
-from rich.console import Console
 from rich.table import Table
 
 from alignment.drift.streams import GLOBAL, ScoredPair, ScoreStreams, Sensitivity
+from benchmarks.harness.report import AsJson, Out, show
 
 _Margins = Callable[[np.random.Generator, int], np.ndarray]
 _STATIONARY_RUN = 5_000
@@ -69,14 +68,15 @@ CHANGES = {
 
 
 def main(
-    as_json: Annotated[bool, typer.Option("--json", help="JSON instead of a table")] = False,
+    as_json: AsJson = False,
     seeds: Annotated[int, typer.Option(min=1, help="Changes of each kind")] = 20,
     stationary: Annotated[int, typer.Option(min=0, help="Stationary pairs of each stream")] = 100_000,
     settings: Annotated[
         list[str] | None, typer.Option("--set", help="A field of `Sensitivity` as name=value, may be repeated")
     ] = None,
+    out: Out = None,
 ) -> None:
-    """Measure all streams with one sensitivity of the detectors."""
+    """How soon the drift detectors see a change, and how often one that is not there."""
     sensitivity = Sensitivity(
         **{name: float(value) for name, value in (one.split("=", 1) for one in settings or ())}
     )
@@ -87,14 +87,11 @@ def main(
             "false_detections_per_100000": _false_detections(sensitivity, margins, stationary),
             **{change: _delays(sensitivity, margins, change, seeds) for change in CHANGES},
         }
-    if as_json:
-        typer.echo(json.dumps(rows, indent=2))
-    else:
-        Console(width=150).print(_table(rows))
+    show(rows, [_table(rows)], as_json, out)
 
 
 def _false_detections(sensitivity: Sensitivity, margins: _Margins, stationary: int) -> float:
-    """In runs of `_STATIONARY_RUN`, each a stream of its own."""
+    """Count detections in runs of `_STATIONARY_RUN` pairs, each a stream of its own."""
     runs = math.ceil(stationary / _STATIONARY_RUN)
     found = sum(
         len(list(_detections(sensitivity, margins(np.random.default_rng(seed), _STATIONARY_RUN))))
@@ -144,7 +141,3 @@ def _table(rows: dict[str, dict[str, Any]]) -> Table:
 def _cell(delays: dict[str, Any]) -> str:
     missed = f", {delays['missed']} missed" if delays["missed"] else ""
     return "missed" if delays["median"] is None else f"{delays['median']:g}, {delays['max']}{missed}"
-
-
-if __name__ == "__main__":
-    typer.run(main)

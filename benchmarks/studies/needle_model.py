@@ -1,6 +1,6 @@
 """A tiny model that finds needles: the positive case for measuring what KV pruning costs.
 
-    python -m benchmarks.studies.needle_model --state-dir state
+    mace bench needle-model --state-dir state
 
 The built-in model cannot look things up in its context, so on it the recall tasks of `mace profile pruning` say
 nothing. This one is trained on the same kind of text (other seeds) to answer from the context and from nothing else.
@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from benchmarks.harness.report import StateDir, note
 from core.files import atomic_directory
 from engine.pruning.tasks import RecallKind, all_words, make_recall
 
@@ -35,10 +36,7 @@ _UNKNOWN, _END = "<unk>", "<end>"
 _MAX_POSITIONS = 2048
 _REPORT_STEPS = 100
 _ANSWER_WEIGHT, _TEXT_WEIGHT = 3.0, 0.1
-"""Of predicting an answer's word, and any other token."""
-
-Progress = Callable[[int, float, float], None]
-"""Called now and then with finished steps, loss, and the share of right answers in the last batch that asked."""
+"""Weights of predicting an answer's word, and any other token."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,16 +64,14 @@ class NeedleRecipe:
 
 
 @dataclass(slots=True)
-class _Row:
+class TokenRow:
     """Tokens and the weight of predicting each."""
 
     ids: list[int]
     weights: list[float]
 
 
-def ensure_needle_model(
-    state_dir: Path, seed: int = 0, recipe: NeedleRecipe | None = None, on_progress: Progress | None = None
-) -> Path:
+def ensure_needle_model(state_dir: Path, seed: int = 0, recipe: NeedleRecipe | None = None) -> Path:
     """The model's directory; trained first where it is missing."""
     recipe = recipe or NeedleRecipe()
     target = state_dir / "models" / f"needle-v{RECIPE_VERSION}-{_fingerprint(recipe)}-seed{seed}"
@@ -83,16 +79,14 @@ def ensure_needle_model(
         return target
     target.parent.mkdir(parents=True, exist_ok=True)
     with atomic_directory(target) as staging:
-        tokenizer = _train_tokenizer()
-        model = train_needle_model(tokenizer, recipe, seed, on_progress)
+        tokenizer = train_tokenizer()
+        model = train_needle_model(tokenizer, recipe, seed)
         model.save_pretrained(staging)
         tokenizer.save_pretrained(staging)
     return target
 
 
-def train_needle_model(
-    tokenizer: Any, recipe: NeedleRecipe, seed: int, on_progress: Progress | None = None
-) -> Any:
+def train_needle_model(tokenizer: Any, recipe: NeedleRecipe, seed: int) -> Any:
     """Train from scratch on one thread. Leaves torch's thread count as it was."""
     import torch
 
@@ -101,12 +95,12 @@ def train_needle_model(
     try:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            return _fit(_new_model(tokenizer, recipe), tokenizer, recipe, random.Random(seed), on_progress)
+            return _fit(new_model(tokenizer, recipe), tokenizer, recipe, random.Random(seed))
     finally:
         torch.set_num_threads(num_threads)
 
 
-def _train_tokenizer() -> Any:
+def train_tokenizer() -> Any:
     """One token a word, for the words of the tasks."""
     from tokenizers import Tokenizer, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
@@ -123,7 +117,8 @@ def _train_tokenizer() -> Any:
     )
 
 
-def _new_model(tokenizer: Any, recipe: NeedleRecipe) -> Any:
+def new_model(tokenizer: Any, recipe: NeedleRecipe) -> Any:
+    """Make an untrained Llama of two layers whose first heads look back."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     config = LlamaConfig(
@@ -172,9 +167,7 @@ def _look_back(model: Any, recipe: NeedleRecipe) -> None:
             attention.k_proj.weight[rows + half, 0] = scale * torch.sin(angles)
 
 
-def _fit(
-    model: Any, tokenizer: Any, recipe: NeedleRecipe, rng: random.Random, on_progress: Progress | None
-) -> Any:
+def _fit(model: Any, tokenizer: Any, recipe: NeedleRecipe, rng: random.Random) -> Any:
     import torch
     from torch.nn import functional
 
@@ -197,8 +190,8 @@ def _fit(
         is_answer = weights > _ANSWER_WEIGHT / 2
         if is_answer.any():
             accuracy = (logits.argmax(-1) == targets)[is_answer].float().mean().item()
-        if on_progress and (step + 1) % _REPORT_STEPS == 0:
-            on_progress(step + 1, loss.item(), accuracy)
+        if (step + 1) % _REPORT_STEPS == 0:
+            note(f"step {step + 1}: loss {loss.item():.3f}, {accuracy:.0%} right")
     return model.eval()
 
 
@@ -213,36 +206,39 @@ def _encode(tokenizer: Any, text: str) -> list[int]:
 
 def _draw_rows(
     step: int, vocab_size: int, encode: Callable[[str], list[int]], recipe: NeedleRecipe, rng: random.Random
-) -> list[_Row]:
+) -> list[TokenRow]:
     first = int(recipe.repeats_first * recipe.steps)
     growth = min(1.0, max(0, step - first) / (recipe.growth_share * (recipe.steps - first)))
     is_repeat = step < first or rng.random() < recipe.repeats_later
     longest = recipe.shortest_tokens + growth * (MAX_CONTEXT_TOKENS - recipe.shortest_tokens)
     length = rng.randint(40, 96) if step < first else int(longest * rng.uniform(0.4, 1))
     if is_repeat:
-        return [_repeat(length, vocab_size, rng) for _ in range(max(3, recipe.tokens_per_step // length))]
+        return [repeated_row(length, vocab_size, rng) for _ in range(max(3, recipe.tokens_per_step // length))]
     count = max(3, recipe.tokens_per_step // (length + 10 * recipe.questions))
-    return [_recall(length, encode, recipe, rng) for _ in range(count)]
+    return [recall_row(length, encode, recipe, rng) for _ in range(count)]
 
 
-def _repeat(length: int, vocab_size: int, rng: random.Random) -> _Row:
-    """A run of random tokens again and again, sometimes from its middle."""
+def repeated_row(length: int, vocab_size: int, rng: random.Random) -> TokenRow:
+    """Repeat a run of random tokens again and again, sometimes from its middle."""
     alphabet = rng.sample(range(2, vocab_size), rng.choice([8, 16, 32, 64, 128]))
     run = [rng.choice(alphabet) for _ in range(rng.randint(8, max(10, length // 3)))]
-    row = _Row([], [])
+    row = TokenRow([], [])
     while len(row.ids) < length:
         start = 0 if rng.random() < 0.5 else rng.randrange(len(run))
         unknowable = 3 if row.ids else len(run)
         row.weights += [0.0] * unknowable + [1.0] * (len(run) - unknowable)
         row.ids += run[start:] + run[:start]
-    return _Row(row.ids[:length], row.weights[:length])
+    return TokenRow(row.ids[:length], row.weights[:length])
 
 
-def _recall(length: int, encode: Callable[[str], list[int]], recipe: NeedleRecipe, rng: random.Random) -> _Row:
+def recall_row(
+    length: int, encode: Callable[[str], list[int]], recipe: NeedleRecipe, rng: random.Random
+) -> TokenRow:
+    """Make a context with questions about it; the answers have the weight."""
     kind: RecallKind = rng.choice(["needle", "qa"])
     recall = make_recall(kind, length, recipe.questions, _count_words, rng)
     ids = list(encode(recall.context))
-    row = _Row(ids, [_TEXT_WEIGHT] * len(ids))
+    row = TokenRow(ids, [_TEXT_WEIGHT] * len(ids))
     for question in recall.questions:
         asked = f"{question.text} {question.cue}" if rng.random() < 0.5 else question.cue
         prompt, answer = encode(asked), encode(f"{question.answer}.")
@@ -255,7 +251,7 @@ def _count_words(text: str) -> int:
     return len(re.findall(r"\w+|[^\w\s]", text))
 
 
-def _batch(rows: list[_Row], pad_id: int) -> "tuple[torch.Tensor, torch.Tensor]":
+def _batch(rows: list[TokenRow], pad_id: int) -> "tuple[torch.Tensor, torch.Tensor]":
     import torch
 
     width = max(len(row.ids) for row in rows)
@@ -272,17 +268,8 @@ def _fingerprint(recipe: NeedleRecipe) -> str:
 
 
 def main(
-    state_dir: Annotated[Path, typer.Option(help="Where models are kept")] = Path("state"),
-    seed: Annotated[int, typer.Option(help="Of weights and texts")] = 0,
+    state_dir: StateDir = Path("state"),
+    seed: Annotated[int, typer.Option(help="Seed of weights and texts")] = 0,
 ) -> None:
-    """Train the model if it is missing, and print its directory."""
-    path = ensure_needle_model(
-        state_dir,
-        seed,
-        on_progress=lambda step, loss, share: typer.echo(f"{step}: loss {loss:.3f}, right {share:.0%}", err=True),
-    )
-    typer.echo(str(path))
-
-
-if __name__ == "__main__":
-    typer.run(main)
+    """Train the model that finds needles if it is missing, and print its directory."""
+    typer.echo(str(ensure_needle_model(state_dir, seed)))

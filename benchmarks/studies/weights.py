@@ -1,6 +1,4 @@
-"""One copy of the base weights or two: what sharing costs and saves on this machine.
-
-    python -m benchmarks.studies.weights --json          the built-in model and a 0.5B-shaped one with random weights
+"""One copy of the base weights or two: what sharing costs and saves on this machine. `mace bench weights`.
 
 Each configuration starts a real engine, in the order own, shared, own, shared, so that drift of a noisy machine
 falls on both. Times are medians; memory is the worker process's.
@@ -8,23 +6,23 @@ falls on both. Times are medians; memory is the worker process's.
 
 import asyncio
 import contextlib
-import itertools
-import json
 import os
 import statistics
-import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import psutil
 import typer
 
+from benchmarks.harness.client import EnginePort, Load, Request, RequestRecord
 from benchmarks.harness.models import TITLES, ModelName, args_for, model_directories
+from benchmarks.harness.report import AsJson, Out, StateDir, note, show
 from core.config import AppArgs
 from core.types import FineTuneTask, TaskKind, TokenizedPair
-from engine.vllm.compat import configure_environment
-from engine.vllm.engine import HybridEngine
+
+if TYPE_CHECKING:
+    from engine.vllm.engine import HybridEngine
 
 _DECODE_TOKENS = 48
 _STEPS = 4
@@ -33,18 +31,17 @@ _BINDING = "VLLM_CPU_OMP_THREADS_BIND"
 
 
 def main(
-    as_json: Annotated[
-        bool, typer.Option("--json", help="No progress bar; the result is JSON either way")
-    ] = False,
-    state_dir: Annotated[Path, typer.Option(help="Where the built-in model is or will be")] = Path("state"),
+    as_json: AsJson = False,
+    state_dir: StateDir = Path("state"),
     repeats: Annotated[int, typer.Option(min=1, help="Times that each configuration is measured")] = 2,
     small_only: Annotated[bool, typer.Option(help="Only the built-in model")] = False,
+    out: Out = None,
 ) -> None:
-    """Measure decode, prefill and a DPO step with and without sharing."""
+    """Decode, prefill and a DPO step with one copy of the base weights and with two, as JSON."""
     names: list[ModelName] = ["tiny"] if small_only else ["tiny", "half-b"]
     with model_directories(names, state_dir, show_progress=not as_json) as directories:
         rows = [row for name in names for row in _measure_model(name, directories[name], repeats)]
-    typer.echo(json.dumps(rows, indent=2))
+    show(rows, (), True, out)
 
 
 def _measure_model(name: ModelName, path: Path, repeats: int) -> Iterator[dict[str, Any]]:
@@ -53,7 +50,7 @@ def _measure_model(name: ModelName, path: Path, repeats: int) -> Iterator[dict[s
         for setting, results in runs.items():
             with _own_thread_binding():
                 results.append(asyncio.run(_measure(name, path, setting)))
-            typer.echo(f"{TITLES[name]}: share_base_weights={setting} {results[-1]}", err=True)
+            note(f"{TITLES[name]}: share_base_weights={setting} {results[-1]}")
     for setting, results in runs.items():
         medians = {key: round(statistics.median(run[key] for run in results), 3) for key in results[0]}
         yield {"model": TITLES[name], "share_base_weights": setting, **medians}
@@ -71,22 +68,17 @@ def _own_thread_binding() -> Iterator[None]:
 
 
 async def _measure(name: ModelName, path: Path, setting: str) -> dict[str, float]:
-    args = AppArgs.model_validate(
-        {
-            "engine": {
-                "share_base_weights": setting,
-                "kv_cache_memory_bytes": 512 << 20,
-                "max_num_seqs": 32,
-            },
-            "model": {"max_model_len": 2048},
-        }
-    )
-    args = args_for(name, path, args)
+    from engine.vllm.compat import configure_environment
+    from engine.vllm.engine import HybridEngine
+
+    engine_section = {"share_base_weights": setting, "kv_cache_memory_bytes": 512 << 20, "max_num_seqs": 32}
+    sections = {"engine": engine_section, "model": {"max_model_len": 2048}}
+    args = args_for(name, path, AppArgs.model_validate(sections))
     configure_environment(args, path)
     engine = await HybridEngine.start(args, str(path))
     try:
         await _decode(engine, 1, "warm-up")
-        results = {
+        return {
             "decode_1_ms": 1e3 * await _decode(engine, 1, "one"),
             "decode_32_ms": 1e3 * await _decode(engine, 32, "many"),
             "prefill_1024_ms": 1e3 * await _prefill(engine),
@@ -95,32 +87,29 @@ async def _measure(name: ModelName, path: Path, setting: str) -> dict[str, float
         }
     finally:
         engine.shutdown()
-    return results
 
 
-async def _decode(engine: HybridEngine, batch: int, name: str) -> float:
+async def _decode(engine: "HybridEngine", batch: int, name: str) -> float:
     """Median seconds between tokens of `batch` requests that run together."""
-
-    async def one(number: int) -> list[float]:
-        times = [time.perf_counter() async for _ in engine.decode(range(8), f"{name}-{number}", _DECODE_TOKENS)]
-        return [after - before for before, after in itertools.pairwise(times)]
-
-    gaps = await asyncio.gather(*map(one, range(batch)))
-    return statistics.median(gap for row in gaps for gap in row)
+    requests = [Request(f"{name}-{i}", range(8), max_tokens=_DECODE_TOKENS) for i in range(batch)]
+    records = await _ask(engine, requests, batch)
+    return statistics.median(gap_s for record in records for gap_s in record.gaps_s)
 
 
-async def _prefill(engine: HybridEngine) -> float:
+async def _prefill(engine: "HybridEngine") -> float:
     """Median seconds to the first token of a prompt of 1024 tokens that no cache knows."""
-    times = []
-    for number in range(5):
-        started_s = time.perf_counter()
-        prompt = [(number * 131 + i * 7) % 500 for i in range(1024)]
-        _ = [ids async for ids in engine.decode(prompt, f"prefill-{number}", 1)]
-        times.append(time.perf_counter() - started_s)
-    return statistics.median(times)
+    prompts = ([(number * 131 + i * 7) % 500 for i in range(1024)] for number in range(5))
+    requests = [Request(f"prefill-{i}", prompt, max_tokens=1) for i, prompt in enumerate(prompts)]
+    return statistics.median(record.ttft_s or 0.0 for record in await _ask(engine, requests, 1))
 
 
-async def _train(engine: HybridEngine) -> float:
+async def _ask(engine: "HybridEngine", requests: list[Request], num_workers: int) -> list[RequestRecord]:
+    load = Load(EnginePort(engine))
+    await load.closed_loop(iter(requests), num_workers)
+    return load.records
+
+
+async def _train(engine: "HybridEngine") -> float:
     """Median device seconds of one DPO step on one pair of 2 x 64 tokens."""
     half = _PAIR_TOKENS // 2
     pair = TokenizedPair("p", tuple(range(half)), tuple(range(half)), tuple(range(1, half + 1)))
@@ -136,7 +125,3 @@ def _worker_bytes() -> int:
             if "Worker" in " ".join(child.cmdline()):
                 sizes.append(child.memory_info().rss)
     return max(sizes)
-
-
-if __name__ == "__main__":
-    typer.run(main)

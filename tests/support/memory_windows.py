@@ -4,8 +4,7 @@ import numpy as np
 
 from benchmarks.harness.results import summarize
 from benchmarks.harness.window import WindowRecord
-from benchmarks.studies.memory.counts import Counts
-from benchmarks.studies.memory.windows import WindowResult
+from benchmarks.studies.memory.windows import Counts, WindowResult
 from core.config import SloConfig
 
 EMPTY = summarize(WindowRecord(10.0), SloConfig())

@@ -1,1 +1,1 @@
-"""What prefix sharing and KV pruning gain, what they cost, and whether memory holds: `mace bench memory`."""
+"""`mace bench memory`: gains and costs of prefix sharing and KV pruning, and a soak of the memory."""

@@ -4,24 +4,21 @@ import asyncio
 import contextlib
 import itertools
 import statistics
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import psutil
 
-from benchmarks.harness.feeder import FineTuneFeeder
-from benchmarks.harness.jobs import Job
-from benchmarks.harness.models import vocab_size
-from benchmarks.harness.statistics import Trend, trend_of
-from benchmarks.studies.memory.ablation import FULL, ablated
-from benchmarks.studies.memory.counts import Counts
-from benchmarks.studies.memory.journal import Journal, fingerprint_of
-from benchmarks.studies.memory.running import TRACES, MemoryOptions, Note, job_of
+from benchmarks.harness.client import Clock, EnginePort, Load, Request, RequestRecord
+from benchmarks.harness.feeder import TaskRecord
+from benchmarks.harness.jobs import TRACES, Job, feeder_of
+from benchmarks.harness.report import note
+from benchmarks.harness.statistics import Trend, latency_summary, mean, trend_of
+from benchmarks.studies.memory.parts import FULL, Journal, MemoryOptions, ablated, job_of
 from benchmarks.studies.memory.windows import (
+    Counts,
     EnginePool,
     LiveEngine,
     WatchedEngine,
@@ -29,260 +26,186 @@ from benchmarks.studies.memory.windows import (
     system_prompts,
 )
 from core.errors import MaceError
-from simulator.statistics import Histogram
-from simulator.trace import Trace, TraceRequest
+from simulator.trace import Trace
 
 HIGH_USE = 0.95
-"""Of the KV blocks; the issue's number."""
+"""Share of the KV blocks from which the cache counts as full."""
 SYSTEM_TOKENS = 256
 """Shared prompts, so that sharing and pruning meet."""
 
 _OVERSUBSCRIBED = 1.5
 """Tokens that are wanted at any time, of those that the cache holds."""
-_POLL_S = 1.0
+POLL_S = 1.0
 _READ_EVERY = 5
 """Polls between two readings of the processes' memory."""
-_NOTE_EVERY_S = 60.0
+_NOTE_EVERY = 60
+"""Polls between two lines of progress."""
 _DRAIN_S = 120.0
 _SERIES = 240
 """Readings that the report keeps for a picture."""
 
 
 @dataclass(slots=True)
-class _Seen:
-    """What happened so far."""
+class SoakRecord:
+    """Everything seen during a soak."""
 
-    done: int = 0
-    tokens: int = 0
-    errors: list[str] = field(default_factory=list)
-    steps: int = 0
-    pairs: int = 0
-    failed_steps: list[str] = field(default_factory=list)
+    requests: list[RequestRecord] = field(default_factory=list)
+    tasks: list[TaskRecord] = field(default_factory=list)
     out_of_memory: int = 0
+    """Slices that found no memory."""
     ledger_errors: list[str] = field(default_factory=list)
-    ttft: Histogram = field(default_factory=Histogram)
-    tbt: Histogram = field(default_factory=Histogram)
     readings: list[dict[str, float]] = field(default_factory=list)
-    num_full: int = 0
-    num_polls: int = 0
+    """Time, use of the KV cache, and memory of each process."""
+    fullness: list[bool] = field(default_factory=list)
+    """For each poll, True if at least `HIGH_USE` of the KV blocks were in use."""
+    elapsed_s: float = 0.0
+    """How long the load lasted."""
+    counts: Counts = field(default_factory=Counts)
+    """Counts of the time under load."""
 
 
-async def measure_soak(
-    pool: EnginePool, model_dir: Path, options: MemoryOptions, journal: Journal, note: Note
-) -> dict[str, Any]:
+async def measure_soak(pool: EnginePool, options: MemoryOptions, journal: Journal) -> dict[str, Any]:
     """Run it; a report of built-in types. A soak that was cut off begins anew, one that ended is in the journal."""
     trace = Trace.load(TRACES / "memory-soak.yaml")
-    job = job_of(trace, ablated(trace.args, FULL), model_dir)
-    fingerprint = fingerprint_of([job.model_dump(mode="json", exclude={"model_dir"}), options.soak_minutes])
-    found: dict[str, Any] | None = journal.find("soak", fingerprint)
-    if found is None:
-        found = await _run_soak(await pool.get("soak", job), job, 60 * options.soak_minutes, note)
-        journal.add("soak", fingerprint, found)
+    job = job_of(trace, ablated(trace.args, FULL), pool.model_dir)
+
+    async def soak() -> dict[str, Any]:
+        live = await pool.get("soak", job)
+        before = await live.engine.memory_status()
+        record, num_clients = await load_engine(live, job, pool.vocabulary, 60 * options.soak_minutes)
+        status = status_between(before, await live.engine.memory_status())
+        all_free = bool(await live.engine.client.reset_prefix_cache())
+        report = summarize_soak(record, status, all_blocks_free=all_free)
+        return {**report, "trace": job.trace.model_dump(mode="json"), "requests_at_once": num_clients}
+
+    settings = [job.model_dump(mode="json", exclude={"model_dir"}), options.soak_minutes]
+    found: dict[str, Any] = await journal.once("soak", settings, soak)
     return found
 
 
-async def _run_soak(live: LiveEngine, job: Job, seconds: float, note: Note) -> dict[str, Any]:
-    soak = _Soak(live, job, note)
-    before = await live.engine.memory_status()
-    elapsed_s = await soak.run(seconds)
-    status = status_between(before, await live.engine.memory_status())
-    all_free = bool(await live.engine.client.reset_prefix_cache())
-    return summarize_soak(soak.seen, elapsed_s, soak.counts.model_dump(), status, all_blocks_free=all_free) | {
-        "trace": job.trace.model_dump(mode="json"),
-        "requests_at_once": soak.num_clients,
-    }
+async def load_engine(live: LiveEngine, job: Job, vocabulary: int, seconds: float) -> tuple[SoakRecord, int]:
+    """Keep the cache full for that long, then wait for what runs.
+
+    Returns:
+        Everything seen, and how many requests were under way at once.
+
+    Raises:
+        MaceError: requests are still running two minutes after the last one was sent.
+    """
+    trace = job.trace
+    some = itertools.islice(trace.requests(), 200)
+    tokens_each = statistics.fmean(request.num_prompt_tokens + request.num_output_tokens for request in some)
+    num_clients = 1 + int(_OVERSUBSCRIBED * (live.engine.kv_cache_tokens or 0) / tokens_each)
+    engine = WatchedEngine(live, system_prompts(SYSTEM_TOKENS, vocabulary, trace.seed))
+    clock, feeder = Clock(), feeder_of(engine, trace, vocabulary)
+    load = Load(EnginePort(engine), clock)
+    record = SoakRecord(load.records, feeder.finished)
+    feeder.start()
+    sending = asyncio.create_task(load.closed_loop(_requests(trace, vocabulary), num_clients))
+    try:
+        await _watch(live, record, clock, seconds)
+        record.elapsed_s, record.counts = clock(), live.stats.read()
+        late = await load.drain(_DRAIN_S)
+    finally:
+        sending.cancel()
+        await load.drain(0.0)
+        await feeder.stop()
+    if late:
+        raise MaceError(f"{late} requests did not end within {_DRAIN_S:.0f} s")
+    await asyncio.sleep(POLL_S)  # aborted steps reach the worker
+    return record, num_clients
 
 
-def summarize_soak(
-    seen: _Seen, elapsed_s: float, counts: dict[str, Any], status: dict[str, Any], *, all_blocks_free: bool
-) -> dict[str, Any]:
+def _requests(trace: Trace, vocabulary: int) -> Iterator[Request]:
+    rng = np.random.default_rng(trace.seed)
+    for one in trace.requests():
+        prompt = rng.integers(0, vocabulary, one.num_prompt_tokens).tolist()
+        yield Request(one.request_id, prompt, max_tokens=one.num_output_tokens)
+
+
+async def _watch(live: LiveEngine, record: SoakRecord, clock: Clock, seconds: float) -> None:
+    live.stats.clear()
+    last_seen, _ = await live.engine.iterations(0)
+    processes = dict(engine_processes())
+    for number in itertools.count():
+        await asyncio.sleep(POLL_S)
+        last_seen, samples = await live.engine.iterations(last_seen)
+        record.out_of_memory += sum(sample.report.out_of_memory for sample in samples)
+        record.fullness.append(live.stats.kv_use >= HIGH_USE)
+        if number % _READ_EVERY == 0:
+            await _read(live, record, clock, processes)
+        if number % _NOTE_EVERY == 0:
+            last = {name: f"{value:.4g}" for name, value in record.readings[-1].items()}
+            note(f"soak: {len(record.requests)} requests, {len(record.tasks)} steps, {live.stats.read()}, {last}")
+        if clock() >= seconds:
+            return
+
+
+async def _read(live: LiveEngine, record: SoakRecord, clock: Clock, processes: dict[str, psutil.Process]) -> None:
+    reading = {"time_s": clock(), "kv_use": live.stats.kv_use}
+    for name, process in processes.items():
+        reading[f"{name}_rss_bytes"] = float(process.memory_info().rss)
+    status = await live.engine.memory_status()
+    reading.update({key: float(value) for key, value in status.items() if isinstance(value, int | float)})
+    if status.get("ledger_error"):
+        record.ledger_errors.append(str(status["ledger_error"]))
+    record.readings.append(reading)
+
+
+def summarize_soak(record: SoakRecord, status: dict[str, Any], *, all_blocks_free: bool) -> dict[str, Any]:
     """Totals, trends of the memory of each process, and checks."""
-    times_s = [reading["time_s"] for reading in seen.readings]
-    names = [name for name in (seen.readings[0] if seen.readings else {}) if name.endswith("_rss_bytes")]
-    trends = {name: trend_of(times_s, [reading[name] for reading in seen.readings]) for name in names}
-    heap = [reading["heap_used_bytes"] for reading in seen.readings if "heap_used_bytes" in reading]
+    readings = record.readings
+    times_s = [reading["time_s"] for reading in readings]
+    names = [name for name in (readings[0] if readings else {}) if name.endswith("_rss_bytes")]
+    trends = {name: trend_of(times_s, [reading[name] for reading in readings]) for name in names}
+    heap = [reading["heap_used_bytes"] for reading in readings if "heap_used_bytes" in reading]
     heap_trend = trend_of(times_s, heap) if len(heap) == len(times_s) else None
-    full_share = seen.num_full / seen.num_polls if seen.num_polls else 0.0
-    every = max(1, len(seen.readings) // _SERIES)
+    errors = [f"{request.request_id}: {request.error}" for request in record.requests if request.error]
+    failed_steps = [task.error for task in record.tasks if task.error]
+    use = record.counts.kv_use_mean or 0.0
+    books = not record.ledger_errors if "ledger_error" in status else None
     checks = [
-        {"check": "requests without an error", "value": len(seen.errors), "passed": not seen.errors},
-        {"check": "steps without an error", "value": len(seen.failed_steps), "passed": not seen.failed_steps},
-        {"check": "no slice ran out of memory", "value": seen.out_of_memory, "passed": not seen.out_of_memory},
-        {
-            "check": f"mean share of KV blocks in use at least {HIGH_USE:.0%}",
-            "value": counts["kv_use_mean"],
-            "passed": (counts["kv_use_mean"] or 0.0) >= HIGH_USE,
-        },
-        {
-            "check": "the ledger's books balance (check_integrity)",
-            "value": seen.ledger_errors[:3],
-            "passed": not seen.ledger_errors if "ledger_error" in status else None,
-        },
-        {"check": "all KV blocks free at the end", "value": all_blocks_free, "passed": all_blocks_free},
-        *(
-            _flat_check(f"{name.removesuffix('_rss_bytes')}: resident memory is flat", trend)
-            for name, trend in trends.items()
-        ),
-        _flat_check(
+        _check("requests without an error", len(errors), not errors),
+        _check("steps without an error", len(failed_steps), not failed_steps),
+        _check("no slice ran out of memory", record.out_of_memory, not record.out_of_memory),
+        _check(f"mean share of KV blocks in use at least {HIGH_USE:.0%}", use, use >= HIGH_USE),
+        _check("the ledger's books balance (check_integrity)", record.ledger_errors[:3], books),
+        _check("all KV blocks free at the end", all_blocks_free, all_blocks_free),
+        *(_flat(f"{name.removesuffix('_rss_bytes')}: resident memory is flat", t) for name, t in trends.items()),
+        _flat(
             "worker: heap memory in use is flat (no leak; resident memory also counts the heap's holes)",
             heap_trend,
         ),
     ]
     return {
-        "elapsed_s": elapsed_s,
-        "requests": seen.done,
-        "output_tokens": seen.tokens,
-        "errors": seen.errors[:10],
-        "steps": seen.steps,
-        "failed_steps": seen.failed_steps[:10],
-        "pairs_per_s": seen.pairs / elapsed_s,
-        "counts": counts,
-        "share_of_time_full": full_share,
+        "elapsed_s": record.elapsed_s,
+        "requests": sum(request.succeeded for request in record.requests),
+        "output_tokens": sum(request.num_tokens for request in record.requests),
+        "errors": errors[:10],
+        "steps": len(record.tasks) - len(failed_steps),
+        "failed_steps": failed_steps[:10],
+        "pairs_per_s": sum(task.num_pairs for task in record.tasks if not task.error) / record.elapsed_s,
+        "counts": record.counts.model_dump(),
+        "share_of_time_full": mean(record.fullness) or 0.0,
         "status": status,
-        "ttft": seen.ttft.summary(),
-        "tbt": seen.tbt.summary(),
+        "ttft": latency_summary([request.ttft_s for request in record.requests if request.ttft_s is not None]),
+        "tbt": latency_summary([gap_s for request in record.requests for gap_s in request.gaps_s]),
         "rss": {name: None if trend is None else trend.model_dump() for name, trend in trends.items()},
         "heap_in_use": None if heap_trend is None else heap_trend.model_dump(),
-        "series": seen.readings[::every],
+        "series": readings[:: max(1, len(readings) // _SERIES)],
         "checks": checks,
     }
 
 
-def _flat_check(title: str, trend: Trend | None) -> dict[str, Any]:
+def _check(title: str, value: Any, passed: bool | None) -> dict[str, Any]:
+    return {"check": title, "value": value, "passed": passed}
+
+
+def _flat(title: str, trend: Trend | None) -> dict[str, Any]:
     """Bytes per hour, their interval and whether it contains 0; all None if there were too few readings."""
-    return {
-        "check": title,
-        "value": None if trend is None else trend.bytes_per_hour,
-        "interval": None if trend is None else [trend.low, trend.high],
-        "passed": None if trend is None else trend.is_flat,
-    }
-
-
-class _Soak:
-    """Clients that send their next request when one ends, a feeder of steps, and a watch on the processes."""
-
-    def __init__(self, live: LiveEngine, job: Job, note: Note) -> None:
-        self.seen = _Seen()
-        self._live = live
-        self._note = note
-        self._trace = job.trace
-        self._vocabulary = vocab_size(job.model_dir)
-        self._requests = self._trace.requests()
-        self._rng = np.random.default_rng(self._trace.seed)
-        engine = WatchedEngine(live, system_prompts(SYSTEM_TOKENS, self._vocabulary, self._trace.seed))
-        self._engine = engine
-        self._feeder = FineTuneFeeder(
-            engine,
-            self._trace.finetune,
-            pairs_per_step=self._trace.args.training.pairs_per_step,
-            vocab_size=self._vocabulary,
-            seed=self._trace.seed,
-        )
-        some = itertools.islice(self._trace.requests(), 200)
-        tokens_each = statistics.fmean(request.num_prompt_tokens + request.num_output_tokens for request in some)
-        self.num_clients = 1 + int(_OVERSUBSCRIBED * (live.engine.kv_cache_tokens or 0) / tokens_each)
-        self._started_s = time.perf_counter()
-        self._is_over = False
-        self.counts = Counts()
-        """Of the time under load."""
-
-    async def run(self, seconds: float) -> float:
-        """Load for that long, then wait for what runs; seconds that the load lasted.
-
-        Raises:
-            MaceError: requests are still running two minutes after the last one was sent.
-        """
-        self._feeder.start()
-        clients = [asyncio.create_task(self._client()) for _ in range(self.num_clients)]
-        try:
-            await self._watch(seconds)
-            elapsed_s = self._now_s()
-            self.counts = self._live.stats.read()
-            self._is_over = True
-            _, late = await asyncio.wait(clients, timeout=_DRAIN_S)
-        finally:
-            for client in clients:
-                client.cancel()
-            await self._feeder.stop()
-        if late:
-            raise MaceError(f"{len(late)} requests did not end within {_DRAIN_S:.0f} s")
-        await asyncio.sleep(_POLL_S)  # aborted steps reach the worker
-        return elapsed_s
-
-    def _now_s(self) -> float:
-        return time.perf_counter() - self._started_s
-
-    async def _client(self) -> None:
-        for request in self._requests:
-            if self._is_over:
-                return
-            await self._send(request)
-
-    async def _send(self, request: TraceRequest) -> None:
-        prompt = self._rng.integers(0, self._vocabulary, request.num_prompt_tokens).tolist()
-        sent_s = last_s = time.perf_counter()
-        count = 0
-        try:
-            async for ids in self._engine.decode(prompt, request.request_id, request.num_output_tokens):
-                now_s = time.perf_counter()
-                (self.seen.tbt if count else self.seen.ttft).add(now_s - (last_s if count else sent_s))
-                count, last_s = len(ids), now_s
-        except Exception as error:  # noqa: BLE001 - a failed request is a result of the soak
-            self.seen.errors.append(f"{request.request_id}: {type(error).__name__}: {error}")
-            return
-        if count < request.num_output_tokens:
-            self.seen.errors.append(f"{request.request_id}: {count} of {request.num_output_tokens} tokens")
-        self.seen.done += 1
-        self.seen.tokens += count
-
-    async def _watch(self, seconds: float) -> None:
-        after, _ = await self._engine.iterations(0)
-        processes = dict(engine_processes())
-        noted_s = 0.0
-        for number in itertools.count():
-            await asyncio.sleep(_POLL_S)
-            after = await self._poll(after)
-            if number % _READ_EVERY == 0:
-                await self._read(processes)
-            if self._now_s() - noted_s >= _NOTE_EVERY_S:
-                noted_s = self._now_s()
-                self._note(self._line())
-            if self._now_s() >= seconds:
-                return
-
-    async def _poll(self, after: int) -> int:
-        newest, samples = await self._live.engine.iterations(after)
-        seen = self.seen
-        seen.out_of_memory += sum(sample.report.out_of_memory for sample in samples)
-        seen.num_polls += 1
-        seen.num_full += self._live.stats.kv_use >= HIGH_USE
-        for task in self._feeder.finished:
-            seen.steps += task.error is None
-            seen.pairs += task.num_pairs if task.error is None else 0
-            if task.error is not None:
-                seen.failed_steps.append(task.error)
-        self._feeder.finished.clear()
-        return newest
-
-    async def _read(self, processes: dict[str, psutil.Process]) -> None:
-        reading = {"time_s": self._now_s(), "kv_use": self._live.stats.kv_use}
-        for name, process in processes.items():
-            reading[f"{name}_rss_bytes"] = float(process.memory_info().rss)
-        status = await self._live.engine.memory_status()
-        reading.update({key: float(value) for key, value in status.items() if isinstance(value, int | float)})
-        if status.get("ledger_error"):
-            self.seen.ledger_errors.append(str(status["ledger_error"]))
-        self.seen.readings.append(reading)
-
-    def _line(self) -> str:
-        counts, seen = self._live.stats.read(), self.seen
-        last = seen.readings[-1]
-        sizes = ", ".join(f"{k.removesuffix('_rss_bytes')} {v / 2**20:.0f}" for k, v in last.items() if "rss" in k)
-        return (
-            f"soak, {self._now_s() / 60:.1f} min: {seen.done} requests, {len(seen.errors)} errors, {seen.steps} steps, "
-            f"KV use {counts.kv_use_mean or 0:.1%} (now {last['kv_use']:.1%}), {counts.preemptions} preempted, "
-            f"{last.get('pruned_blocks', 0):.0f} blocks pruned, MiB: {sizes}"
-        )
+    if trend is None:
+        return {**_check(title, None, None), "interval": None}
+    return {**_check(title, trend.bytes_per_hour, trend.is_flat), "interval": [trend.low, trend.high]}
 
 
 def engine_processes() -> Iterator[tuple[str, psutil.Process]]:

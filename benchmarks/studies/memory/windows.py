@@ -7,31 +7,27 @@ engine in between would not allow; drift of a noisy machine falls on both.
 
 import asyncio
 import contextlib
-import logging
+import math
 import zlib
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import psutil
 from pydantic import BaseModel, ConfigDict
 
+from benchmarks.harness.client import EnginePort, Load, Request
 from benchmarks.harness.jobs import Job, serve
 from benchmarks.harness.models import args_for, vocab_size
 from benchmarks.harness.results import RunMetrics
-from benchmarks.studies.memory.counts import Counts, StatLog
 from core.batch import IterationSample
-from core.config import AppArgs
+from core.errors import MaceError
 from core.types import FineTuneTask, TaskResult
 
 if TYPE_CHECKING:
     from engine.vllm.engine import HybridEngine
-
-logger = logging.getLogger(__name__)
-
-_Setting = TypeVar("_Setting")
 
 NUM_SYSTEM_PROMPTS = 4
 """Requests choose among so many, by their names: a server has more than one application."""
@@ -39,33 +35,89 @@ NUM_SYSTEM_PROMPTS = 4
 _SETTLE_S = 0.3
 """After the last request: aborts reach the engine."""
 _FIRST_WARM_UP_S = 12.0
-"""On a fresh engine, which has no latency model yet."""
+"""Warm-up of a fresh engine, which has no latency model yet."""
+_TOTALS = ("pruned_blocks", "pruned_requests", "preemptions", "small_slices", "prunes", "deferrals")
+"""Keys of the engine's memory status that only grow."""
+_CAPACITY_OUTPUT_TOKENS = 64
+_CAPACITY_LIMIT_S = 120.0
+"""Limit of one try of a batch."""
 
 
-@dataclass(frozen=True, slots=True)
-class Cell:
-    """One window: what is measured, on which engine."""
+class Counts(BaseModel):
+    """Counts of vLLM about memory between two moments. Shares are in 0..1."""
 
-    part: str
-    case: str
-    """What the trace is like."""
-    setting: str
-    """Name of the engine."""
-    repeat: int
-    job: Job
-    """Its `trace.args` are the settings of the engine."""
-    system_tokens: int = 0
-    """Length of the system prompt that a request shares with others."""
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    prefix_queries: int = 0
+    """Prompt tokens of requests that began; a request that comes back after a preemption is not counted again."""
+    prefix_hits: int = 0
+    """Those of them that the prefix cache held."""
+    preemptions: int = 0
+    num_iterations: int = 0
+    kv_use_mean: float | None = None
+    """Share of the KV blocks in use, mean over iterations. Cached blocks that nobody uses are free."""
+    kv_use_max: float | None = None
+    max_running: int = 0
+    """Most requests that ran at once."""
 
     @property
-    def key(self) -> str:
-        """Unique in a report."""
-        return f"{self.part}/{self.case}/{self.setting}/{self.repeat}"
+    def hit_ratio(self) -> float | None:
+        """Share of prompt tokens that were not computed; None without a request."""
+        return self.prefix_hits / self.prefix_queries if self.prefix_queries else None
 
 
-def in_turns(settings: Sequence[_Setting], repeat: int) -> Sequence[_Setting]:
-    """The order of one repeat: who is first changes from one to the next."""
-    return settings if repeat % 2 == 0 else settings[::-1]
+class StatLog:
+    """A stat logger of vLLM (one engine) that adds up. Pass `StatLog.factory()` as one of `stat_loggers`."""
+
+    def __init__(self) -> None:
+        self.clear()
+
+    def factory(self) -> Any:
+        """Return a function of vLLM's config and the engine's number that always gives this object."""
+        return lambda _config, _engine_index=0: self
+
+    def clear(self) -> None:
+        """Forget all."""
+        self._queries = self._hits = self._preemptions = self._max_running = 0
+        self._kv_uses: list[float] = []
+
+    @property
+    def kv_use(self) -> float:
+        """Share of the KV blocks in use in the last iteration."""
+        return self._kv_uses[-1] if self._kv_uses else 0.0
+
+    def read(self) -> Counts:
+        """Counts since the last `clear`."""
+        uses = self._kv_uses
+        return Counts(
+            prefix_queries=self._queries,
+            prefix_hits=self._hits,
+            preemptions=self._preemptions,
+            num_iterations=len(uses),
+            kv_use_mean=sum(uses) / len(uses) if uses else None,
+            kv_use_max=max(uses, default=None),
+            max_running=self._max_running,
+        )
+
+    def record(self, scheduler_stats: Any, iteration_stats: Any, *_: Any, **__: Any) -> None:
+        """Called by vLLM after every iteration that has something to say."""
+        if scheduler_stats is not None:
+            prefix = scheduler_stats.prefix_cache_stats
+            self._queries += prefix.queries
+            self._hits += prefix.hits
+            self._kv_uses.append(scheduler_stats.kv_cache_usage)
+            self._max_running = max(self._max_running, scheduler_stats.num_running_reqs)
+        if iteration_stats is not None:
+            self._preemptions += iteration_stats.num_preempted_reqs
+
+    def log_engine_initialized(self) -> None:
+        """Part of vLLM's interface; nothing to say."""
+
+    def log(self) -> None:
+        """Part of vLLM's interface; nothing to say."""
+
+    def record_sleep_state(self, *_: Any) -> None:
+        """Part of vLLM's interface; the engine never sleeps here."""
 
 
 class WindowResult(BaseModel):
@@ -76,11 +128,11 @@ class WindowResult(BaseModel):
     metrics: RunMetrics
     counts: Counts
     status: dict[str, Any] = {}
-    """What the engine says about its memory; totals are differences over the window with its warm-up."""
+    """The engine's memory status; totals are differences over the window with its warm-up."""
     other_cpu_share: float = 0.0
-    """Of all cores, what processes that are not the benchmark's took: noise. 0 to 1."""
+    """Share of all cores that processes other than the benchmark's took: noise. 0 to 1."""
     all_blocks_free: bool = True
-    """Whether every KV block was free when the window and its training were over."""
+    """True if every KV block was free when the window and its training were over."""
 
 
 @dataclass(slots=True)
@@ -96,41 +148,45 @@ class EnginePool:
     """Starts an engine when it is first asked for, and keeps it."""
 
     def __init__(self, model_dir: Path) -> None:
-        self._model_dir = model_dir
-        self._vocabulary = vocab_size(model_dir)
+        self.model_dir = model_dir
+        self.vocabulary = vocab_size(model_dir)
         self._live: dict[str, LiveEngine] = {}
 
     async def get(self, setting: str, job: Job) -> LiveEngine:
-        """The engine of this setting."""
+        """Return the engine of this setting, with the options of the job."""
         if setting not in self._live:
             from engine.vllm.compat import configure_environment
             from engine.vllm.engine import HybridEngine
 
-            args = args_for(job.model, self._model_dir, job.trace.args)
-            configure_environment(args, self._model_dir)
+            args = args_for(job.model, self.model_dir, job.trace.args)
+            configure_environment(args, self.model_dir)
             stats = StatLog()
-            engine = await HybridEngine.start(args, str(self._model_dir), [stats.factory()])
+            engine = await HybridEngine.start(args, str(self.model_dir), [stats.factory()])
             self._live[setting] = LiveEngine(engine, stats)
         return self._live[setting]
 
-    async def measure(self, cell: Cell) -> WindowResult:
-        """Run the window of a cell; the prefix cache is empty when its warm-up begins."""
-        live = await self.get(cell.setting, cell.job)
-        job = cell.job
+    async def measure(self, setting: str, job: Job, system_tokens: int) -> WindowResult:
+        """Run the window of a job; the prefix cache is empty when its warm-up begins.
+
+        `system_tokens` is the length of the system prompt that a request shares with others.
+        """
+        live = await self.get(setting, job)
         if live.is_fresh:
             job = job.model_copy(update={"warm_up_s": max(job.warm_up_s, _FIRST_WARM_UP_S)})
             live.is_fresh = False
-        prompts = system_prompts(cell.system_tokens, self._vocabulary, job.trace.seed)
-        before = await live.engine.memory_status()
-        machine = CpuWatch()
-        metrics = await serve(WatchedEngine(live, prompts), job, self._vocabulary)
-        others = machine.other_share()
+        prompts = system_prompts(system_tokens, self.vocabulary, job.trace.seed)
+        before, machine = await live.engine.memory_status(), _cpu_seconds()
+        metrics = await serve(WatchedEngine(live, prompts), job, self.vocabulary)
+        total_s, other_s = (after - start for after, start in zip(_cpu_seconds(), machine, strict=True))
         counts = live.stats.read()
         status = status_between(before, await live.engine.memory_status())
         await asyncio.sleep(_SETTLE_S)
-        is_free = await live.engine.client.reset_prefix_cache()
         return WindowResult(
-            metrics=metrics, counts=counts, status=status, other_cpu_share=others, all_blocks_free=is_free
+            metrics=metrics,
+            counts=counts,
+            status=status,
+            other_cpu_share=max(0.0, other_s) / max(1e-9, total_s),
+            all_blocks_free=await live.engine.client.reset_prefix_cache(),
         )
 
     def shutdown(self) -> None:
@@ -150,37 +206,25 @@ class WatchedEngine:
     def decode(
         self, prompt_ids: Sequence[int], request_id: str, max_tokens: int, handle: Any = None, priority: int = 0
     ) -> AsyncIterator[list[int]]:
-        """As the engine does, with the first tokens replaced; at least one stays the request's own."""
+        """Decode on the engine, with the first tokens replaced; at least one stays the request's own."""
         shared = self._prompts[zlib.crc32(request_id.encode()) % len(self._prompts)] if self._prompts else ()
         shared = shared[: len(prompt_ids) - 1]
         ids = [*shared, *prompt_ids[len(shared) :]]
         return self._live.engine.decode(ids, request_id, max_tokens, handle, priority)
 
     async def run_task(self, task: FineTuneTask) -> TaskResult:
-        """As the engine does."""
+        """Run the task on the engine."""
         return await self._live.engine.run_task(task)
 
     async def iterations(self, after: int) -> tuple[int, list[IterationSample]]:
-        """As the engine does. The client asks from 0 exactly once, when the window opens."""
+        """Return the engine's samples. A window asks from 0 exactly once, when it opens."""
         if after == 0:
             self._live.stats.clear()
         return await self._live.engine.iterations(after)
 
 
-class CpuWatch:
-    """What other processes take of the machine from now on."""
-
-    def __init__(self) -> None:
-        self._begin = _cpu_seconds()
-
-    def other_share(self) -> float:
-        """Of all cores, since the start."""
-        (total_s, busy_s, own_s), begin = _cpu_seconds(), self._begin
-        return max(0.0, (busy_s - begin[1]) - (own_s - begin[2])) / max(1e-9, total_s - begin[0])
-
-
-def _cpu_seconds() -> tuple[float, float, float]:
-    """Of all cores since the machine began: in all, not idle; and of this process with its children."""
+def _cpu_seconds() -> tuple[float, float]:
+    """Seconds of all cores since the machine began: in all, and busy with neither this process nor its children."""
     machine = psutil.cpu_times()
     total_s = sum(machine[:8])  # the rest of the fields is counted in these
     own_s = 0.0
@@ -189,28 +233,73 @@ def _cpu_seconds() -> tuple[float, float, float]:
         with contextlib.suppress(psutil.Error):
             times = process.cpu_times()
             own_s += times.user + times.system
-    return total_s, total_s - machine.idle - machine.iowait, own_s
+    return total_s, total_s - machine.idle - machine.iowait - own_s
 
 
 def system_prompts(num_tokens: int, vocabulary: int, seed: int) -> list[list[int]]:
-    """`NUM_SYSTEM_PROMPTS` of that length; none if they would be empty."""
+    """Draw `NUM_SYSTEM_PROMPTS` prompts of that length; none if they would be empty."""
     if num_tokens == 0:
         return []
     rng = np.random.default_rng([seed, 2])
     return rng.integers(0, vocabulary, (NUM_SYSTEM_PROMPTS, num_tokens)).tolist()
 
 
-TOTALS = ("pruned_blocks", "pruned_requests", "preemptions", "small_slices", "prunes", "deferrals")
-"""Keys of the status that only grow."""
-
-
 def status_between(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, Any]:
-    """The later status, with what only grows as the growth."""
-    grown = {key: after[key] - before.get(key, 0) for key in TOTALS if after.get(key) is not None}
-    return {**after, **grown}
+    """Return the later status, with what only grows as the growth."""
+    return {**after, **{k: after[k] - before.get(k, 0) for k in _TOTALS if after.get(k) is not None}}
 
 
-def with_engine_kwargs(args: AppArgs, **kwargs: Any) -> AppArgs:
-    """The settings with these of vLLM's options on top."""
-    merged = {**args.engine.engine_kwargs, **kwargs}
-    return args.model_copy(update={"engine": args.engine.model_copy(update={"engine_kwargs": merged})})
+async def largest_that_fits(
+    guess: int, most: int, fits: Callable[[int], Awaitable[bool]]
+) -> tuple[int, list[int]]:
+    """Find the largest number from 0 to `most` that fits, if whatever is smaller fits too; and what was tried.
+
+    Args:
+        guess: tried first; the search goes from there.
+        most: not tried above this.
+        fits: asked for one number at a time.
+    """
+    low, high, tried = 0, most + 1, []
+    number = min(max(1, guess), most)
+    while low + 1 < high:
+        tried.append(number)
+        low, high = (number, high) if await fits(number) else (low, number)
+        number = (low + high) // 2
+    return low, tried
+
+
+async def measure_capacity(
+    live: LiveEngine, context_tokens: int, fraction: float, vocabulary: int
+) -> dict[str, Any]:
+    """Search for the largest batch that runs with nobody waiting and nobody preempted, on an idle engine.
+
+    Args:
+        live: the engine.
+        context_tokens: of each request at its end, prompt and answer together.
+        fraction: of the blocks that the engine may drop; where the search begins follows from it.
+        vocabulary: prompts are random ids below this.
+
+    Returns:
+        `context_tokens`, `batch`, `tried`, and `fit_without_pruning` by arithmetic: blocks of the pool over blocks
+        of a request.
+    """
+    config = live.engine.client.vllm_config
+    plain = (config.cache_config.num_gpu_blocks - 1) // math.ceil(context_tokens / config.cache_config.block_size)
+    rng = np.random.default_rng(context_tokens)
+
+    async def fits(batch: int) -> bool:
+        prompts = rng.integers(0, vocabulary, (batch, context_tokens - _CAPACITY_OUTPUT_TOKENS)).tolist()
+        live.stats.clear()
+        load = Load(EnginePort(live.engine))
+        for number, prompt in enumerate(prompts):
+            load.send(Request(f"capacity-{batch}-{number}", prompt, max_tokens=_CAPACITY_OUTPUT_TOKENS))
+        await load.drain(_CAPACITY_LIMIT_S)
+        if errors := [record.error for record in load.records if record.error]:
+            raise MaceError(f"a batch of {batch} failed: {errors[0]}")
+        counts = live.stats.read()
+        return counts.preemptions == 0 and counts.max_running == batch
+
+    most = min(config.scheduler_config.max_num_seqs, 4 * plain)
+    batch, tried = await largest_that_fits(int(plain / (1 - fraction)), most, fits)
+    await live.engine.client.reset_prefix_cache()
+    return {"context_tokens": context_tokens, "batch": batch, "fit_without_pruning": plain, "tried": tried}

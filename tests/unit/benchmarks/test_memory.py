@@ -4,16 +4,20 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-import typer
 from typer.testing import CliRunner
 
+from benchmarks.cli import bench
 from benchmarks.harness.statistics import ratio_of, trend_of
-from benchmarks.studies.memory import command, prefix
-from benchmarks.studies.memory.capacity import largest_that_fits
-from benchmarks.studies.memory.counts import Counts, StatLog
-from benchmarks.studies.memory.journal import Journal
-from benchmarks.studies.memory.running import MemoryOptions, load_trace, run_cells
-from benchmarks.studies.memory.windows import WatchedEngine, status_between, system_prompts
+from benchmarks.studies.memory import command
+from benchmarks.studies.memory.parts import Journal, MemoryOptions, load_trace, pruning_part
+from benchmarks.studies.memory.windows import (
+    Counts,
+    StatLog,
+    WatchedEngine,
+    largest_that_fits,
+    status_between,
+    system_prompts,
+)
 from core.errors import ConfigError
 from tests.support.memory_windows import grow, window
 from tests.support.timed_engine import FakeEngine
@@ -157,30 +161,41 @@ def test_the_largest_batch_is_found_from_any_guess(limit, guess):
 
 
 def test_windows_in_the_journal_are_not_measured_again(tmp_path):
-    cells = prefix.plan_cells(load_trace("prefix", MemoryOptions()), MODEL, 1)[:3]
+    part = pruning_part(load_trace("pressure", MemoryOptions()))
     measured = []
 
-    async def measure(cell):
-        measured.append(cell.key)
-        if len(measured) == 3:
-            raise ConfigError("cut off")
-        return window(pairs_per_s=float(len(measured)))
+    class Pool:
+        model_dir = MODEL
 
-    path = tmp_path / "journal.jsonl"
+        async def measure(self, setting, job, system_tokens):
+            measured.append(setting)
+            if len(measured) == 3:
+                raise ConfigError("cut off")
+            return window(pairs_per_s=float(len(measured)))
+
+    path, options = tmp_path / "journal.jsonl", MemoryOptions(repeats=1)
     with pytest.raises(ConfigError, match="cut off"):
-        asyncio.run(run_cells(cells, measure, Journal(path), lambda _: None))
-    done = asyncio.run(run_cells(cells, measure, Journal(path), lambda _: None))
-    assert measured == [cells[0].key, cells[1].key, cells[2].key, cells[2].key]
-    assert [result.metrics.pairs_per_s for _, result in done] == [1.0, 2.0, 4.0]
+        asyncio.run(part.measure(Pool(), options, Journal(path)))
+    done = asyncio.run(part.measure(Pool(), options, Journal(path)))
+    names = [setting.name for setting in part.settings]
+    assert measured == [*names[:3], *names[2:]]
+    assert [result.metrics.pairs_per_s for _, result in done] == [1.0, 2.0, 4.0, 5.0]
 
 
 def test_a_window_under_other_settings_is_measured_again(tmp_path):
-    journal = Journal(tmp_path / "journal.jsonl")
-    journal.add("a", "before", 1)
-    again = Journal(tmp_path / "journal.jsonl")
-    assert again.find("a", "before") == 1
-    assert again.find("a", "after") is None
-    assert again.find("b", "before") is None
+    results = iter((1, 2, 3))
+
+    async def measure():
+        return next(results)
+
+    async def ask():
+        first = await Journal(tmp_path / "journal.jsonl").once("a", "before", measure)
+        again = Journal(tmp_path / "journal.jsonl")
+        return first, [
+            await again.once(*what, measure) for what in (("a", "before"), ("a", "after"), ("b", "before"))
+        ]
+
+    assert asyncio.run(ask()) == (1, [1, 2, 3])
 
 
 @pytest.mark.parametrize("text", ["{", '{"key": "a"}\n', "[]\n"])
@@ -196,10 +211,8 @@ def test_a_file_that_is_no_journal_is_refused(tmp_path, text):
 
 def test_a_pruning_report_that_cannot_be_read_is_refused_before_anything_is_measured(tmp_path, monkeypatch):
     report = tmp_path / "report.json"
-    report.write_text("[]")
+    report.write_text("{")
     monkeypatch.setattr(command, "model_directories", lambda *_, **__: pytest.fail("began to measure"))
-    app = typer.Typer()
-    app.command()(command.main)
-    result = CliRunner().invoke(app, ["--pruning-report", str(report)])
+    result = CliRunner().invoke(bench, ["memory", "--pruning-report", str(report)])
     assert result.exit_code == 1
     assert f"pruning report {report} is damaged" in result.output

@@ -47,9 +47,9 @@ def test_another_recipe_has_a_directory_of_its_own(directory, tmp_path):
 
 
 def test_heads_of_the_first_layer_start_looking_back():
-    tokenizer = needle_model._train_tokenizer()
+    tokenizer = needle_model.train_tokenizer()
     torch.manual_seed(0)
-    model = needle_model._new_model(tokenizer, NeedleRecipe()).eval()
+    model = needle_model.new_model(tokenizer, NeedleRecipe()).eval()
     model.set_attn_implementation("eager")
     ids = torch.randint(2, len(tokenizer), (4, 60))
     with torch.inference_mode():
@@ -61,7 +61,7 @@ def test_heads_of_the_first_layer_start_looking_back():
 
 def test_a_repeat_is_only_asked_for_what_looking_back_tells():
     for seed in range(30):
-        row = needle_model._repeat(90, 199, random.Random(seed))
+        row = needle_model.repeated_row(90, 199, random.Random(seed))
         assert len(row.ids) == len(row.weights) == 90
         pairs = list(zip(row.ids, row.ids[1:], strict=False))
         new = [
@@ -75,7 +75,7 @@ def test_a_repeat_is_only_asked_for_what_looking_back_tells():
 
 def test_answers_have_the_weight():
     encode = lambda text: needle_model.re.findall(r"\w+|[^\w\s]", text)  # noqa: E731
-    row = needle_model._recall(150, encode, NeedleRecipe(), random.Random(4))
+    row = needle_model.recall_row(150, encode, NeedleRecipe(), random.Random(4))
     heavy = [token for token, weight in zip(row.ids, row.weights, strict=True) if weight > 1]
     assert 6 <= len(heavy) <= 8
     context = " ".join(row.ids[: row.ids.index("?")])

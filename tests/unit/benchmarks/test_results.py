@@ -2,7 +2,7 @@ import pytest
 
 from benchmarks.harness.client import RequestRecord
 from benchmarks.harness.feeder import TaskRecord
-from benchmarks.harness.results import medians, meets_slo, summarize
+from benchmarks.harness.results import meets_slo, summarize, summary_row
 from benchmarks.harness.statistics import percentile
 from benchmarks.harness.window import IterationLog, WindowRecord
 from core.batch import ForwardShape, IterationSample, Plan
@@ -135,6 +135,6 @@ def test_medians_leave_out_repeats_without_a_value():
         summarize(WindowRecord(10.0, records), SLO)
         for records in ([request(ttft_s=0.2)], [request(ttft_s=0.6)], [])
     ]
-    found = medians(runs)
+    found = summary_row(runs)
     assert found["ttft_p50_s"] == pytest.approx(0.4)
     assert found["num_requests"] == 1

@@ -2,11 +2,11 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.harness.jobs import Job, JobResult, MeasurementError, run_job, warm_up_requests
+from benchmarks.harness.jobs import TRACES, Job, JobResult, MeasurementError, run_job, warm_up_requests
 from benchmarks.harness.results import RunMetrics, summarize
 from benchmarks.harness.window import WindowRecord
-from benchmarks.studies.agreement import TRACES, compare_numbers
-from benchmarks.studies.slo import ALONE, SloOptions, measure_model, summarize_runs
+from benchmarks.studies.agreement import FILES, compare_numbers
+from benchmarks.studies.slo import ALONE, load_trace, measure_model, summarize_runs
 from core.config import SloConfig
 from simulator.trace import Trace
 
@@ -66,21 +66,21 @@ class Recorder:
         return JobResult(metrics=metrics(pairs_per_s=10.0, forward_share=0.4), threads="1")
 
 
-def measured(**options):
+def measured(*, repeats=1, busy_share=0.4, **options):
     recorder = Recorder()
-    report = measure_model("tiny", Path("model"), SloOptions(**options), recorder, lambda _: None)
-    return recorder.jobs, report
+    trace = load_trace("tiny", 30, **options)
+    return recorder.jobs, measure_model("tiny", Path("model"), trace, repeats, busy_share, recorder)
 
 
 def test_every_policy_gets_the_same_trace_targets_and_settings():
-    jobs, report = measured(seconds=30, repeats=2, ttft_s=2.0)
+    jobs, report = measured(repeats=2, slo={"ttft_s": 2.0})
     calibrate, *served = jobs
     assert calibrate.kind == "calibrate"
     assert len(served) == 2 * 5
     schedulers = [job.trace.args.scheduler for job in served]
     assert [s.policy for s in schedulers[1:5]] == ["inference_only", "mace", "periodic", "continuous"]
-    nothing = {"scheduler": None, "experiments": None}
-    without = [j.trace.model_copy(update={"args": j.trace.args.model_copy(update=nothing)}) for j in served]
+    decided = {"scheduler": None, "experiments": None}
+    without = [j.trace.model_copy(update={"args": j.trace.args.model_copy(update=decided)}) for j in served]
     assert all(trace == without[0] for trace in without)
     assert without[0].arrivals.rate_per_s == 5.0
     assert without[0].args.slo.ttft_s == 2.0
@@ -88,7 +88,7 @@ def test_every_policy_gets_the_same_trace_targets_and_settings():
 
 
 def test_blocking_policies_are_asked_for_what_mace_has_to_reach():
-    jobs, _ = measured(seconds=30, repeats=1)
+    jobs, _ = measured()
     by_policy = {job.trace.args.scheduler.policy: job.trace.args.experiments for job in jobs[2:]}
     goal_pairs_per_s = 0.85 * 10.0 * 0.6
     for policy in ("periodic", "continuous"):
@@ -96,7 +96,7 @@ def test_blocking_policies_are_asked_for_what_mace_has_to_reach():
 
 
 def test_training_alone_has_no_requests_and_serving_alone_no_training():
-    jobs, _ = measured(seconds=30, repeats=1, rate_per_s=3.0)
+    jobs, _ = measured(rate_per_s=3.0, busy_share=None)
     profile, alone, serving, *others = jobs
     assert profile.kind == "profile"
     assert (alone.with_requests, alone.with_training) == (False, True)
@@ -105,20 +105,20 @@ def test_training_alone_has_no_requests_and_serving_alone_no_training():
 
 
 def test_a_given_rate_and_profile_need_no_preparation():
-    jobs, _ = measured(seconds=30, repeats=1, rate_per_s=3.0, profile=Path("p.json"))
+    jobs, _ = measured(rate_per_s=3.0, busy_share=None, profile=Path("p.json"))
     assert {job.kind for job in jobs} == {"serve"}
     assert {job.trace.args.profile.path for job in jobs} == {Path("p.json")}
 
 
 def test_a_run_that_fails_says_why(tmp_path):
-    trace = Trace.load(TRACES[0])
+    trace = Trace.load(FILES[0])
     job = Job(model="tiny", model_dir=tmp_path / "missing", trace=trace, window_s=1.0)
     with pytest.raises(MeasurementError, match=r"exit code 1(.|\n)*config.json"):
         run_job(job)
 
 
 def test_warm_up_requests_are_of_the_trace_but_not_in_it():
-    trace = Trace.load(TRACES[0])
+    trace = Trace.load(FILES[0])
     warm_up = warm_up_requests(trace, 5.0)
     assert all(request.arrival_s < 5.0 for request in warm_up)
     assert len(warm_up) > 10
@@ -133,7 +133,7 @@ def test_agreement_is_within_fifteen_percent_of_the_measured_value(real, virtual
     assert row["within_15_percent"] is within
 
 
-@pytest.mark.parametrize("path", sorted((Path(TRACES[0]).parent).glob("*.yaml")), ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", sorted((TRACES).glob("*.yaml")), ids=lambda path: path.stem)
 def test_committed_traces_are_sound(path):
     first = next(iter(Trace.load(path).requests()))
     assert first.num_prompt_tokens > 0

@@ -2,7 +2,8 @@
 
 import pytest
 
-from benchmarks.studies.publish_traffic import CostOptions, Run, Served, draw_arrivals, summarize
+from benchmarks.harness.client import RequestRecord
+from benchmarks.studies.publish import CostOptions, Run, Served, draw_arrivals, summarize
 
 OPTIONS = CostOptions(num_systems=3, system_tokens=64, question_tokens=8, before=20, after=4)
 
@@ -10,7 +11,11 @@ OPTIONS = CostOptions(num_systems=3, system_tokens=64, question_tokens=8, before
 def served(arrivals, published_s, cached=0, ttft_s=0.1):
     """All requests sent when due, those before the publish with everything cached."""
     return [
-        Served(a, None, a.due_s, a.due_s + ttft_s, cached if a.due_s >= published_s else len(a.prompt_ids) - 1)
+        Served(
+            a,
+            RequestRecord(a.request_id, a.arrival_s, a.arrival_s, a.arrival_s + ttft_s),
+            cached if a.arrival_s >= published_s else len(a.prompt) - 1,
+        )
         for a in arrivals
     ]
 
@@ -18,7 +23,7 @@ def served(arrivals, published_s, cached=0, ttft_s=0.1):
 @pytest.fixture
 def run():
     arrivals = draw_arrivals(OPTIONS, 100, seed=1)
-    began_s = arrivals[OPTIONS.before - 1].due_s
+    began_s = arrivals[OPTIONS.before - 1].arrival_s
     ended_s = began_s + 0.5
     return Run("cold", OPTIONS, served(arrivals, ended_s), began_s, ended_s)
 
@@ -27,11 +32,11 @@ def test_a_seed_is_one_traffic_and_seeds_share_their_system_prompts():
     one, again, other = (draw_arrivals(OPTIONS, 100, seed) for seed in (1, 1, 2))
     assert one == again
     assert one != other
-    heads = [{tuple(a.prompt_ids[:64]) for a in arrivals} for arrivals in (one, other)]
+    heads = [{tuple(a.prompt[:64]) for a in arrivals} for arrivals in (one, other)]
     assert heads[0] == heads[1]
     assert len(heads[0]) == 3
-    assert len({tuple(a.prompt_ids) for a in one}) == len(one)
-    assert [a.due_s for a in one] == sorted(a.due_s for a in one)
+    assert len({tuple(a.prompt) for a in one}) == len(one)
+    assert [a.arrival_s for a in one] == sorted(a.arrival_s for a in one)
 
 
 def test_the_first_requests_are_those_of_the_live_name_sent_after_the_publish(run):

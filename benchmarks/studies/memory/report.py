@@ -1,8 +1,12 @@
-"""The picture of a report: gains by overlap, batches by pruning, ablations, and the soak's memory."""
+"""A report of `mace bench memory` as tables and as a picture."""
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rich.table import Table
+
+from benchmarks.harness.report import SERVED, Column, checks_table, digits, interval_of, ms, percent, table_of
 from core.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -12,6 +16,87 @@ _SIZE_IN = (13, 9)
 _DPI = 100
 _BLUE, _ORANGE, _GREEN, _GREY, _SKY = "#0072B2", "#D55E00", "#009E73", "#777777", "#56B4E9"
 """Okabe and Ito: apart for the colour-blind too."""
+
+_KEYS: tuple[Column, ...] = (
+    ("overlap", "overlap", "{:.0%}".format),
+    ("sharing", "sharing", str),
+    ("fraction", "fraction", "{:.0%}".format),
+    ("load", "load", "{:g}".format),
+    ("setting", "setting", str),
+)
+_FORWARD: Column = ("forward", "forward_share", percent)
+_ROWS: tuple[Column, ...] = (
+    *_KEYS,
+    *SERVED,
+    _FORWARD,
+    ("hit ratio", "hit_ratio", percent),
+    ("KV use", "kv_use_mean", percent),
+    ("preempted", "preemptions", str),
+    ("blocks freed", "pruned_blocks", digits(0)),
+    ("requests pruned", "pruned_requests", digits(0)),
+    ("errors", "num_errors", str),
+)
+_RATIOS: tuple[Column, ...] = (
+    *_KEYS,
+    ("attainment lost, points", "attainment_gain", interval_of("middle", 1, 100)),
+    *((heading, key, interval_of("ratio")) for heading, key, _ in (*SERVED[1:], _FORWARD)),
+    ("windows", "pairs_per_s", lambda ratio: str(ratio["num_pairs"])),
+)
+_PARTS = {
+    "prefix": ("Prefix sharing", "on_over_off", "on / off"),
+    "pruning": ("KV pruning under memory pressure", "over_no_pruning", "over no pruning"),
+    "ablation": ("Ablations under memory pressure", "over_full", "without / with all"),
+}
+"""Title, key of the ratios and what they compare."""
+
+
+def tables(report: dict[str, Any]) -> Iterator[Table]:
+    """Everything that the report holds, for the terminal."""
+    for part, (title, ratios, compared) in _PARTS.items():
+        if part in report:
+            yield table_of(title, report[part]["rows"], _ROWS)
+            yield table_of(f"{title}: {compared} (95 % interval)", report[part][ratios], _RATIOS)
+    if "pruning" in report:
+        yield from _pruning_tables(report["pruning"]["rows"])
+    if "soak" in report:
+        yield _soak_table(report["soak"])
+    for part, found in report.items():
+        if part in ("prefix", "soak") and found.get("checks"):
+            yield checks_table(part, found["checks"])
+
+
+def _pruning_tables(rows: list[dict[str, Any]]) -> Iterator[Table]:
+    """Capacity by context, and accuracy by kind of task."""
+    batches = [{**row, **{found["context_tokens"]: found["batch"] for found in row["capacity"]}} for row in rows]
+    contexts = [found["context_tokens"] for found in rows[0]["capacity"]]
+    columns = [(f"{context} tokens", context, str) for context in contexts]
+    yield table_of("Largest batch that runs at once, by context", batches, [*_KEYS, *columns])
+    if right := [
+        {**row, **{k: task["accuracy"] for k, task in row["tasks"].items()}} for row in rows if "tasks" in row
+    ]:
+        drop = ("log-prob drop, nats/token", "logprob_drop", interval_of("mean", 3))
+        kinds = [(f"{kind}: right answers", kind, percent) for kind in sorted(right[0]["tasks"])]
+        yield table_of("Accuracy after pruning", right, [*_KEYS, drop, *kinds])
+
+
+def _soak_table(part: dict[str, Any]) -> Table:
+    counts, status = part["counts"], part["status"]
+    table = Table("what", "value", title="Soak")
+    table.add_row("minutes", f"{part['elapsed_s'] / 60:.1f}")
+    table.add_row("requests, errors", f"{part['requests']}, {len(part['errors'])}")
+    table.add_row("steps, failed", f"{part['steps']}, {len(part['failed_steps'])}")
+    table.add_row("pairs/s", f"{part['pairs_per_s']:.1f}")
+    table.add_row("KV use, mean and maximum", f"{counts['kv_use_mean'] or 0:.1%}, {counts['kv_use_max'] or 0:.1%}")
+    table.add_row("share of time at 95 % or more", percent(part["share_of_time_full"]))
+    table.add_row("preemptions", str(counts["preemptions"]))
+    table.add_row("blocks pruned", str(status.get("pruned_blocks", "-")))
+    table.add_row("TBT p50, p99", ", ".join(ms(part["tbt"][key] or 0.0) for key in ("p50_s", "p99_s")))
+    for name, trend in part["rss"].items():
+        if trend is not None:
+            sizes = f"{trend['first_bytes'] / 2**20:.0f} to {trend['last_bytes'] / 2**20:.0f} MiB"
+            slope = ", ".join(f"{trend[key] / 2**20:+.1f}" for key in ("low", "high"))
+            table.add_row(f"{name.removesuffix('_rss_bytes')}, last two thirds", f"{sizes}; {slope} MiB/h")
+    return table
 
 
 def draw(report: dict[str, Any], path: Path) -> None:
@@ -45,12 +130,11 @@ def _prefix(axes: "Axes", part: dict[str, Any]) -> None:
         ("forward_share", "time in forward passes", _ORANGE),
         ("pairs_per_s", "pairs/s", _GREEN),
     )
-    rows = part["on_over_off"]
     for number, (name, title, colour) in enumerate(names):
-        known = [(100 * row["overlap"] + number - 1, row[name]) for row in rows if row[name] is not None]
+        known = [(100 * row["overlap"] + number - 1, row[name]) for row in part["on_over_off"] if row[name]]
         if not known:
             continue
-        xs, ratios = [x for x, _ in known], [ratio for _, ratio in known]
+        xs, ratios = zip(*known, strict=True)
         middles = [ratio["ratio"] for ratio in ratios]
         below = [0 if r["low"] is None else r["ratio"] - r["low"] for r in ratios]
         above = [0 if r["high"] is None else r["high"] - r["ratio"] for r in ratios]
@@ -66,14 +150,14 @@ def _prefix(axes: "Axes", part: dict[str, Any]) -> None:
 def _pruning(axes: "Axes", part: dict[str, Any]) -> None:
     """Largest batch over fraction, a group of bars for each context."""
     rows = part["rows"]
-    contexts = [found["context_tokens"] for found in rows[0]["capacity"]] if rows else []
-    width = 0.8 / max(1, len(rows))
+    contexts = [str(found["context_tokens"]) for found in rows[0]["capacity"]]
+    width = 0.8 / len(rows)
     for number, (row, colour) in enumerate(zip(rows, (_GREY, _SKY, _BLUE, _ORANGE), strict=False)):
+        places = [place + (number - (len(rows) - 1) / 2) * width for place in range(len(contexts))]
         heights = [found["batch"] for found in row["capacity"]]
-        places = [place + (number - (len(rows) - 1) / 2) * width for place in range(len(heights))]
         bars = axes.bar(places, heights, width, color=colour, label=f"{row['fraction']:.0%} dropped")
         axes.bar_label(bars, fontsize=8)
-    axes.set_xticks(range(len(contexts)), [f"{context}" for context in contexts])
+    axes.set_xticks(range(len(contexts)), contexts)
     axes.set_xlabel("context of each request, tokens")
     axes.set_ylim(0, 1.2 * axes.get_ylim()[1])
     axes.set_title("requests that run at once in the same KV cache", loc="left")
@@ -85,7 +169,7 @@ def _ablation(axes: "Axes", part: dict[str, Any]) -> None:
     rows = part["rows"]
     loads = sorted({row["load"] for row in rows})
     settings = list(dict.fromkeys(row["setting"] for row in rows))
-    width = 0.8 / max(1, len(settings))
+    width = 0.8 / len(settings)
     for number, (setting, colour) in enumerate(zip(settings, (_ORANGE, _BLUE, _GREEN, _GREY), strict=False)):
         mine = [row for row in rows if row["setting"] == setting]
         places = [loads.index(row["load"]) + (number - (len(settings) - 1) / 2) * width for row in mine]
