@@ -313,9 +313,9 @@ def test_every_iteration_is_reported_with_what_was_predicted_for_it(fresh, pairs
     assert (prefill.shape.num_prefill_tokens, prefill.shape.num_prefills) == (40, 1)
     decodes = [s for s in samples if s.shape.num_decode]
     assert [s.shape.decode_context for s in decodes] == list(range(40, 47))
-    assert all(s.forward_s > 0 and s.predicted_forward_s > 0 for s in [prefill, *decodes])
+    assert all(s.forward_s > 0 and s.plan.predicted_forward_s > 0 for s in [prefill, *decodes])
     assert sum(s.slices_s for s in samples) > 0
-    assert max(s.peak_bytes for s in samples) > 0
+    assert max(s.report.peak_bytes for s in samples) > 0
 
 
 def test_a_background_request_waits_behind_a_later_interactive_one(fresh):
@@ -355,4 +355,4 @@ def test_a_long_prompt_is_cut_so_that_running_requests_keep_their_pace(fresh):
     together = [s for s in samples if s.shape.num_decode and s.shape.num_prefill_tokens]
     assert together
     limit_s = fresh.args.slo.tbt_s * fresh.args.scheduler.slack_fraction
-    assert all(s.predicted_forward_s <= limit_s for s in together)
+    assert all(s.plan.predicted_forward_s <= limit_s for s in together)
