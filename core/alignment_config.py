@@ -46,7 +46,7 @@ class FeedbackConfig(Section):
 
 
 class DriftConfig(Section):
-    """When new preferences call for training, and for how much."""
+    """Detection of changed preferences, and the amount of training that they call for."""
 
     gone: ClassVar[dict[str, str]] = {
         "min_pairs": "is now the constant 8",
@@ -81,7 +81,7 @@ class DriftConfig(Section):
 
 
 class QualityConfig(Section):
-    """Which feedback is weighted down, and how far."""
+    """Checks that weigh doubtful feedback down."""
 
     gone: ClassVar[dict[str, str]] = {
         "near_duplicate": "is now the constant 0.9",
@@ -100,7 +100,7 @@ class QualityConfig(Section):
 
 
 class GateConfig(Section):
-    """What a candidate must not lose against the live adapter on held-out pairs."""
+    """Bounds of a candidate's losses against the live adapter on held-out pairs."""
 
     gone: ClassVar[dict[str, str]] = {
         "max_clpd_drop": "is now the constant 2",

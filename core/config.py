@@ -19,7 +19,7 @@ from core.alignment_config import (
 )
 
 Policy = Literal["mace", "inference_only", "periodic", "continuous"]
-"""When training may run."""
+"""Names of the policies that say when training may run."""
 
 TINY_ASSISTANT = "builtin:tiny-assistant"
 
@@ -31,7 +31,7 @@ KV_PRUNING_SINK_TOKENS = 32
 
 
 class ModelConfig(Section):
-    """Which model is served and under what name."""
+    """The served model and its name."""
 
     gone: ClassVar[dict[str, str]] = {"build_seed": "is now the constant 0"}
 
@@ -40,7 +40,7 @@ class ModelConfig(Section):
     model_source: str = Field(TINY_ASSISTANT, min_length=1)
     """`builtin:tiny-assistant`, a Hugging Face id, or a local directory with `config.json` and safetensors."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Of weights and activations, the trainer's too; `auto` is vLLM's choice."""
+    """Number format of weights and activations, the trainer's too; `auto` is vLLM's choice."""
     max_model_len: int | None = Field(None, ge=64)
     """Longest prompt plus answer, in tokens; one such sequence must fit into the KV cache. None: the model's own
     limit."""
@@ -72,7 +72,7 @@ class LoraConfig(Section):
     """Shape of every adapter version."""
 
     rank: int = Field(16, ge=1, le=512)
-    """Of every adapter version. Versions of another rank cannot be trained further."""
+    """Rank of every adapter version. Versions of another rank cannot be trained further."""
     alpha: float = Field(32.0, gt=0)
     """The adapter's scale is alpha / rank."""
     max_loaded: int = Field(4, ge=2)
@@ -96,7 +96,7 @@ class TrainingConfig(Section):
     enabled: bool = True
     """False: serve only; feedback is still stored."""
     beta: float = Field(0.1, gt=0)
-    """DPO's beta: how strongly a pair's margin counts against the reference."""
+    """DPO's beta, the scale of a pair's margin: a larger one keeps the adapter closer to the reference."""
     sft_weight: float = Field(1.0, ge=0)
     """Weight of the chosen responses' mean token NLL beside the DPO loss (TRL's `loss_type=["sigmoid", "sft"]`).
 
@@ -104,17 +104,17 @@ class TrainingConfig(Section):
     answers after 64 + 96 steps, 99 % with it). 0 is plain DPO.
     """
     learning_rate: float = Field(3e-4, gt=0)
-    """Of AdamW."""
+    """Step size of AdamW."""
     weight_decay: float = Field(0.0, ge=0)
-    """Of AdamW."""
+    """Decay that AdamW applies to the LoRA matrices."""
     max_grad_norm: float = Field(1.0, gt=0)
     """Gradients are clipped to this norm."""
     pairs_per_step: int = Field(8, ge=1)
     """Pairs of one optimizer step."""
     max_prompt_tokens: int = Field(512, ge=1)
-    """A longer prompt keeps its end."""
+    """Longest prompt; a longer one keeps its end."""
     max_length_tokens: int = Field(1024, ge=8)
-    """Of prompt and answer together; a longer answer loses its end."""
+    """Longest prompt and answer together; a longer answer loses its end."""
     max_slice_tokens: int = Field(1024, ge=16)
     """Tokens that one slice takes through one layer at most, which decides how many pairs go together. A longer
     pair goes alone."""
@@ -127,7 +127,7 @@ class TrainingConfig(Section):
     arena_bytes: int | None = Field(None, ge=1 << 20)
     """Memory for activations and gradients of a step. None: half of what is free on the device once it serves."""
     seed: int = 0
-    """Of a fresh adapter."""
+    """Seed of a fresh adapter."""
 
     @model_validator(mode="after")
     def _room_for_an_answer(self) -> "TrainingConfig":
@@ -146,7 +146,7 @@ class SloConfig(Section):
 
 
 class SchedulerConfig(Section):
-    """Who gets an iteration's time and memory (paper, Algorithm 1). The priorities are in `scheduler.priority`."""
+    """Shares of an iteration's time and memory (paper, Algorithm 1). The priorities are in `scheduler.priority`."""
 
     gone: ClassVar[dict[str, str]] = {
         "packing": "is now experiments.packing",
