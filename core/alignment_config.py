@@ -30,19 +30,23 @@ class FeedbackConfig(Section):
     gone: ClassVar[dict[str, str]] = {"max_items": "is now the constant 1000"}
 
     database_url: str | None = None
-    """SQLAlchemy URL; default is SQLite in WAL mode at `state_dir/feedback.db`."""
+    """SQLAlchemy URL; None is SQLite in WAL mode at `state_dir/feedback.db`. PostgreSQL needs a driver
+    (`psycopg`)."""
     max_text_chars: int = Field(32_768, ge=1)
+    """Longest prompt, answer or comment."""
     max_body_bytes: int = Field(8 << 20, ge=1024)
+    """Largest body of any request, chat too."""
     max_responses: int = Field(100_000, ge=1)
     """Responses kept so that feedback can name them by id; the oldest are dropped first."""
     holdout_fraction: float = Field(0.15, ge=0, lt=1)
-    """Share of pairs, by a stable hash, that are never trained on and serve as the gate's test set."""
+    """Share of prompts, by a stable hash, whose pairs are never trained on and serve as the gate's test set. A
+    change applies to new pairs only."""
     rating_window_s: float = Field(7 * 86_400.0, gt=0)
     """A thumb up and a thumb down on the same prompt make a pair if they came within this time of each other."""
 
 
 class DriftConfig(Section):
-    """When new preferences call for training, and for how much."""
+    """Detection of changed preferences, and the amount of training that they call for."""
 
     gone: ClassVar[dict[str, str]] = {
         "min_pairs": "is now the constant 8",
@@ -77,7 +81,7 @@ class DriftConfig(Section):
 
 
 class QualityConfig(Section):
-    """Which feedback is weighted down, and how far."""
+    """Checks that weigh doubtful feedback down."""
 
     gone: ClassVar[dict[str, str]] = {
         "near_duplicate": "is now the constant 0.9",
@@ -89,13 +93,14 @@ class QualityConfig(Section):
     }
 
     enabled: bool = True
+    """False: every pair counts fully."""
     max_user_share: float = Field(0.3, gt=0, le=1)
     """A user with a larger share of the newest 200 pairs is weighted down to this share, if there are others to compare
     with."""
 
 
 class GateConfig(Section):
-    """What a candidate must not lose against the live adapter on held-out pairs."""
+    """Bounds of a candidate's losses against the live adapter on held-out pairs."""
 
     gone: ClassVar[dict[str, str]] = {
         "max_clpd_drop": "is now the constant 2",
@@ -132,7 +137,7 @@ class VersionsConfig(Section):
     canary_min_ratings: int = Field(20, ge=1)
     """Ratings of either version before they are compared."""
     canary_min_requests: int = Field(50, ge=1)
-    """Requests of either version before they are compared."""
+    """Requests of either version before their latency is compared."""
     canary_max_s: float = Field(3600.0, gt=0)
     """After this time a canary that nothing speaks against goes live."""
     warm_prefixes: int = Field(8, ge=0)

@@ -18,6 +18,9 @@ from core.alignment_config import (
     VersionsConfig,
 )
 
+Policy = Literal["mace", "inference_only", "periodic", "continuous"]
+"""Names of the policies that say when training may run."""
+
 TINY_ASSISTANT = "builtin:tiny-assistant"
 
 KV_PRUNING_OPT_OUT = "kv_pruning"
@@ -28,40 +31,50 @@ KV_PRUNING_SINK_TOKENS = 32
 
 
 class ModelConfig(Section):
-    """Which model is served and under what name."""
+    """The served model and its name."""
 
     gone: ClassVar[dict[str, str]] = {"build_seed": "is now the constant 0"}
 
     model_id: str = Field("mace-tiny", pattern=r"^[A-Za-z0-9][A-Za-z0-9._/-]*$")
+    """Name over HTTP: letters, digits, `.`, `_`, `/` and `-`."""
     model_source: str = Field(TINY_ASSISTANT, min_length=1)
-    """`builtin:tiny-assistant`, a Hugging Face id, or a local path."""
+    """`builtin:tiny-assistant`, a Hugging Face id, or a local directory with `config.json` and safetensors."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Number format of weights and activations, the trainer's too; `auto` is vLLM's choice."""
     max_model_len: int | None = Field(None, ge=64)
+    """Longest prompt plus answer, in tokens; one such sequence must fit into the KV cache. None: the model's own
+    limit."""
 
 
 class EngineConfig(Section):
     """How the vLLM engine runs."""
 
     max_num_seqs: int = Field(64, ge=1)
+    """Requests that run together."""
     max_num_batched_tokens: int = Field(2048, ge=64)
+    """Tokens of one forward pass at most; also the largest prefill chunk."""
     kv_cache_memory_bytes: int | None = Field(None, ge=1 << 20)
     """None: vLLM's rule on GPU (`gpu_memory_utilization`); on CPU a tenth of the memory, 256 MiB to 8 GiB."""
     gpu_memory_utilization: float = Field(0.8, gt=0, lt=1)
+    """vLLM's setting of that name. Training needs part of the rest."""
     num_threads: int = Field(0, ge=0)
     """CPU threads of the worker. 0: every core that this process may use, or one if the weights are below 64 MiB."""
     share_base_weights: Literal["auto", "always", "never"] = "auto"
-    """`auto`: shared on CUDA; on CPU whichever docs/measurements/weights.md measured as better."""
+    """`auto`: on CUDA the trainer uses vLLM's weights, on CPU a copy of its own (docs/measurements/weights.md)."""
     engine_kwargs: dict[str, Any] = Field(default_factory=dict)
-    """Passed to vLLM's AsyncEngineArgs unchanged."""
+    """Passed to vLLM's `AsyncEngineArgs`; overrides what MACE sets there."""
     frontend_kwargs: dict[str, Any] = Field(default_factory=dict)
-    """Options of vLLM's OpenAI server, by their names there: `api_key`, `tool_call_parser`, `chat_template`, ..."""
+    """Options of vLLM's OpenAI server by their names there, in the types that vLLM uses inside: `api_key` is a
+    list of keys. The training prompt does not follow `chat_template` or `default_chat_template_kwargs`."""
 
 
 class LoraConfig(Section):
     """Shape of every adapter version."""
 
     rank: int = Field(16, ge=1, le=512)
+    """Rank of every adapter version. Versions of another rank cannot be trained further."""
     alpha: float = Field(32.0, gt=0)
+    """The adapter's scale is alpha / rank."""
     max_loaded: int = Field(4, ge=2)
     """Adapter versions that may be active in one batch; running requests finish on their own version."""
 
@@ -81,7 +94,9 @@ class TrainingConfig(Section):
     }
 
     enabled: bool = True
+    """False: serve only; feedback is still stored."""
     beta: float = Field(0.1, gt=0)
+    """DPO's beta, the scale of a pair's margin: a larger one keeps the adapter closer to the reference."""
     sft_weight: float = Field(1.0, ge=0)
     """Weight of the chosen responses' mean token NLL beside the DPO loss (TRL's `loss_type=["sigmoid", "sft"]`).
 
@@ -89,13 +104,20 @@ class TrainingConfig(Section):
     answers after 64 + 96 steps, 99 % with it). 0 is plain DPO.
     """
     learning_rate: float = Field(3e-4, gt=0)
+    """Step size of AdamW."""
     weight_decay: float = Field(0.0, ge=0)
+    """Decay that AdamW applies to the LoRA matrices."""
     max_grad_norm: float = Field(1.0, gt=0)
+    """Gradients are clipped to this norm."""
     pairs_per_step: int = Field(8, ge=1)
+    """Pairs of one optimizer step."""
     max_prompt_tokens: int = Field(512, ge=1)
+    """Longest prompt; a longer one keeps its end."""
     max_length_tokens: int = Field(1024, ge=8)
+    """Longest prompt and answer together; a longer answer loses its end."""
     max_slice_tokens: int = Field(1024, ge=16)
-    """Upper bound of tokens that one slice takes through one layer: sets how many pairs go together."""
+    """Tokens that one slice takes through one layer at most, which decides how many pairs go together. A longer
+    pair goes alone."""
     max_epochs: int = Field(10, ge=1)
     """A pair is trained at most this many times."""
     max_age_s: float = Field(20.0, gt=0)
@@ -105,6 +127,7 @@ class TrainingConfig(Section):
     arena_bytes: int | None = Field(None, ge=1 << 20)
     """Memory for activations and gradients of a step. None: half of what is free on the device once it serves."""
     seed: int = 0
+    """Seed of a fresh adapter."""
 
     @model_validator(mode="after")
     def _room_for_an_answer(self) -> "TrainingConfig":
@@ -117,11 +140,13 @@ class SloConfig(Section):
     """Service level objectives of inference."""
 
     ttft_s: float = Field(1.0, gt=0)
+    """Target for the time to the first token."""
     tbt_s: float = Field(0.2, gt=0)
+    """Target for the time between tokens. Slices use what the forward pass leaves of it."""
 
 
 class SchedulerConfig(Section):
-    """Who gets an iteration's time and memory (paper, Algorithm 1). The priorities are in `scheduler.priority`."""
+    """Shares of an iteration's time and memory (paper, Algorithm 1). The priorities are in `scheduler.priority`."""
 
     gone: ClassVar[dict[str, str]] = {
         "packing": "is now experiments.packing",
@@ -148,8 +173,9 @@ class SchedulerConfig(Section):
         "min_prefill_tokens": "is now the constant 32",
     }
 
-    policy: Literal["mace", "inference_only", "periodic", "continuous"] = "mace"
-    """`periodic` blocks to train after `experiments.period_requests` (Ekya-style), `continuous` after each
+    policy: Policy = "mace"
+    """`mace` trains in the slack of every iteration, `inference_only` never. Baselines: `periodic` stops inference
+    to train after `experiments.period_requests` requests (Ekya-style), `continuous` after each
     1/`experiments.retrain_rate`."""
     gamma: float = Field(1.0, ge=0)
     """Weight of the DPO loss in a fine-tune task's priority."""
@@ -242,4 +268,5 @@ class AppArgs(Section):
     gate: GateConfig = GateConfig()
     versions: VersionsConfig = VersionsConfig()
     state_dir: Path = Path("state")
-    """Feedback, adapters, optimizer state and the built-in model live here."""
+    """Feedback, adapters, optimizer state and the built-in model live here; one for each base model. A relative
+    path counts from where the server is started."""

@@ -113,9 +113,10 @@ def _docs(section: type[Section]) -> dict[str, str]:
 
 
 def _markdown(text: str) -> str:
-    """A docstring on one line of a table, with YAML's words for Python's."""
+    """A docstring on one line of a table, with YAML's words for Python's, and links to pages."""
     for python, yaml_word in (("None", "`null`"), ("True", "`true`"), ("False", "`false`")):
         text = re.sub(rf"\b{python}\b", yaml_word, text)
+    text = re.sub(r"docs/([\w/]+\.md)", r"[\1](\1)", text)
     return " ".join(text.split()).replace("|", "\\|")
 
 

@@ -63,7 +63,8 @@ class LossRise:
 
     A walk whose steps X - slack satisfy E[exp(r (X - slack))] = 1 exceeds the threshold h about every exp(r h) steps
     (Wald's identity). So r = ln(steps between false alarms) / h and the slack is ln E[exp(r X)] / r, with means over
-    the losses so far. A fixed slack is deaf on a steady loss or cries all the time on a noisy one (docs/drift.md).
+    the losses so far. A fixed slack misses changes of a steady loss or reports a noisy one all the time
+    (docs/measurements/drift_detection.md).
     """
 
     _LOG_RUN_LENGTH = 12.0

@@ -38,7 +38,7 @@ TRUSTED_WEIGHT = 0.5
 
 @dataclass(frozen=True, slots=True)
 class Sensitivity:
-    """How readily the detectors report a change (docs/drift.md has the measurements behind the defaults)."""
+    """How readily the detectors report a change. Behind the defaults stands docs/measurements/drift_detection.md."""
 
     adwin_delta: float = 0.002
     """Chance that ADWIN reports a change in a stream that has none."""

@@ -3,7 +3,7 @@
 Guarantees. `FeedbackLog.add` returns only after its transaction is on disk (SQLite: WAL with synchronous=FULL). Any
 failure of the database is a `StoreUnavailableError`. All methods may be called from several threads, and several
 processes may share one database. Every method but the counts costs about the same with a hundred pairs and with a
-million (docs/store.md).
+million (docs/measurements/feedback.md).
 """
 
 import json

@@ -6,8 +6,9 @@ and CLPD, the contrastive log-probability difference of the paper taken over who
 `log π(chosen|x) - log π(rejected|x)` in nats. A fall of either refuses the candidate if it is significant in a paired
 one-sided test (exact McNemar for accuracy, Wilcoxon's signed ranks for CLPD), or larger than the configured bound: with
 few pairs a test has no power, with many a bound would let a sure loss through. So with few pairs one lost pair refuses,
-also where CLPD rose on the whole: forgiving that let versions fall by up to 4.5 points (docs/quality.md). No correction
-for several tests: to refuse too often costs a little training, to accept too often costs users.
+also where CLPD rose on the whole: forgiving that let versions fall by up to 4.5 points
+(docs/measurements/quality.md). No correction for several tests: to refuse too often costs a little training, to accept
+too often costs users.
 
 The generation check finds a candidate that collapsed: preferences can be satisfied by a model that no longer speaks,
 that stops at once, never stops, or repeats itself. The candidate and the live adapter answer the same held-out prompts

@@ -1,6 +1,6 @@
 """The numbers of a window, from what the client saw. Times are in seconds, shares in 0..1.
 
-docs/benchmarks.md defines each of them.
+docs/measurements/latency.md defines each of them.
 """
 
 import statistics

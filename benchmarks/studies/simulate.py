@@ -15,7 +15,7 @@ from rich.table import Table
 
 from benchmarks.harness.report import Out, show, table_of
 from benchmarks.studies.agreement import run_agreement
-from core.config import SloConfig
+from core.config import Policy, SloConfig
 from core.errors import ConfigError, MaceError
 from core.model_dims import ModelDims
 from profiler.profile import Profile
@@ -24,8 +24,6 @@ from simulator.hardware import hardware_of
 from simulator.plot import write_plot
 from simulator.statistics import Result
 from simulator.trace import Trace
-
-Policy = Literal["mace", "inference_only", "periodic", "continuous"]
 
 
 def simulate(

@@ -6,7 +6,7 @@ same numbers: the answer is the same, and no central actor stands between a requ
 
 A router sees the HTTP scope and not the body: Serve keeps the body in a queue of the proxy that only one reader may
 empty, the replica. So no token ids here, and two inputs are estimates. The prompt's length is the body's length at
-`BYTES_PER_TOKEN`. The cached prefix (docs/prefix_sharing.md) is the longest of the names that the proxy gave to the
+`BYTES_PER_TOKEN`. The cached prefix (docs/concepts.md) is the longest of the names that the proxy gave to the
 text's prefixes (`deployments.routing.prefix_names`), among those that a replica reported as being in its cache
 (`deployments.routing.prefix_index`) and those sent to it since its report. Without names (no middleware, no KV events)
 it is the session's last request (header `x-session-id`, Ray Serve's), taken to be where it was sent.

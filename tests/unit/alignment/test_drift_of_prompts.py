@@ -73,7 +73,7 @@ def test_odd_prompts_are_taken(prompt):
 
 
 def test_a_pair_costs_little_with_all_streams_in_use():
-    """The bound is ten times the measured mean (0.4 ms); see docs/drift.md."""
+    """The bound is ten times the measured mean (0.4 ms); see docs/measurements/drift_detection.md."""
     tracker, rng = DriftTracker(CONFIG), np.random.default_rng(3)
     pairs = [
         scored(

@@ -1,4 +1,4 @@
-"""The needle model's parts; whether it learns is what docs/kv_pruning_accuracy.md measures."""
+"""The needle model's parts; whether it learns is what docs/measurements/kv_pruning.md measures."""
 
 import dataclasses
 import random

@@ -18,7 +18,7 @@ NUM_TESTS = 200
 LEARNING_RATE = 1e-3
 """Above the default: the taste is learnt within the course, so that its end does not depend on a step more or less."""
 SEED = int(os.environ.get("MACE_LOOP_SEED", "1"))
-"""Of users, questions and training. Other seeds are for looking (`pytest -s` prints the courses): docs/quality.md."""
+"""Of users, questions and training. To look at other seeds, run `pytest -s` (docs/measurements/quality.md)."""
 
 
 def tastes(questions: list[Question], chooser: random.Random) -> list[dict]:
