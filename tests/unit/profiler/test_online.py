@@ -1,5 +1,4 @@
 import math
-import time
 
 import pytest
 from hypothesis import given, settings
@@ -183,20 +182,3 @@ def test_predictions_are_monotone_finite_and_never_negative(profile, shapes, bas
     slice_s = model.slice_s(SliceKind.LOSS, 5)
     if slice_s is not None:
         assert 0.0 <= slice_s <= model.slice_s(SliceKind.LOSS, 6) < math.inf
-
-
-def test_it_is_fast_enough_for_every_iteration(profile):
-    device = SyntheticDevice()
-    model = OnlineLatencyModel(profile)
-    samples = device.samples(500)
-    observe_s = min(timed(lambda: [model.observe(sample) for sample in samples]) for _ in range(5)) / 500
-    shape = decode(8)
-    forward_s = min(timed(lambda: [model.forward_s(shape) for _ in range(500)]) for _ in range(5)) / 500
-    assert observe_s < 200e-6  # about 45 us with three kinds of slices on an idle core
-    assert forward_s < 10e-6
-
-
-def timed(run):
-    started_s = time.perf_counter()
-    run()
-    return time.perf_counter() - started_s
