@@ -70,7 +70,7 @@ def version(trained, tmp_path_factory, tiny_assistant):
     """What the executor publishes: the shadow adapter, committed to a registry."""
     registry = AdapterRegistry.open(tmp_path_factory.mktemp("adapters"), tiny_assistant.name)
     staging = registry.begin()
-    trained[1].save(staging, tiny_assistant.name)
+    trained[1].save_adapter(staging, tiny_assistant.name)
     return registry.commit(staging, AdapterManifest(base_model=tiny_assistant.name))
 
 
