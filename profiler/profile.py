@@ -53,10 +53,10 @@ class FrozenModel(BaseModel):
 
 
 class MeasuredFile(FrozenModel):
-    """What a command has measured, in one JSON file."""
+    """Measurements of a command, in one JSON file."""
 
     title: ClassVar[str]
-    """What error messages call the file."""
+    """Name of the file in error messages."""
     command: ClassVar[str]
     """Makes it anew."""
     schema_version: Literal[1] = 1

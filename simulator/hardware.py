@@ -21,11 +21,11 @@ class Hardware:
     """One kind of executor; all executors of a run are alike."""
 
     profile: Profile
-    """What iterations really cost."""
+    """True cost of iterations."""
     new_predictor: Callable[[], LatencyPredictor]
     """Makes the predictor that production would start from: one for each executor, because it learns."""
     limits: EngineLimits
-    """What the planner is told."""
+    """Predictions that the planner is given."""
     dims: ModelDims
     kv_tokens: int
     block_tokens: int = 1

@@ -1,4 +1,4 @@
-"""Whether the live adapter agrees with the newest preferences: fixed bounds on the scores of the newest pairs.
+"""Agreement of the live adapter with the newest preferences: fixed bounds on the scores of the newest pairs.
 
 Under one version of the adapter, every pair counts once. When another version goes live the scores are void: they
 describe the adapter before it. The pairs stay known and are scored again. The bounds are fixed, because the untrained
@@ -24,7 +24,7 @@ class Score(NamedTuple):
 
 
 class Means(NamedTuple):
-    """What the window says; means are None for an empty one."""
+    """Summary of the window; means are None for an empty one."""
 
     num_pairs: int
     """Scores in the window."""

@@ -45,7 +45,7 @@ class FeedbackPage:
 
 
 class FeedbackLog(Part):
-    """What users said, committed before they are thanked.
+    """Feedback items, committed before they are acknowledged.
 
     An id or an idempotency key is one record, whoever races for it, by a UNIQUE constraint.
     """

@@ -15,7 +15,7 @@ from core.alignment_config import VersionsConfig
 CONFIDENCE = 0.95
 """One-sided confidence of both comparisons."""
 MAX_SLO_DROP = 0.02
-"""How much lower than the live version's the share of requests within their SLO may be."""
+"""Largest allowed fall of the share of requests within their SLO, against the live version's."""
 
 
 @dataclass(frozen=True, slots=True)

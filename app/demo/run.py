@@ -109,7 +109,7 @@ Say = Callable[[str], None]
 
 @dataclass(frozen=True, slots=True)
 class DemoOptions:
-    """What to ask and how long to wait."""
+    """The demo's questions, styles and waiting times."""
 
     base_url: str
     first: Style

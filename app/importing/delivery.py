@@ -33,7 +33,7 @@ class LineRefusal:
 
 @dataclass(slots=True)
 class Delivered:
-    """What became of one batch. Everything that is not refused is committed."""
+    """Outcome of one batch. Everything that is not refused is committed."""
 
     num_accepted: int
     num_duplicates: int

@@ -28,7 +28,7 @@ _MAX_REASONS = 100
 _MAX_COLUMNS = 100
 _OTHER = "other reasons"
 _DETAIL = re.compile(r"\d+|'[^']*'")
-"""What differs between two refusals for the same reason: sizes, places, quoted names."""
+"""Matches the details in which two refusals for the same reason differ: sizes, places, quoted names."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,7 +97,7 @@ class Tally:
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> "Tally":
-        """What `to_json` gave.
+        """Read the output of `to_json`.
 
         Raises:
             TypeError, ValueError, AttributeError: it is something else.
@@ -130,7 +130,7 @@ class ProgressFile:
         self.path = _directory() / f"{digest[:32]}.json"
 
     def load(self) -> Progress | None:
-        """What an earlier run left; None if there was none, or its file is damaged."""
+        """Progress of an earlier run; None if there was none, or its file is damaged."""
         try:
             data = json.loads(self.path.read_text(encoding="utf-8"))
             return Progress(**{**data, "tally": Tally.from_json(data["tally"])})
@@ -226,7 +226,7 @@ class _Batch:
 
     lines: list[bytes] = field(default_factory=list)
     rows: list[SourceRow] = field(default_factory=list)
-    """What `lines` were made of."""
+    """The rows from which `lines` were made."""
     ids: list[str | None] = field(default_factory=list)
     formats: list[tuple[str, tuple[str, ...]]] = field(default_factory=list)
     refusals: list[Refusal] = field(default_factory=list)

@@ -1,4 +1,4 @@
-"""What an import reads from: rows with numbers, and an identity that changes when the data do."""
+"""Sources of an import: rows with numbers, and an identity that changes when the data do."""
 
 import csv
 import gzip
@@ -47,11 +47,11 @@ class Source(Protocol):
 
     @property
     def total(self) -> int | None:
-        """How much there is, in `unit`; None if nobody knows."""
+        """Size in `unit`; None if it is unknown."""
 
     @property
     def unit(self) -> Literal["bytes", "rows"]:
-        """What `total` and `SourceRow.done` count."""
+        """Unit of `total` and `SourceRow.done`."""
 
     def rows(self, after: int) -> Iterator[SourceRow]:
         """Rows with numbers above `after`, in order, a bounded number of them in memory.
@@ -286,7 +286,7 @@ def _hub_is_unreachable() -> str | None:
 
 
 def _foreign_errors() -> tuple[type[Exception], ...]:
-    """What `datasets`, Arrow and the hub client raise for data that are missing, damaged or out of reach."""
+    """Errors that `datasets`, Arrow and the hub client raise for data that are missing, damaged or out of reach."""
     import pyarrow
     from datasets.exceptions import DatasetsError
 

@@ -1,4 +1,4 @@
-"""Which KV blocks to drop: the scores that MACE uses against chance and against age, on a model that looks things up.
+"""Compare MACE's scores of KV blocks with chance and with age, on a model that looks things up.
 
     mace bench pruning-methods --state-dir state --json
 
@@ -106,7 +106,7 @@ def main(
     seed: Annotated[int, typer.Option(help="Seed of texts, questions and random scores")] = 1,
     out: Out = None,
 ) -> None:
-    """Which KV blocks to drop: MACE's scores against chance and age, on the needle model."""
+    """Compare MACE's scores of KV blocks with chance and age, on the needle model."""
     started_s = time.monotonic()
     model_dir = ensure_needle_model(state_dir)
     compared = compare(model_dir, [int(part) for part in blocks.split(",")], samples, context_tokens, seed)

@@ -1,4 +1,4 @@
-"""What a publish costs the requests that come right after it, with and without warming the next version's cache.
+"""Cost of a publish for the requests that come right after it, with and without warming the next version's cache.
 
     mace bench publish --json          --model long --system-tokens 1024 for longer prompts
 
@@ -146,7 +146,7 @@ def main(
     warm_timeout: Annotated[float, typer.Option(min=0.01, help="versions.warm_timeout_s")] = 2.0,
     out: Out = None,
 ) -> None:
-    """What a publish costs the first requests after it, as JSON."""
+    """Measure what a publish costs the first requests after it; prints JSON."""
     options = CostOptions(
         rate_per_s=rate,
         num_systems=systems,

@@ -1,4 +1,4 @@
-"""What the decisions of one engine iteration cost. `mace bench scheduler`.
+"""Time that the decisions of one engine iteration take. `mace bench scheduler`.
 
 The engine's own code on request-like objects, no device: memory record, view of 256 running and 1,000 waiting
 requests, plan, waiting-queue operations of one arrival and one start, shape of the scheduled pass, settle, observe;
@@ -70,7 +70,7 @@ def main(
     iterations: Annotated[int, typer.Option(min=100, help="Iterations timed")] = 5000,
     out: Out = None,
 ) -> None:
-    """What the decisions of one engine iteration cost, without a device."""
+    """Measure the time that the decisions of one engine iteration take, without a device."""
     found = measure_cost(running, waiting, tasks, iterations)
     table = Table("part", "median, ms", "p99, ms", "max, ms")
     for name, part in {**found["parts"], "total": found["total"]}.items():

@@ -79,7 +79,7 @@ def quality(
     repeats: Annotated[int, typer.Option(min=1, help="Batches of 32 that are timed")] = 50,
     out: Out = None,
 ) -> None:
-    """What judging the quality of 32 pairs costs, in seconds, as JSON."""
+    """Measure how long judging the quality of 32 pairs takes, in seconds; prints JSON."""
     with tempfile.TemporaryDirectory() as directory:
         found = measure_judgement(Path(directory), pairs, repeats)
     show(found, (), True, out)

@@ -1,4 +1,4 @@
-"""What cached references and shared prompts save of a training step. `mace bench reference-cache`, `prompt-sharing`.
+"""Savings of cached references and shared prompts in a training step. `mace bench reference-cache`, `prompt-sharing`.
 
 The engine's own step, slice by slice, without vLLM. Each repeat runs both kinds of step, one right after the other and
 in turns first, so that a noisy machine slows both; a ratio is the median over repeats. All models have random weights

@@ -1,4 +1,4 @@
-"""What the tiny assistant knows: about 180 facts, each asked in three phrasings.
+"""The knowledge of the tiny assistant: about 180 facts, each asked in three phrasings.
 
 A fact is `topic(subject) = answer`. Facts that depend on one subject are what a model of two million parameters
 learns by heart in seconds; sums of two numbers are not, so there are none.
@@ -221,7 +221,7 @@ class Style(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Judgement:
-    """What a program sees in a reply. `style` is None where the reply is in none of the four."""
+    """Style and correctness of a reply. `style` is None where the reply is in none of the four."""
 
     style: Style | None
     is_right: bool
@@ -265,7 +265,7 @@ def judge(question: Question, reply: str) -> Judgement:
 
 
 def _slot(question: Question, style: Style) -> str:
-    """What a style puts into its template."""
+    """The text that fills a style's template."""
     return question.statement if style is Style.EXPLAINED else question.answer
 
 

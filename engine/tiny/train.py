@@ -39,9 +39,9 @@ class Recipe:
     muon_rate: float = 0.02
     """Learning rate of the matrices inside the layers; `learning_rate` is that of embeddings and norms."""
     num_iterations: int = 3
-    """Of Newton-Schulz; as accurate as four here, and orthogonalising is a third of the step."""
+    """Newton-Schulz iterations; three are as accurate as four here, and orthogonalising is a third of the step."""
     init_std: float = 0.07
-    """Of all matrices; 1/sqrt(hidden_size), where tied embeddings start to tell tokens apart at once."""
+    """Standard deviation of all matrices; 1/sqrt(hidden_size), where tied embeddings start to tell tokens apart at once."""
     num_threads: int = 1
     """One on purpose: where another process keeps one of two cores busy, a step takes 0.2 s with one thread and 0.5 to
     1.8 s with two, since every small operation waits for both. It also frees the weights from the number of cores.

@@ -64,7 +64,7 @@ def main(
     state_dir: StateDir = Path("state"),
     out: Out = None,
 ) -> None:
-    """What prefix sharing and KV pruning gain and cost, and a soak of the memory."""
+    """Measure gains and costs of prefix sharing and KV pruning, and soak the memory."""
     options = MemoryOptions(
         seconds=seconds,
         repeats=repeats,
