@@ -41,7 +41,7 @@ class Recipe:
     num_iterations: int = 3
     """Newton-Schulz iterations; three are as accurate as four here, and orthogonalising is a third of the step."""
     init_std: float = 0.07
-    """Standard deviation of all matrices; 1/sqrt(hidden_size), where tied embeddings start to tell tokens apart at once."""
+    """Standard deviation of all matrices; at 1/sqrt(hidden_size) tied embeddings tell tokens apart at once."""
     num_threads: int = 1
     """One on purpose: where another process keeps one of two cores busy, a step takes 0.2 s with one thread and 0.5 to
     1.8 s with two, since every small operation waits for both. It also frees the weights from the number of cores.
