@@ -19,7 +19,7 @@ check: setup
 	@scripts/check
 
 docs: setup
-	@.venv/bin/python -m mkdocs build --strict --site-dir build/site && echo "docs: build/site/index.html"
+	@NO_MKDOCS_2_WARNING=1 .venv/bin/python -m mkdocs build --strict --site-dir build/site && echo "docs: build/site/index.html"
 
 lock: setup
 	@scripts/lock
