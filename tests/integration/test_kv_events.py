@@ -160,7 +160,7 @@ def test_an_executor_reports_the_names_of_the_prefixes_in_its_cache(engine):
 
     async def serve():
         app = await engine.engine.build_openai_app(["mace-tiny"])
-        index, stream = follow_prefixes("me", engine.engine, lambda: None)
+        index, stream = follow_prefixes(engine.engine, lambda: None)
         following = asyncio.create_task(stream.run())
         async with httpx.AsyncClient(
             transport=httpx.ASGITransport(RequestChain(app, [prefix_names("mace-tiny")], 1 << 20, print)),
