@@ -203,7 +203,9 @@ class DriftTracker:
         tracker._members.extend(tuple(names) for names in state["members"])
         tracker._muted.extend(state["muted"])
         for name in _SAVED:
-            setattr(tracker, name, state[name])
+            kept = getattr(tracker, name)
+            value = state[name] if kept is None else type(kept)(state[name])  # a damaged number is refused here
+            setattr(tracker, name, value)
         return tracker
 
     def _rescore(self, pair_id: str, score: Score) -> None:

@@ -36,9 +36,16 @@ from alignment.versions.adapter_files import (
     version_name,
     version_number,
 )
-from alignment.versions.serving_state import LIVE_FILE, ServingState, one_writer
+from alignment.versions.serving_state import (
+    CANARY_FILE,
+    LIVE_FILE,
+    PIN_FILE,
+    RETIRED_FILE,
+    ServingState,
+    one_writer,
+)
 from core.errors import AdapterError, DamagedAdapterError, UnknownVersionError
-from core.files import sync, sync_tree, write_atomically
+from core.files import remove_partial_files, sync, sync_tree, write_atomically
 
 REST_S = 30.0
 """Far above the time that executors need to see a retirement, and a request from its arrival to the engine."""
@@ -82,6 +89,9 @@ class AdapterRegistry:
             root.mkdir(parents=True, exist_ok=True)
             registry._remove_leftovers()
             if any((root / name).exists() for name in (LIVE_FILE, _LAST_FILE)):  # else there is nothing to look at
+                with one_writer(root):
+                    for name in (LIVE_FILE, PIN_FILE, CANARY_FILE, RETIRED_FILE, _LAST_FILE):
+                        remove_partial_files(root / name)
                 registry.serving.reconcile()
         except OSError as error:
             raise AdapterError(f"cannot open the adapter directory {root}: {error}") from error

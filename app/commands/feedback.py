@@ -62,9 +62,6 @@ def list_records(
     typer.echo(json.dumps(call(url, "GET", "/v1/feedback", params=parameters).json(), indent=2))
 
 
-_REASON_CHARS = 200
-
-
 class ImportBar:
     """Rows per second, accepted, duplicates and rejected; and messages above the bar."""
 

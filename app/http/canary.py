@@ -35,7 +35,7 @@ class CanaryRouter:
         if draw.model is not None:
             request.set_fields(model=draw.model)
         started_s = time.perf_counter()
-        request.answer.keeps_body = True
+        request.answer.keeps_single = True
         try:
             await go_on()
         except Exception:

@@ -11,6 +11,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from functools import partial
 from typing import Any
 
+from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from app.http.errors import BadRequestError, error_response
@@ -36,11 +37,13 @@ class Answer:
         self.last_s = 0.0
         self.keeps_body = False
         """Set by a step that wants to read `body`."""
+        self.keeps_single = False
+        """Set by a step that wants to read `body` unless it is a stream."""
         self._parts: list[bytes] = []
 
     @property
     def body(self) -> bytes:
-        """The answer so far; empty unless `keeps_body`."""
+        """The answer so far; empty unless a step keeps it."""
         return b"".join(self._parts)
 
     async def send(self, message: Message) -> None:
@@ -50,14 +53,14 @@ class Answer:
             self.status = message["status"]
             self.is_stream = any(
                 name.lower() == b"content-type" and value.startswith(b"text/event-stream")
-                for name, value in message["headers"]
+                for name, value in message.get("headers", ())
             )
         elif message["type"] == "http.response.body":
             if part := message.get("body"):
                 self.last_s = time.perf_counter()
                 self.first_s = self.first_s or self.last_s
                 self.num_parts += 1
-                if self.keeps_body:
+                if self.keeps_body or (self.keeps_single and not self.is_stream):
                     self._parts.append(part)
             self.is_complete = not message.get("more_body", False)
 
@@ -178,6 +181,8 @@ class RequestChain:
         except BadRequestError as error:
             self._on_refused(error.reason)
             await error_response(error)(scope, receive, send)
+        except ClientDisconnect:
+            return  # nobody is there to be answered
 
     async def _take(self, number: int, request: ClientRequest) -> None:
         if number == len(self._steps):

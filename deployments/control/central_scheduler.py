@@ -9,7 +9,8 @@ Requests are routed by `deployments.routing.router`, which has the same numbers 
 in the status, and goes on when this actor is away.
 
 Everything here can be rebuilt: the DriftMonitor owns the durable state and streams pairs again after a restart.
-`now_s` comes from the clock that is passed in, so the class is plain and testable; app.main makes it a Ray actor.
+`now_s` comes from the clock that is passed in, so the class is plain and testable; `deployments.control.deployment`
+makes it a Ray actor.
 """
 
 import math

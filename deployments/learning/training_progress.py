@@ -99,7 +99,9 @@ class ShadowKeeper:
         self.progress = known or self.progress
         if known is not None and await self._is_checkpoint_of(base):
             self.progress = known.from_version(base)  # published, and killed before that was written down
-        elif known is None or base not in (known.base, known.instead_of):
+        elif known is not None and base == known.base:
+            self.progress = replace(known, instead_of="")  # the ancestor that training went back to is live by now
+        elif known is None or base != known.instead_of:
             await self.return_to_base()
 
     async def return_to_base(self, generations: int = 0) -> None:

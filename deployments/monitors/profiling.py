@@ -1,5 +1,6 @@
 """The device's measurements at an executor's start: where its profile is, how it is made, and the pruning gate."""
 
+import asyncio
 import logging
 import sys
 from datetime import UTC, datetime
@@ -108,4 +109,5 @@ async def profile_at_start(engine: HybridEngine, args: AppArgs) -> None:
     if path is None or path.exists() or not args.profile.measure_at_start:
         return
     plan = measure_plan(engine, args, in_background=True)
-    await measure_in_background(engine, plan, origin_of(args), path, engine.kv_bytes_per_token)
+    origin = await asyncio.to_thread(origin_of, args)  # it asks git for the commit
+    await measure_in_background(engine, plan, origin, path, engine.kv_bytes_per_token)

@@ -12,7 +12,7 @@ def _executor(request: Request) -> Any:
     return request.app.state.executor
 
 
-def _json_body(request: Request) -> Any:
+async def _json_body(request: Request) -> Any:  # async: no hop to a thread
     return request.scope[REQUEST_KEY].required_json()
 
 

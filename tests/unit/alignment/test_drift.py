@@ -188,3 +188,10 @@ def test_a_smaller_window_after_a_restart_keeps_the_newest_pairs():
     state = json.loads(json.dumps(filled(*[-1.0] * 6, *[2.0] * 4).to_state()))
     tracker = DriftTracker.from_state(state, DriftConfig(window=4))
     assert tracker.to_wire()["accuracy"] == 1.0
+
+
+@pytest.mark.parametrize("damage", [{"level": None}, {"level": "x"}, {"last_seq": [1]}])
+def test_a_damaged_state_is_refused(damage):
+    state = {**filled(1.0).to_state(), **damage}
+    with pytest.raises((TypeError, ValueError)):
+        DriftTracker.from_state(state, CONFIG)

@@ -186,6 +186,14 @@ def test_opening_removes_leftovers_but_not_the_work_of_a_living_process(adapters
     assert adapters.commit(write_adapter(at_work), MANIFEST).name == "v0001"
 
 
+def test_opening_removes_half_written_pointers(adapters):
+    commit(adapters)
+    partial = adapters.root / ".live.01234567.partial"
+    partial.write_text("v00")
+    AdapterRegistry.open(adapters.root)
+    assert not partial.exists()
+
+
 def test_commits_that_race_get_numbers_of_their_own(adapters):
     others = [adapters, AdapterRegistry.open(adapters.root, "tiny")]
     with ThreadPoolExecutor(4) as pool:
