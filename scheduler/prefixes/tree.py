@@ -136,7 +136,7 @@ class PrefixTree:
         """One for each namespace that has blocks."""
         self._index: dict[BlockHash, _Block] = {}
         self.leaves: list[tuple[float, int, _Node]] = []
-        """Heap of the ends of branches, by when they were queued as used; some entries are stale."""
+        """Heap of the ends of branches, those that were used longest ago first; an entry may be stale."""
         self._tie = 0
         self.num_blocks = 0
         """Blocks that the tree has, dropped ones with cached successors included."""
