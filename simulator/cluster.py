@@ -103,7 +103,7 @@ class Simulation:
         self._statistics = statistics or Statistics(trace.args.slo, max(trace.expected_s / _BUCKETS, 1e-3))
         seeds = np.random.SeedSequence([trace.seed, _NOISE_STREAM]).spawn(trace.executors)
         self.executors = [self._executor(index, seed) for index, seed in enumerate(seeds)]
-        self._router = self._new_router()
+        self.router = self._new_router()
         self._requests = trace.requests()
         self._next_request: SimRequest | None = None
         self._num_arrived = 0
@@ -151,14 +151,14 @@ class Simulation:
     def _end(self, executor: SimulatedExecutor, work: int) -> None:
         executor.end(work, self._now_s)
         for request in executor.meter.finished:
-            self._router.ended(request, executor.index)
+            self.router.ended(request, executor.index)
         self._num_ended += len(executor.meter.finished)
         executor.meter.finished.clear()
 
     def _arrive(self) -> None:
         request = self._next_request
         assert request is not None  # the event was scheduled with it
-        index = self._router.choose(request, self._now_s)
+        index = self.router.choose(request, self._now_s)
         self._num_arrived += 1
         self._plan_arrival()
         self._log("arrived", request.request_id, index)

@@ -73,7 +73,7 @@ class SimulatedExecutor:
         self.trainer = trainer
         self.requests = requests
         self.meter = meter
-        self._planner = planner
+        self.planner = planner
         self._device = device
         self._statistics = statistics
         self._schedule_end = schedule_end
@@ -93,7 +93,7 @@ class SimulatedExecutor:
             ConfigError: it can never fit the KV cache.
         """
         self.requests.running.check(request)
-        self._planner.retrain.note_requests()
+        self.planner.retrain.note_requests()
         self.requests.enqueue(request)
         self._wake(now_s)
 
@@ -186,7 +186,7 @@ class SimulatedExecutor:
             self.meter.decoded(end_s, num_decode)
             if self._is_observed():
                 shape = ForwardShape(num_decode=num_decode, decode_context=context)
-                self._planner.observe(IterationSample(shape, stretch.forwards_s[i], stretch.overheads_s[i]))
+                self.planner.observe(IterationSample(shape, stretch.forwards_s[i], stretch.overheads_s[i]))
             context += num_decode
         self._statistics.iterations += count
         self._statistics.add_work(stretch.start_s, stretch.ends_s[-1], sum(stretch.forwards_s), 0.0)
@@ -195,13 +195,13 @@ class SimulatedExecutor:
     def _start_iteration(self, now_s: float) -> None:
         view = self.requests.view(now_s, self.trainer.state())
         self._knows_no_work = view.finetune is None
-        plan = self._planner.plan(view)
+        plan = self.planner.plan(view)
         if pruned := self.requests.prune(plan):
             self.meter.pruned(pruned)
         fill = self.requests.fill(plan, now_s)
         for request in fill.preempted:
             self.meter.preempted(request)
-        plan = self._planner.settle(plan, view, fill.shape)
+        plan = self.planner.settle(plan, view, fill.shape)
         trained = self.trainer.run(plan, now_s)
         if not fill.shape.num_tokens and not trained.slices:
             if self.requests:
@@ -224,11 +224,11 @@ class SimulatedExecutor:
         if iteration.fill.shape.num_tokens:
             self._end_forward(iteration)
         if self._is_observed():
-            self._planner.observe(self._sample(iteration))
+            self.planner.observe(self._sample(iteration))
         if not self.trainer.activation_bytes:
-            self._planner.memory.release_arena()
+            self.planner.memory.release_arena()
         if trained.num_pairs:
-            self._planner.retrain.note_trained(trained.num_pairs)
+            self.planner.retrain.note_trained(trained.num_pairs)
             self.meter.trained(iteration.end_s, trained.num_pairs)
 
     def _end_forward(self, iteration: _Iteration) -> None:

@@ -59,7 +59,7 @@ class Histogram:
 
     def include(self, other: "Histogram") -> None:
         """Add another histogram's events to this one."""
-        for index, count in other._counts.items():
+        for index, count in other._counts.items():  # noqa: SLF001 - of the same class
             self._counts[index] += count
         self.total += other.total
         self.total_s += other.total_s

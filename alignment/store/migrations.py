@@ -34,7 +34,7 @@ def prepare_tables(connection: Connection) -> None:
     if found is not None:
         for version in range(found, SCHEMA_VERSION):
             logger.info("bringing the feedback database from schema %d to %d", version, version + 1)
-            _STEPS[version](connection)
+            STEPS[version](connection)
     metadata.create_all(connection)
     if found is None:
         connection.execute(meta.insert(), {"key": "schema_version", "value": str(SCHEMA_VERSION)})
@@ -111,4 +111,4 @@ def _values_2(row: Any) -> dict[str, Any]:
     }
 
 
-_STEPS: dict[int, Callable[[Connection], None]] = {1: _from_1_to_2}
+STEPS: dict[int, Callable[[Connection], None]] = {1: _from_1_to_2}

@@ -223,7 +223,8 @@ def open_saved(path: Path, split: str | None) -> DatasetRows:
         table = saved
     else:
         table = _pick(saved, split, str(path))
-    identity = f"{path.resolve()} {table.split} {table._fingerprint} {table.num_rows}"
+    fingerprint = table._fingerprint  # noqa: SLF001 - `datasets` has no other name for a table's content
+    identity = f"{path.resolve()} {table.split} {fingerprint} {table.num_rows}"
     return DatasetRows(table, path.name, identity, table.num_rows)
 
 
@@ -262,7 +263,7 @@ def open_hub(name: str, split: str | None, config: str | None, streaming: bool) 
         reason = f"the hub cannot be reached ({unreachable}) and it is not cached" if unreachable else None
         raise SourceError(f"cannot load {name}: {reason or _first_line(error)}") from error
     total = None if streaming else table.num_rows
-    version = "" if streaming else table._fingerprint
+    version = "" if streaming else table._fingerprint  # noqa: SLF001 - as in `open_saved`
     return DatasetRows(table, name, f"hub {name} {config} {split or _DEFAULT_SPLIT} {version}", total)
 
 

@@ -91,7 +91,7 @@ class Learner:
         self._control = control
         self._versions = versions
         self._args = args
-        self._shadow = ShadowKeeper(engine, versions, registry, checkpoint)
+        self.shadow = ShadowKeeper(engine, versions, registry, checkpoint)
         self._current_load = current_load
         self._tokenizer = tokenizer
         self._judge = CandidateJudge(engine, versions, registry, tokenizer, args)
@@ -126,22 +126,22 @@ class Learner:
         """Status as built-in types."""
         return {
             **asdict(self.status),
-            "steps_since_candidate": self._shadow.progress.steps_since_candidate,
-            "total_steps": self._shadow.progress.total_steps,
+            "steps_since_candidate": self.shadow.progress.steps_since_candidate,
+            "total_steps": self.shadow.progress.total_steps,
             "live_version": self._versions.live,
             "last_publish": asdict(self._versions.last_publish),
         }
 
     async def restore(self) -> None:
         """Put the shadow adapter where training left off."""
-        await self._shadow.restore()
-        self.status.restored_steps = self._shadow.progress.total_steps
+        await self.shadow.restore()
+        self.status.restored_steps = self.shadow.progress.total_steps
 
     async def run(self) -> None:
         """The loop. Ends only by cancellation."""
         while True:
             try:
-                await self._turn()
+                await self.turn()
             except ControlUnavailableError as error:
                 self.status.last_error = str(error)
                 await asyncio.sleep(_CONTROL_BACKOFF_S)
@@ -150,11 +150,12 @@ class Learner:
                 self.status.last_error = f"{type(error).__name__}: {error}"
                 await asyncio.sleep(_CONTROL_BACKOFF_S)
 
-    async def _turn(self) -> None:
+    async def turn(self) -> None:
+        """One round of `run`: follow what is live, work on a batch if there is one, offer a candidate if it is due."""
         self._meter.refresh()
         await self._versions.refresh()
-        if self._follow or self._shadow.progress.goal != self._versions.training_base:
-            await self._shadow.return_to_base()
+        if self._follow or self.shadow.progress.goal != self._versions.training_base:
+            await self.shadow.return_to_base()
             self._follow, self._refusals_in_a_row = False, 0
         if (version := self._unsaid_live) is not None:
             await self._control.note_live(version)
@@ -169,7 +170,7 @@ class Learner:
             await self._work(batch)
         self._idle_polls = 0 if batch is not None else self._idle_polls + 1
         if self._is_candidate_due() and self._versions.canary is None:  # one trial at a time
-            await self._offer_candidate()
+            await self.offer_candidate()
         if batch is None:
             self.status.phase = "pinned" if self._versions.pinned else "idle"
             await asyncio.sleep(POLL_INTERVAL_S)
@@ -178,7 +179,7 @@ class Learner:
         self._unsaid_live = version
 
     def _is_candidate_due(self) -> bool:
-        steps = self._shadow.progress.steps_since_candidate
+        steps = self.shadow.progress.steps_since_candidate
         is_drained = self._idle_polls >= _DRAINED_POLLS
         return steps >= self._args.training.steps_per_candidate or (steps > 0 and is_drained)
 
@@ -199,7 +200,7 @@ class Learner:
         pairs, unusable = await asyncio.to_thread(self._tokenizer.tokenize_all, batch.pairs)
         result = TaskResult(batch.task_id, batch.kind)
         if pairs:
-            after = self._shadow.progress.after_step(pair.pair_id for pair in pairs)
+            after = self.shadow.progress.after_step(pair.pair_id for pair in pairs)
             task = FineTuneTask(
                 batch.task_id,
                 batch.kind,
@@ -208,14 +209,14 @@ class Learner:
                 dpo_loss=batch.dpo_loss,
                 attempts=batch.attempts,
                 gamma=batch.gamma,
-                checkpoint=Checkpoint(str(self._shadow.checkpoint), after.to_wire()) if is_training else None,
+                checkpoint=Checkpoint(str(self.shadow.checkpoint), after.to_wire()) if is_training else None,
             )
             result = await with_heartbeat(self._engine.run_task(task), self._beat)
             if not is_training and self._versions.live != live:
                 result.scores = ()  # whose they are is not known: the pairs are asked for again
             self._note_outcome(result)
             if is_training and result.error is None:
-                self._shadow.progress = after
+                self.shadow.progress = after
                 self._note_step(result, len(pairs), time.perf_counter() - started_s)
         outcome = BatchOutcome(
             batch.task_id,
@@ -280,11 +281,11 @@ class Learner:
         self._meter.set_gauge("dpo_margin", metrics.margin)
         self._meter.set_gauge("dpo_accuracy", metrics.accuracy)
 
-    async def _offer_candidate(self) -> None:
+    async def offer_candidate(self) -> None:
         """Gate the shadow adapter; publish it or go back to what is live."""
         self.status.phase = "evaluating"
         held_out = await self._control.held_out_pairs()
-        version, decision = await self._judge.offer(held_out, self._shadow.progress, self.status.last)
+        version, decision = await self._judge.offer(held_out, self.shadow.progress, self.status.last)
         self.status.last_decision = decision.reason
         self._meter.count("adapter_candidates", outcome="published" if decision.accepted else "rejected")
         if decision.accepted:
@@ -295,9 +296,9 @@ class Learner:
                 self._follow = True  # else it would be offered, and committed, on every turn
                 raise
             if published is not Published.BLOCKED:
-                await self._shadow.begin_at(version.name)
+                await self.shadow.begin_at(version.name)
                 self._refusals_in_a_row = 0
                 return
         else:
             self._refusals_in_a_row += 1
-        await self._shadow.return_to_base(self._refusals_in_a_row // _REFUSALS_PER_GENERATION)
+        await self.shadow.return_to_base(self._refusals_in_a_row // _REFUSALS_PER_GENERATION)

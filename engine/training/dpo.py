@@ -59,14 +59,15 @@ class DpoStep:
         sft = config.sft_weight * sum(pair.weight for pair in pairs) / config.beta
         self._sft_coefficient = sft / weighted_tokens if weighted_tokens else 0.0
         with training_mode(model.device):
-            self._batches = make_micro_batches(
+            self.batches = make_micro_batches(
                 pairs,
                 max_slice_tokens=config.max_slice_tokens,
                 vocab_size=model.vocab_size,
                 device=model.device,
                 share_prompts=share_prompt,
             )
-        groups = [batch.group for batch in self._batches]
+        """What goes through the slices together, in order; none of it once the step is discarded."""
+        groups = [batch.group for batch in self.batches]
         self.largest_batch_pairs = max(len(group.members) for group in groups)
         """Most pairs that go through a slice together."""
         self._program = deque(step_slices(groups, model, trains=self._trains))
@@ -96,7 +97,7 @@ class DpoStep:
     def activation_bytes(self) -> int:
         """Device memory used between slices now: hidden states, kept inputs, head and LoRA gradients."""
         gradients = 0 if self._gradients is None else self._gradients.nbytes
-        return gradients + sum(batch.activation_bytes for batch in self._batches)
+        return gradients + sum(batch.activation_bytes for batch in self.batches)
 
     def run_slice(self) -> SliceKind:
         """Run the next slice to its end, in a grad mode of its own.
@@ -131,7 +132,7 @@ class DpoStep:
         self._program.clear()
         self._gradients = None
         self._gradient_views = []
-        self._batches = []
+        self.batches = []
 
     def result(self) -> tuple[StepMetrics, tuple[PairScore, ...]]:
         """Means over the task (each pair counts the same) and the scores in the task's order of pairs.
@@ -159,7 +160,7 @@ class DpoStep:
         if spec.kind is SliceKind.OPTIMIZER:
             self._optimize()
             return
-        batch = self._batches[spec.group]
+        batch = self.batches[spec.group]
         match spec.kind:
             case SliceKind.EMBED:
                 self._embed(batch)

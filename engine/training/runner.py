@@ -61,11 +61,11 @@ class FineTuneRunner:
         """
         self._config = args.training
         self._share_prompt = args.experiments.share_prompt
-        self._model = TrainableModel.build(
+        self.model = TrainableModel.build(
             model_dir, args.lora, dtype=dtype, device=device, seed=self._config.seed, weights=weights
         )
         self._shared_pointers = frozenset(tensor.data_ptr() for tensor in (weights or {}).values())
-        self.shadow = ShadowAdapter(self._model, self._config)
+        self.shadow = ShadowAdapter(self.model, self._config)
         self.admission = SliceAdmission()
         self._slice_tokens = self._config.max_slice_tokens
         self._waiting: deque[dict[str, Any]] = deque()
@@ -98,7 +98,7 @@ class FineTuneRunner:
         report = SliceReport()
         started_s = time.perf_counter()
         if budget_s > 0 or min_slices > 0:
-            _synchronize(self._model.device)
+            _synchronize(self.model.device)
             while (spec := self._next_slice(report)) is not None:
                 left_s = budget_s - (time.perf_counter() - started_s)
                 if self._waits_for_disk(spec):
@@ -126,7 +126,7 @@ class FineTuneRunner:
 
     def describe(self) -> dict[str, int]:
         """Bytes of base weights that the trainer uses, and how many of them are the inference engine's own."""
-        weights = {p.data_ptr(): p.nbytes for p in self._model.causal_lm.parameters() if not p.requires_grad}
+        weights = {p.data_ptr(): p.nbytes for p in self.model.causal_lm.parameters() if not p.requires_grad}
         shared = sum(size for pointer, size in weights.items() if pointer in self._shared_pointers)
         return {"base_weight_bytes": sum(weights.values()), "shared_bytes": shared}
 
@@ -161,13 +161,13 @@ class FineTuneRunner:
 
     def _new_step(self, task: FineTuneTask, slice_tokens: int) -> DpoStep:
         config = self._config.model_copy(update={"max_slice_tokens": slice_tokens})
-        return DpoStep(self._model, self.shadow, task, config, share_prompt=self._share_prompt)
+        return DpoStep(self.model, self.shadow, task, config, share_prompt=self._share_prompt)
 
     def _finish(self, running: _RunningStep, report: SliceReport) -> None:
         result = running.result
         result.metrics, result.scores = running.step.result()
         self._stop()
-        result.free_bytes = free_memory_bytes(self._model.device)
+        result.free_bytes = free_memory_bytes(self.model.device)
         result.optimizer_steps = self.shadow.num_steps
         result.checkpoint_error = self.shadow.checkpoints.take_error()
         report.finished.append(result)
@@ -191,7 +191,7 @@ class FineTuneRunner:
         except Exception as error:  # noqa: BLE001 - any failure is the task's result; serving goes on
             self._stop()
             self._fail(running.task, error, report)
-        _synchronize(self._model.device)
+        _synchronize(self.model.device)
         latency_s, activation_bytes = time.perf_counter() - started_s, running.step.activation_bytes
         cost = running.result
         cost.num_slices += 1
@@ -205,7 +205,7 @@ class FineTuneRunner:
 
     def _shrink(self, running: _RunningStep, error: DeviceMemoryError, report: SliceReport) -> None:
         """Start the step again with micro-batches of half the size; a single pair cannot be halved."""
-        if self._model.device.type == "cuda":
+        if self.model.device.type == "cuda":
             torch.cuda.empty_cache()
         failure: Exception = error
         if running.step.largest_batch_pairs > 1:

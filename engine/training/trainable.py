@@ -189,11 +189,11 @@ class TrainableModel:
         modules = [module for group in groups for module in group]
         try:
             for module in modules:
-                module._disable_adapters = True
+                module._disable_adapters = True  # noqa: SLF001 - see above
             yield
         finally:
             for module in modules:
-                module._disable_adapters = False
+                module._disable_adapters = False  # noqa: SLF001 - see above
 
     def lora_parameters(self) -> dict[str, nn.Parameter]:
         """All LoRA matrices, layer after layer, by their names in a saved PEFT adapter."""

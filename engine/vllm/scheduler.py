@@ -60,7 +60,7 @@ class HybridSchedulerMixin:
         self._pruner = self._make_pruner(config)
         self._cached_prefix_of = PrefixLookup(self.kv_cache_manager, pool.block_tokens)  # type: ignore[attr-defined]
         self._num_preemptions = 0
-        self._planner = build_planner(config, self, pool, can_prune=self._pruner is not None)
+        self.planner = build_planner(config, self, pool, can_prune=self._pruner is not None)
         self.waiting = AgeingRequestQueue(config.experiments, pool.block_tokens)
         self._tasks = TaskTable(share_prompts=config.experiments.share_prompt)
         self._directive = Directive()
@@ -73,7 +73,7 @@ class HybridSchedulerMixin:
         """Queue a request with vLLM, or take a fine-tune task aside."""
         task = _task_of(request)
         if task is None:
-            self._planner.retrain.note_requests()
+            self.planner.retrain.note_requests()
             super().add_request(request)  # type: ignore[misc]
             return
         self._tasks.add(request, task, time.time())
@@ -101,20 +101,20 @@ class HybridSchedulerMixin:
             return False
         if self._directive.aborted_task_ids:
             return True
-        return self._planner.may_run(self._tasks.state(time.time()))
+        return self.planner.may_run(self._tasks.state(time.time()))
 
     def schedule(self, throttle_prefills: bool = False) -> SchedulerOutput:
         """vLLM's schedule within the plan's limits, with this iteration's fine-tune part attached."""
         self._directive.started_s = time.perf_counter()
         view = self._view(time.time())
-        plan = self._planner.plan(view)
+        plan = self.planner.plan(view)
         self._prune(plan.prune_blocks)
         self._apply(plan, view)
         output = super().schedule(throttle_prefills)  # type: ignore[misc]
         self._note_scheduled(output, plan)
         shape = shape_of(output.num_scheduled_tokens, self.requests, self._num_absent_tokens)  # type: ignore[attr-defined]
         directive, self._directive = self._directive, Directive()
-        directive.plan, directive.shape = self._planner.settle(plan, view, shape), shape
+        directive.plan, directive.shape = self.planner.settle(plan, view, shape), shape
         directive.overhead_s = self._overhead_s
         if plan.reserves_arena:
             self._last_training = directive
@@ -177,7 +177,7 @@ class HybridSchedulerMixin:
 
     def _note_scheduled(self, output: SchedulerOutput, plan: Plan) -> None:
         """Tell the pruner of the forward pass, and the worker the counters that others ask it for."""
-        directive, pruner, memory = self._directive, self._pruner, self._planner.memory
+        directive, pruner, memory = self._directive, self._pruner, self.planner.memory
         directive.memory = MemoryCounters(
             self._pool.num_blocks,
             self._num_free_kv_blocks(),
@@ -224,7 +224,7 @@ class HybridSchedulerMixin:
         wall_s = now_s - max(directive.started_s, self._last_ended_s)
         self._last_ended_s = now_s
         self._overhead_s = max(0.0, wall_s - report.forward_s - slices_s)
-        self._planner.observe(
+        self.planner.observe(
             IterationSample(directive.shape, report.forward_s, self._overhead_s, report.finetune, directive.plan)
         )
         self._tasks.note_progress(report.finetune, time.time())
@@ -232,20 +232,20 @@ class HybridSchedulerMixin:
             self._last_training = None
         # Two iterations are in flight with async scheduling: the next may have reserved memory for a step it starts.
         if not report.finetune.activation_bytes and self._last_training is None:
-            self._planner.memory.release_arena()
+            self.planner.memory.release_arena()
 
     def _take_facts(self, facts: WorkerFacts) -> None:
         """The arena's size, and the warm-up slices: no kind is unknown to the planner from here on."""
         arena_bytes = self._args.training.arena_bytes or facts.free_bytes // 2
-        self._planner.memory.set_capacity(Pool.ARENA, arena_bytes)
-        self._planner.observe(IterationSample(ForwardShape(), 0.0, report=SliceReport(facts.warm_up)))
+        self.planner.memory.set_capacity(Pool.ARENA, arena_bytes)
+        self.planner.observe(IterationSample(ForwardShape(), 0.0, report=SliceReport(facts.warm_up)))
 
     def _emit(self, result: TaskResult, outputs: dict[int, EngineCoreOutputs]) -> None:
         task = self._tasks.pop(result.task_id)
         if task is None:  # aborted meanwhile
             return
         if result.kind is TaskKind.TRAIN and result.error is None:
-            self._planner.retrain.note_trained(task.num_pairs)
+            self.planner.retrain.note_trained(task.num_pairs)
         request = task.request
         request.status = RequestStatus.FINISHED_STOPPED
         core_outputs = outputs.setdefault(request.client_index, EngineCoreOutputs())

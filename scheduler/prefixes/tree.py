@@ -132,9 +132,11 @@ class PrefixTree:
         self._max_blocks = max_bytes // (_TOKEN_BYTES * block_tokens + BLOCK_OVERHEAD_BYTES)
         if self._max_blocks < 1:
             raise ValueError(f"max_bytes={max_bytes} does not hold one block of {block_tokens} tokens")
-        self._roots: dict[str | None, _Node] = {}
+        self.roots: dict[str | None, _Node] = {}
+        """One for each namespace that has blocks."""
         self._index: dict[BlockHash, _Block] = {}
-        self._leaves: list[tuple[float, int, _Node]] = []
+        self.leaves: list[tuple[float, int, _Node]] = []
+        """Heap of the ends of branches, those that were used longest ago first; an entry may be stale."""
         self._tie = 0
         self.num_blocks = 0
         """Blocks that the tree has, dropped ones with cached successors included."""
@@ -159,7 +161,7 @@ class PrefixTree:
 
     def longest_match(self, namespace: str | None, token_ids: Sequence[int], now_s: float) -> int:
         """Tokens of the prompt's longest cached prefix, in whole blocks. What was matched counts as used at `now_s`."""
-        last = self._roots.get(namespace)
+        last = self.roots.get(namespace)
         if last is None:
             return 0
         num_tokens = 0
@@ -225,9 +227,9 @@ class PrefixTree:
     def _extend(self, namespace: str | None, parent: _Block | None, key: bytes, now_s: float) -> _Block:
         """The block of these tokens after `parent`; made if there is none."""
         if parent is None:
-            node = self._roots.get(namespace)
+            node = self.roots.get(namespace)
             if node is None:
-                node = self._roots[namespace] = _Node(namespace, None, now_s)
+                node = self.roots[namespace] = _Node(namespace, None, now_s)
         else:
             node = parent.node
             if parent is not node.blocks[-1]:
@@ -270,7 +272,7 @@ class PrefixTree:
                 return
             parent = node.parent
             if parent is None:
-                self._roots.pop(node.namespace, None)
+                self.roots.pop(node.namespace, None)
                 return
             del parent.children[key]
             node.parent = None
@@ -284,24 +286,24 @@ class PrefixTree:
         if not node.is_queued and not node.children:
             node.is_queued = True
             self._tie += 1
-            heapq.heappush(self._leaves, (node.last_used_s, self._tie, node))
-            if len(self._leaves) > 2 * self.num_blocks + _LEAF_SLACK:
+            heapq.heappush(self.leaves, (node.last_used_s, self._tie, node))
+            if len(self.leaves) > 2 * self.num_blocks + _LEAF_SLACK:
                 self._drop_stale_leaves()
 
     def _drop_stale_leaves(self) -> None:
         """Entries of nodes that are gone or have children again; below the bound nothing else takes them out."""
-        entries, self._leaves = self._leaves, []
+        entries, self.leaves = self.leaves, []
         for entry in entries:
             if entry[2].blocks and not entry[2].children:
-                self._leaves.append(entry)
+                self.leaves.append(entry)
             else:
                 entry[2].is_queued = False
-        heapq.heapify(self._leaves)
+        heapq.heapify(self.leaves)
 
     def _shrink(self) -> None:
         """Forget what was used longest ago, from the ends of branches, down to the bound."""
         while self.num_blocks > self._max_blocks:
-            queued_s, _, node = heapq.heappop(self._leaves)
+            queued_s, _, node = heapq.heappop(self.leaves)
             node.is_queued = False
             if not node.blocks or node.children or queued_s < node.last_used_s:
                 if node.blocks:

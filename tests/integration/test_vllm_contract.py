@@ -94,7 +94,7 @@ def test_model_names_are_looked_up_in_one_dict_before_the_base_names():
 
     assert "self.lora_requests: dict[str, LoRARequest] = {}" in inspect.getsource(OpenAIServingModels.__init__)
     classes = [value for value in vars(serving).values() if hasattr(value, "_maybe_get_adapters")]
-    lookup = inspect.getsource(classes[0]._maybe_get_adapters)
+    lookup = inspect.getsource(classes[0]._maybe_get_adapters)  # noqa: SLF001 - vLLM's
     assert lookup.index("lora_requests") < lookup.index("_is_model_supported")
 
 
@@ -233,8 +233,8 @@ def test_kv_blocks_can_be_taken_from_a_request_and_given_back():
     source = inspect.getsource(SingleTypeKVCacheManager.cache_blocks)
     assert "num_cached_blocks >= num_full_blocks" in source
     assert issubclass(FullAttentionManager, SingleTypeKVCacheManager)
-    assert parameters(Scheduler._free_request_blocks) == ["self", "request"]
-    assert parameters(Scheduler._preempt_request)[:2] == ["self", "request"]
+    assert parameters(Scheduler._free_request_blocks) == ["self", "request"]  # noqa: SLF001 - vLLM's, overridden
+    assert parameters(Scheduler._preempt_request)[:2] == ["self", "request"]  # noqa: SLF001 - vLLM's, overridden
 
 
 def test_the_runner_has_what_closing_up_rows_needs():

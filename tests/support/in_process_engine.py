@@ -86,7 +86,7 @@ class InProcessEngine:
         return 0
 
     def _answer(self, ids: list[int], max_tokens: int) -> list[int]:
-        model, start = self._runner._model, len(ids)
+        model, start = self._runner.model, len(ids)
         with training_mode(model.device), torch.no_grad():
             while len(ids) - start < max_tokens and (len(ids) == start or ids[-1] not in self._eos_token_ids):
                 hidden = model.embed(torch.tensor([ids]))

@@ -107,7 +107,7 @@ class WholeLoop:
         quiet = 0
         for _ in range(_MAX_TURNS):
             num_streamed = self.monitor.stream_once()
-            await self.learner._turn()
+            await self.learner.turn()
             self._now_s += 1.0
             quiet = 0 if num_streamed or self._is_busy() else quiet + 1
             if quiet == _QUIET_TURNS:

@@ -142,7 +142,7 @@ def test_a_failed_build_leaves_nothing_behind(tmp_path, monkeypatch):
     def fail(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(tiny_build, "_save", fail)
+    monkeypatch.setattr(tiny_build.LlamaForCausalLM, "save_pretrained", fail)
     with pytest.raises(KeyboardInterrupt):
         tiny_build.build(tmp_path, 0, SHORT, show_progress=False)
     assert [path for path in (tmp_path / "models").iterdir() if path.suffix != ".lock"] == []

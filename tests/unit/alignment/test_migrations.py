@@ -153,11 +153,11 @@ def test_a_failed_migration_leaves_the_old_database_as_it_was(old_url, tmp_path,
     def fail(connection):
         connection.execute(text("SELECT * FROM nowhere"))
 
-    def half(connection, original=migrations._STEPS[1]):
+    def half(connection, original=migrations.STEPS[1]):
         original(connection)
         fail(connection)
 
-    monkeypatch.setitem(migrations._STEPS, 1, half)
+    monkeypatch.setitem(migrations.STEPS, 1, half)
     with pytest.raises(StoreUnavailableError, match="nowhere"):
         FeedbackStore.open(config(old_url), tmp_path)
     assert shape(engine) == before

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from alignment.versions import registry
 from alignment.versions.registry import AdapterRegistry, rested, versions_to_retire
+from alignment.versions.serving_state import ServingState
 from core.errors import UnknownVersionError
 from tests.support.adapter_versions import ROOT, commit, names
 
@@ -72,14 +73,14 @@ def test_what_serves_or_is_in_use_stays_and_numbers_are_not_used_again(adapters)
 def test_a_retired_version_stays_until_nobody_has_used_it_for_a_while(tmp_path):
     now = [1000.0]
     adapters = AdapterRegistry.open(tmp_path, base_model="tiny")
-    adapters.serving._clock = lambda: now[0]
+    serving = ServingState(tmp_path, adapters.get, clock=lambda: now[0])
     for _ in range(3):
         commit(adapters)
-    adapters.serving.retire(["v0001", "v0002"])
-    assert rested(adapters.serving.read().retired, 1029.0) == []
+    serving.retire(["v0001", "v0002"])
+    assert rested(serving.read().retired, 1029.0) == []
     now[0] = 1020.0
-    adapters.serving.retire([], in_use=["v0001"])  # another executor still needs it
-    assert rested(adapters.serving.read().retired, 1031.0) == ["v0002"]
+    serving.retire([], in_use=["v0001"])  # another executor still needs it
+    assert rested(serving.read().retired, 1031.0) == ["v0002"]
     assert AdapterRegistry.open(tmp_path, "tiny").serving.read().retired == {"v0001": 1020.0, "v0002": 1000.0}
 
 

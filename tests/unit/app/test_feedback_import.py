@@ -137,7 +137,7 @@ def test_progress_counts_only_for_the_same_data_and_a_server_that_has_them(serve
     server.store.feedback.delete(last.id)
     assert not importer(open_source(str(path)), server).resume()
     write_lines(path, [trl(index) for index in range(601)])
-    assert importer(open_source(str(path)), server)._progress_file.load() is None
+    assert ProgressFile(open_source(str(path)).identity, server.url).load() is None
 
 
 def test_a_server_that_is_away_is_waited_for(server, tmp_path):

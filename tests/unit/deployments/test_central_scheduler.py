@@ -26,8 +26,8 @@ def pairs(*names, loss=None, times_trained=0):
     return [TrainingPair(name, "q", "good", "bad", loss, times_trained) for name in names]
 
 
-def room(executor="e1", memory_bytes=1e9, latency_s=HORIZON_S):
-    return Headroom(executor, memory_bytes, latency_s)
+def room(executor="e1", memory_bytes=1e9, latency_s=HORIZON_S, may_train=True):
+    return Headroom(executor, memory_bytes, latency_s, may_train=may_train)
 
 
 def known(scheduler, what="train"):
@@ -119,7 +119,7 @@ def test_the_better_fitting_executor_gets_the_batch(scheduler):
     batch = scheduler.poll(room("warm-up"))
     scheduler.complete(BatchOutcome(batch.task_id, "warm-up", busy_s=4.0, peak_bytes=800_000))
     scheduler.poll(room("roomy", memory_bytes=1e9))  # both have reported now
-    scheduler._return_leases(lambda lease: lease.executor_id == "roomy")
+    assert scheduler.poll(room("roomy", memory_bytes=1e9, may_train=False)) is None  # gives back what it had
     assert scheduler.poll(room("tight", memory_bytes=1e6, latency_s=5.0)) is not None
 
 
@@ -181,7 +181,7 @@ def test_executors_that_do_not_know_their_memory_yet_are_ordered_by_id(clock):
     scheduler.poll(room("b-tight", float("inf")))
     scheduler.enqueue(pairs(*"ijkl"))
     clock.now_s += 1
-    scheduler._return_leases(lambda lease: lease.executor_id == "b-tight")
+    assert scheduler.poll(room("b-tight", float("inf"), may_train=False)) is None  # gives back what it had
     assert scheduler.poll(room("c", float("inf"))) is None
     assert scheduler.poll(room("a-roomy", float("inf"))) is not None
 

@@ -1,9 +1,12 @@
 import hashlib
 import itertools
+from contextlib import closing
 
 import pytest
 
 from alignment.drift import streams, tracker, window
+from alignment.store.feedback_store import FeedbackStore
+from alignment.store.pairs import PairStore
 from core.config import AppArgs
 from core.errors import StoreUnavailableError
 from core.types import PairScore, TaskKind
@@ -72,6 +75,14 @@ class World:
             for n in numbers
         ]
         return [outcome["pair_id"] for outcome in self.monitor.add_feedback(items)]
+
+    def store(self):
+        """The monitor's database, by a connection of its own."""
+        return closing(FeedbackStore.open(self.args.feedback, self.args.state_dir))
+
+    def newest_scored(self, limit):
+        with self.store() as store:
+            return store.sampling.newest_scored(limit)
 
     def stream(self):
         self.monitor.stream_once()
@@ -321,11 +332,10 @@ def test_a_hostile_copy_of_a_pair_is_weighted_down_with_a_reason(world):
     world.monitor.add_feedback([{"prompt": "q", "chosen": "no", "rejected": "yes", "user": "eve"}])
     world.stream()
     world.score(likes=True)
-    store = world.monitor._open().store
-    eve = next(pair for pair in store.sampling.newest_scored(10) if pair.user == "eve")
+    eve = next(pair for pair in world.newest_scored(10) if pair.user == "eve")
     assert eve.quality < 0.5
     assert eve.quality_reasons
-    ann = next(pair for pair in store.sampling.newest_scored(10) if pair.user == "ann")
+    ann = next(pair for pair in world.newest_scored(10) if pair.user == "ann")
     assert ann.quality > eve.quality
 
 
@@ -335,7 +345,8 @@ def test_a_pair_that_cannot_be_scored_again_does_not_hold_the_window_up(world):
     world.stream()
     world.score(likes=False)
     world.publish("v0002")
-    world.monitor._open().store.pairs.park(ids[-1], "it does not fit any more")
+    with world.store() as store:
+        store.pairs.park(ids[-1], "it does not fit any more")
     for _ in range(3):
         world.stream()
         assert ids[-1] not in world.queue.to_score
@@ -351,7 +362,7 @@ def test_who_speaks_now_is_heard_before_a_large_import(world):
     for _ in range(2):
         world.score(likes=True)
         world.stream()
-    scored = {pair.pair_id for pair in world.monitor._open().store.sampling.newest_scored(100)}
+    scored = {pair.pair_id for pair in world.newest_scored(100)}
     assert set(new) <= scored | set(world.queue.to_score)
 
 
@@ -376,15 +387,14 @@ def test_a_report_that_came_twice_is_judged_once_and_in_full(world, monkeypatch)
     world.stream()
     outcome = world.outcome(list(world.queue.to_score.values()), TaskKind.EVALUATE, likes=True)
     world.queue.to_score = {}
-    store = world.monitor._open().store
     with monkeypatch.context() as patch:
-        patch.setattr(store.pairs, "set_quality", _locked)
+        patch.setattr(PairStore, "set_quality", _locked)
         with pytest.raises(StoreUnavailableError):
             world.monitor.record(outcome, [], "base")
     world.monitor.record(outcome, [], "base")
-    assert min(pair.quality for pair in store.sampling.newest_scored(10)) < 0.5
+    assert min(pair.quality for pair in world.newest_scored(10)) < 0.5
     assert world.monitor.drift()["num_pairs"] > 0
 
 
-def _locked(changes):
+def _locked(self, changes):
     raise StoreUnavailableError("locked")

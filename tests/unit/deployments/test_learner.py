@@ -55,7 +55,7 @@ class World:
 
     def run(self, turns=None, until=None):
         """So many turns, or until that is true, or else until nothing is left to do."""
-        asyncio.run(self._run(turns, until or self._is_idle))
+        asyncio.run(self.work(turns, until or self._is_idle))
         return self.learner.status
 
     def _is_idle(self):
@@ -63,7 +63,7 @@ class World:
         is_resting = status["phase"] in ("idle", "paused", "pinned") and not status["steps_since_candidate"]
         return is_resting and (status["paused"] or not self.control.batches)
 
-    async def _run(self, turns, until=None):
+    async def work(self, turns, until=None):
         self.versions = AdapterVersions(self.engine, self.registry, "m")
         await self.versions.attach(self.names)
         self.learner = Learner(
@@ -132,7 +132,7 @@ def test_after_four_refusals_in_a_row_training_goes_on_from_the_parent(tmp_path)
     assert loaded[-9:] == ["v0002"] * 3 + ["v0001"] * 4 + [None] * 2
     assert [version.manifest.parent for version in world.registry.list()[-4:]] == ["v0001"] * 3 + [None]
     world.run(turns=20)  # a restart goes on from there
-    assert world.learner._shadow.progress.base == "base"
+    assert world.learner.shadow.progress.base == "base"
     control.batches = [batch(20), batch(21)]
     world.engine.shadow_margin = 3.0
     world.run()
@@ -364,7 +364,7 @@ def test_while_a_version_is_pinned_nothing_is_trained(tmp_path):
     world = World(tmp_path, FakeControl([]))
 
     async def pinned():
-        await world._run(5)
+        await world.work(5)
         await world.versions.activate("base")
         task = asyncio.create_task(world.learner.run())
         await asyncio.sleep(0.05)
@@ -399,7 +399,7 @@ def test_a_failed_return_to_the_live_version_is_tried_again(tmp_path):
         await load(directory)
 
     async def roll_back():
-        await world._run(turns=5)
+        await world.work(turns=5)
         world.engine.load_adapter = fail_at_first
         await world.versions.activate("base")
         task = asyncio.create_task(world.learner.run())

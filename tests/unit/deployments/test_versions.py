@@ -20,8 +20,8 @@ def commit(registry, status="published"):
     return registry.commit(staging, AdapterManifest(base_model="b", status=status, reason="why"))
 
 
-def attached(registry):
-    versions, names = AdapterVersions(FakeEngine(), registry, "m"), {}
+def attached(registry, engine=None):
+    versions, names = AdapterVersions(engine or FakeEngine(), registry, "m"), {}
     asyncio.run(versions.attach(names))
     return versions, names
 
@@ -102,14 +102,15 @@ def test_a_rejected_version_has_no_name_and_cannot_go_live(registry):
 
 
 def test_a_version_that_the_engine_cannot_read_does_not_go_live(registry):
-    versions, names = attached(registry)
+    engine = FakeEngine()
+    versions, names = attached(registry, engine)
     asyncio.run(versions.publish(commit(registry)))
     second = commit(registry)
 
     async def refuse(directory):
         raise DamagedAdapterError("unreadable")
 
-    versions._engine.set_live = refuse
+    engine.set_live = refuse
     with pytest.raises(DamagedAdapterError):
         asyncio.run(versions.publish(second))
     assert versions.live == "v0001"

@@ -27,8 +27,8 @@ def commit(registry, status="published", parent=None):
     return registry.commit(staging, manifest)
 
 
-def attached(registry, config=None):
-    versions, names = AdapterVersions(FakeEngine(), registry, "m", config), {}
+def attached(registry, config=None, engine=None):
+    versions, names = AdapterVersions(engine or FakeEngine(), registry, "m", config), {}
     asyncio.run(versions.attach(names))
     return versions, names
 
@@ -83,7 +83,8 @@ def test_a_rollback_to_a_loaded_version_is_a_pointer_move(registry):
 
 
 def test_a_refusing_disk_leaves_names_and_trainer_as_they_were(registry, monkeypatch):
-    versions, names = attached(registry)
+    engine = FakeEngine()
+    versions, names = attached(registry, engine=engine)
     publish(versions, registry)
     second = commit(registry)
 
@@ -95,7 +96,7 @@ def test_a_refusing_disk_leaves_names_and_trainer_as_they_were(registry, monkeyp
         asyncio.run(versions.publish(second))
     assert versions.live == "v0001"
     assert names["m"][0] == "m@v0001"
-    assert versions._engine.calls[-1] == ("set_live", "v0001")
+    assert engine.calls[-1] == ("set_live", "v0001")
 
 
 def test_a_canary_is_not_live_until_promoted_and_training_goes_on_from_it(registry):
@@ -134,7 +135,8 @@ def test_another_executors_versions_appear_and_disappear(registry, monkeypatch):
     monkeypatch.setattr(on_disk, "REST_S", 0.0)
     config = VersionsConfig(keep=2)
     ours, _ = attached(registry, config)
-    theirs, names = attached(registry, config)
+    engine = FakeEngine()
+    theirs, names = attached(registry, config, engine)
     for _ in range(3):
         publish(ours, registry)
     commit(registry, status="rejected")
@@ -143,23 +145,24 @@ def test_another_executors_versions_appear_and_disappear(registry, monkeypatch):
     assert asyncio.run(ours.retire_old()) == ["v0001", "v0002"]
     asyncio.run(theirs.refresh())
     assert set(names) == {"m", None, "m@v0003"}
-    assert ("unload_version", "m@v0001") in theirs._engine.calls
+    assert ("unload_version", "m@v0001") in engine.calls
     assert [row["version"] for row in asyncio.run(theirs.listing())] == ["v0003", "v0004"]
     with pytest.raises(UnknownVersionError):
         asyncio.run(theirs.activate("v0001"))
 
 
 def test_a_version_that_a_request_runs_on_is_kept(registry, monkeypatch):
-    versions, names = attached(registry, VersionsConfig(keep=2))
+    engine = FakeEngine()
+    versions, names = attached(registry, VersionsConfig(keep=2), engine)
     for _ in range(4):
         publish(versions, registry)
-    versions._engine.in_use = {"m@v0001"}
+    engine.in_use = {"m@v0001"}
     assert asyncio.run(versions.retire_old()) == []  # the others are retired, and rest
     assert set(names) == {"m", None, "m@v0001", "m@v0004"}
     monkeypatch.setattr(on_disk, "REST_S", 0.0)
     assert asyncio.run(versions.retire_old()) == ["v0002", "v0003"]
     publish(versions, registry)
-    versions._engine.in_use = set()
+    engine.in_use = set()
     assert asyncio.run(versions.retire_old()) == ["v0001"]
 
 

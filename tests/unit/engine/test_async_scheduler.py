@@ -71,7 +71,7 @@ class Engine:
 
     @property
     def arena_bytes(self):
-        return self.scheduler._planner.memory.pool_used_bytes(Pool.ARENA)
+        return self.scheduler.planner.memory.pool_used_bytes(Pool.ARENA)
 
     def add(self, name, num_prompt, max_tokens):
         self.scheduler.add_request(
@@ -150,14 +150,16 @@ def test_memory_is_released_although_a_later_iteration_without_slices_is_in_flig
 
 def test_the_plan_counts_the_tokens_that_vllm_schedules(vllm_config):
     engine = Engine(vllm_config)
+    planner, views = engine.scheduler.planner, []
+    plan = planner.plan
+    planner.plan = lambda view: views.append(view) or plan(view)
     for number, max_tokens in enumerate((1, 2, 3, 5, 8)):
         engine.add(f"request {number}", 20 + number, max_tokens)
     num_ending = 0
     engine.schedule()
     while engine.scheduler.running:
-        view = engine.scheduler._view(time.time())
         num_running = len(engine.scheduler.running)
-        output = engine.schedule()
+        output, view = engine.schedule(), views[-1]
         assert view.decode_tokens == output.total_num_scheduled_tokens
         assert view.num_decode == len(output.num_scheduled_tokens)
         num_ending += num_running - view.num_decode

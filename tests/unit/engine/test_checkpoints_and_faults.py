@@ -163,7 +163,7 @@ def poison(step, kind, batch):
     left = {
         SliceKind.REFERENCE_HEAD: lambda: batch.reference_logps[-1],
         SliceKind.POLICY_HEAD: lambda: batch.policy_logps[-1],
-        SliceKind.BACKWARD_LAYER: lambda: step._gradients,
+        SliceKind.BACKWARD_LAYER: lambda: next(iter(step.gradients().values())),
     }.get(kind, lambda: batch.hidden)()
     left.view(-1)[0] = float("nan")
 

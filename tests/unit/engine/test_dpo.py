@@ -38,7 +38,7 @@ def _gradients(directory, task, config):
 
 def test_slices_are_one_layer_or_one_chunk(llama, monkeypatch):
     monkeypatch.setattr(dpo_slices, "HEAD_CHUNK_TOKENS", 4)
-    _, _, step = start(llama, make_task(1))
+    model, _, step = start(llama, make_task(1))
     specs, targets, tokens = step.pending, 12, step.pending[0].num_tokens
     assert tokens == sum(len(s) for s in _rows(step.task.pairs[0])) - len(step.task.pairs[0].prompt_ids)
     targets = sum(len(ids) for ids in (step.task.pairs[0].chosen_ids, step.task.pairs[0].rejected_ids))
@@ -60,8 +60,8 @@ def test_slices_are_one_layer_or_one_chunk(llama, monkeypatch):
     assert max(heads) == 4
     assert all(spec.num_tokens == tokens for spec in specs if "layer" in spec.kind)
     layer_calls = []
-    original = step._model.run_layer
-    step._model.run_layer = lambda *args: layer_calls.append(args[0]) or original(*args)
+    original = model.run_layer
+    model.run_layer = lambda *args: layer_calls.append(args[0]) or original(*args)
     for spec in specs:
         layer_calls.clear()
         assert step.next_slice == spec
@@ -199,7 +199,7 @@ def _poison_grad(step):
 def _poison_hidden(step):
     for _ in range(3):
         step.run_slice()
-    step._batches[0].hidden[0, 0, 0] = float("nan")
+    step.batches[0].hidden[0, 0, 0] = float("nan")
 
 
 @pytest.mark.parametrize("poison", [_poison_grad, _poison_hidden])
@@ -270,12 +270,12 @@ def test_too_long_pairs_and_out_of_memory(llama, monkeypatch):
     pair = TokenizedPair("x", (3,) * 40, (4,) * 30 + (5,), (4,) * 30 + (6,))
     with pytest.raises(PairTooLongError, match="max_length_tokens=64"):  # the model's context
         start(llama, FineTuneTask("t", TaskKind.TRAIN, (pair,)))
-    _, _, step = start(llama, make_task())
+    model, _, step = start(llama, make_task())
 
     def fail(*_):
         raise torch.OutOfMemoryError("tried to allocate")
 
-    monkeypatch.setattr(step._model, "run_layer", fail)
+    monkeypatch.setattr(model, "run_layer", fail)
     with pytest.raises(TrainingError, match="out of device memory in a reference_layer slice"):
         run(step)
     _assert_discarded(step)

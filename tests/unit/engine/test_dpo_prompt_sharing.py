@@ -46,7 +46,7 @@ def task_of(sizes, kind=TaskKind.TRAIN):
 
 
 def layouts(step):
-    return [batch.shared is not None for batch in step._batches]
+    return [batch.shared is not None for batch in step.batches]
 
 
 def outcome(directory, task, config, **kwargs):

@@ -161,9 +161,11 @@ def fail_slices(monkeypatch, error, *, above_tokens=0, times=1000):
 def test_running_out_of_memory_starts_the_step_again_with_smaller_slices(runner, monkeypatch, words):
     task = make_task(num_pairs=4)
     error = torch.OutOfMemoryError(words) if "CUDA" in words else RuntimeError(words)
-    largest = runner._new_step(task, 10_000).next_slice.num_tokens
-    fail_slices(monkeypatch, error, above_tokens=largest // 2)
     runner.set_slice_tokens(10_000)
+    runner.submit(dataclasses.replace(task, kind=TaskKind.EVALUATE).to_wire())
+    largest = runner.run(0.0, 1).slices[0].num_tokens
+    finish(runner)
+    fail_slices(monkeypatch, error, above_tokens=largest // 2)
     runner.submit(task.to_wire())
     reports = []
     while not reports or not reports[-1].finished:
@@ -218,10 +220,10 @@ def test_a_device_too_full_to_start_again_is_a_named_failure(runner, monkeypatch
     runner.run(0.0, 1)
     fail_slices(monkeypatch, torch.OutOfMemoryError("no room"))
 
-    def refuse(*_):
+    def refuse(*_, **__):
         raise torch.OutOfMemoryError("still no room")
 
-    monkeypatch.setattr(runner, "_new_step", refuse)
+    monkeypatch.setattr("engine.training.runner.DpoStep", refuse)
     (result,) = runner.run(0.0, 1).finished
     assert "still no room" in result.error
     assert runner.run(0.0, 1).finished == []

@@ -241,8 +241,9 @@ def test_a_step_that_leaves_a_value_that_is_not_finite_is_undone(qwen, monkeypat
         with pytest.raises(DivergedError, match="not finite after the optimizer step"):
             run(DpoStep(model, shadow, make_task(seed=1), config))
     assert _same(before, snapshot(shadow))
-    other = ShadowAdapter(build(qwen), config)
-    _train(other._model, other, config, [0, 1])
+    other_model = build(qwen)
+    other = ShadowAdapter(other_model, config)
+    _train(other_model, other, config, [0, 1])
     _train(model, shadow, config, [1])
     assert _same(snapshot(shadow), snapshot(other))
 
@@ -255,15 +256,20 @@ def test_a_checkpoint_stays_as_it_is_while_someone_reads_it(qwen):
     assert shadow.checkpoint() is state  # nothing has changed: no second copy
     state.is_leased = True
     kept = {name: tensor.clone() for name, tensor in state.tensors.items()}
-    _train(model, shadow, config, [1, 2])
+    _train(model, shadow, config, [1])
+    second = shadow.checkpoint()
+    _train(model, shadow, config, [2])
     assert _same(state.tensors, kept)
     later = shadow.checkpoint()
+    assert later is second  # one copy beside the one that is read
     assert later is not state
     assert later.num_steps == 3
     assert not _same(later.tensors, kept)
     state.is_leased = False
-    _train(model, shadow, config, [3, 4])
-    assert len(shadow._copies) == 2  # memory is used again
+    for number in (3, 4):
+        _train(model, shadow, config, [number])
+        latest = shadow.checkpoint()
+        assert latest is state or latest is later  # memory is used again
 
 
 def test_infinite_gradient_is_refused(qwen):

@@ -147,7 +147,7 @@ def test_a_candidate_that_was_taught_the_reverse_is_refused_and_kept_with_the_re
             await loop.settle()
         before = loop.versions.live
         await teach_the_reverse(loop, [item for items in rounds[:3] for item in items])
-        await loop.learner._offer_candidate()
+        await loop.learner.offer_candidate()
         candidate = loop.registry.list()[-1].name
         return before, candidate, {name: await loop.test(name) for name in (before, candidate)}
 

@@ -35,7 +35,7 @@ def match(tree, tokens, namespace=None, now_s=0.0):
 
 def nodes(tree):
     """Runs of blocks."""
-    found, stack = [], list(tree._roots.values())
+    found, stack = [], list(tree.roots.values())
     while stack:
         node = stack.pop()
         found += [node] if node.blocks else []
@@ -140,7 +140,7 @@ def test_prompts_that_come_and_go_leave_nothing_behind():
         store(tree, [number, number, 1, 1], now_s=float(number))
         tree.apply(CacheCleared(), 0.0)
     assert tree.num_blocks == 0
-    assert len(tree._leaves) < 100
+    assert len(tree.leaves) < 100
 
 
 @pytest.mark.parametrize(("block_tokens", "max_bytes"), [(0, 1 << 20), (16, 10)])
@@ -206,7 +206,7 @@ def check_shape(tree):
         assert len(node.children) != 1
         assert node.children or node.blocks[-1].hash is not None
         assert node.children or node.is_queued
-    assert all(root.children and not root.blocks for root in tree._roots.values())
+    assert all(root.children and not root.blocks for root in tree.roots.values())
     assert tree.num_blocks == sum(len(node.blocks) for node in nodes(tree))
 
 

@@ -31,7 +31,7 @@ def simulate(start, *, kv_tokens=4000, block_tokens=16, max_fraction=0.25, seed=
 
 def watch(executor, max_fraction):
     """Check the books, and that nobody is preempted while there is more on offer, in every iteration."""
-    requests, planner = executor.requests, executor._planner
+    requests, planner = executor.requests, executor.planner
     plan, fill = planner.plan, requests.fill
     left: list[int] = []
 

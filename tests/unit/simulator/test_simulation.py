@@ -15,9 +15,9 @@ class Watched:
 
     def __init__(self, simulation):
         self._simulation = simulation
-        self._router = simulation._router
+        self._router = simulation.router
         self.ended_requests = []
-        simulation._router = self
+        simulation.router = self
 
     def choose(self, request, now_s):
         self._check()
@@ -31,7 +31,7 @@ class Watched:
     def _check(self):
         for executor in self._simulation.executors:
             executor.requests.running.check_integrity()
-            executor._planner.memory.check_integrity()
+            executor.planner.memory.check_integrity()
             assert executor.requests.waiting_tokens == sum(
                 r.target for r in executor.requests.waiting.iterate(0.0)
             )
