@@ -226,7 +226,8 @@ class KvPruningConfig(Section):
     }
 
     start: Literal["off", "memory_pressure", "always"] = "off"
-    """`memory_pressure`: only when blocks are short; `always`: every request, as soon as its prompt is computed."""
+    """`memory_pressure`: only when blocks are short; `always`: every request, as soon as its prompt is computed, at
+    most 512 blocks in one iteration."""
     max_fraction: float = Field(0.25, gt=0, le=0.9)
     """Share of a request's KV blocks that may be dropped."""
     recent_tokens: int = Field(128, ge=1)

@@ -5,12 +5,14 @@ from dataclasses import dataclass
 
 from core.batch import IterationSample
 from core.config import AppArgs
+from core.dpo_slices import HEAD_CHUNK_TOKENS
 from core.errors import ConfigError
 from core.model_dims import ModelDims
 from core.ports import LatencyPredictor
 from profiler.online import OnlineLatencyModel
 from profiler.profile import Profile
 from scheduler.iteration.planner import EngineLimits
+from scheduler.memory.arena import ArenaModel, ArenaNeed
 
 _BLOCK_TOKENS = 16
 """vLLM's block on CUDA; `engine.engine_kwargs.block_size` says otherwise."""
@@ -60,16 +62,18 @@ def hardware_of(profile: Profile, dims: ModelDims, args: AppArgs) -> Hardware:
     kv_bytes = profile.memory.kv_bytes_per_token or dims.kv_bytes_per_token
     kv_tokens = int(args.engine.kv_cache_memory_bytes / kv_bytes)
     largest = args.training.max_slice_tokens + 2 * args.training.max_length_tokens
+    fixed, per_token = profile.memory.arena_bytes, profile.memory.arena_bytes_per_token
+    arena = ArenaModel(fixed, per_token, ArenaNeed(dims, args.lora.rank, HEAD_CHUNK_TOKENS))
     return Hardware(
         profile=profile,
         new_predictor=lambda: OnlineLatencyModel(profile),
         limits=EngineLimits(
             max_tokens=args.engine.max_num_batched_tokens,
             kv_bytes=int(kv_tokens * kv_bytes),
-            arena_bytes=int(2 * profile.memory.step_bytes(largest)),
+            arena_bytes=2 * arena.predict(largest),
             kv_bytes_per_token=kv_bytes,
-            arena_fixed_bytes=profile.memory.arena_bytes,
-            arena_bytes_per_token=profile.memory.arena_bytes_per_token,
+            arena_fixed_bytes=fixed,
+            arena_bytes_per_token=per_token,
             dims=dims if args.training.enabled else None,
         ),
         dims=dims,

@@ -77,9 +77,12 @@ def main(
     out: Out = None,
 ) -> None:
     """How soon the drift detectors see a change, and how often one that is not there."""
-    sensitivity = Sensitivity(
-        **{name: float(value) for name, value in (one.split("=", 1) for one in settings or ())}
-    )
+    try:
+        sensitivity = Sensitivity(
+            **{name: float(value) for name, value in (one.split("=", 1) for one in settings or ())}
+        )
+    except (TypeError, ValueError) as error:
+        raise typer.BadParameter(f"--set takes a number for a field of Sensitivity: {error}") from error
     rows = {}
     for name, margins in STREAMS.items():
         rows[name] = {

@@ -112,6 +112,7 @@ def measure_cost(num_running: int, num_waiting: int, num_tasks: int, iterations:
             "num_tasks": num_tasks,
             "iterations": iterations,
             "warm_up": _WARM_UP,
+            "seed": 0,
         },
         "total": total,
         "parts": {name: _statistics_ms(laps) for name, laps in watch.laps_s.items()},

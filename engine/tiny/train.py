@@ -7,7 +7,7 @@ of steps is fixed, not the time, so that the same seed and thread count give the
 
 import functools
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -107,23 +107,18 @@ def _fit(
     inner = [parameter for parameter in model.model.layers.parameters() if parameter.ndim > 1]
     known = {id(parameter) for parameter in inner}
     others = [parameter for parameter in model.parameters() if id(parameter) not in known]
-    optimizers: list[torch.optim.Optimizer] = [
-        torch.optim.Muon(
-            inner, lr=recipe.muon_rate, weight_decay=recipe.weight_decay, ns_steps=recipe.num_iterations
-        ),
-        torch.optim.AdamW(others, lr=recipe.learning_rate, betas=(0.9, 0.95), weight_decay=0.0, fused=True),
-    ]
-    rate = functools.partial(_rate, recipe=recipe)
-    schedules = [torch.optim.lr_scheduler.LambdaLR(optimizer, rate) for optimizer in optimizers]
+    muon = Muon(inner, num_iterations=recipe.num_iterations)
+    optimizer = torch.optim.AdamW(others, lr=recipe.learning_rate, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, functools.partial(_rate, recipe=recipe))
     batches = _batches(tokenizer, recipe, random.Random(seed))
     model.train()
     for step in range(1, recipe.steps + 1):
         loss = _loss(model, next(batches))
         torch.autograd.backward(loss)
         torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.max_grad_norm)
-        for optimizer, schedule in zip(optimizers, schedules, strict=True):
-            optimizer.step()
-            schedule.step()
+        muon.step(recipe.muon_rate * _rate(step - 1, recipe), recipe.weight_decay)
+        optimizer.step()
+        schedule.step()
         model.zero_grad()
         if on_step is not None:
             on_step(step, loss.item())
@@ -218,3 +213,50 @@ def _mask(segments: torch.Tensor) -> torch.Tensor:
     same = segments[:, :, None] == segments[:, None, :]
     prompt = segments[:, None, :] == 0
     return ((same | prompt) & causal)[:, None]
+
+
+_COEFFICIENTS = (3.4445, -4.7750, 2.0315)
+"""Coefficients of the quintic Newton-Schulz iteration, from the Muon write-up."""
+
+
+class Muon:
+    """Muon (Jordan et al., 2024): momentum, then the nearest orthogonal matrix, then a decoupled weight decay.
+
+    Orthogonalised updates learn rare facts in far fewer steps than Adam. `torch.optim.Muon` iterates in bfloat16, which
+    gives other weights; this one runs in fp32 and stacks matrices of equal shape.
+    """
+
+    def __init__(
+        self, parameters: Iterable[torch.nn.Parameter], momentum: float = 0.95, num_iterations: int = 5
+    ) -> None:
+        groups: dict[torch.Size, list[torch.nn.Parameter]] = {}
+        for parameter in parameters:
+            groups.setdefault(parameter.shape, []).append(parameter)
+        self._groups = list(groups.values())
+        self._velocities = [torch.zeros(len(group), *group[0].shape) for group in self._groups]
+        self._momentum = momentum
+        self._num_iterations = num_iterations
+
+    @torch.no_grad()
+    def step(self, learning_rate: float, weight_decay: float) -> None:
+        """Apply one update from the gradients at hand."""
+        for group, velocity in zip(self._groups, self._velocities, strict=True):
+            gradient = torch.stack([parameter.grad for parameter in group if parameter.grad is not None])
+            velocity.lerp_(gradient, 1 - self._momentum)
+            update = orthogonalise(gradient.lerp(velocity, self._momentum), self._num_iterations)
+            rows, columns = velocity.shape[1:]
+            scale = learning_rate * max(1.0, rows / columns) ** 0.5
+            for parameter, change in zip(group, update.unbind(0), strict=True):
+                parameter.mul_(1 - learning_rate * weight_decay).sub_(change, alpha=scale)
+
+
+def orthogonalise(matrices: torch.Tensor, num_iterations: int) -> torch.Tensor:
+    """Bring the singular values of each of [K, rows, columns] near 1, keeping the singular vectors."""
+    a, b, c = _COEFFICIENTS
+    is_tall = matrices.shape[1] > matrices.shape[2]
+    x = matrices.mT if is_tall else matrices
+    x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
+    for _ in range(num_iterations):
+        gram = x @ x.mT
+        x = a * x + torch.baddbmm(gram, gram, gram, beta=b, alpha=c) @ x
+    return x.mT if is_tall else x

@@ -40,6 +40,7 @@ def start_chaos(model_cache, tmp_path):
             chaos.wait(120)
 
 
+@pytest.mark.slow
 def test_nothing_is_lost_when_an_engine_and_the_store_owner_are_killed(start_chaos, tmp_path):
     chaos = start_chaos("--kills", "2", "--kinds", "engine,monitor", "--seed", "1")
     code = chaos.wait(400)

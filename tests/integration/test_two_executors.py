@@ -12,7 +12,7 @@ from benchmarks.harness.server import ServerProcess
 from deployments.routing.router import REPORT_PERIOD_S
 from tests.support.small_llama import save_small_llama
 
-pytestmark = [pytest.mark.vllm, pytest.mark.ray]
+pytestmark = [pytest.mark.vllm, pytest.mark.ray, pytest.mark.slow]
 
 NUM_GROUPS, NUM_ROUNDS = 8, 4
 SLOW = {"hidden_size": 512, "intermediate_size": 1024, "num_hidden_layers": 6}

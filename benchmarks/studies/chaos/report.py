@@ -155,7 +155,11 @@ def _problems(findings: Findings, steps_lost: int) -> list[str]:
 
 
 def _requests(requests: Sequence[RequestRecord], failed: Counter[int]) -> dict[str, Any]:
-    took_s = [one.ended_s - one.scheduled_s for one in requests if one.succeeded and one.ended_s is not None]
+    took_s = [
+        one.ended_s - one.sent_s
+        for one in requests
+        if one.succeeded and one.ended_s is not None and one.sent_s is not None
+    ]
     return {
         "sent": len(requests),
         "failed": failed.total(),

@@ -3,7 +3,7 @@ import pytest
 from core.batch import ForwardShape
 from core.config import KvPruningConfig
 from scheduler.memory.ledger import Pool
-from scheduler.memory.relief import BlockBudget
+from scheduler.memory.relief import BlockBudget, MemoryRelief
 from scheduler.view import FineTuneState, IterationView, PrefillTask, PruneOffer
 from tests.support.known_device import KnownDevice, make_planner
 
@@ -222,3 +222,10 @@ def test_a_quote_counts_the_harm_of_the_next_blocks_in_the_offer():
     assert blocks.quote(3) is None
     blocks.take(0, second, "finetune")
     assert (blocks.pruned_blocks, blocks.reason, blocks.droppable_blocks) == (4, "decode", 0)
+
+
+def test_blocks_of_requests_that_are_not_decoded_now_leave_no_negative_context():
+    made = planner("always")
+    relief = MemoryRelief(KvPruningConfig(start="always"), made.memory, BYTES)
+    rest, dropped = relief.drop_at_once(view(2, num_decode=0, decode_context=0))
+    assert (rest.decode_context, dropped) == (0, OFFER.num_blocks)

@@ -2,7 +2,9 @@
 
 import pytest
 
+from core.dpo_slices import HEAD_CHUNK_TOKENS
 from core.types import SliceKind
+from scheduler.memory.arena import ArenaModel, ArenaNeed
 from simulator.cluster import Options, Simulation
 from simulator.hardware import hardware_of
 from simulator.statistics import Statistics
@@ -85,3 +87,11 @@ def test_the_profiled_device_is_the_profile():
     hardware = hardware_of(profile, DIMS, trace.args)
     assert hardware.kv_tokens == (1 << 20) // 512
     assert hardware.profile.latency.slice_s(SliceKind.BACKWARD_LAYER, 512) == pytest.approx(0.0039)
+
+
+def test_the_arena_holds_the_largest_slice_by_the_planners_own_prediction():
+    trace = make_trace(args={"engine": {"kv_cache_memory_bytes": 1 << 26}})
+    limits = hardware_of(make_profile(), DIMS, trace.args).limits
+    need = ArenaNeed(limits.dims, trace.args.lora.rank, HEAD_CHUNK_TOKENS)
+    arena = ArenaModel(limits.arena_fixed_bytes, limits.arena_bytes_per_token, need)
+    assert arena.predict(trace.args.training.max_slice_tokens) < limits.arena_bytes
