@@ -145,10 +145,6 @@ class MemoryModel(FrozenModel):
     kv_bytes_per_token: int | None = Field(None, ge=1)
     """KV cache of one token over all layers; known from the model's shape, not fitted. None: unknown."""
 
-    def step_bytes(self, num_tokens: int) -> float:
-        """Most memory that a step with micro-batches of `num_tokens` padded tokens holds between slices."""
-        return self.arena_bytes + self.arena_bytes_per_token * num_tokens
-
 
 class FitError(FrozenModel):
     """Relative error |predicted - measured| / measured on rows that the fit did not see."""

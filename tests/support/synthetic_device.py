@@ -71,3 +71,8 @@ def prefill(num_tokens, start=0):
     shape = ForwardShape()
     shape.add_chunk(num_tokens, start)
     return shape
+
+
+def held_bytes(memory, num_tokens):
+    """Memory that a step with micro-batches of that many padded tokens holds between slices, by a profile's line."""
+    return memory.arena_bytes + memory.arena_bytes_per_token * num_tokens

@@ -7,7 +7,7 @@ from core.errors import ProfileError
 from core.types import SliceKind
 from profiler.fit import fit_profile, fit_raw
 from profiler.profile import QUANTILE_LEVELS, Origin, Profile, forward_features, profile_path
-from tests.support.synthetic_device import FORWARD, SLICES, SyntheticDevice, decode, prefill
+from tests.support.synthetic_device import FORWARD, SLICES, SyntheticDevice, decode, held_bytes, prefill
 
 ORIGIN = Origin(device="synthetic", model="org/model", num_threads=1, seed=3)
 MEMORY = [(n, 1_000_000 + 5000 * n) for n in (32, 64, 256, 512)]
@@ -63,9 +63,9 @@ def test_residual_quantiles_are_centred_and_ordered(profile):
 
 
 def test_memory_is_an_upper_line(profile):
-    assert profile.memory.step_bytes(128) == pytest.approx(1_000_000 + 5000 * 128, rel=0.01)
+    assert held_bytes(profile.memory, 128) == pytest.approx(1_000_000 + 5000 * 128, rel=0.01)
     noisy = fit_profile(SyntheticDevice().samples(20), ORIGIN, memory=[*MEMORY, (64, 3_000_000)])
-    assert noisy.memory.step_bytes(64) >= 3_000_000
+    assert held_bytes(noisy.memory, 64) >= 3_000_000
     assert profile.memory.kv_bytes_per_token == 512
 
 
