@@ -10,6 +10,7 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.measure import Measurement
 from rich.table import Table
 
 from core.errors import ConfigError
@@ -21,6 +22,8 @@ StateDir = Annotated[Path, typer.Option(help="Where the built-in model is or wil
 Column = tuple[str, Any, Callable[[Any], str]]
 """Heading, key of a row, and the text of its value. A value is None or missing where there is nothing to say."""
 
+_MAX_WIDTH = 400
+"""Characters that a table may be wide."""
 VERDICTS = {True: "met", False: "missed", None: "not applicable"}
 
 
@@ -46,7 +49,8 @@ def show(report: Any, tables: Iterable[Table | str], as_json: bool, out: Path | 
         return
     console = Console()
     for table in tables:
-        console.print(table)
+        needed = Measurement.get(console, console.options.update(max_width=_MAX_WIDTH), table).minimum
+        Console(width=max(console.width, needed)).print(table)  # rather wrapped by the terminal than cut
 
 
 def table_of(title: str | None, rows: Sequence[dict[str, Any]], columns: Sequence[Column]) -> Table:
