@@ -24,6 +24,7 @@ Column = tuple[str, Any, Callable[[Any], str]]
 
 _MAX_WIDTH = 400
 """Characters that a table may be wide."""
+_TEXT_COLUMNS = 6
 VERDICTS = {True: "met", False: "missed", None: "not applicable"}
 
 
@@ -49,8 +50,14 @@ def show(report: Any, tables: Iterable[Table | str], as_json: bool, out: Path | 
         return
     console = Console()
     for table in tables:
-        needed = Measurement.get(console, console.options.update(max_width=_MAX_WIDTH), table).minimum
-        Console(width=max(console.width, needed)).print(table)  # rather wrapped by the terminal than cut
+        wide = console.options.update(max_width=_MAX_WIDTH)
+        needed = Measurement.get(console, wide, table).maximum if _is_broad(table) else 0
+        Console(width=max(console.width, needed)).print(table)
+
+
+def _is_broad(table: Table | str) -> bool:
+    """Tell tables whose many short cells would be cut in a terminal from those with text, which is wrapped."""
+    return isinstance(table, Table) and len(table.columns) > _TEXT_COLUMNS
 
 
 def table_of(title: str | None, rows: Sequence[dict[str, Any]], columns: Sequence[Column]) -> Table:
