@@ -39,6 +39,7 @@ def serve_and_train(engine):
     return engine.run(engine.engine.memory_status())
 
 
+@pytest.mark.slow
 def test_with_pruning_fewer_requests_are_preempted_and_no_block_is_lost(tmp_path, tiny_assistant):
     save_small_llama(tmp_path, tiny_assistant)
     counters = {}
