@@ -57,14 +57,10 @@ def judge_canary(canary: Arm, live: Arm, elapsed_s: float, config: VersionsConfi
     rated = min(canary.ratings.total, live.ratings.total) >= config.canary_min_ratings
     served = min(canary.slo.total, live.slo.total) >= config.canary_min_requests
     complaints = []
-    if rated or over:
-        drop = least_drop(canary.ratings, live.ratings, CONFIDENCE)
-        if drop > 0:
-            complaints.append(f"thumbs up {canary.ratings} (live {live.ratings})")
-    if served or over:
-        drop = least_drop(canary.slo, live.slo, CONFIDENCE)
-        if drop > MAX_SLO_DROP:
-            complaints.append(f"within the SLO {canary.slo} requests (live {live.slo})")
+    if (rated or over) and least_drop(canary.ratings, live.ratings, CONFIDENCE) > 0:
+        complaints.append(f"thumbs up {canary.ratings} (live {live.ratings})")
+    if (served or over) and least_drop(canary.slo, live.slo, CONFIDENCE) > MAX_SLO_DROP:
+        complaints.append(f"within the SLO {canary.slo} requests (live {live.slo})")
     seen = f"thumbs up {canary.ratings} (live {live.ratings}), within the SLO {canary.slo} (live {live.slo})"
     if complaints:
         return Verdict("roll_back", f"worse than live at {CONFIDENCE:.0%}: {' and '.join(complaints)}")
