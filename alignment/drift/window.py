@@ -53,12 +53,12 @@ class LevelWindow:
 
     def rescore(self, pair_id: str, score: Score) -> bool:
         """A pair scored again. One that the window does not know is taken as older than all, if there is room."""
-        if pair_id not in self._scores:
-            if len(self._scores) >= self._config.window:
-                return False
-            self._scores[pair_id] = score
-            self._scores.move_to_end(pair_id, last=False)
+        is_known = pair_id in self._scores
+        if not is_known and len(self._scores) >= self._config.window:
+            return False
         self._scores[pair_id] = score
+        if not is_known:
+            self._scores.move_to_end(pair_id, last=False)
         return True
 
     def discard(self, pair_id: str) -> bool:

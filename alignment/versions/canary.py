@@ -6,7 +6,7 @@ Medicine 17, 1998, method 10), which is sound for small counts and for shares of
 """
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal
 
 from alignment.intervals import wilson
@@ -33,9 +33,9 @@ class Share:
 class Arm:
     """Ratings and requests of one version since the trial began."""
 
-    ratings: Share = field(default_factory=Share)
+    ratings: Share = Share()
     """Thumbs up of all thumbs."""
-    slo: Share = field(default_factory=Share)
+    slo: Share = Share()
     """Requests within TTFT and TBT targets."""
 
 
