@@ -321,7 +321,7 @@ def _rows(name: str, split: str | None) -> Iterator[Mapping[str, Any]]:
     """Rows of a data set; those that cannot be decoded end it with an error."""
     from app.importing.sources import open_source
 
-    for row in open_source(name, split).rows(after=0):
+    for row in open_source(name, split).rows(0):
         if row.error is not None:
             raise row.error
         if not isinstance(row.value, Mapping):

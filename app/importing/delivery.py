@@ -2,12 +2,14 @@
 
 import json
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import httpx
 
+from alignment.store.intake import prepare
+from core.alignment_config import FeedbackConfig
 from core.errors import MaceError
 
 _TIMEOUT_S = httpx.Timeout(120.0, connect=10.0)
@@ -107,7 +109,14 @@ class Server:
         if reply.status_code == _TOO_LARGE:
             if len(lines) == 1:
                 return Delivered(0, 0, [LineRefusal(0, message_of(reply), None)])
-            return self._send_halves(lines)
+            middle = len(lines) // 2
+            first, second = self.send(lines[:middle]), self.send(lines[middle:])
+            moved = [replace(one, index=one.index + middle) for one in second.refusals]
+            return Delivered(
+                first.num_accepted + second.num_accepted,
+                first.num_duplicates + second.num_duplicates,
+                first.refusals + moved,
+            )
         try:
             report = reply.json()
             refusals = [
@@ -121,19 +130,7 @@ class Server:
             raise DeliveryError(f"{self._url} did not account for all {len(lines)} lines of a batch")
         return delivered
 
-    def _send_halves(self, lines: Sequence[bytes]) -> Delivered:
-        middle = len(lines) // 2
-        first, second = self.send(lines[:middle]), self.send(lines[middle:])
-        moved = [LineRefusal(one.index + middle, one.reason, one.param) for one in second.refusals]
-        return Delivered(
-            first.num_accepted + second.num_accepted,
-            first.num_duplicates + second.num_duplicates,
-            first.refusals + moved,
-        )
-
-    def _request(
-        self, method: str, path: str, taken: frozenset[int] | set[int] = frozenset(), **kwargs: Any
-    ) -> httpx.Response:
+    def _request(self, method: str, path: str, taken: Collection[int] = (), **kwargs: Any) -> httpx.Response:
         """One request, repeated while the server is away. `taken` are error statuses that the caller handles."""
         give_up_s = time.monotonic() + self._patience_s
         delay_s = _FIRST_DELAY_S
@@ -163,8 +160,6 @@ class DryRun:
     """Judges rows as the server would, as far as that goes without its store: no ids are looked up."""
 
     def __init__(self) -> None:
-        from core.alignment_config import FeedbackConfig
-
         self._config = FeedbackConfig()
 
     def knows(self, record_id: str) -> bool:
@@ -174,8 +169,6 @@ class DryRun:
 
     def send(self, lines: Sequence[bytes]) -> Delivered:
         """See `Sink.send`; nothing is stored, and a duplicate is not noticed."""
-        from alignment.store.intake import prepare
-
         refusals = []
         for index, line in enumerate(lines):
             error = prepare(json.loads(line), None, self._config).error
