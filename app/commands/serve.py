@@ -17,6 +17,7 @@ import psutil
 import typer
 import yaml
 
+from app.commands.connection import fail
 from app.commands.processes import become_subreaper, end_descendants, own_children
 from core.config import AppArgs
 from core.errors import ConfigError
@@ -37,15 +38,13 @@ def serve(
         _check_port(document.get("http_options", {}))
         args = _prepare(document["applications"][0])
     except ConfigError as error:
-        typer.secho(f"mace: {error}", fg="red", err=True)
-        raise typer.Exit(2) from error
+        fail(error, 2)
     become_subreaper()
     _raise_on_signals()
     try:
         _run(document, args, started_s)
     except _DeployError as error:
-        typer.secho(f"mace: the application did not start:\n{error}", fg="red", err=True)
-        raise typer.Exit(1) from error
+        fail(f"the application did not start:\n{error}")
     except _HeadDiedError as error:
         typer.secho(f"mace: {error}", fg="red", err=True)
         end_descendants(_SHUTDOWN_GRACE_S)  # Ray's own shutdown would wait for its head
@@ -118,12 +117,6 @@ def _prepare(application: dict[str, Any]) -> AppArgs:
     return args
 
 
-def _check_deployment_names(application: dict[str, Any]) -> None:
-    unknown = {options.get("name") for options in application.get("deployments", ())} - {"Executor", "Control"}
-    if unknown:
-        raise _DeployError(f"deployments: there is no {', '.join(map(repr, unknown))}, only Executor and Control")
-
-
 def _run(document: dict[str, Any], args: AppArgs, started_s: float) -> NoReturn:
     """Start everything and wait for a signal."""
     os.environ.setdefault("RAY_AUTH_MODE", "disabled")  # a cluster of our own, reachable from this machine only
@@ -136,11 +129,12 @@ def _run(document: dict[str, Any], args: AppArgs, started_s: float) -> NoReturn:
 
     http = document.get("http_options", {})
     application = document["applications"][0]
-    _check_deployment_names(application)
     overrides = {
         options["name"]: {key: value for key, value in options.items() if key not in _NOT_OPTIONS}
         for options in application.get("deployments", ())
     }
+    if unknown := overrides.keys() - {"Executor", "Control"}:
+        raise _DeployError(f"deployments: there is no {', '.join(map(repr, unknown))}, only Executor and Control")
     typer.echo("mace: starting Ray and the engine ...")
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
     ray.init(os.environ.get("RAY_ADDRESS", "local"), log_to_driver=False, logging_level="WARNING")
