@@ -28,9 +28,6 @@ from profiler.device import describe_device, worker_threads
 from profiler.profile import Profile
 
 if TYPE_CHECKING:
-    pass
-
-if TYPE_CHECKING:
     from engine.pruning.reader import PrunedReader, TokenPassage
 
 app = typer.Typer(no_args_is_help=True, help="Measure this device, fit the latency and memory models, draw them.")

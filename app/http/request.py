@@ -37,8 +37,6 @@ class Answer:
         self.last_s = 0.0
         self.keeps_body = False
         """Set by a step that wants to read `body`."""
-        self.keeps_single = False
-        """Set by a step that wants to read `body` unless it is a stream."""
         self._parts: list[bytes] = []
 
     @property
@@ -60,7 +58,7 @@ class Answer:
                 self.last_s = time.perf_counter()
                 self.first_s = self.first_s or self.last_s
                 self.num_parts += 1
-                if self.keeps_body or (self.keeps_single and not self.is_stream):
+                if self.keeps_body:
                     self._parts.append(part)
             self.is_complete = not message.get("more_body", False)
 

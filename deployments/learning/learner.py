@@ -101,9 +101,8 @@ class Learner:
         self._rest_until_s = 0.0
         self._busy_share = 0.0
         self._follow = False
-        self._unsaid_live: str | None = None
-        """The version that went live and that Control has not been told of yet."""
-        versions.watch_live(self._note_live)
+        self._told_live: str | None = None
+        """The live version that Control was told of last."""
         self.status = LearnerStatus()
 
     def pause(self, reason: str = "asked for") -> None:
@@ -129,7 +128,7 @@ class Learner:
             "steps_since_candidate": self.shadow.progress.steps_since_candidate,
             "total_steps": self.shadow.progress.total_steps,
             "live_version": self._versions.live,
-            "last_publish": asdict(self._versions.last_publish),
+            "last_publish": self._versions.last_publish.to_wire(),
         }
 
     async def restore(self) -> None:
@@ -157,10 +156,9 @@ class Learner:
         if self._follow or self.shadow.progress.goal != self._versions.training_base:
             await self.shadow.return_to_base()
             self._follow, self._refusals_in_a_row = False, 0
-        if (version := self._unsaid_live) is not None:
-            await self._control.note_live(version)
-            if self._unsaid_live == version:
-                self._unsaid_live = None
+        if (live := self._versions.live) != self._told_live:
+            await self._control.note_live(live)
+            self._told_live = live
         if self.status.paused or time.monotonic() < self._rest_until_s:
             self.status.phase = "paused" if self.status.paused else "backing off"
             await asyncio.sleep(POLL_INTERVAL_S)
@@ -174,9 +172,6 @@ class Learner:
         if batch is None:
             self.status.phase = "pinned" if self._versions.pinned else "idle"
             await asyncio.sleep(POLL_INTERVAL_S)
-
-    def _note_live(self, version: str) -> None:
-        self._unsaid_live = version
 
     def _is_candidate_due(self) -> bool:
         steps = self.shadow.progress.steps_since_candidate

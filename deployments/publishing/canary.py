@@ -11,7 +11,6 @@ import logging
 import random
 import time
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
 from typing import Any
 
 from alignment.versions.canary import Arm, Share, Verdict, judge_canary
@@ -29,15 +28,6 @@ _REFRESHES_PER_ROUND = 5
 
 RatingCounts = dict[str | None, tuple[int, int]]
 """Thumbs up and down by version; None is the base."""
-
-
-@dataclass(frozen=True, slots=True)
-class Draw:
-    """The version that a request is counted for."""
-
-    version: str
-    model: str | None
-    """Model name to put into the request; None: leave it as it is."""
 
 
 class CanaryTrial:
@@ -69,14 +59,14 @@ class CanaryTrial:
         """Is a version on trial?"""
         return self._versions.canary is not None
 
-    def draw(self, user: str | None) -> Draw:
-        """Decide which version answers a request for `<name>`."""
+    def draw(self, user: str | None) -> tuple[str, str | None]:
+        """Decide which version answers a request for `<name>`; with the model to ask for, None: as the client asked."""
         canary = self._versions.canary
         if canary is not None:
             point = random.random() if user is None else _point_of(f"{canary} {user}")
             if point < self._config.canary_share:
-                return Draw(canary, self._versions.name_of(canary))
-        return Draw(self._versions.live, None)
+                return canary, self._versions.name_of(canary)
+        return self._versions.live, None
 
     def observe(self, version: str, *, within_slo: bool) -> None:
         """Count a request that was drawn and has ended; those that the client gave up or got wrong do not count."""
@@ -155,7 +145,7 @@ class CanaryTrial:
 
     def _begin_if_new(self) -> None:
         canary = self._versions.canary
-        trial = (canary, self._versions.live) if canary is not None else None
+        trial = None if canary is None else (canary, self._versions.live)
         if trial != self._seen_for:
             self._seen_for = trial
             self._seen.clear()
