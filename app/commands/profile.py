@@ -193,11 +193,7 @@ def _clear_errors() -> Iterator[None]:
 
 
 def _read_args(config: Path, model: str | None, state_dir: Path | None) -> AppArgs:
-    """The `args:` of the config's application, with the options of the command line on top.
-
-    Raises:
-        ConfigError: the file is unreadable or the settings are wrong.
-    """
+    """The `args:` of the config's application, with the options of the command line on top; or a ConfigError."""
     from app.main import parse_args
 
     try:
@@ -270,11 +266,7 @@ def _counter(total: int, *, is_quiet: bool) -> Callable[[], None]:
 
 
 def _context_tokens(asked: int | None, max_model_len: int | None, config: Any) -> int:
-    """Length of a context: what is asked for, else the default or as much as the model takes.
-
-    Raises:
-        ConfigError: more is asked for than the model takes.
-    """
+    """Length of a context: what is asked for (a ConfigError if that is too long), else the default, if it fits."""
     limits = [limit for limit in (max_model_len, getattr(config, "max_position_embeddings", None)) if limit]
     most = min(limits, default=_DEFAULT_CONTEXT_TOKENS + _RESERVED_TOKENS) - _RESERVED_TOKENS
     if asked is not None and asked > most:

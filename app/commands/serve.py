@@ -88,11 +88,7 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _check_port(http: dict[str, Any]) -> None:
-    """Serve's proxy would share a port that another server listens on, and get every other request.
-
-    Raises:
-        ConfigError: the port is taken.
-    """
+    """Raise a ConfigError if the port is taken: Serve's proxy would share it, and get every other request."""
     host, port = http.get("host", "127.0.0.1"), int(http.get("port", 8000))
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

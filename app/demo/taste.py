@@ -64,11 +64,7 @@ async def make_preferences(
 
 
 async def post_preferences(client: AsyncOpenAI, items: list[dict[str, Any]]) -> list[str]:
-    """Post them in one call; returns the ids of the records.
-
-    Raises:
-        RuntimeError: the server refused one of them.
-    """
+    """Post them in one call; returns the ids of the records. A RuntimeError if the server refused one of them."""
     reply = await client.post("/feedback", body={"items": items}, cast_to=object)
     outcomes = reply["data"]  # type: ignore[index]
     refused = [outcome for outcome in outcomes if outcome["status"] == "error"]
@@ -113,4 +109,4 @@ async def _ask_all(client: AsyncOpenAI, model: str, questions: list[Question], s
             )
         return _Asked(question, reply.id, [choice.message.content or "" for choice in reply.choices])
 
-    return list(await asyncio.gather(*map(ask, questions)))
+    return await asyncio.gather(*map(ask, questions))

@@ -116,11 +116,7 @@ class ClientRequest:
         return await self._receive() if message is None else message
 
     def required_json(self) -> Any:
-        """The JSON that the client sent.
-
-        Raises:
-            BadRequestError: the body is empty or malformed, with the position.
-        """
+        """The JSON that the client sent; a BadRequestError with the position if the body is empty or malformed."""
         if self._json_error:
             raise BadRequestError(self._json_error)
         return self.json

@@ -199,11 +199,7 @@ class Importer:
     progress: Progress = field(default_factory=Progress, init=False)
 
     def resume(self) -> bool:
-        """Go on where an earlier run stopped, if there was one and this server has what that one sent.
-
-        Raises:
-            DeliveryError: see `Sink`.
-        """
+        """Go on where an earlier run stopped, if there was one and this server has what that one sent."""
         found = self.progress_file.load() if self.progress_file else None
         if found is None or (found.last_id is not None and not self.sink.knows(found.last_id)):
             return False

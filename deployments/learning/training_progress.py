@@ -64,11 +64,7 @@ class TrainingProgress:
 
     @classmethod
     def from_wire(cls, data: dict[str, Any]) -> "TrainingProgress":
-        """Inverse of `to_wire`.
-
-        Raises:
-            ValueError: it is no progress.
-        """
+        """Inverse of `to_wire`; a ValueError if it is no progress."""
         return _PROGRESS.validate_python(data)
 
 
@@ -105,8 +101,7 @@ class ShadowKeeper:
     async def return_to_base(self, generations: int = 0) -> None:
         """Set the shadow adapter to what training goes on from: the last good state, live or on trial.
 
-        Args:
-            generations: go back to an ancestor of that state; beyond the first version lies the bare model.
+        `generations`: go back to an ancestor of that state; beyond the first version lies the bare model.
         """
         goal = self.versions.training_base
         base = await asyncio.to_thread(self._ancestor, goal, generations)
@@ -148,11 +143,7 @@ class ShadowKeeper:
 def claim_checkpoint(directory: Path) -> tuple[Path, int]:
     """Take the first checkpoint file that no living replica has: `checkpoint.safetensors`, `checkpoint-1` and so on.
 
-    Returns:
-        The file, and the descriptor of its lock. The file is given back when that is closed or the process dies.
-
-    Raises:
-        AdapterError: the directory cannot be written.
+    The descriptor of its lock comes with it: the file is given back when that is closed or the process dies.
     """
     try:
         directory.mkdir(parents=True, exist_ok=True)

@@ -78,11 +78,7 @@ class CanaryTrial:
         return total_s <= self.slo.ttft_s + self.slo.tbt_s * max(0, num_tokens - 1)
 
     async def judge(self) -> Verdict | None:
-        """Look at the trial and end it if that is due; None if there is none.
-
-        Raises:
-            AdapterError: the verdict could not be carried out; the trial goes on.
-        """
+        """Look at the trial and end it if that is due; None if there is none. After an AdapterError it goes on."""
         canary, since_s = self.versions.canary, await self.versions.canary_since_s()
         if canary is None or since_s is None:
             self.last_verdict = None
