@@ -6,8 +6,10 @@ from typing import Annotated, Any, NoReturn
 
 import httpx
 import typer
+import yaml
 
 from app.importing.delivery import message_of
+from core.errors import ConfigError
 
 URL_OPTION = Annotated[str, typer.Option(envvar="MACE_URL", help="Address of the running server")]
 
@@ -23,6 +25,20 @@ def fail(message: object, code: int = 1) -> NoReturn:
     """End the command with a message."""
     typer.secho(f"mace: {message}", fg="red", err=True)
     raise typer.Exit(code)
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """The Ray Serve config file as it stands; a ConfigError if it is unreadable or has no application."""
+    try:
+        document: dict[str, Any] = yaml.safe_load(path.read_text(encoding="utf-8"))
+        dict(document["applications"][0])
+    except OSError as error:
+        raise ConfigError(f"cannot read {path}: {error.strerror}") from error
+    except (LookupError, TypeError) as error:
+        raise ConfigError(f"{path} is not a Serve config: it has no application") from error
+    except (yaml.YAMLError, ValueError) as error:
+        raise ConfigError(f"{path} is not a Serve config: {error}") from error
+    return document
 
 
 def call(url: str, method: str, path: str, **kwargs: Any) -> httpx.Response:

@@ -14,11 +14,12 @@ from typing import Annotated, Literal
 
 import psutil
 import typer
-import yaml
 from rich.console import Console
 from rich.table import Table
 
+from app.commands.connection import read_config
 from core.checks import CheckResult
+from core.errors import ConfigError
 
 _GIB = 1 << 30
 _MIN_MEMORY_BYTES = 6 * _GIB
@@ -178,9 +179,9 @@ def _state_dir(state_dir: Path) -> Outcome:
 def _read_store_settings(config: Path) -> tuple[Path, str | None]:
     """`state_dir` and `feedback.database_url` of a config file; their defaults where it says nothing."""
     try:
-        args = yaml.safe_load(config.read_text(encoding="utf-8"))["applications"][0]["args"]
+        args = read_config(config)["applications"][0]["args"]
         return Path(args.get("state_dir") or "state"), (args.get("feedback") or {}).get("database_url")
-    except (OSError, yaml.YAMLError, LookupError, TypeError, AttributeError):
+    except (ConfigError, LookupError, TypeError, AttributeError):
         return Path("state"), None  # `mace serve` says what is wrong with the file
 
 

@@ -15,11 +15,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-import yaml
 from rich.console import Console
 from rich.table import Table
 
-from app.commands.connection import fail
+from app.commands.connection import fail, read_config
 from core.config import KV_PRUNING_SINK_TOKENS, AppArgs
 from core.errors import ConfigError, MaceError
 from engine.pruning.gate import METHOD, Decision, PruningReport, decide, pruning_report_path
@@ -196,13 +195,7 @@ def _read_args(config: Path, model: str | None, state_dir: Path | None) -> AppAr
     """The `args:` of the config's application, with the options of the command line on top; or a ConfigError."""
     from app.main import parse_args
 
-    try:
-        document = yaml.safe_load(config.read_text(encoding="utf-8"))
-        args: dict[str, Any] = dict(document["applications"][0].get("args") or {})
-    except OSError as error:
-        raise ConfigError(f"cannot read {config}: {error.strerror}") from error
-    except (yaml.YAMLError, KeyError, IndexError, TypeError, AttributeError) as error:
-        raise ConfigError(f"{config} is not a Serve config: {error}") from error
+    args: dict[str, Any] = dict(read_config(config)["applications"][0].get("args") or {})
     if model is not None:
         args["model"] = {"model_id": Path(model).name.replace(":", "-"), "model_source": model}
     if state_dir is not None:

@@ -15,9 +15,8 @@ from typing import Annotated, Any, NoReturn
 
 import psutil
 import typer
-import yaml
 
-from app.commands.connection import fail
+from app.commands.connection import fail, read_config
 from app.commands.processes import become_subreaper, end_descendants, own_children
 from core.config import AppArgs
 from core.errors import ConfigError
@@ -75,16 +74,14 @@ def _read(path: Path) -> dict[str, Any]:
     """
     from ray.serve.schema import ServeDeploySchema
 
+    document = read_config(path)
     try:
-        document = yaml.safe_load(path.read_text(encoding="utf-8"))
         ServeDeploySchema.model_validate(document)
-    except OSError as error:
-        raise ConfigError(f"cannot read {path}: {error.strerror}") from error
-    except (yaml.YAMLError, ValueError) as error:
+    except ValueError as error:
         raise ConfigError(f"{path} is not a Serve config: {error}") from error
     if len(document["applications"]) != 1:
         raise ConfigError(f"{path} must hold exactly one application, it has {len(document['applications'])}")
-    return dict(document)
+    return document
 
 
 def _check_port(http: dict[str, Any]) -> None:

@@ -152,7 +152,7 @@ GoOn = Callable[[], Awaitable[None]]
 Step = Callable[[ClientRequest, GoOn], Awaitable[None]]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, repr=False)
 class RequestChain:
     """The ASGI application that is served: `steps`, the outermost first, in front of `app`."""
 

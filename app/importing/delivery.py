@@ -56,7 +56,7 @@ class Sink(Protocol):
         """Is a record of that id stored?"""
 
 
-@dataclass
+@dataclass(eq=False, repr=False)
 class Server:
     """`POST /v1/feedback/import` of a running server."""
 

@@ -180,7 +180,7 @@ class _Batch:
         return len(self.lines) + len(self.refusals) >= _BATCH_ROWS or self.num_bytes >= _BATCH_BYTES
 
 
-@dataclass
+@dataclass(eq=False, repr=False)
 class Importer:
     """Imports one source into one sink."""
 

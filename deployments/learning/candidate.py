@@ -35,7 +35,7 @@ _FIRST_NUMBER = 1 << 30
 _numbers = itertools.count(_FIRST_NUMBER)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, eq=False, repr=False)
 class CandidateJudge:
     """Turns the shadow adapter into a version, published or rejected."""
 

@@ -71,7 +71,7 @@ class LearnerStatus:
     started_at: float = field(default_factory=time.time)
 
 
-@dataclass(kw_only=True)
+@dataclass(kw_only=True, eq=False, repr=False)
 class Learner:
     """The learning loop of one executor."""
 

@@ -71,7 +71,7 @@ class TrainingProgress:
 _PROGRESS = TypeAdapter(TrainingProgress)
 
 
-@dataclass(slots=True)
+@dataclass(eq=False, repr=False)
 class ShadowKeeper:
     """Keeps the shadow adapter, its progress and its checkpoint in step with the versions."""
 

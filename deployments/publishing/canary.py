@@ -31,7 +31,7 @@ RatingCounts = dict[str | None, tuple[int, int]]
 """Thumbs up and down by version; None is the base."""
 
 
-@dataclass
+@dataclass(eq=False, repr=False)
 class CanaryTrial:
     """The trial on one executor, idle without a canary. `run` looks after versions, trial and retention."""
 
