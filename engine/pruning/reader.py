@@ -16,7 +16,7 @@ from torch import Tensor
 
 from core.config import KV_PRUNING_SINK_TOKENS
 from core.errors import ConfigError, UnsupportedModelError
-from engine.pruning.scores import ScoreBlocks, choose_blocks, score_blocks, summarize
+from engine.pruning.scores import choose_blocks, score_blocks, summarize
 from engine.pruning.tasks import Question, Recall, first_sentence
 
 TokenPassage = tuple[list[int], list[int]]
@@ -32,7 +32,6 @@ class PruningPlan:
     block_tokens: int
     recent_tokens: int
     sink_tokens: int = KV_PRUNING_SINK_TOKENS
-    score: ScoreBlocks = score_blocks
 
     def protected(self, num_full_blocks: int) -> list[int]:
         """Blocks that stay; sinks and recent window are rounded up to whole blocks (as in `engine.pruning.pruner`)."""
@@ -157,7 +156,7 @@ class PrunedReader:
         for layer in cache.layers:
             heads = layer.keys[0, :, : num_full * size]  # [heads, tokens, head_size]
             stats.append(summarize(heads.transpose(0, 1).unflatten(0, (num_full, size))))
-        scores = self._plan.score(torch.stack(stats), num_full * size).tolist()
+        scores = score_blocks(torch.stack(stats), num_full * size).tolist()
         return choose_blocks(scores, num_full, protected)
 
     def _pruned(self, context: Prefilled, fraction: float) -> Any:

@@ -8,13 +8,10 @@ The statistic of a block is the sum of its unit keys, so it is built up token by
 the anchor is the sum of the statistics, and a block's score is minus the product of its statistic with the anchor.
 """
 
-from collections.abc import Callable, Container, Sequence
+from collections.abc import Container, Sequence
 
 import torch
 from torch import Tensor
-
-ScoreBlocks = Callable[[Tensor, int], Tensor]
-"""`score_blocks`, or another rule to compare it with."""
 
 
 def summarize(keys: Tensor) -> Tensor:

@@ -22,7 +22,7 @@ CONFIG_KEY = "mace"
 """Our key in vLLM's `additional_config`, which reaches the scheduler and the worker."""
 
 _SMALL_MODEL_BYTES = 64 << 20
-"""Below this, splitting a layer over threads costs more than it saves (docs/measurements/weights.md)."""
+"""Below this, splitting a layer over threads costs more than it saves."""
 
 _BINDING_VARIABLE = "VLLM_CPU_OMP_THREADS_BIND"
 
