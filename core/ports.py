@@ -1,6 +1,6 @@
 """Seams between packages, as Protocols."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -34,7 +34,7 @@ class ControlPort(Protocol):
 
 
 class EnginePort(Protocol):
-    """The engine as learning and publishing see it; `engine.vllm.engine.HybridEngine` is the real one."""
+    """The engine as learning, publishing and measuring see it; `engine.vllm.engine.HybridEngine` is the real one."""
 
     free_memory_bytes: float
 
@@ -52,8 +52,18 @@ class EnginePort(Protocol):
         """Call `see` with the adapter name (None: base) and token ids of each user's request from now on."""
         ...
 
+    def decode(
+        self, prompt_ids: Sequence[int], request_id: str, max_tokens: int, handle: Any = None, priority: int = 0
+    ) -> AsyncIterator[list[int]]:
+        """Greedy tokens so far, after each token; past end-of-sequence. Cancelling aborts the request."""
+        ...
+
+    async def iterations(self, after: int = 0) -> tuple[int, list[IterationSample]]:
+        """Measured iterations since number `after`, and the number to ask for next."""
+        ...
+
     async def run_task(self, task: FineTuneTask) -> TaskResult:
-        """Run a fine-tune task to its end."""
+        """Run a fine-tune task to its end; cancelling aborts it."""
         ...
 
     async def save_adapter(self, directory: Path, base_model: str) -> None:
@@ -101,7 +111,7 @@ class EnginePort(Protocol):
         ...
 
     def num_unfinished_requests(self) -> int:
-        """Requests in the engine."""
+        """Requests in the engine, fine-tune tasks included."""
         ...
 
 

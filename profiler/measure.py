@@ -6,15 +6,15 @@ import logging
 import math
 import random
 import time
-from collections.abc import AsyncIterator, Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
-from typing import Any, Protocol
 
 from core.batch import IterationSample
 from core.dpo_slices import PairGroup
-from core.types import FineTuneTask, TaskKind, TaskResult, TokenizedPair
+from core.ports import EnginePort
+from core.types import FineTuneTask, TaskKind, TokenizedPair
 from profiler.fit import fit_profile
 from profiler.profile import Origin, Profile
 
@@ -94,28 +94,6 @@ class MeasurePlan:
     """Wait for an idle engine before each point, and give way to every request that arrives."""
 
 
-class ProfiledEngine(Protocol):
-    """The part of an engine that measuring needs; `engine.vllm.engine.HybridEngine` is the real one."""
-
-    def decode(
-        self, prompt_ids: Sequence[int], request_id: str, max_tokens: int, handle: Any = None, priority: int = 0
-    ) -> AsyncIterator[list[int]]:
-        """Greedy tokens so far, after each token; past end-of-sequence. Cancelling aborts the request."""
-        ...
-
-    async def run_task(self, task: FineTuneTask) -> TaskResult:
-        """Run a fine-tune task to its end; cancelling aborts it."""
-        ...
-
-    async def iterations(self, after: int = 0) -> tuple[int, list[IterationSample]]:
-        """Samples since number `after`, and the number to ask for next."""
-        ...
-
-    def num_unfinished_requests(self) -> int:
-        """Requests in the engine, fine-tune tasks included."""
-        ...
-
-
 @dataclass(slots=True)
 class Measurement:
     """Results so far."""
@@ -128,29 +106,23 @@ class Measurement:
 
 
 async def measure_grid(
-    engine: ProfiledEngine, plan: MeasurePlan, on_progress: Callable[[Measurement], None] | None = None
+    engine: EnginePort, plan: MeasurePlan, on_progress: Callable[[Measurement], None] | None = None
 ) -> Measurement:
     """Measure until the budget is used or the grid was measured `plan.max_rounds` times.
 
-    Raises:
-        MaceError: the engine ended a task without a result.
+    MaceError: the engine ended a task without a result.
     """
     return await _Measurer(engine, plan, on_progress).run()
 
 
 async def measure_profile(
-    engine: ProfiledEngine,
+    engine: EnginePort,
     plan: MeasurePlan,
     origin: Origin,
     kv_bytes_per_token: int | None = None,
     on_progress: Callable[[Measurement], None] | None = None,
 ) -> Profile:
-    """Measure the grid and fit a profile.
-
-    Raises:
-        ProfileError: too little could be measured.
-        MaceError: the engine ended a task without a result.
-    """
+    """Measure the grid and fit a profile; ProfileError if too little could be measured, else as `measure_grid`."""
     found = await measure_grid(engine, plan, on_progress)
     return await asyncio.to_thread(
         fit_profile, found.samples, origin, memory=found.memory, kv_bytes_per_token=kv_bytes_per_token
@@ -158,7 +130,7 @@ async def measure_profile(
 
 
 async def measure_in_background(
-    engine: ProfiledEngine, plan: MeasurePlan, origin: Origin, path: Path, kv_bytes_per_token: int | None = None
+    engine: EnginePort, plan: MeasurePlan, origin: Origin, path: Path, kv_bytes_per_token: int | None = None
 ) -> None:
     """Measure beside a running server without hurting its requests, fit, and write the profile.
 
@@ -182,7 +154,7 @@ async def measure_in_background(
 
 class _Measurer:
     def __init__(
-        self, engine: ProfiledEngine, plan: MeasurePlan, on_progress: Callable[[Measurement], None] | None
+        self, engine: EnginePort, plan: MeasurePlan, on_progress: Callable[[Measurement], None] | None
     ) -> None:
         self._engine = engine
         self._plan = plan

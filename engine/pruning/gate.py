@@ -5,6 +5,7 @@
 """
 
 import math
+import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -139,19 +140,14 @@ def decide_from_file(
 
 
 def estimate(values: Sequence[float]) -> Estimate:
-    """Mean and interval of independent values, two or more.
-
-    Raises:
-        ProfileError: there are fewer than two, or one is not finite.
-    """
+    """Mean and interval of independent values; ProfileError if there are fewer than two, or one is not finite."""
     from scipy.stats import t
 
     count = len(values)
     if count < 2 or not all(map(math.isfinite, values)):
         raise ProfileError(f"pruning: {count} samples, or values that are not finite, give no interval")
-    mean = math.fsum(values) / count
-    variance = math.fsum((value - mean) ** 2 for value in values) / (count - 1)
-    half = float(t.ppf((1 + _CONFIDENCE) / 2, count - 1)) * math.sqrt(variance / count)
+    mean = statistics.fmean(values)
+    half = float(t.ppf((1 + _CONFIDENCE) / 2, count - 1)) * statistics.stdev(values) / math.sqrt(count)
     return Estimate(mean=mean, low=mean - half, high=mean + half, num_samples=count)
 
 
@@ -163,13 +159,7 @@ def decide(
     The log-prob passes if the upper end of its interval is within `max_logprob_drop`; every kind of question that the
     unpruned model can answer passes if its mean drop is within `max_accuracy_drop`. What was measured must be at least
     as hard as what is configured: the same model, method and block size, no larger protected parts, no smaller
-    fraction.
-
-    Args:
-        report: None if nothing was measured.
-        config: the section `kv_pruning`; `start` plays no part.
-        model: the section `model`.
-        block_tokens: block size of the engine; None: not compared.
+    fraction. `report` is None if nothing was measured; a `block_tokens` of None is not compared.
     """
     if not config.require_gate:
         return Decision(True, "kv_pruning.require_gate is off: switched on without looking at accuracy")

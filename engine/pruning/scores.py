@@ -23,14 +23,9 @@ def summarize(keys: Tensor) -> Tensor:
 
 
 def score_blocks(stats: Tensor, num_tokens: int) -> Tensor:
-    """Score the m full blocks of one request, in order: `[m]` fp32, higher is kept.
+    """Score the m full blocks of one request, in order: `[layers, m, heads, head_size]` -> `[m]` fp32, higher is kept.
 
-    Args:
-        stats: `[layers, m, heads, head_size]` from `summarize`.
-        num_tokens: tokens that these blocks hold.
-
-    Raises:
-        ValueError: `num_tokens` do not fill m blocks; an unfinished last block takes no part.
+    ValueError: `num_tokens`, those that the blocks hold, do not fill them; an unfinished last block takes no part.
     """
     num_blocks = stats.shape[1]
     if num_blocks == 0 or num_tokens <= 0 or num_tokens % num_blocks:

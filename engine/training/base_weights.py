@@ -42,11 +42,7 @@ def unpacked_cpu_weights() -> Iterator[None]:
 
 
 def huggingface_views(model: nn.Module, hf_config: Any) -> dict[str, torch.Tensor]:
-    """Views of a loaded vLLM decoder's parameters under their Hugging Face names.
-
-    Args:
-        model: vLLM's model, with or without LoRA wrappers (llama, qwen2, qwen3 and mistral shapes).
-        hf_config: its Hugging Face text configuration.
+    """Views of a loaded vLLM decoder's parameters under their Hugging Face names, with or without LoRA wrappers.
 
     Raises:
         UnsupportedModelError: a fused weight has unexpected rows (quantized, sharded or another architecture).

@@ -64,11 +64,7 @@ def write_training_state(path: Path, state: TrainingState, progress: dict[str, A
 
 
 def read_training_state(path: Path) -> tuple[TrainingState, dict[str, Any]]:
-    """Read a written state, to the CPU, and its progress.
-
-    Raises:
-        DamagedAdapterError: The file is missing, unreadable or of an unknown format.
-    """
+    """Read a state, to the CPU, and its progress; DamagedAdapterError if the file is missing, unreadable or unknown."""
     try:
         with safe_open(path, framework="pt") as file:
             header = json.loads((file.metadata() or {}).get("mace", "{}"))

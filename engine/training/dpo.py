@@ -135,11 +135,7 @@ class DpoStep:
         self.batches = []
 
     def result(self) -> tuple[StepMetrics, tuple[PairScore, ...]]:
-        """Means over the task (each pair counts the same) and the scores in the task's order of pairs.
-
-        Raises:
-            TrainingError: The step is not done.
-        """
+        """Means over the task (each pair counts the same) and the scores in its order; TrainingError if not done."""
         if not self.done:
             raise TrainingError(f"task {self.task.task_id} is not done")
         scores = tuple(self._scores[i] for i in range(len(self.task.pairs)))

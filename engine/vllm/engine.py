@@ -45,8 +45,7 @@ class HybridEngine:
     async def run_task(self, task: FineTuneTask) -> TaskResult:
         """Run a fine-tune task to its end, slice by slice between inference. Cancelling aborts it.
 
-        Raises:
-            TrainingError: the engine ended the task without a result (it is shutting down).
+        TrainingError: the engine ended the task without a result (it is shutting down).
         """
         request_id = f"finetune-{task.task_id}-{uuid.uuid4().hex[:8]}"
         prompt, params = vllm_compat.make_task_request(task.to_wire(), TASK_KEY)
@@ -60,35 +59,28 @@ class HybridEngine:
         return result
 
     async def save_adapter(self, directory: Path, base_model: str) -> None:
-        """Write the shadow adapter to `directory` in PEFT format.
-
-        Raises:
-            AdapterError: the directory cannot be written.
-        """
+        """Write the shadow adapter to `directory` in PEFT format; AdapterError if that fails."""
         await self._call_worker("save_adapter", str(directory), base_model)
 
     async def load_adapter(self, directory: Path | None) -> None:
         """Set the shadow adapter to a saved version, or to its initial state; optimizer state is reset.
 
-        Raises:
-            DamagedAdapterError: the directory is unreadable or does not fit; nothing changed.
+        DamagedAdapterError, with nothing changed: the directory is unreadable or does not fit.
         """
-        await self._call_worker("load_adapter", _text(directory))
+        await self._call_worker("load_adapter", directory and str(directory))
 
     async def set_live(self, directory: Path | None) -> None:
         """Tell the trainer which version `on_live` evaluations score; None is the bare base model.
 
-        Raises:
-            DamagedAdapterError: the directory is unreadable or does not fit; nothing changed.
+        DamagedAdapterError, with nothing changed: the directory is unreadable or does not fit.
         """
         if self._args.training.enabled:
-            await self._call_worker("set_live", _text(directory))
+            await self._call_worker("set_live", directory and str(directory))
 
     async def save_training_state(self, path: Path, progress: dict[str, Any]) -> None:
         """Write shadow adapter, optimizer and progress (JSON values) so that training can go on after a restart.
 
-        Raises:
-            AdapterError: the file cannot be written; an older one at `path` is intact.
+        AdapterError: the file cannot be written; an older one at `path` is intact.
         """
         await self._call_worker("save_training_state", str(path), progress)
 
@@ -97,8 +89,7 @@ class HybridEngine:
 
         None if there is no file or it is damaged (logged); nothing changed then.
         """
-        progress: dict[str, Any] | None = await self._call_worker("load_training_state", str(path))
-        return progress
+        return await self._call_worker("load_training_state", str(path))
 
     async def iterations(self, after: int = 0) -> tuple[int, list[IterationSample]]:
         """Measured iterations since number `after`, oldest first, and the number to ask for next.
@@ -114,13 +105,11 @@ class HybridEngine:
         With training `base_weight_bytes` of the trainer, and the `shared_bytes` among them, which are vLLM's own
         tensors; on CPU the `heap_*_bytes`.
         """
-        status: dict[str, Any] = await self._call_worker("memory")
-        return status
+        return await self._call_worker("memory")
 
     async def pruning_refusal(self) -> str | None:
         """Why `kv_pruning` stays off with this model although the settings ask for it; None if it does not."""
-        refusal: str | None = await self._call_worker("pruning_refusal")
-        return refusal
+        return await self._call_worker("pruning_refusal")
 
     async def load_version(self, handle: Any) -> None:
         """Load an adapter version into the inference side ahead of its first request."""
@@ -142,10 +131,8 @@ class HybridEngine:
         """Greedy answers of a version (None: the base) to prompts given as token ids, in their order.
 
         They run together, as class `background`, so that users come first. Each ends with the end-of-turn token, which
-        is included, or after `max_tokens`. Cancelling aborts them.
-
-        Raises:
-            TrainingError: vLLM refuses a prompt (empty, or too long for the model with `max_tokens`).
+        is included, or after `max_tokens`. Cancelling aborts them. TrainingError: vLLM refuses a prompt (empty, or too
+        long for the model with `max_tokens`).
         """
         params = vllm_compat.make_answer_params(max_tokens)
         answers = [asyncio.ensure_future(self._answer(handle, prompt, params)) for prompt in prompts]
@@ -160,11 +147,7 @@ class HybridEngine:
     async def prefill(self, handle: Any, prompt: Sequence[int]) -> int:
         """Compute the keys of a prompt, as class `background`, so that the prefix cache has its full blocks.
 
-        Returns:
-            Tokens that had been there before.
-
-        Raises:
-            TrainingError: vLLM refuses the prompt (empty, or too long).
+        Returns the tokens that had been there before. TrainingError: vLLM refuses the prompt (empty, or too long).
         """
         try:
             _, num_cached = await self._answer(handle, prompt, vllm_compat.make_answer_params(1))
@@ -256,7 +239,3 @@ class HybridEngine:
             kind = getattr(core.errors, reply["error"], MaceError)
             raise kind(reply["message"])
         return reply["value"]
-
-
-def _text(directory: Path | None) -> str | None:
-    return None if directory is None else str(directory)

@@ -71,9 +71,7 @@ class IterationPlanner:
         """Tell it of arrived requests and of trained pairs."""
         self._config, self._experiments, self._slo = args.scheduler, args.experiments, args.slo
         self._limits = limits
-        need = None
-        if limits.dims is not None:
-            need = ArenaNeed(limits.dims, args.lora.rank, HEAD_CHUNK_TOKENS)
+        need = ArenaNeed(limits.dims, args.lora.rank, HEAD_CHUNK_TOKENS) if limits.dims else None
         arena = ArenaModel(limits.arena_fixed_bytes, limits.arena_bytes_per_token, need)
         max_slice_tokens = args.training.max_slice_tokens
         self._sizer = SliceSizer(args.experiments, predictor, self.memory, max_slice_tokens, arena)

@@ -144,9 +144,7 @@ class SliceSizer:
     def choose(self, alone_budget_s: float | None) -> int:
         """Padded tokens of micro-batches that start from now on.
 
-        Args:
-            alone_budget_s: slack beside one decoding request, for an engine that has not served yet; None if not
-                even that can be predicted.
+        `alone_budget_s` is the slack beside one decoding request, for an engine that has not served yet; None: unknown.
         """
         # What the step in progress holds is given back before the next one takes its own.
         room_bytes = self._memory.room_bytes(Pool.ARENA)

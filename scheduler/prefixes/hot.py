@@ -55,14 +55,7 @@ class _SharedBlock:
 class HotPrefixes:
     """Counts prompts and names the prefixes that are worth keeping warm.
 
-    Args:
-        block_tokens: tokens of a block of the prefix cache.
-        half_life: requests after which a request counts half.
-        max_blocks: how many are remembered, 4 bytes a token and some 300 a block. No prompt is looked at further than
-            an eighth of them.
-
-    Raises:
-        ValueError: one of them is too small.
+    At most `max_blocks` are remembered, 4 bytes a token and some 300 a block, and of one prompt an eighth of them.
     """
 
     def __init__(self, block_tokens: int, *, half_life: float = 256.0, max_blocks: int = 4096) -> None:

@@ -117,15 +117,7 @@ class PrefixTree:
     """See the module docstring. Not thread-safe."""
 
     def __init__(self, block_tokens: int, max_bytes: int = 64 << 20) -> None:
-        """Make an empty tree.
-
-        Args:
-            block_tokens: tokens of one KV block.
-            max_bytes: bound of the tree's own memory, at `BLOCK_OVERHEAD_BYTES` and four bytes a token for each block.
-
-        Raises:
-            ValueError: a block without tokens, or a bound that not even one block fits into.
-        """
+        """Make an empty tree, whose own memory counts `BLOCK_OVERHEAD_BYTES` and four bytes a token for each block."""
         if block_tokens < 1:
             raise ValueError(f"block_tokens must be at least 1, not {block_tokens}")
         self.block_tokens = block_tokens
@@ -146,11 +138,7 @@ class PrefixTree:
         return len(self._index)
 
     def apply(self, change: PrefixChange, now_s: float) -> None:
-        """Take in one change of the engine's cache.
-
-        Raises:
-            ValueError: the number of stored tokens is not that of the blocks.
-        """
+        """Take in one change of the engine's cache; ValueError if stored tokens are not those of whole blocks."""
         match change:
             case BlocksStored():
                 self._store(change, now_s)

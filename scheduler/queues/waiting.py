@@ -135,15 +135,7 @@ class WaitingQueue(Generic[T]):
     def push(
         self, request_id: str, payload: T, arrived_s: float, user_priority: int = 0, group: Group = None
     ) -> None:
-        """Add a request, or put it anew. A preempted one keeps its arrival and so comes back to the front.
-
-        Args:
-            request_id: unique among those that wait.
-            payload: what `pop` gives back.
-            arrived_s: arrival.
-            user_priority: the request's `priority` field.
-            group: names the prefix that it may share; None if none.
-        """
+        """Add a request, or put it anew. A preempted one keeps its arrival and so comes back to the front."""
         self.remove(request_id)
         lane_key = clamp_user_priority(user_priority)
         lane = self._lanes.get(lane_key)
@@ -168,19 +160,11 @@ class WaitingQueue(Generic[T]):
         self._in_use = frozenset(groups)
 
     def peek(self, now_s: float) -> T:
-        """The request that runs next.
-
-        Raises:
-            IndexError: the queue is empty.
-        """
+        """The request that runs next; IndexError if the queue is empty."""
         return self._payloads[self._first(now_s)]
 
     def pop(self, now_s: float) -> T:
-        """Take out the request that runs next.
-
-        Raises:
-            IndexError: the queue is empty.
-        """
+        """Take out the request that runs next; IndexError if the queue is empty."""
         request_id = self._first(now_s)
         payload = self._payloads[request_id]
         self.remove(request_id)
