@@ -82,9 +82,8 @@ class KvEventStream:
     def of_engine(cls, client: Any, on_change: Callable[[PrefixChange], None]) -> "KvEventStream | None":
         """The stream of a started `AsyncLLM`; None if its events are off, or go elsewhere by `engine_kwargs`."""
         config = client.vllm_config.kv_events_config
-        if config is None or not config.enable_kv_cache_events or config.replay_endpoint is None:
-            return None
-        if not config.endpoint.startswith("ipc://"):
+        is_off = config is None or not config.enable_kv_cache_events or config.replay_endpoint is None
+        if is_off or not config.endpoint.startswith("ipc://"):
             return None
         return cls(config.endpoint, config.replay_endpoint, client.vllm_config.cache_config.block_size, on_change)
 

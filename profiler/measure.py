@@ -2,11 +2,12 @@
 
 import asyncio
 import contextlib
+import itertools
 import logging
 import math
 import random
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
@@ -271,27 +272,26 @@ class _Measurer:
                 group.create_task(self._decode(self._tokens(point.num_tokens), 1))
 
     async def _decode(self, prompt_ids: list[int], num_tokens: int, started: asyncio.Event | None = None) -> None:
-        self._num_requests += 1
-        self._in_flight += 1
-        request_id = f"{self._prefix}-{self._num_requests}"
-        try:
-            outputs = self._engine.decode(prompt_ids, request_id, num_tokens, priority=1)
-            async for ids in outputs:
+        with self._request() as request_id:
+            async for ids in self._engine.decode(prompt_ids, request_id, num_tokens, priority=1):
                 if started is not None and len(ids) >= 4:
                     started.set()
+
+    @contextlib.contextmanager
+    def _request(self) -> Iterator[str]:
+        """The id of a new request, which counts as ours meanwhile."""
+        self._num_requests += 1
+        self._in_flight += 1
+        try:
+            yield f"{self._prefix}-{self._num_requests}"
         finally:
             self._in_flight -= 1
 
     async def _run_task(self, point: GridPoint) -> None:
         kind = TaskKind.TRAIN if point.kind is PointKind.TRAIN else TaskKind.EVALUATE
-        self._num_requests += 1
         pairs, num_tokens = self._pairs(point.num_tokens)
-        self._in_flight += 1
-        try:
-            task = FineTuneTask(f"{self._prefix}-{self._num_requests}", kind, pairs)
-            result = await self._engine.run_task(task)
-        finally:
-            self._in_flight -= 1
+        with self._request() as task_id:
+            result = await self._engine.run_task(FineTuneTask(task_id, kind, pairs))
         if result.error is not None:  # random tokens may well diverge; the slices before are measured all the same
             logger.info("a measured fine-tune task ended early: %s", result.error)
         elif kind is TaskKind.TRAIN and result.peak_bytes:
@@ -364,11 +364,7 @@ def _fits(plan: MeasurePlan, batch: int, context: int) -> bool:
 
 def _powers(first: int, last: int) -> list[int]:
     """Powers of two times `first` up to `last`, and `last` itself."""
-    values = []
-    value = first
-    while value <= last:
-        values.append(value)
-        value *= 2
+    values = list(itertools.takewhile(lambda value: value <= last, (first << i for i in itertools.count())))
     return values if not values or values[-1] == last else [*values, last]
 
 

@@ -92,7 +92,7 @@ class PruningReport(MeasuredFile):
     context_tokens: float = Field(gt=0)
     """Mean length of the contexts."""
     dataset: str | None = None
-    """Where the passages of the log-prob come from; None: generated."""
+    """Source of the passages of the log-prob; None: generated."""
     num_skipped: int = Field(0, ge=0)
     """Passages that were too short to drop a block."""
     baseline: dict[RecallKind, RecallBaseline]
@@ -108,7 +108,7 @@ class Decision:
 
     allowed: bool
     reason: str
-    """Why or why not: one sentence."""
+    """One sentence."""
 
 
 def pruning_report_path(state_dir: Path, device: str, model_id: str) -> Path:
@@ -130,12 +130,12 @@ def decide_from_file(
     path: Path | None, config: KvPruningConfig, model: ModelConfig, block_tokens: int | None = None
 ) -> Decision:
     """`decide` on the report in a file; one that cannot be read is a reason to refuse, not an error."""
+    report = None
     try:
-        report = PruningReport.load(path) if path is not None and path.exists() else None
+        if path is not None and path.exists() and config.require_gate:
+            report = PruningReport.load(path)
     except ProfileError as error:
-        if config.require_gate:
-            return _refuse(str(error))
-        report = None
+        return _refuse(str(error))
     return decide(report, config, model, block_tokens)
 
 

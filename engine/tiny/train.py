@@ -172,18 +172,16 @@ class _Row:
         for message in group.messages:
             prompt += encode(f"<|{message['role']}|>") + encode(message["content"]) + end
         prompt += encode("<|assistant|>")
-        row = cls(prompt, list(range(len(prompt))), [0] * len(prompt), [], [])
-        for segment, reply in enumerate(group.replies, start=1):
-            row._append(segment, encode(reply) + end, len(prompt))
+        length = len(prompt)
+        row = cls(prompt, list(range(length)), [0] * length, [], [])
+        for segment, text in enumerate(group.replies, start=1):
+            reply, start = encode(text) + end, len(row.ids)
+            row.sources += [length - 1, *range(start, start + len(reply) - 1)]
+            row.targets += reply
+            row.ids += reply[:-1]
+            row.positions += range(length, length + len(reply) - 1)
+            row.segments += [segment] * (len(reply) - 1)
         return row
-
-    def _append(self, segment: int, reply: list[int], prompt_length: int) -> None:
-        start = len(self.ids)
-        self.sources += [prompt_length - 1, *range(start, start + len(reply) - 1)]
-        self.targets += reply
-        self.ids = self.ids + reply[:-1]
-        self.positions = self.positions + list(range(prompt_length, prompt_length + len(reply) - 1))
-        self.segments = self.segments + [segment] * (len(reply) - 1)
 
 
 def _collate(rows: list[_Row], pad_id: int) -> _Batch:

@@ -198,10 +198,8 @@ class CheckpointWriter:
             try:
                 self._write(job.path, job.state, job.progress)
                 self._logged_error = None
-            except MaceError as error:
-                self.note_error(str(error))
             except Exception as error:  # noqa: BLE001 - the thread must outlive any failure
-                self.note_error(f"{type(error).__name__}: {error}")
+                self.note_error(str(error) if isinstance(error, MaceError) else f"{type(error).__name__}: {error}")
             with self._changed:
                 job.state.is_leased = False
                 self._writing = None

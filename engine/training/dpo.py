@@ -66,7 +66,7 @@ class DpoStep:
                 device=model.device,
                 share_prompts=share_prompt,
             )
-        """What goes through the slices together, in order; none of it once the step is discarded."""
+        """Pairs that go through the slices together, in order; empty once the step is discarded."""
         groups = [batch.group for batch in self.batches]
         self.largest_batch_pairs = max(len(group.members) for group in groups)
         """Most pairs that go through a slice together."""

@@ -108,7 +108,7 @@ class HybridEngine:
         return await self._call_worker("memory")
 
     async def pruning_refusal(self) -> str | None:
-        """Why `kv_pruning` stays off with this model although the settings ask for it; None if it does not."""
+        """The reason for which `kv_pruning` stays off although the settings ask for it; None if it does not."""
         return await self._call_worker("pruning_refusal")
 
     async def load_version(self, handle: Any) -> None:

@@ -34,7 +34,6 @@ from engine.vllm.directive import (
     Directive,
     IterationReport,
     MemoryCounters,
-    WorkerFacts,
 )
 from engine.vllm.planning import KvPool, PrefixLookup, build_planner, is_decoding, shape_of, view_of
 from engine.vllm.task_table import TaskTable
@@ -208,8 +207,10 @@ class HybridSchedulerMixin:
             self.running.sort(key=lambda request: not is_decoding(request, request.num_computed_tokens))  # type: ignore[attr-defined]
 
     def _observe(self, directive: Directive, report: IterationReport) -> None:
-        if report.facts is not None:
-            self._take_facts(report.facts)
+        if report.facts is not None:  # the warm-up slices: no kind is unknown to the planner from here on
+            arena_bytes = self._args.training.arena_bytes or report.facts.free_bytes // 2
+            self.planner.memory.set_capacity(Pool.ARENA, arena_bytes)
+            self.planner.observe(IterationSample(ForwardShape(), 0.0, report=SliceReport(report.facts.warm_up)))
         if self._pruner is not None:
             self._pruner.note_scores(report.kv_scores, self.requests)  # type: ignore[attr-defined]
         slices_s = sum(s.latency_s for s in report.finetune.slices)
@@ -227,12 +228,6 @@ class HybridSchedulerMixin:
         # Two iterations are in flight with async scheduling: the next may have reserved memory for a step it starts.
         if not report.finetune.activation_bytes and self._last_training is None:
             self.planner.memory.release_arena()
-
-    def _take_facts(self, facts: WorkerFacts) -> None:
-        """The arena's size, and the warm-up slices: no kind is unknown to the planner from here on."""
-        arena_bytes = self._args.training.arena_bytes or facts.free_bytes // 2
-        self.planner.memory.set_capacity(Pool.ARENA, arena_bytes)
-        self.planner.observe(IterationSample(ForwardShape(), 0.0, report=SliceReport(facts.warm_up)))
 
     def _emit(self, result: TaskResult, outputs: dict[int, EngineCoreOutputs]) -> None:
         task = self._tasks.pop(result.task_id)

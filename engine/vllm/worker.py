@@ -8,7 +8,6 @@ import copy
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import asdict
-from functools import partial
 from typing import Any
 
 from vllm.v1.outputs import AsyncModelRunnerOutput, ModelRunnerOutput
@@ -147,26 +146,22 @@ class HybridWorkerMixin:
         if output is None:
             return None
         self._timer.stop()
-        finish = partial(self._with_report, self._directive, self._finetune_report, self._timer, self._kv_scores)
-        if isinstance(output, AsyncModelRunnerOutput):
-            return _ReportingAsyncOutput(output, finish)
-        return finish(output)
+        # With async scheduling the next iteration begins before this one's output is read.
+        directive, finetune, timer, scores = self._directive, self._finetune_report, self._timer, self._kv_scores
 
-    def _with_report(
-        self,
-        directive: Directive,
-        finetune: SliceReport,
-        timer: ForwardTimer,
-        kv_scores: Scores,
-        output: ModelRunnerOutput,
-    ) -> ModelRunnerOutput:
-        """A copy with the report: vLLM's empty output is one shared constant."""
-        forward_s = timer.seconds()
-        self._log.add(IterationSample(directive.shape, forward_s, directive.overhead_s, finetune, directive.plan))
-        facts, self._facts = self._facts, None
-        output = copy.copy(output)
-        setattr(output, REPORT_ATTRIBUTE, IterationReport(finetune, forward_s, facts, to_wire(kv_scores)))
-        return output
+        def with_report(output: ModelRunnerOutput) -> ModelRunnerOutput:
+            forward_s = timer.seconds()
+            self._log.add(
+                IterationSample(directive.shape, forward_s, directive.overhead_s, finetune, directive.plan)
+            )
+            facts, self._facts = self._facts, None
+            output = copy.copy(output)  # vLLM's empty output is one shared constant
+            setattr(output, REPORT_ATTRIBUTE, IterationReport(finetune, forward_s, facts, to_wire(scores)))
+            return output
+
+        if isinstance(output, AsyncModelRunnerOutput):
+            return _ReportingAsyncOutput(output, with_report)
+        return with_report(output)
 
 
 class _ReportingAsyncOutput(AsyncModelRunnerOutput):

@@ -15,7 +15,7 @@ Pure: times are the caller's, and need only grow. Source: SGLang's `RadixCache`.
 import heapq
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 BLOCK_OVERHEAD_BYTES = 480
 """Python objects of one block apart from its token ids, with hashes of 32 bytes, in runs of two blocks; in long runs
@@ -56,32 +56,29 @@ class CacheCleared:
 PrefixChange = BlocksStored | BlocksRemoved | CacheCleared
 
 
+@dataclass(slots=True, eq=False)
 class _Block:
-    """One KV block: its tokens, and the hash by which the engine knows it; None once the engine has dropped it."""
+    """One KV block."""
 
-    __slots__ = ("hash", "node", "tokens")
-
-    def __init__(self, tokens: bytes, node: "_Node") -> None:
-        self.tokens = tokens
-        """Four bytes each."""
-        self.node = node
-        self.hash: BlockHash | None = None
+    tokens: bytes
+    """Four bytes each."""
+    node: "_Node"
+    hash: BlockHash | None = None
+    """The name by which the engine knows it; None once the engine has dropped it."""
 
 
+@dataclass(slots=True, eq=False)
 class _Node:
     """A run of blocks without a branch. Only the root of a namespace has none."""
 
-    __slots__ = ("blocks", "children", "is_queued", "last_used_s", "namespace", "parent")
-
-    def __init__(self, namespace: str | None, parent: "_Node | None", last_used_s: float) -> None:
-        self.namespace = namespace
-        self.parent = parent
-        self.last_used_s = last_used_s
-        self.blocks: list[_Block] = []
-        self.children: dict[bytes, _Node] = {}
-        """Keyed by the tokens of their first block."""
-        self.is_queued = False
-        """Stands in the tree's eviction heap."""
+    namespace: str | None
+    parent: "_Node | None"
+    last_used_s: float
+    blocks: list[_Block] = field(default_factory=list)
+    children: "dict[bytes, _Node]" = field(default_factory=dict)
+    """Keyed by the tokens of their first block."""
+    is_queued: bool = False
+    """Stands in the tree's eviction heap."""
 
     def split(self, position: int) -> "_Node":
         """Cut the run before `position`; the second part, which is returned, takes the children."""

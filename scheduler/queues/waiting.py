@@ -17,6 +17,7 @@ import heapq
 from bisect import bisect_left, insort
 from collections.abc import Hashable, Iterator
 from collections.abc import Set as AbstractSet
+from dataclasses import dataclass, field
 from itertools import islice
 from typing import Generic, TypeVar
 
@@ -35,22 +36,20 @@ _Key = tuple[float, float, _Entry]
 """Minus the priority, the turn (arrival minus head start), and the entry."""
 
 
+@dataclass(slots=True)
 class _Lane:
     """Requests of one `priority` value."""
 
-    __slots__ = ("base", "entries", "groups", "hot", "hot_heads", "rate")
-
-    def __init__(self, base: float, rate: float) -> None:
-        self.base = base
-        self.rate = rate
-        self.entries: list[_Entry] = []
-        """Oldest first."""
-        self.groups: dict[Group, list[_Entry]] = {}
-        """The same entries by group, oldest first."""
-        self.hot: dict[Group, _Entry] = {}
-        """First entry of each group whose prefix is in use."""
-        self.hot_heads: list[_Entry] = []
-        """The values of `hot`, oldest first."""
+    base: float
+    rate: float
+    entries: list[_Entry] = field(default_factory=list)
+    """Oldest first."""
+    groups: dict[Group, list[_Entry]] = field(default_factory=dict)
+    """The same entries by group, oldest first."""
+    hot: dict[Group, _Entry] = field(default_factory=dict)
+    """First entry of each group whose prefix is in use."""
+    hot_heads: list[_Entry] = field(default_factory=list)
+    """The values of `hot`, oldest first."""
 
     def add(self, entry: _Entry, *, is_hot: bool) -> None:
         """Put an entry into its place."""
@@ -128,9 +127,6 @@ class WaitingQueue(Generic[T]):
 
     def __len__(self) -> int:
         return len(self._payloads)
-
-    def __contains__(self, request_id: str) -> bool:
-        return request_id in self._payloads
 
     def push(
         self, request_id: str, payload: T, arrived_s: float, user_priority: int = 0, group: Group = None
