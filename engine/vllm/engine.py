@@ -1,8 +1,14 @@
-"""The engine as the rest of MACE sees it: a vLLM `AsyncLLM` that also takes fine-tune tasks."""
+"""The engine as the rest of MACE sees it: a vLLM `AsyncLLM` that also takes fine-tune tasks.
+
+Its load and its prompts come from vLLM's output processor, without a call into the engine process. That is the first
+place that knows a prompt's token ids (after the chat template), and it keeps the state of every unfinished request.
+"""
 
 import asyncio
+import logging
 import uuid
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,15 +19,28 @@ from core.errors import MaceError, TrainingError
 from core.types import FineTuneTask, TaskResult
 from engine.vllm import compat as vllm_compat
 from engine.vllm.directive import TASK_KEY
-from engine.vllm.front_end import (
-    CachedTokens,
-    EngineLoad,
-    SeePrompt,
-    kv_bytes_per_token,
-    read_engine_load,
-    watch_prompts,
-)
 from scheduler.priority import BACKGROUND_PRIORITY
+
+logger = logging.getLogger(__name__)
+
+OWN_REQUESTS = ("finetune-", "generate-", "profile-")
+"""Prefixes of the ids of requests that no user sent; vLLM's own start with `chatcmpl-`, `cmpl-` or `resp_`."""
+
+_MAX_LOOKUPS = 256
+"""Waiting prompts that are looked up for one reading, 8 us for a thousand tokens; the others count in full."""
+
+
+@dataclass(frozen=True, slots=True)
+class EngineLoad:
+    """KV memory and queue of an engine at one moment."""
+
+    free_kv_bytes: float
+    """A lower bound: blocks that requests share count once for each, and a waiting prompt counts as if computed."""
+    kv_capacity_bytes: float
+    kv_bytes_per_token: float
+    waiting_tokens: int
+    """Prompt tokens still to compute of requests without a first token; an upper bound."""
+    num_running: int
 
 
 class HybridEngine:
@@ -207,18 +226,63 @@ class HybridEngine:
         cache = self.client.vllm_config.cache_config
         return int(cache.block_size) if cache.enable_prefix_caching else None
 
-    def watch_prompts(self, see: SeePrompt) -> None:
-        """Call `see` with adapter name (None: base) and token ids of each user's request (`engine.vllm.front_end`)."""
-        watch_prompts(self.client, see)
+    def watch_prompts(self, see: Callable[[str | None, Sequence[int]], None]) -> None:
+        """Call `see` with adapter name (None: base) and token ids of each user's request from now on.
 
-    def load(self, cached_tokens: CachedTokens | None = None) -> EngineLoad:
-        """KV memory and queue of the engine now; see `engine.vllm.front_end.read_engine_load`."""
-        return read_engine_load(self.client, cached_tokens)
+        Once for a request, however many answers it wants. Left out are our own, and those whose keys nobody else can
+        read: with a cache salt, images or embeddings. The output processor registers a request in one call, on the
+        event loop. What `see` raises is logged and keeps nobody from an answer.
+        """
+        register = self.client.output_processor.add_request
+
+        def register_and_see(
+            request: Any, prompt: Any, parent_req: Any = None, request_index: int = 0, *args: Any, **kwargs: Any
+        ) -> None:
+            register(request, prompt, parent_req, request_index, *args, **kwargs)
+            if request_index == 0 and _is_sharable(request):
+                lora = request.lora_request
+                try:
+                    see(lora.lora_name if lora is not None else None, request.prompt_token_ids)
+                except Exception:  # an observer must not cost a request
+                    logger.exception("a prompt could not be looked at")
+
+        self.client.output_processor.add_request = register_and_see
+
+    def load(self, cached_tokens: Callable[[str | None, Sequence[int]], int] | None = None) -> EngineLoad:
+        """KV memory and queue of the engine now. Fine-tune tasks count as requests of one token.
+
+        `cached_tokens` (of adapter name and token ids) takes from waiting prompts what is in the prefix cache: prefixes
+        of others, and the chunks that they had already computed themselves. Without it they count in full.
+        """
+        capacity_tokens = self.client.vllm_config.cache_config.kv_cache_size_tokens
+        used_tokens = waiting_tokens = num_running = num_lookups = 0
+        for state in list(self.client.output_processor.request_states.values()):
+            used_tokens += state.prompt_len
+            if state.is_prefilling:
+                waiting_tokens += state.prompt_len
+                if cached_tokens is not None and state.prompt_token_ids and num_lookups < _MAX_LOOKUPS:
+                    num_lookups += 1
+                    # The last token is always computed.
+                    num_cached = cached_tokens(state.lora_name, state.prompt_token_ids)
+                    waiting_tokens -= min(state.prompt_len - 1, num_cached)
+            else:
+                num_running += 1
+                used_tokens += state.detokenizer.num_output_tokens() if state.detokenizer is not None else 0
+        token_bytes = self.kv_bytes_per_token
+        return EngineLoad(
+            free_kv_bytes=max(0, capacity_tokens - used_tokens) * token_bytes,
+            kv_capacity_bytes=capacity_tokens * token_bytes,
+            kv_bytes_per_token=token_bytes,
+            waiting_tokens=waiting_tokens,
+            num_running=num_running,
+        )
 
     @property
     def kv_bytes_per_token(self) -> int:
-        """KV cache of one token over all layers."""
-        return kv_bytes_per_token(self.client.vllm_config)
+        """Keys and values of one token in all layers, in the model's own precision."""
+        model, parallel = self.client.vllm_config.model_config, self.client.vllm_config.parallel_config
+        heads = model.get_num_kv_heads(parallel) * model.get_num_layers(parallel)
+        return int(2 * heads * model.get_head_size() * model.dtype.itemsize)
 
     def num_unfinished_requests(self) -> int:
         """Requests in the engine, fine-tune tasks included."""
@@ -239,3 +303,9 @@ class HybridEngine:
             kind = getattr(core.errors, reply["error"], MaceError)
             raise kind(reply["message"])
         return reply["value"]
+
+
+def _is_sharable(request: Any) -> bool:
+    if request.cache_salt or request.mm_features or request.prompt_embeds is not None:
+        return False
+    return bool(request.prompt_token_ids) and not (request.external_req_id or "").startswith(OWN_REQUESTS)
