@@ -63,11 +63,10 @@ def choose_executor(
     tau_mem: float,
 ) -> list[RankedExecutor]:
     """Rank executors for a prompt, best first, as the module says. An executor without cached tokens may be absent."""
-    ranking = [
+    ranking = (
         _rank(prompt_tokens, cached_prefix_tokens.get(load.executor_id, 0), load, tau_mem) for load in loads
-    ]
-    ranking.sort(key=lambda ranked: (ranked.order, ranked.executor_id))
-    return ranking
+    )
+    return sorted(ranking, key=lambda ranked: (ranked.order, ranked.executor_id))
 
 
 def _rank(prompt_tokens: int, cached_tokens: int, load: ExecutorLoad, tau_mem: float) -> RankedExecutor:

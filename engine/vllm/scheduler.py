@@ -227,7 +227,7 @@ class HybridSchedulerMixin:
             self._last_training = None
         # Two iterations are in flight with async scheduling: the next may have reserved memory for a step it starts.
         if not report.finetune.activation_bytes and self._last_training is None:
-            self.planner.memory.release_arena()
+            self.planner.memory.record(Pool.ARENA, 0)
 
     def _emit(self, result: TaskResult, outputs: dict[int, EngineCoreOutputs]) -> None:
         task = self._tasks.pop(result.task_id)

@@ -72,17 +72,9 @@ class MemoryLedger:
             raise LedgerError(f"{pool} cannot hold {num_bytes} bytes: {self._capacity[pool]} in all")
         self._used[pool] = num_bytes
 
-    def release_arena(self) -> None:
-        """No step is in progress any more."""
-        self._used[Pool.ARENA] = 0
-
     def set_capacity(self, pool: Pool, num_bytes: int) -> None:
         """Set a pool's hard limit, as soon as it is known; never below what is used."""
         self._capacity[pool] = max(self._used[pool], num_bytes)
-
-    def shrink(self, pool: Pool, num_bytes: int) -> None:
-        """Learn that a pool is smaller than thought (an allocation failed); never below what is used."""
-        self.set_capacity(pool, min(self._capacity[pool], num_bytes))
 
     def check_integrity(self) -> None:
         """Raise LedgerError if a pool uses less than nothing, or more than it has."""

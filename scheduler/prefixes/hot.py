@@ -92,7 +92,9 @@ class HotPrefixes:
         if self.num_blocks > self._max_blocks:
             self._forget()
         if self._unit > _LARGEST_UNIT:
-            self._rescale()
+            for block in _walk(self._root):
+                block.weight /= self._unit
+            self._unit = 1.0
 
     def weight(self, prefix_ids: Sequence[int]) -> float:
         """Weight of the requests that began so, at least to the end of its last whole block; 0 if none is known."""
@@ -166,11 +168,6 @@ class HotPrefixes:
                     tokens: child for tokens, child in block.children.items() if child.weight > bound
                 }
         self.num_blocks = len(weights) - bisect_right(weights, bound)
-
-    def _rescale(self) -> None:
-        for block in _walk(self._root):
-            block.weight /= self._unit
-        self._unit = 1.0
 
 
 def _walk(root: _Block) -> Iterator[_Block]:
