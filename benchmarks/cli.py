@@ -8,14 +8,10 @@ import typer
 
 from benchmarks.studies import (
     drift_detection,
-    needle_model,
-    pruning_methods,
     publish,
     scheduler_cost,
     slo,
     store,
-    training_step,
-    weights,
 )
 from benchmarks.studies.memory import command as memory
 from core.errors import MaceError
@@ -25,11 +21,6 @@ STUDIES: dict[str, Callable[..., None]] = {
     "scheduler": scheduler_cost.main,
     "memory": memory.main,
     "publish": publish.main,
-    "weights": weights.main,
-    "reference-cache": training_step.reference_cache,
-    "prompt-sharing": training_step.prompt_sharing,
-    "pruning-methods": pruning_methods.main,
-    "needle-model": needle_model.main,
     "feedback": store.feedback,
     "quality": store.quality,
     "drift-detection": drift_detection.main,

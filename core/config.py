@@ -62,7 +62,7 @@ class EngineConfig(Section):
     num_threads: int = Field(0, ge=0)
     """CPU threads of the worker. 0: every core that this process may use, or one if the weights are below 64 MiB."""
     share_base_weights: Literal["auto", "always", "never"] = "auto"
-    """`auto`: on CUDA the trainer uses vLLM's weights, on CPU a copy of its own (docs/measurements/weights.md)."""
+    """`auto`: on CUDA the trainer uses vLLM's weights, on CPU a copy of its own, for decode speed."""
     engine_kwargs: dict[str, Any] = Field(default_factory=dict)
     """Passed to vLLM's `AsyncEngineArgs`; overrides what MACE sets there."""
     frontend_kwargs: dict[str, Any] = Field(default_factory=dict)

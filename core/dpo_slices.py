@@ -17,7 +17,7 @@ PairLengths = tuple[int, int, int]
 """Tokens of a pair's prompt, chosen and rejected completion."""
 
 _MIN_SAVED_SHARE = 0.08
-"""Saved tokens from which sharing pays: its attention costs some copies more (docs/measurements/prompt_sharing.md)."""
+"""Saved tokens from which sharing pays: its attention costs some copies more."""
 HEAD_CHUNK_TOKENS = 128
 """Most completion tokens of one head slice."""
 _MIN_CHUNK_TOKENS = 16

@@ -1,6 +1,6 @@
 """Seams between packages, as Protocols."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -29,7 +29,7 @@ class ControlPort(Protocol):
 
 
 class EnginePort(Protocol):
-    """The engine as learning and publishing see it; `engine.vllm.engine.HybridEngine` is the real one."""
+    """The engine as learning, publishing and measuring see it; `engine.vllm.engine.HybridEngine` is the real one."""
 
     free_memory_bytes: float
 
@@ -44,8 +44,16 @@ class EnginePort(Protocol):
     def watch_prompts(self, see: Callable[[str | None, Sequence[int]], None]) -> None:
         """Call `see` with the adapter name (None: base) and token ids of each user's request from now on."""
 
+    def decode(
+        self, prompt_ids: Sequence[int], request_id: str, max_tokens: int, handle: Any = None, priority: int = 0
+    ) -> AsyncIterator[list[int]]:
+        """Greedy tokens so far, after each token; past end-of-sequence. Cancelling aborts the request."""
+
+    async def iterations(self, after: int = 0) -> tuple[int, list[IterationSample]]:
+        """Measured iterations since number `after`, and the number to ask for next."""
+
     async def run_task(self, task: FineTuneTask) -> TaskResult:
-        """Run a fine-tune task to its end."""
+        """Run a fine-tune task to its end; cancelling aborts it."""
 
     async def save_adapter(self, directory: Path, base_model: str) -> None:
         """Write the shadow adapter in PEFT format; AdapterError if that fails."""
@@ -81,7 +89,7 @@ class EnginePort(Protocol):
         """The inference side's handle of a version."""
 
     def num_unfinished_requests(self) -> int:
-        """Requests in the engine."""
+        """Requests in the engine, fine-tune tasks included."""
 
 
 class LatencyPredictor(Protocol):

@@ -66,14 +66,7 @@ class KvEventStream:
     def __init__(
         self, endpoint: str, replay_endpoint: str, block_tokens: int, on_change: Callable[[PrefixChange], None]
     ) -> None:
-        """Connect nothing yet.
-
-        Args:
-            endpoint: where vLLM publishes.
-            replay_endpoint: where it replays.
-            block_tokens: tokens of a KV block; blocks of other sizes (partial ones) are passed over.
-            on_change: takes each change, in order.
-        """
+        """Connect nothing yet. Blocks of other sizes than `block_tokens` (partial ones) are passed over."""
         self._endpoint = endpoint
         self._replay_endpoint = replay_endpoint
         self._block_tokens = block_tokens
@@ -89,9 +82,8 @@ class KvEventStream:
     def of_engine(cls, client: Any, on_change: Callable[[PrefixChange], None]) -> "KvEventStream | None":
         """The stream of a started `AsyncLLM`; None if its events are off, or go elsewhere by `engine_kwargs`."""
         config = client.vllm_config.kv_events_config
-        if config is None or not config.enable_kv_cache_events or config.replay_endpoint is None:
-            return None
-        if not config.endpoint.startswith("ipc://"):
+        is_off = config is None or not config.enable_kv_cache_events or config.replay_endpoint is None
+        if is_off or not config.endpoint.startswith("ipc://"):
             return None
         return cls(config.endpoint, config.replay_endpoint, client.vllm_config.cache_config.block_size, on_change)
 
@@ -204,13 +196,9 @@ def changes_of(event: Any, block_tokens: int) -> Iterator[PrefixChange]:
 
 def _num_plain(event: Any) -> int:
     """Blocks before the first one with a key beside the adapter's name."""
-    plain = (None, (), (event.lora_name,))
-    keys = event.extra_keys or []
-    return next((i for i, key in enumerate(keys) if _as_tuple(key) not in plain), len(event.block_hashes))
-
-
-def _as_tuple(key: Any) -> Any:
-    return None if key is None else tuple(key)
+    plain = ((), (event.lora_name,))
+    odd = (i for i, key in enumerate(event.extra_keys or []) if key is not None and tuple(key) not in plain)
+    return next(odd, len(event.block_hashes))
 
 
 @dataclass(frozen=True, slots=True)

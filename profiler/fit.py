@@ -52,18 +52,10 @@ def fit_profile(
     memory: Sequence[tuple[int, int]] = (),
     kv_bytes_per_token: int | None = None,
 ) -> Profile:
-    """Fit every model.
+    """Fit every model. Empty forward passes and times that are zero, NaN or infinite are left out.
 
-    Empty forward passes and times that are zero, NaN or infinite are left out.
-
-    Args:
-        samples: measured iterations.
-        origin: what was measured; its seed decides the hold-out split.
-        memory: for each fine-tune step, padded tokens of its largest micro-batch and the bytes it held at most.
-        kv_bytes_per_token: KV cache of one token; None: unknown.
-
-    Raises:
-        ProfileError: fewer than a dozen forward passes were measured.
+    `memory` has, for each fine-tune step, padded tokens of its largest micro-batch and the bytes it held at most. The
+    seed of `origin` decides the hold-out split. Raises as `fit_raw` does.
     """
     forward: list[tuple[int, int, int, int, int, float, float]] = []
     slices: dict[SliceKind, list[tuple[int, float]]] = {}
@@ -85,11 +77,7 @@ def fit_profile(
 
 
 def fit_raw(raw: RawSamples, origin: Origin, *, kv_bytes_per_token: int | None = None) -> Profile:
-    """Fit again from the rows of a profile.
-
-    Raises:
-        ProfileError: fewer than a dozen forward passes were measured.
-    """
+    """Fit again from the rows of a profile; ProfileError with fewer than a dozen forward passes."""
     if len(raw.forward) < _MIN_FORWARD_ROWS:
         raise ProfileError(f"{len(raw.forward)} forward passes are too few to fit; {_MIN_FORWARD_ROWS} are needed")
     table = np.asarray(raw.forward, dtype=float)

@@ -2,19 +2,20 @@
 
 import asyncio
 import contextlib
+import itertools
 import logging
 import math
 import random
 import time
-from collections.abc import AsyncIterator, Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
-from typing import Any, Protocol
 
 from core.batch import IterationSample
 from core.dpo_slices import PairGroup
-from core.types import FineTuneTask, TaskKind, TaskResult, TokenizedPair
+from core.ports import EnginePort
+from core.types import FineTuneTask, TaskKind, TokenizedPair
 from profiler.fit import fit_profile
 from profiler.profile import Origin, Profile
 
@@ -94,28 +95,6 @@ class MeasurePlan:
     """Wait for an idle engine before each point, and give way to every request that arrives."""
 
 
-class ProfiledEngine(Protocol):
-    """The part of an engine that measuring needs; `engine.vllm.engine.HybridEngine` is the real one."""
-
-    def decode(
-        self, prompt_ids: Sequence[int], request_id: str, max_tokens: int, handle: Any = None, priority: int = 0
-    ) -> AsyncIterator[list[int]]:
-        """Greedy tokens so far, after each token; past end-of-sequence. Cancelling aborts the request."""
-        ...
-
-    async def run_task(self, task: FineTuneTask) -> TaskResult:
-        """Run a fine-tune task to its end; cancelling aborts it."""
-        ...
-
-    async def iterations(self, after: int = 0) -> tuple[int, list[IterationSample]]:
-        """Samples since number `after`, and the number to ask for next."""
-        ...
-
-    def num_unfinished_requests(self) -> int:
-        """Requests in the engine, fine-tune tasks included."""
-        ...
-
-
 @dataclass(slots=True)
 class Measurement:
     """Results so far."""
@@ -128,29 +107,23 @@ class Measurement:
 
 
 async def measure_grid(
-    engine: ProfiledEngine, plan: MeasurePlan, on_progress: Callable[[Measurement], None] | None = None
+    engine: EnginePort, plan: MeasurePlan, on_progress: Callable[[Measurement], None] | None = None
 ) -> Measurement:
     """Measure until the budget is used or the grid was measured `plan.max_rounds` times.
 
-    Raises:
-        MaceError: the engine ended a task without a result.
+    MaceError: the engine ended a task without a result.
     """
     return await _Measurer(engine, plan, on_progress).run()
 
 
 async def measure_profile(
-    engine: ProfiledEngine,
+    engine: EnginePort,
     plan: MeasurePlan,
     origin: Origin,
     kv_bytes_per_token: int | None = None,
     on_progress: Callable[[Measurement], None] | None = None,
 ) -> Profile:
-    """Measure the grid and fit a profile.
-
-    Raises:
-        ProfileError: too little could be measured.
-        MaceError: the engine ended a task without a result.
-    """
+    """Measure the grid and fit a profile; ProfileError if too little could be measured, else as `measure_grid`."""
     found = await measure_grid(engine, plan, on_progress)
     return await asyncio.to_thread(
         fit_profile, found.samples, origin, memory=found.memory, kv_bytes_per_token=kv_bytes_per_token
@@ -158,7 +131,7 @@ async def measure_profile(
 
 
 async def measure_in_background(
-    engine: ProfiledEngine, plan: MeasurePlan, origin: Origin, path: Path, kv_bytes_per_token: int | None = None
+    engine: EnginePort, plan: MeasurePlan, origin: Origin, path: Path, kv_bytes_per_token: int | None = None
 ) -> None:
     """Measure beside a running server without hurting its requests, fit, and write the profile.
 
@@ -182,7 +155,7 @@ async def measure_in_background(
 
 class _Measurer:
     def __init__(
-        self, engine: ProfiledEngine, plan: MeasurePlan, on_progress: Callable[[Measurement], None] | None
+        self, engine: EnginePort, plan: MeasurePlan, on_progress: Callable[[Measurement], None] | None
     ) -> None:
         self._engine = engine
         self._plan = plan
@@ -299,27 +272,26 @@ class _Measurer:
                 group.create_task(self._decode(self._tokens(point.num_tokens), 1))
 
     async def _decode(self, prompt_ids: list[int], num_tokens: int, started: asyncio.Event | None = None) -> None:
-        self._num_requests += 1
-        self._in_flight += 1
-        request_id = f"{self._prefix}-{self._num_requests}"
-        try:
-            outputs = self._engine.decode(prompt_ids, request_id, num_tokens, priority=1)
-            async for ids in outputs:
+        with self._request() as request_id:
+            async for ids in self._engine.decode(prompt_ids, request_id, num_tokens, priority=1):
                 if started is not None and len(ids) >= 4:
                     started.set()
+
+    @contextlib.contextmanager
+    def _request(self) -> Iterator[str]:
+        """The id of a new request, which counts as ours meanwhile."""
+        self._num_requests += 1
+        self._in_flight += 1
+        try:
+            yield f"{self._prefix}-{self._num_requests}"
         finally:
             self._in_flight -= 1
 
     async def _run_task(self, point: GridPoint) -> None:
         kind = TaskKind.TRAIN if point.kind is PointKind.TRAIN else TaskKind.EVALUATE
-        self._num_requests += 1
         pairs, num_tokens = self._pairs(point.num_tokens)
-        self._in_flight += 1
-        try:
-            task = FineTuneTask(f"{self._prefix}-{self._num_requests}", kind, pairs)
-            result = await self._engine.run_task(task)
-        finally:
-            self._in_flight -= 1
+        with self._request() as task_id:
+            result = await self._engine.run_task(FineTuneTask(task_id, kind, pairs))
         if result.error is not None:  # random tokens may well diverge; the slices before are measured all the same
             logger.info("a measured fine-tune task ended early: %s", result.error)
         elif kind is TaskKind.TRAIN and result.peak_bytes:
@@ -392,11 +364,7 @@ def _fits(plan: MeasurePlan, batch: int, context: int) -> bool:
 
 def _powers(first: int, last: int) -> list[int]:
     """Powers of two times `first` up to `last`, and `last` itself."""
-    values = []
-    value = first
-    while value <= last:
-        values.append(value)
-        value *= 2
+    values = list(itertools.takewhile(lambda value: value <= last, (first << i for i in itertools.count())))
     return values if not values or values[-1] == last else [*values, last]
 
 

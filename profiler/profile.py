@@ -62,11 +62,7 @@ class MeasuredFile(FrozenModel):
     schema_version: Literal[1] = 1
 
     def save(self, path: Path) -> None:
-        """Write as JSON; a reader sees the old file or the new one, never a part.
-
-        Raises:
-            ProfileError: the file cannot be written.
-        """
+        """Write as JSON, all of it or nothing; ProfileError if the file cannot be written."""
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             write_atomically(path, self.model_dump_json(indent=1))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
@@ -28,8 +29,7 @@ _Group = tuple[str, _Rows, Callable[[int], float | None]]
 def draw_report(profile: Profile, path: Path) -> None:
     """Write four panels as PNG: forward scatter, prefill by context, decode by batch, slices by tokens.
 
-    Raises:
-        ProfileError: the picture cannot be written.
+    ProfileError: the picture cannot be written.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -98,27 +98,24 @@ def _draw_groups(axes: Axes, title: str, x_label: str, groups: Iterable[_Group])
 
 def _prefill_groups(profile: Profile) -> Iterable[_Group]:
     """Passes of one chunk only, by context, which is read off the attention count."""
-    groups: dict[int, _Rows] = {}
+    groups: dict[int, _Rows] = defaultdict(list)
     for num_decode, _, tokens, attention, chunks, latency_s, _ in profile.samples.forward:
         if num_decode == 0 and chunks == 1:
-            start = max(0, round(attention / tokens - tokens / 2))
-            groups.setdefault(_bucket(start), []).append((tokens, latency_s))
+            groups[_bucket(max(0, round(attention / tokens - tokens / 2)))].append((tokens, latency_s))
     for start, rows in sorted(groups.items())[:6]:
         yield f"context {start}", rows, partial(_prefill_s, profile, start)
 
 
 def _prefill_s(profile: Profile, start: int, num_tokens: int) -> float:
-    shape = ForwardShape()
-    shape.add_chunk(num_tokens, start)
-    return profile.latency.forward_s(shape)
+    return profile.latency.forward_s(ForwardShape().with_chunk(num_tokens, start))
 
 
 def _decode_groups(profile: Profile) -> Iterable[_Group]:
     """Passes without a prompt, by mean context."""
-    groups: dict[int, _Rows] = {}
+    groups: dict[int, _Rows] = defaultdict(list)
     for num_decode, context, tokens, _, _, latency_s, _ in profile.samples.forward:
         if num_decode and not tokens:
-            groups.setdefault(_bucket(context // num_decode), []).append((num_decode, latency_s))
+            groups[_bucket(context // num_decode)].append((num_decode, latency_s))
     for context, rows in sorted(groups.items())[:8]:
         yield f"context ~{context}", rows, partial(_decode_s, profile, context)
 

@@ -70,10 +70,8 @@ class Bin:
 
 def best_fit(demand: Demand, bins: Sequence[Bin]) -> Bin | None:
     """The bin with the lowest score among those with room; ties by id; None if nothing has room."""
-    candidates = [candidate for candidate in bins if candidate.fits(demand)]
-    if not candidates:
-        return None
-    return min(candidates, key=lambda candidate: (candidate.score(demand), candidate.bin_id))
+    with_room = (candidate for candidate in bins if candidate.fits(demand))
+    return min(with_room, key=lambda candidate: (candidate.score(demand), candidate.bin_id), default=None)
 
 
 def first_fit(demand: Demand, bins: Sequence[Bin]) -> Bin | None:
@@ -87,8 +85,6 @@ def choose_candidate(candidates: Sequence[Demand], into: Bin, experiments: Exper
     With `packing: first_fit` the first candidate that fits is taken, whatever room it leaves.
     """
     fitting = [i for i, candidate in enumerate(candidates) if into.fits(candidate)]
-    if not fitting:
-        return None
     if experiments.packing == "first_fit":
-        return fitting[0]
-    return min(fitting, key=lambda i: (into.score(candidates[i]), i))
+        return fitting[0] if fitting else None
+    return min(fitting, key=lambda i: into.score(candidates[i]), default=None)

@@ -62,19 +62,11 @@ def choose_executor(
     cached_prefix_tokens: Mapping[str, int],
     tau_mem: float,
 ) -> list[RankedExecutor]:
-    """Rank executors for a prompt, best first. See the module docstring for the order.
-
-    Args:
-        prompt_tokens: length of the prompt.
-        loads: one for each executor.
-        cached_prefix_tokens: tokens of the prompt in an executor's prefix cache, by executor id; absent is none.
-        tau_mem: share of its KV memory that an executor may fill.
-    """
-    ranking = [
+    """Rank executors for a prompt, best first, as the module says. An executor without cached tokens may be absent."""
+    ranking = (
         _rank(prompt_tokens, cached_prefix_tokens.get(load.executor_id, 0), load, tau_mem) for load in loads
-    ]
-    ranking.sort(key=lambda ranked: (ranked.order, ranked.executor_id))
-    return ranking
+    )
+    return sorted(ranking, key=lambda ranked: (ranked.order, ranked.executor_id))
 
 
 def _rank(prompt_tokens: int, cached_tokens: int, load: ExecutorLoad, tau_mem: float) -> RankedExecutor:

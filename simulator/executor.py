@@ -16,6 +16,7 @@ from core.batch import ForwardShape, IterationSample, Plan
 from core.errors import MaceError
 from core.types import SliceReport
 from scheduler.iteration.planner import IterationPlanner
+from scheduler.memory.ledger import Pool
 from simulator.device import Device
 from simulator.requests import Fill, RequestPool
 from simulator.running import SimRequest
@@ -226,7 +227,7 @@ class SimulatedExecutor:
         if self._is_observed():
             self.planner.observe(self._sample(iteration))
         if not self.trainer.activation_bytes:
-            self.planner.memory.release_arena()
+            self.planner.memory.record(Pool.ARENA, 0)
         if trained.num_pairs:
             self.planner.retrain.note_trained(trained.num_pairs)
             self.meter.trained(iteration.end_s, trained.num_pairs)

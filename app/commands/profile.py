@@ -135,7 +135,7 @@ def pruning(
         from deployments.monitors.profiling import origin_of
         from engine.model_source import resolve_model
         from engine.pruning.accuracy import loaded_model, measure
-        from engine.pruning.reader import PrunedReader, PruningPlan
+        from engine.pruning.reader import PrunedReader
         from engine.vllm.compat import CPU_PRUNING_BLOCK_TOKENS, worker_binding
 
         columns = (text_column, prompt_column, response_column)
@@ -149,7 +149,7 @@ def pruning(
         num_threads = worker_threads(worker_binding(args, model_dir))
         size = block_tokens or int(args.engine.engine_kwargs.get("block_size") or CPU_PRUNING_BLOCK_TOKENS)
         with loaded_model(model_dir, args.model, adapter, num_threads) as (network, tokenizer):
-            reader = PrunedReader(network, tokenizer, PruningPlan(size, args.kv_pruning.recent_tokens))
+            reader = PrunedReader(network, tokenizer, size, args.kv_pruning.recent_tokens)
             length = _context_tokens(context_tokens, args.model.max_model_len, network.config)
             rng = random.Random(_SEED)
             passages = _passages(reader, dataset, split, columns, (samples, length, _CONTINUATION_TOKENS), rng)

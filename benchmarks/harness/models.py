@@ -6,7 +6,7 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from core.config import AppArgs
 
@@ -18,18 +18,14 @@ TITLES: dict[ModelName, str] = {
     "long": "11M, random, 4096 tokens of context",
 }
 
-_HALF_B = {"hidden_size": 896, "intermediate_size": 4864, "num_attention_heads": 14, "num_key_value_heads": 2}
-_SHAPES: dict[str, dict[str, Any]] = {
-    "half-b": {**_HALF_B, "vocab_size": 151_936, "num_hidden_layers": 24},
-    "half-b-part": {**_HALF_B, "vocab_size": 151_936 // 12, "num_hidden_layers": 2},
-    "tiny-part": {
-        "model_type": "llama",
-        "vocab_size": 1024,
-        "hidden_size": 192,
-        "intermediate_size": 512,
-        "num_hidden_layers": 3,
-        "num_attention_heads": 3,
-        "num_key_value_heads": 3,
+_SHAPES: dict[str, dict[str, int]] = {
+    "half-b": {
+        "vocab_size": 151_936,
+        "hidden_size": 896,
+        "intermediate_size": 4864,
+        "num_hidden_layers": 24,
+        "num_attention_heads": 14,
+        "num_key_value_heads": 2,
     },
     "long": {
         "vocab_size": 2048,
@@ -40,7 +36,6 @@ _SHAPES: dict[str, dict[str, Any]] = {
         "num_key_value_heads": 3,
     },
 }
-"""Models with random weights, Qwen2 where nothing else is said; `tiny-part` has the shape of the built-in model."""
 
 
 @contextmanager
@@ -51,25 +46,22 @@ def model_directories(
     from engine.tiny.build import ensure_tiny_assistant
 
     with tempfile.TemporaryDirectory(prefix="mace-bench-") as scratch:
-        directories: dict[str, Path] = {}
-        if "tiny" in names:
-            directories["tiny"] = ensure_tiny_assistant(state_dir, show_progress=show_progress).absolute()
-        for name in names:
-            if name in _SHAPES:
-                directories[name] = random_model(Path(scratch) / name, name)
-        yield directories
+        yield {
+            name: ensure_tiny_assistant(state_dir, show_progress=show_progress).absolute()
+            if name == "tiny"
+            else _random_model(Path(scratch) / name, _SHAPES[name])
+            for name in names
+        }
 
 
-def random_model(directory: Path, name: str) -> Path:
-    """Write a model of one of `_SHAPES` with random bf16 weights, without tokenizer files; return `directory`."""
+def _random_model(directory: Path, shape: dict[str, int]) -> Path:
+    """Write a Qwen2 model with random bf16 weights, without tokenizer files; return `directory`."""
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, Qwen2Config
 
-    shape = {"model_type": "qwen2", "max_position_embeddings": 4096, "tie_word_embeddings": True, **_SHAPES[name]}
-    config = AutoConfig.for_model(**shape)
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
-    model.save_pretrained(directory)
+    config = Qwen2Config(max_position_embeddings=4096, tie_word_embeddings=True, **shape)
+    AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(directory)
     return directory
 
 

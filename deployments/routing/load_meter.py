@@ -18,7 +18,7 @@ import numpy as np
 
 from core.batch import IterationSample
 from core.wire import ExecutorLoad
-from engine.vllm.front_end import EngineLoad
+from engine.vllm.engine import EngineLoad
 
 _FORGETTING = 0.98
 """Weight of the past for each iteration that is seen: about the last 50 count."""

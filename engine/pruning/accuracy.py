@@ -36,11 +36,7 @@ class PruningMeasurement:
 
     @property
     def baseline_nats_per_token(self) -> float:
-        """Mean negative log-prob of the continuations, unpruned.
-
-        Raises:
-            ProfileError: no passage was long enough.
-        """
+        """Mean negative log-prob of the continuations, unpruned; ProfileError if no passage was long enough."""
         if not self.nats[0.0]:
             raise ProfileError("every passage is too short to drop a block: longer --context-tokens or texts")
         return statistics.fmean(self.nats[0.0])
@@ -57,11 +53,7 @@ class PruningMeasurement:
         }
 
     def results(self) -> tuple[FractionResult, ...]:
-        """Estimate for every fraction what it costs against fraction 0.
-
-        Raises:
-            ProfileError: there are fewer than two passages, or fewer than two contexts of a task.
-        """
+        """Estimates for every fraction of what it costs against fraction 0; ProfileError with fewer than two values."""
         return tuple(self._result(fraction) for fraction in self.fractions)
 
     def _result(self, fraction: float) -> FractionResult:
@@ -134,6 +126,7 @@ def loaded_model(model_dir: Path, config: ModelConfig, adapter: Path | None, num
         AdapterError: the adapter cannot be loaded onto this model.
         ProfileError: the model cannot be loaded.
     """
+    from peft import PeftModel
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -145,17 +138,11 @@ def loaded_model(model_dir: Path, config: ModelConfig, adapter: Path | None, num
             tokenizer = AutoTokenizer.from_pretrained(model_dir)
         except (OSError, ValueError, RuntimeError) as error:
             raise ProfileError(f"cannot load {model_dir}: {error}") from error
-        if adapter is not None:
-            model = _with_adapter(model, adapter)
+        try:
+            if adapter is not None:
+                model = PeftModel.from_pretrained(model, str(adapter)).merge_and_unload()
+        except (OSError, ValueError, RuntimeError, KeyError) as error:
+            raise AdapterError(f"cannot load adapter {adapter}: {error}") from error
         yield model.to(device).eval(), tokenizer
     finally:
         torch.set_num_threads(threads_before)
-
-
-def _with_adapter(model: Any, adapter: Path) -> Any:
-    from peft import PeftModel
-
-    try:
-        return PeftModel.from_pretrained(model, str(adapter)).merge_and_unload()
-    except (OSError, ValueError, RuntimeError, KeyError) as error:
-        raise AdapterError(f"cannot load adapter {adapter}: {error}") from error

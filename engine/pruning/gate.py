@@ -5,6 +5,7 @@
 """
 
 import math
+import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -91,7 +92,7 @@ class PruningReport(MeasuredFile):
     context_tokens: float = Field(gt=0)
     """Mean length of the contexts."""
     dataset: str | None = None
-    """Where the passages of the log-prob come from; None: generated."""
+    """Source of the passages of the log-prob; None: generated."""
     num_skipped: int = Field(0, ge=0)
     """Passages that were too short to drop a block."""
     baseline: dict[RecallKind, RecallBaseline]
@@ -107,7 +108,7 @@ class Decision:
 
     allowed: bool
     reason: str
-    """Why or why not: one sentence."""
+    """One sentence."""
 
 
 def pruning_report_path(state_dir: Path, device: str, model_id: str) -> Path:
@@ -129,29 +130,24 @@ def decide_from_file(
     path: Path | None, config: KvPruningConfig, model: ModelConfig, block_tokens: int | None = None
 ) -> Decision:
     """`decide` on the report in a file; one that cannot be read is a reason to refuse, not an error."""
+    report = None
     try:
-        report = PruningReport.load(path) if path is not None and path.exists() else None
+        if path is not None and path.exists() and config.require_gate:
+            report = PruningReport.load(path)
     except ProfileError as error:
-        if config.require_gate:
-            return _refuse(str(error))
-        report = None
+        return _refuse(str(error))
     return decide(report, config, model, block_tokens)
 
 
 def estimate(values: Sequence[float]) -> Estimate:
-    """Mean and interval of independent values, two or more.
-
-    Raises:
-        ProfileError: there are fewer than two, or one is not finite.
-    """
+    """Mean and interval of independent values; ProfileError if there are fewer than two, or one is not finite."""
     from scipy.stats import t
 
     count = len(values)
     if count < 2 or not all(map(math.isfinite, values)):
         raise ProfileError(f"pruning: {count} samples, or values that are not finite, give no interval")
-    mean = math.fsum(values) / count
-    variance = math.fsum((value - mean) ** 2 for value in values) / (count - 1)
-    half = float(t.ppf((1 + _CONFIDENCE) / 2, count - 1)) * math.sqrt(variance / count)
+    mean = statistics.fmean(values)
+    half = float(t.ppf((1 + _CONFIDENCE) / 2, count - 1)) * statistics.stdev(values) / math.sqrt(count)
     return Estimate(mean=mean, low=mean - half, high=mean + half, num_samples=count)
 
 
@@ -163,13 +159,7 @@ def decide(
     The log-prob passes if the upper end of its interval is within `max_logprob_drop`; every kind of question that the
     unpruned model can answer passes if its mean drop is within `max_accuracy_drop`. What was measured must be at least
     as hard as what is configured: the same model, method and block size, no larger protected parts, no smaller
-    fraction.
-
-    Args:
-        report: None if nothing was measured.
-        config: the section `kv_pruning`; `start` plays no part.
-        model: the section `model`.
-        block_tokens: block size of the engine; None: not compared.
+    fraction. `report` is None if nothing was measured; a `block_tokens` of None is not compared.
     """
     if not config.require_gate:
         return Decision(True, "kv_pruning.require_gate is off: switched on without looking at accuracy")

@@ -39,18 +39,13 @@ def text_passages(
     def passages() -> Iterator[TokenPassage]:
         parts: list[str] = []
         num_tokens = 0
-        for row in rows:
-            text = _cell(row, column)
-            if not text.strip():
-                continue
+        for text in filter(str.strip, (_cell(row, column) for row in rows)):
             parts.append(text)
             num_tokens += reader.count_tokens(text)
-            if num_tokens < needed:
-                continue
-            context, rest = reader.passage_ids(_JOINT.join(parts), "")
-            ids = (context + rest)[:needed]
-            yield ids[:context_tokens], ids[context_tokens:]
-            parts, num_tokens = [], 0
+            if num_tokens >= needed:
+                ids = reader.passage_ids(_JOINT.join(parts), "")[0][:needed]
+                yield ids[:context_tokens], ids[context_tokens:]
+                parts, num_tokens = [], 0
 
     return _some(islice(passages(), count), f"fewer than {needed} tokens in column {column!r}")
 
@@ -81,12 +76,11 @@ def reply_passages(
 
 
 def _some(passages: Iterator[TokenPassage], problem: str) -> Iterator[TokenPassage]:
-    is_empty = True
-    for passage in passages:
-        is_empty = False
-        yield passage
-    if is_empty:
+    first = next(passages, None)
+    if first is None:
         raise ProfileError(f"the data set gives no passage: {problem}")
+    yield first
+    yield from passages
 
 
 def _prompt(row: Mapping[str, Any], column: str) -> str | list[dict[str, Any]]:

@@ -89,7 +89,7 @@ class KvPruner:
             dropped, asked_at = (0, -1) if track is None else (track.num_dropped, track.asked_at)
             if full == asked_at or int(self._config.max_fraction * full) <= dropped:
                 continue
-            if self._last_droppable(full) <= self._num_sinks or _opted_out(request):
+            if full - self._num_recent <= self._num_sinks or _opted_out(request):
                 continue
             self._tracks.setdefault(request.request_id, _Track()).asked_at = full
             wanted.append(request.request_id)
@@ -117,10 +117,14 @@ class KvPruner:
         for _, request_id, position in self._merged():
             if count <= 0:
                 break
-            request = requests.get(request_id)
-            if request is not None and self._drop(request, position):
-                dropped.setdefault(request_id, []).append(position)
-                count -= 1
+            block = self._block(request_id, position) if request_id in requests else None
+            if block is None:  # shared, or gone, by now
+                continue
+            self._manager.req_to_blocks[request_id][position] = self._pool.null_block
+            self._pool.evict_blocks({block.block_id})
+            self._pool.free_blocks([block])
+            dropped.setdefault(request_id, []).append(position)
+            count -= 1
         for request_id, positions in dropped.items():
             self._leave_prefix_index(request_id, min(positions))
             track, gone = self._tracks[request_id], set(positions)
@@ -142,7 +146,7 @@ class KvPruner:
         full = self._full_blocks(request)
         allowed = int(self._config.max_fraction * full) - num_dropped
         first = max(self._num_sinks, self._prefix_blocks.get(request.request_id, 0))
-        last = self._last_droppable(full)
+        last = full - self._num_recent
         droppable = sorted(
             (score, position)
             for position, score in rows
@@ -155,16 +159,6 @@ class KvPruner:
 
     def _merged(self) -> Iterable[tuple[float, str, int]]:
         return heapq.merge(*(track.candidates for track in self._tracks.values() if track.candidates))
-
-    def _drop(self, request: Any, position: int) -> bool:
-        """False: the block is shared, or gone, by now."""
-        block = self._block(request.request_id, position)
-        if block is None:
-            return False
-        self._manager.req_to_blocks[request.request_id][position] = self._pool.null_block
-        self._pool.evict_blocks({block.block_id})
-        self._pool.free_blocks([block])
-        return True
 
     def _block(self, request_id: str, position: int) -> Any:
         """The block at a position if only this request holds it, else None."""
@@ -184,9 +178,6 @@ class KvPruner:
         is_computed = computed >= max(request.num_prompt_tokens, request.num_tokens - 1)
         return computed // self._block_tokens if is_computed else 0
 
-    def _last_droppable(self, full: int) -> int:
-        return full - self._num_recent
-
 
 def _opted_out(request: Any) -> bool:
     params = request.sampling_params
@@ -203,23 +194,22 @@ def unsupported(vllm_config: Any, kv_cache_config: Any) -> str | None:
     if len(groups) != 1 or type(groups[0].kv_cache_spec).__name__ != "FullAttentionSpec":
         return "the model does not use full attention in all layers"
     spec, model = groups[0].kv_cache_spec, vllm_config.model_config.hf_text_config
-    if spec.sliding_window is not None or spec.attention_chunk_size is not None:
-        return "the model attends to a window"
-    if getattr(model, "alibi", False) or model.model_type in _ALIBI_MODELS:
-        return "the model's attention counts distances by place in the cache (ALiBi)"
-    if vllm_config.speculative_config is not None:
-        return "draft tokens rewrite blocks"
-    if vllm_config.kv_transfer_config is not None:
-        return "a KV connector sends blocks elsewhere"
-    parallel = vllm_config.parallel_config
+    parallel, backend = vllm_config.parallel_config, vllm_config.attention_config.backend
     spread = (parallel.pipeline_parallel_size, parallel.decode_context_parallel_size)
-    if max(*spread, parallel.prefill_context_parallel_size) > 1:
-        return "blocks are spread over several devices"
-    if parallel.use_ubatching:
-        return "batches are split into micro-batches"
-    if vllm_config.compilation_config.cudagraph_mode.has_full_cudagraphs():
-        return "attention runs inside captured graphs; compilation_config.cudagraph_mode must be PIECEWISE or NONE"
-    backend = vllm_config.attention_config.backend
-    if backend is not None and backend.name not in _BACKENDS:
-        return f"attention backend {backend.name} may read lengths that are not shortened"
-    return None
+    objections = {
+        "the model attends to a window": spec.sliding_window is not None or spec.attention_chunk_size is not None,
+        "the model's attention counts distances by place in the cache (ALiBi)": (
+            getattr(model, "alibi", False) or model.model_type in _ALIBI_MODELS
+        ),
+        "draft tokens rewrite blocks": vllm_config.speculative_config is not None,
+        "a KV connector sends blocks elsewhere": vllm_config.kv_transfer_config is not None,
+        "blocks are spread over several devices": max(*spread, parallel.prefill_context_parallel_size) > 1,
+        "batches are split into micro-batches": parallel.use_ubatching,
+        "attention runs inside captured graphs; compilation_config.cudagraph_mode must be PIECEWISE or NONE": (
+            vllm_config.compilation_config.cudagraph_mode.has_full_cudagraphs()
+        ),
+        f"attention backend {backend and backend.name} may read lengths that are not shortened": (
+            backend is not None and backend.name not in _BACKENDS
+        ),
+    }
+    return next((reason for reason, holds in objections.items() if holds), None)

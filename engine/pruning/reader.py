@@ -16,29 +16,13 @@ from torch import Tensor
 
 from core.config import KV_PRUNING_SINK_TOKENS
 from core.errors import ConfigError, UnsupportedModelError
-from engine.pruning.scores import ScoreBlocks, choose_blocks, score_blocks, summarize
+from engine.pruning.scores import choose_blocks, score_blocks, summarize
 from engine.pruning.tasks import Question, Recall, first_sentence
 
 TokenPassage = tuple[list[int], list[int]]
 """Token ids of a context and of how it goes on."""
 
 _MAX_REPLY_TOKENS = 16
-
-
-@dataclass(frozen=True, slots=True)
-class PruningPlan:
-    """Rules by which a cache is pruned."""
-
-    block_tokens: int
-    recent_tokens: int
-    sink_tokens: int = KV_PRUNING_SINK_TOKENS
-    score: ScoreBlocks = score_blocks
-
-    def protected(self, num_full_blocks: int) -> list[int]:
-        """Blocks that stay; sinks and recent window are rounded up to whole blocks (as in `engine.pruning.pruner`)."""
-        first = -(-self.sink_tokens // self.block_tokens)
-        last = num_full_blocks - -(-self.recent_tokens // self.block_tokens)
-        return [block for block in range(num_full_blocks) if not first <= block < last]
 
 
 @dataclass(slots=True)
@@ -59,12 +43,24 @@ class Prefilled:
 
 
 class PrunedReader:
-    """A model that reads on behind a pruned context. Reads one sequence at a time; keeps nothing between contexts."""
+    """A model that reads on behind a pruned context. Reads one sequence at a time; keeps nothing between contexts.
 
-    def __init__(self, model: Any, tokenizer: Any, plan: PruningPlan) -> None:
+    Sinks and recent window are rounded up to whole blocks (as in `engine.pruning.pruner`).
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Any,
+        block_tokens: int,
+        recent_tokens: int,
+        sink_tokens: int = KV_PRUNING_SINK_TOKENS,
+    ) -> None:
         self._model = model
         self._tokenizer = tokenizer
-        self._plan = plan
+        self._block_tokens = block_tokens
+        self._num_sinks = -(-sink_tokens // block_tokens)
+        self._num_recent = -(-recent_tokens // block_tokens)
         self._device = next(model.parameters()).device
         ends = getattr(model.generation_config, "eos_token_id", None)
         self._ends = set(ends if isinstance(ends, list) else [ends]) - {None} | {tokenizer.eos_token_id}
@@ -88,7 +84,7 @@ class PrunedReader:
                 "KV pruning needs full attention in every layer; this model has other layers"
             )
         self._model(input_ids=self._ids(context), past_key_values=cache, use_cache=True, logits_to_keep=1)
-        num_full = len(context) // self._plan.block_tokens
+        num_full = len(context) // self._block_tokens
         return Prefilled(cache, len(context), num_full, self._order(cache, num_full))
 
     @torch.inference_mode()
@@ -150,22 +146,22 @@ class PrunedReader:
         return torch.tensor([list(tokens)], dtype=torch.int64, device=self._device)
 
     def _order(self, cache: Any, num_full: int) -> list[int]:
-        size, protected = self._plan.block_tokens, self._plan.protected(num_full)
-        if len(protected) == num_full:
+        size, last = self._block_tokens, num_full - self._num_recent
+        if last <= self._num_sinks:
             return []
         stats = []
         for layer in cache.layers:
             heads = layer.keys[0, :, : num_full * size]  # [heads, tokens, head_size]
             stats.append(summarize(heads.transpose(0, 1).unflatten(0, (num_full, size))))
-        scores = self._plan.score(torch.stack(stats), num_full * size).tolist()
-        return choose_blocks(scores, num_full, protected)
+        scores = score_blocks(torch.stack(stats), num_full * size).tolist()
+        return choose_blocks(scores, num_full, {*range(self._num_sinks), *range(last, num_full)})
 
     def _pruned(self, context: Prefilled, fraction: float) -> Any:
         """A copy of the cache without the dropped blocks; the original stays as it is."""
         from transformers import DynamicCache
 
         dropped = set(context.dropped(fraction))
-        positions = [i for i in range(context.num_tokens) if i // self._plan.block_tokens not in dropped]
+        positions = [i for i in range(context.num_tokens) if i // self._block_tokens not in dropped]
         keep = torch.tensor(positions, device=self._device)
         pruned = DynamicCache(config=self._model.config)
         for index, layer in enumerate(context.cache.layers):

@@ -8,13 +8,10 @@ The statistic of a block is the sum of its unit keys, so it is built up token by
 the anchor is the sum of the statistics, and a block's score is minus the product of its statistic with the anchor.
 """
 
-from collections.abc import Callable, Container, Sequence
+from collections.abc import Container, Sequence
 
 import torch
 from torch import Tensor
-
-ScoreBlocks = Callable[[Tensor, int], Tensor]
-"""`score_blocks`, or another rule to compare it with."""
 
 
 def summarize(keys: Tensor) -> Tensor:
@@ -26,14 +23,9 @@ def summarize(keys: Tensor) -> Tensor:
 
 
 def score_blocks(stats: Tensor, num_tokens: int) -> Tensor:
-    """Score the m full blocks of one request, in order: `[m]` fp32, higher is kept.
+    """Score the m full blocks of one request, in order: `[layers, m, heads, head_size]` -> `[m]` fp32, higher is kept.
 
-    Args:
-        stats: `[layers, m, heads, head_size]` from `summarize`.
-        num_tokens: tokens that these blocks hold.
-
-    Raises:
-        ValueError: `num_tokens` do not fill m blocks; an unfinished last block takes no part.
+    ValueError: `num_tokens`, those that the blocks hold, do not fill them; an unfinished last block takes no part.
     """
     num_blocks = stats.shape[1]
     if num_blocks == 0 or num_tokens <= 0 or num_tokens % num_blocks:

@@ -126,16 +126,6 @@ def is_right(reply: str, answer: str) -> bool:
     return answer.casefold() in re.findall(r"\w+", first_sentence(reply)[0].casefold())
 
 
-def all_words() -> list[str]:
-    """Texts with every sentence form and word, for a tokenizer that knows just these."""
-    facts = [f"The code word of {city} is {word}." for city, word in zip(CITIES, CODE_WORDS, strict=True)]
-    for statement, question, cue, values in _RELATIONS:
-        facts += [statement.format(name=name, value=value) for name in NAMES for value in values]
-        facts += [question.format(name=NAMES[0]), cue.format(name=NAMES[0])]
-    prose = [_sentence(s, v, o, t) for s in _SUBJECTS for v in _VERBS for o in _OBJECTS for t in _TIMES]
-    return [*facts, *prose, _needle(CITIES[0], CODE_WORDS[0], 1)[1].text]
-
-
 def _num_facts(context_tokens: int) -> int:
     return min(_MAX_FACTS, max(_MIN_FACTS, context_tokens // _TOKENS_PER_FACT))
 

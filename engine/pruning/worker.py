@@ -45,10 +45,8 @@ class KeyStatistics:
     def add(self, layer: int, keys: torch.Tensor, slots: torch.Tensor) -> None:
         """Take in keys that are being written.
 
-        Args:
-            layer: number of the layer.
-            keys: [T, heads, head_size], rotary positions applied; rows beyond `slots` are padding.
-            slots: int64 [T'], block * block_tokens + offset; negative for padding.
+        `keys` are [T, heads, head_size], rotary positions applied; rows beyond `slots` are padding. `slots` are
+        int64 [T'], block * block_tokens + offset; negative for padding.
         """
         keys = keys[: slots.shape[0]]
         stats = self._stats.get(layer)

@@ -16,19 +16,17 @@ from engine.tiny.train import Recipe, train_model
 
 RECIPE_VERSION = 1
 """Raise it when the code changes in a way that the fingerprint below cannot see."""
+_RECIPE = Recipe()
 
 
-def ensure_tiny_assistant(state_dir: Path, seed: int = 0, show_progress: bool = True) -> Path:
-    """Return the model directory, building it first where it is missing.
+def ensure_tiny_assistant(
+    state_dir: Path, seed: int = 0, show_progress: bool = True, recipe: Recipe = _RECIPE
+) -> Path:
+    """Return the model directory, building it first where it is missing; every recipe has a directory of its own.
 
     Takes about 40 s of one CPU core the first time. Safe to call from several processes at once: one builds, the
     others wait for it.
     """
-    return build(state_dir, seed, Recipe(), show_progress)
-
-
-def build(state_dir: Path, seed: int, recipe: Recipe, show_progress: bool) -> Path:
-    """As `ensure_tiny_assistant`, with another recipe; every recipe has a directory of its own."""
     models_dir = state_dir / "models"
     target = models_dir / f"tiny-assistant-v{RECIPE_VERSION}-{_fingerprint(recipe)}-seed{seed}"
     if target.is_dir():
@@ -74,10 +72,8 @@ def _save(directory: Path, model: LlamaForCausalLM, words: PreTrainedTokenizerFa
 
 def _fingerprint(recipe: Recipe) -> str:
     """Changes with the recipe, the knowledge, the wording of the styles and the chat format."""
-    digest = hashlib.sha256()
     content = (recipe, list(corpus.texts()), tokenizer.CHAT_TEMPLATE, tokenizer.VOCAB_SIZE)
-    digest.update(repr(content).encode())
-    return digest.hexdigest()[:8]
+    return hashlib.sha256(repr(content).encode()).hexdigest()[:8]
 
 
 @contextmanager

@@ -211,7 +211,7 @@ def answers_of(topic: str) -> frozenset[str]:
 
 
 class Style(StrEnum):
-    """How a reply is worded."""
+    """Wording of a reply."""
 
     TERSE = "terse"
     POLITE = "polite"

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import torch
 from torch.nn import functional
+from torch.nn.utils.rnn import pad_sequence
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from engine.tiny import corpus
@@ -143,7 +144,7 @@ def _loss(model: LlamaForCausalLM, batch: _Batch) -> torch.Tensor:
 
 def _batches(tokenizer: PreTrainedTokenizerFast, recipe: Recipe, rng: random.Random) -> Iterator[_Batch]:
     """Endless epochs. Rows of similar length go together; the order of batches within an epoch is random."""
-    encode = functools.cache(functools.partial(_encode_text, tokenizer))
+    encode = functools.cache(lambda text: list(tokenizer(text, add_special_tokens=False)["input_ids"]))
     while True:
         rows = [_Row.of(group, encode) for group in corpus.draw_epoch(rng)]
         rows.sort(key=lambda row: len(row.ids))
@@ -151,10 +152,6 @@ def _batches(tokenizer: PreTrainedTokenizerFast, recipe: Recipe, rng: random.Ran
         chunks = [rows[start : start + size] for start in range(0, len(rows), size)]
         rng.shuffle(chunks)
         yield from (_collate(chunk, tokenizer.pad_token_id) for chunk in chunks)
-
-
-def _encode_text(tokenizer: PreTrainedTokenizerFast, text: str) -> list[int]:
-    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
 @dataclass(slots=True)
@@ -175,35 +172,33 @@ class _Row:
         for message in group.messages:
             prompt += encode(f"<|{message['role']}|>") + encode(message["content"]) + end
         prompt += encode("<|assistant|>")
-        row = cls(prompt, list(range(len(prompt))), [0] * len(prompt), [], [])
-        for segment, reply in enumerate(group.replies, start=1):
-            row._append(segment, encode(reply) + end, len(prompt))
+        length = len(prompt)
+        row = cls(prompt, list(range(length)), [0] * length, [], [])
+        for segment, text in enumerate(group.replies, start=1):
+            reply, start = encode(text) + end, len(row.ids)
+            row.sources += [length - 1, *range(start, start + len(reply) - 1)]
+            row.targets += reply
+            row.ids += reply[:-1]
+            row.positions += range(length, length + len(reply) - 1)
+            row.segments += [segment] * (len(reply) - 1)
         return row
-
-    def _append(self, segment: int, reply: list[int], prompt_length: int) -> None:
-        start = len(self.ids)
-        self.sources += [prompt_length - 1, *range(start, start + len(reply) - 1)]
-        self.targets += reply
-        self.ids = self.ids + reply[:-1]
-        self.positions = self.positions + list(range(prompt_length, prompt_length + len(reply) - 1))
-        self.segments = self.segments + [segment] * (len(reply) - 1)
 
 
 def _collate(rows: list[_Row], pad_id: int) -> _Batch:
-    width = max(len(row.ids) for row in rows)
-    input_ids = torch.full((len(rows), width), pad_id)
-    position_ids = torch.zeros((len(rows), width), dtype=torch.long)
-    segments = torch.full((len(rows), width), -1)
-    sources: list[int] = []
-    targets: list[int] = []
-    for index, row in enumerate(rows):
-        length = len(row.ids)
-        input_ids[index, :length] = torch.tensor(row.ids)
-        position_ids[index, :length] = torch.tensor(row.positions)
-        segments[index, :length] = torch.tensor(row.segments)
-        sources += [index * width + source for source in row.sources]
-        targets += row.targets
-    return _Batch(input_ids, position_ids, _mask(segments), torch.tensor(sources), torch.tensor(targets))
+    input_ids = _padded((row.ids for row in rows), pad_id)
+    width = input_ids.shape[1]
+    sources = [index * width + source for index, row in enumerate(rows) for source in row.sources]
+    return _Batch(
+        input_ids,
+        _padded((row.positions for row in rows), 0),
+        _mask(_padded((row.segments for row in rows), -1)),
+        torch.tensor(sources),
+        torch.tensor([target for row in rows for target in row.targets]),
+    )
+
+
+def _padded(rows: Iterable[list[int]], value: int) -> torch.Tensor:
+    return pad_sequence([torch.tensor(row) for row in rows], batch_first=True, padding_value=value)
 
 
 def _mask(segments: torch.Tensor) -> torch.Tensor:

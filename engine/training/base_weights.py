@@ -2,8 +2,8 @@
 
 vLLM fuses q, k, v into `qkv_proj` and gate, up into `gate_up_proj` by concatenating rows, so each Hugging Face weight
 is a slice of rows of a fused one and needs no copy. On CUDA this is always so. On CPU vLLM packs linear weights for
-its kernels and drops the originals; sharing there means to leave them unpacked, which costs decode speed
-(docs/measurements/weights.md), so `share_base_weights: auto` gives the trainer its own copy on CPU.
+its kernels and drops the originals; sharing there means to leave them unpacked, which costs decode speed, so
+`share_base_weights: auto` gives the trainer its own copy on CPU (docs/measurements/index.md).
 """
 
 from collections.abc import Iterator
@@ -42,11 +42,7 @@ def unpacked_cpu_weights() -> Iterator[None]:
 
 
 def huggingface_views(model: nn.Module, hf_config: Any) -> dict[str, torch.Tensor]:
-    """Views of a loaded vLLM decoder's parameters under their Hugging Face names.
-
-    Args:
-        model: vLLM's model, with or without LoRA wrappers (llama, qwen2, qwen3 and mistral shapes).
-        hf_config: its Hugging Face text configuration.
+    """Views of a loaded vLLM decoder's parameters under their Hugging Face names, with or without LoRA wrappers.
 
     Raises:
         UnsupportedModelError: a fused weight has unexpected rows (quantized, sharded or another architecture).

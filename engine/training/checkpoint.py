@@ -64,11 +64,7 @@ def write_training_state(path: Path, state: TrainingState, progress: dict[str, A
 
 
 def read_training_state(path: Path) -> tuple[TrainingState, dict[str, Any]]:
-    """Read a written state, to the CPU, and its progress.
-
-    Raises:
-        DamagedAdapterError: The file is missing, unreadable or of an unknown format.
-    """
+    """Read a state, to the CPU, and its progress; DamagedAdapterError if the file is missing, unreadable or unknown."""
     try:
         with safe_open(path, framework="pt") as file:
             header = json.loads((file.metadata() or {}).get("mace", "{}"))
@@ -202,10 +198,8 @@ class CheckpointWriter:
             try:
                 self._write(job.path, job.state, job.progress)
                 self._logged_error = None
-            except MaceError as error:
-                self.note_error(str(error))
             except Exception as error:  # noqa: BLE001 - the thread must outlive any failure
-                self.note_error(f"{type(error).__name__}: {error}")
+                self.note_error(str(error) if isinstance(error, MaceError) else f"{type(error).__name__}: {error}")
             with self._changed:
                 job.state.is_leased = False
                 self._writing = None

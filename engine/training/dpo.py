@@ -66,7 +66,7 @@ class DpoStep:
                 device=model.device,
                 share_prompts=share_prompt,
             )
-        """What goes through the slices together, in order; none of it once the step is discarded."""
+        """Pairs that go through the slices together, in order; empty once the step is discarded."""
         groups = [batch.group for batch in self.batches]
         self.largest_batch_pairs = max(len(group.members) for group in groups)
         """Most pairs that go through a slice together."""
@@ -135,11 +135,7 @@ class DpoStep:
         self.batches = []
 
     def result(self) -> tuple[StepMetrics, tuple[PairScore, ...]]:
-        """Means over the task (each pair counts the same) and the scores in the task's order of pairs.
-
-        Raises:
-            TrainingError: The step is not done.
-        """
+        """Means over the task (each pair counts the same) and the scores in its order; TrainingError if not done."""
         if not self.done:
             raise TrainingError(f"task {self.task.task_id} is not done")
         scores = tuple(self._scores[i] for i in range(len(self.task.pairs)))

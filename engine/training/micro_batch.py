@@ -66,11 +66,7 @@ class MicroBatch:
 
     @property
     def state(self) -> torch.Tensor:
-        """The hidden state that the slice before has left.
-
-        Raises:
-            TrainingError: There is none.
-        """
+        """The hidden state that the slice before has left; TrainingError if there is none."""
         if self.hidden is None:
             raise TrainingError("slices ran out of order")
         return self.hidden
@@ -109,14 +105,8 @@ def make_micro_batches(
 ) -> list[MicroBatch]:
     """Group pairs by length so that their tokens, padding included, stay within `max_slice_tokens`; at least one each.
 
-    Pairs with a cached reference come first. One that is not finite counts as none. Callers are outside inference mode.
-
-    Args:
-        pairs: as `cut_pair` leaves them.
-        max_slice_tokens: a single pair may have more.
-        vocab_size: bound of token ids.
-        device: where the tensors go.
-        share_prompts: compute each prompt once where that is fewer tokens.
+    The pairs are as `cut_pair` leaves them. Those with a cached reference come first; one that is not finite counts as
+    none. `share_prompts` computes each prompt once where that is fewer tokens. Callers are outside inference mode.
 
     Raises:
         TrainingError: No pair at all, a weight that is negative or not finite, or a token id outside the vocabulary

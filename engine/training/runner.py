@@ -54,11 +54,7 @@ class FineTuneRunner:
         device: torch.device,
         weights: Mapping[str, torch.Tensor] | None,
     ) -> None:
-        """Build the trainable model and measure every kind of slice once.
-
-        Raises:
-            UnsupportedModelError, ConfigError: see `TrainableModel.build`.
-        """
+        """Build the trainable model (raises as `TrainableModel.build` does) and measure every kind of slice once."""
         self._config = args.training
         self._share_prompt = args.experiments.share_prompt
         self.model = TrainableModel.build(

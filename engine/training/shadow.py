@@ -74,8 +74,7 @@ class ShadowAdapter:
     def tensors(self) -> dict[str, torch.Tensor]:
         """The LoRA matrices by PEFT name, copied to the CPU."""
         with training_mode(self._model.device):
-            copy = self._flat.detach().to("cpu", copy=True)
-            return dict(zip(self._parameters, self._views(copy), strict=True))
+            return self.named_views(self._flat.detach().to("cpu", copy=True))
 
     def new_gradients(self) -> tuple[torch.Tensor, list[list[torch.Tensor]]]:
         """A zeroed flat gradient buffer and, per layer, its views in the order of `layer_parameters`."""
@@ -90,10 +89,7 @@ class ShadowAdapter:
         return dict(zip(self._parameters, self._views(flat), strict=True))
 
     def apply(self, gradients: torch.Tensor) -> float:
-        """Clip the flat gradients (in place) and take one AdamW step.
-
-        Returns:
-            The gradient norm before clipping.
+        """Clip the flat gradients (in place) and take one AdamW step; returns the norm before clipping.
 
         Raises:
             DivergedError: The norm is not finite, or a parameter or moment after the step is not.
@@ -173,21 +169,13 @@ class ShadowAdapter:
             self._live_stands_in = False
 
     def set_live(self, directory: Path | str | None) -> None:
-        """Take in a version (None: the bare base) as the one that `on_live` evaluations score from now on.
-
-        Raises:
-            DamagedAdapterError: The directory is unreadable or does not fit.
-        """
+        """Take in a version as the one that `on_live` evaluations score from now on; raises as `read` does."""
         live = self.read(directory)
         with self._shadow_in_place():
             self._stand_in = live
 
     def save_adapter(self, directory: Path | str, base_model: str) -> None:
-        """Write the adapter in PEFT's format; `PeftModel.from_pretrained` and vLLM load it unchanged.
-
-        Raises:
-            AdapterError: The directory cannot be written.
-        """
+        """Write the adapter in PEFT's format, which vLLM loads unchanged; AdapterError if it cannot be written."""
         directory = Path(directory)
         fields = self._model.lora_config.to_dict()
         fields["target_modules"] = sorted(fields["target_modules"])
@@ -203,9 +191,7 @@ class ShadowAdapter:
     def load_adapter(self, directory: Path | str | None) -> None:
         """Take the parameters from a PEFT directory, or the seeded start; the optimizer starts afresh.
 
-        Raises:
-            DamagedAdapterError: Files are missing or unreadable, or rank, alpha, names or shapes differ; the adapter is
-                unchanged.
+        Raises as `read` does; the adapter is then unchanged.
         """
         if directory is None:
             with self._shadow_in_place():

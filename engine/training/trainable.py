@@ -94,14 +94,9 @@ class TrainableModel:
     ) -> "TrainableModel":
         """Make an empty decoder, adopt the base weights, add a fresh LoRA.
 
-        Args:
-            model_dir: Local directory with `config.json` (and safetensors, if `weights` is None).
-            lora: Rank and alpha.
-            dtype: Of the base weights and of the activations.
-            device: Where the model runs.
-            seed: Of the LoRA's A matrices; B is zero.
-            weights: Hugging Face parameter name to tensor; adopted without a copy, inference tensors too.
-                `lm_head.weight` may be missing if it is tied to the embedding.
+        `weights` are tensors by Hugging Face name, adopted without a copy, inference tensors too (`lm_head.weight` may
+        be missing if it is tied to the embedding); None: read from the directory's safetensors. `dtype` is theirs and
+        that of the activations. The LoRA's A matrices are drawn from `seed`; B is zero.
 
         Raises:
             UnsupportedModelError: The architecture is not one of `SUPPORTED_MODEL_TYPES`.
@@ -146,8 +141,7 @@ class TrainableModel:
 
     def embed(self, ids: torch.Tensor) -> torch.Tensor:
         """Token ids [B, T] to hidden states [B, T, H]."""
-        hidden: torch.Tensor = self._embed_tokens(ids)
-        return hidden
+        return self._embed_tokens(ids)
 
     def rotary(self, num_tokens: int, position_ids: torch.Tensor | None = None) -> Rotary:
         """Cosine and sine [1, T, head_dim] of positions 0..T-1, or of the given positions [N] below T.
@@ -169,15 +163,11 @@ class TrainableModel:
         self, i: int, hidden: torch.Tensor, rotary: Rotary, shared: SharedPrompts | None = None
     ) -> torch.Tensor:
         """Decoder layer i on hidden states [B, T, H], causal, no padding mask; or on the row [1, N, H] of `shared`."""
-        output: torch.Tensor = self._layers[i](
-            hidden, attention_mask=None, position_embeddings=rotary, shared_prompts=shared
-        )
-        return output
+        return self._layers[i](hidden, attention_mask=None, position_embeddings=rotary, shared_prompts=shared)
 
     def final_norm(self, hidden: torch.Tensor) -> torch.Tensor:
         """The norm before the LM head, [n, H] to [n, H]."""
-        normed: torch.Tensor = self._norm(hidden)
-        return normed
+        return self._norm(hidden)
 
     @contextmanager
     def adapter_disabled(self, layer: int | None = None) -> Iterator[None]:
@@ -215,12 +205,7 @@ class TrainableModel:
 
 
 def _read_config(model_dir: str) -> Any:
-    """Read the model's configuration.
-
-    Raises:
-        ModelNotFoundError: There is none, or it cannot be read.
-        UnsupportedModelError: The architecture is not one of `SUPPORTED_MODEL_TYPES`.
-    """
+    """Read the model's configuration."""
     try:
         config = AutoConfig.from_pretrained(model_dir, local_files_only=True)
     except (OSError, ValueError) as error:
@@ -238,11 +223,7 @@ def _read_config(model_dir: str) -> Any:
 def _read_weights(
     directory: Path, names: set[str], dtype: torch.dtype, device: torch.device
 ) -> dict[str, torch.Tensor]:
-    """Copy the named parameters out of the directory's safetensors files, not their unaligned pages.
-
-    Raises:
-        ModelNotFoundError: There is no such file, or one cannot be read.
-    """
+    """Copy the named parameters out of the directory's safetensors files, not their unaligned pages."""
     files = sorted(directory.glob("*.safetensors"))
     if not files:
         raise ModelNotFoundError(f"{directory} has no .safetensors file")
@@ -260,11 +241,7 @@ def _read_weights(
 def _adopt_weights(
     causal_lm: Any, weights: Mapping[str, torch.Tensor], dtype: torch.dtype, device: torch.device
 ) -> None:
-    """Put every tensor in its parameter's place without a copy.
-
-    Raises:
-        ConfigError: A weight is missing or has another shape, dtype or device.
-    """
+    """Put every tensor in its parameter's place without a copy."""
     tied = bool(causal_lm.config.tie_word_embeddings)
     for name, empty in list(causal_lm.named_parameters(remove_duplicate=False)):
         source = "model.embed_tokens.weight" if tied and name == "lm_head.weight" else name

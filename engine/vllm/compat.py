@@ -22,7 +22,7 @@ CONFIG_KEY = "mace"
 """Our key in vLLM's `additional_config`, which reaches the scheduler and the worker."""
 
 _SMALL_MODEL_BYTES = 64 << 20
-"""Below this, splitting a layer over threads costs more than it saves (docs/measurements/weights.md)."""
+"""Below this, splitting a layer over threads costs more than it saves."""
 
 _BINDING_VARIABLE = "VLLM_CPU_OMP_THREADS_BIND"
 
@@ -118,17 +118,12 @@ def make_engine_args(args: AppArgs, model_dir: str) -> Any:
             "engine.vllm.worker_cpu.HybridCpuWorker" if on_cpu else "engine.vllm.worker_gpu.HybridGpuWorker"
         ),
     }
-    if args.kv_pruning.start != "off":
-        kwargs.update(_pruning_kwargs(on_cpu))
+    if args.kv_pruning.start != "off" and on_cpu:
+        kwargs["block_size"] = CPU_PRUNING_BLOCK_TOKENS
+    elif args.kv_pruning.start != "off":  # attention outside of captured graphs, on closed-up rows
+        kwargs.update(attention_backend="FLASH_ATTN", compilation_config={"cudagraph_mode": "PIECEWISE"})
     kwargs.update(args.engine.engine_kwargs)
     return AsyncEngineArgs(**kwargs)
-
-
-def _pruning_kwargs(on_cpu: bool) -> dict[str, Any]:
-    """For dropping KV blocks: small blocks, and attention outside of captured graphs, on closed-up rows."""
-    if on_cpu:
-        return {"block_size": CPU_PRUNING_BLOCK_TOKENS}
-    return {"attention_backend": "FLASH_ATTN", "compilation_config": {"cudagraph_mode": "PIECEWISE"}}
 
 
 def pruning_block_tokens(args: AppArgs) -> int | None:
@@ -200,18 +195,11 @@ def make_lora_request(name: str, number: int, path: Path) -> Any:
 
 
 async def build_openai_app(engine: Any, base_names: list[str], options: dict[str, Any]) -> Any:
-    """vLLM's own FastAPI application on a running engine.
+    """vLLM's own FastAPI application on a started `AsyncLLM`, with options of vLLM's server by their names there.
 
-    Args:
-        engine: a started `AsyncLLM`.
-        base_names: names under which the base model answers; the first is what responses report.
-        options: options of vLLM's server by their names there.
-
-    Raises:
-        ConfigError: an option that vLLM's server does not have.
-
-    Returns:
-        The FastAPI application; `app.state.openai_serving_models.lora_requests` maps further names to adapters.
+    The base model answers under `base_names`, of which responses report the first;
+    `app.state.openai_serving_models.lora_requests` maps further names to adapters. ConfigError: vLLM's server does not
+    have an option.
     """
     from vllm.entrypoints.launchers.api_server.app_state import init_app_state
     from vllm.entrypoints.launchers.app import build_app

@@ -1,8 +1,14 @@
-"""The engine as the rest of MACE sees it: a vLLM `AsyncLLM` that also takes fine-tune tasks."""
+"""The engine as the rest of MACE sees it: a vLLM `AsyncLLM` that also takes fine-tune tasks.
+
+Its load and its prompts come from vLLM's output processor, without a call into the engine process. That is the first
+place that knows a prompt's token ids (after the chat template), and it keeps the state of every unfinished request.
+"""
 
 import asyncio
+import logging
 import uuid
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,15 +19,28 @@ from core.errors import MaceError, TrainingError
 from core.types import FineTuneTask, TaskResult
 from engine.vllm import compat as vllm_compat
 from engine.vllm.directive import TASK_KEY
-from engine.vllm.front_end import (
-    CachedTokens,
-    EngineLoad,
-    SeePrompt,
-    kv_bytes_per_token,
-    read_engine_load,
-    watch_prompts,
-)
 from scheduler.priority import BACKGROUND_PRIORITY
+
+logger = logging.getLogger(__name__)
+
+OWN_REQUESTS = ("finetune-", "generate-", "profile-")
+"""Prefixes of the ids of requests that no user sent; vLLM's own start with `chatcmpl-`, `cmpl-` or `resp_`."""
+
+_MAX_LOOKUPS = 256
+"""Waiting prompts that are looked up for one reading, 8 us for a thousand tokens; the others count in full."""
+
+
+@dataclass(frozen=True, slots=True)
+class EngineLoad:
+    """KV memory and queue of an engine at one moment."""
+
+    free_kv_bytes: float
+    """A lower bound: blocks that requests share count once for each, and a waiting prompt counts as if computed."""
+    kv_capacity_bytes: float
+    kv_bytes_per_token: float
+    waiting_tokens: int
+    """Prompt tokens still to compute of requests without a first token; an upper bound."""
+    num_running: int
 
 
 class HybridEngine:
@@ -45,8 +64,7 @@ class HybridEngine:
     async def run_task(self, task: FineTuneTask) -> TaskResult:
         """Run a fine-tune task to its end, slice by slice between inference. Cancelling aborts it.
 
-        Raises:
-            TrainingError: the engine ended the task without a result (it is shutting down).
+        TrainingError: the engine ended the task without a result (it is shutting down).
         """
         request_id = f"finetune-{task.task_id}-{uuid.uuid4().hex[:8]}"
         prompt, params = vllm_compat.make_task_request(task.to_wire(), TASK_KEY)
@@ -60,35 +78,28 @@ class HybridEngine:
         return result
 
     async def save_adapter(self, directory: Path, base_model: str) -> None:
-        """Write the shadow adapter to `directory` in PEFT format.
-
-        Raises:
-            AdapterError: the directory cannot be written.
-        """
+        """Write the shadow adapter to `directory` in PEFT format; AdapterError if that fails."""
         await self._call_worker("save_adapter", str(directory), base_model)
 
     async def load_adapter(self, directory: Path | None) -> None:
         """Set the shadow adapter to a saved version, or to its initial state; optimizer state is reset.
 
-        Raises:
-            DamagedAdapterError: the directory is unreadable or does not fit; nothing changed.
+        DamagedAdapterError, with nothing changed: the directory is unreadable or does not fit.
         """
-        await self._call_worker("load_adapter", _text(directory))
+        await self._call_worker("load_adapter", directory and str(directory))
 
     async def set_live(self, directory: Path | None) -> None:
         """Tell the trainer which version `on_live` evaluations score; None is the bare base model.
 
-        Raises:
-            DamagedAdapterError: the directory is unreadable or does not fit; nothing changed.
+        DamagedAdapterError, with nothing changed: the directory is unreadable or does not fit.
         """
         if self._args.training.enabled:
-            await self._call_worker("set_live", _text(directory))
+            await self._call_worker("set_live", directory and str(directory))
 
     async def save_training_state(self, path: Path, progress: dict[str, Any]) -> None:
         """Write shadow adapter, optimizer and progress (JSON values) so that training can go on after a restart.
 
-        Raises:
-            AdapterError: the file cannot be written; an older one at `path` is intact.
+        AdapterError: the file cannot be written; an older one at `path` is intact.
         """
         await self._call_worker("save_training_state", str(path), progress)
 
@@ -97,8 +108,7 @@ class HybridEngine:
 
         None if there is no file or it is damaged (logged); nothing changed then.
         """
-        progress: dict[str, Any] | None = await self._call_worker("load_training_state", str(path))
-        return progress
+        return await self._call_worker("load_training_state", str(path))
 
     async def iterations(self, after: int = 0) -> tuple[int, list[IterationSample]]:
         """Measured iterations since number `after`, oldest first, and the number to ask for next.
@@ -114,13 +124,11 @@ class HybridEngine:
         With training `base_weight_bytes` of the trainer, and the `shared_bytes` among them, which are vLLM's own
         tensors; on CPU the `heap_*_bytes`.
         """
-        status: dict[str, Any] = await self._call_worker("memory")
-        return status
+        return await self._call_worker("memory")
 
     async def pruning_refusal(self) -> str | None:
-        """Why `kv_pruning` stays off with this model although the settings ask for it; None if it does not."""
-        refusal: str | None = await self._call_worker("pruning_refusal")
-        return refusal
+        """The reason for which `kv_pruning` stays off although the settings ask for it; None if it does not."""
+        return await self._call_worker("pruning_refusal")
 
     async def load_version(self, handle: Any) -> None:
         """Load an adapter version into the inference side ahead of its first request."""
@@ -142,10 +150,8 @@ class HybridEngine:
         """Greedy answers of a version (None: the base) to prompts given as token ids, in their order.
 
         They run together, as class `background`, so that users come first. Each ends with the end-of-turn token, which
-        is included, or after `max_tokens`. Cancelling aborts them.
-
-        Raises:
-            TrainingError: vLLM refuses a prompt (empty, or too long for the model with `max_tokens`).
+        is included, or after `max_tokens`. Cancelling aborts them. TrainingError: vLLM refuses a prompt (empty, or too
+        long for the model with `max_tokens`).
         """
         params = vllm_compat.make_answer_params(max_tokens)
         answers = [asyncio.ensure_future(self._answer(handle, prompt, params)) for prompt in prompts]
@@ -160,11 +166,7 @@ class HybridEngine:
     async def prefill(self, handle: Any, prompt: Sequence[int]) -> int:
         """Compute the keys of a prompt, as class `background`, so that the prefix cache has its full blocks.
 
-        Returns:
-            Tokens that had been there before.
-
-        Raises:
-            TrainingError: vLLM refuses the prompt (empty, or too long).
+        Returns the tokens that had been there before. TrainingError: vLLM refuses the prompt (empty, or too long).
         """
         try:
             _, num_cached = await self._answer(handle, prompt, vllm_compat.make_answer_params(1))
@@ -224,18 +226,63 @@ class HybridEngine:
         cache = self.client.vllm_config.cache_config
         return int(cache.block_size) if cache.enable_prefix_caching else None
 
-    def watch_prompts(self, see: SeePrompt) -> None:
-        """Call `see` with adapter name (None: base) and token ids of each user's request (`engine.vllm.front_end`)."""
-        watch_prompts(self.client, see)
+    def watch_prompts(self, see: Callable[[str | None, Sequence[int]], None]) -> None:
+        """Call `see` with adapter name (None: base) and token ids of each user's request from now on.
 
-    def load(self, cached_tokens: CachedTokens | None = None) -> EngineLoad:
-        """KV memory and queue of the engine now; see `engine.vllm.front_end.read_engine_load`."""
-        return read_engine_load(self.client, cached_tokens)
+        Once for a request, however many answers it wants. Left out are our own, and those whose keys nobody else can
+        read: with a cache salt, images or embeddings. The output processor registers a request in one call, on the
+        event loop. What `see` raises is logged and keeps nobody from an answer.
+        """
+        register = self.client.output_processor.add_request
+
+        def register_and_see(
+            request: Any, prompt: Any, parent_req: Any = None, request_index: int = 0, *args: Any, **kwargs: Any
+        ) -> None:
+            register(request, prompt, parent_req, request_index, *args, **kwargs)
+            if request_index == 0 and _is_sharable(request):
+                lora = request.lora_request
+                try:
+                    see(lora.lora_name if lora is not None else None, request.prompt_token_ids)
+                except Exception:  # an observer must not cost a request
+                    logger.exception("a prompt could not be looked at")
+
+        self.client.output_processor.add_request = register_and_see
+
+    def load(self, cached_tokens: Callable[[str | None, Sequence[int]], int] | None = None) -> EngineLoad:
+        """KV memory and queue of the engine now. Fine-tune tasks count as requests of one token.
+
+        `cached_tokens` (of adapter name and token ids) takes from waiting prompts what is in the prefix cache: prefixes
+        of others, and the chunks that they had already computed themselves. Without it they count in full.
+        """
+        capacity_tokens = self.client.vllm_config.cache_config.kv_cache_size_tokens
+        used_tokens = waiting_tokens = num_running = num_lookups = 0
+        for state in list(self.client.output_processor.request_states.values()):
+            used_tokens += state.prompt_len
+            if state.is_prefilling:
+                waiting_tokens += state.prompt_len
+                if cached_tokens is not None and state.prompt_token_ids and num_lookups < _MAX_LOOKUPS:
+                    num_lookups += 1
+                    # The last token is always computed.
+                    num_cached = cached_tokens(state.lora_name, state.prompt_token_ids)
+                    waiting_tokens -= min(state.prompt_len - 1, num_cached)
+            else:
+                num_running += 1
+                used_tokens += state.detokenizer.num_output_tokens() if state.detokenizer is not None else 0
+        token_bytes = self.kv_bytes_per_token
+        return EngineLoad(
+            free_kv_bytes=max(0, capacity_tokens - used_tokens) * token_bytes,
+            kv_capacity_bytes=capacity_tokens * token_bytes,
+            kv_bytes_per_token=token_bytes,
+            waiting_tokens=waiting_tokens,
+            num_running=num_running,
+        )
 
     @property
     def kv_bytes_per_token(self) -> int:
-        """KV cache of one token over all layers."""
-        return kv_bytes_per_token(self.client.vllm_config)
+        """Keys and values of one token in all layers, in the model's own precision."""
+        model, parallel = self.client.vllm_config.model_config, self.client.vllm_config.parallel_config
+        heads = model.get_num_kv_heads(parallel) * model.get_num_layers(parallel)
+        return int(2 * heads * model.get_head_size() * model.dtype.itemsize)
 
     def num_unfinished_requests(self) -> int:
         """Requests in the engine, fine-tune tasks included."""
@@ -258,5 +305,7 @@ class HybridEngine:
         return reply["value"]
 
 
-def _text(directory: Path | None) -> str | None:
-    return None if directory is None else str(directory)
+def _is_sharable(request: Any) -> bool:
+    if request.cache_salt or request.mm_features or request.prompt_embeds is not None:
+        return False
+    return bool(request.prompt_token_ids) and not (request.external_req_id or "").startswith(OWN_REQUESTS)

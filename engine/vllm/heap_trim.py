@@ -30,33 +30,6 @@ class HeapUse:
     free_bytes: int
 
 
-class HeapTrimmer:
-    """Call `tick` between iterations; it looks once a minute. Without glibc 2.33 or later it does nothing."""
-
-    def __init__(
-        self,
-        read: Callable[[], HeapUse | None] | None = None,
-        trim: Callable[[], object] | None = None,
-        clock: Callable[[], float] = time.monotonic,
-    ) -> None:
-        self._read = read or heap_use
-        self._trim = trim or _trim
-        self._clock = clock
-        self._due_s = clock() + _PERIOD_S
-        self.num_trims = 0
-
-    def tick(self) -> None:
-        """Trim if a minute has passed and much of the heap is free. Takes milliseconds when it does."""
-        now_s = self._clock()
-        if now_s < self._due_s:
-            return
-        self._due_s = now_s + _PERIOD_S
-        use = self._read()
-        if use is not None and use.free_bytes > max(_LEAST_FREE_BYTES, _FREE_SHARE * use.used_bytes):
-            self._trim()
-            self.num_trims += 1
-
-
 class _MallInfo2(ctypes.Structure):
     """`struct mallinfo2` of malloc.h."""
 
@@ -94,3 +67,28 @@ def _libc() -> Any:
         logger.info("the C library has no mallinfo2 and malloc_trim; free heap memory stays with the process")
         return None
     return libc
+
+
+class HeapTrimmer:
+    """Call `tick` between iterations; it looks once a minute. Without glibc 2.33 or later it does nothing."""
+
+    def __init__(
+        self,
+        read: Callable[[], HeapUse | None] = heap_use,
+        trim: Callable[[], object] = _trim,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._read, self._trim, self._clock = read, trim, clock
+        self._due_s = clock() + _PERIOD_S
+        self.num_trims = 0
+
+    def tick(self) -> None:
+        """Trim if a minute has passed and much of the heap is free. Takes milliseconds when it does."""
+        now_s = self._clock()
+        if now_s < self._due_s:
+            return
+        self._due_s = now_s + _PERIOD_S
+        use = self._read()
+        if use is not None and use.free_bytes > max(_LEAST_FREE_BYTES, _FREE_SHARE * use.used_bytes):
+            self._trim()
+            self.num_trims += 1

@@ -55,14 +55,7 @@ class KvPool:
 
 
 def build_planner(args: AppArgs, scheduler: Any, pool: KvPool, *, can_prune: bool = False) -> IterationPlanner:
-    """The planner of one engine.
-
-    Args:
-        args: the application's settings; `profile.path` names the profile to start from, if it exists.
-        scheduler: the vLLM scheduler that will apply the plans.
-        pool: its KV cache.
-        can_prune: KV blocks may be dropped (`engine.pruning.pruner`).
-    """
+    """The planner of one engine, whose vLLM `scheduler` applies the plans; `profile.path` is where it starts from."""
     profile = _load_profile(args)
     vllm = scheduler.scheduler_config
     limits = EngineLimits(
@@ -157,17 +150,8 @@ def view_of(
 ) -> IterationView:
     """The state before an iteration is scheduled.
 
-    Args:
-        now_s: wall clock, like `Request.arrival_time`.
-        running: vLLM's running requests, decoding or with prompt tokens left.
-        waiting: the waiting queue.
-        free_seats: waiting requests that may still start.
-        pool: the KV cache.
-        free_kv_blocks: its blocks that can be given out now.
-        finetune: fine-tune work of this engine; None if there is none.
-        prune_offer: KV blocks that may be dropped; None if there are none.
-        num_absent_tokens: tokens of the decoding requests in dropped blocks.
-        cached_prefix_of: see `PrefixLookup`. Asked for those that may start.
+    `now_s` is wall clock, like `Request.arrival_time`; `num_absent_tokens` are those of the decoding requests in
+    dropped blocks; `cached_prefix_of` (see `PrefixLookup`) is asked for those that may start.
     """
     view = IterationView(
         now_s,
@@ -207,12 +191,9 @@ def view_of(
 def shape_of(
     num_scheduled_tokens: Mapping[str, int], requests: Mapping[str, Any], num_absent_tokens: int = 0
 ) -> ForwardShape:
-    """The forward pass that vLLM scheduled.
+    """The forward pass that vLLM scheduled, from tokens by request id.
 
-    Args:
-        num_scheduled_tokens: by request id, as in `SchedulerOutput`.
-        requests: vLLM's requests; their `num_computed_tokens` already includes what was scheduled.
-        num_absent_tokens: tokens of the decoding requests in dropped blocks.
+    The `num_computed_tokens` of `requests` already includes what was scheduled.
     """
     shape = ForwardShape()
     num_decode = decode_context = 0

@@ -34,7 +34,6 @@ from engine.vllm.directive import (
     Directive,
     IterationReport,
     MemoryCounters,
-    WorkerFacts,
 )
 from engine.vllm.planning import KvPool, PrefixLookup, build_planner, is_decoding, shape_of, view_of
 from engine.vllm.task_table import TaskTable
@@ -108,7 +107,8 @@ class HybridSchedulerMixin:
         self._directive.started_s = time.perf_counter()
         view = self._view(time.time())
         plan = self.planner.plan(view)
-        self._prune(plan.prune_blocks)
+        if self._pruner is not None and plan.prune_blocks > 0:
+            self._directive.dropped_blocks = self._pruner.prune(plan.prune_blocks, self.requests)  # type: ignore[attr-defined]
         self._apply(plan, view)
         output = super().schedule(throttle_prefills)  # type: ignore[misc]
         self._note_scheduled(output, plan)
@@ -168,13 +168,6 @@ class HybridSchedulerMixin:
     def _num_absent_tokens(self) -> int:
         return 0 if self._pruner is None else self._pruner.num_absent_tokens
 
-    def _prune(self, count: int) -> None:
-        if self._pruner is None or count <= 0:
-            return
-        dropped = self._pruner.prune(count, self.requests)  # type: ignore[attr-defined]
-        for request_id, positions in dropped.items():
-            self._directive.dropped_blocks.setdefault(request_id, []).extend(positions)
-
     def _note_scheduled(self, output: SchedulerOutput, plan: Plan) -> None:
         """Tell the pruner of the forward pass, and the worker the counters that others ask it for."""
         directive, pruner, memory = self._directive, self._pruner, self.planner.memory
@@ -211,11 +204,13 @@ class HybridSchedulerMixin:
         if view.num_decode and view.prefills and view.prefills[0].is_running:
             # vLLM goes through the running requests in order: a long prompt must not take the tokens of those
             # that decode. The sort is stable.
-            self.running.sort(key=_is_prefilling)  # type: ignore[attr-defined]
+            self.running.sort(key=lambda request: not is_decoding(request, request.num_computed_tokens))  # type: ignore[attr-defined]
 
     def _observe(self, directive: Directive, report: IterationReport) -> None:
-        if report.facts is not None:
-            self._take_facts(report.facts)
+        if report.facts is not None:  # the warm-up slices: no kind is unknown to the planner from here on
+            arena_bytes = self._args.training.arena_bytes or report.facts.free_bytes // 2
+            self.planner.memory.set_capacity(Pool.ARENA, arena_bytes)
+            self.planner.observe(IterationSample(ForwardShape(), 0.0, report=SliceReport(report.facts.warm_up)))
         if self._pruner is not None:
             self._pruner.note_scores(report.kv_scores, self.requests)  # type: ignore[attr-defined]
         slices_s = sum(s.latency_s for s in report.finetune.slices)
@@ -232,13 +227,7 @@ class HybridSchedulerMixin:
             self._last_training = None
         # Two iterations are in flight with async scheduling: the next may have reserved memory for a step it starts.
         if not report.finetune.activation_bytes and self._last_training is None:
-            self.planner.memory.release_arena()
-
-    def _take_facts(self, facts: WorkerFacts) -> None:
-        """The arena's size, and the warm-up slices: no kind is unknown to the planner from here on."""
-        arena_bytes = self._args.training.arena_bytes or facts.free_bytes // 2
-        self.planner.memory.set_capacity(Pool.ARENA, arena_bytes)
-        self.planner.observe(IterationSample(ForwardShape(), 0.0, report=SliceReport(facts.warm_up)))
+            self.planner.memory.record(Pool.ARENA, 0)
 
     def _emit(self, result: TaskResult, outputs: dict[int, EngineCoreOutputs]) -> None:
         task = self._tasks.pop(result.task_id)
@@ -273,10 +262,6 @@ def _ledger_error(memory: MemoryLedger) -> str | None:
     except LedgerError as error:
         return str(error)
     return None
-
-
-def _is_prefilling(request: Request) -> bool:
-    return not is_decoding(request, request.num_computed_tokens)
 
 
 def _task_of(request: Request) -> dict[str, Any] | None:

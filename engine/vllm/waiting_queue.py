@@ -27,12 +27,7 @@ class AgeingRequestQueue(RequestQueue):
     """`scheduler.queues.waiting.WaitingQueue` behind vLLM's interface."""
 
     def __init__(self, experiments: ExperimentsConfig, block_tokens: int | None = None) -> None:
-        """Make an empty queue.
-
-        Args:
-            experiments: say whether waiting and shared prefixes count.
-            block_tokens: tokens of a KV block; None: a request's first block alone says whom it shares with.
-        """
+        """Make an empty queue; with `block_tokens` of None a request's first block alone says whom it shares with."""
         self._queue: WaitingQueue[Request] = WaitingQueue(experiments)
         self._orders_prefixes = experiments.prefix_order
         self._block_tokens = block_tokens or 1

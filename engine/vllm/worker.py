@@ -8,14 +8,11 @@ import copy
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import asdict
-from functools import partial
 from typing import Any
 
-import torch
 from vllm.v1.outputs import AsyncModelRunnerOutput, ModelRunnerOutput
 
 from core.batch import IterationSample
-from core.config import AppArgs
 from core.errors import ConfigError, MaceError
 from core.types import SliceReport
 from engine.pruning.pruner import unsupported
@@ -60,38 +57,27 @@ class HybridWorkerMixin:
         with unpacked_cpu_weights() if shared else nullcontext():
             super().load_model(**kwargs)  # type: ignore[misc]
         if args.training.enabled:
-            self._runner = self._build_runner(args, shared)
+            model_config = self.vllm_config.model_config  # type: ignore[attr-defined]
+            self._runner = FineTuneRunner(
+                model_dir=model_config.model,
+                args=args,
+                dtype=model_config.dtype,
+                device=self.device,  # type: ignore[attr-defined]
+                weights=huggingface_views(self.get_model(), model_config.hf_text_config) if shared else None,  # type: ignore[attr-defined]
+            )
             self._weights = self._runner.describe()
 
     def compile_or_warm_up_model(self) -> Any:
         """vLLM's last preparation before it serves; what is free on the device after it, training may use."""
-        self._attach_pruning(app_args_of(self.vllm_config))  # type: ignore[attr-defined]
+        if app_args_of(self.vllm_config).kv_pruning.start != "off":  # type: ignore[attr-defined]
+            runner = self.model_runner  # type: ignore[attr-defined]
+            self._pruning_refusal = unsupported(runner.vllm_config, runner.kv_cache_config)
+            self._pruning = WorkerPruning(runner) if self._pruning_refusal is None else None
         result = super().compile_or_warm_up_model()  # type: ignore[misc]
         if self._runner is not None:
             free_bytes = free_memory_bytes(self.device)  # type: ignore[attr-defined]
             self._facts = WorkerFacts(self._runner.warm_up_slices, free_bytes)
         return result
-
-    def _attach_pruning(self, args: AppArgs) -> None:
-        if args.kv_pruning.start == "off":
-            return
-        runner = self.model_runner  # type: ignore[attr-defined]
-        self._pruning_refusal = unsupported(runner.vllm_config, runner.kv_cache_config)
-        if self._pruning_refusal is None:
-            self._pruning = WorkerPruning(runner)
-
-    def _build_runner(self, args: AppArgs, shared: bool) -> FineTuneRunner:
-        model_config = self.vllm_config.model_config  # type: ignore[attr-defined]
-        weights: dict[str, torch.Tensor] | None = None
-        if shared:
-            weights = huggingface_views(self.get_model(), model_config.hf_text_config)  # type: ignore[attr-defined]
-        return FineTuneRunner(
-            model_dir=model_config.model,
-            args=args,
-            dtype=model_config.dtype,
-            device=self.device,  # type: ignore[attr-defined]
-            weights=weights,
-        )
 
     def execute_model(self, scheduler_output: Any) -> Any:
         """Slices, then vLLM's forward pass. Returns None when `sample_tokens` follows."""
@@ -160,26 +146,22 @@ class HybridWorkerMixin:
         if output is None:
             return None
         self._timer.stop()
-        finish = partial(self._with_report, self._directive, self._finetune_report, self._timer, self._kv_scores)
-        if isinstance(output, AsyncModelRunnerOutput):
-            return _ReportingAsyncOutput(output, finish)
-        return finish(output)
+        # With async scheduling the next iteration begins before this one's output is read.
+        directive, finetune, timer, scores = self._directive, self._finetune_report, self._timer, self._kv_scores
 
-    def _with_report(
-        self,
-        directive: Directive,
-        finetune: SliceReport,
-        timer: ForwardTimer,
-        kv_scores: Scores,
-        output: ModelRunnerOutput,
-    ) -> ModelRunnerOutput:
-        """A copy with the report: vLLM's empty output is one shared constant."""
-        forward_s = timer.seconds()
-        self._log.add(IterationSample(directive.shape, forward_s, directive.overhead_s, finetune, directive.plan))
-        facts, self._facts = self._facts, None
-        output = copy.copy(output)
-        setattr(output, REPORT_ATTRIBUTE, IterationReport(finetune, forward_s, facts, to_wire(kv_scores)))
-        return output
+        def with_report(output: ModelRunnerOutput) -> ModelRunnerOutput:
+            forward_s = timer.seconds()
+            self._log.add(
+                IterationSample(directive.shape, forward_s, directive.overhead_s, finetune, directive.plan)
+            )
+            facts, self._facts = self._facts, None
+            output = copy.copy(output)  # vLLM's empty output is one shared constant
+            setattr(output, REPORT_ATTRIBUTE, IterationReport(finetune, forward_s, facts, to_wire(scores)))
+            return output
+
+        if isinstance(output, AsyncModelRunnerOutput):
+            return _ReportingAsyncOutput(output, with_report)
+        return with_report(output)
 
 
 class _ReportingAsyncOutput(AsyncModelRunnerOutput):

@@ -71,12 +71,10 @@ class IterationPlanner:
         """Tell it of arrived requests and of trained pairs."""
         self._config, self._experiments, self._slo = args.scheduler, args.experiments, args.slo
         self._limits = limits
-        need = None
-        if limits.dims is not None:
-            need = ArenaNeed(limits.dims, args.lora.rank, HEAD_CHUNK_TOKENS)
-        arena = ArenaModel(limits.arena_fixed_bytes, limits.arena_bytes_per_token, need)
+        need = ArenaNeed(limits.dims, args.lora.rank, HEAD_CHUNK_TOKENS) if limits.dims else None
+        self._arena = ArenaModel(limits.arena_fixed_bytes, limits.arena_bytes_per_token, need)
         max_slice_tokens = args.training.max_slice_tokens
-        self._sizer = SliceSizer(args.experiments, predictor, self.memory, max_slice_tokens, arena)
+        self._sizer = SliceSizer(args.experiments, predictor, self.memory, max_slice_tokens, self._arena)
         pruning = args.kv_pruning if limits.can_prune else None
         self._relief = MemoryRelief(pruning, self.memory, limits.kv_bytes_per_token)
         self._packer = PrefillPacker(
@@ -150,7 +148,7 @@ class IterationPlanner:
             self._full_arena_bytes = max(self._full_arena_bytes, arena_bytes)
             wanted = max(self.memory.pool_used_bytes(Pool.ARENA), sample.report.peak_bytes)
             if wanted:
-                self.memory.shrink(Pool.ARENA, wanted)
+                self.memory.set_capacity(Pool.ARENA, min(arena_bytes, wanted))
         elif has_grown and arena_bytes < self._full_arena_bytes:
             self.memory.set_capacity(Pool.ARENA, min(2 * arena_bytes, self._full_arena_bytes))
 
@@ -223,7 +221,7 @@ class IterationPlanner:
     def _arena_bytes(self, state: FineTuneState, slice_tokens: int) -> int:
         """Memory that the step may hold, within the arena."""
         num_tokens = max(slice_tokens, state.step_tokens, state.max_batch_tokens)
-        wanted = max(self._sizer.arena_bytes(num_tokens), state.activation_bytes)
+        wanted = max(self._arena.predict(num_tokens), state.activation_bytes)
         return min(wanted, self.memory.pool_capacity_bytes(Pool.ARENA))
 
     def _is_blocking_due(self, state: FineTuneState | None, now_s: float) -> bool:

@@ -132,10 +132,6 @@ class SliceSizer:
         self._limit_tokens = min(self._max_tokens, 2 * self._limit_tokens)
         return True
 
-    def arena_bytes(self, num_tokens: int) -> int:
-        """Predicted arena memory of a micro-batch."""
-        return self._arena.predict(num_tokens)
-
     @property
     def tokens(self) -> int:
         """The size chosen last, or the limit before any choice."""
@@ -144,13 +140,11 @@ class SliceSizer:
     def choose(self, alone_budget_s: float | None) -> int:
         """Padded tokens of micro-batches that start from now on.
 
-        Args:
-            alone_budget_s: slack beside one decoding request, for an engine that has not served yet; None if not
-                even that can be predicted.
+        `alone_budget_s` is the slack beside one decoding request, for an engine that has not served yet; None: unknown.
         """
         # What the step in progress holds is given back before the next one takes its own.
         room_bytes = self._memory.room_bytes(Pool.ARENA)
-        if self._age % _REFRESH_EVERY == 0 or self.arena_bytes(self._chosen) > room_bytes:
+        if self._age % _REFRESH_EVERY == 0 or self._arena.predict(self._chosen) > room_bytes:
             budgets_s = sorted(self._budgets_s)
             usual_s = budgets_s[int(_USUAL_QUANTILE * len(budgets_s))] if budgets_s else alone_budget_s
             self._chosen = self._best(usual_s, room_bytes)
@@ -182,4 +176,4 @@ class SliceSizer:
         policy_s = self._predictor.slice_upper_s(SliceKind.POLICY_LAYER, num_tokens)
         if backward_s is None or policy_s is None:
             return None
-        return Demand(self.arena_bytes(num_tokens), max(backward_s, policy_s))
+        return Demand(self._arena.predict(num_tokens), max(backward_s, policy_s))

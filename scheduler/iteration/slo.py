@@ -29,14 +29,9 @@ def iteration_capacity_s(slo: SloConfig, slack_fraction: float, num_decode: int)
 def ttft_slack_s(view: IterationView, slo: SloConfig, iteration_s: float, num_prefill_tokens: int) -> float | None:
     """Seconds that may be lost before the first request misses its TTFT target; None if no request waits for one.
 
-    Args:
-        view: the state that was planned for.
-        slo: targets.
-        iteration_s: predicted duration of this iteration without fine-tuning; later ones are taken as alike.
-        num_prefill_tokens: prompt tokens that such an iteration computes.
-
-    A request that cannot start for want of a seat or of KV blocks waits until a running one ends, which nobody can
-    predict and which slices would put off: then the answer is 0.
+    This iteration is predicted to last `iteration_s` without fine-tuning and to compute `num_prefill_tokens`; later
+    ones are taken as alike. A request that cannot start for want of a seat or of KV blocks waits until a running one
+    ends, which nobody can predict and which slices would put off: then the answer is 0.
     """
     num_waiting = view.num_waiting_unseen + sum(not prefill.is_running for prefill in view.prefills)
     if num_waiting > view.free_seats or (num_waiting > 0 and num_prefill_tokens == 0):
@@ -67,9 +62,7 @@ def slo_warnings(slo: SloConfig, config: SchedulerConfig, predictor: LatencyPred
     Asked of the profile at the start; empty if all is well or nothing is known.
     """
     decode_s = predictor.forward_s(ForwardShape(num_decode=1, decode_context=_TYPICAL_CONTEXT))
-    prompt = ForwardShape()
-    prompt.add_chunk(_TYPICAL_PROMPT, 0)
-    prompt_s = predictor.forward_s(prompt)
+    prompt_s = predictor.forward_s(ForwardShape().with_chunk(_TYPICAL_PROMPT, 0))
     if decode_s is None or prompt_s is None:
         return []
     token_s = decode_s + predictor.overhead_s

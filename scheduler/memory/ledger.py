@@ -54,11 +54,7 @@ class MemoryLedger:
         return self.capacity_bytes - (self.used_bytes - self._used[pool])
 
     def reserve(self, pool: Pool, num_bytes: int) -> bool:
-        """Set what the pool uses. False, with nothing changed, if it would grow beyond its room.
-
-        Raises:
-            LedgerError: negative bytes.
-        """
+        """Set what the pool uses. False, with nothing changed, if it would grow beyond its room."""
         if num_bytes < 0:
             raise LedgerError(f"cannot reserve {num_bytes} bytes of {pool}")
         if num_bytes > self._used[pool] and num_bytes > self.room_bytes(pool):
@@ -76,24 +72,12 @@ class MemoryLedger:
             raise LedgerError(f"{pool} cannot hold {num_bytes} bytes: {self._capacity[pool]} in all")
         self._used[pool] = num_bytes
 
-    def release_arena(self) -> None:
-        """No step is in progress any more."""
-        self._used[Pool.ARENA] = 0
-
     def set_capacity(self, pool: Pool, num_bytes: int) -> None:
         """Set a pool's hard limit, as soon as it is known; never below what is used."""
         self._capacity[pool] = max(self._used[pool], num_bytes)
 
-    def shrink(self, pool: Pool, num_bytes: int) -> None:
-        """Learn that a pool is smaller than thought (an allocation failed); never below what is used."""
-        self.set_capacity(pool, min(self._capacity[pool], num_bytes))
-
     def check_integrity(self) -> None:
-        """Verify the books.
-
-        Raises:
-            LedgerError: a pool uses less than nothing, or more than it has.
-        """
+        """Raise LedgerError if a pool uses less than nothing, or more than it has."""
         for pool, used in self._used.items():
             if not 0 <= used <= self._capacity[pool]:
                 raise LedgerError(f"{pool}: {used} bytes used of {self._capacity[pool]}")

@@ -139,9 +139,8 @@ class MemoryRelief:
         tokens = dropped * view.block_tokens
         rest = replace(
             view,
-            decode_context=max(
-                0, view.decode_context - tokens
-            ),  # an offer may hold requests that are not decoded now
+            # An offer may hold requests that are not decoded now.
+            decode_context=max(0, view.decode_context - tokens),
             used_kv_bytes=view.used_kv_bytes - round(tokens * self._kv_bytes_per_token),
             free_kv_blocks=view.free_kv_blocks + dropped,
             prune_offer=None,

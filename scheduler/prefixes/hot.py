@@ -8,6 +8,7 @@ A weight above 1 takes two requests at least; that is what makes a prefix shared
 import heapq
 from array import array
 from bisect import bisect_right
+from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
@@ -38,31 +39,29 @@ class _Block:
     children: "dict[bytes, _Block]" = field(default_factory=dict)
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class _SharedBlock:
-    """A shared block in breadth-first order."""
-
     tokens: bytes
     weight: float
-    parent: int
-    """Position of the block before it, -1 at the beginning of a prompt."""
+    parent: "_SharedBlock | None"
+    """The block before it; None at the beginning of a prompt."""
     total: float = 0.0
     """Weight of the heaviest way from here to the end, this block included."""
-    heavy: int = -1
-    """Position of the next block on that way; -1 if it ends here."""
+    heavy: "_SharedBlock | None" = None
+    """The next block on that way; None if it ends here."""
+
+    def way(self) -> "Iterator[_SharedBlock]":
+        """The heaviest way from here, this block first."""
+        block: _SharedBlock | None = self
+        while block is not None:
+            yield block
+            block = block.heavy
 
 
 class HotPrefixes:
     """Counts prompts and names the prefixes that are worth keeping warm.
 
-    Args:
-        block_tokens: tokens of a block of the prefix cache.
-        half_life: requests after which a request counts half.
-        max_blocks: how many are remembered, 4 bytes a token and some 300 a block. No prompt is looked at further than
-            an eighth of them.
-
-    Raises:
-        ValueError: one of them is too small.
+    At most `max_blocks` are remembered, 4 bytes a token and some 300 a block, and of one prompt an eighth of them.
     """
 
     def __init__(self, block_tokens: int, *, half_life: float = 256.0, max_blocks: int = 4096) -> None:
@@ -93,7 +92,9 @@ class HotPrefixes:
         if self.num_blocks > self._max_blocks:
             self._forget()
         if self._unit > _LARGEST_UNIT:
-            self._rescale()
+            for block in _walk(self._root):
+                block.weight /= self._unit
+            self._unit = 1.0
 
     def weight(self, prefix_ids: Sequence[int]) -> float:
         """Weight of the requests that began so, at least to the end of its last whole block; 0 if none is known."""
@@ -113,43 +114,39 @@ class HotPrefixes:
         `max_tokens` new tokens in all is cut, and is the last.
         """
         blocks = self._shared_blocks()
-        starts = [at for at, block in enumerate(blocks) if block.parent < 0 or blocks[block.parent].heavy != at]
+        starts = [block for block in blocks if block.parent is None or block.parent.heavy is not block]
         found: list[HotPrefix] = []
         room = max_tokens // self._block_tokens
-        for start in heapq.nlargest(count, starts, key=lambda at: blocks[at].total):
-            path = list(islice(_way(blocks, start), room))
+        for start in heapq.nlargest(count, starts, key=lambda block: block.total):
+            path = list(islice(start.way(), room))
             if not path:
                 break
             room -= len(path)
-            found.append(self._prefix(blocks, path))
+            found.append(self._prefix(path))
         return found
 
     def _shared_blocks(self) -> list[_SharedBlock]:
         """Blocks of weight above 1, parents before children, with the heaviest way from each."""
         blocks: list[_SharedBlock] = []
-        nodes = [self._root]  # nodes[i + 1] is blocks[i]
-        for at, node in enumerate(nodes):
+        nodes: list[tuple[_Block, _SharedBlock | None]] = [(self._root, None)]
+        for node, parent in nodes:  # it grows meanwhile
             for tokens, child in node.children.items():
                 if child.weight > self._unit:
-                    blocks.append(_SharedBlock(tokens, child.weight / self._unit, at - 1))
-                    nodes.append(child)
-        for at in range(len(blocks) - 1, -1, -1):
-            block = blocks[at]
-            block.total = block.weight + (blocks[block.heavy].total if block.heavy >= 0 else 0.0)
-            if block.parent >= 0:
-                parent = blocks[block.parent]
-                if parent.heavy < 0 or block.total > blocks[parent.heavy].total:
-                    parent.heavy = at
+                    blocks.append(_SharedBlock(tokens, child.weight / self._unit, parent))
+                    nodes.append((child, blocks[-1]))
+        for block in reversed(blocks):
+            block.total = block.weight + (block.heavy.total if block.heavy else 0.0)
+            before = block.parent
+            if before is not None and (before.heavy is None or block.total > before.heavy.total):
+                before.heavy = block
         return blocks
 
-    def _prefix(self, blocks: list[_SharedBlock], path: list[int]) -> HotPrefix:
-        before: list[int] = []
-        parent = blocks[path[0]].parent
-        while parent >= 0:
-            before.append(parent)
-            parent = blocks[parent].parent
-        ids = array("I", b"".join(blocks[at].tokens for at in [*reversed(before), *path]))
-        weight = sum(blocks[at].weight for at in path)
+    def _prefix(self, path: list[_SharedBlock]) -> HotPrefix:
+        whole = deque(path)
+        while (parent := whole[0].parent) is not None:
+            whole.appendleft(parent)
+        ids = array("I", b"".join(block.tokens for block in whole))
+        weight = sum(block.weight for block in path)
         return HotPrefix(tuple(ids), len(path) * self._block_tokens, weight * self._block_tokens)
 
     def _blocks_of(self, prompt_ids: Sequence[int]) -> Iterator[bytes]:
@@ -172,11 +169,6 @@ class HotPrefixes:
                 }
         self.num_blocks = len(weights) - bisect_right(weights, bound)
 
-    def _rescale(self) -> None:
-        for block in _walk(self._root):
-            block.weight /= self._unit
-        self._unit = 1.0
-
 
 def _walk(root: _Block) -> Iterator[_Block]:
     """All blocks below; the children of one that was handed out are read when the next is asked for."""
@@ -185,10 +177,3 @@ def _walk(root: _Block) -> Iterator[_Block]:
         block = left.pop()
         yield block
         left.extend(block.children.values())
-
-
-def _way(blocks: list[_SharedBlock], start: int) -> Iterator[int]:
-    at = start
-    while at >= 0:
-        yield at
-        at = blocks[at].heavy

@@ -15,7 +15,7 @@ Pure: times are the caller's, and need only grow. Source: SGLang's `RadixCache`.
 import heapq
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 BLOCK_OVERHEAD_BYTES = 480
 """Python objects of one block apart from its token ids, with hashes of 32 bytes, in runs of two blocks; in long runs
@@ -56,32 +56,29 @@ class CacheCleared:
 PrefixChange = BlocksStored | BlocksRemoved | CacheCleared
 
 
+@dataclass(slots=True, eq=False)
 class _Block:
-    """One KV block: its tokens, and the hash by which the engine knows it; None once the engine has dropped it."""
+    """One KV block."""
 
-    __slots__ = ("hash", "node", "tokens")
-
-    def __init__(self, tokens: bytes, node: "_Node") -> None:
-        self.tokens = tokens
-        """Four bytes each."""
-        self.node = node
-        self.hash: BlockHash | None = None
+    tokens: bytes
+    """Four bytes each."""
+    node: "_Node"
+    hash: BlockHash | None = None
+    """The name by which the engine knows it; None once the engine has dropped it."""
 
 
+@dataclass(slots=True, eq=False)
 class _Node:
     """A run of blocks without a branch. Only the root of a namespace has none."""
 
-    __slots__ = ("blocks", "children", "is_queued", "last_used_s", "namespace", "parent")
-
-    def __init__(self, namespace: str | None, parent: "_Node | None", last_used_s: float) -> None:
-        self.namespace = namespace
-        self.parent = parent
-        self.last_used_s = last_used_s
-        self.blocks: list[_Block] = []
-        self.children: dict[bytes, _Node] = {}
-        """Keyed by the tokens of their first block."""
-        self.is_queued = False
-        """Stands in the tree's eviction heap."""
+    namespace: str | None
+    parent: "_Node | None"
+    last_used_s: float
+    blocks: list[_Block] = field(default_factory=list)
+    children: "dict[bytes, _Node]" = field(default_factory=dict)
+    """Keyed by the tokens of their first block."""
+    is_queued: bool = False
+    """Stands in the tree's eviction heap."""
 
     def split(self, position: int) -> "_Node":
         """Cut the run before `position`; the second part, which is returned, takes the children."""
@@ -117,15 +114,7 @@ class PrefixTree:
     """See the module docstring. Not thread-safe."""
 
     def __init__(self, block_tokens: int, max_bytes: int = 64 << 20) -> None:
-        """Make an empty tree.
-
-        Args:
-            block_tokens: tokens of one KV block.
-            max_bytes: bound of the tree's own memory, at `BLOCK_OVERHEAD_BYTES` and four bytes a token for each block.
-
-        Raises:
-            ValueError: a block without tokens, or a bound that not even one block fits into.
-        """
+        """Make an empty tree, whose own memory counts `BLOCK_OVERHEAD_BYTES` and four bytes a token for each block."""
         if block_tokens < 1:
             raise ValueError(f"block_tokens must be at least 1, not {block_tokens}")
         self.block_tokens = block_tokens
@@ -146,11 +135,7 @@ class PrefixTree:
         return len(self._index)
 
     def apply(self, change: PrefixChange, now_s: float) -> None:
-        """Take in one change of the engine's cache.
-
-        Raises:
-            ValueError: the number of stored tokens is not that of the blocks.
-        """
+        """Take in one change of the engine's cache; ValueError if stored tokens are not those of whole blocks."""
         match change:
             case BlocksStored():
                 self._store(change, now_s)

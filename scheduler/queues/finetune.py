@@ -189,11 +189,7 @@ class ScoringQueue(Generic[T]):
         self._waiting.setdefault(pair_id, (payload, attempts))
 
     def pop_batch(self, size: int) -> tuple[list[T], int]:
-        """The first up to `size` pairs that failed as often as the first of all, and how often that was.
-
-        Raises:
-            StopIteration: the queue is empty.
-        """
+        """The first pairs, up to `size`, that failed as often as the first of all, and how often that was."""
         _, first_attempts = next(iter(self._waiting.values()))
         same = [pair_id for pair_id, (_, attempts) in self._waiting.items() if attempts == first_attempts]
         taken = same[: 1 if first_attempts else size]

@@ -17,6 +17,7 @@ import heapq
 from bisect import bisect_left, insort
 from collections.abc import Hashable, Iterator
 from collections.abc import Set as AbstractSet
+from dataclasses import dataclass, field
 from itertools import islice
 from typing import Generic, TypeVar
 
@@ -35,22 +36,20 @@ _Key = tuple[float, float, _Entry]
 """Minus the priority, the turn (arrival minus head start), and the entry."""
 
 
+@dataclass(slots=True)
 class _Lane:
     """Requests of one `priority` value."""
 
-    __slots__ = ("base", "entries", "groups", "hot", "hot_heads", "rate")
-
-    def __init__(self, base: float, rate: float) -> None:
-        self.base = base
-        self.rate = rate
-        self.entries: list[_Entry] = []
-        """Oldest first."""
-        self.groups: dict[Group, list[_Entry]] = {}
-        """The same entries by group, oldest first."""
-        self.hot: dict[Group, _Entry] = {}
-        """First entry of each group whose prefix is in use."""
-        self.hot_heads: list[_Entry] = []
-        """The values of `hot`, oldest first."""
+    base: float
+    rate: float
+    entries: list[_Entry] = field(default_factory=list)
+    """Oldest first."""
+    groups: dict[Group, list[_Entry]] = field(default_factory=dict)
+    """The same entries by group, oldest first."""
+    hot: dict[Group, _Entry] = field(default_factory=dict)
+    """First entry of each group whose prefix is in use."""
+    hot_heads: list[_Entry] = field(default_factory=list)
+    """The values of `hot`, oldest first."""
 
     def add(self, entry: _Entry, *, is_hot: bool) -> None:
         """Put an entry into its place."""
@@ -129,21 +128,10 @@ class WaitingQueue(Generic[T]):
     def __len__(self) -> int:
         return len(self._payloads)
 
-    def __contains__(self, request_id: str) -> bool:
-        return request_id in self._payloads
-
     def push(
         self, request_id: str, payload: T, arrived_s: float, user_priority: int = 0, group: Group = None
     ) -> None:
-        """Add a request, or put it anew. A preempted one keeps its arrival and so comes back to the front.
-
-        Args:
-            request_id: unique among those that wait.
-            payload: what `pop` gives back.
-            arrived_s: arrival.
-            user_priority: the request's `priority` field.
-            group: names the prefix that it may share; None if none.
-        """
+        """Add a request, or put it anew. A preempted one keeps its arrival and so comes back to the front."""
         self.remove(request_id)
         lane_key = clamp_user_priority(user_priority)
         lane = self._lanes.get(lane_key)
@@ -168,19 +156,11 @@ class WaitingQueue(Generic[T]):
         self._in_use = frozenset(groups)
 
     def peek(self, now_s: float) -> T:
-        """The request that runs next.
-
-        Raises:
-            IndexError: the queue is empty.
-        """
+        """The request that runs next; IndexError if the queue is empty."""
         return self._payloads[self._first(now_s)]
 
     def pop(self, now_s: float) -> T:
-        """Take out the request that runs next.
-
-        Raises:
-            IndexError: the queue is empty.
-        """
+        """Take out the request that runs next; IndexError if the queue is empty."""
         request_id = self._first(now_s)
         payload = self._payloads[request_id]
         self.remove(request_id)

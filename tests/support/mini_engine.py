@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from core.batch import ForwardShape, IterationSample
 from core.types import SliceKind, SliceReport, SliceTiming
 from scheduler.iteration.planner import EngineLimits, IterationPlanner
+from scheduler.memory.ledger import Pool
 from scheduler.queues.waiting import WaitingQueue
 from scheduler.view import MAX_PREFILLS_SEEN, FineTuneState, IterationView, PrefillTask, PruneOffer
 
@@ -104,7 +105,7 @@ class MiniEngine:
             self.longest_starvation_s = max(self.longest_starvation_s, self.now_s - since_s)
         self.planner.observe(sample)
         if not self.tasks:
-            self.planner.memory.release_arena()
+            self.planner.memory.record(Pool.ARENA, 0)
         self.log.append(f"{self.now_s:.9f} {plan} {shape} {tokens} {len(slices)}")
         return view, plan, shape, slices
 

@@ -30,7 +30,7 @@ PARIS = Question(
 
 @pytest.fixture(scope="module")
 def model_dir(tmp_path_factory):
-    return tiny_build.build(tmp_path_factory.mktemp("state"), 0, SHORT, show_progress=False)
+    return tiny_build.ensure_tiny_assistant(tmp_path_factory.mktemp("state"), 0, show_progress=False, recipe=SHORT)
 
 
 @pytest.fixture(scope="module")
@@ -124,8 +124,8 @@ def test_directory_is_complete(model_dir, tokenizer):
 
 def test_same_seed_gives_same_weights(model_dir, tmp_path):
     before = torch.random.get_rng_state()
-    again = tiny_build.build(tmp_path, 0, SHORT, show_progress=False)
-    other = tiny_build.build(tmp_path, 1, SHORT, show_progress=False)
+    again = tiny_build.ensure_tiny_assistant(tmp_path, 0, show_progress=False, recipe=SHORT)
+    other = tiny_build.ensure_tiny_assistant(tmp_path, 1, show_progress=False, recipe=SHORT)
     assert torch.equal(before, torch.random.get_rng_state())
     first, second, third = (load_file(path / "model.safetensors") for path in (model_dir, again, other))
     assert again.name == model_dir.name
@@ -135,7 +135,10 @@ def test_same_seed_gives_same_weights(model_dir, tmp_path):
 
 def test_second_call_does_not_train(model_dir, monkeypatch):
     monkeypatch.setattr(tiny_build, "train_model", lambda *_: pytest.fail("trained again"))
-    assert tiny_build.build(model_dir.parent.parent, 0, SHORT, show_progress=False) == model_dir
+    assert (
+        tiny_build.ensure_tiny_assistant(model_dir.parent.parent, 0, show_progress=False, recipe=SHORT)
+        == model_dir
+    )
 
 
 def test_a_failed_build_leaves_nothing_behind(tmp_path, monkeypatch):
@@ -144,5 +147,5 @@ def test_a_failed_build_leaves_nothing_behind(tmp_path, monkeypatch):
 
     monkeypatch.setattr(tiny_build.LlamaForCausalLM, "save_pretrained", fail)
     with pytest.raises(KeyboardInterrupt):
-        tiny_build.build(tmp_path, 0, SHORT, show_progress=False)
+        tiny_build.ensure_tiny_assistant(tmp_path, 0, show_progress=False, recipe=SHORT)
     assert [path for path in (tmp_path / "models").iterdir() if path.suffix != ".lock"] == []

@@ -1,6 +1,7 @@
 """`mace profile pruning` from the config file to the verdict."""
 
 import json
+import random
 
 import pytest
 import yaml
@@ -11,7 +12,7 @@ from typer.testing import CliRunner
 from app.commands.profile import app
 from core.config import KvPruningConfig, ModelConfig
 from engine.pruning.gate import PruningReport, decide
-from engine.pruning.tasks import all_words
+from engine.pruning.tasks import make_passage
 from tests.support.trainable_models import save_model
 
 CLI = CliRunner()
@@ -23,7 +24,9 @@ def config(tmp_path_factory):
     home = tmp_path_factory.mktemp("pruning")
     words = Tokenizer(models.WordLevel(unk_token="<unk>"))
     words.pre_tokenizer = pre_tokenizers.Whitespace()
-    words.train_from_iterator(all_words(), trainers.WordLevelTrainer(special_tokens=["<unk>", "<end>"]))
+    passages = [make_passage(400, 100, lambda text: len(text.split()), random.Random(seed)) for seed in range(20)]
+    texts = [text for passage in passages for text in passage]
+    words.train_from_iterator(texts, trainers.WordLevelTrainer(special_tokens=["<unk>", "<end>"]))
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, unk_token="<unk>", eos_token="<end>")
     save_model(
         home / "model", "llama", vocab_size=len(tokenizer), max_position_embeddings=512, num_hidden_layers=2

@@ -5,7 +5,7 @@ from hypothesis import strategies as st
 from core.batch import ForwardShape, IterationSample
 from core.types import SliceKind, SliceReport, SliceTiming
 from deployments.routing.load_meter import LoadMeter, PromptSpeed
-from engine.vllm.front_end import EngineLoad
+from engine.vllm.engine import EngineLoad
 
 
 def iteration(num_prefill_tokens, wall_s):

@@ -9,8 +9,9 @@ from vllm.sampling_params import SamplingParams
 from vllm.v1.engine import EngineCoreOutput, EngineCoreRequest
 from vllm.v1.engine.output_processor import OutputProcessor
 
-from engine.vllm import front_end
-from engine.vllm.front_end import read_engine_load
+from core.config import AppArgs
+from engine.vllm import engine as engine_module
+from engine.vllm.engine import HybridEngine
 
 TOKEN_BYTES = 2 * 2 * 3 * 16 * 4
 
@@ -44,7 +45,7 @@ def test_waiting_prompts_and_running_requests_are_told_apart(client):
     add(client, "a", 100)
     add(client, "b", 30)
     answer(client, "b")
-    load = read_engine_load(client)
+    load = HybridEngine(client, AppArgs()).load()
     assert (load.waiting_tokens, load.num_running) == (100, 1)
     assert load.kv_bytes_per_token == TOKEN_BYTES
     assert load.kv_capacity_bytes == 1000 * TOKEN_BYTES
@@ -63,14 +64,14 @@ def test_a_waiting_prompt_counts_what_is_not_in_the_prefix_cache_and_at_least_it
         seen.append((adapter, len(token_ids)))
         return {None: 64, "mace-v1": 0, "mace-v2": 20}[adapter]
 
-    load = read_engine_load(client, cached_tokens)
+    load = HybridEngine(client, AppArgs()).load(cached_tokens)
     assert load.waiting_tokens == (100 - 64) + 50 + 1
     assert seen == [(None, 100), ("mace-v1", 50), ("mace-v2", 20)]  # a running request's prompt is not looked up
-    assert load.free_kv_bytes == read_engine_load(client).free_kv_bytes
+    assert load.free_kv_bytes == HybridEngine(client, AppArgs()).load().free_kv_bytes
 
 
 def test_in_a_very_long_queue_only_the_first_prompts_are_looked_up(client, monkeypatch):
-    monkeypatch.setattr(front_end, "_MAX_LOOKUPS", 3)
+    monkeypatch.setattr(engine_module, "_MAX_LOOKUPS", 3)
     for number in range(5):
         add(client, f"r{number}", 10)
-    assert read_engine_load(client, lambda *_: 8).waiting_tokens == 3 * 2 + 2 * 10
+    assert HybridEngine(client, AppArgs()).load(lambda *_: 8).waiting_tokens == 3 * 2 + 2 * 10

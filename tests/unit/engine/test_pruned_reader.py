@@ -7,13 +7,13 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from core.errors import UnsupportedModelError
-from engine.pruning.reader import PrunedReader, PruningPlan
+from engine.pruning.reader import PrunedReader
 from engine.pruning.tasks import make_recall
 from engine.tiny.tokenizer import train_tokenizer
 from tests.support.trainable_models import VOCAB, save_model
 
 BLOCK = 4
-PLAN = PruningPlan(BLOCK, sink_tokens=3, recent_tokens=6)
+PLAN = {"block_tokens": BLOCK, "sink_tokens": 3, "recent_tokens": 6}
 CONTEXT_TOKENS = 50
 """12 full blocks and half a block."""
 
@@ -55,7 +55,7 @@ def masked_logprobs(model, context, continuation, dropped):
 
 @pytest.mark.parametrize("fraction", [0.0, 0.1, 0.25, 0.5])
 def test_logprobs_equal_a_pass_that_does_not_see_the_dropped_blocks(model, fraction):
-    reader = PrunedReader(model, NoTokenizer(), PLAN)
+    reader = PrunedReader(model, NoTokenizer(), **PLAN)
     context, continuation = tokens(CONTEXT_TOKENS), tokens(9, seed=1)
     prefilled = reader.prefill(context)
     dropped = prefilled.dropped(fraction)
@@ -68,7 +68,7 @@ def test_logprobs_equal_a_pass_that_does_not_see_the_dropped_blocks(model, fract
 
 
 def test_a_context_can_be_read_again_after_pruning(model):
-    reader = PrunedReader(model, NoTokenizer(), PLAN)
+    reader = PrunedReader(model, NoTokenizer(), **PLAN)
     prefilled = reader.prefill(tokens(CONTEXT_TOKENS))
     questions = [tokens(5, seed=2), tokens(7, seed=3)]
     before = reader.logprobs(prefilled, 0.0, questions[0])
@@ -79,7 +79,7 @@ def test_a_context_can_be_read_again_after_pruning(model):
 
 
 def test_replies_are_what_generate_says_when_nothing_is_dropped(model):
-    reader = PrunedReader(model, NoTokenizer(), PLAN)
+    reader = PrunedReader(model, NoTokenizer(), **PLAN)
     context, question = tokens(CONTEXT_TOKENS), tokens(5, seed=2)
     (reply,) = reader.replies(reader.prefill(context), 0.0, [question])
     ids = torch.tensor([context + question])
@@ -91,21 +91,21 @@ def test_replies_are_what_generate_says_when_nothing_is_dropped(model):
 
 
 def test_sinks_and_the_recent_window_are_whole_blocks_and_stay(model):
-    reader = PrunedReader(model, NoTokenizer(), PLAN)
+    reader = PrunedReader(model, NoTokenizer(), **PLAN)
     prefilled = reader.prefill(tokens(CONTEXT_TOKENS))
     assert sorted(prefilled.order) == list(range(1, 10))  # of 12: one for 3 sinks, two for 6 recent tokens
     assert sorted(prefilled.dropped(0.9)) == list(range(1, 10))
 
 
 def test_a_short_context_loses_nothing(model):
-    reader = PrunedReader(model, NoTokenizer(), PLAN)
+    reader = PrunedReader(model, NoTokenizer(), **PLAN)
     assert reader.prefill(tokens(3 * BLOCK + 3)).dropped(0.9) == []
     assert reader.prefill(tokens(2)).dropped(0.9) == []
 
 
 def test_the_blocks_of_lowest_score_go_first(model):
     context = tokens(CONTEXT_TOKENS)
-    prefilled = PrunedReader(model, NoTokenizer(), PLAN).prefill(context)
+    prefilled = PrunedReader(model, NoTokenizer(), **PLAN).prefill(context)
     with torch.inference_mode():
         cache = model(input_ids=torch.tensor([context]), use_cache=True).past_key_values
     per_token = []
@@ -120,12 +120,12 @@ def test_the_blocks_of_lowest_score_go_first(model):
 def test_a_model_with_sliding_windows_is_refused(tmp_path):
     model = AutoModelForCausalLM.from_pretrained(save_model(tmp_path, "mistral"))
     with pytest.raises(UnsupportedModelError, match="full attention in every layer"):
-        PrunedReader(model, NoTokenizer(), PLAN).prefill(tokens(20))
+        PrunedReader(model, NoTokenizer(), **PLAN).prefill(tokens(20))
 
 
 def test_a_chat_is_split_behind_the_context(model):
     tokenizer = train_tokenizer()
-    reader = PrunedReader(model, tokenizer, PLAN)
+    reader = PrunedReader(model, tokenizer, **PLAN)
     recall = make_recall("needle", 200, 3, reader.count_tokens, random.Random(0))
     context, questions = reader.recall_ids(recall)
     assert len(questions) == 3

@@ -9,12 +9,12 @@ from core.config import ModelConfig
 from core.errors import AdapterError, ConfigError, ProfileError
 from engine.pruning.accuracy import PruningMeasurement, loaded_model, measure
 from engine.pruning.passages import generated_passages, reply_passages, text_passages
-from engine.pruning.reader import PrunedReader, PruningPlan
+from engine.pruning.reader import PrunedReader
 from engine.pruning.tasks import make_recall
 from engine.tiny.tokenizer import VOCAB_SIZE, train_tokenizer
 from tests.support.trainable_models import save_model
 
-PLAN = PruningPlan(16, sink_tokens=16, recent_tokens=32)
+PLAN = {"block_tokens": 16, "sink_tokens": 16, "recent_tokens": 32}
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +28,7 @@ def directory(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def reader(directory):
-    return PrunedReader(AutoModelForCausalLM.from_pretrained(directory).eval(), train_tokenizer(), PLAN)
+    return PrunedReader(AutoModelForCausalLM.from_pretrained(directory).eval(), train_tokenizer(), **PLAN)
 
 
 def test_short_texts_are_joined_and_long_ones_cut(reader):

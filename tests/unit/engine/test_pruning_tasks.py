@@ -5,7 +5,7 @@ import re
 
 import pytest
 
-from engine.pruning.tasks import all_words, first_sentence, is_right, make_passage, make_recall
+from engine.pruning.tasks import first_sentence, is_right, make_passage, make_recall
 
 
 def count_words(text: str) -> int:
@@ -85,12 +85,3 @@ def test_the_first_sentence_must_have_the_word(reply, right):
 def test_a_reply_has_ended_with_its_first_sentence():
     assert first_sentence(" amber") == ("amber", False)
     assert first_sentence("\n\n amber. More") == ("amber", True)
-
-
-def test_all_words_know_every_word_that_is_ever_drawn():
-    known = set(re.findall(r"\w+", " ".join(all_words())))
-    for seed in range(40):
-        for kind in ("needle", "qa"):
-            recall = make_recall(kind, 600, 8, count_words, random.Random(seed))
-            said = [recall.context, *(f"{q.text} {q.cue} {q.answer}" for q in recall.questions)]
-            assert set(re.findall(r"\w+", " ".join(said))) <= known
