@@ -17,7 +17,7 @@ from typing import Annotated, Any, Literal
 import typer
 from rich.table import Table
 
-from benchmarks.harness.jobs import TRACES, VERSIONED, Job, JobResult, run_job, with_rate
+from benchmarks.harness.jobs import TRACES, VERSIONED, Job, JobResult, run_job, with_rate, with_section
 from benchmarks.harness.models import TITLES, ModelName, model_directories
 from benchmarks.harness.report import (
     SERVED,
@@ -100,9 +100,9 @@ def load_trace(
 ) -> Trace:
     """The trace `slo-<name>.yaml`, as long as that; a rate and targets of None are the trace's own."""
     trace = Trace.load(TRACES / f"slo-{name}.yaml").model_copy(update={"duration_s": seconds})
-    trace = _with_section(trace, "slo", **{key: value for key, value in (slo or {}).items() if value is not None})
-    trace = _with_section(trace, "engine", num_threads=num_threads)
-    trace = _with_section(trace, "profile", path=profile)
+    trace = with_section(trace, "slo", **{key: value for key, value in (slo or {}).items() if value is not None})
+    trace = with_section(trace, "engine", num_threads=num_threads)
+    trace = with_section(trace, "profile", path=profile)
     return trace if rate_per_s is None else with_rate(trace, rate_per_s)
 
 
@@ -131,7 +131,7 @@ def measure_model(
             )
             trace = trace if found.rate_per_s is None else with_rate(trace, found.rate_per_s)
         if measured_before:
-            trace = _with_section(trace, "profile", path=Path(scratch) / "profile.json")
+            trace = with_section(trace, "profile", path=Path(scratch) / "profile.json")
         threads = "unknown"
         note(f"{TITLES[name]}: {trace.arrivals.rate_per_s} requests/s")
         runs: dict[str, list[RunMetrics]] = {ALONE: [], **{policy: [] for policy in POLICIES}}
@@ -181,22 +181,16 @@ def _goal_pairs_per_s(runs: dict[str, list[RunMetrics]]) -> float | None:
     return None if ideal is None else BASELINE_GOAL * ideal
 
 
-def _with_section(trace: Trace, name: str, **values: Any) -> Trace:
-    """The trace with these values in a section of its settings."""
-    section = getattr(trace.args, name).model_copy(update=values)
-    return trace.model_copy(update={"args": trace.args.model_copy(update={name: section})})
-
-
 def _job(name: ModelName, model_dir: Path, trace: Trace, label: str, goal_pairs_per_s: float | None) -> Job:
     """Nothing but the policy differs, and for those that block the pairs for each request."""
     experiments: dict[str, Any] = ALONE_EXPERIMENTS if label == ALONE else {}
     if label in ("periodic", "continuous") and goal_pairs_per_s:
         experiments = {"retrain_rate": goal_pairs_per_s / trace.arrivals.rate_per_s}
-    trace = _with_section(trace, "scheduler", policy="mace" if label == ALONE else label)
+    trace = with_section(trace, "scheduler", policy="mace" if label == ALONE else label)
     return Job(
         model=name,
         model_dir=model_dir,
-        trace=_with_section(trace, "experiments", **experiments),
+        trace=with_section(trace, "experiments", **experiments),
         with_requests=label != ALONE,
         with_training=label != "inference_only",
         window_s=trace.duration_s or 0.0,
