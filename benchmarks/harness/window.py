@@ -41,26 +41,20 @@ class WindowOptions:
 
 
 @dataclass(slots=True)
-class IterationLog:
-    """The engine's iterations during the window."""
-
-    samples: list[IterationSample] = field(default_factory=list)
-    covered_s: float = 0.0
-    """Wall time that the samples stand for: between the engine's answers that open and close the window. An answer
-    comes between two iterations, so a long one (a blocking training phase) delays it; sums over samples are to be
-    divided by this, not by the nominal length of the window."""
-    num_lost: int = 0
-    """Iterations that the engine had forgotten when it was asked."""
-
-
-@dataclass(slots=True)
 class WindowRecord:
     """Everything seen in one window, before any statistics. Times are seconds since it began."""
 
     window_s: float
     requests: list[RequestRecord] = field(default_factory=list)
     tasks: list[TaskRecord] = field(default_factory=list)
-    iterations: IterationLog = field(default_factory=IterationLog)
+    samples: list[IterationSample] = field(default_factory=list)
+    """The engine's iterations."""
+    covered_s: float = 0.0
+    """Wall time that the samples stand for: between the engine's answers that open and close the window. An answer
+    comes between two iterations, so a long one (a blocking training phase) delays it; sums over samples are to be
+    divided by this, not by the nominal length of the window."""
+    num_lost: int = 0
+    """Iterations that the engine had forgotten when it was asked."""
 
 
 async def run_window(
@@ -73,16 +67,17 @@ async def run_window(
     """Measure one window; see the module docstring.
 
     Args:
-        engine: what is measured.
+        engine: the one that is measured.
         requests: those of the window, in order of arrival; arrivals count from its beginning.
         options: lengths and limits.
-        feeder: fine-tune work; None for none. It is started and stopped here.
+        feeder: fine-tune work, if there is any. It is started and stopped here.
         warm_up: requests that are sent, awaited and forgotten before the window.
 
     Raises:
         TrainingError: no fine-tune step succeeds in the warm-up.
     """
     prompts = _with_prompts(requests, options, tag="window")  # ahead, so that the client does nothing but send
+    record = WindowRecord(options.window_s)
     if feeder is not None:
         feeder.start()
     try:
@@ -91,13 +86,15 @@ async def run_window(
         clock = Clock(_LEAD_S)
         if feeder is not None:
             feeder.restart(clock)
-        watching = asyncio.create_task(_watch(engine, last_seen, options, clock))
-        records = await _serve(engine, prompts, options.window_s, options.drain_s, clock)
-        iterations = await watching
+        watching = asyncio.create_task(_watch(engine, record, last_seen, options.poll_s, clock))
+        record.requests = await _serve(engine, prompts, options.window_s, options.drain_s, clock)
+        await watching
     finally:
         if feeder is not None:
             await feeder.stop()
-    return WindowRecord(options.window_s, records, [] if feeder is None else list(feeder.finished), iterations)
+    if feeder is not None:
+        record.tasks = list(feeder.finished)
+    return record
 
 
 async def _warm_up(
@@ -130,17 +127,18 @@ async def _serve(
     return load.records
 
 
-async def _watch(engine: MeasuredEngine, last_seen: int, options: WindowOptions, clock: Clock) -> IterationLog:
+async def _watch(
+    engine: MeasuredEngine, record: WindowRecord, last_seen: int, poll_s: float, clock: Clock
+) -> None:
     """Collect the engine's iterations from now to the end of the window."""
-    log, opened_s = IterationLog(), clock()
-    while clock() < options.window_s:
-        await clock.sleep_until(min(clock() + options.poll_s, options.window_s))
+    opened_s = clock()
+    while clock() < record.window_s:
+        await clock.sleep_until(min(clock() + poll_s, record.window_s))
         newest, samples = await engine.iterations(last_seen)
-        log.covered_s = clock() - opened_s
-        log.num_lost += newest - last_seen - len(samples)
-        log.samples.extend(samples)
+        record.covered_s = clock() - opened_s
+        record.num_lost += newest - last_seen - len(samples)
+        record.samples.extend(samples)
         last_seen = newest
-    return log
 
 
 def _with_prompts(requests: Sequence[TraceRequest], options: WindowOptions, tag: str) -> list[Request]:

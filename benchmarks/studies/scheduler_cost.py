@@ -16,7 +16,6 @@ import typer
 from rich.table import Table
 
 from benchmarks.harness.report import VERDICTS, AsJson, Out, show
-from benchmarks.harness.statistics import percentile
 from core.batch import ForwardShape, IterationSample, Plan
 from core.config import AppArgs, SloConfig
 from core.types import SliceKind, SliceReport, SliceTiming
@@ -33,7 +32,8 @@ _GIB = 1 << 30
 _KV_BYTES_PER_TOKEN = 12_288
 _FREE_SEATS = 32
 _MAX_TOKENS = 2048
-_SLICES_PER_ITERATION = 4
+_SLICES = (SliceKind.REFERENCE_LAYER, SliceKind.POLICY_LAYER, SliceKind.BACKWARD_LAYER, SliceKind.POLICY_HEAD)
+"""Those that run in each iteration."""
 _SLICE_TOKENS = 256
 _WARM_UP = 500
 """Iterations that are not timed."""
@@ -101,7 +101,7 @@ def measure_cost(num_running: int, num_waiting: int, num_tasks: int, iterations:
     watch = Stopwatch()
     for _ in range(_WARM_UP):
         engine.iterate(Stopwatch())
-    collections = _gc_collections()
+    collected = sum(generation["collections"] for generation in gc.get_stats())
     for _ in range(iterations):
         engine.iterate(watch)
     total = _statistics_ms([sum(laps) for laps in zip(*watch.laps_s.values(), strict=True)])
@@ -116,7 +116,7 @@ def measure_cost(num_running: int, num_waiting: int, num_tasks: int, iterations:
         },
         "total": total,
         "parts": {name: _statistics_ms(laps) for name, laps in watch.laps_s.items()},
-        "gc_collections": _gc_collections() - collections,
+        "gc_collections": sum(generation["collections"] for generation in gc.get_stats()) - collected,
         "targets": {"median_ms": TARGET_MEDIAN_MS, "p99_ms": TARGET_P99_MS},
         "passed": total["median_ms"] <= TARGET_MEDIAN_MS and total["p99_ms"] <= TARGET_P99_MS,
     }
@@ -210,15 +210,9 @@ class _PlanningEngine:
         return scheduled
 
     def _sample(self, plan: Plan, shape: ForwardShape) -> IterationSample:
-        noise = self._rng.normal(1.0, 0.05, 1 + _SLICES_PER_ITERATION).tolist()
+        noise = self._rng.normal(1.0, 0.05, 1 + len(_SLICES)).tolist()
         forward_s = (4e-3 + 1e-4 * shape.num_tokens + 1e-8 * shape.decode_context) * noise[0]
-        kinds = (
-            SliceKind.REFERENCE_LAYER,
-            SliceKind.POLICY_LAYER,
-            SliceKind.BACKWARD_LAYER,
-            SliceKind.POLICY_HEAD,
-        )
-        slices = [SliceTiming(k, _SLICE_TOKENS, 3e-3 * x) for k, x in zip(kinds, noise[1:], strict=True)]
+        slices = [SliceTiming(k, _SLICE_TOKENS, 3e-3 * x) for k, x in zip(_SLICES, noise[1:], strict=True)]
         return IterationSample(shape, forward_s, 1e-3, SliceReport(slices), plan)
 
     def _request(self, *, prompt_done: bool) -> StandInRequest:
@@ -233,10 +227,6 @@ class _PlanningEngine:
         return QueuedTask(f"t{self._number}", self._number, self._now_s, float(self._rng.uniform(0, 2)))
 
 
-def _gc_collections() -> int:
-    return sum(generation["collections"] for generation in gc.get_stats())
-
-
 def _statistics_ms(values_s: list[float]) -> dict[str, float]:
-    median_s, p99_s = percentile(values_s, 50) or 0.0, percentile(values_s, 99) or 0.0
-    return {"median_ms": 1e3 * median_s, "p99_ms": 1e3 * p99_s, "max_ms": 1e3 * max(values_s)}
+    quantiles_ms = (1e3 * np.percentile(values_s, [50, 99, 100])).tolist()
+    return dict(zip(("median_ms", "p99_ms", "max_ms"), quantiles_ms, strict=True))
