@@ -70,15 +70,9 @@ class Job(BaseModel):
     @property
     def limit_s(self) -> float:
         """Wall time after which the process is ended."""
-        windows = 8 if self.kind == "calibrate" else 1
         profile_s = 0.0 if self.profile_out is None else 3 * MEASURE_S
-        return (
-            _ENGINE_START_S
-            + profile_s
-            + self.warm_up_s
-            + 11 * self.drain_s
-            + windows * (self.window_s + self.drain_s)
-        )
+        windows_s = (8 if self.kind == "calibrate" else 1) * (self.window_s + self.drain_s)
+        return _ENGINE_START_S + profile_s + self.warm_up_s + 11 * self.drain_s + windows_s
 
 
 class JobResult(BaseModel):

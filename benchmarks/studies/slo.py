@@ -101,13 +101,8 @@ def load_trace(
     """The trace `slo-<name>.yaml`, as long as that; a rate and targets of None are the trace's own."""
     trace = Trace.load(TRACES / f"slo-{name}.yaml").model_copy(update={"duration_s": seconds})
     targets = {key: value for key, value in (slo or {}).items() if value is not None}
-    sections: dict[str, dict[str, Any]] = {
-        "slo": targets,
-        "engine": {"num_threads": num_threads},
-        "profile": {"path": profile},
-    }
-    for section, values in sections.items():
-        trace = with_section(trace, section, **values)
+    trace = with_section(with_section(trace, "slo", **targets), "engine", num_threads=num_threads)
+    trace = with_section(trace, "profile", path=profile)
     return trace if rate_per_s is None else with_rate(trace, rate_per_s)
 
 

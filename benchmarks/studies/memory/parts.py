@@ -72,11 +72,10 @@ class Journal:
             ConfigError: the file cannot be read, or is no journal.
         """
         self._path = path
-        self._results: dict[tuple[str, str], Any] = {}
         try:
-            for line in path.read_text(encoding="utf-8").splitlines() if path and path.exists() else ():
-                entry = json.loads(line)
-                self._results[entry["key"], entry["fingerprint"]] = entry["result"]
+            lines = path.read_text(encoding="utf-8").splitlines() if path and path.exists() else []
+            entries = [json.loads(line) for line in lines]
+            self._results = {(entry["key"], entry["fingerprint"]): entry["result"] for entry in entries}
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise ConfigError(f"{path} is no journal of this benchmark: {error}") from error
 
@@ -136,16 +135,14 @@ class Setting:
         return Job(model="long", model_dir=model_dir, trace=trace, window_s=seconds, warm_up_s=_WARM_UP_S)
 
 
-SHARING = (Setting("sharing on", {"sharing": "on"}), Setting("sharing off", {"sharing": "off"}, shares=False))
+SHARING = (Setting("sharing off", {"sharing": "off"}, shares=False), Setting("sharing on", {"sharing": "on"}))
 PRUNING = tuple(Setting(f"pruning {f:.0%}", {"fraction": f}, fraction=f) for f in (0.0, 0.1, 0.25, 0.5))
-FULL, *_LESS = ABLATIONS = tuple(
-    Setting(name, {"setting": name}, shares, fraction)
-    for name, shares, fraction in (
-        ("MACE", True, 0.25),
-        ("/Prefix", False, 0.25),
-        ("/Prune", True, 0.0),
-        ("/Prefix/Prune", False, 0.0),
-    )
+FULL = Setting("MACE", {"setting": "MACE"}, fraction=0.25)
+ABLATIONS = (
+    FULL,
+    Setting("/Prefix", {"setting": "/Prefix"}, shares=False, fraction=0.25),
+    Setting("/Prune", {"setting": "/Prune"}),
+    Setting("/Prefix/Prune", {"setting": "/Prefix/Prune"}, shares=False),
 )
 """With everything, and without each mechanism, as in the paper's Fig. 12."""
 
@@ -173,7 +170,7 @@ class Part:
     trace: Trace
     cases: Sequence[Case]
     settings: Sequence[Setting]
-    baseline: Setting
+    """The first one is the baseline."""
     ratios: str
     """Key of the comparisons in the report."""
     compared: Sequence[str]
@@ -192,22 +189,16 @@ class Part:
         return cells
 
     async def measure(self, pool: EnginePool, options: MemoryOptions, journal: Journal) -> Measured:
-        """Run all windows, or take them from the journal.
-
-        Raises:
-            TrainingError: no fine-tune step succeeds.
-            ConfigError: the journal cannot be written.
-        """
+        """Run all windows, or take them from the journal. TrainingError if no fine-tune step succeeds."""
         done = []
         for cell in self.plan(pool.model_dir, options.repeats):
             key = f"{self.name}/{cell.case.name}/{cell.setting.name}/{cell.repeat}"
-            system_tokens = cell.case.system_tokens
 
             async def run(cell: Cell = cell) -> Any:
                 found = await pool.measure(cell.setting.name, cell.job, cell.case.system_tokens)
                 return found.model_dump(mode="json")
 
-            settings = {"job": settings_of(cell.job), "system_tokens": system_tokens}
+            settings = {"job": settings_of(cell.job), "system_tokens": cell.case.system_tokens}
             result = WindowResult.model_validate(await journal.once(key, settings, run))
             counts = result.counts
             note(
@@ -223,13 +214,13 @@ class Part:
         rows: list[dict[str, Any]] = []
         ratios: list[dict[str, Any]] = []
         for case in self.cases:
-            baseline = results_of(measured, case, self.baseline)
+            baseline = results_of(measured, case, self.settings[0])
             for setting in self.settings:
                 if not (results := results_of(measured, case, setting)):
                     continue
                 columns = {**case.columns, **setting.columns}
                 rows.append({**columns, **row_of(results)})
-                if setting != self.baseline and baseline:
+                if setting != self.settings[0] and baseline:
                     pairs = list(zip(results, baseline, strict=False))
                     found = {name: ratio_of(values_of(pairs, name)) for name in self.compared}
                     compared = {name: ratio and ratio.model_dump() for name, ratio in found.items()}
@@ -244,13 +235,13 @@ def prefix_part(trace: Trace) -> Part:
         for o in OVERLAPS
     ]
     compared = (*_LATENCIES, "pairs_per_s", "forward_share", "overhead_share")
-    return Part("prefix", trace, cases, SHARING, SHARING[1], "on_over_off", compared)
+    return Part("prefix", trace, cases, SHARING, "on_over_off", compared)
 
 
 def pruning_part(trace: Trace) -> Part:
     """Measure the gain of dropping KV blocks when memory is short, at each fraction."""
     compared = (*_LATENCIES, "pairs_per_s")
-    return Part("pruning", trace, [Case("pressure", {}, trace)], PRUNING, PRUNING[0], "over_no_pruning", compared)
+    return Part("pruning", trace, [Case("pressure", {}, trace)], PRUNING, "over_no_pruning", compared)
 
 
 def ablation_part(trace: Trace) -> Part:
@@ -258,14 +249,14 @@ def ablation_part(trace: Trace) -> Part:
     loads = {load: with_rate(trace, load * trace.arrivals.rate_per_s) for load in LOADS}
     cases = [Case(f"load {o:g}", {"load": o}, loaded, ABLATION_SYSTEM_TOKENS) for o, loaded in loads.items()]
     compared = ("slo_attainment", *_LATENCIES, "pairs_per_s")
-    return Part("ablation", trace, cases, ABLATIONS, FULL, "over_full", compared)
+    return Part("ablation", trace, cases, ABLATIONS, "over_full", compared)
 
 
 async def measure_prefix(pool: EnginePool, options: MemoryOptions, journal: Journal) -> dict[str, Any]:
     """Measure all windows of this part; a report of built-in types."""
     trace = load_trace("prefix", options)
     if options.rate_per_s is None:
-        alone = SHARING[1]
+        alone = SHARING[0]
         job = alone.job(trace, pool.model_dir)
 
         async def calibrate() -> float:
@@ -356,7 +347,7 @@ def attainment_gain(pairs: Pairs) -> dict[str, Any] | None:
 def low_overlap_checks(part: Part, measured: Measured) -> list[dict[str, Any]]:
     """Check that no interval lies wholly on the worse side of 1 where there is little to share."""
     case = next(case for case in part.cases if case.columns["overlap"] == LOW_OVERLAP)
-    on, off = (results_of(measured, case, setting) for setting in part.settings)
+    off, on = (results_of(measured, case, setting) for setting in part.settings)
     checks = []
     for name in part.compared:
         ratio = ratio_of(values_of(list(zip(on, off, strict=False)), name), CHECK_CONFIDENCE)

@@ -154,7 +154,7 @@ def _prefix(axes: "Axes", part: dict[str, Any]) -> None:
     axes.grid(visible=True, axis="y", alpha=0.35)
 
 
-def _bars(axes: "Axes", groups: list[str], series: dict[str, list[float]]) -> Iterator["BarContainer"]:
+def _bars(axes: "Axes", groups: list[str], series: dict[str, list[float]]) -> "Iterator[BarContainer]":
     """Draw groups of bars side by side; yield the bars of each series."""
     width = 0.8 / len(series)
     axes.set_xticks(range(len(groups)), groups)

@@ -77,13 +77,9 @@ async def measure_soak(pool: EnginePool, options: MemoryOptions, journal: Journa
 async def load_engine(
     watched: WatchedEngine, trace: Trace, vocabulary: int, seconds: float
 ) -> tuple[SoakRecord, int]:
-    """Keep the cache full for that long, then wait for what runs.
+    """Keep the cache full for that long, then wait for what runs; MaceError if that takes two minutes.
 
-    Returns:
-        Everything seen, and how many requests were under way at once.
-
-    Raises:
-        MaceError: requests are still running two minutes after the last one was sent.
+    Returns everything seen, and how many requests were under way at once.
     """
     some = itertools.islice(trace.requests(), 200)
     tokens_each = statistics.fmean(request.num_prompt_tokens + request.num_output_tokens for request in some)

@@ -259,8 +259,7 @@ async def measure_capacity(
         vocabulary: prompts are random ids below this.
 
     Returns:
-        `context_tokens`, `batch`, `tried`, and `fit_without_pruning` by arithmetic: blocks of the pool over blocks
-        of a request.
+        `fit_without_pruning` is by arithmetic: blocks of the pool over blocks of a request.
     """
     client = watched.engine.client
     cache = client.vllm_config.cache_config
