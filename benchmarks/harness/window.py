@@ -10,7 +10,7 @@ Prompts are random ids, so that no prefix is cached, and every request gets exac
 import asyncio
 import itertools
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -76,7 +76,8 @@ async def run_window(
     Raises:
         TrainingError: no fine-tune step succeeds in the warm-up.
     """
-    prompts = _with_prompts(requests, options, tag="window")  # ahead, so that the client does nothing but send
+    # Drawn ahead, so that the client does nothing but send.
+    prompts = list(with_prompts(requests, options.vocab_size, options.seed, "window"))
     record = WindowRecord(options.window_s)
     if feeder is not None:
         feeder.start()
@@ -108,7 +109,7 @@ async def _warm_up(
     end_s = max((request.arrival_s for request in requests), default=0.0)
     give_up_s = time.monotonic() + 10 * options.drain_s
     for number in itertools.count():
-        prompts = _with_prompts(requests, options, tag=f"warm-up-{number}")
+        prompts = list(with_prompts(requests, options.vocab_size, options.seed, f"warm-up-{number}"))
         await _serve(engine, prompts, end_s, options.drain_s, Clock(_LEAD_S))
         if feeder is None or await feeder.wait_for_one(0.0 if requests else options.drain_s):
             return
@@ -141,16 +142,9 @@ async def _watch(
         last_seen = newest
 
 
-def _with_prompts(requests: Sequence[TraceRequest], options: WindowOptions, tag: str) -> list[Request]:
+def with_prompts(requests: Iterable[TraceRequest], vocabulary: int, seed: int, tag: str) -> Iterator[Request]:
     """Give each request of a trace a prompt of random ids; `tag` makes ids unique in the life of an engine."""
-    rng = np.random.default_rng([options.seed, *tag.encode()])
-    return [
-        Request(
-            f"{tag}-{one.request_id}",
-            rng.integers(0, options.vocab_size, one.num_prompt_tokens).tolist(),
-            one.arrival_s,
-            one.num_output_tokens,
-            one.user_priority,
-        )
-        for one in requests
-    ]
+    rng = np.random.default_rng([seed, *tag.encode()])
+    for one in requests:
+        prompt = rng.integers(0, vocabulary, one.num_prompt_tokens).tolist()
+        yield Request(f"{tag}-{one.request_id}", prompt, one.arrival_s, one.num_output_tokens, one.user_priority)

@@ -11,7 +11,6 @@ from core.errors import ConfigError
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.container import BarContainer
 
 _SIZE_IN = (13, 9)
 _DPI = 100
@@ -154,8 +153,8 @@ def _prefix(axes: "Axes", part: dict[str, Any]) -> None:
     axes.grid(visible=True, axis="y", alpha=0.35)
 
 
-def _bars(axes: "Axes", groups: list[str], series: dict[str, list[float]]) -> "Iterator[BarContainer]":
-    """Draw groups of bars side by side; yield the bars of each series."""
+def _bars(axes: "Axes", groups: list[str], series: dict[str, list[float]]) -> Iterator[Any]:
+    """Draw groups of bars side by side; yield the container of bars of each series."""
     width = 0.8 / len(series)
     axes.set_xticks(range(len(groups)), groups)
     for number, ((label, heights), colour) in enumerate(zip(series.items(), _BARS, strict=False)):

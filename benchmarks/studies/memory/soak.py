@@ -7,15 +7,15 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
 import psutil
 
-from benchmarks.harness.client import Clock, EnginePort, Load, Request, RequestRecord
+from benchmarks.harness.client import Clock, EnginePort, Load, RequestRecord
 from benchmarks.harness.feeder import TaskRecord
 from benchmarks.harness.jobs import TRACES, feeder_of
 from benchmarks.harness.report import note
 from benchmarks.harness.server import title_of
 from benchmarks.harness.statistics import Trend, latency_summary, mean, trend_of
+from benchmarks.harness.window import with_prompts
 from benchmarks.studies.memory.parts import FULL, Journal, MemoryOptions, settings_of
 from benchmarks.studies.memory.windows import Counts, EnginePool, WatchedEngine, status_between
 from core.errors import MaceError
@@ -89,7 +89,8 @@ async def load_engine(
     load = Load(EnginePort(watched), clock)
     record = SoakRecord(load.records, feeder.finished)
     feeder.start()
-    sending = asyncio.create_task(load.closed_loop(_requests(trace, vocabulary), num_clients))
+    requests = with_prompts(trace.requests(), vocabulary, trace.seed, "soak")
+    sending = asyncio.create_task(load.closed_loop(requests, num_clients))
     try:
         await _watch(watched, record, clock, seconds)
         record.elapsed_s, record.counts = clock(), watched.stats.read()
@@ -102,13 +103,6 @@ async def load_engine(
         raise MaceError(f"{late} requests did not end within {_DRAIN_S:.0f} s")
     await asyncio.sleep(POLL_S)  # aborted steps reach the worker
     return record, num_clients
-
-
-def _requests(trace: Trace, vocabulary: int) -> Iterator[Request]:
-    rng = np.random.default_rng(trace.seed)
-    for one in trace.requests():
-        prompt = rng.integers(0, vocabulary, one.num_prompt_tokens).tolist()
-        yield Request(one.request_id, prompt, max_tokens=one.num_output_tokens)
 
 
 async def _watch(watched: WatchedEngine, record: SoakRecord, clock: Clock, seconds: float) -> None:
