@@ -125,7 +125,7 @@ def draw(report: dict[str, Any], path: Path) -> None:
         if part in report:
             drawing(axes, report[part])
             axes.set_ylim(0, 1.25 * axes.get_ylim()[1])  # room for the legend
-            axes.legend(frameon=False, ncols=4, loc="upper center")
+            axes.legend(frameon=False, ncols=4, loc="upper center", fontsize="small", columnspacing=1)
     try:
         figure.savefig(path, dpi=_DPI)
     except (OSError, ValueError) as error:
