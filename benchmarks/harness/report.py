@@ -50,14 +50,12 @@ def show(report: Any, tables: Iterable[Table | str], as_json: bool, out: Path | 
         return
     console = Console()
     for table in tables:
-        wide = console.options.update(max_width=_MAX_WIDTH)
-        needed = Measurement.get(console, wide, table).maximum if _is_broad(table) else 0
-        Console(width=max(console.width, needed)).print(table)
-
-
-def _is_broad(table: Table | str) -> bool:
-    """Tell tables whose many short cells would be cut in a terminal from those with text, which is wrapped."""
-    return isinstance(table, Table) and len(table.columns) > _TEXT_COLUMNS
+        width = console.width
+        if isinstance(table, Table) and len(table.columns) > _TEXT_COLUMNS:
+            # Many short cells would be cut in a terminal; those with text are wrapped.
+            wide = console.options.update(max_width=_MAX_WIDTH)
+            width = max(width, Measurement.get(console, wide, table).maximum)
+        Console(width=width).print(table)
 
 
 def table_of(title: str | None, rows: Sequence[dict[str, Any]], columns: Sequence[Column]) -> Table:

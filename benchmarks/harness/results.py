@@ -10,7 +10,6 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict
 
 from benchmarks.harness.client import RequestRecord
-from benchmarks.harness.feeder import TaskRecord
 from benchmarks.harness.report import ms
 from benchmarks.harness.statistics import mean, percentile
 from benchmarks.harness.window import WindowRecord
@@ -115,17 +114,15 @@ def summary_row(runs: Sequence[RunMetrics]) -> dict[str, Any]:
 def progress_line(metrics: RunMetrics) -> str:
     """The numbers of a window that its watcher wants to see at once."""
     attainment = "-" if metrics.slo_attainment is None else f"{metrics.slo_attainment:.3f}"
-    latencies = ", ".join(
-        f"{title} {'-' if value is None else ms(value)}"
-        for title, value in (
-            ("TTFT p50", metrics.ttft_p50_s),
-            ("p99", metrics.ttft_p99_s),
-            ("TBT p50", metrics.tbt_p50_s),
-            ("p99", metrics.tbt_p99_s),
-        )
-    )
+    latencies = {
+        "TTFT p50": metrics.ttft_p50_s,
+        "TTFT p99": metrics.ttft_p99_s,
+        "TBT p50": metrics.tbt_p50_s,
+        "TBT p99": metrics.tbt_p99_s,
+    }
+    told = ", ".join(f"{name} {'-' if value is None else ms(value)}" for name, value in latencies.items())
     return (
-        f"attainment {attainment} of {metrics.num_requests}, {metrics.num_errors} errors, {latencies}, "
+        f"attainment {attainment} of {metrics.num_requests}, {metrics.num_errors} errors, {told}, "
         f"{metrics.pairs_per_s:.2f} pairs/s, forward {metrics.forward_share:.0%}, slices {metrics.slices_share:.0%}"
     )
 
@@ -133,46 +130,38 @@ def progress_line(metrics: RunMetrics) -> str:
 def _training_metrics(run: WindowRecord) -> dict[str, float | int]:
     succeeded = [task for task in run.tasks if task.error is None]
     in_window = [task for task in succeeded if 0 <= task.finished_s <= run.window_s]
-    slices_s = sum(sample.slices_s for sample in run.iterations.samples)
+    latencies_s = [timing.latency_s for sample in run.samples for timing in sample.report.slices]
+    # Steps are long against the window, so counting whole ones would be off by up to one step at each end. All steps
+    # of a run are alike, hence: slice time in the window / slice time of a pair. Failed steps spent time too and
+    # trained nothing, so their share is taken off.
+    pairs_per_s, busy_s = 0.0, sum(task.busy_s for task in succeeded)
+    if busy_s > 0 and run.covered_s > 0:
+        per_pair_s = busy_s / sum(task.num_pairs for task in succeeded)
+        slices_s = sum(sample.slices_s for sample in run.samples)
+        pairs_per_s = slices_s / per_pair_s / run.covered_s * len(succeeded) / len(run.tasks)
     return {
-        "pairs_per_s": _pairs_per_s(succeeded, len(run.tasks), slices_s, run.iterations.covered_s),
+        "pairs_per_s": pairs_per_s,
         "finished_pairs_per_s": sum(task.num_pairs for task in in_window) / run.window_s,
         "num_failed_steps": len(run.tasks) - len(succeeded),
-        "longest_slice_s": max(
-            (timing.latency_s for sample in run.iterations.samples for timing in sample.report.slices), default=0.0
-        ),
+        "longest_slice_s": max(latencies_s, default=0.0),
     }
 
 
-def _pairs_per_s(succeeded: Sequence[TaskRecord], num_ended: int, slices_s: float, covered_s: float) -> float:
-    """Steps are long against the window, so counting whole ones would be off by up to one step at each end.
-
-    All steps of a run are alike, hence: slice time in the window / slice time of a pair. Failed steps spent time
-    too and trained nothing, so their share is taken off.
-    """
-    busy_s = sum(task.busy_s for task in succeeded)
-    if busy_s <= 0 or covered_s <= 0:
-        return 0.0
-    per_pair_s = busy_s / sum(task.num_pairs for task in succeeded)
-    return slices_s / per_pair_s / covered_s * len(succeeded) / num_ended
-
-
 def _device_metrics(run: WindowRecord) -> dict[str, float | int | None]:
-    samples, covered_s = run.iterations.samples, run.iterations.covered_s
     errors = [
         abs(sample.plan.predicted_forward_s / sample.forward_s - 1)
-        for sample in samples
+        for sample in run.samples
         if sample.plan.predicted_forward_s and sample.forward_s > 0 and sample.shape.num_tokens
     ]
 
     def share(seconds: Iterable[float]) -> float:
-        return sum(seconds) / covered_s if covered_s > 0 else 0.0
+        return sum(seconds) / run.covered_s if run.covered_s > 0 else 0.0
 
     return {
-        "forward_share": share(sample.forward_s for sample in samples if sample.shape.num_tokens),
-        "slices_share": share(sample.slices_s for sample in samples),
-        "overhead_share": share(sample.overhead_s for sample in samples),
-        "num_iterations": len(samples),
-        "num_lost_iterations": run.iterations.num_lost,
+        "forward_share": share(sample.forward_s for sample in run.samples if sample.shape.num_tokens),
+        "slices_share": share(sample.slices_s for sample in run.samples),
+        "overhead_share": share(sample.overhead_s for sample in run.samples),
+        "num_iterations": len(run.samples),
+        "num_lost_iterations": run.num_lost,
         "forward_error_p50": percentile(errors, 50),
     }

@@ -29,6 +29,7 @@ _PROBE_S = 0.25
 _STOP_S = 90.0
 _GRACE_S = 5.0
 _GONE_S = 10.0
+_TAIL_CHARS = 3000
 _SPAWNED = "multiprocessing.spawn import spawn_main"
 
 
@@ -44,7 +45,7 @@ def free_port() -> int:
 
 
 def own_servers() -> None:
-    """Make this process the one that ends its servers: orphans come to it, and SIGTERM is as Ctrl-C."""
+    """Make this process the one that ends its servers: orphans come to it, and SIGTERM acts like Ctrl-C."""
     become_subreaper()
     signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
 
@@ -95,8 +96,9 @@ class ServerProcess:
         application = document["applications"][0]
         self.args: dict[str, Any] = {**application.get("args", {}), "state_dir": str(self.state_dir)}
         """The application's settings, as in the config file."""
-        for name, section in (sections or {}).items():
-            self.args[name] = {**(self.args.get(name) or {}), **section}
+        self.args |= {
+            name: {**(self.args.get(name) or {}), **section} for name, section in (sections or {}).items()
+        }
         AppArgs.model_validate(self.args)
         application["args"] = self.args
         if deployments is not None:
@@ -107,15 +109,10 @@ class ServerProcess:
             (self.state_dir / "models").symlink_to(models.absolute())
 
     def launch(self) -> None:
-        """Start the command; does not wait until it serves.
-
-        Raises:
-            ServerError: processes of the last one are still there.
-        """
+        """Start the command, and do not wait until it serves. ServerError if processes of the last one are there."""
         if self.family():
             raise ServerError("the last server must be ended before another is started")
-        environment = dict(os.environ)
-        environment.pop("RAY_ADDRESS", None)  # never somebody else's cluster
+        environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}  # not another's
         if self._ray_dir is not None:
             environment["RAY_TMPDIR"] = str(self._ray_dir)
         with self.log.open("ab") as log:
@@ -130,20 +127,12 @@ class ServerProcess:
             )
 
     async def start(self) -> None:
-        """Launch the server and wait until it serves.
-
-        Raises:
-            ServerError: as `launch` and `wait_until_ready`.
-        """
+        """`launch` the server and `wait_until_ready`."""
         self.launch()
         await self.wait_until_ready()
 
     async def wait_until_ready(self) -> None:
-        """Wait until `/ready` says so.
-
-        Raises:
-            ServerError: the server ended, or was not ready in time; with the end of its log.
-        """
+        """Wait until `/ready` says so. ServerError, with the end of the log, if the server ends or takes too long."""
         give_up_s = time.monotonic() + _START_S
         while not await asyncio.to_thread(self.is_ready):
             if self.has_exited or time.monotonic() > give_up_s:
@@ -159,11 +148,7 @@ class ServerProcess:
 
     @contextlib.contextmanager
     def running(self) -> Iterator[None]:
-        """The server serves inside the block and is ended after it, whatever happens.
-
-        Raises:
-            ServerError: as `start`.
-        """
+        """`start` the server before the block, and end it after that, whatever happens."""
         with self.ended_after():
             asyncio.run(self.start())
             yield
@@ -183,20 +168,12 @@ class ServerProcess:
                     signal.signal(number, handler)
 
     def call(self, method: str, path: str, *, timeout: float = 60.0, **options: Any) -> httpx.Response:
-        """One HTTP request, with the options of `httpx.request`; the timeout is in seconds.
-
-        Raises:
-            httpx.TransportError: nobody answers.
-        """
+        """Send an HTTP request, with the options of `httpx.request`; the timeout is in seconds."""
         return httpx.request(method, self.url + path, timeout=timeout, **options)
 
     @property
     def root(self) -> psutil.Process:
-        """The `mace serve` process, which may have ended.
-
-        Raises:
-            ServerError: nothing was launched.
-        """
+        """The `mace serve` process, which may have ended. ServerError if nothing was launched."""
         if self._root is None:
             raise ServerError("no server was launched")
         return self._root
@@ -216,17 +193,11 @@ class ServerProcess:
 
     def find(self, part: str, but: psutil.Process | None = None) -> psutil.Process | None:
         """The member whose command line holds `part`, if there is one (other than `but`)."""
-        for process in self.members():
-            if process != but and part in title_of(process) and is_alive(process):
-                return process
-        return None
+        found = (one for one in self.members() if one != but and part in title_of(one) and is_alive(one))
+        return next(found, None)
 
     def kill(self, victim: psutil.Process) -> None:
-        """SIGKILL.
-
-        Raises:
-            ServerError: it is no process of our server (any more).
-        """
+        """Send SIGKILL. ServerError if it is no process of our server (any more)."""
         if victim not in self.members():
             raise ServerError(f"process {victim.pid} does not descend from our server; it was not killed")
         victim.kill()
@@ -269,9 +240,9 @@ class ServerProcess:
             self.root.wait(_GONE_S)
         return len(killed)
 
-    def log_tail(self, num_chars: int = 3000) -> str:
+    def log_tail(self) -> str:
         """The end of what the server printed."""
-        return self.log.read_text(encoding="utf-8", errors="replace")[-num_chars:] if self.log.exists() else ""
+        return self.log.read_text(encoding="utf-8", errors="replace")[-_TAIL_CHARS:] if self.log.exists() else ""
 
 
 def title_of(process: psutil.Process) -> str:

@@ -116,21 +116,13 @@ def trend_of(times_s: Sequence[float], sizes: Sequence[float]) -> Trend | None:
     hours = np.array([part.mean() for part in np.array_split(times, _STRETCHES)]) / 3600
     means = np.array([part.mean() for part in np.array_split(values, _STRETCHES)])
     slope, _, low, high = stats.theilslopes(means, hours, alpha=CONFIDENCE)
-    return Trend(
-        first_bytes=float(means[0]),
-        last_bytes=float(means[-1]),
-        bytes_per_hour=float(slope),
-        low=float(low),
-        high=float(high),
-    )
+    return Trend(first_bytes=means[0], last_bytes=means[-1], bytes_per_hour=slope, low=low, high=high)
 
 
 def crossed_interval(values: npt.NDArray[np.float64], groups: Sequence[str]) -> Interval:
     """Interval of the mean of a matrix [runs, pairs]: runs and groups of pairs are drawn anew, independently.
 
-    Args:
-        values: one row for each run.
-        groups: of each column. Pairs about one fact are alike, so they are drawn together.
+    `groups` has one for each column. Pairs about one fact are alike, so they are drawn together.
     """
     rng = np.random.default_rng(0)
     names, group = np.unique(np.array(groups), return_inverse=True)
@@ -143,15 +135,11 @@ def crossed_interval(values: npt.NDArray[np.float64], groups: Sequence[str]) -> 
 
 
 def ratio_interval(numerators: Sequence[float], denominators: Sequence[float]) -> Interval:
-    """Interval of sum / sum over paired units, which are drawn anew together.
-
-    Infinite or nan where nothing can be said.
-    """
-    rng = np.random.default_rng(0)
+    """Interval of sum / sum over paired units, drawn anew together; infinite or nan where nothing can be said."""
     above, below = np.array(numerators, dtype=float), np.array(denominators, dtype=float)
     if not len(above):
-        return float("nan"), float("nan")
-    drawn = rng.integers(len(above), size=(_RESAMPLES, len(above)))
+        return math.nan, math.nan
+    drawn = np.random.default_rng(0).integers(len(above), size=(_RESAMPLES, len(above)))
     with np.errstate(divide="ignore", invalid="ignore"):
         ratios = above[drawn].sum(axis=1) / below[drawn].sum(axis=1)
     return _percentiles(ratios[~np.isnan(ratios)])
@@ -160,6 +148,6 @@ def ratio_interval(numerators: Sequence[float], denominators: Sequence[float]) -
 def _percentiles(values: Any) -> Interval:
     """Take drawn values themselves (no interpolation): an infinite ratio must not turn its neighbours into nan."""
     if not len(values):
-        return float("nan"), float("nan")
+        return math.nan, math.nan
     low, high = np.percentile(values, [2.5, 97.5], method="nearest")
     return float(low), float(high)

@@ -10,7 +10,7 @@ Prompts are random ids, so that no prefix is cached, and every request gets exac
 import asyncio
 import itertools
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -41,26 +41,20 @@ class WindowOptions:
 
 
 @dataclass(slots=True)
-class IterationLog:
-    """The engine's iterations during the window."""
-
-    samples: list[IterationSample] = field(default_factory=list)
-    covered_s: float = 0.0
-    """Wall time that the samples stand for: between the engine's answers that open and close the window. An answer
-    comes between two iterations, so a long one (a blocking training phase) delays it; sums over samples are to be
-    divided by this, not by the nominal length of the window."""
-    num_lost: int = 0
-    """Iterations that the engine had forgotten when it was asked."""
-
-
-@dataclass(slots=True)
 class WindowRecord:
     """Everything seen in one window, before any statistics. Times are seconds since it began."""
 
     window_s: float
     requests: list[RequestRecord] = field(default_factory=list)
     tasks: list[TaskRecord] = field(default_factory=list)
-    iterations: IterationLog = field(default_factory=IterationLog)
+    samples: list[IterationSample] = field(default_factory=list)
+    """The engine's iterations."""
+    covered_s: float = 0.0
+    """Wall time that the samples stand for: between the engine's answers that open and close the window. An answer
+    comes between two iterations, so a long one (a blocking training phase) delays it; sums over samples are to be
+    divided by this, not by the nominal length of the window."""
+    num_lost: int = 0
+    """Iterations that the engine had forgotten when it was asked."""
 
 
 async def run_window(
@@ -73,16 +67,18 @@ async def run_window(
     """Measure one window; see the module docstring.
 
     Args:
-        engine: what is measured.
+        engine: the one that is measured.
         requests: those of the window, in order of arrival; arrivals count from its beginning.
         options: lengths and limits.
-        feeder: fine-tune work; None for none. It is started and stopped here.
+        feeder: fine-tune work, if there is any. It is started and stopped here.
         warm_up: requests that are sent, awaited and forgotten before the window.
 
     Raises:
         TrainingError: no fine-tune step succeeds in the warm-up.
     """
-    prompts = _with_prompts(requests, options, tag="window")  # ahead, so that the client does nothing but send
+    # Drawn ahead, so that the client does nothing but send.
+    prompts = list(with_prompts(requests, options.vocab_size, options.seed, "window"))
+    record = WindowRecord(options.window_s)
     if feeder is not None:
         feeder.start()
     try:
@@ -91,13 +87,15 @@ async def run_window(
         clock = Clock(_LEAD_S)
         if feeder is not None:
             feeder.restart(clock)
-        watching = asyncio.create_task(_watch(engine, last_seen, options, clock))
-        records = await _serve(engine, prompts, options.window_s, options.drain_s, clock)
-        iterations = await watching
+        watching = asyncio.create_task(_watch(engine, record, last_seen, options.poll_s, clock))
+        record.requests = await _serve(engine, prompts, options.window_s, options.drain_s, clock)
+        await watching
     finally:
         if feeder is not None:
             await feeder.stop()
-    return WindowRecord(options.window_s, records, [] if feeder is None else list(feeder.finished), iterations)
+    if feeder is not None:
+        record.tasks = list(feeder.finished)
+    return record
 
 
 async def _warm_up(
@@ -111,7 +109,7 @@ async def _warm_up(
     end_s = max((request.arrival_s for request in requests), default=0.0)
     give_up_s = time.monotonic() + 10 * options.drain_s
     for number in itertools.count():
-        prompts = _with_prompts(requests, options, tag=f"warm-up-{number}")
+        prompts = list(with_prompts(requests, options.vocab_size, options.seed, f"warm-up-{number}"))
         await _serve(engine, prompts, end_s, options.drain_s, Clock(_LEAD_S))
         if feeder is None or await feeder.wait_for_one(0.0 if requests else options.drain_s):
             return
@@ -130,29 +128,23 @@ async def _serve(
     return load.records
 
 
-async def _watch(engine: MeasuredEngine, last_seen: int, options: WindowOptions, clock: Clock) -> IterationLog:
+async def _watch(
+    engine: MeasuredEngine, record: WindowRecord, last_seen: int, poll_s: float, clock: Clock
+) -> None:
     """Collect the engine's iterations from now to the end of the window."""
-    log, opened_s = IterationLog(), clock()
-    while clock() < options.window_s:
-        await clock.sleep_until(min(clock() + options.poll_s, options.window_s))
+    opened_s = clock()
+    while clock() < record.window_s:
+        await clock.sleep_until(min(clock() + poll_s, record.window_s))
         newest, samples = await engine.iterations(last_seen)
-        log.covered_s = clock() - opened_s
-        log.num_lost += newest - last_seen - len(samples)
-        log.samples.extend(samples)
+        record.covered_s = clock() - opened_s
+        record.num_lost += newest - last_seen - len(samples)
+        record.samples.extend(samples)
         last_seen = newest
-    return log
 
 
-def _with_prompts(requests: Sequence[TraceRequest], options: WindowOptions, tag: str) -> list[Request]:
+def with_prompts(requests: Iterable[TraceRequest], vocabulary: int, seed: int, tag: str) -> Iterator[Request]:
     """Give each request of a trace a prompt of random ids; `tag` makes ids unique in the life of an engine."""
-    rng = np.random.default_rng([options.seed, *tag.encode()])
-    return [
-        Request(
-            f"{tag}-{one.request_id}",
-            rng.integers(0, options.vocab_size, one.num_prompt_tokens).tolist(),
-            one.arrival_s,
-            one.num_output_tokens,
-            one.user_priority,
-        )
-        for one in requests
-    ]
+    rng = np.random.default_rng([seed, *tag.encode()])
+    for one in requests:
+        prompt = rng.integers(0, vocabulary, one.num_prompt_tokens).tolist()
+        yield Request(f"{tag}-{one.request_id}", prompt, one.arrival_s, one.num_output_tokens, one.user_priority)

@@ -10,17 +10,17 @@ Runs with the same seed follow each other in turn, from an empty prefix cache; t
 """
 
 import asyncio
-import itertools
 import json
 import math
 import random
 import statistics
 import tempfile
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
+import numpy as np
 import typer
 from pydantic import BaseModel, ConfigDict
 
@@ -28,9 +28,8 @@ from alignment.versions.adapter_files import AdapterManifest
 from alignment.versions.registry import AdapterRegistry, AdapterVersion
 from benchmarks.harness.client import Clock, Load, Request, RequestRecord
 from benchmarks.harness.jobs import MeasurementError
-from benchmarks.harness.models import TITLES, ModelName, args_for, model_directories
+from benchmarks.harness.models import TITLES, ModelName, args_for, model_directories, start_engine
 from benchmarks.harness.report import AsJson, Out, StateDir, note, show
-from benchmarks.harness.statistics import percentile
 from core.alignment_config import VersionsConfig
 from core.config import AppArgs
 from deployments.publishing.prefix_warmer import PublishTiming
@@ -103,6 +102,7 @@ class Run:
     mode: Mode
     options: CostOptions
     served: list[Served] = field(default_factory=list)
+    """In order of sending."""
     publish_began_s: float = 0.0
     publish_ended_s: float = 0.0
     timing: PublishTiming = field(default_factory=PublishTiming)
@@ -110,8 +110,8 @@ class Run:
     @property
     def first(self) -> list[Served]:
         """The first requests of the live name after the publish, or in its place."""
-        after = (s for s in self.served if not s.arrival.to_base and s.sent_s >= self.publish_ended_s)
-        return sorted(after, key=lambda served: served.sent_s)[: self.options.after]
+        after = [s for s in self.served if not s.arrival.to_base and s.sent_s >= self.publish_ended_s]
+        return after[: self.options.after]
 
     @property
     def openers(self) -> list[Served]:
@@ -161,32 +161,28 @@ def main(
 
 
 async def _measure(name: ModelName, model_dir: Path, options: CostOptions) -> list[Run]:
-    from engine.vllm.compat import configure_environment
-    from engine.vllm.engine import HybridEngine
-
     engine_section = {
         "kv_cache_memory_bytes": 512 << 20,
         "max_num_seqs": 32,
         "engine_kwargs": {"block_size": options.block_tokens},
     }
     sections = {"engine": engine_section, "model": {"max_model_len": options.system_tokens + 512}}
-    args = args_for(name, model_dir, AppArgs.model_validate(sections))
-    configure_environment(args, model_dir)
-    engine = await HybridEngine.start(args, str(model_dir))
+    engine = await start_engine(args_for(name, model_dir, AppArgs.model_validate(sections)), model_dir)
+    runs = []
     try:
         with tempfile.TemporaryDirectory(prefix="mace-publish-") as directory:
             traffic = _Traffic(engine, AdapterRegistry.open(Path(directory), _BASE_MODEL), options)
             await traffic.attach()
-            runs = []
             for repeat in range(options.repeats + 1):
                 turn = repeat % len(MODES)
                 for mode in [*MODES[turn:], *MODES[:turn]]:
                     run = await traffic.run(mode, repeat)
                     note(f"{repeat} {json.dumps(summarize([run]))}")
-                    runs += [run] if repeat else []
-            return runs
+                    if repeat:
+                        runs.append(run)
     finally:
         engine.shutdown()
+    return runs
 
 
 class _Traffic:
@@ -198,11 +194,9 @@ class _Traffic:
         self._engine = engine
         self._registry = registry
         self._options = options
-        cold = VersionsConfig(warm_prefixes=0)
         warm = VersionsConfig(warm_prefixes=2 * options.num_systems, warm_timeout_s=options.warm_timeout_s)
         self._warming = AdapterVersions(engine, registry, _MODEL_ID, warm)
-        self._plain = AdapterVersions(engine, registry, _MODEL_ID, cold)
-        self._numbers = itertools.count()
+        self._plain = AdapterVersions(engine, registry, _MODEL_ID, VersionsConfig(warm_prefixes=0))
 
     async def attach(self) -> None:
         """Bring in the first version."""
@@ -224,27 +218,24 @@ class _Traffic:
             raise MeasurementError("the prefix cache cannot be emptied: requests are left")
         run = Run(mode, self._options)
         arrivals = draw_arrivals(self._options, self._engine.vocab_size, seed)
-        port = _VersionPort(self._engine, versions, f"cost-{next(self._numbers)}")
         clock = Clock()
-        load = Load(port, clock)
+        load = Load(_VersionPort(self._engine, versions, run.served, f"cost-{mode}-{seed}"), clock)
+
+        async def publish() -> None:
+            run.publish_began_s = clock()
+            if mode != "none":
+                await versions.publish(following)
+                run.timing = replace(versions.last_publish)
+            run.publish_ended_s = clock()
+
         await load.open_loop(arrivals[: self._options.before])
-        publishing = asyncio.create_task(self._publish(run, versions, following, clock))
+        publishing = asyncio.create_task(publish())
         await load.open_loop(arrivals[self._options.before :])
         await publishing
         await load.drain(_DRAIN_S)
         if errors := [record.error for record in load.records if record.error]:
             raise MeasurementError(f"{len(errors)} requests failed: {errors[0]}")
-        run.served = port.served
         return run
-
-    async def _publish(
-        self, run: Run, versions: "AdapterVersions", following: AdapterVersion, clock: Clock
-    ) -> None:
-        run.publish_began_s = clock()
-        if run.mode != "none":
-            await versions.publish(following)
-            run.timing = replace(versions.last_publish)
-        run.publish_ended_s = clock()
 
     async def _new_version(self) -> AdapterVersion:
         """A version of the untrained adapter: it answers like the base, under a name and with keys of its own."""
@@ -254,24 +245,22 @@ class _Traffic:
         return self._registry.commit(staging, manifest)
 
 
-@dataclass
+@dataclass(frozen=True, slots=True)
 class _VersionPort:
-    """Requests to the version that is live when they are sent, or to the base.
-
-    It notes what the prefix cache held. An output counts as one token.
-    """
+    """Requests to the version that is live when they are sent, or to the base. An output counts as one token."""
 
     engine: "HybridEngine"
     versions: "AdapterVersions"
+    served: list[Served]
+    """Filled with the requests, and what the prefix cache held of each."""
     run_id: str
-    served: list[Served] = field(default_factory=list)
 
     async def stream(self, request: Request, record: RequestRecord) -> AsyncIterator[int]:
         """See `benchmarks.harness.client.Port`."""
         from engine.vllm.compat import make_sampling_params
 
         assert isinstance(request, Arrival)
-        served = Served(request, record)
+        self.served.append(served := Served(request, record))
         outputs = self.engine.client.generate(
             {"prompt_token_ids": request.prompt},
             make_sampling_params(request.max_tokens),
@@ -281,7 +270,6 @@ class _VersionPort:
         async for output in outputs:
             served.cached_tokens = output.num_cached_tokens
             yield 1
-        self.served.append(served)
 
 
 def draw_arrivals(options: CostOptions, vocab_size: int, seed: int) -> list[Arrival]:
@@ -319,12 +307,12 @@ def summarize(runs: Sequence[Run]) -> dict[str, Any]:
         "ttft_ms": _quantiles_ms(first),
         "ttft_of_openers_ms": _quantiles_ms([served for run in runs for served in run.openers]),
         "ttft_during_publish_ms": _quantiles_ms([served for run in runs for served in run.during]),
-        "base_hit_share_before": _hit_share([s for run in runs for s in run.base(after=False)]),
-        "base_hit_share_after": _hit_share([s for run in runs for s in run.base(after=True)]),
-        "publish_ms": _median_ms([run.publish_ended_s - run.publish_began_s for run in runs]),
-        "load_ms": _median_ms([timing.load_s for timing in timings]),
-        "warm_ms": _median_ms([timing.warm_s for timing in timings]),
-        "move_ms": _median_ms([timing.move_s for timing in timings if timing.move_s is not None]),
+        "base_hit_share_before": _hit_share([served for run in runs for served in run.base(after=False)]),
+        "base_hit_share_after": _hit_share([served for run in runs for served in run.base(after=True)]),
+        "publish_ms": _median_ms(run.publish_ended_s - run.publish_began_s for run in runs),
+        "load_ms": _median_ms(timing.load_s for timing in timings),
+        "warm_ms": _median_ms(timing.warm_s for timing in timings),
+        "move_ms": _median_ms(timing.move_s for timing in timings if timing.move_s is not None),
         "warmed_tokens": statistics.median(timing.warmed_tokens for timing in timings),
         "warm_errors": [timing.warm_error for timing in timings if timing.warm_error],
     }
@@ -332,11 +320,11 @@ def summarize(runs: Sequence[Run]) -> dict[str, Any]:
 
 def _quantiles_ms(requests: list[Served]) -> dict[str, float | int] | None:
     """TTFT from when a request was due, however late it was sent; None if there was no request."""
-    ttfts_s = [served.record.ttft_s or 0.0 for served in requests]
-    if not ttfts_s:
+    if not requests:
         return None
-    quantiles = {f"p{place}": round(1e3 * (percentile(ttfts_s, place) or 0.0), 1) for place in (50, 99)}
-    return {"requests": len(ttfts_s), **quantiles}
+    ttfts_ms = [1e3 * (served.record.ttft_s or 0.0) for served in requests]
+    quantiles = {f"p{place}": round(float(np.percentile(ttfts_ms, place)), 1) for place in (50, 99)}
+    return {"requests": len(requests), **quantiles}
 
 
 def _hit_share(requests: list[Served]) -> float | None:
@@ -345,5 +333,5 @@ def _hit_share(requests: list[Served]) -> float | None:
     return round(sum(served.cached_tokens for served in requests) / total, 4) if total else None
 
 
-def _median_ms(values_s: list[float]) -> float:
+def _median_ms(values_s: Iterable[float]) -> float:
     return round(1e3 * statistics.median(values_s), 2)

@@ -16,7 +16,6 @@ import typer
 from rich.table import Table
 
 from benchmarks.harness.report import VERDICTS, AsJson, Out, show
-from benchmarks.harness.statistics import percentile
 from core.batch import ForwardShape, IterationSample, Plan
 from core.config import AppArgs, SloConfig
 from core.types import SliceKind, SliceReport, SliceTiming
@@ -33,7 +32,8 @@ _GIB = 1 << 30
 _KV_BYTES_PER_TOKEN = 12_288
 _FREE_SEATS = 32
 _MAX_TOKENS = 2048
-_SLICES_PER_ITERATION = 4
+_SLICES = (SliceKind.REFERENCE_LAYER, SliceKind.POLICY_LAYER, SliceKind.BACKWARD_LAYER, SliceKind.POLICY_HEAD)
+"""Those that run in each iteration."""
 _SLICE_TOKENS = 256
 _WARM_UP = 500
 """Iterations that are not timed."""
@@ -78,33 +78,14 @@ def main(
     show(found, [table, f"targets {VERDICTS[found['passed']]}: {found['targets']}"], as_json, out)
 
 
-class Stopwatch:
-    """Laps of named parts; each iteration has one of each."""
-
-    def __init__(self) -> None:
-        self.laps_s: dict[str, list[float]] = {}
-        self._last_s = 0.0
-
-    def resume(self) -> None:
-        """Begin a lap; what happened before it is not counted."""
-        self._last_s = time.perf_counter()
-
-    def lap(self, name: str) -> None:
-        """Book the time since the last lap, and begin the next."""
-        self.laps_s.setdefault(name, []).append(time.perf_counter() - self._last_s)
-        self._last_s = time.perf_counter()
-
-
 def measure_cost(num_running: int, num_waiting: int, num_tasks: int, iterations: int) -> dict[str, Any]:
     """Median and p99 of a decision, in milliseconds, in all and by part; and whether the targets are met."""
     engine = _PlanningEngine(num_running, num_waiting, num_tasks)
-    watch = Stopwatch()
     for _ in range(_WARM_UP):
-        engine.iterate(Stopwatch())
-    collections = _gc_collections()
-    for _ in range(iterations):
-        engine.iterate(watch)
-    total = _statistics_ms([sum(laps) for laps in zip(*watch.laps_s.values(), strict=True)])
+        engine.iterate()
+    collected = sum(generation["collections"] for generation in gc.get_stats())
+    laps_s = [engine.iterate() for _ in range(iterations)]
+    total = _statistics_ms([sum(laps.values()) for laps in laps_s])
     return {
         "settings": {
             "num_running": num_running,
@@ -115,8 +96,8 @@ def measure_cost(num_running: int, num_waiting: int, num_tasks: int, iterations:
             "seed": 0,
         },
         "total": total,
-        "parts": {name: _statistics_ms(laps) for name, laps in watch.laps_s.items()},
-        "gc_collections": _gc_collections() - collections,
+        "parts": {name: _statistics_ms([laps[name] for laps in laps_s]) for name in laps_s[0]},
+        "gc_collections": sum(generation["collections"] for generation in gc.get_stats()) - collected,
         "targets": {"median_ms": TARGET_MEDIAN_MS, "p99_ms": TARGET_P99_MS},
         "passed": total["median_ms"] <= TARGET_MEDIAN_MS and total["p99_ms"] <= TARGET_P99_MS,
     }
@@ -150,17 +131,24 @@ class _PlanningEngine:
             self._queue.push(self._task())
             self._tasks.add(self._request(prompt_done=False), {"pairs": []}, self._now_s)
 
-    def iterate(self, watch: Stopwatch) -> None:
-        """One iteration, timed where the engine would spend time: a request and a task come, one of each starts."""
+    def iterate(self) -> dict[str, float]:
+        """One iteration, in which a request and a task come and one of each starts; the seconds of its parts."""
         from engine.vllm.planning import shape_of, view_of
+
+        laps_s: dict[str, float] = {}
+
+        def lap(name: str, started_s: float) -> float:
+            ended_s = time.perf_counter()
+            laps_s[name] = ended_s - started_s
+            return time.perf_counter()
 
         self._now_s += 0.02
         self._waiting.now_s = self._now_s
         arriving, task = self._request(prompt_done=False), self._task()
         used_bytes = _KV_BYTES_PER_TOKEN * sum(request.num_computed_tokens for request in self._running)
-        watch.resume()
+        now_s = time.perf_counter()
         self._waiting.note_running(self._running)
-        watch.lap("prefix order")
+        now_s = lap("prefix order", now_s)
         view = view_of(
             self._now_s,
             self._running,
@@ -170,35 +158,36 @@ class _PlanningEngine:
             free_kv_blocks=self._pool.num_blocks - used_bytes // self._pool.block_bytes,
             finetune=self._tasks.state(self._now_s),
         )
-        watch.lap("view")
+        now_s = lap("view", now_s)
         plan = self._planner.plan(view)
-        watch.lap("plan")
+        now_s = lap("plan", now_s)
         self._planner.retrain.note_requests()
         self._waiting.add_request(arriving)
         started: StandInRequest = self._waiting.peek_request()
         self._waiting.pop_request()
-        watch.lap("waiting queue")
+        now_s = lap("waiting queue", now_s)
         scheduled = self._schedule(started, plan)
-        watch.resume()
+        now_s = time.perf_counter()
         shape = shape_of(scheduled, self._requests)
-        watch.lap("shape")
+        now_s = lap("shape", now_s)
         plan = self._planner.settle(plan, view, shape)
-        watch.lap("settle")
+        now_s = lap("settle", now_s)
         sample = self._sample(plan, shape)
-        watch.resume()
+        now_s = time.perf_counter()
         self._planner.observe(sample)
         self._tasks.note_progress(sample.report, self._now_s)
-        watch.lap("observe")
+        now_s = lap("observe", now_s)
         self._queue.push(task)
         self._queue.peek()
         self._queue.pop()
-        watch.lap("fine-tune queue")
+        now_s = lap("fine-tune queue", now_s)
         # The oldest request ends, the started one takes its place, the others are one token further.
         del self._requests[self._running.pop(0).request_id]
         self._running.append(started)
         for request in self._running:
             request.num_tokens += 1
             request.num_computed_tokens = request.num_tokens - 1
+        return laps_s
 
     def _schedule(self, started: StandInRequest, plan: Plan) -> dict[str, int]:
         """Stand in for vLLM: all running requests decode, the started one gets its chunk."""
@@ -210,15 +199,9 @@ class _PlanningEngine:
         return scheduled
 
     def _sample(self, plan: Plan, shape: ForwardShape) -> IterationSample:
-        noise = self._rng.normal(1.0, 0.05, 1 + _SLICES_PER_ITERATION).tolist()
+        noise = self._rng.normal(1.0, 0.05, 1 + len(_SLICES)).tolist()
         forward_s = (4e-3 + 1e-4 * shape.num_tokens + 1e-8 * shape.decode_context) * noise[0]
-        kinds = (
-            SliceKind.REFERENCE_LAYER,
-            SliceKind.POLICY_LAYER,
-            SliceKind.BACKWARD_LAYER,
-            SliceKind.POLICY_HEAD,
-        )
-        slices = [SliceTiming(k, _SLICE_TOKENS, 3e-3 * x) for k, x in zip(kinds, noise[1:], strict=True)]
+        slices = [SliceTiming(k, _SLICE_TOKENS, 3e-3 * x) for k, x in zip(_SLICES, noise[1:], strict=True)]
         return IterationSample(shape, forward_s, 1e-3, SliceReport(slices), plan)
 
     def _request(self, *, prompt_done: bool) -> StandInRequest:
@@ -233,10 +216,6 @@ class _PlanningEngine:
         return QueuedTask(f"t{self._number}", self._number, self._now_s, float(self._rng.uniform(0, 2)))
 
 
-def _gc_collections() -> int:
-    return sum(generation["collections"] for generation in gc.get_stats())
-
-
 def _statistics_ms(values_s: list[float]) -> dict[str, float]:
-    median_s, p99_s = percentile(values_s, 50) or 0.0, percentile(values_s, 99) or 0.0
-    return {"median_ms": 1e3 * median_s, "p99_ms": 1e3 * p99_s, "max_ms": 1e3 * max(values_s)}
+    quantiles_ms = (1e3 * np.percentile(values_s, [50, 99, 100])).tolist()
+    return dict(zip(("median_ms", "p99_ms", "max_ms"), quantiles_ms, strict=True))

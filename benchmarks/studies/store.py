@@ -9,6 +9,7 @@ does it, in a store of 20 users, one of them hostile.
 
 import math
 import random
+import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -59,13 +60,19 @@ def feedback(
 ) -> None:
     """Feedback records committed per second; with --pairs the curve over the store's size."""
     if pairs is None:
-        rates = {
-            "one_by_one": _rate(
-                items // 5, directory, lambda store, rows: [store.feedback.add([row]) for row in rows]
-            ),
-            f"{_THREADS}_threads": _rate(items, directory, _from_threads),
-            f"batches_of_{_BATCH}": _rate(items, directory, _in_batches),
-        }
+        rows: list[object] = [
+            {"prompt": f"question {number}", "chosen": "good", "rejected": "bad"} for number in range(items)
+        ]
+        rates = {}
+        for name, count, batch, num_threads in (
+            ("one_by_one", items // 5, 1, 1),
+            (f"{_THREADS}_threads", items, 1, _THREADS),
+            (f"batches_of_{_BATCH}", items, _BATCH, 1),
+        ):
+            with tempfile.TemporaryDirectory(dir=directory) as state_dir:
+                store = _open(Path(state_dir))
+                rates[name] = round(_insert_rate(store, rows[:count], batch, num_threads))
+                store.close()
         lines = (f"{name.replace('_', ' '):>16}: {rate:6d} records/s" for name, rate in rates.items())
         show({"records_per_s": rates}, lines, as_json, out)
         return
@@ -83,30 +90,6 @@ def quality(
     with tempfile.TemporaryDirectory() as directory:
         found = measure_judgement(Path(directory), pairs, repeats)
     show(found, (), True, out)
-
-
-def _rate(
-    count: int, directory: Path | None, insert: Callable[[FeedbackStore, list[dict[str, Any]]], object]
-) -> int:
-    """Records per second of `count` records that `insert` adds to a new store."""
-    rows = [{"prompt": f"question {n}", "chosen": "good", "rejected": "bad"} for n in range(count)]
-    with tempfile.TemporaryDirectory(dir=directory) as state_dir:
-        store = _open(Path(state_dir))
-        started_s = time.perf_counter()
-        insert(store, rows)
-        elapsed_s = time.perf_counter() - started_s
-        store.close()
-    return round(count / elapsed_s)
-
-
-def _from_threads(store: FeedbackStore, rows: list[dict[str, Any]]) -> None:
-    with ThreadPoolExecutor(_THREADS) as pool:
-        list(pool.map(lambda row: store.feedback.add([row]), rows))
-
-
-def _in_batches(store: FeedbackStore, rows: list[dict[str, Any]]) -> None:
-    for start in range(0, len(rows), _BATCH):
-        store.feedback.add(rows[start : start + _BATCH])
 
 
 def measure_growth(num_pairs: int, directory: Path) -> list[dict[str, Any]]:
@@ -130,21 +113,22 @@ def measure_growth(num_pairs: int, directory: Path) -> list[dict[str, Any]]:
         store.sampling.unscored_pairs(8)
         open_s = time.perf_counter() - started_s
         rates = {
-            "one_by_one": _insert_rate(store, size, _SINGLE, 1, chooser),
-            f"batches_of_{_BATCH}": _insert_rate(store, size, 10 * _BATCH, _BATCH, chooser),
+            "one_by_one": _insert_rate(store, _items(size, _SINGLE, chooser), 1),
+            f"batches_of_{_BATCH}": _insert_rate(store, _items(size, 10 * _BATCH, chooser), _BATCH),
             "while_filling": fill_rate,
         }
         stored = size + _SINGLE + 10 * _BATCH
         operations = _operations(store, unscored, chooser)
-        report: dict[str, Any] = {
-            "num_pairs": size,
-            "database_bytes": database_bytes,
-            "open_s": open_s,
-            "insert_per_s": rates,
-            "latency_ms": {name: _latency(call, repeats) for name, call, repeats in operations},
-        }
-        reports.append(report)
-        note(f"{report}")
+        reports.append(
+            {
+                "num_pairs": size,
+                "database_bytes": database_bytes,
+                "open_s": open_s,
+                "insert_per_s": rates,
+                "latency_ms": {name: _latency(call, repeats) for name, call, repeats in operations},
+            }
+        )
+        note(f"{reports[-1]}")
     store.close()
     return reports
 
@@ -154,17 +138,12 @@ def measure_judgement(directory: Path, num_pairs: int, repeats: int) -> dict[str
     chooser = random.Random(0)
     store = _open(directory)
     monitor = QualityMonitor(QualityConfig(), store)
-    times_s = []
-    stored = 0
-    while stored < num_pairs:
-        count = min(2 * _BATCH, num_pairs - stored)
-        _judge(store, monitor, stored, count, chooser)
-        stored += count
-    for _ in range(repeats):
-        times_s.append(_judge(store, monitor, stored, _JUDGED, chooser))
-        stored += _JUDGED
+    for start in range(0, num_pairs, 2 * _BATCH):
+        _judge(store, monitor, start, min(2 * _BATCH, num_pairs - start), chooser)
+    starts = range(num_pairs, num_pairs + repeats * _JUDGED, _JUDGED)
+    times_s = [_judge(store, monitor, start, _JUDGED, chooser) for start in starts]
     store.close()
-    median_s = percentile(times_s, 50) or 0.0
+    median_s = statistics.median(times_s)
     return {"pairs": num_pairs, "min_s": min(times_s), "median_s": median_s, "max_s": max(times_s)}
 
 
@@ -214,8 +193,7 @@ def _fill(store: FeedbackStore, start: int, end: int, chooser: random.Random) ->
         started_s = time.perf_counter()
         outcomes = store.feedback.add(items)
         insert_s += time.perf_counter() - started_s
-        pair_ids = [outcome.pair_id or "" for outcome in outcomes]
-        newest.append(pair_ids)
+        newest.append([outcome.pair_id or "" for outcome in outcomes])
         if len(newest) * _BATCH > _UNSCORED:
             aged = newest.pop(0)
             _record(store, aged, chooser)
@@ -225,56 +203,61 @@ def _fill(store: FeedbackStore, start: int, end: int, chooser: random.Random) ->
 
 
 def _record(store: FeedbackStore, pair_ids: list[str], chooser: random.Random) -> None:
-    losses = [chooser.expovariate(1.5) for _ in pair_ids]
-    scores = [
-        PairScore(pair_id, -40.0, -50.0, -42.0, -48.0, loss, 1.0 - loss)
-        for pair_id, loss in zip(pair_ids, losses, strict=True)
-    ]
+    scores = []
+    for pair_id in pair_ids:
+        loss = chooser.expovariate(1.5)
+        scores.append(PairScore(pair_id, -40.0, -50.0, -42.0, -48.0, loss, 1.0 - loss))
     store.pairs.record_scores(scores, _VERSION, dict.fromkeys(pair_ids, "0" * 32))
 
 
-def _insert_rate(store: FeedbackStore, start: int, count: int, batch: int, chooser: random.Random) -> float:
-    batches = [_items(start + position, batch, chooser) for position in range(0, count, batch)]
-    started_s = time.perf_counter()
-    for items in batches:
-        store.feedback.add(items)
-    return count / (time.perf_counter() - started_s)
+def _insert_rate(store: FeedbackStore, rows: list[object], batch: int, num_threads: int = 1) -> float:
+    """Add rows in batches; records per second."""
+    batches = [rows[start : start + batch] for start in range(0, len(rows), batch)]
+    with ThreadPoolExecutor(num_threads) as pool:
+        started_s = time.perf_counter()
+        list(pool.map(store.feedback.add, batches))
+        return len(rows) / (time.perf_counter() - started_s)
 
 
 def _operations(
     store: FeedbackStore, unscored: list[str], chooser: random.Random
 ) -> Iterator[tuple[str, Callable[[], object], int]]:
     """Name, call, repeats."""
+    sampling, matches = store.sampling, store.matches
 
     def seed() -> int:
         return chooser.randrange(1 << 30)
 
     def some() -> list[StoredPair]:
-        return store.sampling.replay_pairs(8, 10, (), seed())
+        return sampling.replay_pairs(8, 10, (), seed())
 
-    busy = {pair.pair_id for pair in store.sampling.new_pairs(32)}
-    yield "new_pairs newest", lambda: store.sampling.new_pairs(8, busy), _READS
-    yield "new_pairs loss", lambda: store.sampling.new_pairs(8, busy, order="loss"), _READS
-    yield "hard_pairs", lambda: store.sampling.hard_pairs(8, 10, busy, 0.5), _READS
-    yield (
-        "hard_pairs behind",
-        lambda: store.sampling.hard_pairs(8, 10, busy, 0.5, since_seq=store.sampling.newest_scored(600)[-1].seq),
-        _READS,
-    )
-    yield "replay_pairs", lambda: store.sampling.replay_pairs(8, 10, busy, seed()), _READS
-    yield "held_out 64+64", lambda: store.sampling.held_out(64, 64, 0, seed()), _READS
-    yield "unscored_pairs", lambda: store.sampling.unscored_pairs(32, busy), _READS
-    yield "stale_pairs", lambda: store.sampling.stale_pairs(32, "v0002", busy, newest=32), _READS
-    yield "newest_scored 256", lambda: store.sampling.newest_scored(256), _READS
-    yield "matches of 8", lambda: store.matches.find([pair.pair_key for pair in some()]), _READS
-    yield "user_scores 64", lambda: store.matches.user_scores(f"user{chooser.randrange(_USERS)}", 64), _READS
-    yield "user_share 200", lambda: store.matches.user_share(200), _READS
+    def hard_behind() -> object:
+        return sampling.hard_pairs(8, 10, busy, 0.5, since_seq=sampling.newest_scored(600)[-1].seq)
+
+    busy = {pair.pair_id for pair in sampling.new_pairs(32)}
+    reads: dict[str, Callable[[], object]] = {
+        "new_pairs newest": lambda: sampling.new_pairs(8, busy),
+        "new_pairs loss": lambda: sampling.new_pairs(8, busy, order="loss"),
+        "hard_pairs": lambda: sampling.hard_pairs(8, 10, busy, 0.5),
+        "hard_pairs behind": hard_behind,
+        "replay_pairs": lambda: sampling.replay_pairs(8, 10, busy, seed()),
+        "held_out 64+64": lambda: sampling.held_out(64, 64, 0, seed()),
+        "unscored_pairs": lambda: sampling.unscored_pairs(32, busy),
+        "stale_pairs": lambda: sampling.stale_pairs(32, "v0002", busy, newest=32),
+        "newest_scored 256": lambda: sampling.newest_scored(256),
+        "matches of 8": lambda: matches.find([pair.pair_key for pair in some()]),
+        "user_scores 64": lambda: matches.user_scores(f"user{chooser.randrange(_USERS)}", 64),
+        "user_share 200": lambda: matches.user_share(200),
+    }
+    for name, call in reads.items():
+        yield name, call, _READS
     yield "counts", store.counts, _COUNTS
 
+    def eights(pair_ids: list[str]) -> Iterator[list[str]]:
+        return iter([pair_ids[start : start + 8] for start in range(0, len(pair_ids), 8)])
+
     trained = [pair.pair_id for _ in range(_WRITES) for pair in some()]
-    steps = iter([trained[start : start + 8] for start in range(0, len(trained), 8)])
-    fresh = iter([unscored[start : start + 8] for start in range(0, len(unscored), 8)])
-    changes = iter([trained[start : start + 8] for start in range(0, len(trained), 8)])
+    steps, fresh, changes = eights(trained), eights(unscored), eights(trained)
     reasons = ("copy: 1 of 2",)
     yield "mark_trained of 8", lambda: store.pairs.mark_trained(next(steps)), _WRITES
     yield "record_scores of 8", lambda: _record(store, next(fresh), chooser), _WRITES

@@ -34,12 +34,7 @@ class Part(StrEnum):
     SOAK = "soak"
 
 
-_MEASURES = {
-    Part.PREFIX: measure_prefix,
-    Part.PRUNING: measure_pruning,
-    Part.ABLATION: measure_ablation,
-    Part.SOAK: measure_soak,
-}
+_MEASURES = dict(zip(Part, (measure_prefix, measure_pruning, measure_ablation, measure_soak), strict=True))
 
 
 def main(
@@ -75,7 +70,7 @@ def main(
     )
     if pruning_report is not None:
         PruningReport.load(pruning_report)  # a bad one is refused before an hour of windows, not after
-    parts = part or [Part.PREFIX, Part.PRUNING, Part.ABLATION]
+    parts = part or [one for one in Part if one is not Part.SOAK]
     with model_directories(["long"], state_dir, show_progress=not as_json) as directories:
         report = asyncio.run(_measure(parts, directories["long"], options, Journal(resume)))
     if plot is not None:

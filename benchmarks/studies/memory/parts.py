@@ -14,14 +14,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict
 
-from benchmarks.harness.jobs import TRACES, Job, calibrate_rate, with_rate
+from benchmarks.harness.jobs import TRACES, Job, calibrate_rate, with_rate, with_section
 from benchmarks.harness.report import note
 from benchmarks.harness.results import progress_line, summary_row
 from benchmarks.harness.statistics import center_of, mean, ratio_of
-from benchmarks.studies.memory.windows import EnginePool, WatchedEngine, WindowResult, measure_capacity
-from core.config import AppArgs, KvPruningConfig
+from benchmarks.studies.memory.windows import EnginePool, WindowResult, measure_capacity
 from core.errors import ConfigError
 from engine.pruning.gate import PruningReport
 from simulator.trace import Trace, Uniform
@@ -32,18 +31,8 @@ LOW_OVERLAP = 0.05
 """Here sharing must cost nothing measurable; measured twice as often."""
 CHECK_CONFIDENCE = 0.99
 """Confidence of the intervals that checks use: seven are checked at once, and one in twenty would fail by chance."""
-FRACTIONS = (0.0, 0.1, 0.25, 0.5)
-"""Shares of a request's KV blocks that may be dropped."""
 CONTEXTS = (512, 1024, 2048)
 """Lengths in tokens for which the largest batch is searched."""
-FULL = "MACE"
-ABLATIONS: dict[str, tuple[bool, float]] = {
-    FULL: (True, 0.25),
-    "/Prefix": (False, 0.25),
-    "/Prune": (True, 0.0),
-    "/Prefix/Prune": (False, 0.0),
-}
-"""For each setting, if prefixes are shared, and the share of blocks that may be dropped, as in the paper's Fig. 12."""
 LOADS = (1.0, 1.5)
 """Factors of the trace's rate."""
 ABLATION_SYSTEM_TOKENS = 432
@@ -59,13 +48,13 @@ class MemoryOptions(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    seconds: float = Field(10.0, gt=0)
-    repeats: int = Field(6, ge=1)
+    seconds: float = 10.0
+    repeats: int = 6
     rate_per_s: float | None = None
     """None: calibrated (prefix), or as the trace says (the others)."""
-    busy_share: float = Field(0.6, gt=0, lt=1)
+    busy_share: float = 0.6
     """Busy share that calibration aims at."""
-    soak_minutes: float = Field(30.0, gt=0)
+    soak_minutes: float = 30.0
     pruning_report: Path | None = None
     """Report of `mace profile pruning`, to be shown beside the gains."""
 
@@ -83,13 +72,10 @@ class Journal:
             ConfigError: the file cannot be read, or is no journal.
         """
         self._path = path
-        self._entries: dict[tuple[str, str], Any] = {}
-        if path is None or not path.exists():
-            return
         try:
-            for line in path.read_text(encoding="utf-8").splitlines():
-                entry = json.loads(line)
-                self._entries[entry["key"], entry["fingerprint"]] = entry["result"]
+            lines = path.read_text(encoding="utf-8").splitlines() if path and path.exists() else []
+            entries = [json.loads(line) for line in lines]
+            self._results = {(entry["key"], entry["fingerprint"]): entry["result"] for entry in entries}
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise ConfigError(f"{path} is no journal of this benchmark: {error}") from error
 
@@ -100,9 +86,9 @@ class Journal:
             ConfigError: the file cannot be written.
         """
         fingerprint = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
-        if (key, fingerprint) in self._entries:
-            return self._entries[key, fingerprint]
-        result = self._entries[key, fingerprint] = await measure()
+        if (key, fingerprint) in self._results:
+            return self._results[key, fingerprint]
+        result = self._results[key, fingerprint] = await measure()
         if self._path is not None:
             try:
                 with self._path.open("a", encoding="utf-8") as file:
@@ -132,8 +118,33 @@ class Setting:
 
     name: str
     columns: Mapping[str, Any]
-    adapt: Callable[[AppArgs], AppArgs]
-    """Makes its settings from those of a trace."""
+    shares: bool = True
+    """True if prefix caching is on."""
+    fraction: float = 0.0
+    """Share of a request's KV blocks that may be dropped under memory pressure. The accuracy gate is not asked: the
+    weights are random."""
+
+    def job(self, trace: Trace, model_dir: Path) -> Job:
+        """Return the window of this trace on the model for long contexts, with this engine's options."""
+        kwargs = {**trace.args.engine.engine_kwargs, "enable_prefix_caching": self.shares}
+        trace = with_section(trace, "engine", engine_kwargs=kwargs)
+        if self.fraction:
+            pruning = {"start": "memory_pressure", "max_fraction": self.fraction, "require_gate": False}
+            trace = with_section(trace, "kv_pruning", **pruning)
+        seconds = trace.duration_s or 10.0
+        return Job(model="long", model_dir=model_dir, trace=trace, window_s=seconds, warm_up_s=_WARM_UP_S)
+
+
+SHARING = (Setting("sharing off", {"sharing": "off"}, shares=False), Setting("sharing on", {"sharing": "on"}))
+PRUNING = tuple(Setting(f"pruning {f:.0%}", {"fraction": f}, fraction=f) for f in (0.0, 0.1, 0.25, 0.5))
+FULL = Setting("MACE", {"setting": "MACE"}, fraction=0.25)
+ABLATIONS = (
+    FULL,
+    Setting("/Prefix", {"setting": "/Prefix"}, shares=False, fraction=0.25),
+    Setting("/Prune", {"setting": "/Prune"}),
+    Setting("/Prefix/Prune", {"setting": "/Prefix/Prune"}, shares=False),
+)
+"""With everything, and without each mechanism, as in the paper's Fig. 12."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,7 +155,6 @@ class Cell:
     setting: Setting
     repeat: int
     job: Job
-    """Its `trace.args` are the settings of the engine."""
 
 
 Measured = Sequence[tuple[Cell, WindowResult]]
@@ -157,9 +167,10 @@ class Part:
     """A table of measurements; see the module docstring."""
 
     name: str
+    trace: Trace
     cases: Sequence[Case]
     settings: Sequence[Setting]
-    baseline: Setting
+    """The first one is the baseline."""
     ratios: str
     """Key of the comparisons in the report."""
     compared: Sequence[str]
@@ -170,26 +181,31 @@ class Part:
         cells: list[Cell] = []
         for repeat in range(repeats * max(case.times for case in self.cases)):
             for position, case in enumerate(self.cases):
-                if repeat >= repeats * case.times:
-                    continue
-                turn = 1 if (repeat + position) % 2 == 0 else -1
-                trace = case.trace.model_copy(update={"seed": case.trace.seed + repeat})
-                cells.extend(
-                    Cell(case, setting, repeat, job_of(trace, setting.adapt(trace.args), model_dir))
-                    for setting in self.settings[::turn]
-                )
+                if repeat < repeats * case.times:
+                    turn = 1 if (repeat + position) % 2 == 0 else -1
+                    trace = case.trace.model_copy(update={"seed": case.trace.seed + repeat})
+                    settings = self.settings[::turn]
+                    cells += [Cell(case, setting, repeat, setting.job(trace, model_dir)) for setting in settings]
         return cells
 
     async def measure(self, pool: EnginePool, options: MemoryOptions, journal: Journal) -> Measured:
-        """Run all windows, or take them from the journal.
-
-        Raises:
-            TrainingError: no fine-tune step succeeds.
-            ConfigError: the journal cannot be written.
-        """
+        """Run all windows, or take them from the journal. TrainingError if no fine-tune step succeeds."""
         done = []
         for cell in self.plan(pool.model_dir, options.repeats):
-            result = await measure_cell(f"{self.name}/{cell.case.name}", cell, pool.measure, journal)
+            key = f"{self.name}/{cell.case.name}/{cell.setting.name}/{cell.repeat}"
+
+            async def run(cell: Cell = cell) -> Any:
+                found = await pool.measure(cell.setting.name, cell.job, cell.case.system_tokens)
+                return found.model_dump(mode="json")
+
+            settings = {"job": settings_of(cell.job), "system_tokens": cell.case.system_tokens}
+            result = WindowResult.model_validate(await journal.once(key, settings, run))
+            counts = result.counts
+            note(
+                f"{key}: {progress_line(result.metrics)}, hits {counts.hit_ratio or 0:.1%}, KV mean "
+                f"{counts.kv_use_mean or 0:.0%} max {counts.kv_use_max or 0:.0%}, {counts.preemptions} preempted, "
+                f"{result.status.get('pruned_blocks')} blocks pruned, other processes {result.other_cpu_share:.0%}"
+            )
             done.append((cell, result))
         return done
 
@@ -198,26 +214,18 @@ class Part:
         rows: list[dict[str, Any]] = []
         ratios: list[dict[str, Any]] = []
         for case in self.cases:
-            baseline = results_of(measured, case, self.baseline)
+            baseline = results_of(measured, case, self.settings[0])
             for setting in self.settings:
                 if not (results := results_of(measured, case, setting)):
                     continue
                 columns = {**case.columns, **setting.columns}
                 rows.append({**columns, **row_of(results)})
-                if setting != self.baseline and baseline:
+                if setting != self.settings[0] and baseline:
                     pairs = list(zip(results, baseline, strict=False))
                     found = {name: ratio_of(values_of(pairs, name)) for name in self.compared}
-                    ratios.append(
-                        {
-                            **columns,
-                            "attainment_gain": attainment_gain(pairs),
-                            **{
-                                name: None if ratio is None else ratio.model_dump()
-                                for name, ratio in found.items()
-                            },
-                        }
-                    )
-        return {"rows": rows, self.ratios: ratios}
+                    compared = {name: ratio and ratio.model_dump() for name, ratio in found.items()}
+                    ratios.append({**columns, "attainment_gain": attainment_gain(pairs), **compared})
+        return {"trace": self.trace.model_dump(mode="json"), "rows": rows, self.ratios: ratios}
 
 
 def prefix_part(trace: Trace) -> Part:
@@ -226,109 +234,71 @@ def prefix_part(trace: Trace) -> Part:
         Case(f"overlap {o:.0%}", {"overlap": o}, trace, system_tokens(trace, o), 2 if o == LOW_OVERLAP else 1)
         for o in OVERLAPS
     ]
-    on, off = (
-        Setting(f"sharing {name}", {"sharing": name}, partial(with_sharing, shares=name == "on"))
-        for name in ("on", "off")
-    )
     compared = (*_LATENCIES, "pairs_per_s", "forward_share", "overhead_share")
-    return Part("prefix", cases, (on, off), off, "on_over_off", compared)
+    return Part("prefix", trace, cases, SHARING, "on_over_off", compared)
 
 
 def pruning_part(trace: Trace) -> Part:
     """Measure the gain of dropping KV blocks when memory is short, at each fraction."""
-    settings = [
-        Setting(f"pruning {fraction:.0%}", {"fraction": fraction}, partial(with_pruning, fraction=fraction))
-        for fraction in FRACTIONS
-    ]
-    case = Case("pressure", {}, trace)
-    return Part("pruning", [case], settings, settings[0], "over_no_pruning", (*_LATENCIES, "pairs_per_s"))
+    compared = (*_LATENCIES, "pairs_per_s")
+    return Part("pruning", trace, [Case("pressure", {}, trace)], PRUNING, "over_no_pruning", compared)
 
 
 def ablation_part(trace: Trace) -> Part:
     """Take each mechanism away under a trace that is short of memory."""
-    cases = [
-        Case(
-            f"load {load:g}",
-            {"load": load},
-            with_rate(trace, load * trace.arrivals.rate_per_s),
-            ABLATION_SYSTEM_TOKENS,
-        )
-        for load in LOADS
-    ]
-    settings = [Setting(name, {"setting": name}, partial(ablated, setting=name)) for name in ABLATIONS]
+    loads = {load: with_rate(trace, load * trace.arrivals.rate_per_s) for load in LOADS}
+    cases = [Case(f"load {o:g}", {"load": o}, loaded, ABLATION_SYSTEM_TOKENS) for o, loaded in loads.items()]
     compared = ("slo_attainment", *_LATENCIES, "pairs_per_s")
-    return Part("ablation", cases, settings, settings[0], "over_full", compared)
+    return Part("ablation", trace, cases, ABLATIONS, "over_full", compared)
 
 
 async def measure_prefix(pool: EnginePool, options: MemoryOptions, journal: Journal) -> dict[str, Any]:
     """Measure all windows of this part; a report of built-in types."""
     trace = load_trace("prefix", options)
     if options.rate_per_s is None:
-        job = job_of(trace, with_sharing(trace.args, shares=False), pool.model_dir)
+        alone = SHARING[0]
+        job = alone.job(trace, pool.model_dir)
 
         async def calibrate() -> float:
-            engine = WatchedEngine(await pool.get("sharing off", job), [])
+            engine = await pool.get(alone.name, job.trace.args)
             probe_s = max(5.0, job.window_s / 2)
             return await calibrate_rate(engine, job.trace, pool.vocabulary, probe_s, options.busy_share)
 
-        settings = [job.model_dump(mode="json", exclude={"model_dir"}), options.busy_share]
+        settings = [settings_of(job), options.busy_share]
         trace = with_rate(trace, await journal.once(f"rate/{trace.name}", settings, calibrate))
     note(f"prefix: {trace.arrivals.rate_per_s} requests/s")
     part = prefix_part(trace)
     measured = await part.measure(pool, options, journal)
-    checks = low_overlap_checks(part, measured)
-    return {"trace": trace.model_dump(mode="json"), **part.summarize(measured), "checks": checks}
+    return {**part.summarize(measured), "checks": low_overlap_checks(part, measured)}
 
 
 async def measure_pruning(pool: EnginePool, options: MemoryOptions, journal: Journal) -> dict[str, Any]:
     """Measure all windows of this part, and search for capacity; a report of built-in types."""
     trace = load_trace("pressure", options)
     part = pruning_part(trace)
-    measured = await part.measure(pool, options, journal)
-    report = {"trace": trace.model_dump(mode="json"), **part.summarize(measured)}
+    report = part.summarize(await part.measure(pool, options, journal))
     accuracy = None if options.pruning_report is None else PruningReport.load(options.pruning_report)
-
-    async def capacity(setting: Setting, context: int) -> dict[str, Any]:
-        live = await pool.get(setting.name, job_of(trace, setting.adapt(trace.args), pool.model_dir))
-        return await measure_capacity(live, context, setting.columns["fraction"], pool.vocabulary)
-
     for row, setting in zip(report["rows"], part.settings, strict=True):
-        key, settings = f"capacity/{row['fraction']:g}", setting.adapt(trace.args).model_dump(mode="json")
+        args = setting.job(trace, pool.model_dir).trace.args
+
+        async def capacity(setting: Setting, context: int) -> dict[str, Any]:
+            engine = await pool.get(setting.name, args)  # noqa: B023 - awaited before the next round
+            return await measure_capacity(engine, context, setting.fraction, pool.vocabulary)
+
+        key, settings = f"capacity/{setting.fraction:g}", args.model_dump(mode="json")
         row["capacity"] = [
             await journal.once(f"{key}/{context}", settings, partial(capacity, setting, context))
             for context in CONTEXTS
         ]
         note(f"{key}: {row['capacity']}")
-        row.update(accuracy_columns(accuracy, row["fraction"]))
+        row.update(accuracy_columns(accuracy, setting.fraction))
     return report
 
 
 async def measure_ablation(pool: EnginePool, options: MemoryOptions, journal: Journal) -> dict[str, Any]:
     """Measure all windows of this part; a report of built-in types."""
-    trace = load_trace("pressure", options)
-    part = ablation_part(trace)
-    return {"trace": trace.model_dump(mode="json"), **part.summarize(await part.measure(pool, options, journal))}
-
-
-async def measure_cell(
-    name: str, cell: Cell, measure: Callable[[str, Job, int], Awaitable[WindowResult]], journal: Journal
-) -> WindowResult:
-    """Run one window by `EnginePool.measure`, or take it from the journal."""
-    key = f"{name}/{cell.setting.name}/{cell.repeat}"
-
-    async def run() -> Any:
-        return (await measure(cell.setting.name, cell.job, cell.case.system_tokens)).model_dump(mode="json")
-
-    job = cell.job.model_dump(mode="json", exclude={"model_dir"})
-    found = await journal.once(key, {"job": job, "system_tokens": cell.case.system_tokens}, run)
-    result = WindowResult.model_validate(found)
-    counts = result.counts
-    note(
-        f"{key}: {progress_line(result.metrics)}, hits {counts.hit_ratio or 0:.1%}, "
-        f"KV mean {counts.kv_use_mean or 0:.0%} max {counts.kv_use_max or 0:.0%}, {counts.preemptions} preempted, "
-        f"{result.status.get('pruned_blocks')} blocks pruned, other processes {result.other_cpu_share:.0%}"
-    )
-    return result
+    part = ablation_part(load_trace("pressure", options))
+    return part.summarize(await part.measure(pool, options, journal))
 
 
 def row_of(results: Sequence[WindowResult]) -> dict[str, Any]:
@@ -338,17 +308,19 @@ def row_of(results: Sequence[WindowResult]) -> dict[str, Any]:
     row = summary_row([result.metrics for result in results])
     for total in ("num_requests", "num_errors"):
         row[total] = sum(getattr(result.metrics, total) for result in results)
-    row["hit_ratio"] = sum(count.prefix_hits for count in counts) / queries if queries else None
-    row["preemptions"] = sum(count.preemptions for count in counts)
-    row["kv_use_max"] = max((c.kv_use_max for c in counts if c.kv_use_max is not None), default=None)
-    row["kv_use_mean"] = mean(c.kv_use_mean for c in counts if c.kv_use_mean is not None)
-    row["other_cpu_share"] = mean(result.other_cpu_share for result in results)
-    row["all_blocks_free"] = all(result.all_blocks_free for result in results)
     for total in ("pruned_blocks", "pruned_requests"):
         known = [result.status[total] for result in results if result.status.get(total) is not None]
         row[total] = sum(known) if known else None
-    row["repeats"] = [result.model_dump(mode="json") for result in results]
-    return row
+    return {
+        **row,
+        "hit_ratio": sum(count.prefix_hits for count in counts) / queries if queries else None,
+        "preemptions": sum(count.preemptions for count in counts),
+        "kv_use_max": max((c.kv_use_max for c in counts if c.kv_use_max is not None), default=None),
+        "kv_use_mean": mean(c.kv_use_mean for c in counts if c.kv_use_mean is not None),
+        "other_cpu_share": mean(result.other_cpu_share for result in results),
+        "all_blocks_free": all(result.all_blocks_free for result in results),
+        "repeats": [result.model_dump(mode="json") for result in results],
+    }
 
 
 def results_of(measured: Measured, case: Case, setting: Setting) -> list[WindowResult]:
@@ -375,7 +347,7 @@ def attainment_gain(pairs: Pairs) -> dict[str, Any] | None:
 def low_overlap_checks(part: Part, measured: Measured) -> list[dict[str, Any]]:
     """Check that no interval lies wholly on the worse side of 1 where there is little to share."""
     case = next(case for case in part.cases if case.columns["overlap"] == LOW_OVERLAP)
-    on, off = (results_of(measured, case, setting) for setting in part.settings)
+    off, on = (results_of(measured, case, setting) for setting in part.settings)
     checks = []
     for name in part.compared:
         ratio = ratio_of(values_of(list(zip(on, off, strict=False)), name), CHECK_CONFIDENCE)
@@ -414,17 +386,6 @@ def load_trace(name: str, options: MemoryOptions) -> Trace:
     return trace if options.rate_per_s is None else with_rate(trace, options.rate_per_s)
 
 
-def job_of(trace: Trace, args: AppArgs, model_dir: Path) -> Job:
-    """The window of this trace under these settings, on the model for long contexts."""
-    return Job(
-        model="long",
-        model_dir=model_dir,
-        trace=trace.model_copy(update={"args": args}),
-        window_s=trace.duration_s or 10.0,
-        warm_up_s=_WARM_UP_S,
-    )
-
-
 def system_tokens(trace: Trace, overlap: float) -> int:
     """Length of a system prompt that makes up this share of all prompt tokens."""
     lengths = trace.prompt_tokens
@@ -432,26 +393,6 @@ def system_tokens(trace: Trace, overlap: float) -> int:
     return round(overlap * (lengths.low + lengths.high) / 2)
 
 
-def with_sharing(args: AppArgs, *, shares: bool) -> AppArgs:
-    """The settings with prefix caching on or off."""
-    merged = {**args.engine.engine_kwargs, "enable_prefix_caching": shares}
-    return args.model_copy(update={"engine": args.engine.model_copy(update={"engine_kwargs": merged})})
-
-
-def with_pruning(args: AppArgs, fraction: float) -> AppArgs:
-    """The settings with that share of blocks to drop under memory pressure; 0: pruning is off.
-
-    The accuracy gate is not asked: the weights are random.
-    """
-    if fraction == 0:
-        config = args.kv_pruning.model_copy(update={"start": "off"})
-    else:
-        update = {"start": "memory_pressure", "max_fraction": fraction, "require_gate": False}
-        config = KvPruningConfig.model_validate({**args.kv_pruning.model_dump(), **update})
-    return args.model_copy(update={"kv_pruning": config})
-
-
-def ablated(args: AppArgs, setting: str) -> AppArgs:
-    """The settings with what one of `ABLATIONS` leaves."""
-    shares, fraction = ABLATIONS[setting]
-    return with_sharing(with_pruning(args, fraction), shares=shares)
+def settings_of(job: Job) -> Any:
+    """Everything that decides what a job measures."""
+    return job.model_dump(mode="json", exclude={"model_dir"})

@@ -16,6 +16,7 @@ _SIZE_IN = (13, 9)
 _DPI = 100
 _BLUE, _ORANGE, _GREEN, _GREY, _SKY = "#0072B2", "#D55E00", "#009E73", "#777777", "#56B4E9"
 """Okabe and Ito: apart for the colour-blind too."""
+_BARS = (_GREY, _BLUE, _ORANGE, _SKY)
 
 _KEYS: tuple[Column, ...] = (
     ("overlap", "overlap", "{:.0%}".format),
@@ -80,17 +81,20 @@ def _pruning_tables(rows: list[dict[str, Any]]) -> Iterator[Table]:
 
 
 def _soak_table(part: dict[str, Any]) -> Table:
-    counts, status = part["counts"], part["status"]
+    counts = part["counts"]
     table = Table("what", "value", title="Soak")
-    table.add_row("minutes", f"{part['elapsed_s'] / 60:.1f}")
-    table.add_row("requests, errors", f"{part['requests']}, {len(part['errors'])}")
-    table.add_row("steps, failed", f"{part['steps']}, {len(part['failed_steps'])}")
-    table.add_row("pairs/s", f"{part['pairs_per_s']:.1f}")
-    table.add_row("KV use, mean and maximum", f"{counts['kv_use_mean'] or 0:.1%}, {counts['kv_use_max'] or 0:.1%}")
-    table.add_row("share of time at 95 % or more", percent(part["share_of_time_full"]))
-    table.add_row("preemptions", str(counts["preemptions"]))
-    table.add_row("blocks pruned", str(status.get("pruned_blocks", "-")))
-    table.add_row("TBT p50, p99", ", ".join(ms(part["tbt"][key] or 0.0) for key in ("p50_s", "p99_s")))
+    for what, value in (
+        ("minutes", f"{part['elapsed_s'] / 60:.1f}"),
+        ("requests, errors", f"{part['requests']}, {len(part['errors'])}"),
+        ("steps, failed", f"{part['steps']}, {len(part['failed_steps'])}"),
+        ("pairs/s", f"{part['pairs_per_s']:.1f}"),
+        ("KV use, mean and maximum", f"{counts['kv_use_mean'] or 0:.1%}, {counts['kv_use_max'] or 0:.1%}"),
+        ("share of time at 95 % or more", percent(part["share_of_time_full"])),
+        ("preemptions", str(counts["preemptions"])),
+        ("blocks pruned", str(part["status"].get("pruned_blocks", "-"))),
+        ("TBT p50, p99", ", ".join(ms(part["tbt"][key] or 0.0) for key in ("p50_s", "p99_s"))),
+    ):
+        table.add_row(what, value)
     for name, trend in part["rss"].items():
         if trend is not None:
             sizes = f"{trend['first_bytes'] / 2**20:.0f} to {trend['last_bytes'] / 2**20:.0f} MiB"
@@ -110,13 +114,18 @@ def draw(report: dict[str, Any], path: Path) -> None:
 
     figure = Figure(figsize=_SIZE_IN, layout="constrained")
     FigureCanvasAgg(figure)
-    axes = figure.subplots(2, 2)
-    panels = (("prefix", _prefix), ("pruning", _pruning), ("ablation", _ablation), ("soak", _soak))
-    for panel, (part, drawing) in zip(axes.flat, panels, strict=True):
+    panels = (
+        ("prefix", _prefix, "prefix sharing: on / off, 95 % intervals"),
+        ("pruning", _pruning, "requests that run at once in the same KV cache"),
+        ("ablation", _ablation, "SLO attainment under memory pressure (dots: repeats)"),
+        ("soak", _soak, "soak: full KV cache, training on"),
+    )
+    for axes, (part, drawing, title) in zip(figure.subplots(2, 2).flat, panels, strict=True):
+        axes.set_title(title if part in report else f"{part}: not measured", loc="left")
         if part in report:
-            drawing(panel, report[part])
-        else:
-            panel.set_title(f"{part}: not measured", loc="left")
+            drawing(axes, report[part])
+            axes.set_ylim(0, 1.25 * axes.get_ylim()[1])  # room for the legend
+            axes.legend(frameon=False, ncols=4, loc="upper center", fontsize="small", columnspacing=1)
     try:
         figure.savefig(path, dpi=_DPI)
     except (OSError, ValueError) as error:
@@ -141,47 +150,41 @@ def _prefix(axes: "Axes", part: dict[str, Any]) -> None:
         axes.errorbar(xs, middles, yerr=[below, above], color=colour, marker="o", capsize=3, label=title)
     axes.axhline(1, color=_GREY, linewidth=1, linestyle="--")
     axes.set_xlabel("prompt tokens that are shared, %")
-    axes.set_title("prefix sharing: on / off, 95 % intervals", loc="left")
-    axes.set_ylim(0, 1.25 * axes.get_ylim()[1])  # room for the legend
     axes.grid(visible=True, axis="y", alpha=0.35)
-    axes.legend(frameon=False, ncols=3, loc="upper center")
+
+
+def _bars(axes: "Axes", groups: list[str], series: dict[str, list[float]]) -> Iterator[Any]:
+    """Draw groups of bars side by side; yield the container of bars of each series."""
+    width = 0.8 / len(series)
+    axes.set_xticks(range(len(groups)), groups)
+    for number, ((label, heights), colour) in enumerate(zip(series.items(), _BARS, strict=False)):
+        places = [place + (number - (len(series) - 1) / 2) * width for place in range(len(groups))]
+        yield axes.bar(places, heights, width, color=colour, label=label)
 
 
 def _pruning(axes: "Axes", part: dict[str, Any]) -> None:
     """Largest batch over fraction, a group of bars for each context."""
-    rows = part["rows"]
-    contexts = [str(found["context_tokens"]) for found in rows[0]["capacity"]]
-    width = 0.8 / len(rows)
-    for number, (row, colour) in enumerate(zip(rows, (_GREY, _SKY, _BLUE, _ORANGE), strict=False)):
-        places = [place + (number - (len(rows) - 1) / 2) * width for place in range(len(contexts))]
-        heights = [found["batch"] for found in row["capacity"]]
-        bars = axes.bar(places, heights, width, color=colour, label=f"{row['fraction']:.0%} dropped")
+    contexts = [str(found["context_tokens"]) for found in part["rows"][0]["capacity"]]
+    batches = {
+        f"{row['fraction']:.0%} dropped": [found["batch"] for found in row["capacity"]] for row in part["rows"]
+    }
+    for bars in _bars(axes, contexts, batches):
         axes.bar_label(bars, fontsize=8)
-    axes.set_xticks(range(len(contexts)), contexts)
     axes.set_xlabel("context of each request, tokens")
-    axes.set_ylim(0, 1.2 * axes.get_ylim()[1])
-    axes.set_title("requests that run at once in the same KV cache", loc="left")
-    axes.legend(frameon=False, ncols=2, loc="upper right")
 
 
 def _ablation(axes: "Axes", part: dict[str, Any]) -> None:
     """SLO attainment; dots are the repeats."""
-    rows = part["rows"]
-    loads = sorted({row["load"] for row in rows})
-    settings = list(dict.fromkeys(row["setting"] for row in rows))
-    width = 0.8 / len(settings)
-    for number, (setting, colour) in enumerate(zip(settings, (_ORANGE, _BLUE, _GREEN, _GREY), strict=False)):
-        mine = [row for row in rows if row["setting"] == setting]
-        places = [loads.index(row["load"]) + (number - (len(settings) - 1) / 2) * width for row in mine]
-        axes.bar(places, [row["pooled_slo_attainment"] or 0 for row in mine], width, color=colour, label=setting)
-        for place, row in zip(places, mine, strict=True):
+    rows: dict[str, list[dict[str, Any]]] = {}
+    for row in part["rows"]:
+        rows.setdefault(row["setting"], []).append(row)
+    loads = [f"load × {row['load']:g}" for row in next(iter(rows.values()))]
+    attained = {name: [row["pooled_slo_attainment"] or 0 for row in mine] for name, mine in rows.items()}
+    for mine, bars in zip(rows.values(), _bars(axes, loads, attained), strict=True):
+        for row, bar in zip(mine, bars, strict=True):
             repeats = [repeat["metrics"]["slo_attainment"] for repeat in row["repeats"]]
-            axes.plot([place] * len(repeats), repeats, "o", color="#222222", markersize=3)
-    axes.set_xticks(range(len(loads)), [f"load × {load:g}" for load in loads])
-    axes.set_ylim(0, 1.2)
-    axes.set_title("SLO attainment under memory pressure (dots: repeats)", loc="left")
+            axes.plot([bar.get_center()[0]] * len(repeats), repeats, "o", color="#222222", markersize=3)
     axes.grid(visible=True, axis="y", alpha=0.35)
-    axes.legend(frameon=False, ncols=4, loc="upper center")
 
 
 def _soak(axes: "Axes", part: dict[str, Any]) -> None:
@@ -189,15 +192,12 @@ def _soak(axes: "Axes", part: dict[str, Any]) -> None:
     series = part["series"]
     minutes = [reading["time_s"] / 60 for reading in series]
     names = [name for name in (series[0] if series else {}) if name.endswith("_rss_bytes")]
-    for name, colour in zip(names, (_GREY, _BLUE, _ORANGE), strict=False):
+    for name, colour in zip(names, _BARS, strict=False):
         label = name.removesuffix("_rss_bytes").replace("_", " ")
         axes.plot(minutes, [reading[name] / 2**20 for reading in series], color=colour, label=label)
-    axes.set_ylim(0, 1.2 * axes.get_ylim()[1])
     axes.set_xlabel("minutes")
     axes.set_ylabel("resident memory, MiB")
     used = axes.twinx()
     used.plot(minutes, [100 * reading["kv_use"] for reading in series], color=_GREEN, linewidth=0.8, alpha=0.6)
     used.set_ylim(0, 120)
     used.set_ylabel("KV blocks in use, %", color=_GREEN)
-    axes.set_title("soak: full KV cache, training on", loc="left")
-    axes.legend(frameon=False, loc="lower right")

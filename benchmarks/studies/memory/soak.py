@@ -1,30 +1,23 @@
 """Half an hour of long contexts with the KV cache full and training on: nothing runs out, nothing leaks."""
 
 import asyncio
-import contextlib
 import itertools
 import statistics
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
 import psutil
 
-from benchmarks.harness.client import Clock, EnginePort, Load, Request, RequestRecord
+from benchmarks.harness.client import Clock, EnginePort, Load, RequestRecord
 from benchmarks.harness.feeder import TaskRecord
-from benchmarks.harness.jobs import TRACES, Job, feeder_of
+from benchmarks.harness.jobs import TRACES, feeder_of
 from benchmarks.harness.report import note
+from benchmarks.harness.server import title_of
 from benchmarks.harness.statistics import Trend, latency_summary, mean, trend_of
-from benchmarks.studies.memory.parts import FULL, Journal, MemoryOptions, ablated, job_of
-from benchmarks.studies.memory.windows import (
-    Counts,
-    EnginePool,
-    LiveEngine,
-    WatchedEngine,
-    status_between,
-    system_prompts,
-)
+from benchmarks.harness.window import with_prompts
+from benchmarks.studies.memory.parts import FULL, Journal, MemoryOptions, settings_of
+from benchmarks.studies.memory.windows import Counts, EnginePool, WatchedEngine, status_between
 from core.errors import MaceError
 from simulator.trace import Trace
 
@@ -66,45 +59,41 @@ class SoakRecord:
 
 async def measure_soak(pool: EnginePool, options: MemoryOptions, journal: Journal) -> dict[str, Any]:
     """Run it; a report of built-in types. A soak that was cut off begins anew, one that ended is in the journal."""
-    trace = Trace.load(TRACES / "memory-soak.yaml")
-    job = job_of(trace, ablated(trace.args, FULL), pool.model_dir)
+    job = FULL.job(Trace.load(TRACES / "memory-soak.yaml"), pool.model_dir)
 
     async def soak() -> dict[str, Any]:
-        live = await pool.get("soak", job)
-        before = await live.engine.memory_status()
-        record, num_clients = await load_engine(live, job, pool.vocabulary, 60 * options.soak_minutes)
-        status = status_between(before, await live.engine.memory_status())
-        all_free = bool(await live.engine.client.reset_prefix_cache())
+        watched = await pool.get("soak", job.trace.args)
+        before = await watched.engine.memory_status()
+        record, num_clients = await load_engine(watched, job.trace, pool.vocabulary, 60 * options.soak_minutes)
+        status = status_between(before, await watched.engine.memory_status())
+        all_free = bool(await watched.engine.client.reset_prefix_cache())
         report = summarize_soak(record, status, all_blocks_free=all_free)
         return {**report, "trace": job.trace.model_dump(mode="json"), "requests_at_once": num_clients}
 
-    settings = [job.model_dump(mode="json", exclude={"model_dir"}), options.soak_minutes]
-    found: dict[str, Any] = await journal.once("soak", settings, soak)
+    found: dict[str, Any] = await journal.once("soak", [settings_of(job), options.soak_minutes], soak)
     return found
 
 
-async def load_engine(live: LiveEngine, job: Job, vocabulary: int, seconds: float) -> tuple[SoakRecord, int]:
-    """Keep the cache full for that long, then wait for what runs.
+async def load_engine(
+    watched: WatchedEngine, trace: Trace, vocabulary: int, seconds: float
+) -> tuple[SoakRecord, int]:
+    """Keep the cache full for that long, then wait for what runs; MaceError if that takes two minutes.
 
-    Returns:
-        Everything seen, and how many requests were under way at once.
-
-    Raises:
-        MaceError: requests are still running two minutes after the last one was sent.
+    Returns everything seen, and how many requests were under way at once.
     """
-    trace = job.trace
     some = itertools.islice(trace.requests(), 200)
     tokens_each = statistics.fmean(request.num_prompt_tokens + request.num_output_tokens for request in some)
-    num_clients = 1 + int(_OVERSUBSCRIBED * (live.engine.kv_cache_tokens or 0) / tokens_each)
-    engine = WatchedEngine(live, system_prompts(SYSTEM_TOKENS, vocabulary, trace.seed))
-    clock, feeder = Clock(), feeder_of(engine, trace, vocabulary)
-    load = Load(EnginePort(engine), clock)
+    num_clients = 1 + int(_OVERSUBSCRIBED * (watched.engine.kv_cache_tokens or 0) / tokens_each)
+    watched.share_prompts(SYSTEM_TOKENS, vocabulary, trace.seed)
+    clock, feeder = Clock(), feeder_of(watched, trace, vocabulary)
+    load = Load(EnginePort(watched), clock)
     record = SoakRecord(load.records, feeder.finished)
     feeder.start()
-    sending = asyncio.create_task(load.closed_loop(_requests(trace, vocabulary), num_clients))
+    requests = with_prompts(trace.requests(), vocabulary, trace.seed, "soak")
+    sending = asyncio.create_task(load.closed_loop(requests, num_clients))
     try:
-        await _watch(live, record, clock, seconds)
-        record.elapsed_s, record.counts = clock(), live.stats.read()
+        await _watch(watched, record, clock, seconds)
+        record.elapsed_s, record.counts = clock(), watched.stats.read()
         late = await load.drain(_DRAIN_S)
     finally:
         sending.cancel()
@@ -116,65 +105,63 @@ async def load_engine(live: LiveEngine, job: Job, vocabulary: int, seconds: floa
     return record, num_clients
 
 
-def _requests(trace: Trace, vocabulary: int) -> Iterator[Request]:
-    rng = np.random.default_rng(trace.seed)
-    for one in trace.requests():
-        prompt = rng.integers(0, vocabulary, one.num_prompt_tokens).tolist()
-        yield Request(one.request_id, prompt, max_tokens=one.num_output_tokens)
-
-
-async def _watch(live: LiveEngine, record: SoakRecord, clock: Clock, seconds: float) -> None:
-    live.stats.clear()
-    last_seen, _ = await live.engine.iterations(0)
+async def _watch(watched: WatchedEngine, record: SoakRecord, clock: Clock, seconds: float) -> None:
+    last_seen, _ = await watched.iterations(0)
     processes = dict(engine_processes())
     for number in itertools.count():
         await asyncio.sleep(POLL_S)
-        last_seen, samples = await live.engine.iterations(last_seen)
+        last_seen, samples = await watched.iterations(last_seen)
         record.out_of_memory += sum(sample.report.out_of_memory for sample in samples)
-        record.fullness.append(live.stats.kv_use >= HIGH_USE)
+        record.fullness.append(watched.stats.kv_use >= HIGH_USE)
         if number % _READ_EVERY == 0:
-            await _read(live, record, clock, processes)
+            sizes = {f"{name}_rss_bytes": float(one.memory_info().rss) for name, one in processes.items()}
+            status = await watched.engine.memory_status()
+            counts = {key: float(value) for key, value in status.items() if isinstance(value, int | float)}
+            record.readings.append({"time_s": clock(), "kv_use": watched.stats.kv_use, **sizes, **counts})
+            if status.get("ledger_error"):
+                record.ledger_errors.append(str(status["ledger_error"]))
         if number % _NOTE_EVERY == 0:
             last = {name: f"{value:.4g}" for name, value in record.readings[-1].items()}
-            note(f"soak: {len(record.requests)} requests, {len(record.tasks)} steps, {live.stats.read()}, {last}")
+            note(
+                f"soak: {len(record.requests)} requests, {len(record.tasks)} steps, {watched.stats.read()}, {last}"
+            )
         if clock() >= seconds:
             return
-
-
-async def _read(live: LiveEngine, record: SoakRecord, clock: Clock, processes: dict[str, psutil.Process]) -> None:
-    reading = {"time_s": clock(), "kv_use": live.stats.kv_use}
-    for name, process in processes.items():
-        reading[f"{name}_rss_bytes"] = float(process.memory_info().rss)
-    status = await live.engine.memory_status()
-    reading.update({key: float(value) for key, value in status.items() if isinstance(value, int | float)})
-    if status.get("ledger_error"):
-        record.ledger_errors.append(str(status["ledger_error"]))
-    record.readings.append(reading)
 
 
 def summarize_soak(record: SoakRecord, status: dict[str, Any], *, all_blocks_free: bool) -> dict[str, Any]:
     """Totals, trends of the memory of each process, and checks."""
     readings = record.readings
-    times_s = [reading["time_s"] for reading in readings]
-    names = [name for name in (readings[0] if readings else {}) if name.endswith("_rss_bytes")]
-    trends = {name: trend_of(times_s, [reading[name] for reading in readings]) for name in names}
-    heap = [reading["heap_used_bytes"] for reading in readings if "heap_used_bytes" in reading]
-    heap_trend = trend_of(times_s, heap) if len(heap) == len(times_s) else None
+
+    def trend(name: str) -> Trend | None:
+        return trend_of([reading["time_s"] for reading in readings], [reading[name] for reading in readings])
+
+    trends = {name: trend(name) for name in (readings[0] if readings else {}) if name.endswith("_rss_bytes")}
+    heap = trend("heap_used_bytes") if all("heap_used_bytes" in reading for reading in readings) else None
     errors = [f"{request.request_id}: {request.error}" for request in record.requests if request.error]
     failed_steps = [task.error for task in record.tasks if task.error]
     use = record.counts.kv_use_mean or 0.0
     books = not record.ledger_errors if "ledger_error" in status else None
+    facts = (
+        ("requests without an error", len(errors), not errors),
+        ("steps without an error", len(failed_steps), not failed_steps),
+        ("no slice ran out of memory", record.out_of_memory, not record.out_of_memory),
+        (f"mean share of KV blocks in use at least {HIGH_USE:.0%}", use, use >= HIGH_USE),
+        ("the ledger's books balance (check_integrity)", record.ledger_errors[:3], books),
+        ("all KV blocks free at the end", all_blocks_free, all_blocks_free),
+    )
+    sizes = {f"{name.removesuffix('_rss_bytes')}: resident memory is flat": one for name, one in trends.items()}
+    sizes["worker: heap memory in use is flat (no leak; resident memory also counts the heap's holes)"] = heap
     checks = [
-        _check("requests without an error", len(errors), not errors),
-        _check("steps without an error", len(failed_steps), not failed_steps),
-        _check("no slice ran out of memory", record.out_of_memory, not record.out_of_memory),
-        _check(f"mean share of KV blocks in use at least {HIGH_USE:.0%}", use, use >= HIGH_USE),
-        _check("the ledger's books balance (check_integrity)", record.ledger_errors[:3], books),
-        _check("all KV blocks free at the end", all_blocks_free, all_blocks_free),
-        *(_flat(f"{name.removesuffix('_rss_bytes')}: resident memory is flat", t) for name, t in trends.items()),
-        _flat(
-            "worker: heap memory in use is flat (no leak; resident memory also counts the heap's holes)",
-            heap_trend,
+        *({"check": title, "value": value, "passed": passed} for title, value, passed in facts),
+        *(
+            {
+                "check": title,
+                "value": one and one.bytes_per_hour,
+                "passed": one and one.is_flat,
+                "interval": one and [one.low, one.high],
+            }
+            for title, one in sizes.items()
         ),
     ]
     return {
@@ -190,22 +177,11 @@ def summarize_soak(record: SoakRecord, status: dict[str, Any], *, all_blocks_fre
         "status": status,
         "ttft": latency_summary([request.ttft_s for request in record.requests if request.ttft_s is not None]),
         "tbt": latency_summary([gap_s for request in record.requests for gap_s in request.gaps_s]),
-        "rss": {name: None if trend is None else trend.model_dump() for name, trend in trends.items()},
-        "heap_in_use": None if heap_trend is None else heap_trend.model_dump(),
+        "rss": {name: one and one.model_dump() for name, one in trends.items()},
+        "heap_in_use": heap and heap.model_dump(),
         "series": readings[:: max(1, len(readings) // _SERIES)],
         "checks": checks,
     }
-
-
-def _check(title: str, value: Any, passed: bool | None) -> dict[str, Any]:
-    return {"check": title, "value": value, "passed": passed}
-
-
-def _flat(title: str, trend: Trend | None) -> dict[str, Any]:
-    """Bytes per hour, their interval and whether it contains 0; all None if there were too few readings."""
-    if trend is None:
-        return {**_check(title, None, None), "interval": None}
-    return {**_check(title, trend.bytes_per_hour, trend.is_flat), "interval": [trend.low, trend.high]}
 
 
 def engine_processes() -> Iterator[tuple[str, psutil.Process]]:
@@ -213,8 +189,7 @@ def engine_processes() -> Iterator[tuple[str, psutil.Process]]:
     me = psutil.Process()
     yield "client", me
     for child in me.children(recursive=True):
-        with contextlib.suppress(psutil.Error):
-            title = " ".join(child.cmdline())
-            for mark, name in (("VLLM::EngineCore", "engine_core"), ("VLLM::Worker", "worker")):
-                if mark in title:
-                    yield name, child
+        title = title_of(child)
+        for mark, name in (("VLLM::EngineCore", "engine_core"), ("VLLM::Worker", "worker")):
+            if mark in title:
+                yield name, child

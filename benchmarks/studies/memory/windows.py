@@ -9,8 +9,8 @@ import asyncio
 import contextlib
 import math
 import zlib
+from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,9 +20,11 @@ from pydantic import BaseModel, ConfigDict
 
 from benchmarks.harness.client import EnginePort, Load, Request
 from benchmarks.harness.jobs import Job, serve
-from benchmarks.harness.models import args_for, vocab_size
+from benchmarks.harness.models import args_for, start_engine, vocab_size
 from benchmarks.harness.results import RunMetrics
+from benchmarks.harness.statistics import mean
 from core.batch import IterationSample
+from core.config import AppArgs
 from core.errors import MaceError
 from core.types import FineTuneTask, TaskResult
 
@@ -67,18 +69,15 @@ class Counts(BaseModel):
 
 
 class StatLog:
-    """A stat logger of vLLM (one engine) that adds up. Pass `StatLog.factory()` as one of `stat_loggers`."""
+    """A stat logger of vLLM (one engine) that adds up."""
 
     def __init__(self) -> None:
         self.clear()
 
-    def factory(self) -> Any:
-        """Return a function of vLLM's config and the engine's number that always gives this object."""
-        return lambda _config, _engine_index=0: self
-
     def clear(self) -> None:
         """Forget all."""
-        self._queries = self._hits = self._preemptions = self._max_running = 0
+        self._totals: Counter[str] = Counter()
+        self._max_running = 0
         self._kv_uses: list[float] = []
 
     @property
@@ -90,11 +89,9 @@ class StatLog:
         """Counts since the last `clear`."""
         uses = self._kv_uses
         return Counts(
-            prefix_queries=self._queries,
-            prefix_hits=self._hits,
-            preemptions=self._preemptions,
+            **self._totals,
             num_iterations=len(uses),
-            kv_use_mean=sum(uses) / len(uses) if uses else None,
+            kv_use_mean=mean(uses),
             kv_use_max=max(uses, default=None),
             max_running=self._max_running,
         )
@@ -103,12 +100,11 @@ class StatLog:
         """Called by vLLM after every iteration that has something to say."""
         if scheduler_stats is not None:
             prefix = scheduler_stats.prefix_cache_stats
-            self._queries += prefix.queries
-            self._hits += prefix.hits
+            self._totals.update(prefix_queries=prefix.queries, prefix_hits=prefix.hits)
             self._kv_uses.append(scheduler_stats.kv_cache_usage)
             self._max_running = max(self._max_running, scheduler_stats.num_running_reqs)
         if iteration_stats is not None:
-            self._preemptions += iteration_stats.num_preempted_reqs
+            self._totals.update(preemptions=iteration_stats.num_preempted_reqs)
 
     def log_engine_initialized(self) -> None:
         """Part of vLLM's interface; nothing to say."""
@@ -135,13 +131,40 @@ class WindowResult(BaseModel):
     """True if every KV block was free when the window and its training were over."""
 
 
-@dataclass(slots=True)
-class LiveEngine:
-    """An engine with its counters."""
+class WatchedEngine:
+    """A `MeasuredEngine` whose requests begin with a shared prompt, and whose counters begin with the window."""
 
-    engine: "HybridEngine"
-    stats: StatLog
-    is_fresh: bool = True
+    def __init__(self, engine: "HybridEngine", stats: StatLog) -> None:
+        self.engine = engine
+        self.stats = stats
+        """One of the engine's loggers."""
+        self.prompts: Sequence[Sequence[int]] = ()
+        """System prompts."""
+        self.is_fresh = True
+
+    def decode(
+        self, prompt_ids: Sequence[int], request_id: str, max_tokens: int, handle: Any = None, priority: int = 0
+    ) -> AsyncIterator[list[int]]:
+        """Decode on the engine, with the first tokens replaced; at least one stays the request's own."""
+        shared = self.prompts[zlib.crc32(request_id.encode()) % len(self.prompts)] if self.prompts else ()
+        shared = shared[: len(prompt_ids) - 1]
+        ids = [*shared, *prompt_ids[len(shared) :]]
+        return self.engine.decode(ids, request_id, max_tokens, handle, priority)
+
+    async def run_task(self, task: FineTuneTask) -> TaskResult:
+        """Run the task on the engine."""
+        return await self.engine.run_task(task)
+
+    async def iterations(self, after: int) -> tuple[int, list[IterationSample]]:
+        """Return the engine's samples. A window asks from 0 exactly once, when it opens."""
+        if after == 0:
+            self.stats.clear()
+        return await self.engine.iterations(after)
+
+    def share_prompts(self, num_tokens: int, vocabulary: int, seed: int) -> None:
+        """Let requests begin with one of `NUM_SYSTEM_PROMPTS` random prompts of that length; 0: with none."""
+        rng = np.random.default_rng([seed, 2])
+        self.prompts = rng.integers(0, vocabulary, (NUM_SYSTEM_PROMPTS, num_tokens)).tolist() if num_tokens else ()
 
 
 class EnginePool:
@@ -150,77 +173,45 @@ class EnginePool:
     def __init__(self, model_dir: Path) -> None:
         self.model_dir = model_dir
         self.vocabulary = vocab_size(model_dir)
-        self._live: dict[str, LiveEngine] = {}
+        self._engines: dict[str, WatchedEngine] = {}
 
-    async def get(self, setting: str, job: Job) -> LiveEngine:
-        """Return the engine of this setting, with the options of the job."""
-        if setting not in self._live:
-            from engine.vllm.compat import configure_environment
-            from engine.vllm.engine import HybridEngine
-
-            args = args_for(job.model, self.model_dir, job.trace.args)
-            configure_environment(args, self.model_dir)
+    async def get(self, setting: str, args: AppArgs) -> WatchedEngine:
+        """Return the engine of this setting, with these options if it is started now."""
+        if setting not in self._engines:
             stats = StatLog()
-            engine = await HybridEngine.start(args, str(self.model_dir), [stats.factory()])
-            self._live[setting] = LiveEngine(engine, stats)
-        return self._live[setting]
+            args = args_for("long", self.model_dir, args)
+            engine = await start_engine(args, self.model_dir, [lambda _config, _engine_index=0: stats])
+            self._engines[setting] = WatchedEngine(engine, stats)
+        return self._engines[setting]
 
     async def measure(self, setting: str, job: Job, system_tokens: int) -> WindowResult:
         """Run the window of a job; the prefix cache is empty when its warm-up begins.
 
         `system_tokens` is the length of the system prompt that a request shares with others.
         """
-        live = await self.get(setting, job)
-        if live.is_fresh:
+        watched = await self.get(setting, job.trace.args)
+        if watched.is_fresh:
             job = job.model_copy(update={"warm_up_s": max(job.warm_up_s, _FIRST_WARM_UP_S)})
-            live.is_fresh = False
-        prompts = system_prompts(system_tokens, self.vocabulary, job.trace.seed)
-        before, machine = await live.engine.memory_status(), _cpu_seconds()
-        metrics = await serve(WatchedEngine(live, prompts), job, self.vocabulary)
+            watched.is_fresh = False
+        watched.share_prompts(system_tokens, self.vocabulary, job.trace.seed)
+        before, machine = await watched.engine.memory_status(), _cpu_seconds()
+        metrics = await serve(watched, job, self.vocabulary)
         total_s, other_s = (after - start for after, start in zip(_cpu_seconds(), machine, strict=True))
-        counts = live.stats.read()
-        status = status_between(before, await live.engine.memory_status())
+        counts = watched.stats.read()
+        status = status_between(before, await watched.engine.memory_status())
         await asyncio.sleep(_SETTLE_S)
         return WindowResult(
             metrics=metrics,
             counts=counts,
             status=status,
             other_cpu_share=max(0.0, other_s) / max(1e-9, total_s),
-            all_blocks_free=await live.engine.client.reset_prefix_cache(),
+            all_blocks_free=await watched.engine.client.reset_prefix_cache(),
         )
 
     def shutdown(self) -> None:
         """Stop all engines."""
-        for live in self._live.values():
-            live.engine.shutdown()
-        self._live.clear()
-
-
-class WatchedEngine:
-    """A `MeasuredEngine` whose requests begin with a shared prompt, and whose counters begin with the window."""
-
-    def __init__(self, live: LiveEngine, prompts: Sequence[Sequence[int]]) -> None:
-        self._live = live
-        self._prompts = prompts
-
-    def decode(
-        self, prompt_ids: Sequence[int], request_id: str, max_tokens: int, handle: Any = None, priority: int = 0
-    ) -> AsyncIterator[list[int]]:
-        """Decode on the engine, with the first tokens replaced; at least one stays the request's own."""
-        shared = self._prompts[zlib.crc32(request_id.encode()) % len(self._prompts)] if self._prompts else ()
-        shared = shared[: len(prompt_ids) - 1]
-        ids = [*shared, *prompt_ids[len(shared) :]]
-        return self._live.engine.decode(ids, request_id, max_tokens, handle, priority)
-
-    async def run_task(self, task: FineTuneTask) -> TaskResult:
-        """Run the task on the engine."""
-        return await self._live.engine.run_task(task)
-
-    async def iterations(self, after: int) -> tuple[int, list[IterationSample]]:
-        """Return the engine's samples. A window asks from 0 exactly once, when it opens."""
-        if after == 0:
-            self._live.stats.clear()
-        return await self._live.engine.iterations(after)
+        for watched in self._engines.values():
+            watched.engine.shutdown()
 
 
 def _cpu_seconds() -> tuple[float, float]:
@@ -231,17 +222,8 @@ def _cpu_seconds() -> tuple[float, float]:
     me = psutil.Process()
     for process in (me, *me.children(recursive=True)):
         with contextlib.suppress(psutil.Error):
-            times = process.cpu_times()
-            own_s += times.user + times.system
+            own_s += sum(process.cpu_times()[:2])
     return total_s, total_s - machine.idle - machine.iowait - own_s
-
-
-def system_prompts(num_tokens: int, vocabulary: int, seed: int) -> list[list[int]]:
-    """Draw `NUM_SYSTEM_PROMPTS` prompts of that length; none if they would be empty."""
-    if num_tokens == 0:
-        return []
-    rng = np.random.default_rng([seed, 2])
-    return rng.integers(0, vocabulary, (NUM_SYSTEM_PROMPTS, num_tokens)).tolist()
 
 
 def status_between(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, Any]:
@@ -254,10 +236,7 @@ async def largest_that_fits(
 ) -> tuple[int, list[int]]:
     """Find the largest number from 0 to `most` that fits, if whatever is smaller fits too; and what was tried.
 
-    Args:
-        guess: tried first; the search goes from there.
-        most: not tried above this.
-        fits: asked for one number at a time.
+    The search goes from `guess`; `fits` is asked for one number at a time.
     """
     low, high, tried = 0, most + 1, []
     number = min(max(1, guess), most)
@@ -269,37 +248,37 @@ async def largest_that_fits(
 
 
 async def measure_capacity(
-    live: LiveEngine, context_tokens: int, fraction: float, vocabulary: int
+    watched: WatchedEngine, context_tokens: int, fraction: float, vocabulary: int
 ) -> dict[str, Any]:
     """Search for the largest batch that runs with nobody waiting and nobody preempted, on an idle engine.
 
     Args:
-        live: the engine.
+        watched: the engine.
         context_tokens: of each request at its end, prompt and answer together.
         fraction: of the blocks that the engine may drop; where the search begins follows from it.
         vocabulary: prompts are random ids below this.
 
     Returns:
-        `context_tokens`, `batch`, `tried`, and `fit_without_pruning` by arithmetic: blocks of the pool over blocks
-        of a request.
+        `fit_without_pruning` is by arithmetic: blocks of the pool over blocks of a request.
     """
-    config = live.engine.client.vllm_config
-    plain = (config.cache_config.num_gpu_blocks - 1) // math.ceil(context_tokens / config.cache_config.block_size)
+    client = watched.engine.client
+    cache = client.vllm_config.cache_config
+    plain = (cache.num_gpu_blocks - 1) // math.ceil(context_tokens / cache.block_size)
     rng = np.random.default_rng(context_tokens)
 
     async def fits(batch: int) -> bool:
         prompts = rng.integers(0, vocabulary, (batch, context_tokens - _CAPACITY_OUTPUT_TOKENS)).tolist()
-        live.stats.clear()
-        load = Load(EnginePort(live.engine))
+        watched.stats.clear()
+        load = Load(EnginePort(watched.engine))
         for number, prompt in enumerate(prompts):
             load.send(Request(f"capacity-{batch}-{number}", prompt, max_tokens=_CAPACITY_OUTPUT_TOKENS))
         await load.drain(_CAPACITY_LIMIT_S)
         if errors := [record.error for record in load.records if record.error]:
             raise MaceError(f"a batch of {batch} failed: {errors[0]}")
-        counts = live.stats.read()
+        counts = watched.stats.read()
         return counts.preemptions == 0 and counts.max_running == batch
 
-    most = min(config.scheduler_config.max_num_seqs, 4 * plain)
+    most = min(client.vllm_config.scheduler_config.max_num_seqs, 4 * plain)
     batch, tried = await largest_that_fits(int(plain / (1 - fraction)), most, fits)
-    await live.engine.client.reset_prefix_cache()
+    await client.reset_prefix_cache()
     return {"context_tokens": context_tokens, "batch": batch, "fit_without_pruning": plain, "tried": tried}

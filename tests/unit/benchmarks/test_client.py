@@ -121,7 +121,7 @@ def test_steps_of_the_warm_up_are_not_counted():
     engine = FakeEngine(step_s=0.03)
     run = measure(engine, [], feeder=feeder_of(engine), warm_up=requests_at(0.0, 0.6))
     assert len(run.tasks) < len(engine.samples) / 2  # the warm-up took twice as long as the window
-    assert len(run.iterations.samples) < len(engine.samples) / 2
+    assert len(run.samples) < len(engine.samples) / 2
 
 
 def test_the_warm_up_goes_on_until_a_policy_that_trains_seldom_has_trained():
@@ -165,9 +165,8 @@ def test_forgotten_iterations_are_counted():
     engine = FakeEngine(step_s=0.005)
     engine.kept = 2
     run = measure(engine, [], feeder=feeder_of(engine))
-    log = run.iterations
-    assert log.num_lost > 0
-    assert log.covered_s >= 0.3
+    assert run.num_lost > 0
+    assert run.covered_s >= 0.3
 
 
 def test_pairs_of_the_pool_are_distinct_and_of_the_asked_lengths():

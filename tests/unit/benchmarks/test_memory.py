@@ -16,7 +16,6 @@ from benchmarks.studies.memory.windows import (
     WatchedEngine,
     largest_that_fits,
     status_between,
-    system_prompts,
 )
 from core.errors import ConfigError
 from tests.support.memory_windows import grow, window
@@ -60,13 +59,12 @@ def test_totals_of_the_status_become_growth_and_levels_stay():
 
 def test_requests_share_a_system_prompt_and_keep_their_length():
     async def send():
-        live = SimpleNamespace(engine=FakeEngine(first_s=0, gap_s=0), stats=StatLog())
-        prompts = system_prompts(6, 1000, seed=0)
-        watched = WatchedEngine(live, prompts)
+        watched = WatchedEngine(FakeEngine(first_s=0, gap_s=0), StatLog())
+        watched.share_prompts(6, 1000, seed=0)
         for number in range(40):
             _ = [ids async for ids in watched.decode(range(2000, 2010), f"r{number}", 1)]
         _ = [ids async for ids in watched.decode([2000], "short", 1)]
-        return prompts, [ids for _, _, ids, _ in live.engine.seen]
+        return watched.prompts, [ids for _, _, ids, _ in watched.engine.seen]
 
     prompts, sent = asyncio.run(send())
     *full, short = sent
@@ -77,13 +75,12 @@ def test_requests_share_a_system_prompt_and_keep_their_length():
 
 def test_counters_begin_when_the_window_opens_and_not_at_later_polls():
     async def poll():
-        live = SimpleNamespace(engine=FakeEngine(), stats=StatLog())
-        watched = WatchedEngine(live, [])
-        live.stats.record(*stats(queries=100, hits=20))
+        watched = WatchedEngine(FakeEngine(), StatLog())
+        watched.stats.record(*stats(queries=100, hits=20))
         await watched.iterations(0)
-        live.stats.record(*stats(queries=7))
+        watched.stats.record(*stats(queries=7))
         await watched.iterations(3)
-        return live.stats.read()
+        return watched.stats.read()
 
     assert asyncio.run(poll()).prefix_queries == 7
 

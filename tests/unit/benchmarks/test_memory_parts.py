@@ -12,7 +12,7 @@ from benchmarks.studies.memory import parts, soak
 from benchmarks.studies.memory.parts import MemoryOptions, ablation_part, load_trace, prefix_part, pruning_part
 from benchmarks.studies.memory.report import draw, tables
 from benchmarks.studies.memory.soak import SoakRecord, summarize_soak
-from benchmarks.studies.memory.windows import Counts, LiveEngine, StatLog
+from benchmarks.studies.memory.windows import Counts, StatLog, WatchedEngine
 from simulator.trace import Trace
 from tests.support.memory_windows import TIMES, grow, window
 from tests.support.timed_engine import FakeEngine
@@ -124,8 +124,7 @@ def test_a_soak_keeps_more_requests_under_way_than_the_cache_holds(monkeypatch):
         engine.kv_cache_tokens = 9000
         engine.memory_status = memory_status
         trace = Trace.load(TRACES / "memory-soak.yaml")
-        job = parts.job_of(trace, trace.args, MODEL)
-        return engine, *await soak.load_engine(LiveEngine(engine, StatLog()), job, 1000, 0.3)
+        return engine, *await soak.load_engine(WatchedEngine(engine, StatLog()), trace, 1000, 0.3)
 
     async def memory_status():
         return {"pruned_blocks": 1, "ledger_error": None}

@@ -4,7 +4,7 @@ from benchmarks.harness.client import RequestRecord
 from benchmarks.harness.feeder import TaskRecord
 from benchmarks.harness.results import meets_slo, summarize, summary_row
 from benchmarks.harness.statistics import percentile
-from benchmarks.harness.window import IterationLog, WindowRecord
+from benchmarks.harness.window import WindowRecord
 from core.batch import ForwardShape, IterationSample, Plan
 from core.config import SloConfig
 from core.types import SliceKind, SliceReport, SliceTiming
@@ -87,8 +87,8 @@ def test_an_empty_run_has_no_latencies_and_no_attainment():
 def test_pairs_in_the_window_are_counted_by_slice_time_so_that_no_step_is_cut_off():
     # 6 s of slices in a window of 10 s; steps of 4 pairs take 4 s: one ended inside, one after it.
     tasks = [TaskRecord("a", 4, 3.0, busy_s=4.0), TaskRecord("b", 4, 11.0, busy_s=4.0)]
-    log = IterationLog([iteration(slices_s=(1.0, 2.0)), iteration(slices_s=(3.0,))], covered_s=10.0)
-    metrics = summarize(WindowRecord(10.0, [], tasks, log), SLO)
+    samples = [iteration(slices_s=(1.0, 2.0)), iteration(slices_s=(3.0,))]
+    metrics = summarize(WindowRecord(10.0, [], tasks, samples, covered_s=10.0), SLO)
     assert metrics.pairs_per_s == pytest.approx(0.6)
     assert metrics.finished_pairs_per_s == pytest.approx(0.4)
     assert metrics.slices_share == pytest.approx(0.6)
@@ -97,8 +97,7 @@ def test_pairs_in_the_window_are_counted_by_slice_time_so_that_no_step_is_cut_of
 
 def test_failed_steps_train_nothing():
     tasks = [TaskRecord("a", 4, 3.0, busy_s=4.0), TaskRecord("b", 4, 7.0, error="DivergedError: nan")]
-    log = IterationLog([iteration(slices_s=(8.0,))], covered_s=10.0)
-    metrics = summarize(WindowRecord(10.0, [], tasks, log), SLO)
+    metrics = summarize(WindowRecord(10.0, [], tasks, [iteration(slices_s=(8.0,))], covered_s=10.0), SLO)
     assert metrics.num_failed_steps == 1
     assert metrics.pairs_per_s == pytest.approx(0.4)
     assert metrics.finished_pairs_per_s == pytest.approx(0.4)
@@ -111,7 +110,7 @@ def test_a_step_that_ended_before_the_window_is_not_of_it():
 
 def test_device_shares_are_of_the_time_that_the_samples_cover():
     samples = [iteration(forward_s=2.0, tokens=3, overhead_s=0.5), iteration(forward_s=0.25, slices_s=(4.0,))]
-    metrics = summarize(WindowRecord(10.0, iterations=IterationLog(samples, 20.0, num_lost=7)), SLO)
+    metrics = summarize(WindowRecord(10.0, samples=samples, covered_s=20.0, num_lost=7), SLO)
     assert metrics.forward_share == pytest.approx(0.1)  # an empty forward pass is not inference
     assert metrics.slices_share == pytest.approx(0.2)
     assert metrics.overhead_share == pytest.approx(0.025)
@@ -126,7 +125,7 @@ def test_prediction_error_is_the_median_over_predicted_passes():
         iteration(forward_s=1.0, tokens=1, predicted_s=1.0),
         iteration(forward_s=1.0, tokens=1),
     ]
-    metrics = summarize(WindowRecord(10.0, iterations=IterationLog(samples, 10.0)), SLO)
+    metrics = summarize(WindowRecord(10.0, samples=samples, covered_s=10.0), SLO)
     assert metrics.forward_error_p50 == pytest.approx(0.1)
 
 
