@@ -40,7 +40,6 @@ _HEADER_PATHS = frozenset({"/v1/messages"})
 async def guard(request: ClientRequest, go_on: GoOn) -> None:
     """Refuse a request that must not reach vLLM."""
     check_internal_keys(request.json)
-    check_prompt_logprobs(request.json)
     await go_on()
 
 
@@ -88,25 +87,6 @@ def _check_argument(name: str, key: str, value: Any) -> None:
     else:
         return
     raise BadRequestError(message, name, reason="internal_key")
-
-
-def check_prompt_logprobs(value: Any) -> None:
-    """Refuse log-probabilities of the prompt: with LoRA they end vLLM's engine, and so every request on it.
-
-    vLLM computes them with the adapter mapping of the sampled tokens (vllm #16668).
-
-    Raises:
-        BadRequestError: `prompt_logprobs`, or `echo` together with `logprobs`.
-    """
-    for part in [value, *(value.get("requests") or ())] if isinstance(value, dict) else ():
-        if not isinstance(part, dict):
-            continue
-        if part.get("prompt_logprobs") is not None:
-            message = "prompt_logprobs cannot be computed while adapters are served"
-            raise BadRequestError(message, "prompt_logprobs", reason="prompt_logprobs")
-        if part.get("echo") and part.get("logprobs") is not None:
-            message = "echo with logprobs asks for those of the prompt, which no server of adapters can compute"
-            raise BadRequestError(message, "echo", reason="prompt_logprobs")
 
 
 def _check_tier(tier: Any, known: frozenset[str]) -> None:

@@ -5,6 +5,7 @@
 `go_on()` to pass it on, and then finds in `request.answer` what the client got. Nothing delays an answer on its way.
 """
 
+import asyncio
 import json
 import time
 from collections.abc import Awaitable, Callable, Sequence
@@ -19,6 +20,9 @@ from app.http.errors import BadRequestError, error_response
 
 REQUEST_KEY = "mace.request"
 """Key of the `ClientRequest` in the ASGI scope, for routes of ours."""
+
+_LEAVE_S = 1.0
+"""A request whose client has left ends by itself within this time, or it is cancelled."""
 
 _METHODS_WITH_BODY = frozenset({"POST", "PUT", "PATCH"})
 
@@ -76,6 +80,7 @@ class ClientRequest:
         self._receive = receive
         self._unread: Message | None = None
         """The message that the application receives first; None once it has."""
+        self._left = asyncio.Event()
         self._changes: dict[str, Any] = {}
         self._json_error = "the request body is empty; JSON is expected"
 
@@ -113,7 +118,24 @@ class ClientRequest:
     async def receive(self) -> Message:
         """ASGI's receive for the application: the body once, and then the real one, for the disconnect."""
         message, self._unread = self._unread, None
-        return await self._receive() if message is None else message
+        if message is not None:
+            return message
+        incoming, left = asyncio.ensure_future(self._receive()), asyncio.ensure_future(self._left.wait())
+        try:
+            done, _ = await asyncio.wait((incoming, left), return_when=asyncio.FIRST_COMPLETED)
+            return incoming.result() if incoming in done else {"type": "http.disconnect"}
+        finally:
+            incoming.cancel()
+            left.cancel()
+
+    @property
+    def has_left(self) -> bool:
+        """The client went away before its answer was complete."""
+        return self._left.is_set()
+
+    def leave(self) -> None:
+        """Note that the client has gone away; the application receives a disconnect."""
+        self._left.set()
 
     def required_json(self) -> Any:
         """The JSON that the client sent; a BadRequestError with the position if the body is empty or malformed."""
@@ -170,12 +192,27 @@ class RequestChain:
         request = scope[REQUEST_KEY] = ClientRequest(scope, receive, send)
         try:
             await request.read(self.max_body_bytes)
-            await self._take(0, request)
+            await self._run(request)
         except BadRequestError as error:
             self.on_refused(error.reason)
             await error_response(error)(scope, receive, send)
         except ClientDisconnect:
             return  # nobody is there to be answered
+
+    async def _run(self, request: ClientRequest) -> None:
+        """Take the steps; where Serve cancels the call, because the client has left, end what they have begun.
+
+        vLLM's routes wait for a disconnect beside a task of their own, which outlives a cancelled wait: the request
+        would run to its end for nobody. So they are told of the disconnect, as they are without Serve.
+        """
+        work = asyncio.ensure_future(self._take(0, request))
+        try:
+            await asyncio.shield(work)
+        except asyncio.CancelledError:
+            request.leave()
+            await asyncio.wait((work,), timeout=_LEAVE_S)
+            work.cancel()
+            raise
 
     async def _take(self, number: int, request: ClientRequest) -> None:
         if number == len(self.steps):

@@ -94,6 +94,8 @@ def make_engine_args(args: AppArgs, model_dir: str) -> Any:
     from vllm.engine.arg_utils import AsyncEngineArgs
     from vllm.platforms import current_platform
 
+    from engine.training.trainable import TARGET_MODULES
+
     on_cpu = current_platform.is_cpu()
     kwargs: dict[str, Any] = {
         "model": model_dir,
@@ -109,6 +111,9 @@ def make_engine_args(args: AppArgs, model_dir: str) -> Any:
         "scheduling_policy": "priority",  # lets requests carry one; the order is ours (engine.vllm.waiting_queue)
         "enable_lora": True,
         "max_lora_rank": _lora_rank_of_vllm(args.lora.rank),
+        # What our adapters change, and no more: a LoRA head would cost each token a product with the vocabulary, and
+        # it fails on log-probabilities of the prompt (vllm #16668), which have no row in its mapping.
+        "lora_target_modules": list(TARGET_MODULES),
         "max_loras": args.lora.max_loaded,
         "max_cpu_loras": 2 * args.lora.max_loaded,
         "enforce_eager": on_cpu,
