@@ -19,6 +19,7 @@ from core.errors import MaceError, TrainingError
 from core.types import FineTuneTask, TaskResult
 from engine.vllm import compat as vllm_compat
 from engine.vllm.directive import TASK_KEY
+from engine.vllm.grammars import check_constraints
 from scheduler.priority import BACKGROUND_PRIORITY
 
 logger = logging.getLogger(__name__)
@@ -49,6 +50,7 @@ class HybridEngine:
     def __init__(self, client: Any, args: AppArgs) -> None:
         self.client = client
         """vLLM's `AsyncLLM`."""
+        self._grammars = check_constraints(client)
         self._args = args
         self.free_memory_bytes = float("inf")
         """Free device memory as the worker saw it last; infinite before the first report."""
@@ -294,6 +296,7 @@ class HybridEngine:
 
     def shutdown(self) -> None:
         """Stop the engine processes."""
+        self._grammars.close()
         self.client.shutdown()
 
     async def _call_worker(self, method: str, *args: Any) -> Any:

@@ -35,6 +35,7 @@ from engine.vllm.directive import (
     IterationReport,
     MemoryCounters,
 )
+from engine.vllm.grammars import serve_each_backend
 from engine.vllm.planning import KvPool, PrefixLookup, build_planner, is_decoding, shape_of, view_of
 from engine.vllm.task_table import TaskTable
 from engine.vllm.waiting_queue import AgeingRequestQueue
@@ -50,6 +51,7 @@ class HybridSchedulerMixin:
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         exit_with_parent()
+        serve_each_backend(self.structured_output_manager)  # type: ignore[attr-defined]
         config: AppArgs = app_args_of(self.vllm_config)  # type: ignore[attr-defined]
         self._args = config
         self._max_tokens: int = self.max_num_scheduled_tokens
