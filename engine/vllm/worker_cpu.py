@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import numpy as np
 from vllm.v1.worker.cpu_worker import CPUWorker
 
 from engine.vllm.heap_trim import HeapTrimmer, heap_use
@@ -19,6 +20,21 @@ class HybridCpuWorker(HybridWorkerMixin, CPUWorker):
             self._trimmer = HeapTrimmer()
         self._trimmer.tick()
         return super().execute_model(scheduler_output)
+
+    def sample_tokens(self, grammar_output: Any) -> Any:
+        """Sample; the seed of a request whose prompt is not complete yet stays where it is.
+
+        vLLM takes such a row's random number back with an offset, which generators on CPU do not have: the engine would
+        end with any seeded request whose prompt is computed in parts. The row, whose token is dropped, does without.
+        """
+        runner = self.model_runner
+        rows = np.nonzero(runner.discard_request_mask.np[: runner.input_batch.num_reqs])[0]
+        generators = runner.input_batch.generators
+        held = {row: generators.pop(row) for row in map(int, rows) if row in generators}
+        try:
+            return super().sample_tokens(grammar_output)
+        finally:
+            generators.update(held)
 
     def memory_status(self) -> dict[str, Any]:
         """`MemoryCounters` and the C library's heap: what grows there is a leak, or holes."""
