@@ -1,9 +1,11 @@
 """Our errors as OpenAI-shaped JSON: `{"error": {"message", "type", "param", "code"}}`."""
 
+from http import HTTPStatus
 from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse
+from starlette.exceptions import HTTPException
 
 from core.errors import (
     AdapterError,
@@ -63,11 +65,19 @@ def error_response(error: MaceError) -> JSONResponse:
 
 
 def install_error_handlers(app: FastAPI) -> None:
-    """Answer every `MaceError` that a route raises."""
+    """Answer every `MaceError` that a route raises, and what the framework refuses (404, 405, unreadable JSON)."""
 
     async def answer(_: Request, error: Exception) -> JSONResponse:
         assert isinstance(error, MaceError)
         return error_response(error)
 
+    async def answer_framework(_: Request, error: Exception) -> JSONResponse:
+        assert isinstance(error, HTTPException)
+        phrase = HTTPStatus(error.status_code).phrase
+        return JSONResponse(
+            error_body(str(error.detail), phrase, error.status_code), error.status_code, error.headers
+        )
+
     app.add_exception_handler(MaceError, answer)
+    app.add_exception_handler(HTTPException, answer_framework)
     app.middleware_stack = app.build_middleware_stack()  # vLLM has built it already, without our handler

@@ -7,6 +7,8 @@
 
 import asyncio
 import json
+import logging
+import re
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
@@ -17,13 +19,20 @@ from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from app.http.errors import BadRequestError, error_response
+from core.errors import MaceError
+
+logger = logging.getLogger(__name__)
 
 REQUEST_KEY = "mace.request"
 """Key of the `ClientRequest` in the ASGI scope, for routes of ours."""
 
+_MAX_ID_CHARS = 256
+"""Of an `X-Request-Id`, as of every other name that a client gives (`alignment.records.chat.MAX_NAME_CHARS`)."""
+
 _LEAVE_S = 1.0
 """A request whose client has left ends by itself within this time, or it is cancelled."""
 
+_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 _METHODS_WITH_BODY = frozenset({"POST", "PUT", "PATCH"})
 
 
@@ -94,8 +103,10 @@ class ClientRequest:
         """Take in the whole body, and parse it if it is JSON. A client that goes away meanwhile has sent nothing.
 
         Raises:
-            BadRequestError: the body is larger than `max_bytes`.
+            BadRequestError: the body is larger than `max_bytes`, compressed, or holds text that is no Unicode; or the
+                client's id is none.
         """
+        self._check_headers()
         if self.scope["method"] not in _METHODS_WITH_BODY:
             return
         declared = dict(self.headers).get(b"content-length", b"0")
@@ -159,10 +170,26 @@ class ClientRequest:
         others = [(key, old) for key, old in self.headers if key.lower() != name]
         self.scope["headers"] = [*others, (name, value)]
 
+    def _check_headers(self) -> None:
+        headers = dict(self.headers)
+        encoding = headers.get(b"content-encoding", b"identity").strip().lower()
+        if encoding not in (b"identity", b""):
+            text = f"Content-Encoding {encoding.decode('latin-1')!r} is not supported: send the body as it is"
+            raise BadRequestError(text, status=415, reason="content_encoding")
+        client_id = headers.get(b"x-request-id", b"").decode("latin-1")
+        if len(client_id) > _MAX_ID_CHARS or not (client_id.isascii() and client_id.isprintable()):
+            text = f"X-Request-Id is at most {_MAX_ID_CHARS} printable ASCII characters"
+            raise BadRequestError(text, "X-Request-Id", reason="request_id")
+
     def _parse(self, body: bytes) -> None:
         try:
             self.json = json.loads(body)
             self._json_error = ""
+            if _SURROGATE.search(body):
+                json.dumps(self.json, ensure_ascii=False).encode()
+        except UnicodeEncodeError as error:
+            text = f"the request body holds \\u{ord(error.object[error.start]):04x}, which is half of a character"
+            raise BadRequestError(text, reason="surrogate") from error
         except RecursionError:
             self._json_error = "the request body is nested too deeply"
         except ValueError as error:
@@ -198,6 +225,13 @@ class RequestChain:
             await error_response(error)(scope, receive, send)
         except ClientDisconnect:
             return  # nobody is there to be answered
+        except Exception:  # the fault is ours, and the client is told so in the form of all errors
+            logger.exception("%s %s failed", scope["method"], request.path)
+            if request.answer.status:
+                raise  # in the middle of an answer there is nothing to say but that it breaks off
+            await error_response(MaceError("the server failed on this request; its log says why"))(
+                scope, receive, send
+            )
 
     async def _run(self, request: ClientRequest) -> None:
         """Take the steps; where Serve cancels the call, because the client has left, end what they have begun.

@@ -20,6 +20,8 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
+import msgspec
+
 logger = logging.getLogger(__name__)
 
 TIME_LIMIT_S = 5.0
@@ -47,6 +49,7 @@ def check_constraints(client: Any) -> "GrammarCheck":
     grammars, add_request = GrammarCheck(client.vllm_config), client.add_request
 
     async def checked(request_id: str, prompt: Any, params: Any, *args: Any, **kwargs: Any) -> Any:
+        check_sendable((request_id, params, kwargs.get("priority")))
         constraint = getattr(params, "structured_outputs", None)
         if constraint is not None and not constraint.all_constraints_none():
             params.structured_outputs = copy.copy(await grammars.check(constraint))  # vLLM writes into it
@@ -56,6 +59,22 @@ def check_constraints(client: Any) -> "GrammarCheck":
     SamplingParams._validate_structured_outputs = _leave_to_check  # noqa: SLF001
     backend_xgrammar.validate_xgrammar_grammar = _leave_to_check
     return grammars
+
+
+def check_sendable(value: Any) -> None:
+    """Refuse what cannot be sent to the engine: a number of more than 64 bits, or half of a character.
+
+    vLLM finds out after it has registered the request, which would then stay for ever.
+
+    Raises:
+        VLLMValidationError: saying so.
+    """
+    from vllm.exceptions import VLLMValidationError
+
+    try:
+        msgspec.msgpack.encode(value)
+    except (OverflowError, UnicodeEncodeError, TypeError, RecursionError) as error:
+        raise VLLMValidationError(f"a parameter cannot be sent to the engine: {error}") from error
 
 
 def _leave_to_check(*_: Any) -> None:

@@ -96,16 +96,32 @@ def test_the_error_names_the_argument():
 
 @pytest.mark.parametrize(
     "body",
+    [{"requests": 5}, {"requests": [5]}, {"vllm_xargs": 5}, {"extra_args": [1]}, [], 5, "x", None, {"model": {}}],
+)
+def test_any_json_value_may_stand_anywhere(client, body):
+    assert client.post("/echo", json=body).status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("headers", "status"),
     [
-        {"prompt": "x", "prompt_logprobs": 0},
-        {"prompt": "x", "echo": True, "logprobs": 1},
-        {"requests": [{"prompt_logprobs": 5}]},
+        ({"X-Request-Id": "a" * 257}, 400),
+        ({"X-Request-Id": "a\tb"}, 400),
+        ({"X-Request-Id": b"\xc3\xa4"}, 400),
+        ({"X-Request-Id": "a-1"}, 200),
+        ({"Content-Encoding": "gzip"}, 415),
+        ({"Content-Encoding": "identity"}, 200),
     ],
 )
-def test_log_probabilities_of_the_prompt_are_refused(client, refused, body):
-    """They would end vLLM's engine, see `app.http.guard.check_prompt_logprobs`."""
-    assert client.post("/echo", json=body).status_code == 400
-    assert refused == ["prompt_logprobs"]
+def test_headers_that_cannot_be_taken_are_refused(client, headers, status):
+    assert client.post("/echo", json={}, headers=headers).status_code == status
+
+
+@pytest.mark.parametrize(
+    ("text", "status"), [(r'{"a": "\ud800"}', 400), (r'{"\uDFff": 1}', 400), (r'{"a": "\ud83d\ude00"}', 200)]
+)
+def test_half_a_character_is_refused(client, text, status):
+    assert client.post("/echo", content=text).status_code == status
 
 
 @pytest.mark.parametrize(
