@@ -6,7 +6,7 @@ from starlette.types import ASGIApp
 from app.http.canary import CanaryRouter
 from app.http.capture import ResponseCapture
 from app.http.errors import install_error_handlers
-from app.http.guard import guard, set_request_class
+from app.http.guard import give_own_id, guard, set_request_class
 from app.http.request import ClientRequest, GoOn, RequestChain, Step
 from app.http.routes import feedback, training, versions
 from deployments.executor import Executor
@@ -20,7 +20,6 @@ _REMOVED_PATHS = frozenset(
         "/is_scaling_elastic_ep",
         "/inference/v1/generate",  # takes raw sampling parameters
         "/inference/v1/abort_requests",
-        "/invocations",  # an alias that the response store would not see
         "/v1/models",  # ours knows about the live version
     }
 )
@@ -38,6 +37,7 @@ def attach_routes(app: FastAPI, executor: Executor) -> ASGIApp:
     model_id, meter = executor.args.model.model_id, Meter("http")
     steps: list[Step] = [
         guard,  # first: nothing else looks at a request that must not come in
+        give_own_id,
         set_request_class,  # refuses too, so it stands before whatever counts or draws a request
         prefix_names(model_id),  # before the canary's draw: it notes what the client asks for
         CanaryRouter(executor.trial, model_id),  # draws after what the client asked for is noted

@@ -14,6 +14,7 @@ A `priority` field (lower is sooner, above 0 is class background) or a header `X
 given: the tier is checked, and then has no say. The body is written anew only if something in it has to change.
 """
 
+import uuid
 from typing import Any
 
 from app.http.errors import BadRequestError
@@ -30,7 +31,7 @@ _VLLM_TIERS = {"batch": "flex", "fast": "priority"}
 
 _PRIORITY_HEADER = b"x-vllm-priority"
 _FIELD_PATHS = frozenset(
-    {"/v1/completions", "/v1/chat/completions", "/v1/chat/completions/batch", "/v1/responses"}
+    {"/v1/completions", "/v1/chat/completions", "/v1/chat/completions/batch", "/v1/responses", "/invocations"}
 )
 """Routes whose requests have a `priority` field."""
 _HEADER_PATHS = frozenset({"/v1/messages"})
@@ -40,6 +41,18 @@ _HEADER_PATHS = frozenset({"/v1/messages"})
 async def guard(request: ClientRequest, go_on: GoOn) -> None:
     """Refuse a request that must not reach vLLM."""
     check_internal_keys(request.json)
+    await go_on()
+
+
+async def give_own_id(request: ClientRequest, go_on: GoOn) -> None:
+    """Give the request an id of ours, from which vLLM makes the answer's, in place of what the client sent.
+
+    Feedback names answers by their ids, so no two may be equal, however often a client sends the same one.
+    """
+    own_id = uuid.uuid4().hex
+    request.set_header(b"x-request-id", own_id.encode())
+    if isinstance(request.json, dict) and "request_id" in request.json:
+        request.set_fields(request_id=own_id)
     await go_on()
 
 
