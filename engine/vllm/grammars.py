@@ -206,7 +206,7 @@ def _serve(pipe: Connection, vllm_config: Any) -> None:
 
     exit_with_parent()
     compiler = Compiler(vllm_config)
-    children: dict[Connection, tuple[int, Any, float]] = {}
+    children: dict[Any, tuple[int, Any, float]] = {}
     fork = multiprocessing.get_context("fork")
     is_open = True
     while is_open or children:
@@ -234,7 +234,7 @@ def _serve(pipe: Connection, vllm_config: Any) -> None:
             pipe.send((number, (None, f"compiling it takes more than {TIME_LIMIT_S:g} s")))
 
 
-def _verdict_of(source: Connection, child: Any) -> Verdict:
+def _verdict_of(source: Any, child: Any) -> Verdict:
     try:
         verdict: Verdict = source.recv()
     except EOFError:  # killed by a signal: out of memory, or a fault of the compiler
