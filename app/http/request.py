@@ -86,6 +86,8 @@ class ClientRequest:
         self.answer = Answer(send)
         self.json: Any = None
         """The JSON that the client sent, whatever was rewritten since; None if there is none."""
+        self.client_id: str | None = None
+        """The id that the client gave the request."""
         self._receive = receive
         self._unread: Message | None = None
         """The message that the application receives first; None once it has."""
@@ -153,6 +155,11 @@ class ClientRequest:
         if self._json_error:
             raise BadRequestError(self._json_error)
         return self.json
+
+    @property
+    def model(self) -> Any:
+        """The `model` that the application gets, whatever the client wrote there; None if there is none."""
+        return {**self.json, **self._changes}.get("model") if isinstance(self.json, dict) else None
 
     def asks_for(self, model_id: str) -> bool:
         """Does it ask for the live model, whose name is `model_id`? A request that names no model does."""

@@ -234,7 +234,7 @@ def test_the_choice_index_may_be_a_key_an_alias_or_a_suffix():
 @pytest.mark.parametrize(
     ("raw", "kind", "words"),
     [
-        ({"chosen_id": "a", "rejected_id": "zz"}, UnknownResponseError, "no stored response 'zz'"),
+        ({"chosen_id": "a", "rejected_id": "zz"}, UnknownResponseError, "has the id 'zz'"),
         ({"chosen_id": "a#7", "rejected_id": "b"}, UnknownResponseError, "'a#7'"),
         ({"chosen_id": "a", "rejected_id": "a"}, InvalidFeedbackError, "choice indices"),
         ({"chosen_id": "a", "rejected_id": "c"}, InvalidFeedbackError, "different prompts"),
