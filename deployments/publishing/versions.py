@@ -66,6 +66,8 @@ class AdapterVersions:
         """Requests under way, by the model name that each asked for."""
         self._leaving: set[str] = set()
         """Names that go when the last request that asked for them has ended."""
+        self._deleted: set[str] = set()
+        """Versions that are gone from disk and still loaded."""
         self._changing = asyncio.Lock()
         self._meter = Meter("executor")
         self.last_publish = PublishTiming()
@@ -306,14 +308,17 @@ class AdapterVersions:
         self._serving = replace(on_disk, live=self._serving.live)
 
     async def _forget(self, retired: Collection[str], deleted: Collection[str]) -> None:
-        """Answer 404 for these names from now on (requests that run on them go on); unload the deleted ones."""
+        """Answer 404 for these names from now on; unload the deleted ones, when no request runs on them any more."""
         for model in map(self.name_of, {*retired, *deleted}):
             if model in self._num_kept:
                 self._leaving.add(model)
             else:
                 self._names.pop(model, None)
-        for name in deleted:
-            self._known.discard(name)
+        self._known -= set(deleted)
+        self._deleted |= set(deleted)
+        in_use = self._engine.versions_in_use() | self._num_kept.keys()
+        for name in [name for name in sorted(self._deleted) if self.name_of(name) not in in_use]:
+            self._deleted.discard(name)
             await self._engine.unload_version(self._handle(name))
 
     def _handle(self, name: str) -> Any:
