@@ -7,32 +7,22 @@ same run and the same event log, byte for byte.
 import heapq
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
 from enum import IntEnum
-from typing import Literal
 
 import numpy as np
 
-from core.batch import ForwardShape, IterationSample
 from core.errors import ConfigError
-from core.types import SliceReport
-from scheduler.iteration.planner import IterationPlanner
-from simulator.device import Device
-from simulator.executor import SimulatedExecutor
-from simulator.hardware import FrozenPredictor, Hardware
-from simulator.requests import RequestPool
+from simulator.executor import Options, SimulatedExecutor
+from simulator.hardware import Hardware
 from simulator.routing import LeastLoadedRouter, PlacementRouter
 from simulator.running import SimRequest
-from simulator.statistics import Result, Statistics, TokenMeter
+from simulator.statistics import Result, Statistics
 from simulator.trace import Trace
-from simulator.trainer import Trainer
 
 _NOISE_STREAM = 1
 """Keeps the devices' seeds apart from the trace's."""
 _BUCKETS = 100
 """Points of the series over time."""
-_LARGE_REQUESTS = 200_000
-_LARGE_STEP = 8
 _MOST_RANKED = 8
 """Executors up to which `auto` ranks all of them for each request."""
 
@@ -52,22 +42,6 @@ class EventKind(IntEnum):
 Event = tuple[float, EventKind, int, int, int]
 """Time in seconds, kind, sequence number, executor, and the run of that executor which the event belongs to. Events are
 in a total order, as in simpy."""
-
-
-@dataclass(frozen=True, slots=True)
-class Options:
-    """Settings of the simulation itself, none of the deployment that is simulated."""
-
-    noise: bool = True
-    adapt: bool = True
-    """Planners learn from the simulated iterations, as in production."""
-    observe_every: int | None = None
-    """Feed every n-th iteration of an executor to its planner. None: each one, but every 8th from 200,000 requests
-    on: there learning would cost more than simulating."""
-    router: Literal["auto", "placement", "least_loaded"] = "auto"
-    """`auto`: `placement` for up to 8 executors."""
-    fast: bool = True
-    """Skip plans where they decide nothing. False is for the test that this changes nothing."""
 
 
 class Simulation:
@@ -128,10 +102,7 @@ class Simulation:
             else:
                 self._add_task()
         return Result(
-            name=self._trace.name,
-            policy=self._trace.args.scheduler.policy,
-            seed=self._trace.seed,
-            num_executors=len(self.executors),
+            trace=self._trace,
             num_requests=self._num_arrived,
             virtual_s=max(self._now_s, duration_s),
             statistics=self._statistics,
@@ -184,26 +155,15 @@ class Simulation:
             self._push(self._now_s + training.pairs_per_step / rate, EventKind.TASK)
 
     def _executor(self, index: int, seed: np.random.SeedSequence) -> SimulatedExecutor:
-        trace, hardware, options = self._trace, self._hardware, self._options
-        device = Device(hardware.profile, seed=seed, noise=options.noise, slow_down=trace.slow_down)
-        trainer = Trainer(trace, hardware, device)
-        predictor = hardware.new_predictor()
-        known = predictor if options.adapt else FrozenPredictor(predictor)
-        planner = IterationPlanner(trace.args, known, hardware.limits)
-        if trace.args.training.enabled and trace.finetune.pairs_per_s != 0:
-            planner.observe(IterationSample(ForwardShape(), 0.0, report=SliceReport(trainer.warm_up())))
-        is_large = trace.expected_s * trace.arrivals.rate_per_s >= _LARGE_REQUESTS
         return SimulatedExecutor(
             index,
-            planner=planner,
-            device=device,
-            trainer=trainer,
-            requests=RequestPool(trace.args, hardware),
-            meter=TokenMeter(index, self._statistics, None if self._write_log is None else self._log),
+            self._trace,
+            self._hardware,
+            self._options,
+            seed=seed,
             statistics=self._statistics,
+            log=None if self._write_log is None else self._log,
             schedule_end=lambda run, end_s: self._push(end_s, EventKind.ITERATION_END, index, run),
-            observe_every=options.observe_every or (_LARGE_STEP if is_large else 1),
-            is_fast=options.fast,
         )
 
     def _new_router(self) -> LeastLoadedRouter | PlacementRouter:

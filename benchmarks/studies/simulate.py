@@ -19,7 +19,8 @@ from core.config import Policy, SloConfig
 from core.errors import ConfigError, MaceError
 from core.model_dims import ModelDims
 from profiler.profile import Profile
-from simulator.cluster import Options, Simulation
+from simulator.cluster import Simulation
+from simulator.executor import Options
 from simulator.hardware import hardware_of
 from simulator.plot import write_plot
 from simulator.statistics import Result
@@ -67,7 +68,7 @@ def simulate(
         if plot is None and not as_json:
             plot = Path(f"{described.name}.png")
         if plot is not None:
-            write_plot(result, described.args.slo, plot)
+            write_plot(result, plot)
         report = {**result.to_json(), "wall_s": wall_s, "cpu_s": cpu_s}
         picture = [] if plot is None else [f"picture: {plot}"]
         show(report, [*_tables(report, described.args.slo), *picture], as_json, out)

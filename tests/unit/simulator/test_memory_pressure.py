@@ -7,7 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from simulator.cluster import Options, Simulation
+from simulator.cluster import Simulation
+from simulator.executor import Options
 from simulator.running import KvBlocks
 from tests.support.simulated_device import make_hardware, make_trace
 
