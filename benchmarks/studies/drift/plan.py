@@ -18,6 +18,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from benchmarks.harness.client import Request
 from core.alignment_config import DriftConfig
 from core.config import TINY_ASSISTANT
 from core.wire import TrainingPair
@@ -72,14 +73,6 @@ class DriftPlan(BaseModel):
 
 
 @dataclass(frozen=True, slots=True)
-class Post:
-    """A body of `POST /v1/feedback` and when it is due."""
-
-    at_s: float
-    body: dict[str, Any]
-
-
-@dataclass(frozen=True, slots=True)
 class Ask:
     """A chat request and when it is due."""
 
@@ -87,18 +80,13 @@ class Ask:
     question: Question
 
 
-@dataclass(frozen=True, slots=True)
-class HeldOutPair:
-    """A pair on a fact about which no preference is ever posted."""
+def posts(plan: DriftPlan, seed: int) -> list[Request]:
+    """The pairs of a run, as bodies of `POST /v1/feedback`.
 
-    fact: str
-    pair: TrainingPair
-
-
-def posts(plan: DriftPlan, seed: int) -> list[Post]:
-    """The pairs of a run. A phase asks each question once before any comes again; the rejected style is random."""
+    A phase asks each question once before any comes again; the rejected style is random.
+    """
     rng = random.Random(f"pairs {seed}")
-    made: list[Post] = []
+    made: list[Request] = []
     for phase, style in enumerate(plan.styles):
         asked: list[Question] = []
         for k in range(plan.pairs_per_phase):
@@ -107,7 +95,8 @@ def posts(plan: DriftPlan, seed: int) -> list[Post]:
                 rng.shuffle(asked)
             body = _preference(asked.pop(), style, rng)
             body["user"] = f"user-{k % plan.num_users}"
-            made.append(Post(phase * plan.phase_s + (k + 0.5) / plan.pairs_per_s, body))
+            at_s = phase * plan.phase_s + (k + 0.5) / plan.pairs_per_s
+            made.append(Request("post", body, at_s))
     return made
 
 
@@ -121,14 +110,18 @@ def asks(plan: DriftPlan, seed: int) -> list[Ask]:
     return made
 
 
-def held_out_pairs(plan: DriftPlan, style: Style) -> list[HeldOutPair]:
-    """The test set of a style: its reply against one in another style, on held-out questions."""
+def held_out_pairs(plan: DriftPlan, style: Style) -> list[tuple[str, TrainingPair]]:
+    """The test set of a style: its reply against one in another style, on facts about which nothing is posted.
+
+    Returns:
+        The fact and the pair, for each held-out question.
+    """
     rng = random.Random(f"{_HELD_OUT_SEED} {style.value}")
     made = []
     for number, question in enumerate(held_out_questions()[: plan.num_held_out]):
         body = _preference(question, style, rng)
         pair = TrainingPair(f"{style.value}-{number}", body["prompt"], body["chosen"], body["rejected"])
-        made.append(HeldOutPair(question.fact, pair))
+        made.append((question.fact, pair))
     return made
 
 
