@@ -77,15 +77,10 @@ class KvBlocks:
         """Blocks that `num_tokens` take."""
         return -(-num_tokens // self.block_tokens)
 
-    def join(self, num_tokens: int, passes: int) -> None:
-        """Add a request with `num_tokens` cached tokens, whose blocks are counted; it decodes from pass `passes` on."""
-        self._takers[(passes - num_tokens) % self.block_tokens] += 1
-        self._num_decode += 1
-
-    def leave(self, num_tokens: int, passes: int) -> None:
-        """Take a request out that decodes no more; arguments as in `join`."""
-        self._takers[(passes - num_tokens) % self.block_tokens] -= 1
-        self._num_decode -= 1
+    def count_decode(self, num_tokens: int, passes: int, by: int) -> None:
+        """Count a request in (`by` 1) that decodes from pass `passes` on with `num_tokens` cached, or out (-1)."""
+        self._takers[(passes - num_tokens) % self.block_tokens] += by
+        self._num_decode += by
 
     def taken_in(self, passes: int, count: int) -> int:
         """Blocks that the decoding requests take in the `count` passes from number `passes` on."""
@@ -183,7 +178,7 @@ class RunningSet:
             self.blocks.used -= self.blocks.holding(request.target)
             return False
         request.start_pass = self.passes
-        self.blocks.join(request.target, self.passes)
+        self.blocks.count_decode(request.target, self.passes, 1)
         request.end_pass = self.passes + request.num_output_tokens - request.generated
         self.num_decode += 1
         self.decode_context += request.target
@@ -260,7 +255,7 @@ class RunningSet:
         self.num_decode -= 1
         self.decode_context -= cached - request.num_dropped * self.blocks.block_tokens
         self.blocks.used -= self.blocks.holding(cached) - request.num_dropped
-        self.blocks.leave(request.target, request.start_pass)
+        self.blocks.count_decode(request.target, request.start_pass, -1)
         request.num_dropped = 0  # computed anew, it has all of them
         del self._decodes[request.request_id]
 

@@ -12,7 +12,7 @@ window, train what arrives meanwhile, and run into each other: it is `continuous
 """
 
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
 
@@ -147,33 +147,38 @@ class Policy(StrEnum):
     FROZEN = "frozen"
 
 
-TITLES = {
-    Policy.MACE: "mace",
-    Policy.NO_REWARD: "mace without γ·L_DPO",
-    Policy.PERIODIC: "periodic",
-    Policy.PERIODIC_FULL: "periodic, all slots",
-    Policy.CONTINUOUS: "continuous",
-    Policy.FROZEN: "frozen",
+@dataclass(frozen=True, slots=True)
+class PolicyEntry:
+    """The settings of a policy, and its look in tables and pictures."""
+
+    title: str
+    colour: str
+    """Okabe and Ito's: apart for the colour-blind too."""
+    name: str
+    """Value of `scheduler.policy`."""
+    experiments: dict[str, Any] = field(default_factory=dict)
+    dashes: str = "-"
+
+
+POLICIES = {
+    Policy.MACE: PolicyEntry("mace", "#D55E00", "mace"),
+    Policy.NO_REWARD: PolicyEntry("mace without γ·L_DPO", "#CC79A7", "mace", {"reward_term": False}, "--"),
+    Policy.PERIODIC: PolicyEntry("periodic", "#0072B2", "periodic", {"phase_gap_s": FIRST_CANDIDATE_GAP_S}),
+    Policy.PERIODIC_FULL: PolicyEntry("periodic, all slots", "#56B4E9", "periodic"),
+    Policy.CONTINUOUS: PolicyEntry("continuous", "#009E73", "continuous"),
+    Policy.FROZEN: PolicyEntry("frozen", "#555555", "inference_only", dashes=":"),
 }
 
 
 def sections(policy: Policy, plan: DriftPlan) -> dict[str, dict[str, Any]]:
     """Settings of a run beside those of serve_config.yaml; the same retrain rate for all, `mace` has no use for it."""
     slots_per_s = DriftConfig().alarm_rate * plan.pairs_per_s
-    own: dict[Policy, tuple[str, dict[str, Any]]] = {
-        Policy.MACE: ("mace", {}),
-        Policy.NO_REWARD: ("mace", {"reward_term": False}),
-        Policy.PERIODIC: ("periodic", {"phase_gap_s": FIRST_CANDIDATE_GAP_S}),
-        Policy.PERIODIC_FULL: ("periodic", {}),
-        Policy.CONTINUOUS: ("continuous", {}),
-        Policy.FROZEN: ("inference_only", {}),
-    }
-    name, experiments = own[policy]
+    entry = POLICIES[policy]
     return {
         "model": {"model_source": TINY_ASSISTANT, "model_id": MODEL_ID},
-        "scheduler": {"policy": name},
+        "scheduler": {"policy": entry.name},
         "experiments": {
-            **experiments,
+            **entry.experiments,
             "retrain_rate": HEADROOM * slots_per_s / plan.requests_per_s,
             "period_requests": max(1, round(plan.requests_per_s * plan.phase_s / WINDOWS_PER_PHASE)),
         },

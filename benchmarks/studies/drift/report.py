@@ -9,19 +9,10 @@ import numpy as np
 from rich.table import Table
 
 from benchmarks.harness.report import Column, checks_table, digits, ms, percent, table_of
-from benchmarks.studies.drift.plan import TITLES, DriftPlan, Policy
+from benchmarks.studies.drift.plan import POLICIES, DriftPlan, Policy
 from benchmarks.studies.drift.record import BASE, Run, write_csv
 from benchmarks.studies.drift.summary import summarize
 
-_COLOURS = {  # Okabe and Ito: apart for the colour-blind too
-    Policy.MACE: "#D55E00",
-    Policy.NO_REWARD: "#CC79A7",
-    Policy.PERIODIC: "#0072B2",
-    Policy.PERIODIC_FULL: "#56B4E9",
-    Policy.CONTINUOUS: "#009E73",
-    Policy.FROZEN: "#555555",
-}
-_DASHES: dict[Policy, Any] = {Policy.NO_REWARD: "--", Policy.FROZEN: ":"}
 _TARGET_STYLE: dict[str, Any] = {"color": "#222222", "linewidth": 1, "linestyle": (0, (1, 2))}
 _SHADES = ("#f3f3f3", "#e2e8ef")
 _SIZE_IN = (16, 11)
@@ -77,7 +68,7 @@ def write_report(runs: Sequence[Run], out: Path) -> dict[str, Any]:
 
 def tables(summary: dict[str, Any]) -> list[Table]:
     """Three tables: the phases, the whole runs, the comparisons."""
-    policies = {TITLES[Policy(policy)]: row for policy, row in summary["policies"].items()}
+    policies = {POLICIES[Policy(policy)].title: row for policy, row in summary["policies"].items()}
     phases = [
         {**row["phases"][phase], "policy": title}
         for phase in range(len(summary["plan"]["styles"]))
@@ -130,7 +121,7 @@ def draw(runs: Sequence[Run], targets: Sequence[float | None], path: Path) -> No
         axes.grid(visible=True, axis="y", alpha=0.35)
         axes.set_xlim(0, plan.duration_s)
     handles = [Line2D([], [], linewidth=2.2, **_line_style(policy)) for policy in policies]
-    names = [TITLES[policy] for policy in policies]
+    names = [POLICIES[policy].title for policy in policies]
     marked = [(phase * plan.phase_s, target) for phase, target in enumerate(targets) if target is not None]
     for began_s, target in marked:
         grid[0][0].hlines(target, began_s, began_s + plan.phase_s, **_TARGET_STYLE)
@@ -144,7 +135,7 @@ def draw(runs: Sequence[Run], targets: Sequence[float | None], path: Path) -> No
 
 
 def _line_style(policy: Policy) -> dict[str, Any]:
-    return {"color": _COLOURS[policy], "linestyle": _DASHES.get(policy, "-")}
+    return {"color": POLICIES[policy].colour, "linestyle": POLICIES[policy].dashes}
 
 
 def _shade(axes: Any, plan: DriftPlan) -> None:
