@@ -8,6 +8,7 @@ import heapq
 import json
 from collections.abc import Callable
 from enum import IntEnum
+from functools import partial
 
 import numpy as np
 
@@ -39,9 +40,8 @@ class EventKind(IntEnum):
     ARRIVAL = 2
 
 
-Event = tuple[float, EventKind, int, int, int]
-"""Time in seconds, kind, sequence number, executor, and the run of that executor which the event belongs to. Events are
-in a total order, as in simpy."""
+Event = tuple[float, EventKind, int, Callable[[], None]]
+"""Time in seconds, kind, sequence number, and what happens. Events are in a total order, as in simpy."""
 
 
 class Simulation:
@@ -79,7 +79,8 @@ class Simulation:
         self.executors = [self._executor(index, seed) for index, seed in enumerate(seeds)]
         self.router = self._new_router()
         self._requests = trace.requests()
-        self._next_request: SimRequest | None = None
+        self._has_more = True
+        """Requests are still to arrive."""
         self._num_arrived = 0
         self._num_ended = 0
 
@@ -91,16 +92,11 @@ class Simulation:
         self._plan_task()
         duration_s = self._trace.duration_s or 0.0
         while self._events:
-            has_served_all = self._next_request is None and self._num_ended == self._num_arrived
+            has_served_all = not self._has_more and self._num_ended == self._num_arrived
             if has_served_all and self._events[0][0] > duration_s:
                 break
-            self._now_s, kind, _, index, work = heapq.heappop(self._events)
-            if kind == EventKind.ITERATION_END:
-                self._end(self.executors[index], work)
-            elif kind == EventKind.ARRIVAL:
-                self._arrive()
-            else:
-                self._add_task()
+            self._now_s, _, _, happen = heapq.heappop(self._events)
+            happen()
         return Result(
             trace=self._trace,
             num_requests=self._num_arrived,
@@ -108,7 +104,7 @@ class Simulation:
             statistics=self._statistics,
         )
 
-    def _push(self, time_s: float, kind: EventKind, executor: int = 0, run: int = 0) -> None:
+    def _push(self, time_s: float, kind: EventKind, happen: Callable[[], None]) -> None:
         """Schedule an event.
 
         Raises:
@@ -117,18 +113,17 @@ class Simulation:
         if not time_s >= self._now_s:
             raise ValueError(f"an event at {time_s} s cannot be scheduled at {self._now_s} s")
         self._num_events += 1
-        heapq.heappush(self._events, (time_s, kind, self._num_events, executor, run))
+        heapq.heappush(self._events, (time_s, kind, self._num_events, happen))
 
-    def _end(self, executor: SimulatedExecutor, work: int) -> None:
-        executor.end(work, self._now_s)
+    def _end(self, index: int, run: int) -> None:
+        executor = self.executors[index]
+        executor.end(run, self._now_s)
         for request in executor.meter.finished:
             self.router.ended(request, executor.index)
         self._num_ended += len(executor.meter.finished)
         executor.meter.finished.clear()
 
-    def _arrive(self) -> None:
-        request = self._next_request
-        assert request is not None  # the event was scheduled with it
+    def _arrive(self, request: SimRequest) -> None:
         index = self.router.choose(request, self._now_s)
         self._num_arrived += 1
         self._plan_arrival()
@@ -137,9 +132,9 @@ class Simulation:
 
     def _plan_arrival(self) -> None:
         request = next(self._requests, None)
-        self._next_request = None if request is None else SimRequest.of(request)
+        self._has_more = request is not None
         if request is not None:
-            self._push(request.arrival_s, EventKind.ARRIVAL)
+            self._push(request.arrival_s, EventKind.ARRIVAL, partial(self._arrive, SimRequest.of(request)))
 
     def _add_task(self) -> None:
         """Send a batch of pairs where the fewest tasks are."""
@@ -152,7 +147,7 @@ class Simulation:
         rate = self._trace.finetune.pairs_per_s
         training = self._trace.args.training
         if rate and training.enabled:
-            self._push(self._now_s + training.pairs_per_step / rate, EventKind.TASK)
+            self._push(self._now_s + training.pairs_per_step / rate, EventKind.TASK, self._add_task)
 
     def _executor(self, index: int, seed: np.random.SeedSequence) -> SimulatedExecutor:
         return SimulatedExecutor(
@@ -163,7 +158,9 @@ class Simulation:
             seed=seed,
             statistics=self._statistics,
             log=None if self._write_log is None else self._log,
-            schedule_end=lambda run, end_s: self._push(end_s, EventKind.ITERATION_END, index, run),
+            schedule_end=lambda run, end_s: self._push(
+                end_s, EventKind.ITERATION_END, partial(self._end, index, run)
+            ),
         )
 
     def _new_router(self) -> LeastLoadedRouter | PlacementRouter:

@@ -1,4 +1,4 @@
-"""How soon the drift detectors see a change, and how often one that is not there.
+"""Measure how soon the drift detectors see a change, and how often one that is not there.
 
     mace bench drift-detection --json
     mace bench drift-detection --set hddm_confidence=0.001 --set adwin_delta=0.01
@@ -75,7 +75,7 @@ def main(
     ] = None,
     out: Out = None,
 ) -> None:
-    """How soon the drift detectors see a change, and how often one that is not there."""
+    """Measure how soon the drift detectors see a change, and how often one that is not there."""
     try:
         sensitivity = Sensitivity(
             **{name: float(value) for name, value in (one.split("=", 1) for one in settings or ())}

@@ -34,7 +34,7 @@ def simulate(
         Path | None, typer.Option(help="config.json of the profiled model; default: that of the trace's model")
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON; draw no picture unless asked to")] = False,
-    plot: Annotated[Path | None, typer.Option(help="Where the picture goes; default: <trace>.png here")] = None,
+    plot: Annotated[Path | None, typer.Option(help="File of the picture; default: <trace>.png here")] = None,
     log: Annotated[Path | None, typer.Option(help="Write every event as a line of JSON")] = None,
     policy: Annotated[Policy | None, typer.Option(help="Instead of the trace's")] = None,
     seed: Annotated[int | None, typer.Option(min=0, help="Instead of the trace's")] = None,

@@ -14,7 +14,7 @@ import typer
 from openai import AsyncOpenAI
 
 from benchmarks.harness.client import HttpPort, Load
-from benchmarks.harness.report import note, show
+from benchmarks.harness.report import AsJson, StateDir, note, show
 from benchmarks.harness.server import ServerError, ServerProcess, own_servers
 from benchmarks.studies.chaos.load import (
     FeedbackPort,
@@ -35,17 +35,19 @@ _CHAT_TIMEOUT_S = 150.0
 
 
 def chaos(
-    kills: Annotated[int, typer.Option(min=1, help="How many processes to kill")] = 50,
-    seed: Annotated[int, typer.Option(help="Of victims, moments and load")] = 0,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON; progress goes to stderr")] = False,
+    kills: Annotated[int, typer.Option(min=1, help="Number of processes to kill")] = 50,
+    seed: Annotated[int, typer.Option(help="Seed of victims, moments and load")] = 0,
+    as_json: AsJson = False,
     kinds: Annotated[str, typer.Option(help=f"Comma-separated, of {', '.join(KINDS)}")] = ",".join(KINDS),
     max_s: Annotated[float, typer.Option(min=1, help="Begin no further kill after this time, seconds")] = 7200.0,
     rate: Annotated[float, typer.Option(min=0.01, help="Chat requests per second")] = 2.0,
     feedback_interval_s: Annotated[float, typer.Option(min=0.01, help="Seconds between two feedback posts")] = 0.5,
     keep_state: Annotated[Path | None, typer.Option(help="New directory that state and log stay in")] = None,
     config: Annotated[Path, typer.Option(help="Serve config to start from")] = Path("serve_config.yaml"),
-    state_dir: Annotated[Path, typer.Option(help="Where the built-in model is or will be")] = Path("state"),
-    port: Annotated[int | None, typer.Option(min=1, max=65535, help="Of the server; none: a free one")] = None,
+    state_dir: StateDir = Path("state"),
+    port: Annotated[
+        int | None, typer.Option(min=1, max=65535, help="HTTP port of the server; none: a free one")
+    ] = None,
 ) -> None:
     """Kill processes of a server of our own at random, under load; exit code 1 if anything was lost."""
     from engine.tiny.build import ensure_tiny_assistant

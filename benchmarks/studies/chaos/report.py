@@ -42,7 +42,7 @@ class Findings:
     seed: int
     planned: int
     stopped: str | None
-    """Why the plan was not carried out to its end, if something went wrong."""
+    """Reason for which the plan was not carried out to its end, if something went wrong."""
     kills: Sequence[Kill]
     requests: Sequence[RequestRecord]
     ledger: Ledger

