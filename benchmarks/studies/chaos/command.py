@@ -45,9 +45,7 @@ def chaos(
     keep_state: Annotated[Path | None, typer.Option(help="New directory that state and log stay in")] = None,
     config: Annotated[Path, typer.Option(help="Serve config to start from")] = Path("serve_config.yaml"),
     state_dir: StateDir = Path("state"),
-    port: Annotated[
-        int | None, typer.Option(min=1, max=65535, help="HTTP port of the server; none: a free one")
-    ] = None,
+    port: Annotated[int | None, typer.Option(min=1, max=65535, help="HTTP port; none: a free one")] = None,
 ) -> None:
     """Kill processes of a server of our own at random, under load; exit code 1 if anything was lost."""
     from engine.tiny.build import ensure_tiny_assistant

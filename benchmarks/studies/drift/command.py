@@ -21,8 +21,8 @@ from benchmarks.studies.drift.driver import pause, play, versions_by_style
 from benchmarks.studies.drift.plan import MODEL_ID, DriftPlan, Policy, held_out_pairs, sections
 from benchmarks.studies.drift.record import BASE, DriftError, Run
 from benchmarks.studies.drift.report import tables, write_report
-from benchmarks.studies.drift.scoring import PairLogProbs, Scorer, served_gap, tokenized
-from core.config import AppArgs
+from benchmarks.studies.drift.scoring import PairLogProbs, Scorer, served_gap
+from core.config import AppArgs, TrainingConfig
 from core.errors import MaceError
 from core.files import write_atomically
 from profiler.device import installed_versions
@@ -153,9 +153,13 @@ class Runs:
                     raise DriftError(f"{type(error).__name__}: {error}\n{server.log_tail()}") from error
 
     async def _measure(self, server: ServerProcess, policy: Policy, seed: int, start_s: float) -> Run:
+        from engine.training.pair_tokens import PairTokenizer
+
         plan, scorer = self.plan, Scorer(self.model_dir)
+        args = AppArgs.model_validate(server.args)
+        tokenizer = PairTokenizer.load(str(self.model_dir), TrainingConfig())
         sets = {style.value: held_out_pairs(plan, style) for style in plan.styles}
-        tests = {style: tokenized(self.model_dir, [pair for _, pair in pairs]) for style, pairs in sets.items()}
+        tests = {style: [tokenizer.tokenize(pair) for _, pair in pairs] for style, pairs in sets.items()}
 
         def adapter_dir(version: str) -> Path | None:
             return None if version == BASE else server.state_dir / "adapters" / version
@@ -180,7 +184,7 @@ class Runs:
             plan=plan,
             args=server.args,
             versions=installed_versions(_PACKAGES),
-            beta=AppArgs.model_validate(server.args).training.beta,
+            beta=args.training.beta,
             looks=looks,
             stream=stream,
             posts=posts,
