@@ -153,24 +153,8 @@ def compare(policies: dict[str, Row], phase_s: float) -> list[Row]:
             one, other = policies[over], policies[under]
             seeds = [seed for seed in one["seeds"] if seed in other["seeds"]]
             below = "steps" if quantity == "recovery_steps" else quantity
-            above, missed_above = _units(one, quantity, seeds, phase_s)
-            under_line, missed_below = _units(other, below, seeds, phase_s)
-            value = sum(above) / sum(under_line) if sum(under_line) else None
-            passed = None
-            if bound and value is not None:
-                within = bound.get("at_least", -np.inf) <= value <= bound.get("at_most", np.inf)
-                passed = within and not (missed_below if "at_least" in bound else missed_above)
-            missed = {"above": missed_above, "below": missed_below}
-            rows.append(
-                {
-                    "what": name,
-                    "value": value,
-                    "interval": [x if np.isfinite(x) else None for x in ratio_interval(above, under_line)],
-                    "not_recovered": missed if quantity == "recovery_s" else missed_above,
-                    **bound,
-                    "passed": passed,
-                }
-            )
+            units = _units(one, quantity, seeds, phase_s), _units(other, below, seeds, phase_s)
+            rows.append({"what": name, **_ratio(*units, bound, both_may_miss=quantity == "recovery_s")})
     return rows
 
 
@@ -184,6 +168,20 @@ def _units(row: Row, quantity: str, seeds: list[int], phase_s: float) -> tuple[l
     whole = [phase_s if quantity == "recovery_s" else phase["steps"][place] for phase, place in units]
     known = [limit if value is None else value for value, limit in zip(values, whole, strict=True)]
     return known, values.count(None)
+
+
+def _ratio(
+    over: tuple[list[float], int], under: tuple[list[float], int], bound: dict[str, float], *, both_may_miss: bool
+) -> Row:
+    (above, missed_above), (below, missed_below) = over, under
+    value = sum(above) / sum(below) if sum(below) else None
+    passed = None
+    if bound and value is not None:
+        within = bound.get("at_least", -np.inf) <= value <= bound.get("at_most", np.inf)
+        passed = within and not (missed_below if "at_least" in bound else missed_above)
+    interval = [limit if np.isfinite(limit) else None for limit in ratio_interval(above, below)]
+    missed = {"above": missed_above, "below": missed_below} if both_may_miss else missed_above
+    return {"value": value, "interval": interval, "not_recovered": missed, **bound, "passed": passed}
 
 
 def _over_seeds(runs: list[Run], value: Callable[[Run], float]) -> dict[str, Any]:
