@@ -26,10 +26,9 @@ _MAX_QUEUED = 1024
 
 
 def parse_args(raw: dict[str, Any]) -> AppArgs:
-    """Validate what stands under `args:`; relative paths become absolute, since replicas have another directory.
+    """Validate what stands under `args:`; a ConfigError names every wrong key.
 
-    Raises:
-        ConfigError: naming every wrong key.
+    Relative paths become absolute, since replicas have another directory.
     """
     try:
         return _with_absolute_paths(AppArgs.model_validate(raw))

@@ -5,6 +5,16 @@ from typing import Any, ClassVar
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 
+def constants(**values: float) -> dict[str, str]:
+    """Entries of `Section.gone` for settings that are constants now."""
+    return {name: f"is now the constant {value:g}" for name, value in values.items()}
+
+
+def moved(section: str, *names: str) -> dict[str, str]:
+    """Entries of `Section.gone` for settings that keep their name in another section."""
+    return {name: f"is now {section}.{name}" for name in names}
+
+
 class Section(BaseModel):
     """One section of the configuration: frozen, and an unknown key is an error.
 
@@ -27,11 +37,10 @@ class Section(BaseModel):
 class FeedbackConfig(Section):
     """The feedback store and its bounds."""
 
-    gone: ClassVar[dict[str, str]] = {"max_items": "is now the constant 1000"}
+    gone: ClassVar[dict[str, str]] = constants(max_items=1000)
 
     database_url: str | None = None
-    """SQLAlchemy URL; None is SQLite in WAL mode at `state_dir/feedback.db`. PostgreSQL needs a driver
-    (`psycopg`)."""
+    """SQLAlchemy URL; None is SQLite in WAL mode at `state_dir/feedback.db`. PostgreSQL needs a driver (`psycopg`)."""
     max_text_chars: int = Field(32_768, ge=1)
     """Longest prompt, answer or comment."""
     max_body_bytes: int = Field(8 << 20, ge=1024)
@@ -49,17 +58,9 @@ class DriftConfig(Section):
     """Detection of changed preferences, and the amount of training that they call for."""
 
     gone: ClassVar[dict[str, str]] = {
-        "min_pairs": "is now the constant 8",
-        "adwin_delta": "is now the constant 0.002",
-        "hddm_confidence": "is now the constant 0.001",
-        "page_hinkley_threshold": "is now the constant 5",
-        "prompt_delta": "is now the constant 0.0005",
-        "max_streams": "is now the constant 200",
-        "change_slots": "is now the constant 128",
-        "alarm_loss": "is now the constant 0.25",
-        "quiet_gamma": "is now the constant 0.5",
-        "alarm_gamma": "is now the constant 2",
-        "half_life_pairs": "is now the constant 32",
+        **constants(min_pairs=8, adwin_delta=0.002, hddm_confidence=0.001, page_hinkley_threshold=5),
+        **constants(prompt_delta=0.0005, max_streams=200, change_slots=128, alarm_loss=0.25, quiet_gamma=0.5),
+        **constants(alarm_gamma=2, half_life_pairs=32),
     }
 
     window: int = Field(32, ge=4)
@@ -84,12 +85,8 @@ class QualityConfig(Section):
     """Checks that weigh doubtful feedback down."""
 
     gone: ClassVar[dict[str, str]] = {
-        "near_duplicate": "is now the constant 0.9",
-        "flood_window": "is now the constant 200",
-        "outlier_z": "is now the constant 3.5",
-        "outlier_weight": "is now the constant 0.5",
-        "trust_min_pairs": "is now the constant 8",
-        "trust_confidence": "is now the constant 0.95",
+        **constants(near_duplicate=0.9, flood_window=200, outlier_z=3.5, outlier_weight=0.5, trust_min_pairs=8),
+        **constants(trust_confidence=0.95),
     }
 
     enabled: bool = True
@@ -103,11 +100,8 @@ class GateConfig(Section):
     """Bounds of a candidate's losses against the live adapter on held-out pairs."""
 
     gone: ClassVar[dict[str, str]] = {
-        "max_clpd_drop": "is now the constant 2",
-        "max_old_pairs": "is now the constant 64",
-        "generation_tokens": "is now the constant 64",
-        "max_length_factor": "is now the constant 3",
-        "max_repetition_rise": "is now the constant 0.3",
+        **constants(max_clpd_drop=2, max_old_pairs=64, generation_tokens=64, max_length_factor=3),
+        **constants(max_repetition_rise=0.3),
     }
 
     confidence: float = Field(0.95, gt=0.5, lt=1)
@@ -123,12 +117,9 @@ class GateConfig(Section):
 
 
 class VersionsConfig(Section):
-    """How versions go live, and how many are kept."""
+    """Rules by which versions go live, and the number that is kept."""
 
-    gone: ClassVar[dict[str, str]] = {
-        "canary_confidence": "is now the constant 0.95",
-        "canary_max_slo_drop": "is now the constant 0.02",
-    }
+    gone: ClassVar[dict[str, str]] = constants(canary_confidence=0.95, canary_max_slo_drop=0.02)
 
     keep: int = Field(20, ge=2)
     """Versions on disk, rejected ones included; never deletes one that is live, pinned or in use."""

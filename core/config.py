@@ -16,6 +16,8 @@ from core.alignment_config import (
     QualityConfig,
     Section,
     VersionsConfig,
+    constants,
+    moved,
 )
 
 Policy = Literal["mace", "inference_only", "periodic", "continuous"]
@@ -33,7 +35,7 @@ KV_PRUNING_SINK_TOKENS = 32
 class ModelConfig(Section):
     """The served model and its name."""
 
-    gone: ClassVar[dict[str, str]] = {"build_seed": "is now the constant 0"}
+    gone: ClassVar[dict[str, str]] = constants(build_seed=0)
 
     model_id: str = Field("mace-tiny", pattern=r"^[A-Za-z0-9][A-Za-z0-9._/-]*$")
     """Name over HTTP: letters, digits, `.`, `_`, `/` and `-`."""
@@ -47,7 +49,7 @@ class ModelConfig(Section):
 
 
 class EngineConfig(Section):
-    """How the vLLM engine runs."""
+    """Settings of the vLLM engine."""
 
     max_num_seqs: int = Field(64, ge=1)
     """Requests that run together."""
@@ -83,14 +85,9 @@ class TrainingConfig(Section):
     """The DPO step and when its results go live."""
 
     gone: ClassVar[dict[str, str]] = {
-        "share_prompt": "is now experiments.share_prompt",
-        "head_chunk_tokens": "is now the constant 128",
-        "new_share": "is now the constant 0.5",
-        "hard_share": "is now the constant 0.25",
-        "replay_share": "is now the constant 0.25",
-        "max_loss": "is now the constant 20",
-        "max_attempts": "is now the constant 3",
-        "failure_backoff_s": "is now the constant 1",
+        **moved("experiments", "share_prompt"),
+        **constants(head_chunk_tokens=128, new_share=0.5, hard_share=0.25, replay_share=0.25, max_loss=20),
+        **constants(max_attempts=3, failure_backoff_s=1),
     }
 
     enabled: bool = True
@@ -149,28 +146,12 @@ class SchedulerConfig(Section):
     """Shares of an iteration's time and memory (paper, Algorithm 1). The priorities are in `scheduler.priority`."""
 
     gone: ClassVar[dict[str, str]] = {
-        "packing": "is now experiments.packing",
-        "ageing": "is now experiments.ageing",
-        "prefix_order": "is now experiments.prefix_order",
-        "reward_term": "is now experiments.reward_term",
-        "retrain_rate": "is now experiments.retrain_rate",
-        "period_requests": "is now experiments.period_requests",
-        "phase_gap_s": "is now experiments.phase_gap_s",
-        "prefix_head_start_s": "is now the constant 0.5",
-        "base_priority_prefill": "is now the constant 10",
-        "base_priority_decode": "is now the constant 20",
-        "base_priority_finetune": "is now the constant 1",
-        "base_priority_batch": "is now the constant 5",
-        "rate_prefill": "is now the constant 1",
-        "rate_decode": "is now the constant 1",
-        "rate_finetune": "is now the constant 0.2",
-        "rate_batch": "is now the constant 0.2",
-        "priority_step": "is now the constant 1",
-        "max_loss_term": "is now the constant 5",
-        "retry_decay": "is now the constant 0.5",
-        "lambda_memory": "is now the constant 0.5",
-        "lambda_latency": "is now the constant 0.5",
-        "min_prefill_tokens": "is now the constant 32",
+        **moved("experiments", "packing", "ageing", "prefix_order", "reward_term", "retrain_rate"),
+        **moved("experiments", "period_requests", "phase_gap_s"),
+        **constants(prefix_head_start_s=0.5, base_priority_prefill=10, base_priority_decode=20),
+        **constants(base_priority_finetune=1, base_priority_batch=5, rate_prefill=1, rate_decode=1),
+        **constants(rate_finetune=0.2, rate_batch=0.2, priority_step=1, max_loss_term=5, retry_decay=0.5),
+        **constants(lambda_memory=0.5, lambda_latency=0.5, min_prefill_tokens=32),
     }
 
     policy: Policy = "mace"
@@ -221,8 +202,8 @@ class KvPruningConfig(Section):
     """Dropping KV blocks that attention will hardly miss. Off unless `start` says when."""
 
     gone: ClassVar[dict[str, str]] = {
+        **constants(sink_tokens=32),
         "method": "is gone: blocks are always scored by KeyDiff",
-        "sink_tokens": "is now the constant 32",
     }
 
     start: Literal["off", "memory_pressure", "always"] = "off"

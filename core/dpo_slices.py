@@ -8,7 +8,7 @@ The last token of a sequence predicts nothing and is left out of both.
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 from core.types import SliceKind
@@ -26,54 +26,29 @@ _MIN_CHUNK_TOKENS = 16
 
 @dataclass(frozen=True, slots=True)
 class PairGroup:
-    """Pairs that go through a layer together. A group of one pair grows by `joined`, in order of `row_tokens`."""
+    """Pairs that go through a layer together."""
 
-    members: tuple[int, ...]
+    lengths: tuple[PairLengths, ...]
+    members: tuple[int, ...] = (0,)
     """Indices of the pairs."""
-    is_cached: bool
+    is_cached: bool = False
     """Their reference log-probabilities are known."""
-    may_share: bool
-    row_tokens: int
-    """Width of the widest row of the plain layout."""
-    prompt_tokens: int
-    """Length of the longest prompt."""
-    completion_tokens: int
-    """Length of the longest completion."""
-    shared_tokens: int
-    """Tokens of the shared layout."""
-    num_targets: int
-    """Completion tokens that are scored; without a prompt the first token of a row is predicted by nothing."""
+    may_share: bool = True
 
-    @classmethod
-    def of(
-        cls, lengths: PairLengths, index: int = 0, *, is_cached: bool = False, may_share: bool = True
-    ) -> "PairGroup":
-        """A group of one pair."""
-        prompt, chosen, rejected = lengths
-        longest = max(chosen, rejected)
-        return cls(
-            (index,),
-            is_cached,
-            may_share,
-            row_tokens=prompt + longest - 1,
-            prompt_tokens=prompt,
-            completion_tokens=longest,
-            shared_tokens=prompt + chosen + rejected - 2,
-            num_targets=chosen + rejected - (2 if prompt == 0 else 0),
-        )
+    @property
+    def row_tokens(self) -> int:
+        """Width of the widest row of the plain layout."""
+        return max(prompt + max(chosen, rejected) - 1 for prompt, chosen, rejected in self.lengths)
 
-    def joined(self, other: "PairGroup") -> "PairGroup":
-        """Both together."""
-        return PairGroup(
-            self.members + other.members,
-            self.is_cached,
-            self.may_share,
-            max(self.row_tokens, other.row_tokens),
-            max(self.prompt_tokens, other.prompt_tokens),
-            max(self.completion_tokens, other.completion_tokens),
-            self.shared_tokens + other.shared_tokens,
-            self.num_targets + other.num_targets,
-        )
+    @property
+    def shared_tokens(self) -> int:
+        """Tokens of the shared layout."""
+        return sum(sum(lengths) - 2 for lengths in self.lengths)
+
+    @property
+    def num_targets(self) -> int:
+        """Completion tokens that are scored; without a prompt the first token of a row is predicted by nothing."""
+        return sum(chosen + rejected - (2 if prompt == 0 else 0) for prompt, chosen, rejected in self.lengths)
 
     @property
     def shares_prompts(self) -> bool:
@@ -92,7 +67,8 @@ class PairGroup:
         The shared layout's attention is padded, to the longest prompt before the longest completion. With even lengths
         these keys are at most twice the tokens; uneven groups stay within that.
         """
-        padded_keys = 2 * len(self.members) * (self.prompt_tokens + self.completion_tokens)
+        prompts, chosen, rejected = zip(*self.lengths, strict=True)
+        padded_keys = 2 * len(self.members) * (max(prompts) + max(*chosen, *rejected))
         return self.num_tokens <= max_tokens and (not self.shares_prompts or padded_keys <= 2 * max_tokens)
 
 
@@ -108,17 +84,16 @@ def group_pairs(
         max_tokens: bound of a group; a single pair may have more.
         share_prompts: allow the shared layout. Each group takes the cheaper one.
     """
-    singles = [
-        PairGroup.of(lengths, i, is_cached=cached, may_share=share_prompts)
-        for i, (lengths, cached) in enumerate(zip(pairs, is_cached, strict=True))
-    ]
     groups: list[PairGroup] = []
-    for single in sorted(singles, key=lambda one: (not one.is_cached, one.row_tokens)):
-        joined = groups[-1].joined(single) if groups else single
-        if groups and groups[-1].is_cached == single.is_cached and joined.fits(max_tokens):
-            groups[-1] = joined
-        else:
-            groups.append(single)
+    for i in sorted(range(len(pairs)), key=lambda i: (not is_cached[i], pairs[i][0] + max(pairs[i][1:]))):
+        single = PairGroup((pairs[i],), (i,), is_cached[i], share_prompts)
+        if groups and groups[-1].is_cached == single.is_cached:
+            lengths, members = (*groups[-1].lengths, pairs[i]), (*groups[-1].members, i)
+            joined = replace(single, lengths=lengths, members=members)
+            if joined.fits(max_tokens):
+                groups[-1] = joined
+                continue
+        groups.append(single)
     return groups
 
 
@@ -141,17 +116,14 @@ class StepModel(Protocol):
     @property
     def num_layers(self) -> int:
         """Decoder layers."""
-        ...
 
     @property
     def layer_weights(self) -> int:
         """Parameters of one layer."""
-        ...
 
     @property
     def head_weights(self) -> int:
         """Parameters of the LM head."""
-        ...
 
 
 def step_slices(groups: Sequence[PairGroup], model: StepModel, *, trains: bool = True) -> Iterator[SliceSpec]:

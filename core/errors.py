@@ -1,25 +1,4 @@
-"""The exception tree of MACE.
-
-::
-
-    MaceError
-    ├── ConfigError               a setting is wrong; raised at start, before anything is loaded
-    │   └── ModelNotFoundError    the model id or path cannot be resolved
-    ├── FeedbackError             a feedback record is refused
-    │   ├── InvalidFeedbackError      malformed, empty, or chosen equals rejected        (HTTP 400/422)
-    │   └── UnknownResponseError      a response id that the response store lacks        (HTTP 404)
-    ├── StoreUnavailableError     the feedback store cannot be written now               (HTTP 503)
-    ├── ControlUnavailableError   Control is down or restarting; serving goes on         (HTTP 503)
-    ├── AdapterError              an adapter directory or version cannot be used
-    │   ├── UnknownVersionError       no such version                                    (HTTP 404)
-    │   └── DamagedAdapterError       files are missing, unreadable or do not fit
-    └── TrainingError             a fine-tune task failed; serving is not affected
-        ├── DivergedError             NaN, infinite or exploding loss or gradient
-        ├── PairTooLongError          a pair does not fit the configured lengths
-        └── UnsupportedModelError     the architecture cannot be trained in slices
-
-Foreign exceptions are mapped to these where they enter, and nowhere else.
-"""
+"""The exception tree of MACE. Foreign exceptions are mapped to these where they enter, and nowhere else."""
 
 
 class MaceError(Exception):
@@ -27,7 +6,7 @@ class MaceError(Exception):
 
 
 class ConfigError(MaceError):
-    """A setting is wrong; the message says which one and what to do."""
+    """A setting is wrong; the message says which one and what to do. Raised at start, before anything is loaded."""
 
 
 class ModelNotFoundError(ConfigError):
@@ -43,19 +22,19 @@ class FeedbackError(MaceError):
 
 
 class InvalidFeedbackError(FeedbackError):
-    """The record is malformed, empty, or its two responses are equal."""
+    """The record is malformed, empty, or its two responses are equal (HTTP 400 or 422)."""
 
 
 class UnknownResponseError(FeedbackError):
-    """The record names a response id that is not in the response store."""
+    """The record names a response id that is not in the response store (HTTP 404)."""
 
 
 class StoreUnavailableError(MaceError):
-    """The feedback store cannot be read or written at the moment."""
+    """The feedback store cannot be read or written at the moment (HTTP 503)."""
 
 
 class ControlUnavailableError(MaceError):
-    """Control is down, restarting or too slow; the call may be repeated."""
+    """Control is down, restarting or too slow; serving goes on, and the call may be repeated (HTTP 503)."""
 
 
 class AdapterError(MaceError):
@@ -63,7 +42,7 @@ class AdapterError(MaceError):
 
 
 class UnknownVersionError(AdapterError):
-    """No adapter version of that name exists."""
+    """No adapter version of that name exists (HTTP 404)."""
 
 
 class DamagedAdapterError(AdapterError):

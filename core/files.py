@@ -29,11 +29,7 @@ def atomic_file(path: Path) -> Iterator[Path]:
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """Replace a text file (UTF-8); it is on disk on return.
-
-    Raises:
-        OSError: it cannot be written; the old file is intact.
-    """
+    """Replace a text file (UTF-8); it is on disk on return. After an OSError the old file is intact."""
     with atomic_file(path) as partial:
         partial.write_text(text, encoding="utf-8")
 

@@ -8,6 +8,8 @@ from typing import Any
 
 from core.errors import ConfigError
 
+_SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
+
 
 @dataclass(frozen=True, slots=True)
 class ModelDims:
@@ -25,15 +27,9 @@ class ModelDims:
 
     @classmethod
     def of(cls, config: Mapping[str, Any], *, dtype_bytes: int) -> "ModelDims":
-        """Read a Hugging Face configuration.
-
-        Raises:
-            ConfigError: a size is missing.
-        """
+        """Read a Hugging Face configuration; ConfigError if a size is missing."""
         try:
-            hidden, heads = int(config["hidden_size"]), int(config["num_attention_heads"])
-            layers, vocabulary = int(config["num_hidden_layers"]), int(config["vocab_size"])
-            intermediate = int(config["intermediate_size"])
+            hidden, intermediate, layers, heads, vocabulary = (int(config[name]) for name in _SIZES)
         except (KeyError, TypeError, ValueError) as error:
             raise ConfigError(f"the model's config.json lacks a size: {error}") from error
         return cls(
@@ -49,11 +45,7 @@ class ModelDims:
 
     @classmethod
     def load(cls, path: Path, *, dtype_bytes: int) -> "ModelDims":
-        """Read a `config.json`, or the one in a directory.
-
-        Raises:
-            ConfigError: it cannot be read, or a size is missing.
-        """
+        """Read a `config.json`, or the one in a directory; ConfigError if that fails."""
         path = path / "config.json" if path.is_dir() else path
         try:
             config = json.loads(path.read_text(encoding="utf-8"))

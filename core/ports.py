@@ -14,23 +14,18 @@ class ControlPort(Protocol):
 
     async def poll(self, headroom: Headroom) -> TrainingBatch | None:
         """Work for this executor, if any is due."""
-        ...
 
     async def heartbeat(self, executor_id: str) -> None:
         """Say that a leased batch is still being worked on."""
-        ...
 
     async def complete(self, outcome: BatchOutcome, version: str | None) -> None:
         """Report a batch; returns when it is committed."""
-        ...
 
     async def held_out_pairs(self) -> HeldOutPairs:
         """The gate's test set."""
-        ...
 
     async def note_live(self, version: str) -> None:
         """Tell which version is live, after a change and at the start: the newest pairs are scored anew."""
-        ...
 
 
 class EnginePort(Protocol):
@@ -41,68 +36,52 @@ class EnginePort(Protocol):
     @property
     def kv_cache_tokens(self) -> int | None:
         """Tokens that the KV cache holds; None if that is not known."""
-        ...
 
     @property
     def prefix_block_tokens(self) -> int | None:
         """Tokens of a block of the prefix cache; None if there is no prefix cache."""
-        ...
 
     def watch_prompts(self, see: Callable[[str | None, Sequence[int]], None]) -> None:
         """Call `see` with the adapter name (None: base) and token ids of each user's request from now on."""
-        ...
 
     async def run_task(self, task: FineTuneTask) -> TaskResult:
         """Run a fine-tune task to its end."""
-        ...
 
     async def save_adapter(self, directory: Path, base_model: str) -> None:
         """Write the shadow adapter in PEFT format; AdapterError if that fails."""
-        ...
 
     async def load_adapter(self, directory: Path | None) -> None:
         """Set the shadow adapter to a version, or to its start; DamagedAdapterError if that fails."""
-        ...
 
     async def set_live(self, directory: Path | None) -> None:
         """Set the version that `on_live` evaluations score; DamagedAdapterError if it cannot be read."""
-        ...
 
     async def save_training_state(self, path: Path, progress: dict[str, Any]) -> None:
         """Write shadow adapter, optimizer and progress now; AdapterError if that fails."""
-        ...
 
     async def load_training_state(self, path: Path) -> dict[str, Any] | None:
         """Restore shadow adapter and optimizer from a checkpoint and return its progress; None: nothing to restore."""
-        ...
 
     async def generate(self, handle: Any, prompts: list[list[int]], max_tokens: int) -> list[list[int]]:
         """Greedy answers (token ids, with the end-of-turn token if one came) of a version to prompts."""
-        ...
 
     async def prefill(self, handle: Any, prompt: list[int]) -> int:
         """Let a version compute the keys of a prompt; returns how many of its tokens had been in the cache."""
-        ...
 
     async def unload_version(self, handle: Any) -> None:
         """Forget a version on the inference side; one that is not loaded is ignored."""
-        ...
 
     def versions_in_use(self) -> set[str]:
         """Names of the versions (as in `version_handle`) that unfinished requests use."""
-        ...
 
     async def load_version(self, handle: Any) -> None:
         """Load a version into the inference side ahead of its first request."""
-        ...
 
     def version_handle(self, name: str, number: int, path: Path) -> Any:
         """The inference side's handle of a version."""
-        ...
 
     def num_unfinished_requests(self) -> int:
         """Requests in the engine."""
-        ...
 
 
 class LatencyPredictor(Protocol):
@@ -115,24 +94,18 @@ class LatencyPredictor(Protocol):
     @property
     def overhead_s(self) -> float:
         """Expected time of an iteration that is neither forward pass nor slices."""
-        ...
 
     def forward_s(self, shape: ForwardShape) -> float | None:
         """Expected latency of a forward pass in seconds; 0 for an empty shape. Monotone in every feature."""
-        ...
 
     def forward_upper_s(self, shape: ForwardShape) -> float | None:
         """Latency that about 95 % of such forward passes stay under."""
-        ...
 
     def slice_s(self, kind: SliceKind, num_tokens: int) -> float | None:
         """Expected latency of one slice in seconds."""
-        ...
 
     def slice_upper_s(self, kind: SliceKind, num_tokens: int) -> float | None:
         """Latency that about 95 % of such slices stay under."""
-        ...
 
     def observe(self, sample: IterationSample) -> None:
         """Learn from a measured iteration. Never raises on odd values (zero, NaN, infinite): it ignores them."""
-        ...

@@ -112,11 +112,7 @@ class FineTuneTask:
 
     @classmethod
     def from_wire(cls, data: dict[str, Any]) -> "FineTuneTask":
-        """Inverse of `to_wire`; sequences may have become lists on the way.
-
-        Raises:
-            ValueError: it is no task.
-        """
+        """Inverse of `to_wire`, for sequences that became lists on the way too; ValueError if it is no task."""
         return _TASK.validate_python(data)
 
 
@@ -141,7 +137,7 @@ class TaskResult:
     optimizer_steps: int = 0
     """Steps applied to the shadow adapter since it was last reset, this one included."""
     checkpoint_error: str | None = None
-    """Why a checkpoint since the last result could not be written; training and serving went on."""
+    """Reason why a checkpoint since the last result could not be written; training and serving went on."""
 
     def to_wire(self) -> dict[str, Any]:
         """Built-in types only."""

@@ -10,7 +10,7 @@ Prompt = str | list[dict[str, Any]]
 
 
 PairRole = Literal["new", "hard", "replay"]
-"""Why a pair is trained: never trained before, still wrong under the live adapter, or to keep what was learnt."""
+"""Reason for training a pair: never trained before, still wrong under the live adapter, or to keep what was learnt."""
 ROLE_SHARES: dict[str, float] = {"new": 0.5, "hard": 0.25, "replay": 0.25}
 """Shares of a batch; what one role cannot fill, the others may."""
 

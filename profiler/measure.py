@@ -330,7 +330,7 @@ class _Measurer:
         width = min(num_tokens // 2, _ROW_TOKENS, self._plan.max_pair_tokens - 1)
         half = width // 2
         lengths = (half, width - half + 1, width - half + 1)
-        pair_tokens = PairGroup.of(lengths, may_share=self._plan.share_prompt).num_tokens
+        pair_tokens = PairGroup((lengths,), may_share=self._plan.share_prompt).num_tokens
         count = max(1, num_tokens // pair_tokens)
         pairs = []
         for number in range(count):

@@ -84,7 +84,7 @@ class Trainer:
             last_progress_s=max(arrived_s, self._last_progress_s),
             activation_bytes=self.activation_bytes,
             step_tokens=self._step_tokens,
-            max_batch_tokens=PairGroup.of(self._pair, may_share=self._share_prompt).num_tokens,
+            max_batch_tokens=PairGroup((self._pair,), may_share=self._share_prompt).num_tokens,
         )
 
     def warm_up(self) -> list[SliceTiming]:

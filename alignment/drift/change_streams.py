@@ -9,7 +9,8 @@ restored in the middle gives the same answers as one that was not.
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from statistics import fmean
+from typing import Any, Literal, NamedTuple
 
 EventKind = Literal["accuracy", "margin", "loss", "prompt_length", "prompt_novelty", "window"]
 
@@ -33,13 +34,7 @@ def adwin(delta: float) -> Detector:
     """
     from river.drift import ADWIN
 
-    test = ADWIN(delta=delta, clock=1)
-
-    def update(value: float) -> bool:
-        test.update(value)
-        return bool(test.drift_detected)
-
-    return update
+    return _watch(ADWIN(delta=delta, clock=1))
 
 
 def error_rise(confidence: float) -> Detector:
@@ -49,10 +44,12 @@ def error_rise(confidence: float) -> Detector:
     """
     from river.drift.binary import HDDMA
 
-    test = HDDMA(drift_confidence=confidence)
+    return _watch(HDDMA(drift_confidence=confidence))
 
-    def update(error: float) -> bool:
-        test.update(bool(error))
+
+def _watch(test: Any) -> Detector:
+    def update(value: float) -> bool:
+        test.update(value)
         return bool(test.drift_detected)
 
     return update
@@ -180,24 +177,14 @@ class ChangeStream:
         return None
 
     def _describe(self, channel: Channel, start: int) -> Change:
-        values = [channel.reported(row) for row in self.rows]
-        before, after = values[:start], values[start:]
-        return Change(
-            channel,
-            sum(before) / len(before),
-            sum(after) / len(after),
-            len(after),
-            self.rows[start - 1].seq,
-        )
+        before, after = (fmean(map(channel.reported, rows)) for rows in (self.rows[:start], self.rows[start:]))
+        return Change(channel, before, after, len(self.rows) - start, self.rows[start - 1].seq)
 
 
 def change_point(values: Sequence[float]) -> int:
-    """Index of the first value after the change: the split into two means that leaves the least squared error.
+    """Index of the first value after the change: the split of two or more values that leaves the least squared error.
 
     ADWIN's own cut is no estimate of it: it drops its oldest bucket, and at detection often keeps hundreds of old rows.
-
-    Args:
-        values: At least two.
     """
     import numpy as np
 

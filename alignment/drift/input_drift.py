@@ -9,10 +9,10 @@ import base64
 import math
 from collections.abc import Iterable, Mapping
 from functools import partial
+from statistics import fmean
 from typing import Any
 
-from alignment.drift.change_streams import ChangeStream, Channel, Row, adwin
-from alignment.drift.streams import StreamChange
+from alignment.drift.change_streams import Change, ChangeStream, Channel, Row, adwin
 
 PROMPTS = "prompts"
 _ADWIN_DELTA = 0.0005
@@ -40,7 +40,7 @@ class InputDrift:
         self._num_prompts = 0
         self.last_event: dict[str, Any] | None = None
 
-    def update(self, seq: int, prompt: str) -> list[StreamChange]:
+    def update(self, seq: int, prompt: str) -> list[tuple[str, Change]]:
         """Take a prompt; returns the changes that it brought to light."""
         self._num_prompts += 1
         length = min(math.log2(1 + len(prompt.split())) / _LOG2_MAX_WORDS, 1.0)
@@ -48,14 +48,15 @@ class InputDrift:
         novelty = self._novelty(prompt)
         if novelty is not None:
             found += self._novelties.update(Row(seq, round(novelty, 4), 0.0))
-        return [StreamChange(PROMPTS, change) for change in found]
+        return [(PROMPTS, change) for change in found]
 
     def to_wire(self) -> dict[str, Any]:
         """Means since the last change, and the last event."""
+        lengths, novelties = self._lengths.rows, self._novelties.rows
         return {
             "num_prompts": self._num_prompts,
-            "mean_words": _mean([_num_words(row) for row in self._lengths.rows]),
-            "mean_novelty": _mean([row.first for row in self._novelties.rows]),
+            "mean_words": fmean(map(_num_words, lengths)) if lengths else None,
+            "mean_novelty": fmean(map(_first, novelties)) if novelties else None,
             "last_event": self.last_event,
         }
 
@@ -115,7 +116,3 @@ def _num_words(row: Row) -> float:
 
 _LENGTH = Channel("prompt_length", "ADWIN", partial(adwin, _ADWIN_DELTA), _first, _num_words, "both")
 _NOVELTY = Channel("prompt_novelty", "ADWIN", partial(adwin, _ADWIN_DELTA), _first, _first, "rise")
-
-
-def _mean(values: list[float]) -> float | None:
-    return math.fsum(values) / len(values) if values else None

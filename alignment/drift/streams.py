@@ -7,7 +7,8 @@ import math
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from functools import partial
-from typing import Any, NamedTuple
+from statistics import fmean
+from typing import Any
 
 from alignment.drift.change_streams import (
     Change,
@@ -38,7 +39,7 @@ TRUSTED_WEIGHT = 0.5
 
 @dataclass(frozen=True, slots=True)
 class Sensitivity:
-    """How readily the detectors report a change. Behind the defaults stands docs/measurements/drift_detection.md."""
+    """Sensitivity of the detectors. Behind the defaults stands docs/measurements/drift_detection.md."""
 
     adwin_delta: float = 0.002
     """Chance that ADWIN reports a change in a stream that has none."""
@@ -73,7 +74,7 @@ class ScoredPair:
     @property
     def trusted(self) -> bool:
         """True if the pair speaks for more than its own user."""
-        return is_trusted(self.weight)
+        return self.weight >= TRUSTED_WEIGHT
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,17 +90,6 @@ class DriftEvent:
     """Mean of the watched quantity after the change."""
     detail: str
     """The change in words, with the value before."""
-
-    def to_wire(self) -> dict[str, Any]:
-        """The event as JSON."""
-        return asdict(self)
-
-
-class StreamChange(NamedTuple):
-    """A change, and the stream it was found in."""
-
-    stream: str
-    change: Change
 
 
 @dataclass(slots=True)
@@ -117,8 +107,11 @@ class ScoreStreams:
         self._streams = {GLOBAL: self._new(GLOBAL)}
         """The global stream first, then the least recently updated first."""
 
-    def update(self, pair: ScoredPair) -> list[StreamChange]:
-        """Take the score of a new pair. One that is not trusted is seen on its user's stream only."""
+    def update(self, pair: ScoredPair) -> list[tuple[str, Change]]:
+        """Take the score of a new pair; returns the changes that it brought to light, each after its stream's name.
+
+        A pair that is not trusted is seen on its user's stream only.
+        """
         row = Row(pair.seq, _rounded(pair.loss), _rounded(pair.margin))
         found = []
         for name in ((GLOBAL,) if pair.trusted else ()) + stream_names(pair):
@@ -128,14 +121,14 @@ class ScoreStreams:
                 self._streams[name] = stream
                 self._drop_oldest()
             stream.num_pairs += 1
-            found += [StreamChange(name, change) for change in stream.changes.update(row)]
+            found += [(name, change) for change in stream.changes.update(row)]
         return found
 
     def note_event(self, event: DriftEvent) -> None:
         """Remember the newest event of a stream, for people."""
         stream = self._streams.get(event.stream)
         if stream is not None:
-            stream.last_event = event.to_wire()
+            stream.last_event = asdict(event)
 
     def to_wire(self) -> dict[str, Any]:
         """Each stream's pairs so far, accuracy and mean margin over its newest pairs, and last event."""
@@ -201,11 +194,6 @@ def is_score(loss: float, margin: float) -> bool:
     return math.isfinite(loss) and math.isfinite(margin) and abs(loss) < MAX_SCORE and abs(margin) < MAX_SCORE
 
 
-def is_trusted(weight: float) -> bool:
-    """True if a pair of this weight speaks for more than its own user. A weight that is no number does not."""
-    return weight >= TRUSTED_WEIGHT
-
-
 def _loss(row: Row) -> float:
     return row.first
 
@@ -234,11 +222,6 @@ def _rounded(value: float) -> float:
 
 def _show(stream: _Stream) -> dict[str, Any]:
     rows = stream.changes.rows[-_SHOWN_ROWS:]
-    count = len(rows)
-    return {
-        "num_pairs": stream.num_pairs,
-        "accuracy": sum(map(_accuracy, rows)) / count if rows else None,
-        "mean_margin": sum(map(_margin, rows)) / count if rows else None,
-        "mean_loss": sum(map(_loss, rows)) / count if rows else None,
-        "last_event": stream.last_event,
-    }
+    shown = {"accuracy": _accuracy, "mean_margin": _margin, "mean_loss": _loss}
+    means = {name: fmean(map(quantity, rows)) if rows else None for name, quantity in shown.items()}
+    return {"num_pairs": stream.num_pairs, **means, "last_event": stream.last_event}

@@ -15,17 +15,18 @@ import math
 import threading
 from collections import deque
 from collections.abc import Iterable, Mapping
+from dataclasses import asdict
 from typing import Any
 
+from alignment.drift.change_streams import Change
 from alignment.drift.input_drift import PROMPTS, InputDrift
 from alignment.drift.streams import (
     GLOBAL,
+    TRUSTED_WEIGHT,
     DriftEvent,
     ScoredPair,
     ScoreStreams,
-    StreamChange,
     is_score,
-    is_trusted,
     stream_names,
 )
 from alignment.drift.window import LevelWindow, Score
@@ -42,6 +43,8 @@ _SAVED = ("level", "alarm", "answered", "complained", "version", "version_since_
           "last_change", "num_ignored")  # fmt: skip
 _ROUNDING = 1e-9
 """Ten times 0.1 is one slot."""
+MAX_SLOTS = 256.0
+"""Most training slots that are saved up."""
 _ANSWERED_LEVEL = 0.5
 """An alarm is over: the level sank to this, or the newest version agrees with its users."""
 _MUTED_WINDOWS = 4
@@ -95,7 +98,7 @@ class DriftTracker:
             found += self._prompts.update(pair.seq, pair.prompt)
         else:
             self._muted.append(pair.pair_id)
-        return self._complaint_event(pair.at) + [self._raise_alarm(change, pair.at) for change in found]
+        return self._complaint_event(pair.at) + [self._raise_alarm(*one, pair.at) for one in found]
 
     def rescore(self, pair_id: str, loss: float, margin: float, version: str) -> None:
         """Take the score that `version` gave a known pair; of a version that is not live it says nothing."""
@@ -108,7 +111,7 @@ class DriftTracker:
 
     def reweigh(self, pair_id: str, weight: float) -> None:
         """Let a known pair that turned out to be less trustworthy leave the window. What it did to streams is done."""
-        if not is_trusted(weight) and self._window.discard(pair_id):
+        if not weight >= TRUSTED_WEIGHT and self._window.discard(pair_id):
             self._muted.append(pair_id)
 
     def forget(self, pair_ids: Iterable[str]) -> None:
@@ -146,7 +149,7 @@ class DriftTracker:
 
     @property
     def reason(self) -> str:
-        """Why `drifted` is what it is, in words."""
+        """The reason for `drifted`, in words."""
         if self.alarm is not None and not self.complains:
             return self.alarm
         return self._window.verdict()
@@ -232,9 +235,8 @@ class DriftTracker:
         self._streams.note_event(event)
         return [event]
 
-    def _raise_alarm(self, found: StreamChange, at: float) -> DriftEvent:
+    def _raise_alarm(self, stream: str, change: Change, at: float) -> DriftEvent:
         """A change in all pairs is a full alarm; in one user's or tag's, in proportion to its share of the pairs."""
-        stream, change = found
         detail = change.detail
         if stream == GLOBAL:
             level = 1.0
@@ -250,9 +252,9 @@ class DriftTracker:
             detail += f"; {self.version} went live meanwhile"
         event = DriftEvent(at, stream, change.channel.kind, change.after, detail)
         if stream == GLOBAL:
-            self.alarm, self.answered, self.last_change = detail, False, event.to_wire()
+            self.alarm, self.answered, self.last_change = detail, False, asdict(event)
         if stream == PROMPTS:
-            self._prompts.last_event = event.to_wire()
+            self._prompts.last_event = asdict(event)
         self._streams.note_event(event)
         self.level = max(self.level, level)
         return event
@@ -277,8 +279,7 @@ class TrainingCredit:
     Thread-safe.
     """
 
-    def __init__(self, max_slots: float = 256.0) -> None:
-        self._max_slots = max_slots
+    def __init__(self) -> None:
         self._balance = 0.0
         self._lock = threading.Lock()
 
@@ -296,7 +297,7 @@ class TrainingCredit:
     def top_up(self, num_slots: int) -> None:
         """Grant slots for another pass: up to `num_slots` in all, so that asking again adds nothing."""
         with self._lock:
-            self._balance = max(self._balance, min(self._max_slots, float(num_slots)))
+            self._balance = max(self._balance, min(MAX_SLOTS, float(num_slots)))
 
     def spend(self, num_slots: int) -> int:
         """Take up to `num_slots` whole slots; returns how many were there."""
@@ -308,15 +309,15 @@ class TrainingCredit:
     def refund(self, num_slots: float) -> None:
         """Give back slots that found no pair."""
         with self._lock:
-            self._balance = min(self._max_slots, self._balance + max(0, num_slots))
+            self._balance = min(MAX_SLOTS, self._balance + max(0, num_slots))
 
     def to_state(self) -> dict[str, Any]:
         """The balance as JSON."""
         return {"balance": self._balance}
 
     @classmethod
-    def from_state(cls, state: Mapping[str, Any], max_slots: float = 256.0) -> "TrainingCredit":
+    def from_state(cls, state: Mapping[str, Any]) -> "TrainingCredit":
         """Inverse of `to_state`; a smaller bound than before cuts the balance."""
-        credit = cls(max_slots)
+        credit = cls()
         credit.earn(1, float(state["balance"]))
         return credit

@@ -5,9 +5,9 @@ describe the adapter before it. The pairs stay known and are scored again. The b
 loss ln 2 and the perfect accuracy 1 are known in advance, so that no reference window has to be learned.
 """
 
-import math
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping
+from statistics import fmean
 from typing import Any, NamedTuple
 
 from core.alignment_config import DriftConfig
@@ -53,12 +53,12 @@ class LevelWindow:
 
     def rescore(self, pair_id: str, score: Score) -> bool:
         """A pair scored again. One that the window does not know is taken as older than all, if there is room."""
-        if pair_id not in self._scores:
-            if len(self._scores) >= self._config.window:
-                return False
-            self._scores[pair_id] = score
-            self._scores.move_to_end(pair_id, last=False)
+        is_known = pair_id in self._scores
+        if not is_known and len(self._scores) >= self._config.window:
+            return False
         self._scores[pair_id] = score
+        if not is_known:
+            self._scores.move_to_end(pair_id, last=False)
         return True
 
     def discard(self, pair_id: str) -> bool:
@@ -90,11 +90,13 @@ class LevelWindow:
     def means(self) -> Means:
         """Over the scores of the version that is live now."""
         valid = [score for score in self._scores.values() if score is not None]
+        if not valid:
+            return Means(0, None, None, None)
         return Means(
             len(valid),
-            _mean(float(score.margin > 0) for score in valid),
-            _mean(score.loss for score in valid),
-            _mean(score.margin for score in valid),
+            fmean(score.margin > 0 for score in valid),
+            fmean(score.loss for score in valid),
+            fmean(score.margin for score in valid),
         )
 
     def complaint(self) -> str | None:
@@ -136,8 +138,3 @@ class LevelWindow:
     @property
     def _needed(self) -> int:
         return min(MIN_PAIRS, self._config.window)
-
-
-def _mean(values: Iterable[float]) -> float | None:
-    numbers = list(values)
-    return math.fsum(numbers) / len(numbers) if numbers else None

@@ -1,4 +1,4 @@
-"""Why a pair counts less: findings, written on the record as one line each.
+"""Findings, the reasons for which a pair counts less, written on the record as one line each.
 
 A pair's quality is the product of its findings' factors, and each line ends with its factor. So the record explains its
 own quality, and a single finding can be replaced later (a user regains trust) with nothing remembered beside it.
@@ -73,12 +73,9 @@ class Revision:
 
     def set(self, pair_id: str, kind: FindingKind, finding: Finding | None) -> None:
         """Replace the pair's finding of a kind; None clears it. An unknown pair was deleted: nothing to do."""
-        findings = self._findings.get(pair_id)
-        if findings is None:
-            return
-        if finding is None:
-            findings.pop(kind, None)
-        else:
+        findings = self._findings.get(pair_id, {})
+        findings.pop(kind, None)
+        if finding is not None:
             findings[kind] = finding
 
     def get(self, pair_id: str, kind: FindingKind) -> Finding | None:
@@ -89,9 +86,7 @@ class Revision:
         """The records that differ from what is stored."""
         changed = []
         for pair_id, findings in self._findings.items():
-            reasons = tuple(
-                findings[kind].line() for kind in _KINDS.values() if kind in findings
-            )  # in a fixed order
+            reasons = tuple(findings[kind].line() for kind in _KINDS.values() if kind in findings)
             if reasons != self._pairs[pair_id].quality_reasons:
                 quality = math.prod(finding.factor for finding in findings.values())
                 changed.append(QualityChange(pair_id, round(quality, 4), reasons))

@@ -17,9 +17,10 @@ from typing import Any
 from alignment.quality.findings import Finding, Revision, make_finding, name_of, parse_findings
 from alignment.quality.near_duplicates import NUM_PROBES, BandHasher, alike
 from alignment.quality.rules import FLOOD_WINDOW, LossRange, judge_group, judge_volume
-from alignment.quality.trust import MAX_OF_ONE_USER, Standing, UserMargin, judge, settle
+from alignment.quality.trust import MAX_OF_ONE_USER, Standing, judge, settle
 from alignment.records.pairs import contrary_key
 from alignment.store.feedback_store import FeedbackStore
+from alignment.store.pair_matches import UserScore
 from alignment.store.pairs import QualityChange, StoredPair
 from core.alignment_config import QualityConfig
 
@@ -48,16 +49,10 @@ class QualityMonitor:
         self._standings: _Standings = OrderedDict()
 
     def assess(self, pairs: Sequence[StoredPair]) -> list[QualityChange]:
-        """Judge pairs that the live adapter has just scored, and write down what changed.
+        """Judge pairs whose scores were just recorded. A pair may come again with another version's score.
 
-        Args:
-            pairs: with the scores that were just recorded. A pair may come again with another version's score.
-
-        Returns:
-            The changes, which the store has already: of these pairs and of others whose standing changed.
-
-        Raises:
-            StoreUnavailableError: the same call may be repeated.
+        Returns the changes, which the store has already: of these pairs and of others whose standing changed. After a
+        `StoreUnavailableError` the same call may be repeated.
         """
         if not self._config.enabled or not pairs:
             return []
@@ -96,7 +91,9 @@ class QualityMonitor:
         for pair in (*pairs, *again):
             standing = self._standings.get(pair.user)
             if standing is not None:  # of a user with too few scores the record keeps what it says
-                revision.set(pair.pair_id, "trust", _trust_finding(standing))
+                words, is_distrusted = _trust_words(standing), standing.is_distrusted
+                finding = make_finding("trust", words, standing.factor) if is_distrusted else None
+                revision.set(pair.pair_id, "trust", finding)
         changes = revision.changes()
         if changes:
             self._store.pairs.set_quality(changes)
@@ -108,7 +105,7 @@ class QualityMonitor:
         """The standings after some users were judged anew; those that waited longest come first."""
         known = self._standings.copy()
         scores = [
-            UserMargin(pair.user, pair.last_margin, pair.scored_version)
+            UserScore(pair.pair_id, pair.user, pair.last_margin, pair.scored_version)
             for pair in recent
             if pair.last_margin is not None
         ]
@@ -117,7 +114,10 @@ class QualityMonitor:
         waited = {user: position for position, user in enumerate(known)}
         queue = sorted(present, key=lambda user: (user not in of_batch, waited.get(user, -1), user or ""))
         for user in queue[:MAX_JUDGED]:
-            own = self._own_scores(user, scores)
+            if user is None:
+                own = [score for score in scores if score.user is None]
+            else:
+                own = self._store.matches.user_scores(user, 2 * MAX_OF_ONE_USER)  # some may say nothing
             standing = judge(user, own, scores)
             if standing is not None:
                 known[user] = standing
@@ -127,12 +127,6 @@ class QualityMonitor:
         while len(known) > MAX_KNOWN_USERS:
             known.popitem(last=False)
         return known
-
-    def _own_scores(self, user: str | None, recent: list[UserMargin]) -> list[UserMargin]:
-        if user is None:
-            return [score for score in recent if score.user is None]
-        scores = self._store.matches.user_scores(user, 2 * MAX_OF_ONE_USER)  # some may say nothing
-        return [UserMargin(user, score.margin, score.version) for score in scores]
 
     def _changed_users(self, before: _Standings, recent: list[StoredPair]) -> list[str | None]:
         """Users whose earlier pairs must be revised; after a restart the records tell how they stood."""
@@ -241,10 +235,6 @@ def _copy_finding(copies: dict[str, float]) -> Finding | None:
     number = len(copies) + 1
     words = f"copy {number} of {closest} (similarity {copies[closest]:.2f}) by the same user"
     return make_finding("near duplicate", words, 1 / number if number <= MAX_COPIES else 0.0)
-
-
-def _trust_finding(standing: Standing) -> Finding | None:
-    return make_finding("trust", _trust_words(standing), standing.factor) if standing.is_distrusted else None
 
 
 def _trust_words(standing: Standing) -> str:

@@ -12,8 +12,10 @@ distrusted: when so many disagree with the adapter, it is the adapter that is ou
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from statistics import fmean
 
 from alignment.intervals import wilson
+from alignment.store.pair_matches import UserScore
 
 _MIN_MARGIN = 0.01
 """Margins (nats) closer to zero are no agreement and no disagreement: the bare base has zero for every pair."""
@@ -23,17 +25,6 @@ _CONFIDENCE = 0.95
 """A user is distrusted when their agreement is below that of the others with this confidence."""
 MAX_OF_ONE_USER = 32
 """Newest scores of a user that count: old enough habits are forgotten, and nobody is the whole of the others."""
-
-
-@dataclass(frozen=True, slots=True)
-class UserMargin:
-    """The live adapter's word on one pair of a user."""
-
-    user: str | None
-    margin: float
-    """Implicit reward margin (nats): above zero it agrees."""
-    version: str | None
-    """The adapter version; None is the bare base."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +53,7 @@ class Standing:
         return round(min(1.0, max(0.0, 2 * relative - 1)), 1) if self.is_distrusted else 1.0
 
 
-def judge(user: str | None, own: Sequence[UserMargin], recent: Sequence[UserMargin]) -> Standing | None:
+def judge(user: str | None, own: Sequence[UserScore], recent: Sequence[UserScore]) -> Standing | None:
     """Compare a user's newest scores (newest first) with the others' among `recent`; None if there are too few."""
     others: defaultdict[str | None, list[bool]] = defaultdict(list)
     seen: Counter[str | None] = Counter()
@@ -75,7 +66,7 @@ def judge(user: str | None, own: Sequence[UserMargin], recent: Sequence[UserMarg
     if min(len(mine), num_others) < _MIN_PAIRS:
         return None
     num_right = sum(score.margin > 0 for score in mine)
-    expected = sum(_share(others[score.version]) for score in mine) / len(mine)
+    expected = sum(fmean(others[score.version]) for score in mine) / len(mine)
     _, upper = wilson(num_right, len(mine), _CONFIDENCE)
     lower, _ = wilson(expected * num_others, num_others, _CONFIDENCE)
     return Standing(user, num_right / len(mine), len(mine), expected, is_suspect=upper < lower)
@@ -89,9 +80,5 @@ def settle(standings: Iterable[Standing]) -> list[Standing]:
     return [replace(standing, is_distrusted=standing.is_suspect and few) for standing in judged]
 
 
-def _says_something(score: UserMargin) -> bool:
+def _says_something(score: UserScore) -> bool:
     return abs(score.margin) >= _MIN_MARGIN
-
-
-def _share(answers: Sequence[bool]) -> float:
-    return sum(answers) / len(answers)

@@ -73,12 +73,12 @@ class _Item(WireModel):
 
 
 class _AboutResponse(_Item):
-    response_id: ShortText
+    response_id: ShortText | None = None
     choice_index: ChoiceIndex | None = None
 
     @property
     def refs(self) -> list[ResponseRef]:
-        return [_reference(self.response_id, self.choice_index, "choice_index")]
+        return [_reference(self.response_id, self.choice_index, "choice_index")] if self.response_id else []
 
 
 class PreferenceByIds(_Item):
@@ -133,6 +133,7 @@ class Rating(_AboutResponse):
     """A thumb up (`value` 1) or down (-1)."""
 
     type: Literal["rating"] = "rating"
+    response_id: ShortText
     value: Literal[1, -1]
 
     @field_validator("value", mode="before")
@@ -151,20 +152,15 @@ class Correction(_AboutResponse):
     """A better text for a response."""
 
     type: Literal["correction"] = "correction"
+    response_id: ShortText
     value: TextOrMessages
 
 
-class Comment(_Item):
+class Comment(_AboutResponse):
     """Words about a response, or about nothing in particular."""
 
     type: Literal["comment"] = "comment"
     value: str
-    response_id: ShortText | None = None
-    choice_index: ChoiceIndex | None = None
-
-    @property
-    def refs(self) -> list[ResponseRef]:  # noqa: D102
-        return [_reference(self.response_id, self.choice_index, "choice_index")] if self.response_id else []
 
 
 FeedbackItem = PreferenceByIds | PreferenceRow | OpenAIPreferenceRow | Rating | Correction | Comment

@@ -30,12 +30,15 @@ def check_json(value: object) -> None:
             raise InvalidFeedbackError(f"nesting is deeper than {MAX_DEPTH} levels", _shown(path))
         if isinstance(node, dict):
             for key, child in node.items():
-                _check_key(key, path)
+                if not isinstance(key, str):
+                    raise InvalidFeedbackError("keys of a JSON object must be strings", _shown(path))
+                if _BAD_CHARACTER.search(key):
+                    raise InvalidFeedbackError("a key holds a NUL character or a lone surrogate", _shown(path))
                 stack.append((child, f"{path}.{key}" if path else key, depth + 1))
         elif isinstance(node, list):
             stack.extend((child, f"{path}.{index}", depth + 1) for index, child in enumerate(node))
-        else:
-            _check_scalar(node, path)
+        elif (problem := _problem(node)) is not None:
+            raise InvalidFeedbackError(problem, _shown(path))
 
 
 def is_storable(text: str) -> bool:
@@ -48,30 +51,19 @@ def canonical_json(value: object) -> str:
     return json.dumps(value, sort_keys=True, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
 
 
-def _check_key(key: object, path: str) -> None:
-    if not isinstance(key, str):
-        raise InvalidFeedbackError("keys of a JSON object must be strings", _shown(path))
-    if _BAD_CHARACTER.search(key):
-        raise InvalidFeedbackError("a key holds a NUL character or a lone surrogate", _shown(path))
-
-
-def _check_scalar(node: object, path: str) -> None:
+def _problem(node: object) -> str | None:
+    """Reason not to store this scalar."""
     if isinstance(node, str):
         found = _BAD_CHARACTER.search(node)
-        if found:
-            what = "a NUL character" if found.group() == "\x00" else "a lone surrogate"
-            message = f"the text holds {what} at character {found.start()}, which cannot be stored"
-            raise InvalidFeedbackError(message, _shown(path))
-    elif node is None or isinstance(node, bool):
-        return
-    elif isinstance(node, int):
-        if abs(node) > _MAX_INT:
-            raise InvalidFeedbackError("the integer does not fit in 64 bits", _shown(path))
-    elif isinstance(node, float):
-        if not math.isfinite(node):
-            raise InvalidFeedbackError("the number must be finite", _shown(path))
-    else:
-        raise InvalidFeedbackError(f"a value of type {type(node).__name__} is not JSON", _shown(path))
+        if found is None:
+            return None
+        what = "a NUL character" if found.group() == "\x00" else "a lone surrogate"
+        return f"the text holds {what} at character {found.start()}, which cannot be stored"
+    if isinstance(node, int):
+        return "the integer does not fit in 64 bits" if abs(node) > _MAX_INT else None
+    if isinstance(node, float):
+        return None if math.isfinite(node) else "the number must be finite"
+    return None if node is None else f"a value of type {type(node).__name__} is not JSON"
 
 
 def _shown(path: str) -> str | None:

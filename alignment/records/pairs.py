@@ -2,7 +2,7 @@
 
 A pair's prompt is either a list of chat messages (rendered with the chat template) or plain text (completions);
 its two answers are always the text of one final assistant turn. Everything that DPO cannot use is refused here,
-with the key that is wrong, so that nothing unusable waits in the store.
+as an `InvalidFeedbackError` with the key that is wrong, so that nothing unusable waits in the store.
 """
 
 import hashlib
@@ -95,11 +95,7 @@ def split_of(key: str, holdout_fraction: float) -> Split:
 
 
 def checked_text(text: str, param: str, max_chars: int) -> str:
-    """`text`, if there is something in it and it is not too long.
-
-    Raises:
-        InvalidFeedbackError: blank, or longer than `max_chars` characters.
-    """
+    """`text`, if there is something in it and it has at most `max_chars` characters."""
     if not text.strip():
         raise InvalidFeedbackError(f"{param} is empty", param)
     if len(text) > max_chars:
@@ -108,10 +104,9 @@ def checked_text(text: str, param: str, max_chars: int) -> str:
 
 
 def checked_pair(draft: PairDraft, max_chars: int, params: tuple[str, str, str]) -> PairDraft:
-    """`draft`, if it can be trained on. `params` name the keys of prompt, chosen and rejected.
+    """`draft`, if nothing in it is empty or too long, and the answers differ in more than surrounding space.
 
-    Raises:
-        InvalidFeedbackError: something is empty, too long, or both answers are equal but for surrounding space.
+    `params` name the keys of prompt, chosen and rejected.
     """
     texts = (whole_text(draft.prompt), draft.chosen, draft.rejected)
     for text, param in zip(texts, params, strict=True):
@@ -125,9 +120,7 @@ def checked_pair(draft: PairDraft, max_chars: int, params: tuple[str, str, str])
 def pair_from_row(row: PreferenceRow | OpenAIPreferenceRow, max_chars: int) -> PairDraft:
     """The pair of a self-contained row.
 
-    Raises:
-        InvalidFeedbackError: see `checked_pair`; also a missing prompt, a last turn that is not the assistant's,
-            or conversations that differ before the last turn.
+    Refused are also a missing prompt, a last turn that is not the assistant's, and conversations that differ before it.
     """
     if isinstance(row, OpenAIPreferenceRow):
         params = ("input.messages", "preferred_output", "non_preferred_output")
@@ -141,12 +134,7 @@ def pair_from_row(row: PreferenceRow | OpenAIPreferenceRow, max_chars: int) -> P
 
 
 def pair_from_ids(item: PreferenceByIds, find: FindResponse, max_chars: int) -> PairDraft:
-    """The pair of two of our own responses.
-
-    Raises:
-        UnknownResponseError: an id is not in the response store.
-        InvalidFeedbackError: the same response twice, responses to different prompts, or see `checked_pair`.
-    """
+    """The pair of two of our own responses. Refused are also one response twice, and responses to two prompts."""
     chosen_ref, rejected_ref = item.refs
     if chosen_ref == rejected_ref:
         message = "chosen_id and rejected_id name the same response; with n>1 send the choice indices too"
@@ -161,11 +149,7 @@ def pair_from_ids(item: PreferenceByIds, find: FindResponse, max_chars: int) -> 
 
 
 def pair_from_correction(value: str | list[Message], original: StoredResponse, max_chars: int) -> PairDraft:
-    """The edit is better than what we said.
-
-    Raises:
-        InvalidFeedbackError: see `checked_pair`; also messages that do not end with the assistant's.
-    """
+    """The edit, a text or messages that end with the assistant's, is better than what we said."""
     context, text = _split_answer(value, "value")
     if context and prompt_key(context) != prompt_key(original.prompt):
         raise InvalidFeedbackError("the messages before the corrected answer are not the original prompt", "value")

@@ -53,9 +53,7 @@ class ApiRow:
 def to_api_row(row: Row, chat: bool = False) -> ApiRow:
     """Find the row's format by its keys and turn it into a row of our API. Null columns count as absent.
 
-    Args:
-        row: one decoded row.
-        chat: take a plain-text prompt as a user message, not as text to be continued.
+    With `chat` a plain-text prompt is taken as a user message, not as text to be continued.
 
     Raises:
         InvalidFeedbackError: no format fits; the message says why, `param` names the column.
@@ -214,7 +212,7 @@ def _message(role: str, content: str) -> dict[str, str]:
 
 
 def _unknown(row: Row) -> InvalidFeedbackError:
-    """Why no format fits, for the data that people try most."""
+    """The reason why no format fits, for the data that people try most."""
     if "completion" in row or "completions" in row:
         what = "a rated answer (KTO)" if "label" in row or "labels" in row else "a single answer"
         message = f"{what} is not a preference: a row needs a chosen and a rejected answer to the same prompt"

@@ -10,8 +10,8 @@ import functools
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future
 from contextlib import contextmanager
-from dataclasses import dataclass
 from itertools import islice
 from typing import Any, Concatenate, Generic, ParamSpec, TypeVar
 
@@ -97,14 +97,6 @@ def writes(work: Callable[Concatenate[PartT, Connection, P], T]) -> Callable[Con
     return run
 
 
-@dataclass(slots=True, eq=False)
-class _Ticket(Generic[Job, Result]):
-    job: Job
-    done: bool = False
-    result: Result | None = None
-    error: Exception | None = None
-
-
 class GroupCommit(Generic[Job, Result]):
     """Runs `commit`, which is all or nothing, on batches of jobs of several threads, one batch at a time.
 
@@ -118,54 +110,43 @@ class GroupCommit(Generic[Job, Result]):
         self._max_jobs = max_jobs
         self._changed = threading.Condition()
         self._leading = False
-        self._waiting: list[_Ticket[Job, Result]] = []
+        self._waiting: list[tuple[Job, Future[Result]]] = []
 
     def submit(self, job: Job) -> Result:
         """Return when `job` is committed; raise what `commit` raised for it."""
-        ticket: _Ticket[Job, Result] = _Ticket(job)
+        future: Future[Result] = Future()
         with self._changed:
-            self._waiting.append(ticket)
-        while not ticket.done:
-            batch = self._take_turn(ticket)
-            if batch:
-                self._lead(batch)
-        if ticket.error is not None:
-            raise ticket.error
-        return ticket.result  # type: ignore[return-value]  # set together with done
+            self._waiting.append((job, future))
+        while not future.done():
+            with self._changed:
+                self._changed.wait_for(lambda: future.done() or not self._leading)
+                if future.done():
+                    break
+                self._leading = True
+                batch = self._waiting[: self._max_jobs]
+                del self._waiting[: self._max_jobs]
+            try:
+                self._run(batch)
+            finally:
+                with self._changed:  # undone ones: KeyboardInterrupt or the like; the next leader takes them
+                    self._waiting[:0] = [one for one in batch if not one[1].done()]
+                    self._leading = False
+                    self._changed.notify_all()
+        return future.result()
 
-    def _take_turn(self, ticket: _Ticket[Job, Result]) -> list[_Ticket[Job, Result]]:
-        """Wait until `ticket` is done (nothing to do) or until it is this thread's turn to write a batch."""
-        with self._changed:
-            self._changed.wait_for(lambda: ticket.done or not self._leading)
-            if ticket.done:
-                return []
-            self._leading = True
-            batch = self._waiting[: self._max_jobs]
-            del self._waiting[: self._max_jobs]
-            return batch
-
-    def _lead(self, batch: list[_Ticket[Job, Result]]) -> None:
+    def _run(self, batch: list[tuple[Job, Future[Result]]]) -> None:
         try:
-            self._run(batch)
-        finally:
-            with self._changed:  # undone ones: KeyboardInterrupt or the like; the next leader takes them
-                self._waiting[:0] = [ticket for ticket in batch if not ticket.done]
-                self._leading = False
-                self._changed.notify_all()
-
-    def _run(self, batch: list[_Ticket[Job, Result]]) -> None:
-        try:
-            results = self._commit([ticket.job for ticket in batch])
+            results = self._commit([job for job, _ in batch])
         except Exception as error:  # noqa: BLE001 - it belongs to the callers, who get it from `submit`
-            if len(batch) > 1 and not isinstance(error, StoreUnavailableError):
-                for ticket in batch:  # one bad job must not fail the others
-                    self._run([ticket])
-                return
-            for ticket in batch:
-                ticket.error, ticket.done = error, True
+            is_theirs = len(batch) == 1 or isinstance(error, StoreUnavailableError)
+            for one in batch:
+                if is_theirs:
+                    one[1].set_exception(error)
+                else:  # one bad job must not fail the others
+                    self._run([one])
             return
-        for ticket, result in zip(batch, results, strict=True):
-            ticket.result, ticket.done = result, True
+        for (_, future), result in zip(batch, results, strict=True):
+            future.set_result(result)
 
 
 def open_engine(url: str | URL) -> Engine:

@@ -121,7 +121,7 @@ class LoopStore(Part):
 
 
 def database_path(state_dir: Path) -> Path:
-    """Where the store is if no `database_url` is set."""
+    """The store's file if no `database_url` is set."""
     return state_dir / "feedback.db"
 
 

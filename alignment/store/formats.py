@@ -24,7 +24,7 @@ _UTF8_BOM = "\ufeff"
 
 @dataclass(frozen=True, slots=True)
 class LineError:
-    """Why one line was refused."""
+    """The reason why one line was refused."""
 
     line_number: int
     message: str
@@ -135,11 +135,7 @@ def with_id(item: dict[str, Any]) -> dict[str, Any]:
 def export_chunk(
     pairs: PairStore, format: ExportFormat, after: int, limit: int
 ) -> tuple[list[dict[str, Any]], int | None]:
-    """Up to `limit` rows of the export behind position `after` (0: the beginning), and where to go on.
-
-    Raises:
-        InvalidFeedbackError: no such format.
-    """
+    """Up to `limit` rows of the export behind position `after` (0: the beginning), and where to go on."""
     if format not in ("trl", "openai"):
         raise InvalidFeedbackError("format must be 'trl' or 'openai'", "format")
     chunk = pairs.after(after, limit)

@@ -34,9 +34,9 @@ class UserScore:
     """The newest score of one of a user's pairs."""
 
     pair_id: str
-    seq: int
-    loss: float
+    user: str | None
     margin: float
+    """Implicit reward margin (nats): above zero the adapter agrees with the user."""
     version: str | None
     """Adapter version behind the score; None is the bare base model."""
 
@@ -105,13 +105,15 @@ class PairMatches(Part):
     def user_scores(self, connection: Connection, user: str, limit: int) -> list[UserScore]:
         """Scores of the newest scored pairs of a user, newest first, parked ones too; those not finite are left out."""
         query = (
-            select(pairs.c.pair_id, pairs.c.seq, pairs.c.last_loss, pairs.c.last_margin, pairs.c.scored_version)
+            select(
+                pairs.c.pair_id, pairs.c.user_id, pairs.c.last_margin, pairs.c.scored_version, pairs.c.last_loss
+            )
             .where(OF_A_USER, pairs.c.user_id == user)
             .order_by(pairs.c.seq.desc())
             .limit(limit)
         )
-        rows = connection.execute(query)
-        return [UserScore(*row) for row in rows if row.last_loss is not None and row.last_margin is not None]
+        rows = [row for row in connection.execute(query) if row.last_loss is not None]
+        return [UserScore(*row[:4]) for row in rows if row.last_margin is not None]
 
 
 def trim_bands(connection: Connection) -> None:

@@ -45,7 +45,8 @@ class PairSampling(Part):
             query = query.where(pairs.c.seq > since_seq).order_by(pairs.c.seq.desc())
         else:
             query = query.where(pairs.c.last_loss.is_not(None)).order_by(pairs.c.last_loss.desc())
-        return _first_rows(connection, query, limit, exclude)
+        rows = connection.execute(query.limit(limit + len(exclude)))
+        return [stored_pair(row) for row in _first(rows, limit, exclude)]
 
     @reads
     def hard_pairs(
@@ -74,7 +75,7 @@ class PairSampling(Part):
                 found = [*found, *connection.execute(behind.limit(scanned))]
             rows |= {row.seq: row for row in found if row.seq > since_seq}
         worst = sorted(rows.values(), key=lambda row: (-row.last_loss, -row.seq))
-        return fetch_pairs(connection, _first_seqs(worst, limit, exclude))
+        return fetch_pairs(connection, [row.seq for row in _first(worst, limit, exclude)])
 
     @reads
     def replay_pairs(
@@ -93,9 +94,8 @@ class PairSampling(Part):
         trained = select(pairs.c.seq, pairs.c.pair_id).where(TRAINABLE)
         levels = [trained.where(pairs.c.times_trained == times) for times in _levels(connection, max_epochs)]
         rows = _scattered(connection, levels, limit + len(exclude), since_seq, None, random.Random(seed))
-        return fetch_pairs(
-            connection, _distinct(((row.seq, row.seq) for row in rows if row.pair_id not in exclude), limit)
-        )
+        allowed = ((row.seq, row.seq) for row in rows if row.pair_id not in exclude)
+        return fetch_pairs(connection, _distinct(allowed, limit))
 
     @reads
     def held_out(
@@ -122,7 +122,8 @@ class PairSampling(Part):
         self, connection: Connection, limit: int, exclude: Collection[str] = ()
     ) -> list[StoredPair]:
         """Pairs of both splits that no adapter has scored yet, newest first."""
-        return _first_rows(connection, select(pairs).where(UNSCORED).order_by(pairs.c.seq.desc()), limit, exclude)
+        query = select(pairs).where(UNSCORED).order_by(pairs.c.seq.desc()).limit(limit + len(exclude))
+        return [stored_pair(row) for row in _first(connection.execute(query), limit, exclude)]
 
     @reads
     def newest_scored(self, connection: Connection, limit: int) -> list[StoredPair]:
@@ -140,7 +141,7 @@ class PairSampling(Part):
     ) -> list[StoredPair]:
         """Those of the `newest` newest scored pairs that another version than `version` (None: base) scored last."""
         stale = (row for row in _newest_scored_rows(connection, newest) if row.scored_version != version)
-        return fetch_pairs(connection, _first_seqs(stale, limit, exclude))
+        return fetch_pairs(connection, [row.seq for row in _first(stale, limit, exclude)])
 
 
 def _distinct(keyed: Iterable[tuple[object, T]], limit: int) -> list[T]:
@@ -198,12 +199,5 @@ def _levels(connection: Connection, max_epochs: int) -> range:
     return range(1, min(most + 1, max_epochs))
 
 
-def _first_rows(
-    connection: Connection, query: Select[Any], limit: int, exclude: Collection[str]
-) -> list[StoredPair]:
-    rows = connection.execute(query.limit(limit + len(exclude)))
-    return [stored_pair(row) for row in islice((row for row in rows if row.pair_id not in exclude), limit)]
-
-
-def _first_seqs(rows: Iterable[Row[Any]], limit: int, exclude: Collection[str]) -> list[int]:
-    return [int(row.seq) for row in islice((row for row in rows if row.pair_id not in exclude), limit)]
+def _first(rows: Iterable[Row[Any]], limit: int, exclude: Collection[str]) -> Iterator[Row[Any]]:
+    return islice((row for row in rows if row.pair_id not in exclude), limit)

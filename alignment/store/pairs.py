@@ -209,16 +209,13 @@ def stored_pair(row: Row[Any]) -> StoredPair:
 def _new_row(pair_id: str, draft: PairDraft, item: FeedbackItem, fraction: float, now: float) -> dict[str, Any]:
     key = prompt_key(draft.prompt)
     return {
+        **dataclasses.asdict(draft),
         "pair_id": pair_id,
         "origin": item.type,
         "user_id": item.user,
         "prompt": canonical_json(draft.prompt),
         "prompt_key": key,
         "pair_key": pair_key(draft.prompt, draft.chosen, draft.rejected),
-        "chosen": draft.chosen,
-        "rejected": draft.rejected,
-        "chosen_version": draft.chosen_version,
-        "rejected_version": draft.rejected_version,
         "weight": item.weight,
         "split": split_of(key, fraction),
         "state": PENDING,

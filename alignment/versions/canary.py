@@ -6,7 +6,7 @@ Medicine 17, 1998, method 10), which is sound for small counts and for shares of
 """
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal
 
 from alignment.intervals import wilson
@@ -33,9 +33,9 @@ class Share:
 class Arm:
     """Ratings and requests of one version since the trial began."""
 
-    ratings: Share = field(default_factory=Share)
+    ratings: Share = Share()
     """Thumbs up of all thumbs."""
-    slo: Share = field(default_factory=Share)
+    slo: Share = Share()
     """Requests within TTFT and TBT targets."""
 
 
@@ -57,14 +57,10 @@ def judge_canary(canary: Arm, live: Arm, elapsed_s: float, config: VersionsConfi
     rated = min(canary.ratings.total, live.ratings.total) >= config.canary_min_ratings
     served = min(canary.slo.total, live.slo.total) >= config.canary_min_requests
     complaints = []
-    if rated or over:
-        drop = least_drop(canary.ratings, live.ratings, CONFIDENCE)
-        if drop > 0:
-            complaints.append(f"thumbs up {canary.ratings} (live {live.ratings})")
-    if served or over:
-        drop = least_drop(canary.slo, live.slo, CONFIDENCE)
-        if drop > MAX_SLO_DROP:
-            complaints.append(f"within the SLO {canary.slo} requests (live {live.slo})")
+    if (rated or over) and least_drop(canary.ratings, live.ratings, CONFIDENCE) > 0:
+        complaints.append(f"thumbs up {canary.ratings} (live {live.ratings})")
+    if (served or over) and least_drop(canary.slo, live.slo, CONFIDENCE) > MAX_SLO_DROP:
+        complaints.append(f"within the SLO {canary.slo} requests (live {live.slo})")
     seen = f"thumbs up {canary.ratings} (live {live.ratings}), within the SLO {canary.slo} (live {live.slo})"
     if complaints:
         return Verdict("roll_back", f"worse than live at {CONFIDENCE:.0%}: {' and '.join(complaints)}")

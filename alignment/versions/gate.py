@@ -18,8 +18,9 @@ greedily; compared are mean length and the share of repeated 3-grams. The distan
 """
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
+from statistics import fmean
 from typing import Any
 
 from alignment.intervals import wilson
@@ -118,12 +119,20 @@ def judge_candidate(
     compared: list[WindowComparison] = []
     falls: list[str] = []
     for window in windows:
-        candidate, live = _pairs_of_both(window)
-        problem = _problem(candidate, live)
+        by_id = {score.pair_id: score for score in window.candidate}
+        # A pair that even the live adapter cannot score says nothing about the candidate.
+        live = [score for score in {one.pair_id: one for one in window.live}.values() if _is_finite(score)]
+        candidate = [by_id[score.pair_id] for score in live if score.pair_id in by_id] if live else by_id.values()
+        problem = None
+        if len(candidate) < len(live):
+            missing = len(live) - len(candidate)
+            problem = f"the candidate was not scored on {missing} of {len(live)} held-out pairs"
+        elif not all(map(_is_finite, candidate)):
+            problem = "the candidate has scores that are not finite"
         if problem is not None:
             return GateDecision(False, f"{problem} ({window.name} pairs)", tuple(compared))
         if live:
-            comparison = _compare(window.name, [score for score in candidate if score is not None], live)
+            comparison = _compare(window.name, list(candidate), live)
             compared.append(comparison)
             falls += _falls(comparison, config, max_clpd_drop)
     return GateDecision(not falls, _reason(falls, compared), tuple(compared))
@@ -134,43 +143,27 @@ def clpd(score: PairScore) -> float:
     return score.policy_chosen_logp - score.policy_rejected_logp
 
 
-def _pairs_of_both(window: WindowScores) -> tuple[list[PairScore | None], list[PairScore]]:
-    """The candidate's score (or None) for each pair with a usable score of the live adapter; without a live one, all.
-
-    A pair that even the live adapter cannot score says nothing about the candidate.
-    """
-    by_id = {score.pair_id: score for score in window.candidate}
-    unique = {score.pair_id: score for score in window.live}.values()
-    live = [score for score in unique if _is_finite(score)]
-    if not live:
-        return list(by_id.values()), []
-    return [by_id.get(score.pair_id) for score in live], live
-
-
-def _problem(candidate: Sequence[PairScore | None], live: Sequence[PairScore]) -> str | None:
-    missing = sum(score is None for score in candidate)
-    if missing:
-        return f"the candidate was not scored on {missing} of {len(live)} held-out pairs"
-    if not all(_is_finite(score) for score in candidate if score is not None):
-        return "the candidate has scores that are not finite"
-    return None
+_MEASURES: dict[str, Callable[[PairScore], float]] = {
+    "accuracy": lambda score: float(score.margin > 0),
+    "clpd": clpd,
+    "margin": lambda score: score.margin,
+    "loss": lambda score: score.loss,
+}
 
 
 def _compare(name: str, candidate: Sequence[PairScore], live: Sequence[PairScore]) -> WindowComparison:
+    means = {
+        f"{whose}_{measured}": fmean(map(measure, scores))
+        for whose, scores in (("candidate", candidate), ("live", live))
+        for measured, measure in _MEASURES.items()
+    }
     return WindowComparison(
         name=name,
         num_pairs=len(live),
-        candidate_accuracy=_accuracy(candidate),
-        live_accuracy=_accuracy(live),
-        candidate_clpd=_mean(map(clpd, candidate)),
-        live_clpd=_mean(map(clpd, live)),
-        candidate_margin=_mean(score.margin for score in candidate),
-        live_margin=_mean(score.margin for score in live),
-        candidate_loss=_mean(score.loss for score in candidate),
-        live_loss=_mean(score.loss for score in live),
         p_accuracy=_mcnemar_p(candidate, live),
         p_clpd=_wilcoxon_p([clpd(new) - clpd(old) for new, old in zip(candidate, live, strict=True)]),
         candidate_accuracy_interval=wilson(sum(s.margin > 0 for s in candidate), len(candidate), 0.975),
+        **means,
     )
 
 
@@ -227,43 +220,39 @@ def _reason(falls: Sequence[str], compared: Sequence[WindowComparison]) -> str:
 
 @dataclass(frozen=True, slots=True)
 class GenerationReport:
-    """The measurements over all prompts."""
+    """The measurements over all prompts, by their names in a manifest."""
 
-    candidate_length: float
-    """Mean answer length in tokens, as `live_length`."""
-    live_length: float
-    candidate_repetition: float
-    """Share of 3-grams that came before in the same answer, as `live_repetition`."""
-    live_repetition: float
-    kl: float
+    generation_length: float
+    """Mean length of the candidate's answers in tokens."""
+    live_generation_length: float
+    generation_repetition: float
+    """Share of 3-grams that came before in the same answer of the candidate."""
+    live_generation_repetition: float
+    generation_kl: float
     """Nats per token; NaN if no answer could be scored."""
 
     def problems(self, config: GateConfig) -> list[str]:
         """Reasons against the candidate, in words; empty if there is none."""
         found = []
-        ratio = (self.candidate_length + _LENGTH_PRIOR) / (self.live_length + _LENGTH_PRIOR)
-        if not 1 / MAX_LENGTH_FACTOR <= ratio <= MAX_LENGTH_FACTOR:
-            found.append(f"answers are {self.candidate_length:.1f} tokens long (live {self.live_length:.1f})")
-        if self.candidate_repetition - self.live_repetition > MAX_REPETITION_RISE:
-            found.append(
-                f"{self.candidate_repetition:.0%} of 3-grams are repetitions (live {self.live_repetition:.0%})"
-            )
-        if not self.kl <= config.max_kl:
-            found.append(
-                f"KL to the reference is {self.kl:.2f} nats per token on its own answers, allowed {config.max_kl:g}"
-            )
+        length, live_length = self.generation_length, self.live_generation_length
+        repeated, live_repeated = self.generation_repetition, self.live_generation_repetition
+        kl = self.generation_kl
+        if (
+            not 1 / MAX_LENGTH_FACTOR
+            <= (length + _LENGTH_PRIOR) / (live_length + _LENGTH_PRIOR)
+            <= MAX_LENGTH_FACTOR
+        ):
+            found.append(f"answers are {length:.1f} tokens long (live {live_length:.1f})")
+        if repeated - live_repeated > MAX_REPETITION_RISE:
+            found.append(f"{repeated:.0%} of 3-grams are repetitions (live {live_repeated:.0%})")
+        if not kl <= config.max_kl:
+            allowed = f"allowed {config.max_kl:g}"
+            found.append(f"KL to the reference is {kl:.2f} nats per token on its own answers, {allowed}")
         return found
 
     def metrics(self) -> dict[str, float]:
         """Finite numbers for a manifest."""
-        numbers = {
-            "generation_length": self.candidate_length,
-            "live_generation_length": self.live_length,
-            "generation_repetition": self.candidate_repetition,
-            "live_generation_repetition": self.live_repetition,
-            "generation_kl": self.kl,
-        }
-        return {name: value for name, value in numbers.items() if math.isfinite(value)}
+        return {name: value for name, value in asdict(self).items() if math.isfinite(value)}
 
 
 def pairs_to_score(
@@ -287,22 +276,19 @@ def report_generation(
     scored: Sequence[TokenizedPair],
     scores: Sequence[PairScore],
 ) -> GenerationReport:
-    """Put the measurements together.
+    """Compare the answers of both (token ids, by prompt).
 
-    Args:
-        candidate: its answers as token ids, by prompt.
-        live: the live adapter's answers to the same prompts.
-        scored: `pairs_to_score` of the candidate's answers.
-        scores: their scores, in the same order.
+    `scored` are the `pairs_to_score` of the candidate's answers, and `scores` their scores, in the same order.
     """
+    mean_length, live_mean_length = (fmean(map(len, texts)) if texts else 0.0 for texts in (candidate, live))
     num_tokens = sum(len(pair.chosen_ids) for pair in scored)
     excess = math.fsum(score.policy_chosen_logp - score.reference_chosen_logp for score in scores)
     return GenerationReport(
-        candidate_length=_mean(map(len, candidate)),
-        live_length=_mean(map(len, live)),
-        candidate_repetition=repetition(candidate),
-        live_repetition=repetition(live),
-        kl=excess / num_tokens if num_tokens else math.nan,
+        generation_length=mean_length,
+        live_generation_length=live_mean_length,
+        generation_repetition=repetition(candidate),
+        live_generation_repetition=repetition(live),
+        generation_kl=excess / num_tokens if num_tokens else math.nan,
     )
 
 
@@ -314,15 +300,6 @@ def repetition(answers: Sequence[Sequence[int]]) -> float:
         total += len(grams)
         distinct += len(set(grams))
     return (total - distinct) / total if total else 0.0
-
-
-def _accuracy(scores: Sequence[PairScore]) -> float:
-    return sum(score.margin > 0 for score in scores) / len(scores)
-
-
-def _mean(values: Iterable[float]) -> float:
-    numbers = list(values)
-    return math.fsum(numbers) / len(numbers) if numbers else 0.0
 
 
 def _is_finite(score: PairScore) -> bool:

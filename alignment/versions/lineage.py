@@ -11,24 +11,15 @@ from core.errors import UnknownVersionError
 def lineage_rows(registry: AdapterRegistry) -> list[dict[str, Any]]:
     """All versions on disk as rows, oldest first; damaged ones with their error."""
     serving, failed = registry.serving.read(), registry.serving.rolled_back()
-    last: dict[str, Activation] = {}
-    for entry in registry.serving.activations():
-        if entry.event == "activated":
-            last[entry.version] = entry
+    last = {entry.version: entry for entry in registry.serving.activations() if entry.event == "activated"}
     rows = [_row(version, serving, failed, last.get(version.name)) for version in registry.list()]
     for name, error in registry.damaged.items():
-        row = {"version": name, "status": "damaged", "reason": str(error)}
-        rows.append(row | _flags(name, serving))
+        rows.append({"version": name, "status": "damaged", "reason": str(error)} | _flags(name, serving))
     return sorted(rows, key=lambda row: version_number(row["version"]) or 0)
 
 
 def lineage_row(registry: AdapterRegistry, name: str) -> dict[str, Any]:
-    """One version in full, or `base`: with the training configuration and everything that happened to it.
-
-    Raises:
-        UnknownVersionError: there is none of that name.
-        DamagedAdapterError: it cannot be used.
-    """
+    """One version in full, or `base`: with the training configuration and everything that happened to it."""
     serving = registry.serving.read()
     events = [entry for entry in registry.serving.activations() if entry.version == name]
     log = {"activations": [entry.model_dump(mode="json") for entry in events]}

@@ -62,14 +62,14 @@ class AdapterVersion:
     manifest: AdapterManifest
 
 
-Versions = list[AdapterVersion]  # inside the class, `list` is a method
-Names = list[str]
+Names = list[str]  # inside the class, `list` is a method
 
 
 class AdapterRegistry:
     """The versions under one directory; `base_model`, if given, is what they must have been trained for.
 
-    Disk errors (full, read-only) are `AdapterError`.
+    Disk errors (full, read-only) are `AdapterError`. Where a version is asked for, one that is not there is an
+    `UnknownVersionError`, and one that cannot be used a `DamagedAdapterError`.
     """
 
     def __init__(self, root: Path, base_model: str | None = None) -> None:
@@ -137,12 +137,7 @@ class AdapterRegistry:
         self._release(temporary)
 
     def get(self, name: str) -> AdapterVersion:
-        """One version, published or rejected.
-
-        Raises:
-            UnknownVersionError: there is none of that name.
-            DamagedAdapterError: it cannot be used.
-        """
+        """One version, published or rejected."""
         path = self.root / name
         if version_number(name) is None or not path.is_dir():
             raise UnknownVersionError(f"no adapter version {name[:50]!r}")
@@ -156,7 +151,7 @@ class AdapterRegistry:
 
     def list(self) -> tuple[AdapterVersion, ...]:
         """All usable versions, oldest first; `damaged` then tells which were skipped."""
-        usable: Versions = []
+        usable = []
         damaged: dict[str, DamagedAdapterError] = {}
         for number in sorted(self._numbers()):
             name = version_name(number)
@@ -172,8 +167,7 @@ class AdapterRegistry:
     def delete(self, name: str) -> bool:
         """Remove a retired version; its number is never used again. False if it serves or is not retired (any more).
 
-        Raises:
-            AdapterError: it cannot be removed; it is whole, or gone.
+        After an error it is whole, or gone.
         """
         try:
             with one_writer(self.root):
@@ -194,11 +188,7 @@ class AdapterRegistry:
         return True
 
     def live(self) -> AdapterVersion | None:
-        """The live version; None is the bare base model.
-
-        Raises:
-            UnknownVersionError, DamagedAdapterError: the pointer names a version that cannot be used.
-        """
+        """The live version; None is the bare base model."""
         name = self.serving.pointer(LIVE_FILE)
         return self.get(name) if name else None
 
@@ -222,9 +212,6 @@ class AdapterRegistry:
 
         Every executor calls this again and again with the versions that it needs, which keeps them from being deleted
         by others. Damaged versions are left alone and not counted: they may belong to another base model.
-
-        Raises:
-            AdapterError: the disk refuses.
         """
         serving, failed, versions = self.serving.read(), self.serving.rolled_back(), self.list()
         for version in versions:

@@ -65,7 +65,10 @@ class Activation(BaseModel):
 
 
 class ActivationLog:
-    """One file. `append` needs a lock among writers, which the caller holds; `read` needs none."""
+    """One file. `append` needs a lock among writers, which the caller holds; `read` needs none.
+
+    Disk errors are `OSError`; if `append` fails, the log is as before.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -74,11 +77,7 @@ class ActivationLog:
         self._reading = threading.Lock()
 
     def append(self, entry: Activation) -> None:
-        """Write one line; on disk on return.
-
-        Raises:
-            OSError: it could not be written; the log is as before.
-        """
+        """Write one line; on disk on return."""
         descriptor = os.open(self.path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
         try:
             size = os.fstat(descriptor).st_size
@@ -97,11 +96,7 @@ class ActivationLog:
             sync(self.path.parent)
 
     def read(self) -> tuple[Activation, ...]:
-        """The newest entries, oldest first. Only what was appended since the last call is read.
-
-        Raises:
-            OSError: the file cannot be read.
-        """
+        """The newest entries, oldest first. Only what was appended since the last call is read."""
         with self._reading:
             try:
                 with self.path.open("rb") as file:
@@ -185,28 +180,15 @@ class ServingState:
         return started[-1] if started else None
 
     def activate(
-        self,
-        name: str | None,
-        *,
-        by: Actor = "api",
-        reason: str = "",
-        pin: bool = False,
-        over: str | None = None,
+        self, name: str | None, *, by: Actor = "api", reason: str = "", pin: bool = False, over: str | None = None
     ) -> bool:
         """Make a version live (None: the bare base model), pinned or not. A pointer move, durable on return.
 
-        Ends a canary: the trial of another version than `name` counts as failed.
+        Ends a canary: the trial of another version than `name` counts as failed. `over` is what the gate compared it
+        with (`base` or a version); None: nothing in particular.
 
-        Args:
-            name: the version.
-            by: who decided.
-            reason: for the lineage.
-            pin: nothing but the API may move on from it.
-            over: the gate compared it with this one (`base` or a version); None: with nothing in particular.
-
-        Returns:
-            False if a pin, the end of its trial, or a live version that it was not compared with keeps `by` gate or
-            canary from it; then nothing moved.
+        Returns False if a pin, the end of its trial, or a live version that it was not compared with keeps `by` gate or
+        canary from it; then nothing moved.
         """
         if name is not None:
             self._check(name)
@@ -218,9 +200,8 @@ class ServingState:
             if by == "canary" and before.canary != name:
                 return False
             if before.canary not in (None, name):
-                self._note(
-                    "rolled_back", before.canary, by, f"{name or BASE} was made live during the trial", before
-                )
+                why = f"{name or BASE} was made live during the trial"
+                self._note("rolled_back", before.canary, by, why, before)
             self._note("activated", name, by, reason, before, pinned=pin)
             if pin:  # in this order a crash in between leaves a pin rather than none
                 self._write(PIN_FILE, name or BASE)
@@ -255,13 +236,13 @@ class ServingState:
             self._write(CANARY_FILE, name)
             return True
 
-    def roll_back(self, name: str, *, by: Actor = "canary", reason: str) -> bool:
+    def roll_back(self, name: str, *, reason: str) -> bool:
         """End the trial of a version that failed it; False if it is not on trial (any more)."""
         with self._writing("end a canary"):
             before = self.read()
             if before.canary != name:
                 return False
-            self._note("rolled_back", name, by, reason, before)
+            self._note("rolled_back", name, "canary", reason, before)
             self._write(CANARY_FILE, "")
             return True
 
@@ -296,29 +277,22 @@ class ServingState:
                 self._note("activated", now.live, "recovery", reason, now, pinned=now.pinned is not None)
             if now.pinned not in (None, now.live or BASE):
                 self._write(PIN_FILE, now.live or BASE)
-            if now.canary is not None and not self._is_usable(now.canary):
+            if now.canary is None:
+                return
+            try:
+                self._check(now.canary)
+            except AdapterError:
                 self._note("rolled_back", now.canary, "recovery", "it cannot be used any more", now)
                 self._write(CANARY_FILE, "")
 
     def pointer(self, name: str) -> str:
-        """Text of a pointer file; empty if there is none.
-
-        Raises:
-            AdapterError: it cannot be read.
-        """
+        """Text of a pointer file; empty if there is none."""
         try:
             return (self._root / name).read_text(encoding="utf-8").strip()
         except FileNotFoundError:
             return ""
         except (OSError, UnicodeDecodeError) as error:
             raise AdapterError(f"cannot read {self._root / name}: {error}") from error
-
-    def _is_usable(self, name: str) -> bool:
-        try:
-            self._check(name)
-        except AdapterError:
-            return False
-        return True
 
     def _note(
         self, event: Event, version: str | None, by: Actor, reason: str, before: Serving, *, pinned: bool = False
@@ -344,11 +318,7 @@ class ServingState:
 
 @contextmanager
 def one_writer(root: Path) -> Iterator[None]:
-    """Lock out all other threads and processes that use this directory; the kernel unlocks it if the holder dies.
-
-    Raises:
-        OSError: the lock file cannot be made.
-    """
+    """Lock out all other threads and processes that use this directory; the kernel unlocks it if the holder dies."""
     descriptor = os.open(root / _LOCK_FILE, os.O_CREAT | os.O_RDWR, 0o644)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX)

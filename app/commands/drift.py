@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
 from app.commands.connection import URL_OPTION, call
@@ -40,10 +40,7 @@ def drift(
 
 
 def _streams(state: dict[str, Any], only: str | None) -> Table:
-    table = Table()
-    for heading in ("stream", "pairs", "accuracy", "margin", "loss"):
-        table.add_column(heading, no_wrap=True)
-    table.add_column("last event", overflow="fold")
+    table = _table("stream", "pairs", "accuracy", "margin", "loss", last="last event")
     for name, row in state["streams"].items():
         if only in (None, name):
             numbers = (_number(row[key]) for key in ("accuracy", "mean_margin", "mean_loss"))
@@ -55,14 +52,15 @@ def _streams(state: dict[str, Any], only: str | None) -> Table:
 
 
 def _history(events: list[dict[str, Any]]) -> Table:
-    table = Table()
-    for heading in ("time", "stream", "what"):
-        table.add_column(heading, no_wrap=True)
-    table.add_column("detail", overflow="fold")
+    table = _table("time", "stream", "what", last="detail")
     for event in events:
         at = datetime.fromtimestamp(event["at"]).astimezone().strftime("%Y-%m-%d %H:%M:%S")
         table.add_row(at, Text(event["stream"]), event["kind"], Text(event["detail"]))
     return table
+
+
+def _table(*headings: str, last: str) -> Table:
+    return Table(*(Column(heading, no_wrap=True) for heading in headings), Column(last, overflow="fold"))
 
 
 def _detail(event: dict[str, Any] | None) -> str:

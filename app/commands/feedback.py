@@ -2,28 +2,20 @@
 
 import json
 import time
-from contextlib import closing, nullcontext
-from enum import StrEnum
+from contextlib import ExitStack, closing
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    SpinnerColumn,
-    TaskID,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
+from rich.progress import BarColumn, SpinnerColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
 from rich.table import Table
 from rich.text import Text
 
-from app.commands.connection import URL_OPTION, api_key, call, download
+from app.commands.connection import URL_OPTION, call, download, fail, headers
 from app.importing.delivery import DeliveryError, DryRun, Server
-from app.importing.importer import Importer, Progress, ProgressFile, Tally
+from app.importing.importer import Importer, Progress, ProgressFile, Reason, Tally
 from app.importing.sources import Source, SourceError, open_source
 
 _INTERRUPTED = 130
@@ -33,21 +25,14 @@ _REASON_CHARS = 200
 app = typer.Typer(no_args_is_help=True, help="Import, export and list feedback.")
 
 
-class Format(StrEnum):
-    """Export formats."""
-
-    TRL = "trl"
-    OPENAI = "openai"
-
-
 @app.command("export")
 def export_file(
     path: Annotated[Path, typer.Argument(help="File to write")],
-    format: Annotated[Format, typer.Option(help="Row format")] = Format.TRL,
+    format: Annotated[Literal["trl", "openai"], typer.Option(help="Row format")] = "trl",
     url: URL_OPTION = "http://127.0.0.1:8000",
 ) -> None:
     """Write all preference pairs as JSONL."""
-    download(url, "/v1/feedback/export", {"format": format.value}, path)
+    download(url, "/v1/feedback/export", {"format": format}, path)
     typer.echo(f"wrote {path}")
 
 
@@ -63,10 +48,10 @@ def list_records(
 
 
 class ImportBar:
-    """Rows per second, accepted, duplicates and rejected; and messages above the bar."""
+    """Rows per second, accepted, duplicates and rejected; and messages above the bar, which stay."""
 
-    def __init__(self, console: Console, is_shown: bool = True) -> None:
-        self._console = console
+    def __init__(self, is_shown: bool = True) -> None:
+        self._console = Console(stderr=True)
         self._bar = Bar(
             SpinnerColumn(),
             TextColumn("{task.description}", markup=False),
@@ -74,43 +59,40 @@ class ImportBar:
             TextColumn("{task.fields[counts]}", markup=False),
             TimeElapsedColumn(),
             TimeRemainingColumn(),
-            console=console,
+            console=self._console,
             transient=True,
             disable=not is_shown,
         )
-        self._task: TaskID | None = None
         self._rows_before = 0
 
     def start(self, source: Source, progress: Progress) -> None:
         """Show the bar."""
         self._rows_before = progress.tally.num_rows
-        self._task = self._bar.add_task(source.label[-40:], total=source.total, counts="")
+        self._bar.add_task(source.label[-40:], total=source.total, counts="")
         self._bar.start()
 
     def settled(self, progress: Progress, done: int) -> None:
         """A batch is settled; reading is `done` of the source's total far."""
-        if self._task is None:
-            return
+        [task] = self._bar.tasks
         tally = progress.tally
-        elapsed_s = self._bar.tasks[self._task].elapsed or 0.0
-        rate = f"{(tally.num_rows - self._rows_before) / elapsed_s:,.0f} rows/s" if elapsed_s else ""
+        rate = f"{(tally.num_rows - self._rows_before) / task.elapsed:,.0f} rows/s" if task.elapsed else ""
         counts = (
             f"{tally.num_rows:,} rows {rate}  accepted {tally.num_accepted:,}  "
             f"duplicates {tally.num_duplicates:,}  rejected {tally.num_rejected:,}"
         )
-        self._bar.update(self._task, completed=done, counts=counts)
+        self._bar.update(task.id, completed=done, counts=counts)
 
     def waits(self, reason: str, delay_s: float) -> None:
         """The server is away; the batch is sent again after the delay."""
         self.say(f"{reason}; trying again in {delay_s:.1f} s")
 
     def say(self, message: str) -> None:
-        """A line above the bar. It stays."""
+        """A line above the bar."""
         self._console.print(Text(f"mace: {message}", style="yellow"))
 
     def close(self) -> None:
-        """Take the bar away."""
-        if self._task is not None:
+        """Take the bar away, if it is shown."""
+        if self._bar.live.is_started:
             self._bar.stop()
 
 
@@ -136,40 +118,41 @@ def import_feedback(
 ) -> None:
     """Import preference data; an interrupted import goes on where it stopped, and adds nothing twice."""
     started_s = time.monotonic()
-    console = Console(stderr=True)
     try:
-        with closing(ImportBar(console, is_shown=not as_json)) as bar:
-            sink = None if dry_run else Server(url, {"Authorization": f"Bearer {api_key()}"}, patience, bar.waits)
-            with closing(sink) if sink else nullcontext():
-                if sink:
-                    sink.check()
-                opened = open_source(source, split, config, streaming)
-                file = None if dry_run else ProgressFile(opened.identity, url.rstrip("/"), f"chat={chat}")
-                importer = Importer(
-                    opened,
-                    sink or DryRun(),
-                    chat=chat,
-                    limit=limit,
-                    rejected=rejected,
-                    progress_file=file,
-                    on_settled=bar.settled,
-                )
-                before = _run(importer, file, restart, opened, bar)
+        with closing(ImportBar(is_shown=not as_json)) as bar, ExitStack() as stack:
+            sink: Server | DryRun = DryRun()
+            if not dry_run:
+                sink = stack.enter_context(closing(Server(url, headers(), patience, bar.waits)))
+                sink.check()
+            opened = open_source(source, split, config, streaming)
+            file = None if dry_run else ProgressFile(opened.identity, url.rstrip("/"), f"chat={chat}")
+            importer = Importer(
+                opened,
+                sink,
+                chat=chat,
+                limit=limit,
+                rejected=rejected,
+                progress_file=file,
+                on_settled=bar.settled,
+            )
+            num_before = _run(importer, restart, bar)
     except (SourceError, DeliveryError) as error:
-        _fail(str(error))
+        fail(error)
     except OSError as error:
-        _fail(f"{error.filename or 'import'}: {error.strerror or error}")
-    report = _report(importer.progress, importer.progress.tally.num_rows - before, started_s, dry_run)
+        fail(f"{error.filename or 'import'}: {error.strerror or error}")
+    tally = importer.progress.tally
+    report = _report(tally, tally.num_rows - num_before, started_s, dry_run)
     if as_json:
         typer.echo(json.dumps(report, indent=2))
     else:
-        _show(Console(), report, importer.progress.tally, rejected)
+        _show(report, tally, rejected)
     if report["rows"] and report["rejected"] == report["rows"]:
         raise typer.Exit(1)
 
 
-def _run(importer: Importer, file: ProgressFile | None, restart: bool, source: Source, bar: ImportBar) -> int:
+def _run(importer: Importer, restart: bool, bar: ImportBar) -> int:
     """Import; returns the rows that earlier runs had settled."""
+    file = importer.progress_file
     if file and restart:
         file.remove()
     had_progress = file is not None and file.load() is not None
@@ -177,35 +160,27 @@ def _run(importer: Importer, file: ProgressFile | None, restart: bool, source: S
         bar.say(f"going on behind row {importer.progress.next_after:,}; --restart begins at the first row")
     elif had_progress:
         bar.say("the server does not know what an earlier run sent to it: beginning at the first row")
-    before = importer.progress.tally.num_rows
-    bar.start(source, importer.progress)
+    num_before = importer.progress.tally.num_rows
+    bar.start(importer.source, importer.progress)
     try:
         importer.run()
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, SourceError, DeliveryError, OSError) as error:
         bar.close()
-        _say_how_to_go_on(importer.progress, "interrupted", file)
-        raise typer.Exit(_INTERRUPTED) from None
-    except (SourceError, DeliveryError, OSError):
-        bar.close()
-        _say_how_to_go_on(importer.progress, "stopped", file)
+        is_interrupted = isinstance(error, KeyboardInterrupt)
+        message = (
+            f"mace: {'interrupted' if is_interrupted else 'stopped'} behind row {importer.progress.next_after:,}"
+        )
+        if file is not None:
+            message += ", up to there everything is committed or refused; the same command goes on from there"
+        typer.secho(message, fg="yellow", err=True)
+        if is_interrupted:
+            raise typer.Exit(_INTERRUPTED) from None
         raise
-    return before
+    return num_before
 
 
-def _say_how_to_go_on(progress: Progress, what: str, file: ProgressFile | None) -> None:
-    message = f"mace: {what} behind row {progress.next_after:,}"
-    if file is not None:
-        message += ", up to there everything is committed or refused; the same command goes on from there"
-    typer.secho(message, fg="yellow", err=True)
-
-
-def _fail(message: str) -> None:
-    typer.secho(f"mace: {message}", fg="red", err=True)
-    raise typer.Exit(1)
-
-
-def _report(progress: Progress, num_new: int, started_s: float, dry_run: bool) -> dict[str, Any]:
-    tally, elapsed_s = progress.tally, time.monotonic() - started_s
+def _report(tally: Tally, num_new: int, started_s: float, dry_run: bool) -> dict[str, Any]:
+    elapsed_s = time.monotonic() - started_s
     return {
         "dry_run": dry_run,
         "rows": tally.num_rows,
@@ -224,37 +199,33 @@ def _report(progress: Progress, num_new: int, started_s: float, dry_run: bool) -
     }
 
 
-def _by_count(tally: Tally) -> list[Any]:
+def _by_count(tally: Tally) -> list[Reason]:
     return sorted(tally.reasons.values(), key=lambda reason: (-reason.count, reason.first_row))
 
 
-def _show(console: Console, report: dict[str, Any], tally: Tally, rejected: Path | None) -> None:
+def _show(report: dict[str, Any], tally: Tally, rejected: Path | None) -> None:
+    console = Console(highlight=False)
     stored = f"{report['accepted']:,} accepted, {report['duplicates']:,} duplicates"
     taken = f"{report['accepted']:,} usable" if report["dry_run"] else stored
     formats = ", ".join(f"{count:,} {name}" for name, count in tally.formats.most_common())
     console.print(
-        f"{report['rows']:,} rows: {taken}, {report['rejected']:,} rejected ({report['rows_per_s']:,} rows/s)",
-        highlight=False,
+        f"{report['rows']:,} rows: {taken}, {report['rejected']:,} rejected ({report['rows_per_s']:,} rows/s)"
     )
     if formats:
-        console.print(f"formats: {formats}", highlight=False)
+        console.print(f"formats: {formats}")
     if tally.dropped_columns:
-        console.print(
-            f"columns not taken: {', '.join(sorted(tally.dropped_columns))}", highlight=False, markup=False
-        )
+        console.print(f"columns not taken: {', '.join(sorted(tally.dropped_columns))}", markup=False)
     if not tally.reasons:
         return
     table = Table("rows", "first", "column", "reason")
     for reason in _by_count(tally)[:_SHOWN_REASONS]:
-        table.add_row(f"{reason.count:,}", f"{reason.first_row:,}", *_cells(reason.param, reason.example))
+        text = (
+            reason.example if len(reason.example) <= _REASON_CHARS else reason.example[: _REASON_CHARS - 1] + "…"
+        )
+        # The text of a row is not markup.
+        table.add_row(f"{reason.count:,}", f"{reason.first_row:,}", Text(reason.param or ""), Text(text))
     console.print(table)
     if len(tally.reasons) > _SHOWN_REASONS:
-        console.print(f"... and {len(tally.reasons) - _SHOWN_REASONS} more reasons", highlight=False)
+        console.print(f"... and {len(tally.reasons) - _SHOWN_REASONS} more reasons")
     where = f"refused rows are in {rejected}" if rejected else "--rejected FILE writes the refused rows"
-    console.print(where, highlight=False, markup=False)
-
-
-def _cells(param: str | None, example: str) -> tuple[Any, Any]:
-    """The text of a row is not markup."""
-    short = example if len(example) <= _REASON_CHARS else example[: _REASON_CHARS - 1] + "…"
-    return Text(param or ""), Text(short)
+    console.print(where, markup=False)

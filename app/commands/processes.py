@@ -32,16 +32,10 @@ def end_descendants(grace_s: float) -> None:
     me = psutil.Process(os.getpid())
     _, alive = psutil.wait_procs(me.children(recursive=True), timeout=grace_s / 2)
     for process in alive:
-        _signal(process, kill=False)
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.terminate()
     psutil.wait_procs(alive, timeout=grace_s / 2)
     for process in me.children(recursive=True):
-        _signal(process, kill=True)
-    psutil.wait_procs(me.children(recursive=True), timeout=grace_s / 2)
-
-
-def _signal(process: psutil.Process, *, kill: bool) -> None:
-    with contextlib.suppress(psutil.NoSuchProcess):
-        if kill:
+        with contextlib.suppress(psutil.NoSuchProcess):
             process.kill()
-        else:
-            process.terminate()
+    psutil.wait_procs(me.children(recursive=True), timeout=grace_s / 2)

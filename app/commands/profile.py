@@ -5,19 +5,20 @@
 
 import asyncio
 import contextlib
+import itertools
 import json
 import random
 import statistics
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-import yaml
 from rich.console import Console
 from rich.table import Table
 
+from app.commands.connection import fail, read_config
 from core.config import KV_PRUNING_SINK_TOKENS, AppArgs
 from core.errors import ConfigError, MaceError
 from engine.pruning.gate import METHOD, Decision, PruningReport, decide, pruning_report_path
@@ -27,7 +28,6 @@ from profiler.profile import Profile
 
 if TYPE_CHECKING:
     from engine.pruning.reader import PrunedReader, TokenPassage
-    from profiler.measure import Measurement
 
 app = typer.Typer(no_args_is_help=True, help="Measure this device, fit the latency and memory models, draw them.")
 
@@ -65,7 +65,8 @@ def measure(
     """Start the engine, measure a grid of batches and slices, fit, and write a profile."""
     with _clear_errors():
         args = _read_args(config, model, state_dir)
-        profile, path = asyncio.run(_measure(args, out, seconds, seed, show_progress=not as_json))
+        profile, usual_path = asyncio.run(_measure(args, seconds, seed, show_progress=not as_json))
+        path = out or usual_path
         profile.save(path)
     _show(profile, path, as_json)
 
@@ -137,6 +138,11 @@ def pruning(
         from engine.pruning.reader import PrunedReader, PruningPlan
         from engine.vllm.compat import CPU_PRUNING_BLOCK_TOKENS, worker_binding
 
+        columns = (text_column, prompt_column, response_column)
+        if any(columns) and dataset is None:
+            raise ConfigError("columns need a --dataset")
+        if (prompt_column is None) != (response_column is None):
+            raise ConfigError("--prompt-column and --response-column go together")
         args = _read_args(config, model, state_dir)
         started_s = time.monotonic()
         model_dir = resolve_model(args.model, args.state_dir, show_progress=not as_json)
@@ -146,14 +152,13 @@ def pruning(
             reader = PrunedReader(network, tokenizer, PruningPlan(size, args.kv_pruning.recent_tokens))
             length = _context_tokens(context_tokens, args.model.max_model_len, network.config)
             rng = random.Random(_SEED)
-            columns = (text_column, prompt_column, response_column)
-            passages = _passages(reader, dataset, split, columns, samples, length, rng)
+            passages = _passages(reader, dataset, split, columns, (samples, length, _CONTINUATION_TOKENS), rng)
             recalls = (
                 make_recall(kind, length, _QUESTIONS, reader.count_tokens, rng)
                 for kind in _KINDS
                 for _ in range(samples)
             )
-            note = _Counter((len(_KINDS) + 1) * samples, is_quiet=as_json)
+            note = _counter((len(_KINDS) + 1) * samples, is_quiet=as_json)
             measured = measure(reader, passages, recalls, {*_FRACTIONS, args.kv_pruning.max_fraction}, note)
         report = PruningReport(
             origin=origin_of(args, seed=_SEED, num_threads=num_threads),
@@ -183,25 +188,14 @@ def _clear_errors() -> Iterator[None]:
     try:
         yield
     except MaceError as error:
-        typer.secho(f"mace: {error}", fg="red", err=True)
-        raise typer.Exit(2 if isinstance(error, ConfigError) else 1) from error
+        fail(error, 2 if isinstance(error, ConfigError) else 1)
 
 
 def _read_args(config: Path, model: str | None, state_dir: Path | None) -> AppArgs:
-    """The `args:` of the config's application, with the options of the command line on top.
-
-    Raises:
-        ConfigError: the file is unreadable or the settings are wrong.
-    """
+    """The `args:` of the config's application, with the options of the command line on top; or a ConfigError."""
     from app.main import parse_args
 
-    try:
-        document = yaml.safe_load(config.read_text(encoding="utf-8"))
-        args: dict[str, Any] = dict(document["applications"][0].get("args") or {})
-    except OSError as error:
-        raise ConfigError(f"cannot read {config}: {error.strerror}") from error
-    except (yaml.YAMLError, KeyError, IndexError, TypeError, AttributeError) as error:
-        raise ConfigError(f"{config} is not a Serve config: {error}") from error
+    args: dict[str, Any] = dict(read_config(config)["applications"][0].get("args") or {})
     if model is not None:
         args["model"] = {"model_id": Path(model).name.replace(":", "-"), "model_source": model}
     if state_dir is not None:
@@ -209,38 +203,31 @@ def _read_args(config: Path, model: str | None, state_dir: Path | None) -> AppAr
     return parse_args(args)
 
 
-async def _measure(
-    args: AppArgs, out: Path | None, seconds: float, seed: int, *, show_progress: bool
-) -> tuple[Profile, Path]:
+async def _measure(args: AppArgs, seconds: float, seed: int, *, show_progress: bool) -> tuple[Profile, Path]:
+    """A profile of this device, and where `mace serve` looks for it."""
     from deployments.monitors.profiling import measure_plan, origin_of, with_profile_path
     from engine.model_source import resolve_model
     from engine.vllm.compat import configure_environment
     from engine.vllm.engine import HybridEngine
-    from profiler.measure import measure_profile
+    from profiler.measure import Measurement, measure_profile
+
+    def note(measurement: Measurement) -> None:
+        if show_progress and measurement.num_points % _PROGRESS_POINTS == 0:
+            done = f"{measurement.num_points} points, {len(measurement.samples)} iterations"
+            typer.echo(f"{done}, {measurement.measured_s:.0f} s", err=True)
 
     model_dir = resolve_model(args.model, args.state_dir, show_progress=show_progress)
     configure_environment(args, model_dir)
     args = with_profile_path(args, model_dir)
+    assert args.profile.path is not None  # filled in
     origin = origin_of(args, seed=seed)
     engine = await HybridEngine.start(args, str(model_dir))
     try:
         plan = measure_plan(engine, args, budget_s=seconds, seed=seed)
-        note = _print_progress if show_progress else None
         profile = await measure_profile(engine, plan, origin, engine.kv_bytes_per_token, note)
     finally:
         engine.shutdown()
-    path = out or args.profile.path
-    assert path is not None  # with_profile_path
-    return profile, path
-
-
-def _print_progress(measurement: "Measurement") -> None:
-    if measurement.num_points % _PROGRESS_POINTS:
-        return
-    typer.echo(
-        f"{measurement.num_points} points, {len(measurement.samples)} iterations, {measurement.measured_s:.0f} s",
-        err=True,
-    )
+    return profile, args.profile.path
 
 
 def _show(profile: Profile, path: Path, as_json: bool) -> None:
@@ -259,26 +246,20 @@ def _show(profile: Profile, path: Path, as_json: bool) -> None:
     typer.echo(f"overhead {1e3 * profile.overhead_s:.2f} ms an iteration; profile: {path}")
 
 
-class _Counter:
-    """Says on stderr how far it is, ten times."""
+def _counter(total: int, *, is_quiet: bool) -> Callable[[], None]:
+    """A function that counts its calls, and says on stderr how far it is, ten times."""
+    calls = itertools.count(1)
 
-    def __init__(self, total: int, *, is_quiet: bool) -> None:
-        self._total = total
-        self._done = 0
-        self._is_quiet = is_quiet
+    def note() -> None:
+        num_done = next(calls)
+        if not is_quiet and num_done * 10 // total != (num_done - 1) * 10 // total:
+            typer.echo(f"{num_done} of {total} contexts", err=True)
 
-    def __call__(self) -> None:
-        self._done += 1
-        if not self._is_quiet and self._done * 10 // self._total != (self._done - 1) * 10 // self._total:
-            typer.echo(f"{self._done} of {self._total} contexts", err=True)
+    return note
 
 
 def _context_tokens(asked: int | None, max_model_len: int | None, config: Any) -> int:
-    """Length of a context: what is asked for, else the default or as much as the model takes.
-
-    Raises:
-        ConfigError: more is asked for than the model takes.
-    """
+    """Length of a context: what is asked for (a ConfigError if that is too long), else the default, if it fits."""
     limits = [limit for limit in (max_model_len, getattr(config, "max_position_embeddings", None)) if limit]
     most = min(limits, default=_DEFAULT_CONTEXT_TOKENS + _RESERVED_TOKENS) - _RESERVED_TOKENS
     if asked is not None and asked > most:
@@ -293,35 +274,28 @@ def _passages(
     dataset: str | None,
     split: str | None,
     columns: tuple[str | None, str | None, str | None],
-    count: int,
-    length: int,
+    sizes: tuple[int, int, int],
     rng: random.Random,
 ) -> "Iterator[TokenPassage]":
-    """Passages out of the data set, or generated ones. `columns`: text, prompt, response.
+    """Passages out of the columns (text, prompt, response) of the data set, or generated ones.
 
-    Raises:
-        ConfigError: the columns do not go together.
+    `sizes`: number of passages, tokens of a context, tokens of its continuation.
     """
     from engine.pruning.passages import generated_passages, reply_passages, text_passages
 
     text, prompt, response = columns
     if dataset is None:
-        if any(columns):
-            raise ConfigError("columns need a --dataset")
-        return generated_passages(reader, count, length, _CONTINUATION_TOKENS, rng)
-    if (prompt is None) != (response is None):
-        raise ConfigError("--prompt-column and --response-column go together")
-    rows = _rows(dataset, split)
+        return generated_passages(reader, *sizes, rng)
     if prompt and response:
-        return reply_passages(reader, rows, prompt, response, count, length, _CONTINUATION_TOKENS)
-    return text_passages(reader, rows, text or "text", count, length, _CONTINUATION_TOKENS)
+        return reply_passages(reader, _rows(dataset, split), prompt, response, *sizes)
+    return text_passages(reader, _rows(dataset, split), text or "text", *sizes)
 
 
 def _rows(name: str, split: str | None) -> Iterator[Mapping[str, Any]]:
     """Rows of a data set; those that cannot be decoded end it with an error."""
     from app.importing.sources import open_source
 
-    for row in open_source(name, split).rows(after=0):
+    for row in open_source(name, split).rows(0):
         if row.error is not None:
             raise row.error
         if not isinstance(row.value, Mapping):

@@ -15,8 +15,8 @@ from typing import Annotated, Any, NoReturn
 
 import psutil
 import typer
-import yaml
 
+from app.commands.connection import fail, read_config
 from app.commands.processes import become_subreaper, end_descendants, own_children
 from core.config import AppArgs
 from core.errors import ConfigError
@@ -37,15 +37,13 @@ def serve(
         _check_port(document.get("http_options", {}))
         args = _prepare(document["applications"][0])
     except ConfigError as error:
-        typer.secho(f"mace: {error}", fg="red", err=True)
-        raise typer.Exit(2) from error
+        fail(error, 2)
     become_subreaper()
     _raise_on_signals()
     try:
         _run(document, args, started_s)
     except _DeployError as error:
-        typer.secho(f"mace: the application did not start:\n{error}", fg="red", err=True)
-        raise typer.Exit(1) from error
+        fail(f"the application did not start:\n{error}")
     except _HeadDiedError as error:
         typer.secho(f"mace: {error}", fg="red", err=True)
         end_descendants(_SHUTDOWN_GRACE_S)  # Ray's own shutdown would wait for its head
@@ -76,24 +74,18 @@ def _read(path: Path) -> dict[str, Any]:
     """
     from ray.serve.schema import ServeDeploySchema
 
+    document = read_config(path)
     try:
-        document = yaml.safe_load(path.read_text(encoding="utf-8"))
         ServeDeploySchema.model_validate(document)
-    except OSError as error:
-        raise ConfigError(f"cannot read {path}: {error.strerror}") from error
-    except (yaml.YAMLError, ValueError) as error:
+    except ValueError as error:
         raise ConfigError(f"{path} is not a Serve config: {error}") from error
     if len(document["applications"]) != 1:
         raise ConfigError(f"{path} must hold exactly one application, it has {len(document['applications'])}")
-    return dict(document)
+    return document
 
 
 def _check_port(http: dict[str, Any]) -> None:
-    """Serve's proxy would share a port that another server listens on, and get every other request.
-
-    Raises:
-        ConfigError: the port is taken.
-    """
+    """Raise a ConfigError if the port is taken: Serve's proxy would share it, and get every other request."""
     host, port = http.get("host", "127.0.0.1"), int(http.get("port", 8000))
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -118,12 +110,6 @@ def _prepare(application: dict[str, Any]) -> AppArgs:
     return args
 
 
-def _check_deployment_names(application: dict[str, Any]) -> None:
-    unknown = {options.get("name") for options in application.get("deployments", ())} - {"Executor", "Control"}
-    if unknown:
-        raise _DeployError(f"deployments: there is no {', '.join(map(repr, unknown))}, only Executor and Control")
-
-
 def _run(document: dict[str, Any], args: AppArgs, started_s: float) -> NoReturn:
     """Start everything and wait for a signal."""
     os.environ.setdefault("RAY_AUTH_MODE", "disabled")  # a cluster of our own, reachable from this machine only
@@ -136,11 +122,12 @@ def _run(document: dict[str, Any], args: AppArgs, started_s: float) -> NoReturn:
 
     http = document.get("http_options", {})
     application = document["applications"][0]
-    _check_deployment_names(application)
     overrides = {
         options["name"]: {key: value for key, value in options.items() if key not in _NOT_OPTIONS}
         for options in application.get("deployments", ())
     }
+    if unknown := overrides.keys() - {"Executor", "Control"}:
+        raise _DeployError(f"deployments: there is no {', '.join(map(repr, unknown))}, only Executor and Control")
     typer.echo("mace: starting Ray and the engine ...")
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
     ray.init(os.environ.get("RAY_ADDRESS", "local"), log_to_driver=False, logging_level="WARNING")

@@ -8,7 +8,8 @@ retried.
 import asyncio
 import itertools
 import time
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,12 +17,40 @@ import numpy as np
 from openai import AsyncOpenAI, OpenAIError
 
 from app.demo.taste import Survey, make_preferences, post_preferences, survey
-from engine.tiny.knowledge import Style, held_out_questions, preference_questions
+from engine.tiny.knowledge import Question, Style, held_out_questions, preference_questions
+
+_QUIET_S = 3.0
+"""Learning is over when nothing was queued or running for this long."""
+_POLL_S = 0.5
+_TIMED_S = 5.0
+"""Time that the server is timed for before it learns."""
+_STREAMS = 2
+"""Questions of the background client that are asked at a time."""
+
+Say = Callable[[str], None]
+
+
+class DemoError(RuntimeError):
+    """The server does not serve the built-in model, or did not finish learning in time."""
+
+
+@dataclass(frozen=True, slots=True)
+class DemoOptions:
+    """The demo's questions, styles and waiting times."""
+
+    base_url: str
+    first: Style
+    second: Style
+    preferences: int = 60
+    questions: int = 60
+    samples: int = 8
+    timeout_s: float = 300.0
+    api_key: str = "none"
 
 
 @dataclass(slots=True)
 class Timings:
-    """Everything measured so far, in seconds."""
+    """Everything that the background client measured so far, in seconds."""
 
     ttft_s: list[float] = field(default_factory=list)
     tbt_s: list[float] = field(default_factory=list)
@@ -39,129 +68,78 @@ class Timings:
         }
 
 
-def _percentiles(values: list[float]) -> dict[str, float | None]:
-    if not values:
-        return {"p50": None, "p99": None, "max": None}
-    p50, p99 = np.percentile(values, [50, 99])
-    return {"p50": round(1e3 * p50, 2), "p99": round(1e3 * p99, 2), "max": round(1e3 * max(values), 2)}
-
-
-class BackgroundClient:
-    """`concurrency` streams of questions, one request after the other, until the context ends."""
-
-    def __init__(self, client: AsyncOpenAI, model: str, questions: list[str], concurrency: int = 2) -> None:
-        self._client = client.with_options(max_retries=0)
-        self._model = model
-        self._questions = questions
-        self._concurrency = concurrency
-        self._tasks: list[asyncio.Task[None]] = []
-        self.timings = Timings()
-
-    async def __aenter__(self) -> "BackgroundClient":
-        """Begin asking."""
-        for i in range(self._concurrency):
-            self._tasks.append(asyncio.create_task(self._ask_on(i)))
-        return self
-
-    async def __aexit__(self, *_: object) -> None:
-        """Stop; requests in flight are dropped."""
-        for task in self._tasks:
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
-
-    async def _ask_on(self, start: int) -> None:
-        for question in itertools.islice(itertools.cycle(self._questions), start, None, self._concurrency):
-            self.timings.num_requests += 1
-            try:
-                await self._ask(question)
-            except OpenAIError as error:
-                self.timings.errors.append(f"{type(error).__name__}: {error}")
-                await asyncio.sleep(0.2)
-
-    async def _ask(self, question: str) -> None:
-        sent_s = last_s = time.perf_counter()
-        is_first = True
-        stream = await self._client.chat.completions.create(
-            model=self._model,
-            messages=[{"role": "user", "content": question}],
-            max_tokens=64,
-            stream=True,
-            store=False,
-        )
-        async for chunk in stream:
-            if not chunk.choices or not chunk.choices[0].delta.content:
-                continue
-            now_s = time.perf_counter()
-            if is_first:
-                self.timings.ttft_s.append(now_s - sent_s)
-                is_first = False
-            else:
-                self.timings.tbt_s.append(now_s - last_s)
-            last_s = now_s
-
-
-_QUIET_S = 3.0
-"""Learning is over when nothing was queued or running for this long."""
-_POLL_S = 0.5
-
-Say = Callable[[str], None]
-
-
-@dataclass(frozen=True, slots=True)
-class DemoOptions:
-    """The demo's questions, styles and waiting times."""
-
-    base_url: str
-    first: Style
-    second: Style
-    preferences: int = 60
-    questions: int = 60
-    samples: int = 8
-    timeout_s: float = 300.0
-    api_key: str = "none"
-
-
-class WrongModelError(RuntimeError):
-    """The server does not serve the built-in model."""
-
-
-class LearningTimeoutError(RuntimeError):
-    """The server did not finish learning in time."""
-
-
 async def run_demo(options: DemoOptions, say: Say) -> dict[str, Any]:
     """Run it all; returns the report that `--json` prints.
 
     Raises:
         openai.OpenAIError: the server is not there or refuses.
-        WrongModelError: the server does not serve the built-in model.
-        LearningTimeoutError: see `DemoOptions.timeout_s`.
+        DemoError: it does not serve the built-in model, or is still learning after `DemoOptions.timeout_s`.
     """
     async with AsyncOpenAI(base_url=f"{options.base_url}/v1", api_key=options.api_key, max_retries=0) as client:
         card = (await client.models.list()).data[0]
         model, root = card.id, getattr(card, "root", "")
         if not str(root).startswith("tiny-assistant"):
-            raise WrongModelError(f"the demo judges the built-in model's answers, but {model} is {root}")
+            raise DemoError(f"the demo judges the built-in model's answers, but {model} is {root}")
         asked = held_out_questions()[: options.questions]
         say(f"{model}: asking {len(asked)} held-out questions, {options.samples} times each")
         before = await survey(client, model, asked, options.samples)
-        idle = await _time_quiet_server(client, model, [question.text for question in asked])
+        async with _background_client(client, model, asked) as idle:
+            await asyncio.sleep(_TIMED_S)
         phases: list[dict[str, Any]] = []
         for style in (options.first, options.second):
             phases.append(await _teach(client, model, style, options, before if not phases else None, say))
         return {
             "model": model,
             "before": before.to_wire(),
-            "without_learning": idle,
+            "without_learning": idle.summary(),
             "phases": phases,
-            "failed_requests": sum(phase["while_learning"]["failed"] for phase in phases) + idle["failed"],
+            "failed_requests": sum(phase["while_learning"]["failed"] for phase in phases) + len(idle.errors),
         }
 
 
-async def _time_quiet_server(client: AsyncOpenAI, model: str, questions: list[str]) -> dict[str, Any]:
-    async with BackgroundClient(client, model, questions) as background:
-        await asyncio.sleep(5.0)
-    return background.timings.summary()
+@asynccontextmanager
+async def _background_client(client: AsyncOpenAI, model: str, questions: list[Question]) -> AsyncIterator[Timings]:
+    """Ask question after question in `_STREAMS` streams until the context ends, which drops those in flight."""
+    client, timings = client.with_options(max_retries=0), Timings()
+
+    async def ask_on(start: int) -> None:
+        for question in itertools.islice(itertools.cycle(questions), start, None, _STREAMS):
+            timings.num_requests += 1
+            try:
+                await _time_answer(client, model, question.text, timings)
+            except OpenAIError as error:
+                timings.errors.append(f"{type(error).__name__}: {error}")
+                await asyncio.sleep(0.2)
+
+    tasks = [asyncio.create_task(ask_on(start)) for start in range(_STREAMS)]
+    try:
+        yield timings
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+async def _time_answer(client: AsyncOpenAI, model: str, question: str, timings: Timings) -> None:
+    sent_s = last_s = time.perf_counter()
+    is_first = True
+    stream = await client.chat.completions.create(
+        model=model,
+        messages=[{"role": "user", "content": question}],
+        max_tokens=64,
+        stream=True,
+        store=False,
+    )
+    async for chunk in stream:
+        if not chunk.choices or not chunk.choices[0].delta.content:
+            continue
+        now_s = time.perf_counter()
+        if is_first:
+            timings.ttft_s.append(now_s - sent_s)
+            is_first = False
+        else:
+            timings.tbt_s.append(now_s - last_s)
+        last_s = now_s
 
 
 async def _teach(
@@ -176,7 +154,7 @@ async def _teach(
     )
     items = await make_preferences(client, model, preference_questions()[: options.preferences], style)
     started_s = time.monotonic()
-    async with BackgroundClient(client, model, [question.text for question in asked]) as background:
+    async with _background_client(client, model, asked) as timings:
         ids = await post_preferences(client, items)
         training = await _wait_until_learnt(client, options.timeout_s, say)
         learnt_s = time.monotonic() - started_s - _QUIET_S
@@ -195,7 +173,7 @@ async def _teach(
         "live_after": new_live,
         "learnt_after_s": round(learnt_s, 1),
         "training": training,
-        "while_learning": background.timings.summary(),
+        "while_learning": timings.summary(),
     }
 
 
@@ -212,7 +190,7 @@ async def _wait_until_learnt(client: AsyncOpenAI, timeout_s: float, say: Say) ->
     while time.monotonic() < deadline_s:
         state: Any = await client.get("/training", cast_to=object)
         if not state["enabled"]:
-            raise LearningTimeoutError("training is disabled on this server")
+            raise DemoError("training is disabled on this server")
         executor, queue = state["executor"], state.get("queue", {"queued_pairs": 1, "leased_batches": 0})
         busy = executor["phase"] != "idle" or queue["queued_pairs"] or queue["leased_batches"]
         now_s = time.monotonic()
@@ -222,9 +200,14 @@ async def _wait_until_learnt(client: AsyncOpenAI, timeout_s: float, say: Say) ->
         if executor["steps"] >= steps_said + 10:
             steps_said = executor["steps"]
             last = executor["last"]
-            say(
-                f"  step {steps_said}"
-                + (f": loss {last['loss']:.3f}, margin {last['margin']:.2f}" if last else "")
-            )
+            loss = f": loss {last['loss']:.3f}, margin {last['margin']:.2f}" if last else ""
+            say(f"  step {steps_said}{loss}")
         await asyncio.sleep(_POLL_S)
-    raise LearningTimeoutError(f"the server was still learning after {timeout_s:.0f} s")
+    raise DemoError(f"the server was still learning after {timeout_s:.0f} s")
+
+
+def _percentiles(values: list[float]) -> dict[str, float | None]:
+    if not values:
+        return {"p50": None, "p99": None, "max": None}
+    p50, p99 = np.percentile(values, [50, 99])
+    return {"p50": round(1e3 * p50, 2), "p99": round(1e3 * p99, 2), "max": round(1e3 * max(values), 2)}

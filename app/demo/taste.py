@@ -58,17 +58,13 @@ async def make_preferences(
     """One preference for `style` on each question, as bodies of `POST /v1/feedback`.
 
     Where the model gave a right answer in that style, it is chosen over another of its own answers; where it did not,
-    one of its answers is corrected to that style.
+    one of its answers is corrected to that style. Where all its answers are in that style, one in another is made up.
     """
     return [_feedback_on(one, style) for one in await _ask_all(client, model, questions, samples=8)]
 
 
 async def post_preferences(client: AsyncOpenAI, items: list[dict[str, Any]]) -> list[str]:
-    """Post them in one call; returns the ids of the records.
-
-    Raises:
-        RuntimeError: the server refused one of them.
-    """
+    """Post them in one call; returns the ids of the records. A RuntimeError if the server refused one of them."""
     reply = await client.post("/feedback", body={"items": items}, cast_to=object)
     outcomes = reply["data"]  # type: ignore[index]
     refused = [outcome for outcome in outcomes if outcome["status"] == "error"]
@@ -78,40 +74,25 @@ async def post_preferences(client: AsyncOpenAI, items: list[dict[str, Any]]) -> 
 
 
 def _feedback_on(asked: _Asked, style: Style) -> dict[str, Any]:
-    liked, disliked = None, 0
+    liked, disliked = None, None
     for index, text in enumerate(asked.texts):
         judgement = judge(asked.question, text)
-        if judgement.style is style and judgement.is_right:
-            liked = index
-        elif judgement.style is not style:
+        if judgement.style is not style:
             disliked = index
-    common = {"source": "demo", "user": "demo"}
-    is_all_liked = all(judge(asked.question, text).style is style for text in asked.texts)
-    if liked is not None and not is_all_liked:
-        return {
-            "type": "preference",
-            "chosen_id": asked.response_id,
-            "chosen_choice_index": liked,
-            "rejected_id": asked.response_id,
-            "rejected_choice_index": disliked,
-            **common,
-        }
-    if is_all_liked:  # nothing to dislike: an answer in another style is the worse one
-        other = next(one for one in Style if one is not style)
-        prompt = [{"role": "user", "content": asked.question.text}]
-        return {
-            "prompt": prompt,
-            "chosen": render(asked.question, style),
-            "rejected": render(asked.question, other),
-            **common,
-        }
-    return {
-        "type": "correction",
-        "response_id": asked.response_id,
-        "choice_index": disliked,
-        "value": render(asked.question, style),
-        **common,
-    }
+        elif judgement.is_right:
+            liked = index
+    item: dict[str, Any] = {"source": "demo", "user": "demo"}
+    if disliked is None:  # an answer in another style is the worse one
+        item["prompt"] = [{"role": "user", "content": asked.question.text}]
+        item["chosen"] = render(asked.question, style)
+        item["rejected"] = render(asked.question, next(one for one in Style if one is not style))
+    elif liked is None:
+        item |= {"type": "correction", "response_id": asked.response_id, "choice_index": disliked}
+        item["value"] = render(asked.question, style)
+    else:
+        item |= {"type": "preference", "chosen_id": asked.response_id, "chosen_choice_index": liked}
+        item |= {"rejected_id": asked.response_id, "rejected_choice_index": disliked}
+    return item
 
 
 async def _ask_all(client: AsyncOpenAI, model: str, questions: list[Question], samples: int) -> list[_Asked]:
@@ -128,4 +109,4 @@ async def _ask_all(client: AsyncOpenAI, model: str, questions: list[Question], s
             )
         return _Asked(question, reply.id, [choice.message.content or "" for choice in reply.choices])
 
-    return list(await asyncio.gather(*map(ask, questions)))
+    return await asyncio.gather(*map(ask, questions))

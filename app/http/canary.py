@@ -31,19 +31,19 @@ class CanaryRouter:
         if not self._trial.is_running or request.path not in _PATHS or not request.asks_for(self._model_id):
             await go_on()
             return
-        draw = self._trial.draw(_user_of(request.json))
-        if draw.model is not None:
-            request.set_fields(model=draw.model)
+        version, model = self._trial.draw(_user_of(request.json))
+        if model is not None:
+            request.set_fields(model=model)
         started_s = time.perf_counter()
-        request.answer.keeps_single = True
+        request.answer.keeps_body = True
         try:
             await go_on()
         except Exception:
-            self._trial.observe(draw.version, within_slo=False)
+            self._trial.observe(version, within_slo=False)
             raise
         within_slo = self._is_within_slo(request.answer, started_s)
         if within_slo is not None:
-            self._trial.observe(draw.version, within_slo=within_slo)
+            self._trial.observe(version, within_slo=within_slo)
 
     def _is_within_slo(self, answer: Answer, started_s: float) -> bool | None:
         """Did the answer meet the targets? None if it says nothing of the version: refused, or given up."""

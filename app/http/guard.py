@@ -38,11 +38,7 @@ _HEADER_PATHS = frozenset({"/v1/messages"})
 
 
 async def guard(request: ClientRequest, go_on: GoOn) -> None:
-    """Refuse a request that must not reach vLLM.
-
-    Raises:
-        BadRequestError: see the checks below.
-    """
+    """Refuse a request that must not reach vLLM."""
     check_internal_keys(request.json)
     check_prompt_logprobs(request.json)
     await go_on()
@@ -70,11 +66,7 @@ async def set_request_class(request: ClientRequest, go_on: GoOn) -> None:
 
 
 def check_internal_keys(value: Any) -> None:
-    """Refuse `vllm_xargs` and `extra_args`, at any depth, that carry a key of ours.
-
-    Raises:
-        BadRequestError: naming the key.
-    """
+    """Refuse `vllm_xargs` and `extra_args`, at any depth, that carry a key of ours, with a BadRequestError."""
     stack = [value]
     while stack:
         current = stack.pop()

@@ -8,6 +8,7 @@
 import json
 import time
 from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -37,8 +38,6 @@ class Answer:
         self.last_s = 0.0
         self.keeps_body = False
         """Set by a step that wants to read `body`."""
-        self.keeps_single = False
-        """Set by a step that wants to read `body` unless it is a stream."""
         self._parts: list[bytes] = []
 
     @property
@@ -60,7 +59,7 @@ class Answer:
                 self.last_s = time.perf_counter()
                 self.first_s = self.first_s or self.last_s
                 self.num_parts += 1
-                if self.keeps_body or (self.keeps_single and not self.is_stream):
+                if self.keeps_body:
                     self._parts.append(part)
             self.is_complete = not message.get("more_body", False)
 
@@ -117,11 +116,7 @@ class ClientRequest:
         return await self._receive() if message is None else message
 
     def required_json(self) -> Any:
-        """The JSON that the client sent.
-
-        Raises:
-            BadRequestError: the body is empty or malformed, with the position.
-        """
+        """The JSON that the client sent; a BadRequestError with the position if the body is empty or malformed."""
         if self._json_error:
             raise BadRequestError(self._json_error)
         return self.json
@@ -157,35 +152,33 @@ GoOn = Callable[[], Awaitable[None]]
 Step = Callable[[ClientRequest, GoOn], Awaitable[None]]
 
 
+@dataclass(frozen=True, eq=False, repr=False)
 class RequestChain:
     """The ASGI application that is served: `steps`, the outermost first, in front of `app`."""
 
-    def __init__(
-        self, app: ASGIApp, steps: Sequence[Step], max_body_bytes: int, on_refused: Callable[[str], None]
-    ) -> None:
-        self._app = app
-        self._steps = steps
-        self._max_body_bytes = max_body_bytes
-        self._on_refused = on_refused
-        """Called with the reason of each refusal."""
+    app: ASGIApp
+    steps: Sequence[Step]
+    max_body_bytes: int
+    on_refused: Callable[[str], None]
+    """Called with the reason of each refusal."""
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass an HTTP request through the steps, or answer why not; anything else goes straight to the application."""
         if scope["type"] != "http":
-            await self._app(scope, receive, send)
+            await self.app(scope, receive, send)
             return
         request = scope[REQUEST_KEY] = ClientRequest(scope, receive, send)
         try:
-            await request.read(self._max_body_bytes)
+            await request.read(self.max_body_bytes)
             await self._take(0, request)
         except BadRequestError as error:
-            self._on_refused(error.reason)
+            self.on_refused(error.reason)
             await error_response(error)(scope, receive, send)
         except ClientDisconnect:
             return  # nobody is there to be answered
 
     async def _take(self, number: int, request: ClientRequest) -> None:
-        if number == len(self._steps):
-            await self._app(request.scope, request.receive, request.answer.send)
+        if number == len(self.steps):
+            await self.app(request.scope, request.receive, request.answer.send)
         else:
-            await self._steps[number](request, partial(self._take, number + 1, request))
+            await self.steps[number](request, partial(self._take, number + 1, request))

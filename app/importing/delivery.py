@@ -2,12 +2,14 @@
 
 import json
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import httpx
 
+from alignment.store.intake import prepare
+from core.alignment_config import FeedbackConfig
 from core.errors import MaceError
 
 _TIMEOUT_S = httpx.Timeout(120.0, connect=10.0)
@@ -54,29 +56,21 @@ class Sink(Protocol):
         """Is a record of that id stored?"""
 
 
+@dataclass(eq=False, repr=False)
 class Server:
-    """`POST /v1/feedback/import` of a running server.
+    """`POST /v1/feedback/import` of a running server."""
 
-    Args:
-        url: address of the server.
-        headers: sent with every request.
-        patience_s: how long one batch is tried while the server is away.
-        on_wait: called with the reason and the delay in seconds before each wait.
-    """
+    url: str
+    headers: dict[str, str]
+    """Sent with every request."""
+    patience_s: float
+    """Time for which one batch is tried while the server is away."""
+    on_wait: Callable[[str, float], None]
+    """Called with the reason and the delay in seconds before each wait."""
+    sleep: Callable[[float], None] = time.sleep
 
-    def __init__(
-        self,
-        url: str,
-        headers: dict[str, str],
-        patience_s: float,
-        on_wait: Callable[[str, float], None],
-        sleep: Callable[[float], None] = time.sleep,
-    ) -> None:
-        self._client = httpx.Client(base_url=url.rstrip("/"), headers=headers, timeout=_TIMEOUT_S)
-        self._url = url
-        self._patience_s = patience_s
-        self._on_wait = on_wait
-        self._sleep = sleep
+    def __post_init__(self) -> None:
+        self._client = httpx.Client(base_url=self.url.rstrip("/"), headers=self.headers, timeout=_TIMEOUT_S)
 
     def close(self) -> None:
         """End the connections."""
@@ -91,7 +85,7 @@ class Server:
         try:
             self._client.get("/v1/feedback", params={"limit": 1})
         except httpx.ConnectError as error:
-            raise DeliveryError(f"no server at {self._url} ({error}); start one with `make serve`") from error
+            raise DeliveryError(f"no server at {self.url} ({error}); start one with `make serve`") from error
         except (httpx.HTTPError, httpx.InvalidURL):
             pass  # it is there but slow or busy, which `_request` waits out; or says why it cannot
         self._request("GET", "/v1/feedback", params={"limit": 1})
@@ -107,7 +101,14 @@ class Server:
         if reply.status_code == _TOO_LARGE:
             if len(lines) == 1:
                 return Delivered(0, 0, [LineRefusal(0, message_of(reply), None)])
-            return self._send_halves(lines)
+            middle = len(lines) // 2
+            first, second = self.send(lines[:middle]), self.send(lines[middle:])
+            moved = [replace(one, index=one.index + middle) for one in second.refusals]
+            return Delivered(
+                first.num_accepted + second.num_accepted,
+                first.num_duplicates + second.num_duplicates,
+                first.refusals + moved,
+            )
         try:
             report = reply.json()
             refusals = [
@@ -116,43 +117,31 @@ class Server:
             ]
             delivered = Delivered(report["num_accepted"], report["num_duplicates"], refusals)
         except (ValueError, KeyError, TypeError) as error:
-            raise DeliveryError(f"{self._url} answered with no import report; is it a MACE server?") from error
+            raise DeliveryError(f"{self.url} answered with no import report; is it a MACE server?") from error
         if delivered.num_accepted + delivered.num_duplicates + len(refusals) != len(lines):
-            raise DeliveryError(f"{self._url} did not account for all {len(lines)} lines of a batch")
+            raise DeliveryError(f"{self.url} did not account for all {len(lines)} lines of a batch")
         return delivered
 
-    def _send_halves(self, lines: Sequence[bytes]) -> Delivered:
-        middle = len(lines) // 2
-        first, second = self.send(lines[:middle]), self.send(lines[middle:])
-        moved = [LineRefusal(one.index + middle, one.reason, one.param) for one in second.refusals]
-        return Delivered(
-            first.num_accepted + second.num_accepted,
-            first.num_duplicates + second.num_duplicates,
-            first.refusals + moved,
-        )
-
-    def _request(
-        self, method: str, path: str, taken: frozenset[int] | set[int] = frozenset(), **kwargs: Any
-    ) -> httpx.Response:
+    def _request(self, method: str, path: str, taken: Collection[int] = (), **kwargs: Any) -> httpx.Response:
         """One request, repeated while the server is away. `taken` are error statuses that the caller handles."""
-        give_up_s = time.monotonic() + self._patience_s
+        give_up_s = time.monotonic() + self.patience_s
         delay_s = _FIRST_DELAY_S
         while True:
             wait_s = delay_s
             try:
                 reply = self._client.request(method, path, **kwargs)
             except httpx.TransportError as error:
-                reason = f"{self._url} cannot be reached ({error or type(error).__name__})"
+                reason = f"{self.url} cannot be reached ({error or type(error).__name__})"
             except httpx.InvalidURL as error:
-                raise DeliveryError(f"{self._url} is no address: {error}") from error
+                raise DeliveryError(f"{self.url} is no address: {error}") from error
             else:
                 if reply.status_code not in _AWAY:
                     break
                 reason, wait_s = message_of(reply), max(delay_s, _retry_after_s(reply))
             if time.monotonic() + wait_s > give_up_s:
-                raise DeliveryError(f"gave up after {self._patience_s:.0f} s: {reason}")
-            self._on_wait(reason, wait_s)
-            self._sleep(wait_s)
+                raise DeliveryError(f"gave up after {self.patience_s:.0f} s: {reason}")
+            self.on_wait(reason, wait_s)
+            self.sleep(wait_s)
             delay_s = min(2 * delay_s, _MAX_DELAY_S)
         if reply.is_error and reply.status_code not in taken:
             raise DeliveryError(message_of(reply))
@@ -163,8 +152,6 @@ class DryRun:
     """Judges rows as the server would, as far as that goes without its store: no ids are looked up."""
 
     def __init__(self) -> None:
-        from core.alignment_config import FeedbackConfig
-
         self._config = FeedbackConfig()
 
     def knows(self, record_id: str) -> bool:
@@ -174,8 +161,6 @@ class DryRun:
 
     def send(self, lines: Sequence[bytes]) -> Delivered:
         """See `Sink.send`; nothing is stored, and a duplicate is not noticed."""
-        from alignment.store.intake import prepare
-
         refusals = []
         for index, line in enumerate(lines):
             error = prepare(json.loads(line), None, self._config).error

@@ -7,15 +7,31 @@ import json
 import os
 import re
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import IO, Any, Literal, Protocol, cast
+from typing import IO, Any, cast
 
 import httpx
 
 from alignment.store.formats import BLANK, decode_line
 from core.errors import InvalidFeedbackError, MaceError
+
+_TEXT_SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv")
+_SUFFIXES = (*_TEXT_SUFFIXES, *(f"{suffix}.gz" for suffix in _TEXT_SUFFIXES), ".parquet")
+_CHUNK_CHARS = 1 << 20
+_MAX_ITEM_CHARS = 64 << 20
+"""A JSON value or a line that is longer is not a preference; looking for its end would fill the memory."""
+_READ_ERRORS = (OSError, EOFError, UnicodeDecodeError, zlib.error, csv.Error)
+_BETWEEN_ITEMS = re.compile(r"[\s,]*")
+_READ_ROWS = 1000
+_HUB_TIMEOUT_S = 10.0
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
+_DEFAULT_SPLIT = "train"
+
+_Decoded = tuple[int, object, InvalidFeedbackError | None]
+"""Number, value, and why the value could not be decoded."""
 
 
 class SourceError(MaceError):
@@ -34,75 +50,41 @@ class SourceRow:
     error: InvalidFeedbackError | None = None
 
 
-class Source(Protocol):
+@dataclass(frozen=True, slots=True)
+class Source:
     """Something to import from."""
 
-    @property
-    def label(self) -> str:
-        """Name for people."""
+    label: str
+    """Name for people."""
+    identity: str
+    """The same for the same data, another if they changed."""
+    total: int | None
+    """Size, in the unit of `SourceRow.done`; None if it is unknown."""
+    rows: Callable[[int], Iterator[SourceRow]]
+    """Rows with numbers above the given one, in order, a bounded number of them in memory.
 
-    @property
-    def identity(self) -> str:
-        """The same for the same data, another if they changed."""
-
-    @property
-    def total(self) -> int | None:
-        """Size in `unit`; None if it is unknown."""
-
-    @property
-    def unit(self) -> Literal["bytes", "rows"]:
-        """Unit of `total` and `SourceRow.done`."""
-
-    def rows(self, after: int) -> Iterator[SourceRow]:
-        """Rows with numbers above `after`, in order, a bounded number of them in memory.
-
-        Raises:
-            SourceError: the data cannot be read (any further).
-        """
+    Raises a SourceError if the data cannot be read (any further).
+    """
 
 
-_CHUNK_CHARS = 1 << 20
-_MAX_ITEM_CHARS = 64 << 20
-"""A JSON value or a line that is longer is not a preference; looking for its end would fill the memory."""
-_READ_ERRORS = (OSError, EOFError, UnicodeDecodeError, zlib.error, csv.Error)
-
-_Decoded = tuple[int, object, InvalidFeedbackError | None]
-"""Number, value, and why the value could not be decoded."""
-_BETWEEN_ITEMS = re.compile(r"[\s,]*")
-
-
-class TextFile:
-    """A file of one of the suffixes that `sources` knows."""
-
-    unit: Literal["bytes"] = "bytes"
-
-    def __init__(self, path: Path) -> None:
-        self._path = path.resolve()
-        stat = self._path.stat()
-        self.label = path.name
-        self.total = stat.st_size
-        self.identity = f"{self._path} {stat.st_size} {stat.st_mtime_ns}"
-
-    def rows(self, after: int) -> Iterator[SourceRow]:
-        """See `Source.rows`."""
-        try:
-            with self._path.open("rb") as raw:
-                for number, value, error in self._read(raw, after):
-                    if number > after:
-                        yield SourceRow(number, value, raw.tell(), error)
-        except _READ_ERRORS as error:
-            raise SourceError(f"cannot read {self._path}: {error}") from error
-
-    def _read(self, raw: IO[bytes], after: int) -> Iterator[_Decoded]:
-        names = [suffix.lower() for suffix in self._path.suffixes]
-        plain = cast(IO[bytes], gzip.GzipFile(fileobj=raw)) if names[-1] == ".gz" else raw
-        kind = next(name for name in reversed(names) if name != ".gz")
-        if kind == ".csv":
-            yield from _read_csv(plain)
-        elif kind == ".json" and _begins_array(plain):
-            yield from _read_array(plain)
-        else:
-            yield from _read_lines(plain, after)
+def _text_rows(path: Path, after: int) -> Iterator[SourceRow]:
+    """Rows of a JSONL, JSON or CSV file; `done` counts bytes."""
+    names = [suffix.lower() for suffix in path.suffixes]
+    kind = next(name for name in reversed(names) if name != ".gz")
+    try:
+        with path.open("rb") as raw:
+            plain = cast(IO[bytes], gzip.GzipFile(fileobj=raw)) if names[-1] == ".gz" else raw
+            if kind == ".csv":
+                decoded = _read_csv(plain)
+            elif kind == ".json" and _begins_array(plain):
+                decoded = _read_array(plain)
+            else:
+                decoded = _read_lines(plain, after)
+            for number, value, error in decoded:
+                if number > after:
+                    yield SourceRow(number, value, raw.tell(), error)
+    except _READ_ERRORS as error:
+        raise SourceError(f"cannot read {path}: {error}") from error
 
 
 def _read_lines(file: IO[bytes], after: int) -> Iterator[_Decoded]:
@@ -174,42 +156,20 @@ def _read_csv(file: IO[bytes]) -> Iterator[_Decoded]:
         yield number, row, error
 
 
-_READ_ROWS = 1000
-_HUB_TIMEOUT_S = 10.0
-_DEFAULT_SPLIT = "train"
-HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
+def _table_rows(table: Any, label: str, after: int) -> Iterator[SourceRow]:
+    """Rows of a `datasets.Dataset` (memory-mapped) or `IterableDataset` (streamed); `done` counts rows."""
+    number = after
+    try:
+        for batch in table.skip(after).iter(batch_size=_READ_ROWS):
+            for values in zip(*batch.values(), strict=True):
+                number += 1
+                yield SourceRow(number, dict(zip(batch, values, strict=True)), number)
+    except _foreign_errors() as error:
+        raise SourceError(f"cannot read {label} behind row {number}: {_first_line(error)}") from error
 
 
-class DatasetRows:
-    """A `datasets.Dataset` (memory-mapped) or `IterableDataset` (streamed)."""
-
-    unit: Literal["rows"] = "rows"
-
-    def __init__(self, table: Any, label: str, identity: str, total: int | None) -> None:
-        self._table = table
-        self.label = label
-        self.identity = identity
-        self.total = total
-
-    def rows(self, after: int) -> Iterator[SourceRow]:
-        """See `Source.rows`."""
-        number = after
-        try:
-            for batch in self._table.skip(after).iter(batch_size=_READ_ROWS):
-                names = list(batch)
-                for values in zip(*batch.values(), strict=True):
-                    number += 1
-                    yield SourceRow(number, dict(zip(names, values, strict=True)), number)
-        except _foreign_errors() as error:
-            raise SourceError(f"cannot read {self.label} behind row {number}: {_first_line(error)}") from error
-
-
-def open_saved(path: Path, split: str | None) -> DatasetRows:
-    """A directory that `Dataset.save_to_disk` or `DatasetDict.save_to_disk` wrote.
-
-    Raises:
-        SourceError: it is no such directory, or has no such split.
-    """
+def _open_saved(path: Path, split: str | None) -> Source:
+    """A directory that `Dataset.save_to_disk` or `DatasetDict.save_to_disk` wrote."""
     from datasets import Dataset, load_from_disk
 
     try:
@@ -225,15 +185,15 @@ def open_saved(path: Path, split: str | None) -> DatasetRows:
         table = _pick(saved, split, str(path))
     fingerprint = table._fingerprint  # noqa: SLF001 - `datasets` has no other name for a table's content
     identity = f"{path.resolve()} {table.split} {fingerprint} {table.num_rows}"
-    return DatasetRows(table, path.name, identity, table.num_rows)
+    return Source(path.name, identity, table.num_rows, partial(_table_rows, table, path.name))
 
 
-def open_parquet(path: Path) -> DatasetRows:
-    """One Parquet file, streamed.
-
-    Raises:
-        SourceError: it is no Parquet file.
-    """
+def _open_file(path: Path) -> Source:
+    """A file of one of `_SUFFIXES`; Parquet is streamed."""
+    stat, resolved = path.stat(), path.resolve()
+    identity = f"{resolved} {stat.st_size} {stat.st_mtime_ns}"
+    if not path.name.lower().endswith(".parquet"):
+        return Source(path.name, identity, stat.st_size, partial(_text_rows, resolved))
     import pyarrow.parquet  # type: ignore[import-untyped]
     from datasets import load_dataset
 
@@ -242,29 +202,24 @@ def open_parquet(path: Path) -> DatasetRows:
         table = load_dataset("parquet", data_files=str(path), split="train", streaming=True)
     except _foreign_errors() as error:
         raise SourceError(f"cannot read {path}: {_first_line(error)}") from error
-    stat = path.stat()
-    return DatasetRows(table, path.name, f"{path.resolve()} {stat.st_size} {stat.st_mtime_ns}", num_rows)
+    return Source(path.name, identity, num_rows, partial(_table_rows, table, path.name))
 
 
-def open_hub(name: str, split: str | None, config: str | None, streaming: bool) -> DatasetRows:
-    """A data set of the Hugging Face hub, or of its local cache if the hub cannot be reached.
-
-    Raises:
-        SourceError: unknown, private, no such split or configuration, or neither reachable nor cached.
-    """
+def _open_hub(name: str, split: str, config: str | None, streaming: bool) -> Source:
+    """A data set of the Hugging Face hub, or of its local cache if the hub cannot be reached."""
     unreachable = _hub_is_unreachable()
     if unreachable:  # read when these libraries are imported: what is cached is found without minutes of retries
         os.environ["HF_HUB_OFFLINE"] = "1"
     from datasets import load_dataset
 
     try:
-        table = load_dataset(name, config, split=split or _DEFAULT_SPLIT, streaming=streaming)
+        table = load_dataset(name, config, split=split, streaming=streaming)
     except _foreign_errors() as error:
         reason = f"the hub cannot be reached ({unreachable}) and it is not cached" if unreachable else None
         raise SourceError(f"cannot load {name}: {reason or _first_line(error)}") from error
     total = None if streaming else table.num_rows
-    version = "" if streaming else table._fingerprint  # noqa: SLF001 - as in `open_saved`
-    return DatasetRows(table, name, f"hub {name} {config} {split or _DEFAULT_SPLIT} {version}", total)
+    version = "" if streaming else table._fingerprint  # noqa: SLF001 - as in `_open_saved`
+    return Source(name, f"hub {name} {config} {split} {version}", total, partial(_table_rows, table, name))
 
 
 def _pick(splits: Mapping[str, Any], split: str | None, name: str) -> Any:
@@ -291,24 +246,12 @@ def _foreign_errors() -> tuple[type[Exception], ...]:
     import pyarrow
     from datasets.exceptions import DatasetsError
 
-    return (
-        OSError,
-        ValueError,
-        RuntimeError,
-        KeyError,
-        TypeError,
-        httpx.HTTPError,
-        pyarrow.ArrowException,
-        DatasetsError,
-    )
+    of_python = (OSError, ValueError, RuntimeError, KeyError, TypeError)
+    return (*of_python, httpx.HTTPError, pyarrow.ArrowException, DatasetsError)
 
 
 def _first_line(error: BaseException) -> str:
     return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)[:300]
-
-
-_TEXT_SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv")
-_SUFFIXES = (*_TEXT_SUFFIXES, *(f"{suffix}.gz" for suffix in _TEXT_SUFFIXES), ".parquet")
 
 
 def open_source(name: str, split: str | None = None, config: str | None = None, streaming: bool = False) -> Source:
@@ -326,13 +269,11 @@ def open_source(name: str, split: str | None = None, config: str | None = None, 
     path = Path(name).expanduser()
     lower = path.name.lower()
     if path.is_dir():
-        return open_saved(path, split)
+        return _open_saved(path, split)
     if path.is_file():
-        if lower.endswith(".parquet"):
-            return open_parquet(path)
         if lower.endswith(_SUFFIXES):
-            return TextFile(path)
+            return _open_file(path)
         raise SourceError(f"{name}: the suffix must be one of {', '.join(_SUFFIXES)}")
-    if lower.endswith(_SUFFIXES) or not HUB_ID.fullmatch(name):
+    if lower.endswith(_SUFFIXES) or not _HUB_ID.fullmatch(name):
         raise SourceError(f"there is no file or directory {name}, and an id of the hub looks like owner/name")
-    return open_hub(name, split, config, streaming)
+    return _open_hub(name, split or _DEFAULT_SPLIT, config, streaming)

@@ -324,7 +324,7 @@ def summarize(runs: Sequence[Run]) -> dict[str, Any]:
         "publish_ms": _median_ms([run.publish_ended_s - run.publish_began_s for run in runs]),
         "load_ms": _median_ms([timing.load_s for timing in timings]),
         "warm_ms": _median_ms([timing.warm_s for timing in timings]),
-        "move_ms": _median_ms([timing.move_s for timing in timings]),
+        "move_ms": _median_ms([timing.move_s for timing in timings if timing.move_s is not None]),
         "warmed_tokens": statistics.median(timing.warmed_tokens for timing in timings),
         "warm_errors": [timing.warm_error for timing in timings if timing.warm_error],
     }

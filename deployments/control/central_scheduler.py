@@ -109,8 +109,15 @@ class CentralScheduler:
         size = min(len(self._queue), self._config.training.pairs_per_step)
         is_due = headroom.may_train and self._is_due(size, now_s) and self._is_best_fit(headroom, size, now_s)
         if self._to_score and not (is_due and self._scored_last):  # alternately, if both wait
-            return self._lease_scoring(headroom.executor_id)
-        return self._lease_training(headroom.executor_id, size) if is_due else None
+            pairs, num_attempts = self._to_score.pop_batch(_SCORE_STEPS * self._config.training.pairs_per_step)
+            attempts = {pair.pair_id: num_attempts for pair in pairs}
+            return self._lease(headroom.executor_id, TaskKind.EVALUATE, pairs, attempts)
+        if not is_due:
+            return None
+        tasks = self._queue.pop_batch(size)
+        self._meter.set_gauge("finetune_queue_pairs", len(self._queue))
+        attempts = {task.task_id: task.attempts for task in tasks}
+        return self._lease(headroom.executor_id, TaskKind.TRAIN, [task.payload for task in tasks], attempts)
 
     def heartbeat(self, executor_id: str) -> None:
         """Renew the lease of an executor that still works on its batch: a step may take longer than a lease."""
@@ -135,16 +142,13 @@ class CentralScheduler:
         self._meter.count("finetune_batches", outcome="failed" if outcome.error else "trained")
         if lease is None:
             return
-        if outcome.error is None:
-            if lease.batch.kind is TaskKind.EVALUATE:
-                return
-            num_pairs = len(lease.batch.pairs)
-            self._busy_s_per_pair = _smooth(self._busy_s_per_pair, outcome.busy_s / num_pairs)
+        pairs = lease.batch.pairs
+        if outcome.error is not None:
+            unusable = failed_for_good | {pair_id for pair_id, _ in outcome.unusable}
+            self._requeue(lease, [pair for pair in pairs if pair.pair_id not in unusable], failures=1)
+        elif lease.batch.kind is TaskKind.TRAIN:
+            self._busy_s_per_pair = _smooth(self._busy_s_per_pair, outcome.busy_s / len(pairs))
             self._bytes_per_batch = _smooth(self._bytes_per_batch, outcome.peak_bytes)
-            return
-        unusable = failed_for_good | {pair_id for pair_id, _ in outcome.unusable}
-        left = [pair for pair in lease.batch.pairs if pair.pair_id not in unusable]
-        self._requeue(lease, left, failures=1)
 
     def stats(self) -> dict[str, Any]:
         """Queue length, leases, executors, and how they rank for a prompt of one token, for `/v1/training`."""
@@ -162,24 +166,23 @@ class CentralScheduler:
         }
 
     def _is_due(self, size: int, now_s: float) -> bool:
-        if size == 0:
-            return False
         if size >= self._config.training.pairs_per_step:
             return True
         top = self._queue.peek()
-        assert top is not None  # size > 0
-        return top.payload.times_trained > 0 or now_s - top.arrived_s >= self._config.training.max_age_s
+        return top is not None and (
+            top.payload.times_trained > 0 or now_s - top.arrived_s >= self._config.training.max_age_s
+        )
 
     def _is_best_fit(self, headroom: Headroom, size: int, now_s: float) -> bool:
+        tau_mem = self._config.scheduler.tau_mem
         busy = {lease.executor_id for lease in self._leases.values()}
         free = [room for room in self._fresh_headrooms(now_s) if room.executor_id not in busy]
         # Memory is a hard limit. Time is not: a step can be interrupted, so it may be longer than any free window.
         longest_s = max(room.latency_s for room in free)
         demand = Demand(self._bytes_per_batch, min(self._busy_s_per_pair * size, longest_s))
-        tau_mem = self._config.scheduler.tau_mem
         bins = [
-            Bin(one.executor_id, tau_mem * min(one.memory_bytes, _UNKNOWN_MEMORY_BYTES), one.latency_s)
-            for one in free
+            Bin(room.executor_id, tau_mem * min(room.memory_bytes, _UNKNOWN_MEMORY_BYTES), room.latency_s)
+            for room in free
         ]
         fit = first_fit if self._config.experiments.packing == "first_fit" else best_fit
         chosen = fit(demand, bins)
@@ -189,17 +192,6 @@ class CentralScheduler:
         """Reports that are young enough to count, ordered by executor id."""
         fresh = [room for seen_s, room in self._headrooms.values() if now_s - seen_s <= _HEADROOM_TTL_S]
         return sorted(fresh, key=lambda room: room.executor_id)
-
-    def _lease_training(self, executor_id: str, size: int) -> TrainingBatch:
-        tasks = self._queue.pop_batch(size)
-        self._meter.set_gauge("finetune_queue_pairs", len(self._queue))
-        attempts = {task.task_id: task.attempts for task in tasks}
-        return self._lease(executor_id, TaskKind.TRAIN, [task.payload for task in tasks], attempts)
-
-    def _lease_scoring(self, executor_id: str) -> TrainingBatch:
-        """Lease the pairs that wait longest for their scores."""
-        pairs, attempts = self._to_score.pop_batch(_SCORE_STEPS * self._config.training.pairs_per_step)
-        return self._lease(executor_id, TaskKind.EVALUATE, pairs, {pair.pair_id: attempts for pair in pairs})
 
     def _lease(
         self, executor_id: str, kind: TaskKind, pairs: Sequence[TrainingPair], attempts: dict[str, int]

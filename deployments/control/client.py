@@ -1,21 +1,37 @@
 """Control as executors and routes see it: each call goes to the actor that answers it, and foreign errors become ours.
 
 A line of `ControlClient` names the method of the `CentralScheduler` or the `DriftMonitor` that answers; arguments,
-result and documentation are that method's.
+result and documentation are that method's. The modules of the actors are read by the type checker only: an executor
+does without the store that is behind them.
 """
 
 import asyncio
 from collections.abc import Callable, Coroutine
-from typing import Any, Concatenate, ParamSpec, TypeVar
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar
 
 import ray.exceptions
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, RayServeException
 
 from core.errors import ControlUnavailableError, MaceError
 from core.wire import BatchOutcome
-from deployments.control.central_scheduler import CentralScheduler
-from deployments.control.drift_monitor import DriftMonitor
 from deployments.monitors.metrics import Meter
+
+if TYPE_CHECKING:
+    from deployments.control.central_scheduler import CentralScheduler
+    from deployments.control.drift_monitor import DriftMonitor
+else:
+
+    class _Methods:
+        """Stands for an actor's class, and has methods of every name."""
+
+        def __init__(self, actor: str) -> None:
+            self._actor = actor
+
+        def __getattr__(self, name: str) -> SimpleNamespace:
+            return SimpleNamespace(__qualname__=f"{self._actor}.{name}")
+
+    CentralScheduler, DriftMonitor = _Methods("CentralScheduler"), _Methods("DriftMonitor")
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -24,14 +40,13 @@ _IMPORT_TIMEOUT_S = 600.0
 
 
 def _ask(
-    actor: type, method: Callable[Concatenate[Any, P], T], timeout_s: float = _CALL_TIMEOUT_S
+    method: Callable[Concatenate[Any, P], T], timeout_s: float = _CALL_TIMEOUT_S
 ) -> Callable[Concatenate["ControlClient", P], Coroutine[Any, Any, T]]:
     """A call of an actor's method through Control."""
+    actor, name = method.__qualname__.split(".")
 
     async def call(self: "ControlClient", /, *args: P.args, **kwargs: P.kwargs) -> T:
-        answer: T = await self._call(
-            method.__name__, "ask", actor.__name__, method.__name__, args, kwargs, timeout_s=timeout_s
-        )
+        answer: T = await self._call(name, "ask", actor, name, args, kwargs, timeout_s=timeout_s)
         return answer
 
     return call
@@ -48,17 +63,17 @@ class ControlClient:
         self._handle = handle
         self._meter = Meter("executor")
 
-    poll = _ask(CentralScheduler, CentralScheduler.poll)
-    heartbeat = _ask(CentralScheduler, CentralScheduler.heartbeat)
-    add_feedback = _ask(DriftMonitor, DriftMonitor.add_feedback)
-    import_feedback = _ask(DriftMonitor, DriftMonitor.import_feedback, _IMPORT_TIMEOUT_S)
-    feedback_page = _ask(DriftMonitor, DriftMonitor.feedback_page)
-    export_chunk = _ask(DriftMonitor, DriftMonitor.export_chunk)
-    put_responses = _ask(DriftMonitor, DriftMonitor.put_responses)
-    rating_counts = _ask(DriftMonitor, DriftMonitor.rating_counts)
-    held_out_pairs = _ask(DriftMonitor, DriftMonitor.held_out_pairs)
-    note_live = _ask(DriftMonitor, DriftMonitor.note_live)
-    drift = _ask(DriftMonitor, DriftMonitor.drift)
+    poll = _ask(CentralScheduler.poll)
+    heartbeat = _ask(CentralScheduler.heartbeat)
+    add_feedback = _ask(DriftMonitor.add_feedback)
+    import_feedback = _ask(DriftMonitor.import_feedback, _IMPORT_TIMEOUT_S)
+    feedback_page = _ask(DriftMonitor.feedback_page)
+    export_chunk = _ask(DriftMonitor.export_chunk)
+    put_responses = _ask(DriftMonitor.put_responses)
+    rating_counts = _ask(DriftMonitor.rating_counts)
+    held_out_pairs = _ask(DriftMonitor.held_out_pairs)
+    note_live = _ask(DriftMonitor.note_live)
+    drift = _ask(DriftMonitor.drift)
 
     async def complete(self, outcome: BatchOutcome, version: str | None) -> None:
         """See `Control.complete`."""

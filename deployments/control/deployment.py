@@ -5,7 +5,7 @@ on the token path: executors serve on while Control is away, and repeat their ca
 """
 
 from collections.abc import Callable
-from typing import Any, Concatenate, ParamSpec, TypeVar
+from typing import Any
 
 import ray
 
@@ -14,33 +14,21 @@ from core.wire import BatchOutcome
 from deployments.control.central_scheduler import CentralScheduler
 from deployments.control.drift_monitor import DriftMonitor
 
-P = ParamSpec("P")
-T = TypeVar("T")
 _MONITOR_THREADS = 8
 _TIMEOUT_S = 30.0
 
 
-def _blocking(
-    method: Callable[Concatenate[CentralScheduler, P], T],
-) -> Callable[Concatenate["_QueueHandle", P], T]:
-    def call(self: "_QueueHandle", /, *args: P.args, **kwargs: P.kwargs) -> T:
-        answer: T = ray.get(getattr(self.actor, method.__name__).remote(*args, **kwargs), timeout=_TIMEOUT_S)
-        return answer
-
-    return call
-
-
 class _QueueHandle:
-    """Methods of the scheduler that the monitor calls; each blocks until the actor has answered."""
+    """The scheduler as the monitor calls it: each method blocks until the actor has answered."""
 
     def __init__(self, actor: Any) -> None:
-        self.actor = actor
+        self._actor = actor
 
-    known_pair_ids = _blocking(CentralScheduler.known_pair_ids)
-    enqueue = _blocking(CentralScheduler.enqueue)
-    withdraw = _blocking(CentralScheduler.withdraw)
-    enqueue_scoring = _blocking(CentralScheduler.enqueue_scoring)
-    set_gamma = _blocking(CentralScheduler.set_gamma)
+    def __getattr__(self, name: str) -> Callable[..., Any]:
+        if name.startswith("_"):  # pickle looks for some of its own
+            raise AttributeError(name)
+        method = getattr(self._actor, name)
+        return lambda *args: ray.get(method.remote(*args), timeout=_TIMEOUT_S)
 
 
 class Control:

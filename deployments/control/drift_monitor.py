@@ -57,11 +57,7 @@ class DriftMonitor:
                 self._thread.start()
 
     def add_feedback(self, items: Sequence[object], idempotency_key: str | None = None) -> list[dict[str, Any]]:
-        """Store items; outcomes are committed when this returns.
-
-        Raises:
-            StoreUnavailableError, InvalidFeedbackError: see `FeedbackLog.add`.
-        """
+        """Store items; outcomes are committed when this returns. Raises what `FeedbackLog.add` does."""
         outcomes = self._open().store.feedback.add(items, idempotency_key=idempotency_key)
         for item, outcome in zip(items, outcomes, strict=True):
             kind = item.get("type", "preference") if isinstance(item, dict) else "malformed"
@@ -141,11 +137,7 @@ class DriftMonitor:
         return self._open().stream_once()
 
     def _open(self) -> PairStream:
-        """The stream, with its store and its judge.
-
-        Raises:
-            StoreUnavailableError: it cannot be opened now; the next call tries again.
-        """
+        """The stream, with its store and its judge; StoreUnavailableError: not now, the next call tries again."""
         with self._lock:
             if self._stream is None:
                 store = FeedbackStore.open(self._config.feedback, self._config.state_dir)

@@ -6,6 +6,7 @@ The shadow adapter does not change meanwhile: the learner waits for the verdict 
 import asyncio
 import itertools
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from alignment.versions.adapter_files import AdapterManifest
@@ -34,22 +35,15 @@ _FIRST_NUMBER = 1 << 30
 _numbers = itertools.count(_FIRST_NUMBER)
 
 
+@dataclass(frozen=True, eq=False, repr=False)
 class CandidateJudge:
     """Turns the shadow adapter into a version, published or rejected."""
 
-    def __init__(
-        self,
-        engine: EnginePort,
-        versions: AdapterVersions,
-        registry: AdapterRegistry,
-        tokenizer: PairTokenizer,
-        args: AppArgs,
-    ) -> None:
-        self._engine = engine
-        self._versions = versions
-        self._registry = registry
-        self._tokenizer = tokenizer
-        self._args = args
+    engine: EnginePort
+    versions: AdapterVersions
+    registry: AdapterRegistry
+    tokenizer: PairTokenizer
+    args: AppArgs
 
     async def offer(
         self, held_out: HeldOutPairs, progress: TrainingProgress, last: StepMetrics | None
@@ -59,15 +53,15 @@ class CandidateJudge:
         Raises:
             AdapterError: it cannot be written; nothing is left behind.
         """
-        staging = await asyncio.to_thread(self._registry.begin)
+        staging = await asyncio.to_thread(self.registry.begin)
         try:
-            await self._engine.save_adapter(staging, self._tokenizer.base_model)
-            compared_with = self._versions.live
+            await self.engine.save_adapter(staging, self.tokenizer.base_model)
+            compared_with = self.versions.live
             decision = await self._judge(staging, held_out)
             manifest = self._manifest(decision, progress, last, compared_with)
-            return await asyncio.to_thread(self._registry.commit, staging, manifest), decision
+            return await asyncio.to_thread(self.registry.commit, staging, manifest), decision
         except BaseException:
-            await asyncio.to_thread(self._registry.abandon, staging)
+            await asyncio.to_thread(self.registry.abandon, staging)
             raise
 
     async def _judge(self, staging: Path, held_out: HeldOutPairs) -> GateDecision:
@@ -76,7 +70,7 @@ class CandidateJudge:
                 WindowScores(name, *await self._score_both(pairs))
                 for name, pairs in (("recent", held_out.recent), ("old", held_out.old))
             ]
-            decision = judge_candidate(windows, self._args.gate)
+            decision = judge_candidate(windows, self.args.gate)
             if not decision.accepted:
                 return decision
             report = await self._check_generation(staging, held_out.recent)
@@ -84,38 +78,38 @@ class CandidateJudge:
             return GateDecision(False, f"it could not be evaluated: {error}")
         if report is None:
             return decision
-        problems = report.problems(self._args.gate)
+        problems = report.problems(self.args.gate)
         reason = " and ".join(problems) or decision.reason
         return GateDecision(not problems, reason, decision.windows, report.metrics())
 
     async def _score_both(self, pairs: tuple[TrainingPair, ...]) -> tuple[list[PairScore], list[PairScore]]:
-        tokenized, _ = await asyncio.to_thread(self._tokenizer.tokenize_all, pairs)
+        tokenized, _ = await asyncio.to_thread(self.tokenizer.tokenize_all, pairs)
         return await self._score(tokenized, on_live=False), await self._score(tokenized, on_live=True)
 
     async def _score(self, pairs: Sequence[TokenizedPair], *, on_live: bool) -> list[PairScore]:
         if not pairs:
             return []
         task_id = f"evaluate-{'live' if on_live else 'candidate'}"
-        result = await self._engine.run_task(FineTuneTask(task_id, TaskKind.EVALUATE, tuple(pairs), on_live))
+        result = await self.engine.run_task(FineTuneTask(task_id, TaskKind.EVALUATE, tuple(pairs), on_live))
         if result.error is not None:
             raise TrainingError(f"held-out pairs cannot be scored: {result.error}")
         return list(result.scores)
 
     async def _check_generation(self, staging: Path, pairs: tuple[TrainingPair, ...]) -> GenerationReport | None:
         """Answer held-out prompts with candidate and live version; None without a prompt, or if it is switched off."""
-        gate = self._args.gate
-        tokenized, _ = await asyncio.to_thread(self._tokenizer.tokenize_all, pairs[: gate.generation_prompts])
+        gate = self.args.gate
+        tokenized, _ = await asyncio.to_thread(self.tokenizer.tokenize_all, pairs[: gate.generation_prompts])
         prompts = [list(pair.prompt_ids) for pair in tokenized if pair.prompt_ids]
         if not prompts:
             return None
         number = next(_numbers)
-        handle = self._engine.version_handle(f"candidate-{staging.name}-{number}", number, staging)
+        handle = self.engine.version_handle(f"candidate-{staging.name}-{number}", number, staging)
         try:
-            candidate = await self._engine.generate(handle, prompts, GENERATION_TOKENS)
+            candidate = await self.engine.generate(handle, prompts, GENERATION_TOKENS)
         finally:
-            await self._engine.unload_version(handle)
-        live = await self._engine.generate(self._versions.live_handle, prompts, GENERATION_TOKENS)
-        answers = pairs_to_score(prompts, candidate, self._args.training.max_length_tokens)
+            await self.engine.unload_version(handle)
+        live = await self.engine.generate(self.versions.live_handle, prompts, GENERATION_TOKENS)
+        answers = pairs_to_score(prompts, candidate, self.args.training.max_length_tokens)
         return report_generation(candidate, live, answers, await self._score(answers, on_live=False))
 
     def _manifest(
@@ -126,15 +120,15 @@ class CandidateJudge:
             metrics |= {"train_loss": last.loss, "train_margin": last.margin}
         return AdapterManifest(
             parent=None if progress.base == BASE else progress.base,
-            base_model=self._tokenizer.base_model,
+            base_model=self.tokenizer.base_model,
             status="published" if decision.accepted else "rejected",
             reason=decision.reason,
             pair_ids=progress.candidate_pairs,
             optimizer_steps=progress.steps_since_candidate,
             metrics=metrics,
             config={
-                "lora": self._args.lora.model_dump(mode="json"),
-                "training": self._args.training.model_dump(mode="json"),
+                "lora": self.args.lora.model_dump(mode="json"),
+                "training": self.args.training.model_dump(mode="json"),
                 "total_steps": progress.total_steps,
                 "trained_from": progress.base,
                 "compared_with": compared_with,

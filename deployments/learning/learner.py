@@ -8,7 +8,8 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import InitVar, asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -70,41 +71,34 @@ class LearnerStatus:
     started_at: float = field(default_factory=time.time)
 
 
+@dataclass(kw_only=True, eq=False, repr=False)
 class Learner:
-    """The learning loop of one executor. `checkpoint` is where the training state is kept, step by step."""
+    """The learning loop of one executor."""
 
-    def __init__(
-        self,
-        *,
-        executor_id: str,
-        engine: EnginePort,
-        control: ControlPort,
-        versions: AdapterVersions,
-        registry: AdapterRegistry,
-        tokenizer: PairTokenizer,
-        args: AppArgs,
-        checkpoint: Path,
-        current_load: Callable[[], ExecutorLoad | None] = lambda: None,
-    ) -> None:
-        self._executor_id = executor_id
-        self._engine = engine
-        self._control = control
-        self._versions = versions
-        self._args = args
-        self.shadow = ShadowKeeper(engine, versions, registry, checkpoint)
-        self._current_load = current_load
-        self._tokenizer = tokenizer
-        self._judge = CandidateJudge(engine, versions, registry, tokenizer, args)
-        self._idle_polls = 0
+    executor_id: str
+    engine: EnginePort
+    control: ControlPort
+    versions: AdapterVersions
+    registry: InitVar[AdapterRegistry]
+    tokenizer: PairTokenizer
+    args: AppArgs
+    checkpoint: InitVar[Path]
+    """The training state is kept here, step by step."""
+    current_load: Callable[[], ExecutorLoad | None] = lambda: None
+    status: LearnerStatus = field(default_factory=LearnerStatus, init=False)
+
+    def __post_init__(self, registry: AdapterRegistry, checkpoint: Path) -> None:
+        self.shadow = ShadowKeeper(self.engine, self.versions, registry, checkpoint)
+        self._judge = CandidateJudge(self.engine, self.versions, registry, self.tokenizer, self.args)
+        self._beat = partial(self.control.heartbeat, self.executor_id)
         self._meter = Meter("executor")
+        self._idle_polls = 0
         self._refusals_in_a_row = 0
         self._rest_until_s = 0.0
         self._busy_share = 0.0
         self._follow = False
-        self._unsaid_live: str | None = None
-        """The version that went live and that Control has not been told of yet."""
-        versions.watch_live(self._note_live)
-        self.status = LearnerStatus()
+        self._told_live: str | None = None
+        """The live version that Control was told of last."""
 
     def pause(self, reason: str = "asked for") -> None:
         """Take no further batch. A step in progress ends first."""
@@ -128,8 +122,8 @@ class Learner:
             **asdict(self.status),
             "steps_since_candidate": self.shadow.progress.steps_since_candidate,
             "total_steps": self.shadow.progress.total_steps,
-            "live_version": self._versions.live,
-            "last_publish": asdict(self._versions.last_publish),
+            "live_version": self.versions.live,
+            "last_publish": self.versions.last_publish.to_wire(),
         }
 
     async def restore(self) -> None:
@@ -142,62 +136,58 @@ class Learner:
         while True:
             try:
                 await self.turn()
+                continue
             except ControlUnavailableError as error:
                 self.status.last_error = str(error)
-                await asyncio.sleep(_CONTROL_BACKOFF_S)
             except Exception as error:  # learning must not die of one failed turn
                 logger.exception("a turn of the learning loop failed")
                 self.status.last_error = f"{type(error).__name__}: {error}"
-                await asyncio.sleep(_CONTROL_BACKOFF_S)
+            await asyncio.sleep(_CONTROL_BACKOFF_S)
 
     async def turn(self) -> None:
         """One round of `run`: follow what is live, work on a batch if there is one, offer a candidate if it is due."""
         self._meter.refresh()
-        await self._versions.refresh()
-        if self._follow or self.shadow.progress.goal != self._versions.training_base:
+        await self.versions.refresh()
+        if self._follow or self.shadow.progress.goal != self.versions.training_base:
             await self.shadow.return_to_base()
             self._follow, self._refusals_in_a_row = False, 0
-        if (version := self._unsaid_live) is not None:
-            await self._control.note_live(version)
-            if self._unsaid_live == version:
-                self._unsaid_live = None
+        if (live := self.versions.live) != self._told_live:
+            await self.control.note_live(live)
+            self._told_live = live
         if self.status.paused or time.monotonic() < self._rest_until_s:
             self.status.phase = "paused" if self.status.paused else "backing off"
             await asyncio.sleep(POLL_INTERVAL_S)
             return
-        batch = await self._control.poll(self._headroom())
+        batch = await self.control.poll(self._headroom())
         if batch is not None:
             await self._work(batch)
         self._idle_polls = 0 if batch is not None else self._idle_polls + 1
-        if self._is_candidate_due() and self._versions.canary is None:  # one trial at a time
+        if self._is_candidate_due() and self.versions.canary is None:  # one trial at a time
             await self.offer_candidate()
         if batch is None:
-            self.status.phase = "pinned" if self._versions.pinned else "idle"
+            self.status.phase = "pinned" if self.versions.pinned else "idle"
             await asyncio.sleep(POLL_INTERVAL_S)
-
-    def _note_live(self, version: str) -> None:
-        self._unsaid_live = version
 
     def _is_candidate_due(self) -> bool:
         steps = self.shadow.progress.steps_since_candidate
         is_drained = self._idle_polls >= _DRAINED_POLLS
-        return steps >= self._args.training.steps_per_candidate or (steps > 0 and is_drained)
+        return steps >= self.args.training.steps_per_candidate or (steps > 0 and is_drained)
 
     def _headroom(self) -> Headroom:
-        busy = 1.0 if self._engine.num_unfinished_requests() else 0.0
+        busy = 1.0 if self.engine.num_unfinished_requests() else 0.0
         self._busy_share += 0.1 * (busy - self._busy_share)
         free_s = HORIZON_S * (1.0 - self._busy_share)
         # While a version is pinned nothing new can go live: what comes in is scored, and trained after the release.
-        may_train = not self._versions.pinned
-        return Headroom(self._executor_id, self._engine.free_memory_bytes, free_s, self._current_load(), may_train)
+        may_train = not self.versions.pinned
+        return Headroom(self.executor_id, self.engine.free_memory_bytes, free_s, self.current_load(), may_train)
 
     async def _work(self, batch: TrainingBatch) -> None:
         """Score or train a batch and report it."""
         is_training = batch.kind is TaskKind.TRAIN
         self.status.phase, self.status.task_id = "training" if is_training else "scoring", batch.task_id
-        live = self._versions.live
+        live = self.versions.live
         started_s = time.perf_counter()
-        pairs, unusable = await asyncio.to_thread(self._tokenizer.tokenize_all, batch.pairs)
+        pairs, unusable = await asyncio.to_thread(self.tokenizer.tokenize_all, batch.pairs)
         result = TaskResult(batch.task_id, batch.kind)
         if pairs:
             after = self.shadow.progress.after_step(pair.pair_id for pair in pairs)
@@ -211,8 +201,8 @@ class Learner:
                 gamma=batch.gamma,
                 checkpoint=Checkpoint(str(self.shadow.checkpoint), after.to_wire()) if is_training else None,
             )
-            result = await with_heartbeat(self._engine.run_task(task), self._beat)
-            if not is_training and self._versions.live != live:
+            result = await with_heartbeat(self.engine.run_task(task), self._beat)
+            if not is_training and self.versions.live != live:
                 result.scores = ()  # whose they are is not known: the pairs are asked for again
             self._note_outcome(result)
             if is_training and result.error is None:
@@ -220,30 +210,25 @@ class Learner:
                 self._note_step(result, len(pairs), time.perf_counter() - started_s)
         outcome = BatchOutcome(
             batch.task_id,
-            self._executor_id,
+            self.executor_id,
             scores=result.scores,
             error=result.error,
             busy_s=result.busy_s,
             peak_bytes=result.peak_bytes,
             unusable=unusable,
             kind=batch.kind,
-            reference_keys={pair.pair_id: self._tokenizer.reference_key(pair) for pair in pairs},
+            reference_keys={pair.pair_id: self.tokenizer.reference_key(pair) for pair in pairs},
         )
         await self._report(outcome, live)
         self.status.task_id = None
 
-    async def _beat(self) -> None:
-        await self._control.heartbeat(self._executor_id)
-
     async def _report(self, outcome: BatchOutcome, live: str) -> None:
         while True:  # the step is done: its record must not be lost to a restart of Control
             try:
-                await with_heartbeat(self._control.complete(outcome, live), self._beat)
+                return await with_heartbeat(self.control.complete(outcome, live), self._beat)
             except (ControlUnavailableError, StoreUnavailableError) as error:
                 self.status.last_error = str(error)
                 await asyncio.sleep(_CONTROL_BACKOFF_S)
-            else:
-                return
 
     def _note_outcome(self, result: TaskResult) -> None:
         """Count a failed task and rest longer after each; training pauses itself after too many in a row."""
@@ -284,14 +269,14 @@ class Learner:
     async def offer_candidate(self) -> None:
         """Gate the shadow adapter; publish it or go back to what is live."""
         self.status.phase = "evaluating"
-        held_out = await self._control.held_out_pairs()
+        held_out = await self.control.held_out_pairs()
         version, decision = await self._judge.offer(held_out, self.shadow.progress, self.status.last)
         self.status.last_decision = decision.reason
         self._meter.count("adapter_candidates", outcome="published" if decision.accepted else "rejected")
         if decision.accepted:
             self.status.phase = "publishing"
             try:
-                published = await self._versions.publish(version)
+                published = await self.versions.publish(version)
             except Exception:
                 self._follow = True  # else it would be offered, and committed, on every turn
                 raise

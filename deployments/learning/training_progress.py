@@ -64,33 +64,27 @@ class TrainingProgress:
 
     @classmethod
     def from_wire(cls, data: dict[str, Any]) -> "TrainingProgress":
-        """Inverse of `to_wire`.
-
-        Raises:
-            ValueError: it is no progress.
-        """
+        """Inverse of `to_wire`; a ValueError if it is no progress."""
         return _PROGRESS.validate_python(data)
 
 
 _PROGRESS = TypeAdapter(TrainingProgress)
 
 
+@dataclass(eq=False, repr=False)
 class ShadowKeeper:
     """Keeps the shadow adapter, its progress and its checkpoint in step with the versions."""
 
-    def __init__(
-        self, engine: EnginePort, versions: AdapterVersions, registry: AdapterRegistry, checkpoint: Path
-    ) -> None:
-        self._engine = engine
-        self._versions = versions
-        self._registry = registry
-        self.checkpoint = checkpoint
-        self.progress = TrainingProgress()
+    engine: EnginePort
+    versions: AdapterVersions
+    registry: AdapterRegistry
+    checkpoint: Path
+    progress: TrainingProgress = TrainingProgress()
 
     async def restore(self) -> None:
         """Put the shadow adapter where training left off: the last checkpoint, if it belongs to what is live."""
-        saved = await self._engine.load_training_state(self.checkpoint)
-        base = self._versions.training_base
+        saved = await self.engine.load_training_state(self.checkpoint)
+        base = self.versions.training_base
         try:
             known = TrainingProgress.from_wire(saved) if saved else None
         except ValueError as error:
@@ -107,23 +101,22 @@ class ShadowKeeper:
     async def return_to_base(self, generations: int = 0) -> None:
         """Set the shadow adapter to what training goes on from: the last good state, live or on trial.
 
-        Args:
-            generations: go back to an ancestor of that state; beyond the first version lies the bare model.
+        `generations`: go back to an ancestor of that state; beyond the first version lies the bare model.
         """
-        goal = self._versions.training_base
+        goal = self.versions.training_base
         base = await asyncio.to_thread(self._ancestor, goal, generations)
-        directory = None if base == BASE else (await asyncio.to_thread(self._registry.get, base)).path
+        directory = None if base == BASE else (await asyncio.to_thread(self.registry.get, base)).path
         try:
-            await self._engine.load_adapter(directory)
+            await self.engine.load_adapter(directory)
         except AdapterError as error:
             logger.warning("shadow adapter starts afresh: %s", error)
-            await self._engine.load_adapter(None)
+            await self.engine.load_adapter(None)
         await self.begin_at(base, "" if base == goal else goal)
 
     async def begin_at(self, version: str, instead_of: str = "") -> None:
         """The shadow adapter is that version now; an ancestor `instead_of` the last good state."""
         self.progress = self.progress.from_version(version, instead_of)
-        await self._engine.save_training_state(self.checkpoint, self.progress.to_wire())
+        await self.engine.save_training_state(self.checkpoint, self.progress.to_wire())
 
     def _ancestor(self, version: str, generations: int) -> str:
         """The version itself (0), its parent (1) and so on; the bare model beyond the first and for what is gone."""
@@ -131,9 +124,9 @@ class ShadowKeeper:
             if version == BASE:
                 break
             try:
-                version = self._registry.get(version).manifest.parent or BASE
+                version = self.registry.get(version).manifest.parent or BASE
                 if version != BASE:
-                    self._registry.get(version)
+                    self.registry.get(version)
             except AdapterError:  # deleted or damaged
                 return BASE
         return version
@@ -142,7 +135,7 @@ class ShadowKeeper:
         """The version was made from the adapter of this checkpoint."""
         if version == BASE:
             return False
-        config = (await asyncio.to_thread(self._registry.get, version)).manifest.config
+        config = (await asyncio.to_thread(self.registry.get, version)).manifest.config
         mine = self.progress
         return config.get("total_steps") == mine.total_steps and config.get("trained_from") == mine.base
 
@@ -150,11 +143,7 @@ class ShadowKeeper:
 def claim_checkpoint(directory: Path) -> tuple[Path, int]:
     """Take the first checkpoint file that no living replica has: `checkpoint.safetensors`, `checkpoint-1` and so on.
 
-    Returns:
-        The file, and the descriptor of its lock. The file is given back when that is closed or the process dies.
-
-    Raises:
-        AdapterError: the directory cannot be written.
+    The descriptor of its lock comes with it: the file is given back when that is closed or the process dies.
     """
     try:
         directory.mkdir(parents=True, exist_ok=True)

@@ -11,7 +11,7 @@ import logging
 import random
 import time
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from alignment.versions.canary import Arm, Share, Verdict, judge_canary
@@ -31,52 +31,36 @@ RatingCounts = dict[str | None, tuple[int, int]]
 """Thumbs up and down by version; None is the base."""
 
 
-@dataclass(frozen=True, slots=True)
-class Draw:
-    """The version that a request is counted for."""
-
-    version: str
-    model: str | None
-    """Model name to put into the request; None: leave it as it is."""
-
-
+@dataclass(eq=False, repr=False)
 class CanaryTrial:
-    """The trial on one executor, idle without a canary. `run` looks after versions, trial and retention.
+    """The trial on one executor, idle without a canary. `run` looks after versions, trial and retention."""
 
-    `read_ratings` gives the counts since a time in Unix seconds, which is also what `clock` counts in.
-    """
+    versions: AdapterVersions
+    config: VersionsConfig
+    slo: SloConfig
+    read_ratings: Callable[[float], Awaitable[RatingCounts]]
+    """Gives the counts since a time in Unix seconds."""
+    clock: Callable[[], float] = time.time
+    last_verdict: Verdict | None = field(default=None, init=False)
 
-    def __init__(
-        self,
-        versions: AdapterVersions,
-        config: VersionsConfig,
-        slo: SloConfig,
-        read_ratings: Callable[[float], Awaitable[RatingCounts]],
-        clock: Callable[[], float] = time.time,
-    ) -> None:
-        self._versions = versions
-        self._config = config
-        self._slo = slo
-        self._read_ratings = read_ratings
-        self._clock = clock
+    def __post_init__(self) -> None:
         self._seen: dict[str, Share] = {}
         """Requests within their SLO by version, of the trial `_seen_for`."""
         self._seen_for: tuple[str, str] | None = None
-        self.last_verdict: Verdict | None = None
 
     @property
     def is_running(self) -> bool:
         """Is a version on trial?"""
-        return self._versions.canary is not None
+        return self.versions.canary is not None
 
-    def draw(self, user: str | None) -> Draw:
-        """Decide which version answers a request for `<name>`."""
-        canary = self._versions.canary
+    def draw(self, user: str | None) -> tuple[str, str | None]:
+        """Decide which version answers a request for `<name>`; with the model to ask for, None: as the client asked."""
+        canary = self.versions.canary
         if canary is not None:
             point = random.random() if user is None else _point_of(f"{canary} {user}")
-            if point < self._config.canary_share:
-                return Draw(canary, self._versions.name_of(canary))
-        return Draw(self._versions.live, None)
+            if point < self.config.canary_share:
+                return canary, self.versions.name_of(canary)
+        return self.versions.live, None
 
     def observe(self, version: str, *, within_slo: bool) -> None:
         """Count a request that was drawn and has ended; those that the client gave up or got wrong do not count."""
@@ -87,28 +71,24 @@ class CanaryTrial:
 
     def is_within_slo(self, ttft_s: float, mean_tbt_s: float) -> bool:
         """Did a request meet the targets? Its mean time between tokens stands for all of them."""
-        return ttft_s <= self._slo.ttft_s and mean_tbt_s <= self._slo.tbt_s
+        return ttft_s <= self.slo.ttft_s and mean_tbt_s <= self.slo.tbt_s
 
     def is_within_slo_in_all(self, total_s: float, num_tokens: int) -> bool:
         """Did an answer in one piece meet them? Its first token in time, and the others at the target's pace."""
-        return total_s <= self._slo.ttft_s + self._slo.tbt_s * max(0, num_tokens - 1)
+        return total_s <= self.slo.ttft_s + self.slo.tbt_s * max(0, num_tokens - 1)
 
     async def judge(self) -> Verdict | None:
-        """Look at the trial and end it if that is due; None if there is none.
-
-        Raises:
-            AdapterError: the verdict could not be carried out; the trial goes on.
-        """
-        canary, since_s = self._versions.canary, await self._versions.canary_since_s()
+        """Look at the trial and end it if that is due; None if there is none. After an AdapterError it goes on."""
+        canary, since_s = self.versions.canary, await self.versions.canary_since_s()
         if canary is None or since_s is None:
             self.last_verdict = None
             return None
         self._begin_if_new()
         self.last_verdict = verdict = await self._look(canary, since_s)
         if verdict.action == "promote":
-            await self._versions.promote_canary(canary, verdict.reason)
+            await self.versions.promote_canary(canary, verdict.reason)
         elif verdict.action == "roll_back":
-            await self._versions.roll_back_canary(canary, verdict.reason)
+            await self.versions.roll_back_canary(canary, verdict.reason)
         if verdict.action != "wait":
             logger.info("canary %s: %s: %s", canary, verdict.action, verdict.reason)
         return verdict
@@ -118,17 +98,17 @@ class CanaryTrial:
         if not self.is_running:
             return None
         state = self.last_verdict.reason if self.last_verdict else "has just begun"
-        return {"version": self._versions.canary, "share": self._config.canary_share, "state": state}
+        return {"version": self.versions.canary, "share": self.config.canary_share, "state": state}
 
     async def run(self) -> None:
         """Follow the registry, judge the canary, retire and delete old versions, for ever."""
         turn = 0
         while True:
             try:
-                await self._versions.refresh()
+                await self.versions.refresh()
                 if turn % _REFRESHES_PER_ROUND == 0:
                     await self.judge()
-                    await self._versions.retire_old()
+                    await self.versions.retire_old()
             except MaceError as error:
                 logger.warning("versions cannot be looked after: %s", error)
             except Exception:  # an error of vLLM or the disk must not end retention and trials
@@ -137,25 +117,25 @@ class CanaryTrial:
             await asyncio.sleep(REFRESH_INTERVAL_S)
 
     async def _look(self, canary: str, since_s: float) -> Verdict:
-        if self._config.canary_share == 0:
+        if self.config.canary_share == 0:
             return Verdict("promote", "versions.canary_share is 0 now, and it passed the gate")
-        live = self._versions.live
+        live = self.versions.live
         try:
-            ratings = await self._read_ratings(since_s)
+            ratings = await self.read_ratings(since_s)
         except MaceError as error:  # without ratings it may be rolled back for its speed, not promoted
             logger.info("the canary is judged without ratings: %s", error)
-            verdict = judge_canary(self._arm(canary, {}), self._arm(live, {}), 0.0, self._config)
+            verdict = judge_canary(self._arm(canary, {}), self._arm(live, {}), 0.0, self.config)
             return verdict if verdict.action == "roll_back" else Verdict("wait", "ratings cannot be read now")
-        elapsed_s = self._clock() - since_s
-        return judge_canary(self._arm(canary, ratings), self._arm(live, ratings), elapsed_s, self._config)
+        elapsed_s = self.clock() - since_s
+        return judge_canary(self._arm(canary, ratings), self._arm(live, ratings), elapsed_s, self.config)
 
     def _arm(self, version: str, ratings: RatingCounts) -> Arm:
         up, down = ratings.get(None if version == BASE else version, (0, 0))
         return Arm(Share(up, up + down), self._seen.get(version, Share()))
 
     def _begin_if_new(self) -> None:
-        canary = self._versions.canary
-        trial = (canary, self._versions.live) if canary is not None else None
+        canary = self.versions.canary
+        trial = None if canary is None else (canary, self.versions.live)
         if trial != self._seen_for:
             self._seen_for = trial
             self._seen.clear()

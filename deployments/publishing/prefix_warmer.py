@@ -10,7 +10,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from core.alignment_config import VersionsConfig
@@ -42,8 +42,12 @@ class PublishTiming:
     """The reason why warming ended early; None if it did not."""
     warm_failures: int = 0
     """Times that warming ended early, for lack of time too, since the start."""
-    move_s: float = 0.0
-    """The pointer move itself."""
+    move_s: float | None = None
+    """The pointer move itself; None while the version is only on trial."""
+
+    def to_wire(self) -> dict[str, Any]:
+        """JSON values, without `move_s` before the move."""
+        return {name: value for name, value in asdict(self).items() if name != "move_s" or value is not None}
 
 
 class PrefixWarmer:

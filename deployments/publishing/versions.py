@@ -8,14 +8,14 @@ prompts share is computed for a version before it goes live (`deployments.publis
 
 `AdapterVersions` is the one owner of "what is live" in an executor. On disk the pointers are
 `alignment.versions.serving_state`, which several executors share and follow. Others in this process ask the owner
-(`live`, `training_base`), or are told by `watch_live`. The trainer in the engine and Control are told by one call each:
-`EnginePort.set_live`, before the name moves, and `ControlPort.note_live`, after it.
+(`live`, `training_base`). The trainer in the engine and Control are told by one call each:
+`EnginePort.set_live`, before the name moves, and `ControlPort.note_live`, which the learner calls after it.
 """
 
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 from enum import StrEnum
 from typing import Any
@@ -60,7 +60,6 @@ class AdapterVersions:
         """Versions on disk that have been looked at, usable or not."""
         self._serving = Serving()
         """The pointers on disk, as this executor last saw them; `live` changes only together with the name."""
-        self._tell_live: list[Callable[[str], None]] = []
         self._changing = asyncio.Lock()
         self._meter = Meter("executor")
         self.last_publish = PublishTiming()
@@ -99,11 +98,6 @@ class AdapterVersions:
     def name_of(self, version: str) -> str:
         """Model name of a version or of `base`."""
         return f"{self._model_id}@{version}"
-
-    def watch_live(self, tell: Callable[[str], None]) -> None:
-        """Call `tell` with the live version (`v000N` or `base`) now, and again whenever another one is live."""
-        self._tell_live.append(tell)
-        tell(self.live)
 
     async def attach(self, names: dict[str | None, Any]) -> None:
         """Take over vLLM's dict of adapter names; fill in the versions on disk and restore the live one.
@@ -265,11 +259,11 @@ class AdapterVersions:
         self.last_publish.load_s += time.perf_counter() - started_s
 
     def _point_at(self, version: AdapterVersion | None) -> None:
-        """Let `<name>` be a version, or the bare base model (None); then say so."""
+        """Let `<name>` be a version, or the bare base model (None)."""
         started_s = time.perf_counter()
         if version is None:
-            for name in (self._model_id, None):
-                self._names.pop(name, None)
+            self._names.pop(self._model_id, None)
+            self._names.pop(None, None)
         else:
             # vLLM looks up what the request says; a request that names no model (None) gets the live one too.
             handle = self._handle(version.name)
@@ -277,8 +271,6 @@ class AdapterVersions:
         self.last_publish.move_s = time.perf_counter() - started_s
         self._serving = replace(self._serving, live=version.name if version else None)
         self._meter.set_gauge("adapter_version", (version_number(version.name) or 0) if version else 0)
-        for tell in self._tell_live:
-            tell(self.live)
 
     async def _read_pointers(self) -> None:
         """Read what a change has left on disk. Where another executor moved `<name>` to, the next `refresh` follows."""
@@ -294,9 +286,8 @@ class AdapterVersions:
             await self._engine.unload_version(self._handle(name))
 
     def _handle(self, name: str) -> Any:
-        return self._engine.version_handle(
-            self.name_of(name), version_number(name) or 0, self._registry.root / name
-        )
+        path = self._registry.root / name
+        return self._engine.version_handle(self.name_of(name), version_number(name) or 0, path)
 
     def _see_prompt(self, lora_name: str | None, prompt_ids: Sequence[int]) -> None:
         """Observe a prompt for the live version or the one on trial: the next version will be asked such prompts."""

@@ -85,4 +85,4 @@ def _largest_pair(pairs: Iterable[dict[str, Any]], share_prompts: bool) -> int:
         lengths = [(len(p["prompt_ids"]), len(p["chosen_ids"]), len(p["rejected_ids"])) for p in pairs]
     except (KeyError, TypeError):
         return 0
-    return max((PairGroup.of(three, may_share=share_prompts).num_tokens for three in lengths), default=0)
+    return max((PairGroup((three,), may_share=share_prompts).num_tokens for three in lengths), default=0)

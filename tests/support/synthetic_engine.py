@@ -55,7 +55,7 @@ class SyntheticEngine:
         self.requests[task.task_id] = Running(0, 0, 0)
         try:
             await asyncio.sleep(self.step_s)
-            num_tokens = sum(PairGroup.of(pair.lengths).num_tokens for pair in task.pairs)
+            num_tokens = sum(PairGroup((pair.lengths,)).num_tokens for pair in task.pairs)
             kinds = [SliceKind.POLICY_LAYER, SliceKind.POLICY_LAYER]
             if task.kind is TaskKind.TRAIN:
                 kinds.append(SliceKind.BACKWARD_LAYER)

@@ -84,7 +84,8 @@ async def _export(
     control: ControlClient, format: Literal["trl", "openai"], rows: list[dict[str, Any]], cursor: int | None
 ) -> AsyncIterator[bytes]:
     """The rows as lines of JSON, and those from the cursor on; None is the end."""
-    yield b"".join(json.dumps(row, ensure_ascii=False).encode() + b"\n" for row in rows)
-    while cursor is not None:
-        rows, cursor = await control.export_chunk(format, cursor)
+    while True:
         yield b"".join(json.dumps(row, ensure_ascii=False).encode() + b"\n" for row in rows)
+        if cursor is None:
+            return
+        rows, cursor = await control.export_chunk(format, cursor)

@@ -22,7 +22,7 @@ def report(candidate, excess=0.5, live=LIVE):
 def test_like_answers_pass():
     found = report([list(range(18)), list(range(33))])
     assert found.problems(GATE) == []
-    assert found.kl == pytest.approx(0.5)
+    assert found.generation_kl == pytest.approx(0.5)
     assert found.metrics()["generation_kl"] == pytest.approx(0.5)
 
 

@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from alignment.drift import tracker
 from alignment.drift.tracker import TrainingCredit, interpolate
 
 
@@ -43,8 +44,9 @@ def test_no_more_is_granted_than_earned_or_asked_for():
     assert [credit.spend(5), credit.spend(5), credit.spend(5), credit.spend(-3)] == [5, 3, 0, 0]
 
 
-def test_the_balance_is_bounded():
-    credit = TrainingCredit(max_slots=10)
+def test_the_balance_is_bounded(monkeypatch):
+    monkeypatch.setattr(tracker, "MAX_SLOTS", 10)
+    credit = TrainingCredit()
     credit.earn(1000, 4.0)
     assert credit.balance == 10
     credit.top_up(1000)
@@ -67,19 +69,20 @@ def test_what_is_no_number_earns_nothing():
     assert credit.balance == 0
 
 
-def test_the_credit_survives_a_restart_also_with_a_smaller_bound():
+def test_the_credit_survives_a_restart_also_with_a_smaller_bound(monkeypatch):
     credit = TrainingCredit()
     credit.earn(3, 2.5)
     state = json.loads(json.dumps(credit.to_state()))
     assert TrainingCredit.from_state(state).balance == 7.5
-    assert TrainingCredit.from_state(state, max_slots=4).balance == 4
+    monkeypatch.setattr(tracker, "MAX_SLOTS", 4)
+    assert TrainingCredit.from_state(state).balance == 4
 
 
 @given(
     st.lists(st.tuples(st.sampled_from(["earn", "spend", "top_up", "refund"]), st.integers(-5, 400)), max_size=40)
 )
 def test_the_balance_never_leaves_its_bounds(steps):
-    credit = TrainingCredit(max_slots=256)
+    credit = TrainingCredit()
     for name, number in steps:
         if name == "earn":
             credit.earn(number, 0.7)

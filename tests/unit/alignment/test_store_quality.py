@@ -5,6 +5,7 @@ import pytest
 from alignment.drift.streams import DriftEvent
 from alignment.records.pairs import contrary_key, pair_key
 from alignment.store import feedback_store, pair_matches
+from alignment.store.pair_matches import UserScore
 from core.types import PairScore
 
 
@@ -75,9 +76,7 @@ def test_shares_and_scores_of_users(store):
     losses = (0.1, 0.2, 0.3, float("nan"))
     scores = [PairScore(pair_id, 0, 0, 0, 0, loss, -loss) for pair_id, loss in zip(ids, losses, strict=False)]
     store.pairs.record_scores(scores, "v0001")
-    assert [(one.pair_id, one.loss, one.margin, one.version) for one in store.matches.user_scores("bob", 5)] == [
-        (ids[1], 0.2, -0.2, "v0001")
-    ]
+    assert store.matches.user_scores("bob", 5) == [UserScore(ids[1], "bob", -0.2, "v0001")]
     assert store.matches.user_scores("eve", 5) == []
 
 

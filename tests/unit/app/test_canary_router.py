@@ -8,7 +8,6 @@ import pytest
 from app.http.canary import CanaryRouter
 from app.http.guard import guard, set_request_class
 from app.http.request import REQUEST_KEY, RequestChain
-from deployments.publishing.canary import Draw
 
 
 class Trial:
@@ -19,7 +18,7 @@ class Trial:
         self.seen = []
 
     def draw(self, user):
-        return Draw("v0002", "m@v0002") if user and user.startswith("c") else Draw("v0001", None)
+        return ("v0002", "m@v0002") if user and user.startswith("c") else ("v0001", None)
 
     def observe(self, version, *, within_slo):
         self.seen.append((version, within_slo))

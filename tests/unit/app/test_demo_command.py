@@ -25,7 +25,7 @@ def test_the_demo_runs_without_a_sub_command(mace, monkeypatch):
 
     async def remember(options, say):
         seen.append(options)
-        raise run.LearningTimeoutError("enough")
+        raise run.DemoError("enough")
 
     monkeypatch.setattr(run, "run_demo", remember)
     result = mace("--preferences", "7", "--second", "terse", "--url", UNREACHABLE)

@@ -1,6 +1,7 @@
 """`GET /v1/drift` and `mace drift`, on the state of a real tracker."""
 
 import json
+from dataclasses import asdict
 from types import SimpleNamespace
 
 import pytest
@@ -24,7 +25,7 @@ def client():
         events += tracker.observe(ScoredPair(f"p{seq}", seq, loss, margin, "hi", "[bold]ann", {}, 1.0, 1e9 + seq))
 
     async def drift(limit, stream):
-        history = [event.to_wire() for event in reversed(events) if stream in (None, event.stream)]
+        history = [asdict(event) for event in reversed(events) if stream in (None, event.stream)]
         return {**tracker.to_wire(), "history": history[:limit]}
 
     app = FastAPI()

@@ -63,19 +63,19 @@ def serve(trial, version, good, bad=0):
 def test_without_a_canary_everything_is_live(make_trial):
     _, trial = make_trial()
     assert not trial.is_running
-    assert trial.draw("u").model is None
+    assert trial.draw("u") == ("base", None)
     assert asyncio.run(trial.judge()) is None
     assert trial.to_wire() is None
 
 
 def test_the_canary_gets_its_share_and_a_user_stays_with_one_version(running):
     _, trial = running
-    drawn = Counter(trial.draw(None).version for _ in range(4000))
+    drawn = Counter(trial.draw(None)[0] for _ in range(4000))
     assert 0.17 < drawn["v0001"] / 4000 < 0.23
-    first = {f"user-{i}": trial.draw(f"user-{i}").version for i in range(2000)}
+    first = {f"user-{i}": trial.draw(f"user-{i}")[0] for i in range(2000)}
     assert 0.17 < Counter(first.values())["v0001"] / 2000 < 0.23
-    assert all(trial.draw(user).version == version for user, version in first.items())
-    assert {trial.draw(None).model for _ in range(100)} == {None, "m@v0001"}
+    assert all(trial.draw(user)[0] == version for user, version in first.items())
+    assert {trial.draw(None)[1] for _ in range(100)} == {None, "m@v0001"}
 
 
 def test_another_canary_is_tried_on_other_users(make_trial):
@@ -83,7 +83,7 @@ def test_another_canary_is_tried_on_other_users(make_trial):
     chosen = []
     for _ in range(2):
         publish(versions, make_trial.registry)
-        chosen.append({i for i in range(500) if trial.draw(f"user-{i}").model})
+        chosen.append({i for i in range(500) if trial.draw(f"user-{i}")[1]})
         asyncio.run(versions.roll_back_canary(versions.canary, "x"))
     assert len(chosen[0] & chosen[1]) < 0.5 * len(chosen[0])
 

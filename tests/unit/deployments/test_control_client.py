@@ -1,6 +1,8 @@
 """The client's lines name methods that the actors have, and foreign errors become ours. Ray is replaced by calls."""
 
 import asyncio
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -73,3 +75,8 @@ def test_our_errors_come_through_and_others_mean_that_control_is_away(handle):
     handle.failure = ray.exceptions.RayTaskError("ask", "traceback", ZeroDivisionError())
     with pytest.raises(ControlUnavailableError, match="did not answer poll"):
         asyncio.run(client.poll(Headroom("e", 1e9, 10.0)))
+
+
+def test_an_executor_imports_no_database():
+    code = "import sys, app.http.app; sys.exit('sqlalchemy' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], timeout=120).returncode == 0

@@ -79,7 +79,7 @@ def test_a_rollback_to_a_loaded_version_is_a_pointer_move(registry):
     for _ in range(2):
         publish(versions, registry)
     asyncio.run(versions.activate("v0001"))
-    assert versions.last_publish.move_s < 0.005
+    assert versions.last_publish.to_wire()["move_s"] < 0.005
 
 
 def test_a_refusing_disk_leaves_names_and_trainer_as_they_were(registry, monkeypatch):
@@ -174,3 +174,11 @@ def test_one_version_in_full(registry):
     assert [entry["event"] for entry in detail["activations"]] == ["activated"]
     with pytest.raises(UnknownVersionError):
         asyncio.run(versions.detail("v0002"))
+
+
+def test_the_time_of_a_move_is_not_told_before_there_is_one(registry):
+    versions, _ = attached(registry, config=CANARY)
+    assert publish(versions, registry) is Published.CANARY
+    assert "move_s" not in versions.last_publish.to_wire()
+    asyncio.run(versions.promote_canary("v0001", "well"))
+    assert 0.0 < versions.last_publish.to_wire()["move_s"] < 0.1
