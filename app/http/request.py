@@ -26,7 +26,7 @@ logger = logging.getLogger(__name__)
 REQUEST_KEY = "mace.request"
 """Key of the `ClientRequest` in the ASGI scope, for routes of ours."""
 
-_MAX_ID_CHARS = 256
+MAX_ID_CHARS = 256
 """Of an `X-Request-Id`, as of every other name that a client gives (`alignment.records.chat.MAX_NAME_CHARS`)."""
 
 _LEAVE_S = 1.0
@@ -184,8 +184,8 @@ class ClientRequest:
             text = f"Content-Encoding {encoding.decode('latin-1')!r} is not supported: send the body as it is"
             raise BadRequestError(text, status=415, reason="content_encoding")
         client_id = headers.get(b"x-request-id", b"").decode("latin-1")
-        if len(client_id) > _MAX_ID_CHARS or not (client_id.isascii() and client_id.isprintable()):
-            text = f"X-Request-Id is at most {_MAX_ID_CHARS} printable ASCII characters"
+        if len(client_id) > MAX_ID_CHARS or not (client_id.isascii() and client_id.isprintable()):
+            text = f"X-Request-Id is at most {MAX_ID_CHARS} printable ASCII characters"
             raise BadRequestError(text, "X-Request-Id", reason="request_id")
 
     def _parse(self, body: bytes) -> None:
