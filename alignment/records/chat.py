@@ -1,15 +1,23 @@
-"""Chat messages as wire models, and their text. Only text can be trained on, with tool calls inside a prompt."""
+"""Chat messages as wire models, and their text. Only text and tool calls can be trained on."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag
+from pydantic import AfterValidator, BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
 
-from alignment.records.json_checks import canonical_json
+from alignment.records.json_checks import canonical_json, is_storable
 from core.wire import Prompt
 
 MAX_NAME_CHARS = 200
 """Longest id, user, source or tag name."""
-ShortText = Annotated[str, Field(min_length=1, max_length=MAX_NAME_CHARS)]
+
+
+def _name(text: str) -> str:
+    if not is_storable(text):
+        raise ValueError("a name must not hold a NUL character")
+    return text
+
+
+ShortText = Annotated[str, Field(min_length=1, max_length=MAX_NAME_CHARS), AfterValidator(_name)]
 
 
 class WireModel(BaseModel):
@@ -52,6 +60,16 @@ class Message(WireModel):
     tool_calls: list[ToolCall] | None = None
     tool_call_id: ShortText | None = None
 
+    @model_validator(mode="before")
+    @classmethod
+    def _drop_empty(cls, value: object) -> object:
+        """Servers, ours too, return messages with every key that exists: null and empty ones say nothing."""
+        if not isinstance(value, dict):
+            return value
+        return {
+            key: one for key, one in value.items() if key in ("role", "content") or one not in (None, "", [], {})
+        }
+
 
 Messages = Annotated[list[Message], Field(min_length=1, max_length=1000)]
 TextOrMessages = Annotated[
@@ -76,13 +94,16 @@ def plain_prompt(prompt: Prompt) -> Prompt:
     return [{**message, "content": text_of(message.get("content"))} for message in prompt]
 
 
-def whole_text(prompt: Prompt) -> str:
-    """All contents, and tool calls as JSON, one after the other: what a length limit has to count."""
-    if isinstance(prompt, str):
-        return prompt
-    texts = []
-    for message in prompt:
+def whole_text(prompt: Prompt, tools: list[dict[str, Any]] | None = None) -> str:
+    """All contents, and tools and their calls as JSON, one after the other: what a length limit has to count."""
+    texts = [canonical_json(tools)] if tools else []
+    for message in [{"content": prompt}] if isinstance(prompt, str) else prompt:
         texts.append(text_of(message.get("content")))
         if message.get("tool_calls"):
             texts.append(canonical_json(message["tool_calls"]))
     return "".join(texts)
+
+
+def answer_text(text: str, calls: list[dict[str, Any]] | None) -> str:
+    """An answer as one text, in which equal calls are equal whatever their ids: for keys and comparisons."""
+    return text + canonical_json([call["function"] for call in calls]) if calls else text

@@ -30,6 +30,8 @@ MAX_WEIGHT = 10.0
 """One item may count at most ten times as much as another, so that no single client owns the gradient."""
 _CHOICE_SUFFIX = re.compile(r"^(.+)#(\d{1,4})$", re.DOTALL)
 _RATING_WORDS = {"up": 1, "down": -1}
+_TIMES_S = (0.0, 4_102_444_800.0)
+"""Unix seconds of 1970 and of 2100."""
 
 ChoiceIndex = Annotated[int, Field(ge=0, le=9999)]
 
@@ -63,13 +65,17 @@ class _Item(WireModel):
     @field_validator("created_at", mode="before")
     @classmethod
     def _read_time(cls, value: object) -> object:
-        if not isinstance(value, str):
-            return value
-        try:
-            moment = datetime.fromisoformat(value)
-            return moment.replace(tzinfo=moment.tzinfo or UTC).timestamp()
-        except (ValueError, OverflowError) as error:
-            raise ValueError("must be Unix seconds or an ISO 8601 time") from error
+        seconds = value
+        if isinstance(value, str):
+            try:
+                moment = datetime.fromisoformat(value)
+                seconds = moment.replace(tzinfo=moment.tzinfo or UTC).timestamp()
+            except (ValueError, OverflowError) as error:
+                raise ValueError("must be Unix seconds or an ISO 8601 time") from error
+        if isinstance(seconds, int | float) and not _TIMES_S[0] <= seconds < _TIMES_S[1]:
+            hint = ", not milliseconds or nanoseconds" if seconds > 0 else ""
+            raise ValueError(f"must be a time from 1970 to 2099, in Unix seconds{hint}")
+        return seconds
 
 
 class _AboutResponse(_Item):

@@ -1,8 +1,10 @@
 """From a wire item to one normalised preference pair: a prompt, a better answer and a worse one.
 
 A pair's prompt is either a list of chat messages (rendered with the chat template) or plain text (completions);
-its two answers are always the text of one final assistant turn. Everything that DPO cannot use is refused here,
-as an `InvalidFeedbackError` with the key that is wrong, so that nothing unusable waits in the store.
+its two answers are each one final assistant turn: its text and, where the prompt came with tools, its calls of them.
+No prompt ends with the assistant's words: what a turn begins with is part of that turn. Everything that DPO cannot
+use is refused here, as an `InvalidFeedbackError` with the key that is wrong, so that nothing unusable waits in the
+store.
 """
 
 import hashlib
@@ -10,28 +12,49 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from alignment.records.chat import Message, text_of, whole_text
+from alignment.records.chat import Message, answer_text, text_of, whole_text
 from alignment.records.feedback import OpenAIPreferenceRow, PreferenceByIds, PreferenceRow, ResponseRef
 from alignment.records.json_checks import canonical_json
-from core.errors import InvalidFeedbackError, UnknownResponseError
+from core.alignment_config import FeedbackConfig
+from core.errors import FeedbackError, InvalidFeedbackError, ResponseNotReadyError, UnknownResponseError
 from core.wire import Prompt
 
 Split = Literal["train", "heldout"]
 
 
+ALL_CHOICES = -1
+"""The choice index of a `StoredResponse` that stands for every choice of its response which is not named itself."""
+NOT_STORED = "was made with store: false"
+EVICTED = "was dropped because newer answers came"
+_GONE = (NOT_STORED, EVICTED)
+RUNNING = "is not finished: repeat this when its request has ended"
+_CUT_OFF = ("length", "repetition")
+"""The finish reasons of answers that a limit ended, not the model."""
+
+
 @dataclass(frozen=True, slots=True)
 class StoredResponse:
-    """One choice that this server generated."""
+    """One choice that this server generated, or the reason why it cannot be rated."""
 
     response_id: str
     choice_index: int
-    prompt: Prompt
-    text: str
+    prompt: Prompt = ""
+    text: str = ""
     adapter: str | None = None
     """Adapter version that generated it; None is the bare base model."""
     model: str | None = None
     created_at: float | None = None
     """Unix seconds; None lets the store set the time of receipt."""
+    finish_reason: str | None = None
+    """In the words of the chat API; None if it was stored before this was noted."""
+    tools: list[dict[str, Any]] | None = None
+    """The tools that the prompt was rendered with, as the chat template got them."""
+    tool_calls: list[dict[str, Any]] | None = None
+    """The calls of the answer, as an assistant message has them."""
+    client_id: str | None = None
+    """The `X-Request-Id` or `request_id` that the client gave."""
+    unusable: str | None = None
+    """The reason why nothing can be said about it, as the end of a sentence that begins with its id."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,18 +66,24 @@ class PairDraft:
     rejected: str
     chosen_version: str | None = None
     rejected_version: str | None = None
+    tools: list[dict[str, Any]] | None = None
+    """The tools that the prompt is rendered with."""
+    chosen_calls: list[dict[str, Any]] | None = None
+    """The tool calls that are part of the answer; its text may then be empty."""
+    rejected_calls: list[dict[str, Any]] | None = None
 
 
 FindResponse = Callable[[ResponseRef], StoredResponse | None]
 
 
-def prompt_key(prompt: Prompt) -> str:
-    """Stable hash of the normalised prompt: roles and contents, runs of white space taken as one space.
+def prompt_key(prompt: Prompt, tools: list[dict[str, Any]] | None = None) -> str:
+    """Stable hash of the normalised prompt: roles, contents, tools, runs of white space taken as one space.
 
     It decides the split and which ratings belong together, so it must not depend on process, machine or Python's
     hash seed. Normalising spaces keeps a trivially reformatted training prompt out of the held-out set.
     """
-    return hashlib.sha256(canonical_json(_normal(prompt, _spaced)).encode()).hexdigest()
+    normal = _normal(prompt, _spaced)
+    return hashlib.sha256(canonical_json([normal, tools] if tools else normal).encode()).hexdigest()
 
 
 def pair_key(prompt: Prompt, chosen: str, rejected: str) -> str:
@@ -106,12 +135,15 @@ def checked_text(text: str, param: str, max_chars: int) -> str:
 def checked_pair(draft: PairDraft, max_chars: int, params: tuple[str, str, str]) -> PairDraft:
     """`draft`, if nothing in it is empty or too long, and the answers differ in more than surrounding space.
 
-    `params` name the keys of prompt, chosen and rejected.
+    `params` name the keys of prompt, chosen and rejected. A prompt that ends with the assistant's words is refused.
     """
-    texts = (whole_text(draft.prompt), draft.chosen, draft.rejected)
-    for text, param in zip(texts, params, strict=True):
+    if isinstance(draft.prompt, list) and draft.prompt and draft.prompt[-1]["role"] == "assistant":
+        raise InvalidFeedbackError("the prompt must not end with an assistant message", params[0])
+    chosen = answer_text(draft.chosen, draft.chosen_calls)
+    rejected = answer_text(draft.rejected, draft.rejected_calls)
+    for text, param in zip((whole_text(draft.prompt, draft.tools), chosen, rejected), params, strict=True):
         checked_text(text, param, max_chars)
-    if draft.chosen.strip() == draft.rejected.strip():
+    if chosen.strip() == rejected.strip():
         message = f"{params[1]} and {params[2]} are the same text, so there is nothing to prefer"
         raise InvalidFeedbackError(message, params[2])
     return draft
@@ -128,24 +160,50 @@ def pair_from_row(row: PreferenceRow | OpenAIPreferenceRow, max_chars: int) -> P
     else:
         params = ("prompt", "chosen", "rejected")
         draft = _draft(row.prompt, row.chosen, row.rejected, params)
-    if isinstance(draft.prompt, list) and draft.prompt[-1]["role"] == "assistant":
-        raise InvalidFeedbackError("the prompt must not end with an assistant message", params[0])
     return checked_pair(draft, max_chars, params)
 
 
-def pair_from_ids(item: PreferenceByIds, find: FindResponse, max_chars: int) -> PairDraft:
-    """The pair of two of our own responses. Refused are also one response twice, and responses to two prompts."""
+def pair_from_ids(item: PreferenceByIds, find: FindResponse, config: FeedbackConfig) -> PairDraft:
+    """The pair of two of our own responses.
+
+    Refused are also one response twice, responses to two prompts, and a chosen one that may not be (`may_be_chosen`).
+    """
     chosen_ref, rejected_ref = item.refs
     if chosen_ref == rejected_ref:
         message = "chosen_id and rejected_id name the same response; with n>1 send the choice indices too"
         raise InvalidFeedbackError(message, "rejected_id")
     chosen = found_response(chosen_ref, find, "chosen_id")
     rejected = found_response(rejected_ref, find, "rejected_id")
-    if prompt_key(chosen.prompt) != prompt_key(rejected.prompt):
+    if prompt_key(chosen.prompt, chosen.tools) != prompt_key(rejected.prompt, rejected.tools):
         message = "chosen_id and rejected_id answer different prompts, so they cannot be compared"
         raise InvalidFeedbackError(message, "rejected_id")
-    draft = PairDraft(chosen.prompt, chosen.text, rejected.text, chosen.adapter, rejected.adapter)
-    return checked_pair(draft, max_chars, ("chosen_id", "chosen_id", "rejected_id"))
+    if not may_be_chosen(chosen, config):
+        message = (
+            f"the chosen answer was cut off (finish_reason {chosen.finish_reason}), so it does not show an end"
+        )
+        raise InvalidFeedbackError(message, "chosen_id")
+    return checked_pair(
+        pair_of(chosen, rejected), config.max_text_chars, ("chosen_id", "chosen_id", "rejected_id")
+    )
+
+
+def pair_of(chosen: StoredResponse, rejected: StoredResponse) -> PairDraft:
+    """The unchecked pair of two answers to one prompt."""
+    return PairDraft(
+        chosen.prompt,
+        chosen.text,
+        rejected.text,
+        chosen.adapter,
+        rejected.adapter,
+        chosen.tools,
+        chosen.tool_calls,
+        rejected.tool_calls,
+    )
+
+
+def may_be_chosen(response: StoredResponse, config: FeedbackConfig) -> bool:
+    """False for an answer that was cut off, unless the settings let it teach where an answer ends."""
+    return response.finish_reason not in _CUT_OFF or config.cut_off_as_chosen
 
 
 def pair_from_correction(value: str | list[Message], original: StoredResponse, max_chars: int) -> PairDraft:
@@ -153,7 +211,10 @@ def pair_from_correction(value: str | list[Message], original: StoredResponse, m
     context, text = _split_answer(value, "value")
     if context and prompt_key(context) != prompt_key(original.prompt):
         raise InvalidFeedbackError("the messages before the corrected answer are not the original prompt", "value")
-    draft = PairDraft(original.prompt, text, original.text, None, original.adapter)
+    if original.tool_calls:
+        message = "the answer calls a tool: a text is no correction of it; prefer one answer to another instead"
+        raise InvalidFeedbackError(message, "response_id")
+    draft = PairDraft(original.prompt, text, original.text, None, original.adapter, original.tools)
     return checked_pair(draft, max_chars, ("response_id", "value", "response_id"))
 
 
@@ -161,14 +222,22 @@ def found_response(ref: ResponseRef, find: FindResponse, param: str) -> StoredRe
     """The response of that name.
 
     Raises:
-        UnknownResponseError: it was never ours, was made with store=false, or is too old.
+        ResponseNotReadyError: its request may still run.
+        UnknownResponseError: it was never ours, was made with `store: false`, or is too old.
+        InvalidFeedbackError: it was not finished, or its prompt cannot be trained on.
     """
     response = find(ref)
+    name = f"{ref.response_id[:100]}#{ref.choice_index}" if ref.choice_index else ref.response_id[:100]
     if response is None:
-        name = f"{ref.response_id[:100]}#{ref.choice_index}" if ref.choice_index else ref.response_id[:100]
-        message = f"no stored response {name!r}: unknown, not stored, or dropped because newer ones came"
-        raise UnknownResponseError(message, param)
-    return response
+        raise UnknownResponseError(f"no answer of this server that is remembered has the id {name!r}", param)
+    if response.unusable is None:
+        return response
+    kind: type[FeedbackError] = InvalidFeedbackError
+    if response.unusable == RUNNING:
+        kind = ResponseNotReadyError
+    elif response.unusable in _GONE:
+        kind = UnknownResponseError
+    raise kind(f"the answer {name!r} {response.unusable}", param)
 
 
 def _draft(

@@ -7,6 +7,7 @@ connections are thrown away, so the next call starts clean. Several threads' sma
 """
 
 import functools
+import json
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -20,6 +21,7 @@ from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.engine import URL, Connection, make_url
 from sqlalchemy.exc import ArgumentError, NoSuchModuleError, SQLAlchemyError
 
+from alignment.records.json_checks import canonical_json
 from core.errors import ConfigError, StoreUnavailableError
 
 T = TypeVar("T")
@@ -200,6 +202,16 @@ def chunked(values: Iterable[Any]) -> Iterator[list[Any]]:
     rest = iter(values)
     while chunk := list(islice(rest, _CHUNK)):
         yield chunk
+
+
+def encoded(value: object) -> str | None:
+    """A JSON value as a column holds it; what is empty is null."""
+    return canonical_json(value) if value else None
+
+
+def decoded(text: str | None) -> Any:
+    """The JSON value of a column; None for null."""
+    return None if text is None else json.loads(text)
 
 
 def _lost_a_race(error: SQLAlchemyError) -> bool:

@@ -6,13 +6,13 @@ rows with nothing but the format's own keys, because other tools refuse or mistr
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, Literal, NoReturn
 
 from alignment.records.json_checks import canonical_json
 from alignment.records.row_formats import ApiRow, to_api_row
-from alignment.store.intake import ItemOutcome
+from alignment.store.feedback_log import Add
 from alignment.store.pairs import PairStore
 from core.errors import InvalidFeedbackError
 from core.wire import Prompt
@@ -84,7 +84,7 @@ def decode_line(line: str | bytes) -> object:
 
 def import_jsonl(
     lines: Iterable[str | bytes],
-    add: Callable[[Sequence[object]], Sequence[ItemOutcome]],
+    add: Add,
     batch_items: int = 500,
 ) -> ImportReport:
     """Feed a file into `add` (`FeedbackLog.add`), one transaction per `batch_items` lines.

@@ -15,10 +15,11 @@ from typing import Any, Literal
 from sqlalchemy import bindparam, case, delete, func, insert, select, update
 from sqlalchemy.engine import Connection, Row
 
+from alignment.records.chat import answer_text
 from alignment.records.feedback import FeedbackItem
 from alignment.records.json_checks import canonical_json, is_storable
 from alignment.records.pairs import PairDraft, Split, pair_key, prompt_key, split_of
-from alignment.store.database import Part, chunked, reads, writes
+from alignment.store.database import Part, chunked, decoded, encoded, reads, writes
 from alignment.store.schema import pair_bands, pairs
 from core.types import PairScore
 from core.wire import CachedReference, Prompt
@@ -62,6 +63,11 @@ class StoredPair:
     """Grows in order of arrival."""
     scored_at: float | None = None
     """Unix seconds; None if it was never scored."""
+    tools: list[dict[str, Any]] | None = None
+    """The tools that the prompt is rendered with."""
+    chosen_calls: list[dict[str, Any]] | None = None
+    """The tool calls of the answer; its text may then be empty."""
+    rejected_calls: list[dict[str, Any]] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -186,7 +192,7 @@ def fetch_pairs(connection: Connection, seqs: Sequence[int]) -> list[StoredPair]
     return [found[seq] for seq in seqs if seq in found]
 
 
-_DECODED = {"prompt", "tags", "quality_reasons"}
+_DECODED = {"prompt", "tags", "quality_reasons", "tools", "chosen_calls", "rejected_calls"}
 """Columns of JSON text."""
 _SAME = [one.name for one in dataclasses.fields(StoredPair) if one.name in pairs.c and one.name not in _DECODED]
 
@@ -201,13 +207,17 @@ def stored_pair(row: Row[Any]) -> StoredPair:
         user=row.user_id,
         prompt=json.loads(row.prompt),
         tags=json.loads(row.tags) if row.tags else {},
+        tools=decoded(row.tools),
+        chosen_calls=decoded(row.chosen_calls),
+        rejected_calls=decoded(row.rejected_calls),
         quality_reasons=tuple(json.loads(row.quality_reasons)) if row.quality_reasons else (),
         reference=reference,
     )
 
 
 def _new_row(pair_id: str, draft: PairDraft, item: FeedbackItem, fraction: float, now: float) -> dict[str, Any]:
-    key = prompt_key(draft.prompt)
+    key = prompt_key(draft.prompt, draft.tools)
+    answers = answer_text(draft.chosen, draft.chosen_calls), answer_text(draft.rejected, draft.rejected_calls)
     return {
         **dataclasses.asdict(draft),
         "pair_id": pair_id,
@@ -215,12 +225,15 @@ def _new_row(pair_id: str, draft: PairDraft, item: FeedbackItem, fraction: float
         "user_id": item.user,
         "prompt": canonical_json(draft.prompt),
         "prompt_key": key,
-        "pair_key": pair_key(draft.prompt, draft.chosen, draft.rejected),
+        "pair_key": pair_key(draft.prompt, *answers),
+        "tools": encoded(draft.tools),
+        "chosen_calls": encoded(draft.chosen_calls),
+        "rejected_calls": encoded(draft.rejected_calls),
         "weight": item.weight,
         "split": split_of(key, fraction),
         "state": PENDING,
         "created_at": now,
-        "tags": canonical_json(item.tags) if item.tags else None,
+        "tags": encoded(item.tags),
     }
 
 

@@ -14,12 +14,13 @@ A `priority` field (lower is sooner, above 0 is class background) or a header `X
 given: the tier is checked, and then has no say. The body is written anew only if something in it has to change.
 """
 
-import uuid
 from typing import Any
 
+from alignment.records.response_ids import new_request_id
 from app.http.errors import BadRequestError
-from app.http.request import ClientRequest, GoOn
-from core.config import KV_PRUNING_OPT_OUT
+from app.http.request import MAX_ID_CHARS, ClientRequest, GoOn, Step
+from core.config import KV_PRUNING_OPT_OUT, EngineConfig
+from engine.vllm.requests import CLIENT
 from scheduler.priority import BACKGROUND_PRIORITY
 
 INTERNAL_PREFIX = "mace_"
@@ -34,6 +35,7 @@ _FIELD_PATHS = frozenset(
     {"/v1/completions", "/v1/chat/completions", "/v1/chat/completions/batch", "/v1/responses", "/invocations"}
 )
 """Routes whose requests have a `priority` field."""
+_TOKEN_FIELDS = ("max_completion_tokens", "max_tokens", "max_output_tokens")
 _HEADER_PATHS = frozenset({"/v1/messages"})
 """Routes whose requests have none; vLLM reads its header there."""
 
@@ -44,15 +46,63 @@ async def guard(request: ClientRequest, go_on: GoOn) -> None:
     await go_on()
 
 
+def check_size(limits: EngineConfig) -> Step:
+    """A step: refuse a request that asks for more answers or tokens than one client may have at once."""
+
+    async def check(request: ClientRequest, go_on: GoOn) -> None:
+        if request.path in _FIELD_PATHS and isinstance(request.json, dict):
+            choices = num_choices(request.json)
+            if choices > limits.max_choices:
+                message = f"the request asks for {choices} answers; at most {limits.max_choices} are given at once"
+                raise BadRequestError(message, "n", reason="choices")
+            tokens = max(_whole(request.json.get(name)) for name in _TOKEN_FIELDS)
+            if choices * tokens > limits.max_request_tokens:
+                message = (
+                    f"{choices} times {tokens} tokens are more than the {limits.max_request_tokens} of a request"
+                )
+                raise BadRequestError(message, "max_tokens", reason="request_tokens")
+        await go_on()
+
+    return check
+
+
+def num_choices(body: dict[str, Any]) -> int:
+    """Answers that the body of a generating route asks for: its prompts times `n`, or `best_of`."""
+    num_prompts = 1
+    for name in ("prompt", "messages"):  # a list of texts, of token lists, or of conversations
+        items = body.get(name)
+        if isinstance(items, list) and items and isinstance(items[0], (str, list)):
+            num_prompts = len(items)
+    return num_prompts * max(1, _whole(body.get("n")), _whole(body.get("best_of")))
+
+
+def _whole(value: Any) -> int:
+    return value if isinstance(value, int) else 0
+
+
+async def note_client(request: ClientRequest, go_on: GoOn) -> None:
+    """Tell the engine who asks, so that clients take turns: the `user` of the body, or else the connection."""
+    user = request.json.get("user") if isinstance(request.json, dict) else None
+    client = user if isinstance(user, str) and user else ":".join(map(str, request.scope.get("client") or ()))
+    CLIENT.set(client or None)
+    await go_on()
+
+
 async def give_own_id(request: ClientRequest, go_on: GoOn) -> None:
     """Give the request an id of ours, from which vLLM makes the answer's, in place of what the client sent.
 
     Feedback names answers by their ids, so no two may be equal, however often a client sends the same one.
     """
-    own_id = uuid.uuid4().hex
+    own_id, body_id = new_request_id(), None
+    request.client_id = dict(request.headers).get(b"x-request-id", b"").decode("latin-1") or None
     request.set_header(b"x-request-id", own_id.encode())
-    if isinstance(request.json, dict) and "request_id" in request.json:
-        request.set_fields(request_id=own_id)
+    if isinstance(request.json, dict):
+        body_id = request.json.get("request_id")
+        request.client_id = request.client_id or (body_id[:MAX_ID_CHARS] if isinstance(body_id, str) else None)
+        if request.path == "/v1/responses":  # it knows the field only, and takes it as it is
+            request.set_fields(request_id=f"resp_{own_id}")
+        elif body_id is not None:
+            request.set_fields(request_id=own_id)
     await go_on()
 
 

@@ -115,7 +115,12 @@ def test_tool_calls_may_stand_in_the_prompt_but_not_be_the_answer():
         ({"prompt": "p", "chosen": "a" * 101, "rejected": "b"}, "chosen", "101 characters"),
         ({"prompt": "p" * 101, "chosen": "a", "rejected": "b"}, "prompt", "limit is 100"),
         ({"prompt": "p", "chosen": 3, "rejected": "b"}, "chosen", "string"),
-        ({"prompt": "p", "chosen": "a\x00", "rejected": "b"}, "chosen", "NUL"),
+        ({"prompt": "p", "chosen": "a\ud800", "rejected": "b"}, "chosen", "lone surrogate"),
+        ({"prompt": "p", "chosen": "a", "rejected": "b", "user": "\x00"}, "user", "NUL"),
+        ({"type": "comment", "value": "v", "created_at": 1735689600123}, "created_at", "not milliseconds"),
+        ({"type": "comment", "value": "v", "created_at": 1735689600123456789}, "created_at", "not milliseconds"),
+        ({"type": "comment", "value": "v", "created_at": -1}, "created_at", "from 1970"),
+        ({"type": "comment", "value": "v", "created_at": "2101-01-01"}, "created_at", "from 1970"),
         ({"prompt": "p", "chosen": "a", "rejected": "\ud800"}, "rejected", "surrogate"),
         ({"prompt": "p", "chosen": "a", "rejected": "b", "\udfff": 1}, None, "key"),
         ({"prompt": "p", "chosen": "a", "rejected": "b", "weight": float("nan")}, "weight", "finite"),
@@ -216,7 +221,7 @@ RESPONSES = {
 def by_ids(**raw: Any) -> PairDraft:
     item = parse_item(raw)
     assert isinstance(item, PreferenceByIds)
-    return pair_from_ids(item, RESPONSES.get, CONFIG.max_text_chars)
+    return pair_from_ids(item, RESPONSES.get, CONFIG)
 
 
 def test_ids_bring_prompt_texts_and_adapter_versions():
@@ -234,7 +239,7 @@ def test_the_choice_index_may_be_a_key_an_alias_or_a_suffix():
 @pytest.mark.parametrize(
     ("raw", "kind", "words"),
     [
-        ({"chosen_id": "a", "rejected_id": "zz"}, UnknownResponseError, "no stored response 'zz'"),
+        ({"chosen_id": "a", "rejected_id": "zz"}, UnknownResponseError, "has the id 'zz'"),
         ({"chosen_id": "a#7", "rejected_id": "b"}, UnknownResponseError, "'a#7'"),
         ({"chosen_id": "a", "rejected_id": "a"}, InvalidFeedbackError, "choice indices"),
         ({"chosen_id": "a", "rejected_id": "c"}, InvalidFeedbackError, "different prompts"),

@@ -43,7 +43,7 @@ def test_a_bad_item_does_not_stop_the_good_ones(store):
     assert (bad.status, bad.error_type, bad.id) == ("error", "InvalidFeedbackError", None)
     assert (unknown.error_type, unknown.param) == ("UnknownResponseError", "chosen_id")
     assert store.counts().feedback == {"preference": 2}
-    assert unknown.message.startswith("no stored response 'x'")
+    assert unknown.message.endswith("has the id 'x'")
 
 
 def test_the_same_id_is_one_record_and_answers_like_the_first(store):
