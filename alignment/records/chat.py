@@ -1,8 +1,18 @@
 """Chat messages as wire models, and their text. Only text and tool calls can be trained on."""
 
+import json
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Discriminator,
+    Field,
+    Tag,
+    field_validator,
+    model_validator,
+)
 
 from alignment.records.json_checks import canonical_json, is_storable
 from core.wire import Prompt
@@ -34,18 +44,43 @@ class TextPart(WireModel):
 
 
 class FunctionCall(WireModel):
-    """The call inside a tool call; `arguments` is JSON as text, as OpenAI sends it."""
+    """The call inside a tool call: `arguments` is an object, as JSON text (OpenAI) or as it is (Hugging Face)."""
 
     name: ShortText
-    arguments: str
+    arguments: str = "{}"
+
+    @field_validator("arguments", mode="before")
+    @classmethod
+    def _as_text(cls, value: object) -> object:
+        return json.dumps(value, ensure_ascii=False) if isinstance(value, dict) else value
 
 
 class ToolCall(WireModel):
-    """A tool call that an assistant message of the prompt made."""
+    """A tool call of an assistant message."""
 
-    id: ShortText
+    id: ShortText | None = None
     type: Literal["function"] = "function"
     function: FunctionCall
+
+
+class ToolFunction(WireModel):
+    """What the model is told of a tool. Further keys are the template's affair."""
+
+    model_config = ConfigDict(extra="allow")
+
+    name: ShortText
+    description: str | None = None
+    parameters: dict[str, Any] | None = None
+
+
+class Tool(WireModel):
+    """A tool that the prompt offers."""
+
+    type: Literal["function"] = "function"
+    function: ToolFunction
+
+
+Tools = Annotated[list[Tool], Field(max_length=1000)]
 
 
 class Message(WireModel):

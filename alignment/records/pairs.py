@@ -8,8 +8,9 @@ store.
 """
 
 import hashlib
+import json
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from alignment.records.chat import Message, answer_text, text_of, whole_text
@@ -156,11 +157,17 @@ def pair_from_row(row: PreferenceRow | OpenAIPreferenceRow, max_chars: int) -> P
     """
     if isinstance(row, OpenAIPreferenceRow):
         params = ("input.messages", "preferred_output", "non_preferred_output")
-        draft = _draft(row.input.messages, row.preferred_output, row.non_preferred_output, params)
+        draft, tools = (
+            _draft(row.input.messages, row.preferred_output, row.non_preferred_output, params),
+            row.input.tools,
+        )
     else:
         params = ("prompt", "chosen", "rejected")
-        draft = _draft(row.prompt, row.chosen, row.rejected, params)
-    return checked_pair(draft, max_chars, params)
+        draft, tools = _draft(row.prompt, row.chosen, row.rejected, params), row.tools
+    if tools and isinstance(draft.prompt, str):
+        raise InvalidFeedbackError("tools need a prompt of messages: a text is not rendered with them", "tools")
+    offered = [tool.model_dump(exclude_none=True) for tool in tools or ()] or None
+    return checked_pair(replace(draft, tools=offered), max_chars, params)
 
 
 def pair_from_ids(item: PreferenceByIds, find: FindResponse, config: FeedbackConfig) -> PairDraft:
@@ -208,14 +215,16 @@ def may_be_chosen(response: StoredResponse, config: FeedbackConfig) -> bool:
 
 def pair_from_correction(value: str | list[Message], original: StoredResponse, max_chars: int) -> PairDraft:
     """The edit, a text or messages that end with the assistant's, is better than what we said."""
-    context, text = _split_answer(value, "value")
+    context, text, calls = _split_answer(value, "value")
     if context and prompt_key(context) != prompt_key(original.prompt):
         raise InvalidFeedbackError("the messages before the corrected answer are not the original prompt", "value")
-    if original.tool_calls:
-        message = "the answer calls a tool: a text is no correction of it; prefer one answer to another instead"
-        raise InvalidFeedbackError(message, "response_id")
-    draft = PairDraft(original.prompt, text, original.text, None, original.adapter, original.tools)
-    return checked_pair(draft, max_chars, ("response_id", "value", "response_id"))
+    if original.tool_calls and isinstance(value, str):
+        message = (
+            "the answer calls a tool, and a text does not say whether it still should: send the whole message"
+        )
+        raise InvalidFeedbackError(message, "value")
+    better = StoredResponse("", 0, original.prompt, text, tools=original.tools, tool_calls=calls)
+    return checked_pair(pair_of(better, original), max_chars, ("response_id", "value", "response_id"))
 
 
 def found_response(ref: ResponseRef, find: FindResponse, param: str) -> StoredResponse:
@@ -247,8 +256,8 @@ def _draft(
     params: tuple[str, str, str],
 ) -> PairDraft:
     """Answers to texts, prompt to messages unless all three are plain text."""
-    chosen_context, chosen_text = _split_answer(chosen, params[1])
-    rejected_context, rejected_text = _split_answer(rejected, params[2])
+    chosen_context, chosen_text, chosen_calls = _split_answer(chosen, params[1])
+    rejected_context, rejected_text, rejected_calls = _split_answer(rejected, params[2])
     if chosen_context != rejected_context:
         message = f"{params[1]} and {params[2]} must be the same conversation up to the last assistant message"
         raise InvalidFeedbackError(message, params[2])
@@ -258,25 +267,39 @@ def _draft(
     if isinstance(prompt, str) and isinstance(chosen, str) and isinstance(rejected, str):
         return PairDraft(prompt, chosen_text, rejected_text)
     messages = _as_messages(prompt)
+    draft = PairDraft(
+        messages, chosen_text, rejected_text, chosen_calls=chosen_calls, rejected_calls=rejected_calls
+    )
     if not chosen_context:
-        return PairDraft(messages, chosen_text, rejected_text)
+        return draft
     if messages != chosen_context[len(chosen_context) - len(messages) :]:  # a shorter context never equals
         message = f"{params[1]} must be one assistant message, or {params[0]} followed by one"
         raise InvalidFeedbackError(message, params[1])
-    return PairDraft(chosen_context, chosen_text, rejected_text)
+    return replace(draft, prompt=chosen_context)
 
 
-def _split_answer(value: str | list[Message], param: str) -> tuple[list[dict[str, Any]], str]:
-    """Split at the last assistant turn: what comes before it, and its text."""
+def _split_answer(
+    value: str | list[Message], param: str
+) -> tuple[list[dict[str, Any]], str, list[dict[str, Any]] | None]:
+    """Split at the last assistant turn: what comes before it, its text, and its calls of tools."""
     if isinstance(value, str):
-        return [], value
+        return [], value, None
     last = value[-1]
     if last.role != "assistant":
         raise InvalidFeedbackError(f"{param} must end with an assistant message, not {last.role}", param)
-    if last.tool_calls:
-        raise InvalidFeedbackError(f"{param} ends with a tool call; only text can be trained on", param)
+    for call in last.tool_calls or ():
+        if not _is_object(call.function.arguments):
+            message = f"the arguments of {call.function.name!r} in {param} are no JSON object"
+            raise InvalidFeedbackError(message, param)
     *context, answer = _as_messages(value)
-    return context, answer["content"]
+    return context, answer["content"], answer.get("tool_calls")
+
+
+def _is_object(text: str) -> bool:
+    try:
+        return isinstance(json.loads(text or "{}"), dict)
+    except (ValueError, RecursionError):
+        return False
 
 
 def _as_messages(value: str | list[Message] | None) -> list[dict[str, Any]]:

@@ -21,7 +21,6 @@ from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.engine import URL, Connection, make_url
 from sqlalchemy.exc import ArgumentError, NoSuchModuleError, SQLAlchemyError
 
-from alignment.records.json_checks import canonical_json
 from core.errors import ConfigError, StoreUnavailableError
 
 T = TypeVar("T")
@@ -204,9 +203,14 @@ def chunked(values: Iterable[Any]) -> Iterator[list[Any]]:
         yield chunk
 
 
+def ordered_json(value: object) -> str:
+    """A JSON value as text. Keys keep their order: chat templates print it."""
+    return json.dumps(value, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
+
+
 def encoded(value: object) -> str | None:
     """A JSON value as a column holds it; what is empty is null."""
-    return canonical_json(value) if value else None
+    return ordered_json(value) if value else None
 
 
 def decoded(text: str | None) -> Any:

@@ -19,7 +19,7 @@ from alignment.records.chat import answer_text
 from alignment.records.feedback import FeedbackItem
 from alignment.records.json_checks import canonical_json, is_storable
 from alignment.records.pairs import PairDraft, Split, pair_key, prompt_key, split_of
-from alignment.store.database import Part, chunked, decoded, encoded, reads, writes
+from alignment.store.database import Part, chunked, decoded, encoded, ordered_json, reads, writes
 from alignment.store.schema import pair_bands, pairs
 from core.types import PairScore
 from core.wire import CachedReference, Prompt
@@ -223,7 +223,7 @@ def _new_row(pair_id: str, draft: PairDraft, item: FeedbackItem, fraction: float
         "pair_id": pair_id,
         "origin": item.type,
         "user_id": item.user,
-        "prompt": canonical_json(draft.prompt),
+        "prompt": ordered_json(draft.prompt),
         "prompt_key": key,
         "pair_key": pair_key(draft.prompt, *answers),
         "tools": encoded(draft.tools),

@@ -23,9 +23,8 @@ from sqlalchemy.engine import Connection, Row
 
 from alignment.records.chat import answer_text
 from alignment.records.feedback import Rating
-from alignment.records.json_checks import canonical_json
 from alignment.records.pairs import PairDraft, StoredResponse, checked_pair, may_be_chosen, pair_of, prompt_key
-from alignment.store.database import decoded, encoded
+from alignment.store.database import decoded, encoded, ordered_json
 from alignment.store.schema import ratings
 from core.alignment_config import FeedbackConfig
 from core.errors import InvalidFeedbackError
@@ -88,7 +87,7 @@ def _row(
         "choice_index": response.choice_index,
         "direction": item.value,
         "user_id": item.user or "",
-        "prompt": canonical_json(response.prompt),
+        "prompt": ordered_json(response.prompt),
         "prompt_key": prompt_key(response.prompt, response.tools),
         "tools": encoded(response.tools),
         "tool_calls": encoded(response.tool_calls),

@@ -10,10 +10,20 @@ from sqlalchemy.engine import Connection
 
 from alignment.records.chat import MAX_NAME_CHARS, plain_prompt
 from alignment.records.feedback import ResponseRef
-from alignment.records.json_checks import canonical_json, check_json, is_storable
+from alignment.records.json_checks import check_json, is_storable
 from alignment.records.pairs import ALL_CHOICES, EVICTED, RUNNING, StoredResponse
 from alignment.records.response_ids import may_be_running
-from alignment.store.database import Database, Part, chunked, decoded, encoded, insert_new, reads, writes
+from alignment.store.database import (
+    Database,
+    Part,
+    chunked,
+    decoded,
+    encoded,
+    insert_new,
+    ordered_json,
+    reads,
+    writes,
+)
 from alignment.store.schema import responses, unusable_responses
 from core.errors import InvalidFeedbackError
 
@@ -127,7 +137,7 @@ def _row(item: StoredResponse, now: float) -> dict[str, Any]:
     row = asdict(replace(item, created_at=now if item.created_at is None else item.created_at))
     del row["unusable"]
     return row | {
-        "prompt": canonical_json(plain_prompt(item.prompt)),
+        "prompt": ordered_json(plain_prompt(item.prompt)),
         "tools": encoded(item.tools),
         "tool_calls": encoded(item.tool_calls),
     }

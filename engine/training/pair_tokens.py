@@ -10,7 +10,7 @@ import hashlib
 import json
 import re
 from array import array
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -213,7 +213,7 @@ class PairTokenizer:
                 "the chat template begins an answer with tool calls in another way than its prompt"
             )
         said = self._content.show(turn)
-        if text.strip() not in said or not all(call["function"]["name"] in said for call in calls):
+        if text.strip() not in said or not all(_is_called(call["function"], said) for call in calls):
             raise TrainingError(
                 "the chat template leaves out the tool calls of an answer, or what it says beside them"
             )
@@ -289,6 +289,32 @@ def _as_rendered(message: dict[str, Any]) -> dict[str, Any]:
     functions = [{**call["function"], "arguments": value} for call, value in zip(calls, values, strict=True)]
     called = [{**call, "function": function} for call, function in zip(calls, functions, strict=True)]
     return {**message, "tool_calls": called}
+
+
+def _is_called(function: dict[str, Any], said: str) -> bool:
+    """Whether a rendered answer has the name and all texts of a call; numbers are written in many ways.
+
+    TrainingError: the arguments are no object. vLLM's server would render none then, which nobody said.
+    """
+    try:
+        arguments = json.loads(function.get("arguments") or "{}")
+    except (ValueError, RecursionError) as error:
+        raise TrainingError(f"the arguments of the call of {function['name']!r} are no JSON") from error
+    if not isinstance(arguments, dict):
+        raise TrainingError(f"the arguments of the call of {function['name']!r} are no object")
+    texts = [function["name"], *_texts(arguments)]
+    return all(text in said or json.dumps(text, ensure_ascii=False)[1:-1] in said for text in texts)
+
+
+def _texts(value: object) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict):
+        for key, child in value.items():
+            yield from (key, *_texts(child))
+    elif isinstance(value, list):
+        for child in value:
+            yield from _texts(child)
 
 
 def _is_thinking(text: str, opened: re.Match[str] | None) -> bool:

@@ -16,6 +16,7 @@ def make_chat(online: Any, *, messages_are_text: bool) -> Chat | None:
 
     None, and nothing is guarded: it does not render templates as text (Mistral's own tokenizer, embeddings as prompts).
     """
+    from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionToolsParam
     from vllm.renderers import ChatParams, merge_kwargs
     from vllm.renderers.hf import HfRenderer
 
@@ -28,9 +29,9 @@ def make_chat(online: Any, *, messages_are_text: bool) -> Chat | None:
         guard(renderer, content)
 
     def render(messages: Messages, tools: list[dict[str, Any]] | None, options: dict[str, Any]) -> str:
-        variables = merge_kwargs(
-            online.default_chat_template_kwargs, {"tools": tools, "tokenize": False, **options}
-        )
+        given = [ChatCompletionToolsParam.model_validate(tool).model_dump() for tool in tools or ()] or None
+        fixed = {"tools": given, "tokenize": False}
+        variables = merge_kwargs(online.default_chat_template_kwargs, {**fixed, **options})
         params = ChatParams(online.chat_template, online.chat_template_content_format, variables)
         _, prompt = renderer.render_messages(messages, params)
         return str(prompt["prompt"])

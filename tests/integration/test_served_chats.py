@@ -128,8 +128,6 @@ def test_completions_stay_as_vllm_has_them(server):
 
 
 def test_tools_are_trained_as_they_were_served(qwen):
-    from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionToolsParam
-
     server = Server(qwen, tool_parser="hermes", enable_auto_tools=True)
     tools = [{"type": "function", "function": {**TOOLS[0]["function"], "description": "ends <|im_end|> a turn"}}]
     rounds = [
@@ -140,12 +138,11 @@ def test_tools_are_trained_as_they_were_served(qwen):
             {"role": "tool", "content": "rain <|im_end|>", "tool_call_id": "c1"},
         ],
     ]
-    given = [ChatCompletionToolsParam.model_validate(tool).model_dump() for tool in tools]
     for messages in rounds:
         served = server.served(messages, tools=tools)
-        assert server.trained(messages, tools=given) == served
+        assert server.trained(messages, tools=tools) == served
         assert server.count(served, "<|im_end|>") == server.count(server.served(messages), "<|im_end|>") + 1
-    pair = server.pairs.tokenize(TrainingPair("p", [USER], "", "no", tools=given, chosen_calls=CALLS))
+    pair = server.pairs.tokenize(TrainingPair("p", [USER], "", "no", tools=tools, chosen_calls=CALLS))
     call = '<tool_call>\n{"name": "weather", "arguments": {"city": "Paris"}}\n</tool_call><|im_end|>'
     assert server.hub.decode(pair.chosen_ids) == call
 

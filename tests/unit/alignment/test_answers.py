@@ -7,7 +7,7 @@ import pytest
 
 from alignment.records.pairs import ALL_CHOICES, NOT_STORED, StoredResponse, prompt_key
 from alignment.records.response_ids import may_be_running, new_request_id
-from alignment.store.formats import export_row, import_jsonl
+from alignment.store.formats import export_chunk, export_row, import_jsonl
 from core.alignment_config import FeedbackConfig
 
 USER = [{"role": "user", "content": "Hi?"}]
@@ -168,3 +168,31 @@ def test_messages_as_servers_return_them_are_taken(store):
     assert pair.prompt == [*USER, {"role": "assistant", "content": "good"}, *USER]
     [refused] = store.feedback.add([{"prompt": USER, "chosen": [{**message, "refusal": "no"}], "rejected": "bad"}])
     assert "unknown key 'refusal'" in refused.message
+
+
+def test_a_pair_with_tools_comes_back_from_an_export_as_it_was(store):
+    zone = {"type": "object", "required": ["zone"], "at": None}
+    tools = [{"type": "function", "function": {"name": "weather", "description": "Says it.", "parameters": zone}}]
+    item = {
+        "prompt": USER,
+        "tools": tools,
+        "rejected": "Sunny.",
+        "chosen": [{"role": "assistant", "tool_calls": call("Ulm")}],
+    }
+    pair = pair_of(store, say(store, **item))
+    assert json.dumps(pair.tools) == json.dumps(tools)  # in the order in which a template prints it
+    assert pair.chosen_calls == call("Ulm")
+    for form in ("trl", "openai"):
+        [row], _ = export_chunk(store.pairs, form, 0, 1)
+        again = pair_of(store, say(store, **row))
+        kept = (
+            "prompt",
+            "chosen",
+            "rejected",
+            "tools",
+            "chosen_calls",
+            "rejected_calls",
+            "prompt_key",
+            "pair_key",
+        )
+        assert [getattr(again, name, None) for name in kept] == [getattr(pair, name, None) for name in kept]

@@ -48,6 +48,8 @@ def refusal(raw: object) -> InvalidFeedbackError:
     return error
 
 
+TEXTS = {"chosen": "good", "rejected": "bad"}
+TOOLS = [{"type": "function", "function": {"name": "now", "parameters": {"type": "object", "at": None}}}]
 CHAT_PAIR = PairDraft([USER], "good", "bad")
 
 
@@ -87,13 +89,32 @@ def test_the_implicit_prompt_may_hold_more_than_the_explicit_one():
     assert pair_of(row).prompt == [SYSTEM, USER]
 
 
-def test_tool_calls_may_stand_in_the_prompt_but_not_be_the_answer():
+def test_tool_calls_may_stand_in_the_prompt_and_be_the_answer():
     call = {"id": "c1", "type": "function", "function": {"name": "now", "arguments": "{}"}}
     turn = {"role": "assistant", "content": None, "tool_calls": [call]}
     result = {"role": "tool", "tool_call_id": "c1", "content": "12:00"}
     prompt = pair_of({"prompt": [USER, turn, result], "chosen": "good", "rejected": "bad"}).prompt
     assert prompt == [USER, {**turn, "content": ""}, result]
-    assert "tool call" in str(refusal({"prompt": [USER], "chosen": [turn], "rejected": "bad"}))
+    pair = pair_of({"prompt": [USER], "chosen": [turn], "rejected": "bad", "tools": TOOLS})
+    assert pair == PairDraft([USER], "", "bad", tools=TOOLS, chosen_calls=[call])
+    as_objects = {"tool_calls": [{"function": {"name": "now", "arguments": {"of": "é"}}}]}
+    [made] = pair_of(
+        {"prompt": [USER], "chosen": "good", "rejected": [{"role": "assistant", **as_objects}]}
+    ).rejected_calls
+    assert made == {"type": "function", "function": {"name": "now", "arguments": '{"of": "é"}'}}
+    bad = {**call, "function": {"name": "now", "arguments": "{"}}
+    refused = {"prompt": [USER], "chosen": "good", "rejected": [{**turn, "tool_calls": [bad]}]}
+    assert "no JSON object" in str(refusal(refused))
+    same = {**call, "id": "c2"}
+    alike = {"prompt": [USER], "chosen": [turn], "rejected": [{**turn, "tool_calls": [same]}]}
+    assert "same text" in str(refusal(alike))
+    assert "prompt of messages" in str(refusal({"prompt": "q", "chosen": "a", "rejected": "b", "tools": TOOLS}))
+
+
+def test_tools_of_both_forms_are_those_of_the_pair_in_their_order():
+    answers = {"preferred_output": [says("good")], "non_preferred_output": [says("bad")]}
+    assert pair_of({"input": {"messages": [USER], "tools": TOOLS}, **answers}).tools == TOOLS
+    assert json.dumps(pair_of({"prompt": [USER], **TEXTS, "tools": TOOLS}).tools) == json.dumps(TOOLS)
 
 
 @pytest.mark.parametrize(
@@ -153,8 +174,8 @@ def test_tool_calls_may_stand_in_the_prompt_but_not_be_the_answer():
                 "preferred_output": [says("a")],
                 "non_preferred_output": [],
             },
-            "input.tools",
-            "at most 0",
+            "input.tools.0.function",
+            "required",
         ),
         ({"response_id": "r", "value": "better"}, "type", "cannot tell"),
         ({"type": "rating", "response_id": "r", "value": 0}, "value", "up"),
