@@ -27,7 +27,7 @@ ALL_CHOICES = -1
 NOT_STORED = "was made with store: false"
 EVICTED = "was dropped because newer answers came"
 _GONE = (NOT_STORED, EVICTED)
-RUNNING = "is not finished: repeat this when its request has ended"
+RUNNING = "is not finished: send this again when its request has ended"
 _CUT_OFF = ("length", "repetition")
 """The finish reasons of answers that a limit ended, not the model."""
 
@@ -123,26 +123,31 @@ def split_of(key: str, holdout_fraction: float) -> Split:
     return "heldout" if int(key[:13], 16) / 16**13 < holdout_fraction else "train"
 
 
-def checked_text(text: str, param: str, max_chars: int) -> str:
-    """`text`, if there is something in it and it has at most `max_chars` characters."""
+def checked_text(text: str, param: str, max_chars: int, name: str = "") -> str:
+    """`text`, if there is something in it and it has at most `max_chars` characters; messages call it `name`."""
+    name = name or param
     if not text.strip():
-        raise InvalidFeedbackError(f"{param} is empty", param)
+        raise InvalidFeedbackError(f"{name} is empty", param)
     if len(text) > max_chars:
-        raise InvalidFeedbackError(f"{param} has {len(text)} characters, the limit is {max_chars}", param)
+        raise InvalidFeedbackError(f"{name} has {len(text)} characters, the limit is {max_chars}", param)
     return text
 
 
-def checked_pair(draft: PairDraft, max_chars: int, params: tuple[str, str, str]) -> PairDraft:
+def checked_pair(
+    draft: PairDraft, max_chars: int, params: tuple[str, str, str], names: tuple[str, str, str] | None = None
+) -> PairDraft:
     """`draft`, if nothing in it is empty or too long, and the answers differ in more than surrounding space.
 
-    `params` name the keys of prompt, chosen and rejected. A prompt that ends with the assistant's words is refused.
+    `params` are the keys of prompt, chosen and rejected, and `names` what messages call them. A prompt that ends with
+    the assistant's words is refused.
     """
     if isinstance(draft.prompt, list) and draft.prompt and draft.prompt[-1]["role"] == "assistant":
         raise InvalidFeedbackError("the prompt must not end with an assistant message", params[0])
     chosen = answer_text(draft.chosen, draft.chosen_calls)
     rejected = answer_text(draft.rejected, draft.rejected_calls)
-    for text, param in zip((whole_text(draft.prompt, draft.tools), chosen, rejected), params, strict=True):
-        checked_text(text, param, max_chars)
+    texts = (whole_text(draft.prompt, draft.tools), chosen, rejected)
+    for text, param, name in zip(texts, params, names or params, strict=True):
+        checked_text(text, param, max_chars, name)
     if chosen.strip() == rejected.strip():
         message = f"{params[1]} and {params[2]} are the same text, so there is nothing to prefer"
         raise InvalidFeedbackError(message, params[2])
@@ -182,9 +187,9 @@ def pair_from_ids(item: PreferenceByIds, find: FindResponse, config: FeedbackCon
             f"the chosen answer was cut off (finish_reason {chosen.finish_reason}), so it does not show an end"
         )
         raise InvalidFeedbackError(message, "chosen_id")
-    return checked_pair(
-        pair_of(chosen, rejected), config.max_text_chars, ("chosen_id", "chosen_id", "rejected_id")
-    )
+    params = ("chosen_id", "chosen_id", "rejected_id")
+    names = ("the prompt of chosen_id", "the answer chosen_id", "the answer rejected_id")
+    return checked_pair(pair_of(chosen, rejected), config.max_text_chars, params, names)
 
 
 def pair_of(chosen: StoredResponse, rejected: StoredResponse) -> PairDraft:
@@ -215,7 +220,8 @@ def pair_from_correction(value: str | list[Message], original: StoredResponse, m
         message = "the answer calls a tool: a text is no correction of it; prefer one answer to another instead"
         raise InvalidFeedbackError(message, "response_id")
     draft = PairDraft(original.prompt, text, original.text, None, original.adapter, original.tools)
-    return checked_pair(draft, max_chars, ("response_id", "value", "response_id"))
+    names = ("the prompt of response_id", "value", "the answer response_id")
+    return checked_pair(draft, max_chars, ("response_id", "value", "response_id"), names)
 
 
 def found_response(ref: ResponseRef, find: FindResponse, param: str) -> StoredResponse:

@@ -98,7 +98,7 @@ def test_an_answer_whose_request_may_still_run_is_to_be_repeated(store, clock):
     ident = f"chatcmpl-{new_request_id()}"
     assert len(ident) <= 64
     outcome = rate(store, ident, 1, id="mine")
-    assert (outcome.error_type, "repeat this" in outcome.message) == ("ResponseNotReadyError", True)
+    assert (outcome.error_type, "again" in outcome.message) == ("ResponseNotReadyError", True)
     put(store, ident)
     assert rate(store, ident, 1, id="mine").status == "accepted"
     assert rate(store, f"{ident}#1", 1).error_type == "UnknownResponseError"  # the request has ended
