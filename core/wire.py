@@ -45,6 +45,9 @@ class TrainingPair:
     chosen_calls: list[dict[str, Any]] | None = None
     """The tool calls of the answer; its text may then be empty."""
     rejected_calls: list[dict[str, Any]] | None = None
+    chosen_ids: tuple[int, ...] | None = None
+    """The token ids that the model emitted as this answer, if they are known."""
+    rejected_ids: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True, slots=True)

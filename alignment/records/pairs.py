@@ -51,6 +51,8 @@ class StoredResponse:
     """The tools that the prompt was rendered with, as the chat template got them."""
     tool_calls: list[dict[str, Any]] | None = None
     """The calls of the answer, as an assistant message has them."""
+    token_ids: tuple[int, ...] | None = None
+    """The token ids that the model emitted as this answer, if they are known."""
     client_id: str | None = None
     """The `X-Request-Id` or `request_id` that the client gave."""
     unusable: str | None = None
@@ -71,6 +73,9 @@ class PairDraft:
     chosen_calls: list[dict[str, Any]] | None = None
     """The tool calls that are part of the answer; its text may then be empty."""
     rejected_calls: list[dict[str, Any]] | None = None
+    chosen_ids: tuple[int, ...] | None = None
+    """The token ids that the model emitted as this answer, if they are known."""
+    rejected_ids: tuple[int, ...] | None = None
 
 
 FindResponse = Callable[[ResponseRef], StoredResponse | None]
@@ -203,6 +208,8 @@ def pair_of(chosen: StoredResponse, rejected: StoredResponse) -> PairDraft:
         chosen.tools,
         chosen.tool_calls,
         rejected.tool_calls,
+        chosen.token_ids,
+        rejected.token_ids,
     )
 
 
@@ -219,7 +226,7 @@ def pair_from_correction(value: str | list[Message], original: StoredResponse, m
     if original.tool_calls:
         message = "the answer calls a tool: a text is no correction of it; prefer one answer to another instead"
         raise InvalidFeedbackError(message, "response_id")
-    draft = PairDraft(original.prompt, text, original.text, None, original.adapter, original.tools)
+    draft = pair_of(StoredResponse("", 0, original.prompt, text, tools=original.tools), original)
     names = ("the prompt of response_id", "value", "the answer response_id")
     return checked_pair(draft, max_chars, ("response_id", "value", "response_id"), names)
 

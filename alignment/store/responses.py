@@ -13,7 +13,17 @@ from alignment.records.feedback import ResponseRef
 from alignment.records.json_checks import canonical_json, check_json, is_storable
 from alignment.records.pairs import ALL_CHOICES, EVICTED, RUNNING, StoredResponse
 from alignment.records.response_ids import may_be_running
-from alignment.store.database import Database, Part, chunked, decoded, encoded, insert_new, reads, writes
+from alignment.store.database import (
+    Database,
+    Part,
+    chunked,
+    decoded,
+    decoded_ids,
+    encoded,
+    insert_new,
+    reads,
+    writes,
+)
 from alignment.store.schema import responses, unusable_responses
 from core.errors import InvalidFeedbackError
 
@@ -94,6 +104,7 @@ def find_responses(
                 row.finish_reason,
                 decoded(row.tools),
                 decoded(row.tool_calls),
+                decoded_ids(row.token_ids),
                 row.client_id,
             )
     missing = set(refs) - found.keys()
@@ -117,7 +128,7 @@ def _is_storable(item: StoredResponse) -> bool:
     if not (0 < len(item.response_id) <= MAX_NAME_CHARS and is_storable(item.response_id)):
         return False
     try:
-        check_json([value for value in asdict(item).values() if value is not None])
+        check_json([item.prompt, item.text, item.tools, item.tool_calls, item.unusable])
     except InvalidFeedbackError:
         return False
     return True
@@ -130,4 +141,5 @@ def _row(item: StoredResponse, now: float) -> dict[str, Any]:
         "prompt": canonical_json(plain_prompt(item.prompt)),
         "tools": encoded(item.tools),
         "tool_calls": encoded(item.tool_calls),
+        "token_ids": encoded(item.token_ids),
     }

@@ -142,6 +142,20 @@ def test_answers_to_tools_are_pairs_with_the_tools(store):
     assert prompt_key(USER) != prompt_key(USER, TOOLS)
 
 
+def test_token_ids_go_with_the_answers_that_have_them(store):
+    put(store, "a", "good", token_ids=(1, 2))
+    put(store, "b", "bad", token_ids=(3,))
+    by_ids = pair_of(store, say(store, chosen_id="a", rejected_id="b"))
+    corrected = pair_of(store, say(store, type="correction", response_id="b", value="better"))
+    rate(store, "b", -1)
+    rated = pair_of(store, rate(store, "a", 1))
+    assert [(one.chosen_ids, one.rejected_ids) for one in (by_ids, corrected, rated)] == [
+        ((1, 2), (3,)),
+        (None, (3,)),
+        ((1, 2), (3,)),
+    ]
+
+
 def test_a_rehearsed_import_reports_the_same_and_stores_nothing(store):
     lines = [json.dumps({"prompt": f"p{n % 700}", "chosen": "a", "rejected": "b"}) for n in range(1200)]
     lines[5] = "{"
