@@ -28,7 +28,7 @@ ALL_CHOICES = -1
 NOT_STORED = "was made with store: false"
 EVICTED = "was dropped because newer answers came"
 _GONE = (NOT_STORED, EVICTED)
-RUNNING = "is not finished: repeat this when its request has ended"
+RUNNING = "is not finished: send this again when its request has ended"
 _CUT_OFF = ("length", "repetition")
 """The finish reasons of answers that a limit ended, not the model."""
 
@@ -52,6 +52,8 @@ class StoredResponse:
     """The tools that the prompt was rendered with, as the chat template got them."""
     tool_calls: list[dict[str, Any]] | None = None
     """The calls of the answer, as an assistant message has them."""
+    token_ids: tuple[int, ...] | None = None
+    """The token ids that the model emitted as this answer, if they are known."""
     client_id: str | None = None
     """The `X-Request-Id` or `request_id` that the client gave."""
     unusable: str | None = None
@@ -72,6 +74,9 @@ class PairDraft:
     chosen_calls: list[dict[str, Any]] | None = None
     """The tool calls that are part of the answer; its text may then be empty."""
     rejected_calls: list[dict[str, Any]] | None = None
+    chosen_ids: tuple[int, ...] | None = None
+    """The token ids that the model emitted as this answer, if they are known."""
+    rejected_ids: tuple[int, ...] | None = None
 
 
 FindResponse = Callable[[ResponseRef], StoredResponse | None]
@@ -124,26 +129,31 @@ def split_of(key: str, holdout_fraction: float) -> Split:
     return "heldout" if int(key[:13], 16) / 16**13 < holdout_fraction else "train"
 
 
-def checked_text(text: str, param: str, max_chars: int) -> str:
-    """`text`, if there is something in it and it has at most `max_chars` characters."""
+def checked_text(text: str, param: str, max_chars: int, name: str = "") -> str:
+    """`text`, if there is something in it and it has at most `max_chars` characters; messages call it `name`."""
+    name = name or param
     if not text.strip():
-        raise InvalidFeedbackError(f"{param} is empty", param)
+        raise InvalidFeedbackError(f"{name} is empty", param)
     if len(text) > max_chars:
-        raise InvalidFeedbackError(f"{param} has {len(text)} characters, the limit is {max_chars}", param)
+        raise InvalidFeedbackError(f"{name} has {len(text)} characters, the limit is {max_chars}", param)
     return text
 
 
-def checked_pair(draft: PairDraft, max_chars: int, params: tuple[str, str, str]) -> PairDraft:
+def checked_pair(
+    draft: PairDraft, max_chars: int, params: tuple[str, str, str], names: tuple[str, str, str] | None = None
+) -> PairDraft:
     """`draft`, if nothing in it is empty or too long, and the answers differ in more than surrounding space.
 
-    `params` name the keys of prompt, chosen and rejected. A prompt that ends with the assistant's words is refused.
+    `params` are the keys of prompt, chosen and rejected, and `names` what messages call them. A prompt that ends with
+    the assistant's words is refused.
     """
     if isinstance(draft.prompt, list) and draft.prompt and draft.prompt[-1]["role"] == "assistant":
         raise InvalidFeedbackError("the prompt must not end with an assistant message", params[0])
     chosen = answer_text(draft.chosen, draft.chosen_calls)
     rejected = answer_text(draft.rejected, draft.rejected_calls)
-    for text, param in zip((whole_text(draft.prompt, draft.tools), chosen, rejected), params, strict=True):
-        checked_text(text, param, max_chars)
+    texts = (whole_text(draft.prompt, draft.tools), chosen, rejected)
+    for text, param, name in zip(texts, params, names or params, strict=True):
+        checked_text(text, param, max_chars, name)
     if chosen.strip() == rejected.strip():
         message = f"{params[1]} and {params[2]} are the same text, so there is nothing to prefer"
         raise InvalidFeedbackError(message, params[2])
@@ -189,9 +199,9 @@ def pair_from_ids(item: PreferenceByIds, find: FindResponse, config: FeedbackCon
             f"the chosen answer was cut off (finish_reason {chosen.finish_reason}), so it does not show an end"
         )
         raise InvalidFeedbackError(message, "chosen_id")
-    return checked_pair(
-        pair_of(chosen, rejected), config.max_text_chars, ("chosen_id", "chosen_id", "rejected_id")
-    )
+    params = ("chosen_id", "chosen_id", "rejected_id")
+    names = ("the prompt of chosen_id", "the answer chosen_id", "the answer rejected_id")
+    return checked_pair(pair_of(chosen, rejected), config.max_text_chars, params, names)
 
 
 def pair_of(chosen: StoredResponse, rejected: StoredResponse) -> PairDraft:
@@ -205,6 +215,8 @@ def pair_of(chosen: StoredResponse, rejected: StoredResponse) -> PairDraft:
         chosen.tools,
         chosen.tool_calls,
         rejected.tool_calls,
+        chosen.token_ids,
+        rejected.token_ids,
     )
 
 
@@ -224,7 +236,8 @@ def pair_from_correction(value: str | list[Message], original: StoredResponse, m
         )
         raise InvalidFeedbackError(message, "value")
     better = StoredResponse("", 0, original.prompt, text, tools=original.tools, tool_calls=calls)
-    return checked_pair(pair_of(better, original), max_chars, ("response_id", "value", "response_id"))
+    names = ("the prompt of response_id", "value", "the answer response_id")
+    return checked_pair(pair_of(better, original), max_chars, ("response_id", "value", "response_id"), names)
 
 
 def found_response(ref: ResponseRef, find: FindResponse, param: str) -> StoredResponse:

@@ -218,6 +218,11 @@ def decoded(text: str | None) -> Any:
     return None if text is None else json.loads(text)
 
 
+def decoded_ids(text: str | None) -> tuple[int, ...] | None:
+    """The token ids of a column; None for null."""
+    return None if text is None else tuple(json.loads(text))
+
+
 def _lost_a_race(error: SQLAlchemyError) -> bool:
     """True if PostgreSQL rolled the transaction back only because of another one, so that repeating it is right.
 

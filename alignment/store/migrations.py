@@ -112,11 +112,17 @@ def _values_2(row: Any) -> dict[str, Any]:
 
 
 def _from_2_to_3(connection: Connection) -> None:
-    """Tools, finish reasons and clients' ids; an escape character in texts; no time outside of 1970 to 2100."""
+    """Tools, token ids, finish reasons, clients' ids; an escape character in texts; no time outside of 1970 to 2100."""
     for table, columns in (
-        ("pairs", ("tools TEXT", "chosen_calls TEXT", "rejected_calls TEXT")),
-        ("ratings", ("tools TEXT", "tool_calls TEXT")),
-        ("responses", ("tools TEXT", "tool_calls TEXT", "finish_reason VARCHAR(40)", "client_id TEXT")),
+        (
+            "pairs",
+            ("tools TEXT", "chosen_calls TEXT", "rejected_calls TEXT", "chosen_ids TEXT", "rejected_ids TEXT"),
+        ),
+        ("ratings", ("tools TEXT", "tool_calls TEXT", "token_ids TEXT")),
+        (
+            "responses",
+            ("tools TEXT", "tool_calls TEXT", "token_ids TEXT", "finish_reason VARCHAR(40)", "client_id TEXT"),
+        ),
     ):
         for column in columns:
             connection.execute(text(f"ALTER TABLE {table} ADD COLUMN {column}"))

@@ -24,7 +24,7 @@ from sqlalchemy.engine import Connection, Row
 from alignment.records.chat import answer_text
 from alignment.records.feedback import Rating
 from alignment.records.pairs import PairDraft, StoredResponse, checked_pair, may_be_chosen, pair_of, prompt_key
-from alignment.store.database import decoded, encoded, ordered_json
+from alignment.store.database import decoded, decoded_ids, encoded, ordered_json
 from alignment.store.schema import ratings
 from core.alignment_config import FeedbackConfig
 from core.errors import InvalidFeedbackError
@@ -64,6 +64,7 @@ def put_rating(
         partner.adapter,
         tools=decoded(partner.tools),
         tool_calls=decoded(partner.tool_calls),
+        token_ids=decoded_ids(partner.token_ids),
     )
     chosen, rejected = (response, old) if item.value > 0 else (old, response)
     return pair_of(chosen, rejected), partner.feedback_id
@@ -91,6 +92,7 @@ def _row(
         "prompt_key": prompt_key(response.prompt, response.tools),
         "tools": encoded(response.tools),
         "tool_calls": encoded(response.tool_calls),
+        "token_ids": encoded(response.token_ids),
         "text": response.text,
         "text_key": hashlib.sha256(text.encode()).hexdigest(),
         "adapter": response.adapter,

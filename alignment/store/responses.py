@@ -18,6 +18,7 @@ from alignment.store.database import (
     Part,
     chunked,
     decoded,
+    decoded_ids,
     encoded,
     insert_new,
     ordered_json,
@@ -104,6 +105,7 @@ def find_responses(
                 row.finish_reason,
                 decoded(row.tools),
                 decoded(row.tool_calls),
+                decoded_ids(row.token_ids),
                 row.client_id,
             )
     missing = set(refs) - found.keys()
@@ -127,7 +129,7 @@ def _is_storable(item: StoredResponse) -> bool:
     if not (0 < len(item.response_id) <= MAX_NAME_CHARS and is_storable(item.response_id)):
         return False
     try:
-        check_json([value for value in asdict(item).values() if value is not None])
+        check_json([item.prompt, item.text, item.tools, item.tool_calls, item.unusable])
     except InvalidFeedbackError:
         return False
     return True
@@ -140,4 +142,5 @@ def _row(item: StoredResponse, now: float) -> dict[str, Any]:
         "prompt": ordered_json(plain_prompt(item.prompt)),
         "tools": encoded(item.tools),
         "tool_calls": encoded(item.tool_calls),
+        "token_ids": encoded(item.token_ids),
     }

@@ -108,6 +108,8 @@ pairs = Table(
     Column("tools", Text),
     Column("chosen_calls", Text),
     Column("rejected_calls", Text),
+    Column("chosen_ids", Text),
+    Column("rejected_ids", Text),
     sqlite_autoincrement=True,
 )
 
@@ -159,6 +161,7 @@ ratings = Table(
     Column("text_key", String(64), nullable=False),
     Column("tools", Text),
     Column("tool_calls", Text),
+    Column("token_ids", Text),
     Column("adapter", String(255)),
     Column("state", String(12), nullable=False),
     Column("pair_id", String(64), index=True),
@@ -179,6 +182,7 @@ responses = Table(
     Column("text", AnyText, nullable=False),
     Column("tools", Text),
     Column("tool_calls", Text),
+    Column("token_ids", Text),
     Column("finish_reason", String(40)),
     Column("client_id", Text),
     Column("adapter", String(255)),

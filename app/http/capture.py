@@ -47,6 +47,8 @@ class _Choice:
     finish_reason: str | None = None
     calls: dict[int, dict[str, Any]] = field(default_factory=dict)
     has_reasoning: bool = False
+    token_ids: list[int] = field(default_factory=list)
+    """Empty unless the client asked for them (`return_token_ids`)."""
 
     def add_call(self, number: int, call: dict[str, Any]) -> None:
         """Take a tool call, or a further piece of its arguments."""
@@ -134,7 +136,7 @@ def _response(
     unusable = served.unusable
     if choice.finish_reason in _ABORTED:
         unusable = _BROKEN_OFF
-    elif choice.has_reasoning:
+    elif choice.has_reasoning and not choice.token_ids:
         unusable = unusable or "came with reasoning apart from its text, and only text can be trained on"
     if unusable is not None:
         return replace(common, choice_index=index, unusable=unusable)
@@ -148,6 +150,7 @@ def _response(
         text=served.prefix + text,
         finish_reason=choice.finish_reason,
         tools=served.tools,
+        token_ids=None if served.prefix or body.get("echo") else tuple(choice.token_ids) or None,
         tool_calls=[choice.calls[number] for number in sorted(choice.calls)] or None,
     )
 
@@ -187,6 +190,7 @@ def _chat_choices(events: _Events) -> dict[int, _Choice]:
             choice = choices.setdefault(part["index"], _Choice())
             message = part.get("message") or part.get("delta") or {}
             choice.text += message.get("content") or ""
+            choice.token_ids += part.get("token_ids") or ()
             choice.has_reasoning |= bool(message.get("reasoning") or message.get("reasoning_content"))
             for number, call in enumerate(message.get("tool_calls") or ()):
                 choice.add_call(call.get("index", number), call)
@@ -200,6 +204,7 @@ def _completion_choices(events: _Events) -> dict[int, _Choice]:
         for part in event.get("choices", ()):
             choice = choices.setdefault(part["index"], _Choice())
             choice.text += part["text"] or ""
+            choice.token_ids += part.get("token_ids") or ()
             choice.finish_reason = part.get("finish_reason") or choice.finish_reason
     return choices
 

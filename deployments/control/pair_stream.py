@@ -132,4 +132,6 @@ def training_pair(pair: StoredPair, role: PairRole = "new") -> TrainingPair:
         tools=pair.tools,
         chosen_calls=pair.chosen_calls,
         rejected_calls=pair.rejected_calls,
+        chosen_ids=pair.chosen_ids,
+        rejected_ids=pair.rejected_ids,
     )

@@ -168,8 +168,13 @@ class PairTokenizer:
         """Whether these ids say the answer, that is: they are of this tokenizer, and nothing was cut off the text."""
         if not all(0 <= number < len(self._tokenizer) for number in ids):
             return False
-        said = self._content.decode(ids) + self._content.decode(ids, skip_special_tokens=True)
-        return text.strip() in said and all(call["function"]["name"] in said for call in calls or ())
+        whole = self._content.decode(ids[:-1] if ids[-1] in self._eos_token_ids else ids)
+        said = (whole, self._content.decode(ids, skip_special_tokens=True))
+        if not calls and not self._chat.hides_thoughts:
+            return text.strip() in map(str.strip, said)
+        return any(text.strip() in one for one in said) and all(
+            call["function"]["name"] in whole for call in calls or ()
+        )
 
     def _turn(self, prompt: _Prompt, text: str) -> tuple[str, str]:
         """What stands behind the prompt if the server shows `text`, and what the template ends it with."""

@@ -98,7 +98,7 @@ def test_an_answer_whose_request_may_still_run_is_to_be_repeated(store, clock):
     ident = f"chatcmpl-{new_request_id()}"
     assert len(ident) <= 64
     outcome = rate(store, ident, 1, id="mine")
-    assert (outcome.error_type, "repeat this" in outcome.message) == ("ResponseNotReadyError", True)
+    assert (outcome.error_type, "again" in outcome.message) == ("ResponseNotReadyError", True)
     put(store, ident)
     assert rate(store, ident, 1, id="mine").status == "accepted"
     assert rate(store, f"{ident}#1", 1).error_type == "UnknownResponseError"  # the request has ended
@@ -140,6 +140,20 @@ def test_answers_to_tools_are_pairs_with_the_tools(store):
     rated = pair_of(store, rate(store, "text", 1))
     assert (rated.chosen, rated.rejected_calls, rated.tools) == ("Sunny.", call("Ulm"), TOOLS)
     assert prompt_key(USER) != prompt_key(USER, TOOLS)
+
+
+def test_token_ids_go_with_the_answers_that_have_them(store):
+    put(store, "a", "good", token_ids=(1, 2))
+    put(store, "b", "bad", token_ids=(3,))
+    by_ids = pair_of(store, say(store, chosen_id="a", rejected_id="b"))
+    corrected = pair_of(store, say(store, type="correction", response_id="b", value="better"))
+    rate(store, "b", -1)
+    rated = pair_of(store, rate(store, "a", 1))
+    assert [(one.chosen_ids, one.rejected_ids) for one in (by_ids, corrected, rated)] == [
+        ((1, 2), (3,)),
+        (None, (3,)),
+        ((1, 2), (3,)),
+    ]
 
 
 def test_a_rehearsed_import_reports_the_same_and_stores_nothing(store):

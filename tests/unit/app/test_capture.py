@@ -154,6 +154,18 @@ def test_a_call_is_put_together_from_a_stream(kept):
     assert kept[0].tool_calls == [CALL]
 
 
+def test_token_ids_are_kept_where_the_client_asked_for_them(kept):
+    reply = chat_reply("a")
+    reply["choices"][0] |= {"token_ids": [1, 2]}
+    assert chat(kept, reply)[0].token_ids == (1, 2)
+    events = [{"id": "cmpl-1", "choices": [{"index": 0, "text": "a", "token_ids": [n]}]} for n in (3, 4)]
+    events[1]["choices"][0]["finish_reason"] = "stop"
+    for echo in (False, True):  # with echo they are the prompt's too
+        body = {"prompt": "p", "stream": True, "echo": echo}
+        client_of("/v1/completions", lambda: stream_of(events), kept).post("/v1/completions", json=body)
+    assert [r.token_ids for r in kept[1:]] == [(3, 4), None]
+
+
 IMAGE = {"type": "image_url", "image_url": {"url": "data:"}}
 
 
