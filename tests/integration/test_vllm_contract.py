@@ -325,3 +325,17 @@ def test_adapters_are_kept_to_the_modules_that_we_train():
     source = inspect.getsource(GPUModelRunner)
     assert "discard_request_mask" in source
     assert "gen.set_offset(" in source  # what `HybridCpuWorker.sample_tokens` keeps from happening
+
+
+def test_every_chat_passes_the_four_methods_that_are_guarded():
+    from vllm.renderers.base import BaseRenderer
+    from vllm.renderers.hf import HfRenderer
+
+    assert parameters(HfRenderer.render_messages) == parameters(HfRenderer.render_messages_async)
+    assert parameters(HfRenderer.render_messages) == ["self", "messages", "params"]
+    assert parameters(BaseRenderer._tokenize_prompt) == ["self", "prompt", "params"]  # noqa: SLF001
+    assert "self._tokenize_prompt_async(prompt, params)" in inspect.getsource(
+        BaseRenderer._tokenize_singleton_prompt_async  # noqa: SLF001
+    )
+    assert "self.render_messages_async(" in inspect.getsource(BaseRenderer.render_chat_async)
+    assert "tokenize_prompts_async" in inspect.getsource(BaseRenderer.render_chat_async)
