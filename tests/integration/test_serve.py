@@ -252,21 +252,27 @@ def test_echo_with_an_adapter_live_is_answered(server):
     assert server.call("POST", "/v1/chat/completions/batch", json=batch).status_code == 200
 
 
-def num_running(server):
+def ended(server, reason):
+    """Requests that ended so."""
     lines = server.call("GET", "/metrics").text.splitlines()
-    return sum(float(line.split()[-1]) for line in lines if line.startswith("vllm:num_requests_running{"))
+    return sum(
+        float(line.split()[-1])
+        for line in lines
+        if line.startswith("vllm:request_success_total{") and f'"{reason}"' in line
+    )
 
 
 @pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions", "/invocations"])
 def test_a_client_that_leaves_frees_its_seat(server, path):
-    body = {"model": "mace-tiny", "max_tokens": 1500, "min_tokens": 1500}
+    body = {"model": "mace-tiny", "max_tokens": 1900, "min_tokens": 1900}
     body |= {"messages": [{"role": "user", "content": "Hi"}]} if "chat" in path else {"prompt": "Write"}
-    left_s = time.monotonic()
+    before = ended(server, "abort"), ended(server, "length")
     with pytest.raises(httpx.ReadTimeout):
         server.call("POST", path, json=body, timeout=1)
-    while num_running(server) and time.monotonic() < left_s + 5:
+    deadline_s = time.monotonic() + 60
+    while ended(server, "abort") + ended(server, "length") == sum(before) and time.monotonic() < deadline_s:
         time.sleep(0.1)
-    assert num_running(server) == 0
+    assert (ended(server, "abort"), ended(server, "length")) == (before[0] + 1, before[1])
 
 
 def test_a_seed_and_a_prompt_in_parts(server):
