@@ -321,6 +321,8 @@ def _served(body: dict[str, Any], messages: list[dict[str, Any]], tools: list[di
         if other:
             kind = other[0].get("type") if isinstance(other[0], dict) else None
             return _Served(unusable=f"has a prompt with a part of type {kind}, and only text can be trained on")
+        if message.get("reasoning") or message.get("reasoning_content"):
+            return _Served(unusable="has a prompt with reasoning in it, and only text can be trained on")
     if not messages or messages[-1].get("role") != "assistant":
         is_plain = body.get("add_generation_prompt") in (None, True) and not body.get("continue_final_message")
         return (

@@ -165,6 +165,23 @@ def test_a_rehearsed_import_reports_the_same_and_stores_nothing(store):
     assert (rehearsed.num_accepted, rehearsed.num_duplicates, rehearsed.num_errors) == (700, 499, 1)
 
 
+def test_a_prompt_is_stored_as_it_would_be_imported(store):
+    said = {"role": "assistant", "content": "good", "refusal": None, "tool_calls": [], "extra": 1}
+    prompt = [{"role": "user", "content": "a\nb"}, said, {"role": "user", "content": "c", "name": "ann"}]
+    store.responses.put([StoredResponse("a", 0, prompt, "text")])
+    parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
+    value = [
+        {"role": "user", "content": parts},
+        said | {"extra": None},
+        prompt[2],
+        {"role": "assistant", "content": "x"},
+    ]
+    pair = pair_of(store, say(store, type="correction", response_id="a", value=value))
+    assert pair.prompt == [prompt[0], {"role": "assistant", "content": "good"}, prompt[2]]
+    value[0] = {"role": "user", "content": "other"}
+    assert "not the original prompt" in say(store, type="correction", response_id="a", value=value).message
+
+
 def test_messages_as_servers_return_them_are_taken(store):
     empty = {
         "refusal": None,
