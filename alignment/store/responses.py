@@ -40,8 +40,8 @@ class ResponseStore(Part):
     def put(self, connection: Connection, items: Sequence[StoredResponse]) -> int:
         """Remember responses; returns how many can be rated and are new. One that is there already is kept as it is.
 
-        Of a response that is `unusable`, or cannot be stored, the reason is remembered. Ids that feedback could not name
-        are skipped.
+        Of one that is `unusable`, or cannot be stored, the reason is remembered. Ids that feedback could not name are
+        skipped.
         """
         items = [_storable(item) for item in items if _is_name(item.response_id)]
         rows = [_row(item, self.database.clock()) for item in items if item.unusable is None]
