@@ -120,8 +120,11 @@ class ResponseCapture:
                 self._sink(replace(common, unusable=what))
             elif not request.answer.is_complete or any(one.finish_reason in _ABORTED for one in choices.values()):
                 self._sink(replace(common, unusable=_BROKEN_OFF))  # also for choices that never began
+            served = None
             for index in sorted(choices)[:MAX_CHOICES]:
-                self._sink(_response(common, index, choices[index], serve(body, index, self._prompts), body))
+                if served is None or serve is _serve_batch:  # elsewhere all choices have one prompt
+                    served = serve(body, index, self._prompts)
+                self._sink(_response(common, index, choices[index], served, body))
         except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
             # A response that we cannot read was still delivered; only feedback by its id is lost.
             logger.warning("a response could not be kept: %s: %s", type(error).__name__, error)
