@@ -49,6 +49,10 @@ class DamagedAdapterError(AdapterError):
     """The adapter directory is incomplete, unreadable or does not fit the model."""
 
 
+class UnfitAdapterError(DamagedAdapterError):
+    """The adapter is whole, and was trained for another base model than the one that is served."""
+
+
 class TrainingError(MaceError):
     """A fine-tune task failed; serving goes on."""
 

@@ -13,7 +13,7 @@ from rich.tree import Tree
 from app.commands.connection import URL_OPTION, call
 
 _ROOT = "base"
-_STYLES = {"rejected": "dim", "rolled_back": "yellow", "damaged": "red"}
+_STYLES = {"rejected": "dim", "rolled_back": "yellow", "damaged": "red", "unfit": "dim"}
 
 
 def adapters(

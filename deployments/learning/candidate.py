@@ -121,6 +121,7 @@ class CandidateJudge:
         return AdapterManifest(
             parent=None if progress.base == BASE else progress.base,
             base_model=self.tokenizer.base_model,
+            fingerprint=self.tokenizer.fingerprint,
             status="published" if decision.accepted else "rejected",
             reason=decision.reason,
             pair_ids=progress.candidate_pairs,

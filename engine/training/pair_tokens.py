@@ -22,18 +22,31 @@ class PairTokenizer:
     """Renders pairs with a model's chat template, for one base model."""
 
     def __init__(
-        self, tokenizer: Any, eos_token_ids: set[int], config: TrainingConfig, base_model: str, dtype: str = "auto"
+        self,
+        tokenizer: Any,
+        eos_token_ids: set[int],
+        config: TrainingConfig,
+        base_model: str,
+        dtype: str = "auto",
+        fingerprint: str = "",
     ) -> None:
         self._tokenizer = tokenizer
         self._eos_token_ids = eos_token_ids
         self._config = config
         self.base_model = base_model
         """Name of the frozen reference model."""
+        self.fingerprint = fingerprint
+        """That model by its content (`engine.fingerprint`); empty: the name has to do."""
         self._dtype = dtype
 
     @classmethod
     def load(
-        cls, model_dir: str, config: TrainingConfig, base_model: str = "", dtype: str = "auto"
+        cls,
+        model_dir: str,
+        config: TrainingConfig,
+        base_model: str = "",
+        dtype: str = "auto",
+        fingerprint: str = "",
     ) -> "PairTokenizer":
         """Read tokenizer and end-of-turn tokens from a model directory."""
         from transformers import AutoTokenizer, GenerationConfig
@@ -44,7 +57,7 @@ class PairTokenizer:
         except OSError:
             eos = None
         ids = {*(eos if isinstance(eos, list) else [eos]), tokenizer.eos_token_id} - {None}
-        return cls(tokenizer, ids, config, base_model, dtype)
+        return cls(tokenizer, ids, config, base_model, dtype, fingerprint)
 
     def tokenize(self, pair: TrainingPair) -> TokenizedPair:
         """Token ids and weight of one pair, and its cached reference if that is of these tokens and this model.
@@ -77,10 +90,10 @@ class PairTokenizer:
     def reference_key(self, pair: TokenizedPair) -> str:
         """Identity of a pair's reference log-probabilities: 64 hexadecimal digits.
 
-        It depends on the base model, its precision (`model.dtype`, for another one gives other values) and the token
+        It depends on the base model's content, its precision (`model.dtype`, for another one gives other values) and the token
         ids as they are trained, that is after cutting; adapter, weight and pair id do not matter.
         """
-        digest = hashlib.sha256(f"{self.base_model}\0{self._dtype}".encode())
+        digest = hashlib.sha256(f"{self.fingerprint or self.base_model}\0{self._dtype}".encode())
         for ids in (pair.prompt_ids, pair.chosen_ids, pair.rejected_ids):
             digest.update(b"\0%d\0" % len(ids))
             digest.update(array("q", ids).tobytes())
