@@ -54,6 +54,7 @@ class FeedbackConfig(Section):
     """Share of prompts, by a stable hash, whose pairs are never trained on and serve as the gate's test set. A
     change applies to new pairs only."""
 
+
 class DriftConfig(Section):
     """Detection of changed preferences, and the amount of training that they call for."""
 

@@ -25,6 +25,10 @@ class InvalidFeedbackError(FeedbackError):
     """The record is malformed, empty, or its two responses are equal (HTTP 400 or 422)."""
 
 
+class ConflictError(MaceError):
+    """What is asked for does not go with what is the case now; the message says why (HTTP 409)."""
+
+
 class UnknownResponseError(FeedbackError):
     """The record names a response id that is not in the response store (HTTP 404)."""
 

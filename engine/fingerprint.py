@@ -56,7 +56,8 @@ def fingerprint(model_dir: Path) -> str:
     for pattern in _TOKENIZER_FILES:
         tokenizer.update(_content(model_dir, pattern))
     return "-".join(
-        digest.hexdigest() for digest in (_weights(model_dir), config, tokenizer, _template(model_dir, own_template))
+        digest.hexdigest()
+        for digest in (_weights(model_dir), config, tokenizer, _template(model_dir, own_template))
     )
 
 
@@ -96,7 +97,9 @@ def _tensors(file: int) -> list[_Tensor] | None:
         header.pop("__metadata__", None)
         first = 8 + length
         return [
-            _Tensor(name, json.dumps([one["dtype"], one["shape"]]), file, *(first + at for at in one["data_offsets"]))
+            _Tensor(
+                name, json.dumps([one["dtype"], one["shape"]]), file, *(first + at for at in one["data_offsets"])
+            )
             for name, one in header.items()
         ]
     except (ValueError, TypeError, KeyError, AttributeError):

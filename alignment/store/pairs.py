@@ -20,6 +20,7 @@ from alignment.records.json_checks import canonical_json, is_storable
 from alignment.records.pairs import PairDraft, Split, pair_key, prompt_key, split_of
 from alignment.store.database import Part, chunked, reads, writes
 from alignment.store.schema import SCORED, pair_bands, pair_pasts, pairs
+from core.errors import ConflictError
 from core.types import PairScore
 from core.wire import CachedReference, Prompt
 
@@ -141,13 +142,26 @@ class PairStore(Part):
         """Take the pairs of these users out of training and tests, and those of all others that were out back in.
 
         Returns the number of pairs to train on then, and the newest one's position. What a user says later counts.
+
+        Raises:
+            ConflictError: a user has no pair, or nothing would be left; nothing changed.
         """
-        back = update(pairs).where(pairs.c.state == LEFT_OUT, or_(pairs.c.user_id.is_(None), ~pairs.c.user_id.in_(users)))
+        known = set(
+            connection.execute(select(pairs.c.user_id).where(pairs.c.user_id.in_(users)).distinct()).scalars()
+        )
+        for user in users:
+            if user not in known:
+                raise ConflictError(f"no stored pair is by the user {user[:100]!r}")
+        back = update(pairs).where(
+            pairs.c.state == LEFT_OUT, or_(pairs.c.user_id.is_(None), ~pairs.c.user_id.in_(users))
+        )
         connection.execute(back.values(state=PENDING, park_reason=None))
         out = update(pairs).where(pairs.c.user_id.in_(users))
         connection.execute(out.values(state=LEFT_OUT, park_reason="left out by a rebuild without this user"))
         number, newest = connection.execute(select(func.count(), func.max(pairs.c.seq)).where(*_RELEARNT)).one()
-        return number, newest or 0
+        if not number:
+            raise ConflictError("there is nothing to learn from: no pair for training is stored and scored")
+        return number, newest
 
     @reads
     def to_relearn(self, connection: Connection, after: int, until: int, limit: int) -> list[StoredPair]:

@@ -88,7 +88,7 @@ def read_manifest(directory: Path, base_model: str | None, fingerprint: str = ""
         raise DamagedAdapterError(f"{directory.name}: the manifest is that of {manifest.version or 'no version'}")
     if fingerprint and manifest.fingerprint:
         if differing := differing_parts(manifest.fingerprint, fingerprint):
-            message = f"trained for another base model: {differing} of {manifest.base_model!r} differ from what is served"
+            message = f"trained for another base model: the {differing} of {manifest.base_model!r} differed"
             raise UnfitAdapterError(f"{directory.name}: {message}")
     elif base_model is not None and manifest.base_model != base_model:
         message = f"{directory.name}: trained for base model {manifest.base_model!r}, this is {base_model!r}"

@@ -229,7 +229,8 @@ class AdapterRegistry:
         usable = {one.name: one for one in self.list() if one.manifest.status == "published"}
         found = next((usable[name] for name in reversed(moves) if name in usable), None)
         if found is not None or self.serving.pointer(LIVE_FILE):
-            self.serving.activate(found and found.name, by="recovery", reason=f"{reason}{'' if found else _UNFIT}")
+            why = reason if found else f"{reason}{_UNFIT}"
+            self.serving.activate(found.name if found else None, by="recovery", reason=why)
         return found
 
     def retire_old(self, keep: int, in_use: set[str]) -> tuple[Names, Names]:

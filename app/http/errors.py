@@ -9,6 +9,7 @@ from starlette.exceptions import HTTPException
 
 from core.errors import (
     AdapterError,
+    ConflictError,
     ControlUnavailableError,
     DamagedAdapterError,
     FeedbackError,
@@ -23,6 +24,7 @@ _STATUS: dict[type[MaceError], int] = {
     InvalidFeedbackError: 422,
     UnknownResponseError: 404,
     FeedbackError: 400,
+    ConflictError: 409,
     StoreUnavailableError: 503,
     ControlUnavailableError: 503,
     UnknownVersionError: 404,

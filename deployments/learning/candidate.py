@@ -6,7 +6,7 @@ The shadow adapter does not change meanwhile: the learner waits for the verdict 
 import asyncio
 import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from alignment.versions.adapter_files import AdapterManifest
@@ -133,5 +133,6 @@ class CandidateJudge:
                 "total_steps": progress.total_steps,
                 "trained_from": progress.base,
                 "compared_with": compared_with,
+                **({} if progress.rebuild is None else {"rebuild": asdict(progress.rebuild)}),
             },
         )

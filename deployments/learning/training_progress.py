@@ -20,6 +20,7 @@ from alignment.versions.serving_state import BASE
 from core.errors import AdapterError
 from core.fingerprint import differing_parts
 from core.ports import EnginePort
+from core.wire import Rebuild
 from deployments.publishing.versions import AdapterVersions
 
 logger = logging.getLogger(__name__)
@@ -40,6 +41,8 @@ class TrainingProgress:
     steps_since_candidate: int = 0
     candidate_pairs: tuple[str, ...] = ()
     """Ids of the pairs trained on since `base`."""
+    rebuild: Rebuild | None = None
+    """Set while the adapter is learnt anew from the base, for `goal` or better to be replaced by."""
     fingerprint: str = ""
     """The base model by its content; empty: written before there were fingerprints."""
 
@@ -103,7 +106,7 @@ class ShadowKeeper:
             self.progress = known.from_version(base)  # published, and killed before that was written down
         elif known is not None and base == known.base:
             self.progress = replace(known, instead_of="")  # the ancestor that training went back to is live by now
-        elif known is None or base != known.instead_of:
+        elif known is None or (base != known.instead_of and known.rebuild is None):
             await self.return_to_base()
 
     async def return_to_base(self, generations: int = 0) -> None:
@@ -120,6 +123,18 @@ class ShadowKeeper:
             logger.warning("shadow adapter starts afresh: %s", error)
             await self.engine.load_adapter(None)
         await self.begin_at(base, "" if base == goal else goal)
+
+    async def begin_rebuild(self, rebuild: Rebuild) -> None:
+        """Set the shadow adapter to the bare model, to learn all anew; what is live is what training returns to."""
+        await self.engine.load_adapter(None)
+        self.progress = replace(self.progress.from_version(BASE), rebuild=rebuild)
+        self.follow()
+        await self.engine.save_training_state(self.checkpoint, self.progress.to_wire())
+
+    def follow(self) -> None:
+        """Another version is live during a rebuild: nothing changes but what it is instead of."""
+        base = self.versions.training_base
+        self.progress = replace(self.progress, instead_of="" if base == BASE else base)
 
     async def begin_at(self, version: str, instead_of: str = "") -> None:
         """The shadow adapter is that version now; an ancestor `instead_of` the last good state."""

@@ -90,10 +90,11 @@ class PairTokenizer:
     def reference_key(self, pair: TokenizedPair) -> str:
         """Identity of a pair's reference log-probabilities: 64 hexadecimal digits.
 
-        It depends on the base model's content, its precision (`model.dtype`, for another one gives other values) and the token
-        ids as they are trained, that is after cutting; adapter, weight and pair id do not matter.
+        It depends on the base model's content, its precision (`model.dtype`, for another one gives other values) and
+        the token ids as they are trained, that is after cutting; adapter, weight and pair id do not matter.
         """
-        digest = hashlib.sha256(f"{self.fingerprint or self.base_model}\0{self._dtype}".encode())
+        model = self.fingerprint or self.base_model
+        digest = hashlib.sha256(f"{model}\0{self._dtype}".encode())
         for ids in (pair.prompt_ids, pair.chosen_ids, pair.rejected_ids):
             digest.update(b"\0%d\0" % len(ids))
             digest.update(array("q", ids).tobytes())

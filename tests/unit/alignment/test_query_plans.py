@@ -120,7 +120,13 @@ def test_hot_writes_search_an_index(filled, name):
 def test_each_kind_of_pair_has_its_own_index(filled):
     store, ids, path = filled
     expected = {"new": "level", "new, worst": "loss", "hard": "loss", "replay": "level", "held out": "heldout"}
-    expected |= {"unscored": "unscored", "newest scored": "scored", "stale": "scored", "user": "user", "relearn": "scored"}
+    expected |= {
+        "unscored": "unscored",
+        "newest scored": "scored",
+        "stale": "scored",
+        "user": "user",
+        "relearn": "scored",
+    }
     for name, index in expected.items():
         _, found = plans(store, path, lambda name=name: CALLS[name](store, ids))
         steps = [step for _, steps in found for step in steps]

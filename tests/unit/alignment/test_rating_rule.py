@@ -116,7 +116,10 @@ def test_a_clock_that_jumps_parts_no_thumbs_and_turns_no_vote_round(store, clock
     listed = [entry.item["response_id"] for entry in store.feedback.page().entries]
     assert listed == ["a", "a", "b"]
     first = store.feedback.page(limit=1)
-    assert [entry.item["response_id"] for entry in store.feedback.page(after=first.entries[0].id).entries] == ["a", "b"]
+    assert [entry.item["response_id"] for entry in store.feedback.page(after=first.entries[0].id).entries] == [
+        "a",
+        "b",
+    ]
 
 
 def test_a_changed_mind_replaces_the_older_thumb(store):

@@ -103,7 +103,7 @@ def test_without_one_of_the_fingerprints_the_name_counts(served, of_manifest, of
     name = publish(served(of_model), fingerprint=of_manifest)
     assert served(of_model).live().name == name
     if not (of_manifest and of_model):
-        with pytest.raises(UnfitAdapterError, match="'model'.*'other'"):
+        with pytest.raises(UnfitAdapterError, match=r"'model'.*'other'"):
             served(of_model, "other").get(name)
 
 
