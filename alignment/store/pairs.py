@@ -146,17 +146,14 @@ class PairStore(Part):
         Raises:
             ConflictError: a user has no pair, or nothing would be left; nothing changed.
         """
-        known = set(
-            connection.execute(select(pairs.c.user_id).where(pairs.c.user_id.in_(users)).distinct()).scalars()
-        )
+        of_them = pairs.c.user_id.in_([user for user in users if is_storable(user)])
+        known = set(connection.execute(select(pairs.c.user_id).where(of_them).distinct()).scalars())
         for user in users:
             if user not in known:
                 raise ConflictError(f"no stored pair is by the user {user[:100]!r}")
-        back = update(pairs).where(
-            pairs.c.state == LEFT_OUT, or_(pairs.c.user_id.is_(None), ~pairs.c.user_id.in_(users))
-        )
+        back = update(pairs).where(pairs.c.state == LEFT_OUT, or_(pairs.c.user_id.is_(None), ~of_them))
         connection.execute(back.values(state=PENDING, park_reason=None))
-        out = update(pairs).where(pairs.c.user_id.in_(users))
+        out = update(pairs).where(of_them)
         connection.execute(out.values(state=LEFT_OUT, park_reason="left out by a rebuild without this user"))
         number, newest = connection.execute(select(func.count(), func.max(pairs.c.seq)).where(*_RELEARNT)).one()
         if not number:

@@ -1,6 +1,9 @@
 """What training knew of a pair is knowledge of one base model; and pairs that a rebuild leaves out."""
 
+import pytest
+
 from alignment.store.schema import pair_pasts
+from core.errors import ConflictError
 from tests.unit.alignment.test_store_training import add, score
 
 ONE, OTHER = "1-2-3-4", "0-2-3-4"
@@ -75,6 +78,10 @@ def test_a_rebuild_leaves_users_out_until_one_that_does_not_name_them(store):
     def relearnt():
         return [pair.pair_id for pair in store.pairs.to_relearn(0, 100, 100)]
 
+    for nobody in ("anne", "", "a\0", "\ud800"):
+        with pytest.raises(ConflictError, match="no stored pair is by the user"):
+            store.pairs.leave_out(["ann", nobody])
+    assert relearnt() == everything
     number, newest = store.pairs.leave_out(["ann"])
     assert (number, newest) == (2, 4)
     assert relearnt() == [pair.pair_id for pair in store.pairs.after(0, 9) if pair.user != "ann"]
