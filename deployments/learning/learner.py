@@ -168,9 +168,7 @@ class Learner:
         if (live := self.versions.live) != self._told_live:
             await self.control.note_live(live, self.tokenizer.fingerprint)
             self._told_live = live
-        if (asked := self.rebuilder.asked) is not None:
-            await self.shadow.begin_rebuild(asked)
-            self.rebuilder.begin()
+        await self._begin_rebuild()
         if self.status.paused or time.monotonic() < self._rest_until_s:
             self.status.phase = "paused" if self.status.paused else "backing off"
             await asyncio.sleep(POLL_INTERVAL_S)
@@ -200,6 +198,15 @@ class Learner:
         # While a version is pinned nothing new can go live: what comes in is scored, and trained after the release.
         may_train = not self.versions.pinned and self.shadow.progress.rebuild is None
         return Headroom(self.executor_id, self.engine.free_memory_bytes, free_s, self.current_load(), may_train)
+
+    async def _begin_rebuild(self) -> None:
+        """Begin what was asked for, once the one that a restart fell into has ended."""
+        if (ended := self.shadow.ended_rebuild) is not None:
+            await self._end_rebuild(ended, "published", self.shadow.progress.base, "published before a restart")
+            self.shadow.ended_rebuild = None
+        if (asked := self.rebuilder.asked) is not None:
+            await self.shadow.begin_rebuild(asked)
+            self.rebuilder.begin()
 
     async def _rebuild(self, rebuild: Rebuild) -> None:
         """One step of a rebuild; at its end the candidate is offered, once no other version is on trial."""

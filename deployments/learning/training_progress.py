@@ -86,6 +86,8 @@ class ShadowKeeper:
     registry: AdapterRegistry
     checkpoint: Path
     progress: TrainingProgress = TrainingProgress()
+    ended_rebuild: Rebuild | None = None
+    """A rebuild whose version was published just before a restart, of which nobody was told."""
 
     async def restore(self) -> None:
         """Put the shadow adapter where training left off: the last checkpoint, if it belongs to what is live."""
@@ -103,6 +105,7 @@ class ShadowKeeper:
         self.progress = replace(known or self.progress, fingerprint=mine)
         known = known and self.progress
         if known is not None and await self._is_checkpoint_of(base):
+            self.ended_rebuild = known.rebuild
             self.progress = known.from_version(base)  # published, and killed before that was written down
         elif known is not None and base == known.base:
             self.progress = replace(known, instead_of="")  # the ancestor that training went back to is live by now

@@ -148,6 +148,25 @@ def test_a_restart_goes_on_from_the_last_step_though_another_version_went_live(w
     assert world.registry.get("v0002").manifest.config["compared_with"] == "base"
 
 
+def test_a_restart_just_after_the_publication_still_tells_how_it_ended(world, monkeypatch):
+    saved = []
+    save = world.engine.save_training_state
+
+    async def save_and_remember(path, progress):
+        saved.append(dict(world.engine.saved))
+        await save(path, progress)
+
+    world.engine.save_training_state = save_and_remember
+    assert rebuild(world, monkeypatch)["version"] == "v0002"
+    world.engine.saved = saved[-1]  # killed before this was written
+    world.control.reports.clear()
+    world.run(until=lambda: world.control.reports)
+    report = world.control.reports[0]
+    assert (report["state"], report["version"], report["until_seq"]) == ("published", "v0002", 5)
+    assert world.learner.shadow.progress.rebuild is None
+    assert world.versions.live == "v0002"
+
+
 def test_control_may_be_away_meanwhile(world, monkeypatch):
     world.control.down = 5
     assert rebuild(world, monkeypatch)["state"] == "published"
