@@ -131,3 +131,23 @@ def test_the_status_is_json(mace):
 def test_an_odd_body_is_refused(client, world, body):
     assert client.post("/v1/training/rebuild", json=body).status_code == 422
     assert world.users is None
+
+
+@pytest.mark.parametrize("width", [80, 120])
+def test_the_reason_of_an_unfit_version_can_be_read_on_any_terminal(width):
+    from rich.console import Console
+
+    from app.commands.adapters import _table
+
+    reason = "v0001: trained for another base model: the chat template of 'model' differed"
+    rows = [{"version": "v0001", "status": "unfit", "reason": reason}]
+    rows.append(
+        {"version": "v0002", "status": "published", "parent": "v0001", "num_pairs": 42, "activated_at": 1.7e9}
+    )
+    rows[1] |= {"metrics": {"candidate_accuracy": 0.8, "live_accuracy": 0.5}, "reason": "accuracy", "live": True}
+    console = Console(width=width, record=True)
+    console.print(_table(rows, width))
+    lines = [line.split("│") for line in console.export_text().splitlines() if line.startswith("│")]
+    assert [line[3].strip() for line in lines if line[1].strip()] == ["unfit", "published"]
+    told = " ".join(line[-2].strip() for line in lines)
+    assert told == f"{reason} accuracy"
