@@ -65,6 +65,7 @@ class PairTokenizer:
         config: TrainingConfig,
         base_model: str = "",
         dtype: str = "auto",
+        fingerprint: str = "",
         chat: Chat | None = None,
     ) -> None:
         self._tokenizer = tokenizer
@@ -72,6 +73,8 @@ class PairTokenizer:
         self._config = config
         self.base_model = base_model
         """Name of the frozen reference model."""
+        self.fingerprint = fingerprint
+        """That model by its content (`engine.fingerprint`); empty: the name has to do."""
         self._dtype = dtype
         self._eos = tokenizer.eos_token or "" if tokenizer else ""
         if chat is None:
@@ -86,13 +89,15 @@ class PairTokenizer:
         config: TrainingConfig,
         base_model: str = "",
         dtype: str = "auto",
+        fingerprint: str = "",
         chat: Chat | None = None,
     ) -> "PairTokenizer":
         """Read end-of-turn tokens from a model directory, and without `chat` (a server's) the tokenizer too."""
         from transformers import AutoTokenizer
 
         tokenizer = AutoTokenizer.from_pretrained(model_dir) if chat is None else chat.content.tokenizer
-        return cls(tokenizer, end_token_ids(model_dir, tokenizer), config, base_model, dtype, chat)
+        ids = end_token_ids(model_dir, tokenizer)
+        return cls(tokenizer, ids, config, base_model, dtype, fingerprint, chat)
 
     def tokenize(self, pair: TrainingPair) -> TokenizedPair:
         """Token ids and weight of one pair, and its cached reference if that is of these tokens and this model.
@@ -125,10 +130,11 @@ class PairTokenizer:
     def reference_key(self, pair: TokenizedPair) -> str:
         """Identity of a pair's reference log-probabilities: 64 hexadecimal digits.
 
-        It depends on the base model, its precision (`model.dtype`, for another one gives other values) and the token
-        ids as they are trained, that is after cutting; adapter, weight and pair id do not matter.
+        It depends on the base model's content, its precision (`model.dtype`, for another one gives other values) and
+        the token ids as they are trained, that is after cutting; adapter, weight and pair id do not matter.
         """
-        digest = hashlib.sha256(f"{self.base_model}\0{self._dtype}".encode())
+        model = self.fingerprint or self.base_model
+        digest = hashlib.sha256(f"{model}\0{self._dtype}".encode())
         for ids in (pair.prompt_ids, pair.chosen_ids, pair.rejected_ids):
             digest.update(b"\0%d\0" % len(ids))
             digest.update(array("q", ids).tobytes())

@@ -143,3 +143,4 @@ def test_training_is_shown_in_part_while_control_is_away_and_cannot_be_paused_wi
     assert (reply["enabled"], reply["executor"]) == (False, {"executor_id": "e"})
     assert reply["error"] == {"message": "away", "type": "ControlUnavailableError"}
     assert client.post("/v1/training/pause").status_code == 409
+    assert client.post("/v1/training/rebuild").status_code == 409
