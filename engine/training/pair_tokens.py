@@ -286,8 +286,10 @@ def plain_render(content: Content) -> Render:
 
 
 def _as_rendered(message: dict[str, Any]) -> dict[str, Any]:
-    """A message as templates expect it: arguments of tool calls as values, not as JSON text."""
-    calls = message.get("tool_calls")
+    """A message as templates expect it: parts as lines, and arguments of tool calls as values, not as JSON text."""
+    content, calls = message.get("content"), message.get("tool_calls")
+    if isinstance(content, list):
+        message = {**message, "content": "\n".join(part["text"] for part in content)}
     if not calls:
         return message
     values = [json.loads(call["function"].get("arguments") or "{}") for call in calls]

@@ -148,6 +148,12 @@ def test_known_ids_are_trained_as_they_are_if_they_say_the_answer(family):
     )
 
 
+def test_text_parts_are_lines(family):
+    parts = [{"type": "text", "text": "How are"}, {"type": "text", "text": "you?"}]
+    joined = family.ids([{"role": "user", "content": "How are\nyou?"}], "yes")
+    assert family.ids([{"role": "user", "content": parts}], "yes") == joined
+
+
 # Thoughts.
 
 THOUGHT = "<think>\nhmm\n</think>\n\nIt is Paris."
