@@ -123,10 +123,11 @@ def text_of(content: object) -> str:
 
 
 def plain_prompt(prompt: Prompt) -> Prompt:
-    """`prompt` with text parts joined: chat templates differ in how they treat parts and nulls."""
+    """`prompt` as it would be imported: text parts joined, and of its messages what templates are given."""
     if isinstance(prompt, str):
         return prompt
-    return [{**message, "content": text_of(message.get("content"))} for message in prompt]
+    kept = [{key: message[key] for key in Message.model_fields if message.get(key)} for message in prompt]
+    return [{**message, "content": text_of(message.get("content"))} for message in kept]
 
 
 def whole_text(prompt: Prompt, tools: list[dict[str, Any]] | None = None) -> str:

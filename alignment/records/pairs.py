@@ -114,6 +114,11 @@ def _spaced(text: str) -> str:
     return " ".join(text.split())
 
 
+def _unspaced(text: str) -> str:
+    """White space is left out, since a server may join the parts of a message by lines."""
+    return "".join(text.split())
+
+
 def _folded(text: str) -> str:
     return _spaced(text.casefold())
 
@@ -228,7 +233,7 @@ def may_be_chosen(response: StoredResponse, config: FeedbackConfig) -> bool:
 def pair_from_correction(value: str | list[Message], original: StoredResponse, max_chars: int) -> PairDraft:
     """The edit, a text or messages that end with the assistant's, is better than what we said."""
     context, text, calls = _split_answer(value, "value")
-    if context and prompt_key(context) != prompt_key(original.prompt):
+    if context and _normal(context, _unspaced) != _normal(original.prompt, _unspaced):
         raise InvalidFeedbackError("the messages before the corrected answer are not the original prompt", "value")
     if original.tool_calls and isinstance(value, str):
         message = (

@@ -41,9 +41,10 @@ class ResponseStore(Part):
     def put(self, connection: Connection, items: Sequence[StoredResponse]) -> int:
         """Remember responses; returns how many can be rated and are new. One that is there already is kept as it is.
 
-        Of a response that is `unusable` the reason is remembered. Ids or texts that cannot be stored are skipped.
+        Of one that is `unusable`, or cannot be stored, the reason is remembered. Ids that feedback could not name are
+        skipped.
         """
-        items = [item for item in items if _is_storable(item)]
+        items = [_storable(item) for item in items if _is_name(item.response_id)]
         rows = [_row(item, self.database.clock()) for item in items if item.unusable is None]
         reasons = [
             {"response_id": item.response_id, "choice_index": item.choice_index, "reason": item.unusable}
@@ -124,15 +125,17 @@ def find_responses(
     return found
 
 
-def _is_storable(item: StoredResponse) -> bool:
-    """Feedback could not name a longer id, and a text with lone surrogates has no place in a database."""
-    if not (0 < len(item.response_id) <= MAX_NAME_CHARS and is_storable(item.response_id)):
-        return False
+def _is_name(response_id: str) -> bool:
+    return 0 < len(response_id) <= MAX_NAME_CHARS and is_storable(response_id)
+
+
+def _storable(item: StoredResponse) -> StoredResponse:
+    """`item`, or the reason why it has no place in a database."""
     try:
-        check_json([item.prompt, item.text, item.tools, item.tool_calls, item.unusable])
-    except InvalidFeedbackError:
-        return False
-    return True
+        check_json([item.prompt, item.text, item.tools, item.tool_calls])
+    except InvalidFeedbackError as error:
+        return StoredResponse(item.response_id, item.choice_index, unusable=f"cannot be stored: {error}")
+    return item
 
 
 def _row(item: StoredResponse, now: float) -> dict[str, Any]:

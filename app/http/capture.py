@@ -120,8 +120,11 @@ class ResponseCapture:
                 self._sink(replace(common, unusable=what))
             elif not request.answer.is_complete or any(one.finish_reason in _ABORTED for one in choices.values()):
                 self._sink(replace(common, unusable=_BROKEN_OFF))  # also for choices that never began
+            served = None
             for index in sorted(choices)[:MAX_CHOICES]:
-                self._sink(_response(common, index, choices[index], serve(body, index, self._prompts), body))
+                if served is None or serve is _serve_batch:  # elsewhere all choices have one prompt
+                    served = serve(body, index, self._prompts)
+                self._sink(_response(common, index, choices[index], served, body))
         except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
             # A response that we cannot read was still delivered; only feedback by its id is lost.
             logger.warning("a response could not be kept: %s: %s", type(error).__name__, error)
@@ -321,6 +324,8 @@ def _served(body: dict[str, Any], messages: list[dict[str, Any]], tools: list[di
         if other:
             kind = other[0].get("type") if isinstance(other[0], dict) else None
             return _Served(unusable=f"has a prompt with a part of type {kind}, and only text can be trained on")
+        if message.get("reasoning") or message.get("reasoning_content"):
+            return _Served(unusable="has a prompt with reasoning in it, and only text can be trained on")
     if not messages or messages[-1].get("role") != "assistant":
         is_plain = body.get("add_generation_prompt") in (None, True) and not body.get("continue_final_message")
         return (

@@ -4,10 +4,13 @@ import json
 import time
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from alignment.records.pairs import ALL_CHOICES, NOT_STORED, StoredResponse, prompt_key
 from alignment.records.response_ids import may_be_running, new_request_id
 from alignment.store.formats import export_chunk, export_row, import_jsonl
+from alignment.store.schema import AnyText
 from core.alignment_config import FeedbackConfig
 
 USER = [{"role": "user", "content": "Hi?"}]
@@ -52,6 +55,14 @@ def test_every_character_survives_store_rating_export_and_import(store, open_sto
     [again] = other.pairs.after(0, 9)
     assert (again.chosen, again.rejected, again.prompt) == (pair.chosen, pair.rejected, pair.prompt)
     assert say(store, type="comment", value="a\x00").status == "accepted"
+
+
+@given(st.text(st.characters(exclude_categories=["Cs"]) | st.sampled_from("\0\x1a01")))
+def test_any_text_is_written_without_a_nul_and_read_as_it_was(text):
+    column = AnyText()
+    written = column.process_bind_param(text, None)
+    assert "\0" not in written
+    assert column.process_result_value(written, None) == text
 
 
 @pytest.mark.parametrize(
@@ -163,6 +174,23 @@ def test_a_rehearsed_import_reports_the_same_and_stores_nothing(store):
     assert (store.counts().feedback, store.pairs.after(0, 9)) == ({}, [])
     assert import_jsonl(lines, store.feedback.add) == rehearsed
     assert (rehearsed.num_accepted, rehearsed.num_duplicates, rehearsed.num_errors) == (700, 499, 1)
+
+
+def test_a_prompt_is_stored_as_it_would_be_imported(store):
+    said = {"role": "assistant", "content": "good", "refusal": None, "tool_calls": [], "extra": 1}
+    prompt = [{"role": "user", "content": "a\nb"}, said, {"role": "user", "content": "c", "name": "ann"}]
+    store.responses.put([StoredResponse("a", 0, prompt, "text")])
+    parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
+    value = [
+        {"role": "user", "content": parts},
+        said | {"extra": None},
+        prompt[2],
+        {"role": "assistant", "content": "x"},
+    ]
+    pair = pair_of(store, say(store, type="correction", response_id="a", value=value))
+    assert pair.prompt == [prompt[0], {"role": "assistant", "content": "good"}, prompt[2]]
+    value[0] = {"role": "user", "content": "other"}
+    assert "not the original prompt" in say(store, type="correction", response_id="a", value=value).message
 
 
 def test_messages_as_servers_return_them_are_taken(store):

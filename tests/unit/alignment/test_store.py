@@ -136,6 +136,7 @@ def test_responses_that_cannot_be_stored_are_skipped_and_the_first_of_an_id_stay
     odd = [StoredResponse("x" * 201, 0, USER, "t"), StoredResponse("y", 0, USER, "\ud800")]
     assert store.responses.put([*odd, StoredResponse("z", 0, USER, "t")]) == 1
     assert store.responses.put([StoredResponse("z", 0, USER, "other"), StoredResponse("z", 1, USER, "n=2")]) == 1
+    assert "lone surrogate" in response_of(store, "y").unusable
     assert response_of(store, "z").text == "t"
     assert response_of(store, "z", 1).text == "n=2"
 
