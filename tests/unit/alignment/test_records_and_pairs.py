@@ -68,9 +68,7 @@ CHAT_PAIR = PairDraft([USER], "good", "bad")
             "non_preferred_output": [says("bad")],
         },
         {
-            "prompt": [
-                {"role": "user", "content": [{"type": "text", "text": "Hi"}, {"type": "text", "text": "?"}]}
-            ],
+            "prompt": [{"role": "user", "content": [{"type": "text", "text": "Hi?"}]}],
             "chosen": "good",
             "rejected": "bad",
         },
@@ -78,6 +76,15 @@ CHAT_PAIR = PairDraft([USER], "good", "bad")
 )
 def test_every_chat_form_becomes_the_same_pair(raw):
     assert pair_of(raw) == CHAT_PAIR
+
+
+def test_several_parts_stay_parts_for_the_template_and_count_as_lines():
+    parts = [{"type": "text", "text": "Hi"}, {"type": "text", "text": "?"}]
+    message = {"role": "user", "content": parts}
+    assert pair_of({"prompt": [message], **TEXTS}).prompt == [message]
+    assert prompt_key([message]) == prompt_key([{"role": "user", "content": "Hi\n?"}])
+    answer = {"role": "assistant", "content": parts}
+    assert pair_of({"prompt": [USER], "chosen": [answer], "rejected": "bad"}).chosen == "Hi\n?"
 
 
 def test_plain_text_rows_keep_a_plain_text_prompt():
