@@ -29,6 +29,7 @@ from core.errors import InvalidFeedbackError
 MAX_WEIGHT = 10.0
 """One item may count at most ten times as much as another, so that no single client owns the gradient."""
 _CHOICE_SUFFIX = re.compile(r"^(.+)#(\d{1,4})$", re.DOTALL)
+_YEAR_2100_S = 4_102_444_800
 _RATING_WORDS = {"up": 1, "down": -1}
 
 ChoiceIndex = Annotated[int, Field(ge=0, le=9999)]
@@ -53,7 +54,7 @@ class _Item(WireModel):
     weight: Annotated[float, Field(gt=0, le=MAX_WEIGHT)] = 1.0
     source: ShortText | None = None
     created_at: float | None = None
-    """Unix seconds. The client's word; ordering and windows use the time of receipt."""
+    """Unix seconds, 1970 to 2100. The client's word; ordering and windows use the time of receipt."""
 
     @property
     def refs(self) -> list[ResponseRef]:
@@ -63,13 +64,16 @@ class _Item(WireModel):
     @field_validator("created_at", mode="before")
     @classmethod
     def _read_time(cls, value: object) -> object:
-        if not isinstance(value, str):
-            return value
         try:
-            moment = datetime.fromisoformat(value)
-            return moment.replace(tzinfo=moment.tzinfo or UTC).timestamp()
+            if isinstance(value, str):
+                moment = datetime.fromisoformat(value)
+                value = moment.replace(tzinfo=moment.tzinfo or UTC).timestamp()
         except (ValueError, OverflowError) as error:
             raise ValueError("must be Unix seconds or an ISO 8601 time") from error
+        if isinstance(value, int | float) and not 0 <= value < _YEAR_2100_S:
+            unit = "; this looks like a finer unit" if value > 0 else ""
+            raise ValueError(f"must be Unix seconds from 1970 to 2100{unit}")
+        return value
 
 
 class _AboutResponse(_Item):
@@ -207,6 +211,9 @@ def _find_value_form(raw: dict[str, Any]) -> type[_Item]:
             return Correction
         if not isinstance(value, str) or value in _RATING_WORDS:
             return Rating
+    if spelling := next((key for key in ("score", "rating", "thumb", "feedback") if key in raw), None):
+        message = f"a rating is response_id and value (true or false, 1 or -1, 'up' or 'down'), not {spelling}"
+        raise InvalidFeedbackError(message, spelling)
     raise InvalidFeedbackError(
         "cannot tell what kind of feedback this is: send `type` (preference, rating, correction or comment), or "
         "chosen_id and rejected_id, or prompt, chosen and rejected",

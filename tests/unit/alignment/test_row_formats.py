@@ -109,7 +109,7 @@ REFUSED = [
     ({"history": "q", "human_ref_A": "a", "human_ref_B": "b", "labels": 2}, "labels", "1 (A is preferred)"),
     ({"human_ref_A": "a", "human_ref_B": "b", "labels": 1}, "history", "required"),
     ({"prompt": "q", **TEXTS, "images": ["data:"]}, "images", "only text"),
-    ({"prompt": "q", **TEXTS, "tools": [{}]}, "tools", "only text"),
+    ({"prompt": "q", **TEXTS, "tools": [{"type": "function"}]}, "tools", "only text"),
     ({"preference.responses": [["a", "b"]], "prompt": "q"}, None, "Argilla"),
     ({"text": "x"}, None, "'text'"),
     ({}, None, "none"),
