@@ -7,7 +7,6 @@ rows with nothing but the format's own keys, because other tools refuse or mistr
 import hashlib
 import json
 import re
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -42,7 +41,7 @@ class ImportReport:
     num_errors: int = 0
     errors: list[LineError] = field(default_factory=list)
     """The first `MAX_REPORTED_ERRORS` of them."""
-    dropped_columns: Counter[str] = field(default_factory=Counter)
+    dropped_columns: dict[str, int] = field(default_factory=dict)
     """Columns that say nothing about the pair (scores, ids), with the number of rows that had them."""
 
 
@@ -164,11 +163,11 @@ def import_jsonl(
     return report
 
 
-def note_dropped(columns: Counter[str], dropped: Iterable[str]) -> None:
+def note_dropped(columns: dict[str, int], dropped: Iterable[str]) -> None:
     """Count the columns that were dropped, up to a hundred different ones."""
     for column in (name.encode(errors="replace").decode() for name in dropped):
         if column in columns or len(columns) < _MAX_COLUMNS:
-            columns[column] += 1
+            columns[column] = columns.get(column, 0) + 1
 
 
 def with_id(item: dict[str, Any]) -> dict[str, Any]:

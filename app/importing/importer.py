@@ -23,7 +23,7 @@ from pydantic import TypeAdapter
 from alignment.records.row_formats import to_api_row
 from alignment.store.formats import note_dropped, with_id
 from app.importing.delivery import Delivered, Sink
-from app.importing.sources import Source, SourceRow
+from app.importing.sources import Source, SourceError, SourceRow
 from core.errors import InvalidFeedbackError
 
 T = TypeVar("T")
@@ -221,14 +221,19 @@ class Importer:
         rows = self.source.rows(self.progress.next_after)
         if self.limit is not None:
             rows = islice(rows, max(0, self.limit - self.progress.tally.num_rows))
-        batch = _Batch()
-        for row in rows:
-            self._convert(row, batch)
-            if batch.is_full:
-                yield batch
-                batch = _Batch()
+        batch, damage = _Batch(), None
+        try:
+            for row in rows:
+                self._convert(row, batch)
+                if batch.is_full:
+                    yield batch
+                    batch = _Batch()
+        except SourceError as error:  # what could be read before the damage is taken
+            damage = error
         if batch.last:
             yield batch
+        if damage:
+            raise damage
 
     def _convert(self, row: SourceRow, batch: _Batch) -> None:
         batch.last = row

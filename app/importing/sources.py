@@ -307,7 +307,7 @@ def _foreign_errors() -> tuple[type[Exception], ...]:
     import pyarrow
     from datasets.exceptions import DatasetsError
 
-    of_python = (OSError, ValueError, RuntimeError, KeyError, TypeError)
+    of_python = (OSError, ValueError, RuntimeError, KeyError, TypeError, OverflowError)
     return (*of_python, httpx.HTTPError, pyarrow.ArrowException, DatasetsError)
 
 
