@@ -29,8 +29,9 @@ from core.errors import InvalidFeedbackError
 MAX_WEIGHT = 10.0
 """One item may count at most ten times as much as another, so that no single client owns the gradient."""
 _CHOICE_SUFFIX = re.compile(r"^(.+)#(\d{1,4})$", re.DOTALL)
-_YEAR_2100_S = 4_102_444_800
 _RATING_WORDS = {"up": 1, "down": -1}
+_TIMES_S = (0.0, 4_102_444_800.0)
+"""Unix seconds of 1970 and of 2100."""
 
 ChoiceIndex = Annotated[int, Field(ge=0, le=9999)]
 
@@ -54,7 +55,7 @@ class _Item(WireModel):
     weight: Annotated[float, Field(gt=0, le=MAX_WEIGHT)] = 1.0
     source: ShortText | None = None
     created_at: float | None = None
-    """Unix seconds, 1970 to 2100. The client's word; ordering and windows use the time of receipt."""
+    """Unix seconds. The client's word; ordering and windows use the time of receipt."""
 
     @property
     def refs(self) -> list[ResponseRef]:
@@ -64,16 +65,17 @@ class _Item(WireModel):
     @field_validator("created_at", mode="before")
     @classmethod
     def _read_time(cls, value: object) -> object:
-        try:
-            if isinstance(value, str):
+        seconds = value
+        if isinstance(value, str):
+            try:
                 moment = datetime.fromisoformat(value)
-                value = moment.replace(tzinfo=moment.tzinfo or UTC).timestamp()
-        except (ValueError, OverflowError) as error:
-            raise ValueError("must be Unix seconds or an ISO 8601 time") from error
-        if isinstance(value, int | float) and not 0 <= value < _YEAR_2100_S:
-            unit = "; this looks like a finer unit" if value > 0 else ""
-            raise ValueError(f"must be Unix seconds from 1970 to 2100{unit}")
-        return value
+                seconds = moment.replace(tzinfo=moment.tzinfo or UTC).timestamp()
+            except (ValueError, OverflowError) as error:
+                raise ValueError("must be Unix seconds or an ISO 8601 time") from error
+        if isinstance(seconds, int | float) and not _TIMES_S[0] <= seconds < _TIMES_S[1]:
+            hint = ", not milliseconds or nanoseconds" if seconds > 0 else ""
+            raise ValueError(f"must be a time from 1970 to 2099, in Unix seconds{hint}")
+        return seconds
 
 
 class _AboutResponse(_Item):

@@ -234,7 +234,12 @@ def _put_before(row: Row, item: dict[str, Any]) -> set[str]:
     exchanges = [turn for turn in history if _is_exchange(turn)] if isinstance(history, list) else []
     is_used = isinstance(history, list) and len(exchanges) == len(history)
     if is_used and not set(_said(history)) <= set(_asked(item)):
-        before += [_message(role, said) for turn in exchanges for role, said in zip(_ROLES, turn, strict=True)]
+        before += [
+            _message(role, said)
+            for turn in exchanges
+            if any(turn)
+            for role, said in zip(_ROLES, turn, strict=True)
+        ]
     prompt = item.get("prompt")
     if before and isinstance(prompt, str):
         item["prompt"] = [*before, _message("user", prompt)]
