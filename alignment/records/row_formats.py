@@ -77,10 +77,8 @@ _MIN_PART_CHARS = 8
 _TURN = re.compile(r"(?:\r?\n){2}(Human|Assistant):")
 _SPEAKERS = {"Human": "user", "Assistant": "assistant"}
 _MARKERS = ("Human:", "Assistant:")
-_MARGIN = re.compile(r"\A(?:\s*\n| )|\s+\Z")
-"""What separates a turn from its marks: one space or blank lines before it, white space behind it."""
 _LITERAL = '; if the text is meant as it stands, give the row the key "type": "preference"'
-_SPELT = re.compile(r"\s*\[?\s*\{\s*(['\"])(?:role|content|from|value|messages|conversations)\1\s*:")
+_SPELT = re.compile(r"(?:\[\s*)?\{\s*(['\"])(?:role|content|from|value|messages|conversations)\1\s*:")
 _USER_MARK = re.compile(
     r"^[^\w\n]*(?:human|user|prompter|instruction|customer|client)[^\w\n]*(?::|$)", re.IGNORECASE | re.MULTILINE
 )
@@ -168,7 +166,7 @@ def _convert(row: dict[str, Any]) -> tuple[RowFormat, dict[str, Any], set[str]]:
     is_transcript = isinstance(chosen, list) and isinstance(row["chosen"], str)
     kind, prompt, asked = _prompt(row, chosen, rejected)
     if kind == "transcript":  # the space behind `Assistant:`
-        chosen, rejected = (_MARGIN.sub("", one) if isinstance(one, str) else one for one in (chosen, rejected))
+        chosen, rejected = (_without_margin(one) if isinstance(one, str) else one for one in (chosen, rejected))
     if not isinstance(prompt, str):
         chosen, rejected = (
             [_message("assistant", one)] if isinstance(one, str) else one for one in (chosen, rejected)
@@ -283,9 +281,16 @@ def _is_transcript(value: object) -> bool:
 def _read_transcript(text: str) -> list[dict[str, str]]:
     _, *pieces = _TURN.split("\n\n" + text.lstrip())
     return [
-        _message(_SPEAKERS[speaker], _MARGIN.sub("", said))
+        _message(_SPEAKERS[speaker], _without_margin(said))
         for speaker, said in zip(pieces[::2], pieces[1::2], strict=True)
     ]
+
+
+def _without_margin(said: str) -> str:
+    """A turn without what separates it from its marks: one space or blank lines before it, white space behind it."""
+    said = said.rstrip()
+    margin = said[: len(said) - len(said.lstrip())]
+    return said[margin.rfind("\n") + 1 or margin.startswith(" ") :]
 
 
 def _question_of(transcript: str) -> list[dict[str, str]]:
@@ -337,7 +342,7 @@ def _check_messages(value: object, column: str) -> None:
 
 def _refuse_spelling(text: str, column: str) -> None:
     """Refuse a text that would be trained on literally although it stands for something else."""
-    if _SPELT.match(text) and text.rstrip().endswith(("}", "]")):
+    if _SPELT.match(text.lstrip()) and text.rstrip().endswith(("}", "]")):
         raise InvalidFeedbackError(
             f"{column} is text that spells messages; write the messages themselves{_LITERAL}", column
         )

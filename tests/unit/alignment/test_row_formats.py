@@ -1,5 +1,7 @@
 """Rows of public data sets become rows that our own parser takes, or are refused with a reason."""
 
+import contextlib
+import time
 from datetime import datetime
 
 import pytest
@@ -282,3 +284,20 @@ def test_any_row_is_converted_or_refused_with_a_printable_reason(row):
     again = to_api_row(found.item)
     assert again.item == found.item
     assert not again.dropped
+
+
+@pytest.mark.parametrize(
+    "filler", ["\n", " ", "\n\n ", "[{ '", "bot ", "#*", "Human: ", "\r\n", "\n\nHuman:", "[ "]
+)
+@pytest.mark.parametrize("end", ["", "x", "\nAssistant:"])
+def test_no_text_takes_long_to_judge(filler, end):
+    text, started_s = filler * 40_000 + end, time.process_time()
+    for row in (
+        {"prompt": text, **TEXTS},
+        {"prompt": "q", "chosen": text, "rejected": text + "x"},
+        {"chosen": "Human: " + text, "rejected": "Human: x" + text},
+        {"prompt": "q", **TEXTS, "context": text},
+    ):
+        with contextlib.suppress(InvalidFeedbackError):
+            to_api_row(row)
+    assert time.process_time() - started_s < 4
