@@ -22,7 +22,7 @@ from typing import Annotated, Any, Literal, NamedTuple
 
 from pydantic import AliasChoices, Field, ValidationError, field_validator
 
-from alignment.records.chat import Messages, ShortText, TextOrMessages, WireModel
+from alignment.records.chat import Messages, ShortText, TextOrMessages, Tools, WireModel
 from alignment.records.json_checks import check_json
 from core.errors import InvalidFeedbackError
 
@@ -115,14 +115,14 @@ class PreferenceRow(_Item):
     prompt: TextOrMessages | None = None
     chosen: TextOrMessages
     rejected: TextOrMessages
+    tools: Tools | None = None
 
 
 class OpenAIInput(WireModel):
     """The `input` of an OpenAI DPO row."""
 
     messages: Messages
-    tools: Annotated[list[Any], Field(max_length=0)] | None = None
-    """Must be empty: the training prompt is rendered without tools, and would differ from the served one."""
+    tools: Tools | None = None
     parallel_tool_calls: bool | None = None
 
 

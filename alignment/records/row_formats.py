@@ -26,6 +26,7 @@ here, but a text that only spells something else (messages as JSON, a transcript
 read; `"type": "preference"` says that it is meant literally.
 """
 
+import json
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -33,7 +34,7 @@ from datetime import UTC, datetime
 from typing import Any, Literal
 
 from alignment.records.feedback import FEEDBACK_TYPES
-from alignment.records.json_checks import check_json
+from alignment.records.json_checks import check_json, unique_object
 from core.errors import InvalidFeedbackError
 
 RowFormat = Literal["feedback", "trl", "implicit_prompt", "openai", "messages", "question", "transcript", "shp"]
@@ -44,7 +45,7 @@ _OPENAI = ("input", "preferred_output", "non_preferred_output")
 _PAIR = ("prompt", "chosen", "rejected")
 _ANSWERS = ("chosen", "rejected")
 _ROLES = ("user", "assistant")
-_NOT_TEXT = ("images", "image", "videos", "video", "audio", "audios", "tools", "functions")
+_NOT_TEXT = ("images", "image", "videos", "video", "audio", "audios", "functions")
 """Columns that change what an answer is about. The answer alone must not be trained on."""
 _CONTEXT = frozenset(
     {
@@ -117,6 +118,8 @@ def to_api_row(row: Row, chat: bool = False) -> ApiRow:
         if not _is_blank(row.get(column)):
             raise InvalidFeedbackError(f"the row has {column}; only text can be trained on", column)
     kind, item, used = _convert(row)
+    if tools := _tools(row):
+        item, used = {**item, "tools": tools}, used | {"tools"}
     used |= {"weight"}  # it says how much the pair counts, whatever else the row holds
     if row.keys() <= _ENVELOPE | used and "type" not in row:
         ours = row.keys() & _ENVELOPE - ({"id"} if not isinstance(row.get("id"), str) else set())
@@ -139,6 +142,24 @@ def is_literal(row: Row) -> bool:
         return to_api_row(row).item == row
     except InvalidFeedbackError:
         return False
+
+
+def _tools(row: Row) -> list[Any] | None:
+    """The tools that the prompt offers, in OpenAI's form: data sets also write them as JSON text, or bare functions."""
+    tools = row.get("tools")
+    try:
+        tools = (
+            json.loads(tools, object_pairs_hook=unique_object)
+            if isinstance(tools, str) and tools.strip()
+            else tools
+        )
+    except (ValueError, RecursionError) as error:
+        raise InvalidFeedbackError("tools is text, and no JSON", "tools") from error
+    if _is_blank(tools):
+        return None
+    if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
+        raise InvalidFeedbackError("tools must be a list of objects", "tools")
+    return [tool if "function" in tool else {"type": "function", "function": tool} for tool in tools]
 
 
 def _is_feedback(row: Row) -> bool:

@@ -66,14 +66,17 @@ async def export_feedback(executor: ExecutorOf, format: Literal["trl", "openai"]
 
 
 @router.post("/import", status_code=202)
-async def import_feedback(executor: ExecutorOf, request: Request) -> dict[str, Any]:
-    """Take a JSONL body (TRL or OpenAI DPO rows, detected line by line); reports refused lines with reasons."""
+async def import_feedback(executor: ExecutorOf, request: Request, dry_run: bool = False) -> dict[str, Any]:
+    """Take a JSONL body (TRL or OpenAI DPO rows, detected line by line); reports refused lines with reasons.
+
+    With `dry_run` the report is the same, and nothing is stored.
+    """
     body = await request.body()
     if not body.strip():
         raise BadRequestError("the request body is empty; JSONL is expected")
     if problem := whole_problem_of_lines(body):
         raise InvalidFeedbackError(problem)
-    return await executor.control.import_feedback(body)
+    return await executor.control.import_feedback(body, dry_run)
 
 
 def _outcome(outcome: dict[str, Any]) -> dict[str, Any]:

@@ -317,5 +317,5 @@ def test_no_column_that_was_asked_is_lost_in_any_mixture(data):
     except InvalidFeedbackError:
         return
     if draft is not None:
-        kept = json.dumps(export_row(draft.prompt, draft.chosen, draft.rejected, "trl"))
+        kept = json.dumps(export_row(draft.prompt, draft.chosen, draft.rejected, "trl", draft.tools))
         assert [number for number in range(next(count)) if f"text number {number} of" not in kept] == []

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
@@ -26,6 +27,12 @@ class Control:
 
 class Versions:
     live, pinned, canary = "v0002", None, None
+
+    def has_name(self, model):
+        return model == "mace-tiny"
+
+    def kept(self, model):
+        return nullcontext()
 
     def cards(self):
         return [{"id": "mace-tiny", "parent": "mace-tiny@v0002"}]
@@ -65,9 +72,8 @@ def client(executor):
 
     @app.post("/v1/completions")
     async def complete(request: Request):
-        return {"id": "cmpl-1", "model": "mace-tiny@v0002", "choices": [{"index": 0, "text": "a"}]} | {
-            "asked": await request.json()
-        }
+        choice = {"index": 0, "text": "a", "finish_reason": "stop"}
+        return {"id": "cmpl-1", "model": "mace-tiny@v0002", "choices": [choice], "asked": await request.json()}
 
     return TestClient(attach_routes(app, executor))
 
@@ -106,6 +112,30 @@ def test_a_key_that_feedback_gives_twice_is_refused_by_its_name(client, body):
 def test_an_import_of_another_encoding_is_refused_as_a_whole(client, data, said):
     reply = client.post("/v1/feedback/import", content=data)
     assert (reply.status_code, said in reply.json()["error"]["message"]) == (422, True)
+
+
+def test_a_model_that_does_not_exist_is_answered_with_those_that_do(client):
+    reply = client.post("/v1/completions", json={"model": "mace-tiny@v0001", "prompt": "p"})
+    assert reply.status_code == 404
+    assert reply.json()["error"]["message"].endswith("`mace-tiny@v0001` does not exist. There are mace-tiny.")
+    assert reply.json()["error"]["param"] == "model"
+    assert client.post("/v1/completions", json={"model": "mace-tiny", "prompt": "p"}).status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("method", "path"),
+    [
+        ("GET", "/v1/models?x=1"),
+        ("GET", "/v1/feedback/export?format=trl&fmt=trl"),
+        ("POST", "/v1/feedback/import?dryrun=true"),
+        ("POST", "/v1/adapters/v0001/activate?pin=true"),
+        ("GET", "/ready?x="),
+    ],
+)
+def test_an_unknown_query_parameter_is_refused(client, method, path):
+    reply = client.request(method, path)
+    assert reply.status_code == 400
+    assert "unknown query parameter" in reply.json()["error"]["message"]
 
 
 def test_feedback_takes_the_json_that_was_parsed_and_says_what_is_wrong_with_another(client):
