@@ -7,6 +7,7 @@ from app.http.canary import CanaryRouter
 from app.http.capture import ResponseCapture
 from app.http.errors import install_error_handlers
 from app.http.guard import give_own_id, guard, set_request_class
+from app.http.openapi import document_errors
 from app.http.request import ClientRequest, GoOn, RequestChain, Step
 from app.http.routes import feedback, training, versions
 from deployments.executor import Executor
@@ -20,6 +21,7 @@ _REMOVED_PATHS = frozenset(
         "/is_scaling_elastic_ep",
         "/inference/v1/generate",  # takes raw sampling parameters
         "/inference/v1/abort_requests",
+        "/kv_event_sources",  # internal addresses
         "/v1/models",  # ours knows about the live version
     }
 )
@@ -34,6 +36,7 @@ def attach_routes(app: FastAPI, executor: Executor) -> ASGIApp:
     install_error_handlers(app)
     for module in (feedback, versions, training):
         app.include_router(module.router)
+    document_errors(app)
     model_id, meter = executor.args.model.model_id, Meter("http")
     steps: list[Step] = [
         guard,  # first: nothing else looks at a request that must not come in
@@ -43,12 +46,14 @@ def attach_routes(app: FastAPI, executor: Executor) -> ASGIApp:
         CanaryRouter(executor.trial, model_id),  # draws after what the client asked for is noted
         ResponseCapture(executor.responses.add),  # last: only what vLLM itself answered is kept
     ]
-    return RequestChain(
+    chain = RequestChain(
         app,
         steps,
         executor.args.feedback.max_body_bytes,
         lambda reason: meter.count("requests_refused", reason=reason),
     )
+    executor.end_requests = chain.close
+    return chain
 
 
 def prefix_names(model_id: str) -> Step:

@@ -1,0 +1,48 @@
+"""What `mace serve` checks before anything starts."""
+
+import socket
+
+import pytest
+
+from app.commands.serve import _check_head, bracketed, check_port
+from core.errors import ConfigError
+
+
+@pytest.mark.parametrize(
+    ("family", "host"),
+    [
+        (socket.AF_INET, "127.0.0.1"),
+        (socket.AF_INET, "0.0.0.0"),
+        (socket.AF_INET6, "::1"),
+        (socket.AF_INET6, "::"),
+    ],
+)
+def test_a_free_port_is_taken_and_a_taken_one_refused(family, host):
+    with socket.socket(family) as listener:
+        listener.bind((host, 0))
+        listener.listen()
+        port = listener.getsockname()[1]
+        with pytest.raises(ConfigError) as refusal:
+            check_port({"host": host, "port": port})
+        assert str(refusal.value).startswith(f"{bracketed(host)}:{port} is taken; stop what listens there")
+    check_port({"host": host, "port": port})
+
+
+@pytest.mark.parametrize("host", ["192.0.2.1", "2001:db8::1", "no.such.host.invalid"])
+def test_a_host_that_is_not_ours_is_not_called_taken(host):
+    with pytest.raises(ConfigError, match="cannot listen at") as refusal:
+        check_port({"host": host, "port": 8000})
+    assert host in str(refusal.value)
+    assert "taken" not in str(refusal.value)
+
+
+def test_an_address_of_ray_where_nothing_listens_is_one_sentence():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{probe.getsockname()[1]}"
+        with pytest.raises(ConfigError, match=rf"^RAY_ADDRESS is {address}, where no Ray answers [^\n]*$"):
+            _check_head(address)
+        probe.listen()
+        _check_head(address)
+        _check_head(f"ray://{address}")
+    _check_head("auto")
