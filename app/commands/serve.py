@@ -40,7 +40,8 @@ _OWN_LIMIT_S = 9.0
 """From the signal to the end of every process; `docker stop` kills after 10."""
 _JOINED_LIMIT_S = 60.0
 """The same on somebody else's cluster, whose Serve ends our replicas."""
-_CONNECT_LIMIT_S = 45.0
+_CONNECT_LIMIT_S = 30.0
+_LOOK_S = 0.2
 _REQUESTS_LIMIT_S = 3.0
 _GRACE_S = 2.0
 _NOT_OPTIONS = frozenset({"name", "user_config"})
@@ -80,12 +81,12 @@ def serve(
         fail(f"the application did not start:\n{error}")
     except _HeadDiedError as error:
         fail(error)
-    except _StopRequested:
+    except SystemExit:  # ours, or that of the handler that Ray sets while it starts
         os._exit(0)  # everything has ended; what Ray registered for the interpreter's exit would wait for it
 
 
-class _StopRequested(BaseException):
-    """SIGINT or SIGTERM came. No `Exception`: libraries that are interrupted by it must not take it for their own."""
+class _StopRequested(SystemExit):
+    """A signal came. No `Exception`: libraries that are interrupted by it must not take it for their own."""
 
 
 class _HeadDiedError(Exception):
@@ -305,29 +306,38 @@ def _is_here(address: str) -> bool:
 
 @contextlib.contextmanager
 def _limit(complaint: str) -> Iterator[None]:
-    """End the process with a complaint if the block takes longer than `_CONNECT_LIMIT_S`; it may not see signals."""
+    """End the process on a signal, or with a complaint after `_CONNECT_LIMIT_S`, while the block is deaf to signals."""
+    old = signal.pthread_sigmask(signal.SIG_BLOCK, ENDING_SIGNALS)
+    is_over = threading.Event()
+    with _silence() as terminal:
 
-    def give_up() -> None:
-        typer.secho(f"mace: {complaint} within {_CONNECT_LIMIT_S:.0f} s", fg="red", err=True)
-        os._exit(1)
+        def watch() -> None:
+            give_up_s = time.monotonic() + _CONNECT_LIMIT_S
+            while not is_over.is_set() and time.monotonic() < give_up_s:
+                if signal.sigtimedwait(ENDING_SIGNALS, _LOOK_S) is not None:
+                    os._exit(0)
+            if not is_over.is_set():
+                os.write(terminal, f"mace: {complaint} within {_CONNECT_LIMIT_S:.0f} s\n".encode())
+                os._exit(1)
 
-    timer = threading.Timer(_CONNECT_LIMIT_S, give_up)
-    timer.daemon = True
-    timer.start()
-    try:
-        yield
-    finally:
-        timer.cancel()
+        watcher = threading.Thread(target=watch, daemon=True)
+        watcher.start()
+        try:
+            yield
+        finally:
+            is_over.set()
+            watcher.join()
+            signal.pthread_sigmask(signal.SIG_SETMASK, old)
 
 
 @contextlib.contextmanager
-def _silence() -> Iterator[None]:
-    """Discard what is printed as errors: Ray's threads complain of everything that ends before them."""
+def _silence() -> Iterator[int]:
+    """Discard what is printed as errors: Ray's threads complain of what ends before them. Yields the real stderr."""
     sys.stderr.flush()
     kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, 2)
     try:
-        yield
+        yield kept
     finally:
         sys.stderr.flush()
         os.dup2(kept, 2)
