@@ -7,6 +7,7 @@ import os
 import platform
 import resource
 import shutil
+import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
@@ -161,12 +162,27 @@ def _memory() -> Outcome:
     return status, found, "6 GiB are needed for the three engine processes and Ray"
 
 
+def _nvidia_devices() -> str:
+    """What `nvidia-smi -L` lists; empty without the command."""
+    try:
+        return subprocess.run(("nvidia-smi", "-L"), capture_output=True, text=True, timeout=20, check=False).stdout
+    except (OSError, subprocess.SubprocessError):
+        return ""
+
+
 def _gpu() -> Outcome:
     import torch
 
     if torch.cuda.is_available():
         free, total = torch.cuda.mem_get_info()
         return "ok", f"{torch.cuda.get_device_name()}, {free / _GIB:.1f} of {total / _GIB:.1f} GiB free", ""
+    if Path("/etc/nv_tegra_release").exists() or "nvgpu" in _nvidia_devices():
+        found = "a Jetson board; serving on CPU"
+        return (
+            "warning",
+            found,
+            "for its GPU install NVIDIA's builds of torch and vLLM for JetPack in place of ours",
+        )
     if shutil.which("nvidia-smi"):
         return "warning", "an NVIDIA driver, but torch sees no GPU", "scripts/setup gpu"
     return "ok", "none; serving on CPU", ""

@@ -8,6 +8,7 @@ With `RAY_ADDRESS` it joins that cluster. What was there before stays: other app
 
 import contextlib
 import errno
+import fcntl
 import logging
 import os
 import signal
@@ -356,10 +357,37 @@ def _prepare(application: dict[str, Any]) -> AppArgs:
     from engine.model_source import resolve_model
 
     args = parse_args(application.get("args", {}))
-    model_dir = resolve_model(args.model, args.state_dir, show_progress=sys.stderr.isatty())
+    try:
+        _claim(args.state_dir)
+        model_dir = resolve_model(args.model, args.state_dir, show_progress=sys.stderr.isatty())
+    except OSError as error:
+        raise ConfigError(
+            f"{error.filename or args.state_dir} cannot be used: {error.strerror or error}"
+        ) from error
     for warning in target_warnings(with_profile_path(args, model_dir)):
         typer.secho(f"mace: {warning}", fg="yellow", err=True)
     return args
+
+
+def _claim(state_dir: Path) -> None:
+    """Keep the state directory for this process until it ends: two servers would train every pair twice.
+
+    Raises:
+        ConfigError: another server has it, also after the time that one needs to stop.
+    """
+    state_dir.mkdir(parents=True, exist_ok=True)
+    lock = os.open(state_dir / ".serve.lock", os.O_CREAT | os.O_RDWR, 0o644)
+    give_up_s = time.monotonic() + _OWN_LIMIT_S
+    while True:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return
+        except BlockingIOError:
+            if time.monotonic() > give_up_s:
+                raise ConfigError(
+                    f"another `mace serve` uses {state_dir}; stop it, or set args.state_dir to another directory"
+                ) from None
+            time.sleep(_LOOK_S)
 
 
 def _raise_on_signals() -> None:

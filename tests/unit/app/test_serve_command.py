@@ -4,7 +4,8 @@ import socket
 
 import pytest
 
-from app.commands.serve import _check_head, bracketed, check_port
+from app.commands import serve
+from app.commands.serve import _check_head, _claim, bracketed, check_port
 from core.errors import ConfigError
 
 
@@ -46,3 +47,12 @@ def test_an_address_of_ray_where_nothing_listens_is_one_sentence():
         _check_head(address)
         _check_head(f"ray://{address}")
     _check_head("auto")
+
+
+def test_a_state_directory_has_one_server(tmp_path, monkeypatch):
+    monkeypatch.setattr(serve, "_OWN_LIMIT_S", 0.1)
+    state_dir = tmp_path / "new" / "state"
+    _claim(state_dir)
+    with pytest.raises(ConfigError, match="another `mace serve` uses") as refusal:
+        _claim(state_dir)
+    assert str(state_dir) in str(refusal.value)
