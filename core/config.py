@@ -55,6 +55,10 @@ class EngineConfig(Section):
     """Requests that run together."""
     max_num_batched_tokens: int = Field(2048, ge=64)
     """Tokens of one forward pass at most; also the largest prefill chunk."""
+    max_choices: int = Field(128, ge=1)
+    """Answers that one request may ask for: its prompts times `n`, or `best_of`. More is refused with 400."""
+    max_request_tokens: int = Field(1 << 20, ge=1)
+    """Tokens that one request may ask for: `max_tokens` times its answers. More is refused with 400."""
     kv_cache_memory_bytes: int | None = Field(None, ge=1 << 20)
     """None: vLLM's rule on GPU (`gpu_memory_utilization`); on CPU a tenth of the memory, 256 MiB to 8 GiB."""
     gpu_memory_utilization: float = Field(0.8, gt=0, lt=1)

@@ -7,32 +7,23 @@ same run and the same event log, byte for byte.
 import heapq
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
 from enum import IntEnum
-from typing import Literal
+from functools import partial
 
 import numpy as np
 
-from core.batch import ForwardShape, IterationSample
 from core.errors import ConfigError
-from core.types import SliceReport
-from scheduler.iteration.planner import IterationPlanner
-from simulator.device import Device
-from simulator.executor import SimulatedExecutor
-from simulator.hardware import FrozenPredictor, Hardware
-from simulator.requests import RequestPool
+from simulator.executor import Options, SimulatedExecutor
+from simulator.hardware import Hardware
 from simulator.routing import LeastLoadedRouter, PlacementRouter
 from simulator.running import SimRequest
-from simulator.statistics import Result, Statistics, TokenMeter
+from simulator.statistics import Result, Statistics
 from simulator.trace import Trace
-from simulator.trainer import Trainer
 
 _NOISE_STREAM = 1
 """Keeps the devices' seeds apart from the trace's."""
 _BUCKETS = 100
 """Points of the series over time."""
-_LARGE_REQUESTS = 200_000
-_LARGE_STEP = 8
 _MOST_RANKED = 8
 """Executors up to which `auto` ranks all of them for each request."""
 
@@ -49,25 +40,8 @@ class EventKind(IntEnum):
     ARRIVAL = 2
 
 
-Event = tuple[float, EventKind, int, int, int]
-"""Time in seconds, kind, sequence number, executor, and the run of that executor which the event belongs to. Events are
-in a total order, as in simpy."""
-
-
-@dataclass(frozen=True, slots=True)
-class Options:
-    """Settings of the simulation itself, none of the deployment that is simulated."""
-
-    noise: bool = True
-    adapt: bool = True
-    """Planners learn from the simulated iterations, as in production."""
-    observe_every: int | None = None
-    """Feed every n-th iteration of an executor to its planner. None: each one, but every 8th from 200,000 requests
-    on: there learning would cost more than simulating."""
-    router: Literal["auto", "placement", "least_loaded"] = "auto"
-    """`auto`: `placement` for up to 8 executors."""
-    fast: bool = True
-    """Skip plans where they decide nothing. False is for the test that this changes nothing."""
+Event = tuple[float, EventKind, int, Callable[[], None]]
+"""Time in seconds, kind, sequence number, and what happens. Events are in a total order, as in simpy."""
 
 
 class Simulation:
@@ -105,7 +79,8 @@ class Simulation:
         self.executors = [self._executor(index, seed) for index, seed in enumerate(seeds)]
         self.router = self._new_router()
         self._requests = trace.requests()
-        self._next_request: SimRequest | None = None
+        self._has_more = True
+        """Requests are still to arrive."""
         self._num_arrived = 0
         self._num_ended = 0
 
@@ -117,27 +92,19 @@ class Simulation:
         self._plan_task()
         duration_s = self._trace.duration_s or 0.0
         while self._events:
-            has_served_all = self._next_request is None and self._num_ended == self._num_arrived
+            has_served_all = not self._has_more and self._num_ended == self._num_arrived
             if has_served_all and self._events[0][0] > duration_s:
                 break
-            self._now_s, kind, _, index, work = heapq.heappop(self._events)
-            if kind == EventKind.ITERATION_END:
-                self._end(self.executors[index], work)
-            elif kind == EventKind.ARRIVAL:
-                self._arrive()
-            else:
-                self._add_task()
+            self._now_s, _, _, happen = heapq.heappop(self._events)
+            happen()
         return Result(
-            name=self._trace.name,
-            policy=self._trace.args.scheduler.policy,
-            seed=self._trace.seed,
-            num_executors=len(self.executors),
+            trace=self._trace,
             num_requests=self._num_arrived,
             virtual_s=max(self._now_s, duration_s),
             statistics=self._statistics,
         )
 
-    def _push(self, time_s: float, kind: EventKind, executor: int = 0, run: int = 0) -> None:
+    def _push(self, time_s: float, kind: EventKind, happen: Callable[[], None]) -> None:
         """Schedule an event.
 
         Raises:
@@ -146,18 +113,17 @@ class Simulation:
         if not time_s >= self._now_s:
             raise ValueError(f"an event at {time_s} s cannot be scheduled at {self._now_s} s")
         self._num_events += 1
-        heapq.heappush(self._events, (time_s, kind, self._num_events, executor, run))
+        heapq.heappush(self._events, (time_s, kind, self._num_events, happen))
 
-    def _end(self, executor: SimulatedExecutor, work: int) -> None:
-        executor.end(work, self._now_s)
+    def _end(self, index: int, run: int) -> None:
+        executor = self.executors[index]
+        executor.end(run, self._now_s)
         for request in executor.meter.finished:
             self.router.ended(request, executor.index)
         self._num_ended += len(executor.meter.finished)
         executor.meter.finished.clear()
 
-    def _arrive(self) -> None:
-        request = self._next_request
-        assert request is not None  # the event was scheduled with it
+    def _arrive(self, request: SimRequest) -> None:
         index = self.router.choose(request, self._now_s)
         self._num_arrived += 1
         self._plan_arrival()
@@ -166,9 +132,9 @@ class Simulation:
 
     def _plan_arrival(self) -> None:
         request = next(self._requests, None)
-        self._next_request = None if request is None else SimRequest.of(request)
+        self._has_more = request is not None
         if request is not None:
-            self._push(request.arrival_s, EventKind.ARRIVAL)
+            self._push(request.arrival_s, EventKind.ARRIVAL, partial(self._arrive, SimRequest.of(request)))
 
     def _add_task(self) -> None:
         """Send a batch of pairs where the fewest tasks are."""
@@ -181,29 +147,20 @@ class Simulation:
         rate = self._trace.finetune.pairs_per_s
         training = self._trace.args.training
         if rate and training.enabled:
-            self._push(self._now_s + training.pairs_per_step / rate, EventKind.TASK)
+            self._push(self._now_s + training.pairs_per_step / rate, EventKind.TASK, self._add_task)
 
     def _executor(self, index: int, seed: np.random.SeedSequence) -> SimulatedExecutor:
-        trace, hardware, options = self._trace, self._hardware, self._options
-        device = Device(hardware.profile, seed=seed, noise=options.noise, slow_down=trace.slow_down)
-        trainer = Trainer(trace, hardware, device)
-        predictor = hardware.new_predictor()
-        known = predictor if options.adapt else FrozenPredictor(predictor)
-        planner = IterationPlanner(trace.args, known, hardware.limits)
-        if trace.args.training.enabled and trace.finetune.pairs_per_s != 0:
-            planner.observe(IterationSample(ForwardShape(), 0.0, report=SliceReport(trainer.warm_up())))
-        is_large = trace.expected_s * trace.arrivals.rate_per_s >= _LARGE_REQUESTS
         return SimulatedExecutor(
             index,
-            planner=planner,
-            device=device,
-            trainer=trainer,
-            requests=RequestPool(trace.args, hardware),
-            meter=TokenMeter(index, self._statistics, None if self._write_log is None else self._log),
+            self._trace,
+            self._hardware,
+            self._options,
+            seed=seed,
             statistics=self._statistics,
-            schedule_end=lambda run, end_s: self._push(end_s, EventKind.ITERATION_END, index, run),
-            observe_every=options.observe_every or (_LARGE_STEP if is_large else 1),
-            is_fast=options.fast,
+            log=None if self._write_log is None else self._log,
+            schedule_end=lambda run, end_s: self._push(
+                end_s, EventKind.ITERATION_END, partial(self._end, index, run)
+            ),
         )
 
     def _new_router(self) -> LeastLoadedRouter | PlacementRouter:

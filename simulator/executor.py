@@ -11,6 +11,9 @@ its own latency, noise and sample, so the outcome is the same to the last bit.
 from bisect import bisect_right
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
 
 from core.batch import ForwardShape, IterationSample, Plan
 from core.errors import MaceError
@@ -18,39 +21,54 @@ from core.types import SliceReport
 from scheduler.iteration.planner import IterationPlanner
 from scheduler.memory.ledger import Pool
 from simulator.device import Device
+from simulator.hardware import FrozenPredictor, Hardware
 from simulator.requests import Fill, RequestPool
 from simulator.running import SimRequest
-from simulator.statistics import Statistics, TokenMeter
+from simulator.statistics import Log, Statistics, TokenMeter
+from simulator.trace import Trace
 from simulator.trainer import Trained, Trainer
 
+_LARGE_REQUESTS = 200_000
+_LARGE_STEP = 8
 _FIRST_STRETCH = 8
 _LONGEST_STRETCH = 64
 """Iterations; a longer one would too often be thrown away by an arrival."""
 
 
-@dataclass(slots=True)
-class _Iteration:
-    """An iteration that the planner has planned."""
+@dataclass(frozen=True, slots=True)
+class Options:
+    """Settings of the simulation itself, none of the deployment that is simulated."""
 
-    start_s: float
-    end_s: float
+    noise: bool = True
+    adapt: bool = True
+    """Planners learn from the simulated iterations, as in production."""
+    observe_every: int | None = None
+    """Feed every n-th iteration of an executor to its planner. None: each one, but every 8th from 200,000 requests
+    on: there learning would cost more than simulating."""
+    router: Literal["auto", "placement", "least_loaded"] = "auto"
+    """`auto`: `placement` for up to 8 executors."""
+    fast: bool = True
+    """Skip plans where they decide nothing. False is for the test that this changes nothing."""
+
+
+@dataclass(slots=True)
+class _Planned:
+    """The planner's part of an iteration; a stretch has none."""
+
     plan: Plan
     fill: Fill
-    overhead_s: float
-    forward_s: float
     trained: Trained
 
 
 @dataclass(slots=True)
-class _Stretch:
-    """Iterations of the same decoding requests, one after the other."""
+class _Work:
+    """The work in progress: an iteration, or a stretch of them with the same decoding requests."""
 
     start_s: float
     ends_s: list[float]
     forwards_s: list[float]
     overheads_s: list[float]
-    context: int
-    """Cached tokens before the first."""
+    planned: _Planned | None = None
 
 
 class SimulatedExecutor:
@@ -59,29 +77,32 @@ class SimulatedExecutor:
     def __init__(
         self,
         index: int,
+        trace: Trace,
+        hardware: Hardware,
+        options: Options,
         *,
-        planner: IterationPlanner,
-        device: Device,
-        trainer: Trainer,
-        requests: RequestPool,
-        meter: TokenMeter,
+        seed: np.random.SeedSequence,
         statistics: Statistics,
+        log: Log | None,
         schedule_end: Callable[[int, float], None],
-        observe_every: int = 1,
-        is_fast: bool = True,
     ) -> None:
         self.index = index
-        self.trainer = trainer
-        self.requests = requests
-        self.meter = meter
-        self.planner = planner
-        self._device = device
+        self._device = Device(hardware.profile, seed=seed, noise=options.noise, slow_down=trace.slow_down)
+        self.trainer = Trainer(trace, hardware, self._device)
+        self.requests = RequestPool(trace.args, hardware)
+        self.meter = TokenMeter(index, statistics, log)
+        predictor = hardware.new_predictor()
+        known = predictor if options.adapt else FrozenPredictor(predictor)
+        self.planner = IterationPlanner(trace.args, known, hardware.limits)
+        if trace.args.training.enabled and trace.finetune.pairs_per_s != 0:
+            self.planner.observe(IterationSample(ForwardShape(), 0.0, report=SliceReport(self.trainer.warm_up())))
+        is_large = trace.expected_s * trace.arrivals.rate_per_s >= _LARGE_REQUESTS
+        self._observe_every = options.observe_every or (_LARGE_STEP if is_large else 1)
+        self._is_fast = options.fast
         self._statistics = statistics
         self._schedule_end = schedule_end
-        self._observe_every = observe_every
-        self._is_fast = is_fast
         self._run = 0
-        self._current: _Iteration | _Stretch | None = None
+        self._work: _Work | None = None
         self._stretch_limit = _FIRST_STRETCH
         self._knows_no_work = False
         """The planner was told in its last view that there is nothing to train: its blocking phases end there."""
@@ -105,13 +126,19 @@ class SimulatedExecutor:
 
     def end(self, run: int, now_s: float) -> None:
         """End work number `run`; nothing happens if it was cut short meanwhile."""
-        if run != self._run:
+        work = self._work
+        if run != self._run or work is None:
             return
-        if isinstance(self._current, _Stretch):
-            self._end_stretch(self._current)
-        elif self._current is not None:
-            self._end_iteration(self._current)
-        self._current = None
+        trained = work.planned.trained if work.planned else Trained()
+        self._statistics.iterations += len(work.ends_s)
+        self._statistics.slices += len(trained.slices)
+        self._statistics.add_work(work.start_s, work.ends_s[-1], sum(work.forwards_s), trained.busy_s)
+        self._device.take(len(work.ends_s))
+        if work.planned is None:
+            self._end_stretch(work)
+        else:
+            self._end_iteration(work, work.planned)
+        self._work = None
         self.start(now_s)
 
     def start(self, now_s: float) -> None:
@@ -125,33 +152,31 @@ class SimulatedExecutor:
 
     def wait_s(self, now_s: float) -> float:
         """Seconds until the iteration in progress ends."""
-        current = self._current
-        if current is None:
+        if self._work is None:
             return 0.0
-        if isinstance(current, _Iteration):
-            return current.end_s - now_s
-        return current.ends_s[min(bisect_right(current.ends_s, now_s), len(current.ends_s) - 1)] - now_s
+        ends_s = self._work.ends_s
+        return ends_s[min(bisect_right(ends_s, now_s), len(ends_s) - 1)] - now_s
 
     def kv_tokens_used(self, now_s: float) -> int:
-        """Tokens of KV memory that cannot be given out, with the passes of a stretch that are over by now."""
-        over = bisect_right(self._current.ends_s, now_s) if isinstance(self._current, _Stretch) else 0
-        return self.requests.running.kv_used(over)
+        """Tokens of KV memory that cannot be given out, with the passes of a stretch that are over by now.
+
+        An iteration that is over has ended before anybody can ask.
+        """
+        return self.requests.running.kv_used(bisect_right(self._work.ends_s, now_s) if self._work else 0)
 
     def _wake(self, now_s: float) -> None:
         """Something arrived: start if asleep; a stretch ends with the iteration in progress."""
-        current = self._current
-        if current is None:
+        work = self._work
+        if work is None:
             self.start(now_s)
-        elif isinstance(current, _Stretch):
-            kept = bisect_right(current.ends_s, now_s) + 1
-            if kept < len(current.ends_s):
-                del current.ends_s[kept:], current.forwards_s[kept:]
-                self._begin(current, current.ends_s[-1])
+        elif (kept := bisect_right(work.ends_s, now_s) + 1) < len(work.ends_s):
+            del work.ends_s[kept:], work.forwards_s[kept:]
+            self._begin(work)
 
-    def _begin(self, work: _Iteration | _Stretch, end_s: float) -> None:
-        self._current = work
+    def _begin(self, work: _Work) -> None:
+        self._work = work
         self._run += 1
-        self._schedule_end(self._run, end_s)
+        self._schedule_end(self._run, work.ends_s[-1])
 
     def _may_stretch(self) -> bool:
         return (
@@ -176,21 +201,18 @@ class SimulatedExecutor:
             ends_s.append(now_s)
             forwards_s.append(latency_s)
             shape.decode_context += shape.num_decode
-        self._begin(_Stretch(start_s, ends_s, forwards_s, overheads_s, running.decode_context), now_s)
+        self._begin(_Work(start_s, ends_s, forwards_s, overheads_s))
 
-    def _end_stretch(self, stretch: _Stretch) -> None:
-        count = len(stretch.ends_s)
-        num_decode, context = self.requests.running.num_decode, stretch.context
+    def _end_stretch(self, work: _Work) -> None:
+        count, running = len(work.ends_s), self.requests.running
+        num_decode, context = running.num_decode, running.decode_context
         self._stretch_limit = min(2 * count + 2, _LONGEST_STRETCH)  # what arrivals cut off cost time
-        self._device.take(count)
-        for i, end_s in enumerate(stretch.ends_s):
+        for i, end_s in enumerate(work.ends_s):
             self.meter.decoded(end_s, num_decode)
             if self._is_observed():
                 shape = ForwardShape(num_decode=num_decode, decode_context=context)
-                self.planner.observe(IterationSample(shape, stretch.forwards_s[i], stretch.overheads_s[i]))
+                self.planner.observe(IterationSample(shape, work.forwards_s[i], work.overheads_s[i]))
             context += num_decode
-        self._statistics.iterations += count
-        self._statistics.add_work(stretch.start_s, stretch.ends_s[-1], sum(stretch.forwards_s), 0.0)
         self._advance(count)
 
     def _start_iteration(self, now_s: float) -> None:
@@ -214,52 +236,41 @@ class SimulatedExecutor:
             forward_s = self._device.forward_s(fill.shape, now_s + trained.busy_s, factor)
         overhead_s = self._device.overheads.ahead(1)[0]
         end_s = now_s + overhead_s + forward_s + trained.busy_s
-        self._begin(_Iteration(now_s, end_s, plan, fill, overhead_s, forward_s, trained), end_s)
+        self._begin(_Work(now_s, [end_s], [forward_s], [overhead_s], _Planned(plan, fill, trained)))
 
-    def _end_iteration(self, iteration: _Iteration) -> None:
-        trained = iteration.trained
-        self._statistics.iterations += 1
-        self._statistics.slices += len(trained.slices)
-        self._statistics.add_work(iteration.start_s, iteration.end_s, iteration.forward_s, trained.busy_s)
-        self._device.take(1)
-        if iteration.fill.shape.num_tokens:
-            self._end_forward(iteration)
+    def _end_iteration(self, work: _Work, planned: _Planned) -> None:
+        [end_s], shape, trained = work.ends_s, planned.fill.shape, planned.trained
+        if shape.num_tokens:
+            self._end_forward(planned.fill, end_s)
+        held_bytes = self.trainer.activation_bytes
         if self._is_observed():
-            self.planner.observe(self._sample(iteration))
-        if not self.trainer.activation_bytes:
+            report = SliceReport(trained.slices, activation_bytes=held_bytes)
+            self.planner.observe(
+                IterationSample(shape, work.forwards_s[0], work.overheads_s[0], report, planned.plan)
+            )
+        if not held_bytes:
             self.planner.memory.record(Pool.ARENA, 0)
         if trained.num_pairs:
             self.planner.retrain.note_trained(trained.num_pairs)
-            self.meter.trained(iteration.end_s, trained.num_pairs)
+            self.meter.trained(end_s, trained.num_pairs)
 
-    def _end_forward(self, iteration: _Iteration) -> None:
+    def _end_forward(self, fill: Fill, end_s: float) -> None:
         if self.requests.running.num_decode:
-            self.meter.decoded(iteration.end_s, self.requests.running.num_decode)
+            self.meter.decoded(end_s, self.requests.running.num_decode)
             self._advance(1)
-        num_tokens = 0
-        for request, tokens in iteration.fill.chunks:
+        for request, tokens in fill.chunks:
             request.computed += tokens
-            num_tokens += tokens
             if not request.left:
-                self.meter.prompt_done(request, iteration.end_s)
+                self.meter.prompt_done(request, end_s)
                 if not self.requests.running.start_decode(request):
                     self.meter.ended(request)
-        self.meter.computed(iteration.end_s, num_tokens)
+        self.meter.computed(end_s, sum(tokens for _, tokens in fill.chunks))
 
     def _advance(self, passes: int) -> None:
         running = self.requests.running
         running.advance(passes)
         for request in running.pop_ended():
             self.meter.ended(request)
-
-    def _sample(self, iteration: _Iteration) -> IterationSample:
-        return IterationSample(
-            iteration.fill.shape,
-            iteration.forward_s,
-            iteration.overhead_s,
-            SliceReport(iteration.trained.slices, activation_bytes=self.trainer.activation_bytes),
-            iteration.plan,
-        )
 
     def _is_observed(self) -> bool:
         self._iterations += 1

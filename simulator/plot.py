@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from core.config import SloConfig
 from core.errors import ConfigError
 from simulator.statistics import Histogram, Result
 
@@ -16,7 +15,7 @@ _LOG_FROM = 5.0
 """A distribution that spans more than this factor is drawn over a logarithmic axis."""
 
 
-def write_plot(result: Result, slo: SloConfig, path: Path) -> None:
+def write_plot(result: Result, path: Path) -> None:
     """Draw cumulative distributions with their targets, and utilisation and pairs over virtual time.
 
     Raises:
@@ -29,12 +28,13 @@ def write_plot(result: Result, slo: SloConfig, path: Path) -> None:
     FigureCanvasAgg(figure)
     axes = figure.subplots(2, 2)
     attained = "" if result.slo_attainment is None else f", SLO attainment {result.slo_attainment:.2%}"
-    executors = "1 executor" if result.num_executors == 1 else f"{result.num_executors:,} executors"
-    figure.suptitle(f"{result.name}, {result.policy}: {result.num_requests:,} requests on {executors}{attained}")
+    trace, slo = result.trace, result.trace.args.slo
+    executors = "1 executor" if trace.executors == 1 else f"{trace.executors:,} executors"
+    load = f"{result.num_requests:,} requests on {executors}"
+    figure.suptitle(f"{trace.name}, {trace.args.scheduler.policy}: {load}{attained}")
     _draw_cdf(axes[0][0], "time to first token", result.ttft, slo.ttft_s)
     _draw_cdf(axes[0][1], "time between tokens", result.statistics.tbt, slo.tbt_s)
-    _draw_utilisation(axes[1][0], result)
-    _draw_pairs(axes[1][1], result)
+    _draw_work(axes[1][0], axes[1][1], result)
     try:
         figure.savefig(path, dpi=110)
     except (OSError, ValueError) as error:
@@ -66,33 +66,22 @@ def _draw_cdf(axes: Axes, title: str, histogram: Histogram, target_s: float) -> 
     axes.legend(fontsize="small")
 
 
-def _draw_utilisation(axes: Axes, result: Result) -> None:
+def _draw_work(left: Axes, right: Axes, result: Result) -> None:
+    """Draw utilisation and trained pairs, both over the points in time that are complete."""
     found = result.statistics
-    times_s, width_s = _buckets(result)
-    devices_s = width_s * result.num_executors
-    forward = [found.forward_per_bucket[i] / devices_s for i in range(len(times_s))]
-    slices = [found.slices_per_bucket[i] / devices_s for i in range(len(times_s))]
-    axes.stackplot(
-        times_s, forward, slices, labels=["forward passes", "slices"], colors=["tab:blue", "tab:orange"]
-    )
-    title = f"utilisation, {result.utilisation:.1%} in all"
-    axes.set(title=title, xlabel="virtual time, s", ylabel="share of device time", ylim=(0, 1.05))
-    axes.grid(alpha=0.3)
-    axes.legend(fontsize="small", loc="lower right")
-
-
-def _draw_pairs(axes: Axes, result: Result) -> None:
-    times_s, width_s = _buckets(result)
-    rates = [result.statistics.pairs_per_bucket[i] / width_s for i in range(len(times_s))]
-    axes.bar(times_s, rates, width=width_s, color="tab:orange")
-    axes.axhline(result.pairs_per_s, color="0.3", linestyle="--", linewidth=1, label="mean")
-    title = f"fine-tune pairs, {result.pairs_per_s:.3g}/s in all"
-    axes.set(title=title, xlabel="virtual time, s", ylabel="pairs trained per second")
-    axes.grid(alpha=0.3)
-    axes.legend(fontsize="small", loc="lower right")
-
-
-def _buckets(result: Result) -> tuple[list[float], float]:
-    """Middles of the points over time that are complete, and their width."""
-    width_s = result.statistics.bucket_s
-    return [(i + 0.5) * width_s for i in range(max(1, int(result.virtual_s / width_s)))], width_s
+    width_s, devices_s = found.bucket_s, found.bucket_s * result.trace.executors
+    buckets = range(max(1, int(result.virtual_s / width_s)))
+    times_s = [(bucket + 0.5) * width_s for bucket in buckets]
+    shares = [
+        [per_bucket[bucket] / devices_s for bucket in buckets]
+        for per_bucket in (found.forward_per_bucket, found.slices_per_bucket)
+    ]
+    left.stackplot(times_s, *shares, labels=["forward passes", "slices"], colors=["tab:blue", "tab:orange"])
+    left.set(title=f"utilisation, {result.utilisation:.1%} in all", ylabel="share of device time", ylim=(0, 1.05))
+    right.bar(times_s, [found.pairs_per_bucket[i] / width_s for i in buckets], width=width_s, color="tab:orange")
+    right.axhline(result.pairs_per_s, color="0.3", linestyle="--", linewidth=1, label="mean")
+    right.set(title=f"fine-tune pairs, {result.pairs_per_s:.3g}/s in all", ylabel="pairs trained per second")
+    for axes in (left, right):
+        axes.set_xlabel("virtual time, s")
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize="small", loc="lower right")

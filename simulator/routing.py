@@ -35,7 +35,7 @@ class LeastLoadedRouter:
     def choose(self, request: SimRequest, now_s: float) -> int:  # noqa: ARG002
         """Choose the executor with the least work; ties go to the first."""
         expected = self._output_tokens / self._num_ended if self._num_ended else _CONTEXT
-        request.work_ns = int(request.num_prompt * self._prompt_token_ns + expected * self._output_token_ns)
+        request.work_ns = int(request.num_prompt_tokens * self._prompt_token_ns + expected * self._output_token_ns)
         executor = self._work_ns.index(min(self._work_ns))
         self._work_ns[executor] += request.work_ns
         return executor
@@ -44,7 +44,7 @@ class LeastLoadedRouter:
         """Take the request's work off; its length tells what to expect of the next one."""
         self._work_ns[executor] -= request.work_ns
         self._num_ended += 1
-        self._output_tokens += request.num_output
+        self._output_tokens += request.num_output_tokens
 
 
 class PlacementRouter:
@@ -67,7 +67,7 @@ class PlacementRouter:
         if len(self._executors) == 1:
             return 0
         loads = [self._load(executor, now_s) for executor in self._executors]
-        return int(choose_executor(request.num_prompt, loads, {}, self._tau_mem)[0].executor_id)
+        return int(choose_executor(request.num_prompt_tokens, loads, {}, self._tau_mem)[0].executor_id)
 
     def ended(self, request: SimRequest, executor: int) -> None:
         """Remember nothing."""

@@ -22,15 +22,10 @@ from simulator.trace import TraceRequest
 
 
 @dataclass(slots=True)
-class SimRequest:
+class SimRequest(TraceRequest):
     """A request on its way through an executor."""
 
-    request_id: str
-    arrival_s: float
-    num_prompt: int
-    num_output: int
-    user_priority: int
-    target: int
+    target: int = 0
     """Tokens to compute before the next one comes out: the prompt, after a preemption also what was generated."""
     computed: int = 0
     generated: int = 0
@@ -53,14 +48,8 @@ class SimRequest:
     @classmethod
     def of(cls, request: TraceRequest) -> "SimRequest":
         """A request that has just arrived."""
-        return cls(
-            request.request_id,
-            request.arrival_s,
-            request.num_prompt_tokens,
-            request.num_output_tokens,
-            request.user_priority,
-            target=request.num_prompt_tokens,
-        )
+        fields = request.request_id, request.arrival_s, request.num_prompt_tokens, request.num_output_tokens
+        return cls(*fields, request.user_priority, target=request.num_prompt_tokens)
 
     @property
     def left(self) -> int:
@@ -88,15 +77,10 @@ class KvBlocks:
         """Blocks that `num_tokens` take."""
         return -(-num_tokens // self.block_tokens)
 
-    def join(self, num_tokens: int, passes: int) -> None:
-        """Add a request with `num_tokens` cached tokens, whose blocks are counted; it decodes from pass `passes` on."""
-        self._takers[(passes - num_tokens) % self.block_tokens] += 1
-        self._num_decode += 1
-
-    def leave(self, num_tokens: int, passes: int) -> None:
-        """Take a request out that decodes no more; arguments as in `join`."""
-        self._takers[(passes - num_tokens) % self.block_tokens] -= 1
-        self._num_decode -= 1
+    def count_decode(self, num_tokens: int, passes: int, by: int) -> None:
+        """Count a request in (`by` 1) that decodes from pass `passes` on with `num_tokens` cached, or out (-1)."""
+        self._takers[(passes - num_tokens) % self.block_tokens] += by
+        self._num_decode += by
 
     def taken_in(self, passes: int, count: int) -> int:
         """Blocks that the decoding requests take in the `count` passes from number `passes` on."""
@@ -167,9 +151,10 @@ class RunningSet:
         Raises:
             ConfigError: prompt and answer together are longer than the KV cache.
         """
-        if self.blocks.holding(request.num_prompt + request.num_output) > self.blocks.capacity:
+        num_prompt, num_output = request.num_prompt_tokens, request.num_output_tokens
+        if self.blocks.holding(num_prompt + num_output) > self.blocks.capacity:
             raise ConfigError(
-                f"request {request.request_id} of {request.num_prompt} + {request.num_output} tokens does not fit the"
+                f"request {request.request_id} of {num_prompt} + {num_output} tokens does not fit the"
                 f" KV cache of {self.kv_capacity} tokens"
             )
 
@@ -189,12 +174,12 @@ class RunningSet:
         """The prompt is computed and one token is out; False if it was the last one, and the seat is free again."""
         self.prefills.remove(request)
         request.generated += 1
-        if request.generated >= request.num_output:
+        if request.generated >= request.num_output_tokens:
             self.blocks.used -= self.blocks.holding(request.target)
             return False
         request.start_pass = self.passes
-        self.blocks.join(request.target, self.passes)
-        request.end_pass = self.passes + request.num_output - request.generated
+        self.blocks.count_decode(request.target, self.passes, 1)
+        request.end_pass = self.passes + request.num_output_tokens - request.generated
         self.num_decode += 1
         self.decode_context += request.target
         self._decodes[request.request_id] = request
@@ -237,7 +222,7 @@ class RunningSet:
             self._leave(request)
         else:
             return None
-        request.target = request.num_prompt + request.generated
+        request.target = request.num_prompt_tokens + request.generated
         request.computed = 0
         return request
 
@@ -270,7 +255,7 @@ class RunningSet:
         self.num_decode -= 1
         self.decode_context -= cached - request.num_dropped * self.blocks.block_tokens
         self.blocks.used -= self.blocks.holding(cached) - request.num_dropped
-        self.blocks.leave(request.target, request.start_pass)
+        self.blocks.count_decode(request.target, request.start_pass, -1)
         request.num_dropped = 0  # computed anew, it has all of them
         del self._decodes[request.request_id]
 

@@ -4,14 +4,16 @@ Iterations are counted by the million, so nothing is kept for each token or requ
 a percentile is the middle of its bin.
 """
 
+import itertools
 import math
-from collections import defaultdict
-from collections.abc import Callable
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 from core.config import SloConfig
 from simulator.running import SimRequest
+from simulator.trace import Trace
 
 _BINS_PER_E = 200
 _SMALLEST_S = 1e-7
@@ -23,7 +25,7 @@ class Histogram:
     __slots__ = ("_counts", "max_s", "total", "total_s")
 
     def __init__(self) -> None:
-        self._counts: defaultdict[int, int] = defaultdict(int)
+        self._counts: Counter[int] = Counter()
         self.total = 0
         self.total_s = 0.0
         self.max_s = 0.0
@@ -41,12 +43,8 @@ class Histogram:
         if not self.total:
             return None
         wanted = math.ceil(self.total * percent / 100)
-        seen = 0
-        for index in sorted(self._counts):
-            seen += self._counts[index]
-            if seen >= wanted:
-                return min(math.exp((index + 0.5) / _BINS_PER_E), self.max_s)
-        return self.max_s
+        index = next(index for index, seen in self._cumulative() if seen >= wanted)
+        return min(math.exp((index + 0.5) / _BINS_PER_E), self.max_s)
 
     def summary(self) -> dict[str, float | int | None]:
         """Count, mean, p50, p90, p99 and maximum, in seconds."""
@@ -59,21 +57,20 @@ class Histogram:
 
     def include(self, other: "Histogram") -> None:
         """Add another histogram's events to this one."""
-        for index, count in other._counts.items():  # noqa: SLF001 - of the same class
-            self._counts[index] += count
+        self._counts.update(other._counts)  # noqa: SLF001 - of the same class
         self.total += other.total
         self.total_s += other.total_s
         self.max_s = max(self.max_s, other.max_s)
 
     def cdf(self) -> tuple[list[float], list[float]]:
         """Upper ends of the bins in seconds, and the share of events up to each."""
-        seen = 0
-        ends, shares = [], []
-        for index in sorted(self._counts):
-            seen += self._counts[index]
-            ends.append(math.exp((index + 1) / _BINS_PER_E))
-            shares.append(seen / self.total)
-        return ends, shares
+        rows = list(self._cumulative())
+        return [math.exp((index + 1) / _BINS_PER_E) for index, _ in rows], [seen / self.total for _, seen in rows]
+
+    def _cumulative(self) -> Iterator[tuple[int, int]]:
+        """Each bin that is not empty, with the number of events up to its end."""
+        bins = sorted(self._counts)
+        return zip(bins, itertools.accumulate(self._counts[index] for index in bins), strict=True)
 
 
 @dataclass(slots=True)
@@ -89,6 +86,7 @@ class Statistics:
     """Filled by the executors, read at the end. One object for the whole cluster."""
 
     def __init__(self, slo: SloConfig, bucket_s: float) -> None:
+        self.slo = slo
         self.tbt = Histogram()
         self.classes = {"interactive": ClassCount(), "background": ClassCount()}
         self.bucket_s = bucket_s
@@ -106,28 +104,19 @@ class Statistics:
         self.forward_per_bucket: defaultdict[int, float] = defaultdict(float)
         self.slices_per_bucket: defaultdict[int, float] = defaultdict(float)
         self.pairs_per_bucket: defaultdict[int, int] = defaultdict(int)
-        self._slo = slo
+
+    def class_of(self, request: SimRequest) -> ClassCount:
+        """The counts that a request belongs to."""
+        return self.classes["background" if request.user_priority > 0 else "interactive"]
 
     def add_gap(self, gap_s: float, weight: int) -> bool:
         """Count a token of `weight` requests, `gap_s` after the one before; returns True if that was too late."""
         self.tbt.add(gap_s, weight)
         self.output_tokens += weight
-        if gap_s <= self._slo.tbt_s:
+        if gap_s <= self.slo.tbt_s:
             return False
         self.late_tokens += weight
         return True
-
-    def add_first_token(self, ttft_s: float, *, is_background: bool) -> None:
-        """Count a request's first token."""
-        self.classes["background" if is_background else "interactive"].ttft.add(ttft_s)
-        self.output_tokens += 1
-
-    def add_finished(self, ttft_s: float, *, is_late: bool, is_background: bool) -> None:
-        """Count a request that is done; `is_late`: some token of it missed the TBT target."""
-        count = self.classes["background" if is_background else "interactive"]
-        count.finished += 1
-        if ttft_s <= self._slo.ttft_s and not is_late:
-            count.attained += 1
 
     def add_work(self, start_s: float, end_s: float, forward_s: float, slices_s: float) -> None:
         """Count the seconds that an iteration, or a run of them, kept the device busy between two moments."""
@@ -141,11 +130,6 @@ class Statistics:
                 share = inside_s / (end_s - start_s)
             self.forward_per_bucket[bucket] += share * forward_s
             self.slices_per_bucket[bucket] += share * slices_s
-
-    def add_pairs(self, end_s: float, num_pairs: int) -> None:
-        """Count the pairs of an optimizer step that ended."""
-        self.pairs += num_pairs
-        self.pairs_per_bucket[int(end_s / self.bucket_s)] += num_pairs
 
 
 Log = Callable[[str, str, int], None]
@@ -183,7 +167,8 @@ class TokenMeter:
         """Count the token that follows a prompt (computed anew, after a preemption)."""
         if request.first_token_s < 0:
             request.first_token_s = end_s
-            self._statistics.add_first_token(end_s - request.arrival_s, is_background=request.user_priority > 0)
+            self._statistics.class_of(request).ttft.add(end_s - request.arrival_s)
+            self._statistics.output_tokens += 1
             self._note("first_token", request.request_id)
         elif self._statistics.add_gap(end_s - request.last_token_s, 1):
             request.is_late = True
@@ -205,14 +190,17 @@ class TokenMeter:
     def ended(self, request: SimRequest) -> None:
         """Count a request whose last token is out."""
         is_late = request.is_late or self._last_late_s > request.late_since_s
-        ttft_s = request.first_token_s - request.arrival_s
-        self._statistics.add_finished(ttft_s, is_late=is_late, is_background=request.user_priority > 0)
+        is_prompt = request.first_token_s - request.arrival_s <= self._statistics.slo.ttft_s
+        count = self._statistics.class_of(request)
+        count.finished += 1
+        count.attained += is_prompt and not is_late
         self.finished.append(request)
         self._note("finished", request.request_id)
 
     def trained(self, end_s: float, num_pairs: int) -> None:
         """Count the pairs of optimizer steps that ended."""
-        self._statistics.add_pairs(end_s, num_pairs)
+        self._statistics.pairs += num_pairs
+        self._statistics.pairs_per_bucket[int(end_s / self._statistics.bucket_s)] += num_pairs
         self._note("trained", str(num_pairs))
 
     def _note(self, event: str, subject: str) -> None:
@@ -225,10 +213,7 @@ class TokenMeter:
 class Result:
     """One run. Rates are over `virtual_s`, the time until the last request (or the trace) ended."""
 
-    name: str
-    policy: str
-    seed: int
-    num_executors: int
+    trace: Trace
     num_requests: int
     virtual_s: float
     statistics: Statistics
@@ -266,10 +251,10 @@ class Result:
         """Built-in types only; the same for the same trace, profile and seed."""
         found = self.statistics
         return {
-            "trace": self.name,
-            "policy": self.policy,
-            "seed": self.seed,
-            "executors": self.num_executors,
+            "trace": self.trace.name,
+            "policy": self.trace.args.scheduler.policy,
+            "seed": self.trace.seed,
+            "executors": self.trace.executors,
             "requests": self.num_requests,
             "finished": self.num_finished,
             "virtual_s": self.virtual_s,
@@ -300,4 +285,4 @@ class Result:
         }
 
     def _share(self, busy_s: float) -> float:
-        return busy_s / (self.virtual_s * self.num_executors)
+        return busy_s / (self.virtual_s * self.trace.executors)

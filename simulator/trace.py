@@ -4,7 +4,6 @@ A trace holds distributions and a seed, not a list: the same file gives the same
 prompt lengths, output lengths and classes are drawn from separate streams: changing one leaves the others as they were.
 """
 
-import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -148,7 +147,7 @@ class SlowDown(_Part):
     factor: float = Field(gt=0)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class TraceRequest:
     """One request of a trace."""
 
@@ -212,9 +211,6 @@ class Trace(_Part):
 
     def requests(self) -> Iterator[TraceRequest]:
         """The requests in order of arrival; the same for the same trace and seed."""
-        return itertools.islice(self._all_requests(), self.num_requests)
-
-    def _all_requests(self) -> Iterator[TraceRequest]:
         arrivals, prompts, outputs, classes = (
             np.random.default_rng(child) for child in np.random.SeedSequence(self.seed).spawn(4)
         )
@@ -224,7 +220,7 @@ class Trace(_Part):
             columns = (times, self.prompt_tokens.draw(prompts, _BLOCK), self.output_tokens.draw(outputs, _BLOCK))
             rows = zip(*(column.tolist() for column in columns), is_background.tolist(), strict=True)
             for arrival_s, num_prompt, num_output, background in rows:
-                if self.duration_s is not None and arrival_s >= self.duration_s:
+                if number == self.num_requests or (self.duration_s and arrival_s >= self.duration_s):
                     return
                 yield TraceRequest(
                     f"r{number}", arrival_s, num_prompt, num_output, BACKGROUND_PRIORITY if background else 0

@@ -6,7 +6,7 @@ from starlette.types import ASGIApp
 from app.http.canary import CanaryRouter
 from app.http.capture import ResponseCapture
 from app.http.errors import install_error_handlers
-from app.http.guard import give_own_id, guard, set_request_class
+from app.http.guard import check_size, give_own_id, guard, note_client, set_request_class
 from app.http.openapi import document_errors
 from app.http.request import ClientRequest, GoOn, RequestChain, Step
 from app.http.routes import feedback, training, versions
@@ -40,6 +40,8 @@ def attach_routes(app: FastAPI, executor: Executor) -> ASGIApp:
     model_id, meter = executor.args.model.model_id, Meter("http")
     steps: list[Step] = [
         guard,  # first: nothing else looks at a request that must not come in
+        check_size(executor.args.engine),
+        note_client,
         give_own_id,
         set_request_class,  # refuses too, so it stands before whatever counts or draws a request
         prefix_names(model_id),  # before the canary's draw: it notes what the client asks for

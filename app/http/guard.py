@@ -18,8 +18,9 @@ import uuid
 from typing import Any
 
 from app.http.errors import BadRequestError
-from app.http.request import ClientRequest, GoOn
-from core.config import KV_PRUNING_OPT_OUT
+from app.http.request import ClientRequest, GoOn, Step
+from core.config import KV_PRUNING_OPT_OUT, EngineConfig
+from engine.vllm.requests import CLIENT
 from scheduler.priority import BACKGROUND_PRIORITY
 
 INTERNAL_PREFIX = "mace_"
@@ -34,6 +35,7 @@ _FIELD_PATHS = frozenset(
     {"/v1/completions", "/v1/chat/completions", "/v1/chat/completions/batch", "/v1/responses", "/invocations"}
 )
 """Routes whose requests have a `priority` field."""
+_TOKEN_FIELDS = ("max_completion_tokens", "max_tokens", "max_output_tokens")
 _HEADER_PATHS = frozenset({"/v1/messages"})
 """Routes whose requests have none; vLLM reads its header there."""
 
@@ -41,6 +43,48 @@ _HEADER_PATHS = frozenset({"/v1/messages"})
 async def guard(request: ClientRequest, go_on: GoOn) -> None:
     """Refuse a request that must not reach vLLM."""
     check_internal_keys(request.json)
+    await go_on()
+
+
+def check_size(limits: EngineConfig) -> Step:
+    """A step: refuse a request that asks for more answers or tokens than one client may have at once."""
+
+    async def check(request: ClientRequest, go_on: GoOn) -> None:
+        if request.path in _FIELD_PATHS and isinstance(request.json, dict):
+            choices = num_choices(request.json)
+            if choices > limits.max_choices:
+                message = f"the request asks for {choices} answers; at most {limits.max_choices} are given at once"
+                raise BadRequestError(message, "n", reason="choices")
+            tokens = max(_whole(request.json.get(name)) for name in _TOKEN_FIELDS)
+            if choices * tokens > limits.max_request_tokens:
+                message = (
+                    f"{choices} times {tokens} tokens are more than the {limits.max_request_tokens} of a request"
+                )
+                raise BadRequestError(message, "max_tokens", reason="request_tokens")
+        await go_on()
+
+    return check
+
+
+def num_choices(body: dict[str, Any]) -> int:
+    """Answers that the body of a generating route asks for: its prompts times `n`, or `best_of`."""
+    num_prompts = 1
+    for name in ("prompt", "messages"):  # a list of texts, of token lists, or of conversations
+        items = body.get(name)
+        if isinstance(items, list) and items and isinstance(items[0], (str, list)):
+            num_prompts = len(items)
+    return num_prompts * max(1, _whole(body.get("n")), _whole(body.get("best_of")))
+
+
+def _whole(value: Any) -> int:
+    return value if isinstance(value, int) else 0
+
+
+async def note_client(request: ClientRequest, go_on: GoOn) -> None:
+    """Tell the engine who asks, so that clients take turns: the `user` of the body, or else the connection."""
+    user = request.json.get("user") if isinstance(request.json, dict) else None
+    client = user if isinstance(user, str) and user else ":".join(map(str, request.scope.get("client") or ()))
+    CLIENT.set(client or None)
     await go_on()
 
 

@@ -1,4 +1,4 @@
-"""How soon the drift detectors see a change, and how often one that is not there.
+"""Measure how soon the drift detectors see a change, and how often one that is not there.
 
     mace bench drift-detection --json
     mace bench drift-detection --set hddm_confidence=0.001 --set adwin_delta=0.01
@@ -14,10 +14,9 @@ from typing import Annotated, Any
 
 import numpy as np
 import typer
-from rich.table import Table
 
 from alignment.drift.streams import GLOBAL, ScoredPair, ScoreStreams, Sensitivity
-from benchmarks.harness.report import AsJson, Out, show
+from benchmarks.harness.report import AsJson, Column, Out, digits, show, table_of
 
 _Margins = Callable[[np.random.Generator, int], np.ndarray]
 _STATIONARY_RUN = 5_000
@@ -76,21 +75,22 @@ def main(
     ] = None,
     out: Out = None,
 ) -> None:
-    """How soon the drift detectors see a change, and how often one that is not there."""
+    """Measure how soon the drift detectors see a change, and how often one that is not there."""
     try:
         sensitivity = Sensitivity(
             **{name: float(value) for name, value in (one.split("=", 1) for one in settings or ())}
         )
     except (TypeError, ValueError) as error:
         raise typer.BadParameter(f"--set takes a number for a field of Sensitivity: {error}") from error
-    rows = {}
-    for name, margins in STREAMS.items():
-        rows[name] = {
+    rows = {
+        name: {
             "accuracy": float((margins(np.random.default_rng(0), 100_000) > 0).mean()),
             "false_detections_per_100000": _false_detections(sensitivity, margins, stationary),
             **{change: _delays(sensitivity, margins, change, seeds) for change in CHANGES},
         }
-    show(rows, [_table(rows)], as_json, out)
+        for name, margins in STREAMS.items()
+    }
+    show(rows, [table_of(None, [{"margins": name, **row} for name, row in rows.items()], _COLUMNS)], as_json, out)
 
 
 def _false_detections(sensitivity: Sensitivity, margins: _Margins, stationary: int) -> float:
@@ -133,14 +133,14 @@ def _detections(sensitivity: Sensitivity, margins: np.ndarray) -> Iterator[tuple
                 yield seq, change.last_seq_before
 
 
-def _table(rows: dict[str, dict[str, Any]]) -> Table:
-    table = Table("margins", "accuracy", "false in 100,000", *(f"{change}: median, max" for change in CHANGES))
-    for name, row in rows.items():
-        cells = [_cell(row[change]) for change in CHANGES]
-        table.add_row(name, f"{row['accuracy']:.2f}", f"{row['false_detections_per_100000']:g}", *cells)
-    return table
-
-
 def _cell(delays: dict[str, Any]) -> str:
     missed = f", {delays['missed']} missed" if delays["missed"] else ""
     return "missed" if delays["median"] is None else f"{delays['median']:g}, {delays['max']}{missed}"
+
+
+_COLUMNS: tuple[Column, ...] = (
+    ("margins", "margins", str),
+    ("accuracy", "accuracy", digits(2)),
+    ("false in 100,000", "false_detections_per_100000", "{:g}".format),
+    *((f"{change}: median, max", change, _cell) for change in CHANGES),
+)

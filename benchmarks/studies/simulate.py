@@ -4,9 +4,9 @@ mace simulate benchmarks/traces/million.yaml --profile state/profiles/<device>/<
 mace simulate agreement --json
 """
 
+import contextlib
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -19,7 +19,8 @@ from core.config import Policy, SloConfig
 from core.errors import ConfigError, MaceError
 from core.model_dims import ModelDims
 from profiler.profile import Profile
-from simulator.cluster import Options, Simulation
+from simulator.cluster import Simulation
+from simulator.executor import Options
 from simulator.hardware import hardware_of
 from simulator.plot import write_plot
 from simulator.statistics import Result
@@ -33,7 +34,7 @@ def simulate(
         Path | None, typer.Option(help="config.json of the profiled model; default: that of the trace's model")
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON; draw no picture unless asked to")] = False,
-    plot: Annotated[Path | None, typer.Option(help="Where the picture goes; default: <trace>.png here")] = None,
+    plot: Annotated[Path | None, typer.Option(help="File of the picture; default: <trace>.png here")] = None,
     log: Annotated[Path | None, typer.Option(help="Write every event as a line of JSON")] = None,
     policy: Annotated[Policy | None, typer.Option(help="Instead of the trace's")] = None,
     seed: Annotated[int | None, typer.Option(min=0, help="Instead of the trace's")] = None,
@@ -54,12 +55,10 @@ def simulate(
             run_agreement(as_json, out)
             return
         described = Trace.load(Path(trace))
-        given = {"seed": seed, "executors": executors}
+        args = described.args
+        scheduler = args.scheduler.model_copy(update={"policy": policy or args.scheduler.policy})
+        given = {"seed": seed, "executors": executors, "args": args.model_copy(update={"scheduler": scheduler})}
         described = described.model_copy(update={key: value for key, value in given.items() if value is not None})
-        if policy is not None:
-            scheduler = described.args.scheduler.model_copy(update={"policy": policy})
-            args = described.args.model_copy(update={"scheduler": scheduler})
-            described = described.model_copy(update={"args": args})
         options = Options(noise=noise, adapt=adapt, observe_every=adapt_every, router=router)
         started_s, started_cpu_s = time.perf_counter(), time.process_time()
         result = run_trace(described, profile=profile, model_config=model_config, options=options, log=log)
@@ -67,7 +66,7 @@ def simulate(
         if plot is None and not as_json:
             plot = Path(f"{described.name}.png")
         if plot is not None:
-            write_plot(result, described.args.slo, plot)
+            write_plot(result, plot)
         report = {**result.to_json(), "wall_s": wall_s, "cpu_s": cpu_s}
         picture = [] if plot is None else [f"picture: {plot}"]
         show(report, [*_tables(report, described.args.slo), *picture], as_json, out)
@@ -100,14 +99,12 @@ def run_trace(
         model_config = resolve_model(trace.args.model, trace.args.state_dir)
     dims = ModelDims.load(model_config, dtype_bytes=4 if trace.args.model.dtype == "float32" else 2)
     hardware = hardware_of(measured, dims, trace.args)
-    with ExitStack() as stack:
-        write = None
-        if log is not None:
-            try:
-                write = stack.enter_context(log.open("w", encoding="utf-8")).write
-            except OSError as error:
-                raise ConfigError(f"cannot write event log {log}: {error}") from error
-        return Simulation(trace, hardware, options, write_log=write).run()
+    try:
+        events = contextlib.nullcontext() if log is None else log.open("w", encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"cannot write event log {log}: {error}") from error
+    with events as file:
+        return Simulation(trace, hardware, options, write_log=None if file is None else file.write).run()
 
 
 def _tables(found: dict[str, Any], slo: SloConfig) -> Iterator[Table]:

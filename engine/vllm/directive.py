@@ -13,6 +13,9 @@ from core.types import SliceReport, SliceTiming
 TASK_KEY = "mace_finetune_task"
 """Key in `SamplingParams.extra_args` that carries a task. Only code inside the replica may set it."""
 
+CLIENT_KEY = "mace_client"
+"""Key in `SamplingParams.extra_args` that says who sent a request (`engine.vllm.requests.CLIENT`)."""
+
 DIRECTIVE_ATTRIBUTE = "mace_directive"
 REPORT_ATTRIBUTE = "mace_report"
 

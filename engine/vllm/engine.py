@@ -19,7 +19,8 @@ from core.errors import MaceError, TrainingError
 from core.types import FineTuneTask, TaskResult
 from engine.vllm import compat as vllm_compat
 from engine.vllm.directive import TASK_KEY
-from engine.vllm.grammars import check_constraints
+from engine.vllm.grammars import GrammarCheck
+from engine.vllm.requests import check_requests
 from scheduler.priority import BACKGROUND_PRIORITY
 
 logger = logging.getLogger(__name__)
@@ -50,7 +51,7 @@ class HybridEngine:
     def __init__(self, client: Any, args: AppArgs) -> None:
         self.client = client
         """vLLM's `AsyncLLM`."""
-        self._grammars = check_constraints(client)
+        self._grammars: GrammarCheck | None = None
         self._args = args
         self.free_memory_bytes = float("inf")
         """Free device memory as the worker saw it last; infinite before the first report."""
@@ -61,7 +62,9 @@ class HybridEngine:
         from vllm.v1.engine.async_llm import AsyncLLM
 
         engine_args = vllm_compat.make_engine_args(args, model_dir)
-        return cls(AsyncLLM.from_engine_args(engine_args, stat_loggers=stat_loggers), args)
+        engine = cls(AsyncLLM.from_engine_args(engine_args, stat_loggers=stat_loggers), args)
+        engine._grammars = check_requests(engine.client)
+        return engine
 
     async def run_task(self, task: FineTuneTask) -> TaskResult:
         """Run a fine-tune task to its end, slice by slice between inference. Cancelling aborts it.
@@ -296,7 +299,8 @@ class HybridEngine:
 
     def shutdown(self) -> None:
         """Stop the engine processes."""
-        self._grammars.close()
+        if self._grammars is not None:
+            self._grammars.close()
         self.client.shutdown()
 
     async def _call_worker(self, method: str, *args: Any) -> Any:

@@ -8,7 +8,6 @@ engine then repeats a compilation that is known to be harmless.
 """
 
 import asyncio
-import copy
 import logging
 import multiprocessing
 import os
@@ -20,8 +19,6 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
-import msgspec
-
 logger = logging.getLogger(__name__)
 
 TIME_LIMIT_S = 5.0
@@ -32,53 +29,9 @@ MEMORY_LIMIT_BYTES = 512 << 20
 _MAX_KNOWN = 512
 _MAX_CHILDREN = 4
 _WALKED_TOKENS = 16
-_START_LIMIT_S = 120.0
 
 Verdict = tuple[Any, str]
 """The constraint as the engine shall have it and an empty text; or None and the reason of the refusal."""
-
-
-def check_constraints(client: Any) -> "GrammarCheck":
-    """Check the constraint of each request that comes to a started `AsyncLLM`, whatever route it takes.
-
-    vLLM's own checks in this process, which compile on the event loop, do nothing from here on.
-    """
-    from vllm import SamplingParams
-    from vllm.v1.structured_output import backend_xgrammar
-
-    grammars, add_request = GrammarCheck(client.vllm_config), client.add_request
-
-    async def checked(request_id: str, prompt: Any, params: Any, *args: Any, **kwargs: Any) -> Any:
-        check_sendable((request_id, params, kwargs.get("priority")))
-        constraint = getattr(params, "structured_outputs", None)
-        if constraint is not None and not constraint.all_constraints_none():
-            params.structured_outputs = copy.copy(await grammars.check(constraint))  # vLLM writes into it
-        return await add_request(request_id, prompt, params, *args, **kwargs)
-
-    client.add_request = checked
-    SamplingParams._validate_structured_outputs = _leave_to_check  # noqa: SLF001
-    backend_xgrammar.validate_xgrammar_grammar = _leave_to_check
-    return grammars
-
-
-def check_sendable(value: Any) -> None:
-    """Refuse what cannot be sent to the engine: a number of more than 64 bits, or half of a character.
-
-    vLLM finds out after it has registered the request, which would then stay for ever.
-
-    Raises:
-        VLLMValidationError: saying so.
-    """
-    from vllm.exceptions import VLLMValidationError
-
-    try:
-        msgspec.msgpack.encode(value)
-    except (OverflowError, UnicodeEncodeError, TypeError, RecursionError) as error:
-        raise VLLMValidationError(f"a parameter cannot be sent to the engine: {error}") from error
-
-
-def _leave_to_check(*_: Any) -> None:
-    """Stands for vLLM's checks of a constraint in the front end."""
 
 
 def serve_each_backend(manager: Any) -> None:

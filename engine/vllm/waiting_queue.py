@@ -15,6 +15,7 @@ from vllm.v1.core.sched.request_queue import RequestQueue
 from vllm.v1.request import Request
 
 from core.config import ExperimentsConfig
+from engine.vllm.directive import CLIENT_KEY
 from scheduler.queues.waiting import WaitingQueue
 
 _LEADING_TOKENS = 128
@@ -34,6 +35,8 @@ class AgeingRequestQueue(RequestQueue):
         self._leading_blocks = max(1, _LEADING_TOKENS // block_tokens) if block_tokens else 1
         self._groups: dict[str, Any] = {}
         """Groups of all requests that ever waited here and may still run, keyed by request id."""
+        self._rounds: dict[str, int] = {}
+        """Likewise the rounds of those that a client sent."""
         self.now_s = 0.0
         """Wall clock of the iteration that is being scheduled, like `Request.arrival_time`."""
 
@@ -46,23 +49,29 @@ class AgeingRequestQueue(RequestQueue):
         return self._queue.oldest_arrival_s()
 
     def add_request(self, request: Request) -> None:
-        """Queue a request by its class, priority, arrival and prefix."""
+        """Queue a request by its class, priority, client, arrival and prefix."""
         group = self._group_of(request) if self._orders_prefixes else None
         if group is not None:
             self._groups[request.request_id] = group
-        self._queue.push(request.request_id, request, request.arrival_time, request.priority, group)
+        client, name = _client_of(request), request.request_id
+        at_round = self._queue.push(
+            name, request, request.arrival_time, request.priority, group, client, self._rounds.get(name)
+        )
+        if client is not None:
+            self._rounds[name] = at_round
 
     def note_running(self, running: Sequence[Request]) -> None:
         """Say what runs, before an iteration is scheduled: requests that share a prefix with it come sooner."""
-        if not self._groups or not len(self._queue):
+        groups, rounds = self._groups, self._rounds
+        if len(groups) + len(rounds) > _FORGET_ABOVE + 4 * len(self._queue):
+            kept = {request.request_id for request in (*running, *self)}
+            self._groups = groups = {name: group for name, group in groups.items() if name in kept}
+            self._rounds = {name: at_round for name, at_round in rounds.items() if name in kept}
+        if not groups or not len(self._queue):
             return
-        groups = self._groups
         in_use = {groups.get(request.request_id) for request in running}
         in_use.discard(None)
         self._queue.set_in_use(in_use)
-        if len(groups) > _FORGET_ABOVE + 2 * len(self._queue):
-            kept = {request.request_id for request in (*running, *self)}
-            self._groups = {request_id: group for request_id, group in groups.items() if request_id in kept}
 
     def pop_request(self) -> Request:
         """Take out the first request."""
@@ -73,7 +82,7 @@ class AgeingRequestQueue(RequestQueue):
         return self._queue.peek(self.now_s)
 
     def prepend_request(self, request: Request) -> None:
-        """Put a request back. Its arrival time brings it to the front of its class."""
+        """Put a request back. Its round and its arrival bring it to the front of its class."""
         self.add_request(request)
 
     def prepend_requests(self, requests: Iterable[Request]) -> None:
@@ -106,3 +115,8 @@ class AgeingRequestQueue(RequestQueue):
 
     def __iter__(self) -> Iterator[Request]:
         return self._queue.iterate(self.now_s)
+
+
+def _client_of(request: Request) -> str | None:
+    params = request.sampling_params
+    return params.extra_args.get(CLIENT_KEY) if params is not None and params.extra_args else None

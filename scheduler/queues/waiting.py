@@ -1,7 +1,7 @@
 """The waiting order of requests: dynamic priority by class, then arrival, then sequence number.
 
-All requests of one `priority` value age at one rate, so among them the order of arrival is the order: a sorted
-list for each value, and only their heads are compared at the moment of asking.
+All requests of one `priority` value age at one rate, so among them the order is fixed: a sorted list for each value,
+and only their heads are compared at the moment of asking.
 
 Requests that share a prefix go together: who shares one with a running request is treated as if it had arrived
 `HEAD_START_S` earlier. Its keys and values are in the cache now and may be gone later, and while both run they need
@@ -9,8 +9,12 @@ memory for them once. As soon as the first of a group runs, the others follow it
 
     P(t) = base + rate * (wait_s + HEAD_START_S)    if the prefix is in use,    base + rate * wait_s    otherwise
 
-So nobody starves: within a `priority` value a request is overtaken only by those that arrived less than
+So nobody starves: within a `priority` value and a round a request is overtaken only by those that arrived less than
 `HEAD_START_S` after it, however many share prefixes, whatever the rate.
+
+Clients of one `priority` value take turns (start-time fair queueing, in requests): the first `CLIENT_TURN` requests of
+a client that wait belong to the round that is being served, the next ones to the round after it, and so on, and a
+round goes before the next. So a client's request is never behind another's hundred, and the hundred never starve.
 """
 
 import heapq
@@ -27,13 +31,23 @@ from scheduler.priority import clamp_user_priority, prefill_base, prefill_rate
 HEAD_START_S = 0.5
 """A request whose prefix is in use overtakes only those of its priority that arrived at most so much earlier."""
 
+CLIENT_TURN = 8
+"""Requests of one client in a round. Few enough that others hardly wait, enough for prefixes to be ordered among."""
+
+_MANY_CLIENTS = 4096
+"""Above this, clients whose turn is over are forgotten."""
+
 T = TypeVar("T")
+Client = Hashable
+"""Who sent a request; None takes no turns, as our own requests do and those of the simulator."""
 Group = Hashable
 """Names a prefix; None for a request that shares none."""
-_Entry = tuple[float, int, str, Group]
-"""Arrival, sequence number, request id, group. No two have one sequence number, so groups are never compared."""
-_Key = tuple[float, float, _Entry]
-"""Minus the priority, the turn (arrival minus head start), and the entry."""
+_Entry = tuple[int, float, int, str, Group]
+"""Round, arrival, sequence number, id, group. No two have one sequence number, so groups are never compared."""
+_Turn = tuple[int, float]
+"""Round, and arrival minus head start."""
+_Key = tuple[float, _Turn, _Entry]
+"""Minus the priority, the turn, and the entry."""
 
 
 @dataclass(slots=True)
@@ -50,27 +64,41 @@ class _Lane:
     """First entry of each group whose prefix is in use."""
     hot_heads: list[_Entry] = field(default_factory=list)
     """The values of `hot`, oldest first."""
+    round: int = 0
+    """The round of what was served last."""
+    shares: dict[Client, int] = field(default_factory=dict)
+    """Requests of each client so far, counted from round 0: the next one belongs to the quotient by `CLIENT_TURN`."""
+
+    def next_round(self, client: Client) -> int:
+        """The round of a client's next request."""
+        if client is None:
+            return self.round
+        if len(self.shares) > _MANY_CLIENTS:
+            self.shares = {name: share for name, share in self.shares.items() if share > self.round * CLIENT_TURN}
+        share = max(self.shares.get(client, 0), self.round * CLIENT_TURN)
+        self.shares[client] = share + 1
+        return share // CLIENT_TURN
 
     def add(self, entry: _Entry, *, is_hot: bool) -> None:
         """Put an entry into its place."""
         insort(self.entries, entry)
-        if entry[3] is not None:
-            insort(self.groups.setdefault(entry[3], []), entry)
+        if entry[4] is not None:
+            insort(self.groups.setdefault(entry[4], []), entry)
             if is_hot:
-                self.heat(entry[3])
+                self.heat(entry[4])
 
     def remove(self, entry: _Entry) -> None:
         """Take an entry out."""
         del self.entries[bisect_left(self.entries, entry)]
-        members = self.groups.get(entry[3])
+        members = self.groups.get(entry[4])
         if members is None:
             return
         del members[bisect_left(members, entry)]
-        was_hot = self.cool(entry[3])
+        was_hot = self.cool(entry[4])
         if not members:
-            del self.groups[entry[3]]
+            del self.groups[entry[4]]
         elif was_hot:
-            self.heat(entry[3])
+            self.heat(entry[4])
 
     def heat(self, group: Group) -> None:
         """The group's prefix is in use, or its first entry has changed."""
@@ -91,27 +119,31 @@ class _Lane:
     def first(self, now_s: float) -> _Key:
         """Key of the entry that comes first; the lane must not be empty."""
         entry = self.entries[0]
-        turn_s = entry[0]
+        turn = entry[:2]
         if self.hot_heads:  # if `entry` is hot itself, it is the first of these
             hot = self.hot_heads[0]
-            turn_s, entry = min((turn_s, entry), (hot[0] - HEAD_START_S, hot))
-        return self.key(turn_s, entry, now_s)
+            turn, entry = min((turn, entry), (_hot_turn(hot), hot))
+        return self.key(turn, entry, now_s)
 
-    def key(self, turn_s: float, entry: _Entry, now_s: float) -> _Key:
+    def key(self, turn: _Turn, entry: _Entry, now_s: float) -> _Key:
         """Sorts as the total order does: highest priority, earliest turn, earliest arrival first."""
-        return (-(self.base + self.rate * max(0.0, now_s - turn_s)), turn_s, entry)
+        return (-(self.base + self.rate * max(0.0, now_s - turn[1])), turn, entry)
 
     def keyed(self, now_s: float) -> Iterator[_Key]:
-        """Keys in order."""
-        return (self.key(turn_s, entry, now_s) for turn_s, entry in self.in_order())
+        """Keys in order of turns."""
+        return (self.key(turn, entry, now_s) for turn, entry in self.in_order())
 
-    def in_order(self) -> Iterator[tuple[float, _Entry]]:
-        """Entries in order, each with its turn: arrival minus head start. Takes as long as what is taken from it."""
+    def in_order(self) -> Iterator[tuple[_Turn, _Entry]]:
+        """Entries in order, each with its turn. Takes as long as what is taken from it."""
         if not self.hot:
-            return ((entry[0], entry) for entry in self.entries)
+            return ((entry[:2], entry) for entry in self.entries)
         hot = heapq.merge(*(self.groups[group] for group in self.hot))
-        cold = ((entry[0], entry) for entry in self.entries if entry[3] not in self.hot)
-        return heapq.merge(((entry[0] - HEAD_START_S, entry) for entry in hot), cold)
+        cold = ((entry[:2], entry) for entry in self.entries if entry[4] not in self.hot)
+        return heapq.merge(((_hot_turn(entry), entry) for entry in hot), cold)
+
+
+def _hot_turn(entry: _Entry) -> _Turn:
+    return entry[0], entry[1] - HEAD_START_S
 
 
 class WaitingQueue(Generic[T]):
@@ -122,6 +154,8 @@ class WaitingQueue(Generic[T]):
         self._lanes: dict[int, _Lane] = {}
         self._where: dict[str, tuple[int, _Entry]] = {}
         self._payloads: dict[str, T] = {}
+        self._arrivals: list[tuple[float, str]] = []
+        """Of all that wait, oldest first."""
         self._in_use: AbstractSet[Group] = frozenset()
         self._sequence = 0
 
@@ -129,9 +163,22 @@ class WaitingQueue(Generic[T]):
         return len(self._payloads)
 
     def push(
-        self, request_id: str, payload: T, arrived_s: float, user_priority: int = 0, group: Group = None
-    ) -> None:
-        """Add a request, or put it anew. A preempted one keeps its arrival and so comes back to the front."""
+        self,
+        request_id: str,
+        payload: T,
+        arrived_s: float,
+        user_priority: int = 0,
+        group: Group = None,
+        client: Client = None,
+        at_round: int | None = None,
+    ) -> int:
+        """Add a request, or put it anew.
+
+        A preempted or skipped one keeps its arrival and, as `at_round`, what this returned: it comes back to its place.
+
+        Returns:
+            The round that it belongs to.
+        """
         self.remove(request_id)
         lane_key = clamp_user_priority(user_priority)
         lane = self._lanes.get(lane_key)
@@ -139,10 +186,17 @@ class WaitingQueue(Generic[T]):
             rate = prefill_rate(lane_key, self._experiments)
             lane = self._lanes[lane_key] = _Lane(prefill_base(lane_key), rate)
         self._sequence += 1
-        entry = (arrived_s, self._sequence, request_id, group if self._experiments.prefix_order else None)
+        group = group if self._experiments.prefix_order else None
+        if at_round is None:
+            at_round = lane.next_round(client)
+        else:
+            lane.round = min(lane.round, at_round)
+        entry = (at_round, arrived_s, self._sequence, request_id, group)
         lane.add(entry, is_hot=group in self._in_use)
         self._where[request_id] = (lane_key, entry)
         self._payloads[request_id] = payload
+        insort(self._arrivals, (arrived_s, request_id))
+        return at_round
 
     def set_in_use(self, groups: AbstractSet[Group]) -> None:
         """Say whose prefixes running requests use. Call between iterations: it changes the order."""
@@ -163,6 +217,8 @@ class WaitingQueue(Generic[T]):
         """Take out the request that runs next; IndexError if the queue is empty."""
         request_id = self._first(now_s)
         payload = self._payloads[request_id]
+        lane_key, entry = self._where[request_id]
+        self._lanes[lane_key].round = entry[0]
         self.remove(request_id)
         return payload
 
@@ -173,6 +229,7 @@ class WaitingQueue(Generic[T]):
             return None
         lane_key, entry = where
         self._lanes[lane_key].remove(entry)
+        del self._arrivals[bisect_left(self._arrivals, (entry[1], request_id))]
         return self._payloads.pop(request_id)
 
     def head(self, count: int, now_s: float) -> list[T]:
@@ -183,16 +240,16 @@ class WaitingQueue(Generic[T]):
         """All requests in order. The queue must not change meanwhile."""
         lanes = [lane for lane in self._lanes.values() if lane.entries]
         if len(lanes) == 1:  # the usual case, and vLLM walks the queue often
-            return (self._payloads[entry[2]] for _, entry in lanes[0].in_order())
+            return (self._payloads[entry[3]] for _, entry in lanes[0].in_order())
         merged = heapq.merge(*(lane.keyed(now_s) for lane in lanes))
-        return (self._payloads[request_id] for _, _, (_, _, request_id, _) in merged)
+        return (self._payloads[entry[3]] for _, _, entry in merged)
 
     def oldest_arrival_s(self) -> float | None:
         """Earliest arrival of any waiting request."""
-        return min((lane.entries[0][0] for lane in self._lanes.values() if lane.entries), default=None)
+        return self._arrivals[0][0] if self._arrivals else None
 
     def _first(self, now_s: float) -> str:
         firsts = [lane.first(now_s) for lane in self._lanes.values() if lane.entries]
         if not firsts:
             raise IndexError("no request is waiting")
-        return min(firsts)[2][2]
+        return min(firsts)[2][3]

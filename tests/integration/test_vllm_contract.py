@@ -263,3 +263,29 @@ def test_the_prompt_tap_sees_every_request_of_the_front_end():
 
     wanted = ["self", "request", "prompt", "parent_req", "request_index", "queue"]
     assert parameters(OutputProcessor.add_request) == wanted
+
+
+def test_every_request_passes_one_method_and_its_constraint_is_checked_in_two_places():
+    from vllm.sampling_params import SamplingParams, StructuredOutputsParams
+    from vllm.v1.engine.async_llm import AsyncLLM
+    from vllm.v1.structured_output import StructuredOutputManager, backend_xgrammar
+
+    assert parameters(AsyncLLM.add_request)[:4] == ["self", "request_id", "prompt", "params"]
+    assert "self.add_request(" in inspect.getsource(AsyncLLM.generate)
+    assert "_validate_structured_outputs(" in inspect.getsource(SamplingParams.verify)
+    assert callable(backend_xgrammar.validate_xgrammar_grammar)
+    assert hasattr(StructuredOutputsParams(regex="a"), "_backend")
+    source = inspect.getsource(StructuredOutputManager)
+    for name in ("_use_async_grammar_compilation", "self._create_grammar", "def grammar_init", "self.backend"):
+        assert name in source
+
+
+def test_adapters_are_kept_to_the_modules_that_we_train():
+    from vllm.engine.arg_utils import AsyncEngineArgs
+
+    assert "lora_target_modules" in {field.name for field in dataclasses.fields(AsyncEngineArgs)}
+    from vllm.v1.worker.gpu_model_runner import GPUModelRunner
+
+    source = inspect.getsource(GPUModelRunner)
+    assert "discard_request_mask" in source
+    assert "gen.set_offset(" in source  # what `HybridCpuWorker.sample_tokens` keeps from happening

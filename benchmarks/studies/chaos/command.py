@@ -1,7 +1,6 @@
 """`mace chaos`: kill processes of a server under load, and count what is lost."""
 
 import asyncio
-import json
 import tempfile
 import time
 from collections.abc import Iterator
@@ -13,9 +12,9 @@ from typing import Annotated
 import httpx
 import typer
 from openai import AsyncOpenAI
-from rich.console import Console
 
 from benchmarks.harness.client import HttpPort, Load
+from benchmarks.harness.report import AsJson, StateDir, note, show
 from benchmarks.harness.server import ServerError, ServerProcess, own_servers
 from benchmarks.studies.chaos.load import (
     FeedbackPort,
@@ -26,7 +25,7 @@ from benchmarks.studies.chaos.load import (
     read_all_feedback,
     write_feedback,
 )
-from benchmarks.studies.chaos.report import Findings, make_report, show_report
+from benchmarks.studies.chaos.report import Findings, make_report, tables
 from benchmarks.studies.chaos.strike import KINDS, Kill, Strike, Striker, make_plan
 from benchmarks.studies.chaos.watch import Watch
 from core.config import TINY_ASSISTANT
@@ -36,17 +35,17 @@ _CHAT_TIMEOUT_S = 150.0
 
 
 def chaos(
-    kills: Annotated[int, typer.Option(min=1, help="How many processes to kill")] = 50,
-    seed: Annotated[int, typer.Option(help="Of victims, moments and load")] = 0,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON; progress goes to stderr")] = False,
+    kills: Annotated[int, typer.Option(min=1, help="Number of processes to kill")] = 50,
+    seed: Annotated[int, typer.Option(help="Seed of victims, moments and load")] = 0,
+    as_json: AsJson = False,
     kinds: Annotated[str, typer.Option(help=f"Comma-separated, of {', '.join(KINDS)}")] = ",".join(KINDS),
     max_s: Annotated[float, typer.Option(min=1, help="Begin no further kill after this time, seconds")] = 7200.0,
     rate: Annotated[float, typer.Option(min=0.01, help="Chat requests per second")] = 2.0,
     feedback_interval_s: Annotated[float, typer.Option(min=0.01, help="Seconds between two feedback posts")] = 0.5,
     keep_state: Annotated[Path | None, typer.Option(help="New directory that state and log stay in")] = None,
     config: Annotated[Path, typer.Option(help="Serve config to start from")] = Path("serve_config.yaml"),
-    state_dir: Annotated[Path, typer.Option(help="Where the built-in model is or will be")] = Path("state"),
-    port: Annotated[int | None, typer.Option(min=1, max=65535, help="Of the server; none: a free one")] = None,
+    state_dir: StateDir = Path("state"),
+    port: Annotated[int | None, typer.Option(min=1, max=65535, help="HTTP port; none: a free one")] = None,
 ) -> None:
     """Kill processes of a server of our own at random, under load; exit code 1 if anything was lost."""
     from engine.tiny.build import ensure_tiny_assistant
@@ -71,10 +70,7 @@ def chaos(
     except (ServerError, OSError) as error:
         typer.secho(f"mace chaos: {error}", fg="red", err=True)
         raise typer.Exit(1) from error
-    if as_json:
-        typer.echo(json.dumps(report, indent=2))
-    else:
-        show_report(report, Console())
+    show(report, tables(report), as_json)
     raise typer.Exit(0 if report["passed"] else 1)
 
 
@@ -125,8 +121,8 @@ async def _under_load(server: ServerProcess, options: Options) -> Findings:
         ledger, watch = Ledger(), Watch(client, server.state_dir)
         chat = Load(HttpPort(openai, "mace-tiny"), time.monotonic)
         feedback = Load(FeedbackPort(client, preferences(options.seed), ledger), time.monotonic)
-        striker = Striker(server, watch, chat, feedback, ledger, _note)
-        _note("starting the server")
+        striker = Striker(server, watch, chat, feedback, ledger)
+        note("starting the server")
         await server.start()
         watching = asyncio.create_task(watch.run())
         sending = asyncio.gather(
@@ -162,15 +158,15 @@ async def _strike(striker: Striker, options: Options) -> str | None:
     await striker.wait_for_training()
     for strike in options.plan:
         if time.monotonic() > give_up_s:
-            _note(f"{options.max_s:g} s are over; {len(options.plan) - len(striker.kills)} kills are left out")
+            note(f"{options.max_s:g} s are over; {len(options.plan) - len(striker.kills)} kills are left out")
             break
         try:
             kill = await striker.carry_out(strike)
         except ServerError as error:  # what was found is worth a report; one more start, to read it all back
-            _note(f"stopped: {error}")
+            note(f"stopped: {error}")
             await striker.start_anew()
             return str(error)
-        _note(_line(kill, len(options.plan)))
+        note(_line(kill, len(options.plan)))
     return None
 
 
@@ -179,7 +175,3 @@ def _line(kill: Kill, total: int) -> str:
     texts = ", ".join(f"{name} {'never' if s is None else f'after {s:.1f} s'}" for name, s in times.items())
     lost = "unknown" if kill.steps_lost is None else kill.steps_lost
     return f"{kill.number}/{total} {kill.kind} ({kill.target}) at {kill.moment}: {texts}; steps lost {lost}"
-
-
-def _note(line: str) -> None:
-    typer.echo(line, err=True)

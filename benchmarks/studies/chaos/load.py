@@ -12,7 +12,7 @@ import random
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Iterable, Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
 
 import httpx
@@ -84,13 +84,6 @@ class Audit:
     """Ids that are there more than once, or whose content or pair is."""
     unknown: int
     """Records that nobody sent."""
-
-    def to_wire(self) -> dict[str, Any]:
-        """Counts, and the first few ids."""
-        wire = asdict(self)
-        for name in ("lost", "duplicated"):
-            wire |= {name: len(wire[name]), f"{name}_ids": wire[name][:20]}
-        return wire
 
 
 @dataclass(slots=True)

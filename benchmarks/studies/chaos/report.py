@@ -2,14 +2,15 @@
 
 import itertools
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from benchmarks.harness.client import RequestRecord
+from benchmarks.harness.report import Column, digits, table_of
 from benchmarks.harness.statistics import percentile
 from benchmarks.studies.chaos.load import Audit, Ledger
 from benchmarks.studies.chaos.strike import Kill
@@ -21,6 +22,18 @@ STALL_S = 10.0
 
 Row = dict[str, Any]
 
+_COLUMNS: tuple[Column, ...] = (
+    ("killed", "kind", str),
+    ("times", "times", str),
+    ("recovery p50", "recovery_p50", digits(1)),
+    ("p90", "recovery_p90", digits(1)),
+    ("max, s", "recovery_max", digits(1)),
+    ("downtime p50", "downtime_p50", digits(1)),
+    ("max, s", "downtime_max", digits(1)),
+    ("failed", "failed", str),
+    ("steps lost", "lost", str),
+)
+
 
 @dataclass(slots=True)
 class Findings:
@@ -29,7 +42,7 @@ class Findings:
     seed: int
     planned: int
     stopped: str | None
-    """Why the plan was not carried out to its end, if something went wrong."""
+    """Reason for which the plan was not carried out to its end, if something went wrong."""
     kills: Sequence[Kill]
     requests: Sequence[RequestRecord]
     ledger: Ledger
@@ -44,7 +57,7 @@ class Findings:
 def make_report(findings: Findings) -> dict[str, Any]:
     """The document that `--json` prints. `passed` is False if anything in `problems`."""
     kills, requests, versions = findings.kills, findings.requests, findings.versions
-    failed = failures_by_kill(kills, requests)
+    failed, audit = failures_by_kill(kills, requests), asdict(findings.audit)
     rows: list[Row] = [
         asdict(kill) | {"downtime_s": downtime_s(kill, requests), "failed_requests": failed[kill.number]}
         for kill in kills
@@ -60,7 +73,9 @@ def make_report(findings: Findings) -> dict[str, Any]:
         "kills": len(kills),
         "kills_by_kind": dict(Counter(kill.kind for kill in kills)),
         "feedback": {
-            **findings.audit.to_wire(),
+            **audit,
+            **{name: len(audit[name]) for name in ("lost", "duplicated")},
+            **{f"{name}_ids": audit[name][:20] for name in ("lost", "duplicated")},
             "repeated_posts": findings.ledger.repeats,
             "answers": dict(findings.ledger.answers),
         },
@@ -104,22 +119,22 @@ def downtime_s(kill: Kill, requests: Sequence[RequestRecord]) -> float | None:
     return max(later - earlier for earlier, later in itertools.pairwise(moments))
 
 
-def show_report(report: dict[str, Any], console: Console) -> None:
-    """Print the report as a table and a few lines."""
-    table = Table(
-        "killed", "times", "recovery p50", "p90", "max, s", "downtime p50", "max, s", "failed", "steps lost"
-    )
+def tables(report: dict[str, Any]) -> Iterator[Table | str]:
+    """Make a table and a few lines of the report."""
     feedback, requests, versions = report["feedback"], report["requests"], report["versions"]
+    rows = []
     for kind, count in [*report["kills_by_kind"].items(), ("all", report["kills"])]:
-        rows = [one for one in report["each"] if kind in (one["kind"], "all")]
-        recovery, downtime = report["recovery_s"][kind], report["downtime_s"][kind]
-        times_s = (recovery["p50"], recovery["p90"], recovery["max"], downtime["p50"], downtime["max"])
-        failed = requests["failed"] if kind == "all" else sum(one["failed_requests"] for one in rows)
-        lost = max(_known(rows, "steps_lost"), default="-")
-        texts = ("-" if time_s is None else f"{time_s:.1f}" for time_s in times_s)
-        table.add_row(kind, str(count), *texts, str(failed), str(lost))
-    console.print(table)
-    console.print(
+        each = [one for one in report["each"] if kind in (one["kind"], "all")]
+        failed = requests["failed"] if kind == "all" else sum(one["failed_requests"] for one in each)
+        lost = max(_known(each, "steps_lost"), default=None)
+        times_s = {
+            f"{name}_{key}": value
+            for name in ("recovery", "downtime")
+            for key, value in report[f"{name}_s"][kind].items()
+        }
+        rows.append({"kind": kind, "times": count, **times_s, "failed": failed, "lost": lost})
+    yield table_of(None, rows, _COLUMNS)
+    yield (
         f"feedback: {feedback['acknowledged']} acknowledged, {feedback['lost']} lost, "
         f"{feedback['duplicated']} duplicated, {feedback['in_doubt']} never acknowledged\n"
         f"requests: {requests['sent']} sent, {requests['failed']} failed ({requests['failed_share']:.1%}), "
@@ -128,10 +143,8 @@ def show_report(report: dict[str, Any], console: Console) -> None:
         f"{len(versions['half_written'])} half-written\n"
         f"seed {report['seed']}, {report['duration_s']:.0f} s, {report['restarts']} restarts"
     )
-    for problem in report["problems"]:
-        console.print(problem, style="red", markup=False)
-    verdict, style = ("nothing was lost", "green") if report["passed"] else ("FAILED", "red")
-    console.print(verdict, style=style)
+    yield from (f"[red]{escape(problem)}[/red]" for problem in report["problems"])
+    yield "[green]nothing was lost[/green]" if report["passed"] else "[red]FAILED[/red]"
 
 
 def _problems(findings: Findings, steps_lost: int) -> list[str]:

@@ -15,6 +15,7 @@ import psutil
 
 from app.commands.processes import is_alive
 from benchmarks.harness.client import Load
+from benchmarks.harness.report import note
 from benchmarks.harness.server import ServerError, ServerProcess, title_of
 from benchmarks.studies.chaos.load import POST, Ledger, questions
 from benchmarks.studies.chaos.watch import Learning, Watch
@@ -112,24 +113,15 @@ class Kill:
 
 
 class Striker:
-    """Carries out strikes on one server, under a load that the caller keeps up. `say` is told what happens besides."""
+    """Carries out strikes on one server, under a load that the caller keeps up."""
 
-    def __init__(
-        self,
-        server: ServerProcess,
-        watch: Watch,
-        chat: Load,
-        feedback: Load,
-        ledger: Ledger,
-        say: Callable[[str], None],
-    ) -> None:
+    def __init__(self, server: ServerProcess, watch: Watch, chat: Load, feedback: Load, ledger: Ledger) -> None:
         self._server = server
         self._watch = watch
         self._chat = chat
         self._feedback = feedback
         self._ledger = ledger
         self._question = next(questions(1.0, seed=0))
-        self._say = say
         self.restarts = 0
         self.kills: list[Kill] = []
         """Those that were struck, the last one perhaps without an end."""
@@ -197,10 +189,8 @@ class Striker:
         if strike.moment == "training":
             sign = await _until(self._is_training, _SIGN_S["training"])
         elif strike.moment == "publishing":
-            old = self._watch.commits_begun()
-            sign = await _until(
-                lambda: self._watch.commits_begun() - old, _SIGN_S["publishing"], pause_s=_DISK_PROBE_S
-            )
+            old, begun = self._watch.commits_begun(), self._watch.commits_begun
+            sign = await _until(lambda: begun() - old, _SIGN_S["publishing"], pause_s=_DISK_PROBE_S)
         elif strike.moment == "request":
             self._chat.send(self._question)
         elif strike.moment == "feedback":
@@ -229,7 +219,7 @@ class Striker:
     async def _is_back(self, strike: Strike, victim: psutil.Process) -> bool:
         """Check that the victim is replaced, and that chat and feedback sent from now on succeed."""
         if self._server.has_exited:
-            self._say("mace serve ended; it is started again")
+            note("mace serve ended; it is started again")
             await self.start_anew()
         if strike.kind != "head" and self._server.find(strike.target, but=victim) is None:
             return False
@@ -253,8 +243,7 @@ class Striker:
 
         async def has_stepped() -> bool:
             nonlocal first
-            now = await self._watch.poll()
-            if now is None:
+            if (now := await self._watch.poll()) is None:
                 return False
             first = first or now
             is_new = before is None or now["started_at"] != before["started_at"]
@@ -304,8 +293,7 @@ async def _until(condition: Callable[[], Any], limit_s: float, *, pause_s: float
     """Ask again and again until a condition (a function or coroutine function) holds; returns its last value."""
     give_up_s = time.monotonic() + limit_s
     while True:
-        value = condition()
-        if inspect.isawaitable(value):
+        if inspect.isawaitable(value := condition()):
             value = await value
         if value or time.monotonic() > give_up_s:
             return value

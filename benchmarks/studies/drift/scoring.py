@@ -13,7 +13,6 @@ from typing import Any
 import httpx
 
 from benchmarks.studies.drift.record import DriftError
-from core.config import TrainingConfig
 from core.types import TokenizedPair
 
 _SEQUENCES_AT_ONCE = 64
@@ -25,14 +24,6 @@ PairLogProbs = tuple[tuple[float, float], ...]
 
 Sequences = list[tuple[list[int], list[int]]]
 """Prompt and completion, as token ids."""
-
-
-def tokenized(model_dir: Path, pairs: Sequence[Any]) -> list[TokenizedPair]:
-    """Training pairs as the server would tokenize them (`engine.training.pair_tokens`)."""
-    from engine.training.pair_tokens import PairTokenizer
-
-    tokenizer = PairTokenizer.load(str(model_dir), TrainingConfig())
-    return [tokenizer.tokenize(pair) for pair in pairs]
 
 
 class Scorer:

@@ -52,7 +52,7 @@ def summarize(runs: Sequence[Run]) -> dict[str, Any]:
     return {
         "plan": plan.model_dump(mode="json"),
         "seeds": sorted({run.seed for run in runs}),
-        "versions": runs[0].record.versions,
+        "versions": runs[0].versions,
         "targets": targets,
         "policies": policies,
         "comparisons": compare(policies, plan.phase_s),
@@ -82,14 +82,12 @@ def _policy_row(runs: list[Run], targets: list[float | None]) -> dict[str, Any]:
         "mean_accuracy": _over_seeds(runs, lambda run: mean_accuracy(run.points)),
         "steps": _over_seeds(runs, lambda run: run.points[-1].steps),
         "pairs_trained": _over_seeds(runs, lambda run: run.points[-1].pairs),
-        "pairs_posted": _over_seeds(runs, lambda run: run.record.posts.accepted),
+        "pairs_posted": _over_seeds(runs, lambda run: run.posts.accepted),
         "versions": _over_seeds(runs, lambda run: len({point.version for point in run.points}) - 1),
-        "rejected": _over_seeds(
-            runs, lambda run: sum(one.get("status") == "rejected" for one in run.record.adapters)
-        ),
+        "rejected": _over_seeds(runs, lambda run: sum(one.get("status") == "rejected" for one in run.adapters)),
         "phases": [_phase_row(runs, phase, target) for phase, target in enumerate(targets)],
         "stream": _stream_row(runs),
-        "max_served_gap": max(run.record.served_gap for run in runs),
+        "max_served_gap": max(run.served_gap for run in runs),
     }
 
 
@@ -101,7 +99,7 @@ def _phase_row(runs: list[Run], phase: int, target: float | None) -> dict[str, A
     return {
         "style": style,
         "final_accuracy": float(hits.mean()),
-        "final_accuracy_interval": crossed_interval(hits, runs[0].record.facts[style]),
+        "final_accuracy_interval": crossed_interval(hits, runs[0].facts[style]),
         "final_by_seed": hits.mean(axis=1).tolist(),
         "final_margin": mean(point.margin for point in finals),
         "final_clpd": mean(point.clpd for point in finals),
@@ -120,21 +118,21 @@ def _style_share(runs: list[Run], phase: int) -> float | None:
     replies = [
         reply
         for run in runs
-        for reply in run.record.stream.replies
+        for reply in run.stream.replies
         if (phase + 0.5) * plan.phase_s <= reply.sent_s < (phase + 1) * plan.phase_s
     ]
     return mean(reply.style == plan.styles[phase].value for reply in replies)
 
 
 def _stream_row(runs: list[Run]) -> dict[str, Any]:
-    streams = [run.record.stream for run in runs]
+    streams = [run.stream for run in runs]
     ttft = [value for stream in streams for value in stream.ttft_s]
     tbt = [value for stream in streams for value in stream.tbt_s]
     rights = [reply.is_right for stream in streams for reply in stream.replies]
     return {
         "requests": sum(stream.num_requests for stream in streams),
         "failed": sum(len(stream.errors) for stream in streams),
-        "failed_posts": sum(len(run.record.posts.errors) for run in runs),
+        "failed_posts": sum(len(run.posts.errors) for run in runs),
         "right": mean(rights),
         **{f"ttft_p{q}_s": percentile(ttft, q) for q in (50, 99)},
         **{f"tbt_p{q}_s": percentile(tbt, q) for q in (50, 99)},
@@ -165,15 +163,11 @@ def _units(row: Row, quantity: str, seeds: list[int], phase_s: float) -> tuple[l
     places = [row["seeds"].index(seed) for seed in seeds]
     if quantity == "all_steps":
         return [row["steps"]["by_seed"][place] for place in places], 0
-    values, censored = [], 0
-    for phase in row["phases"][1:]:
-        for place in places:
-            value = phase[quantity][place]
-            if value is None:
-                value = phase_s if quantity == "recovery_s" else phase["steps"][place]
-                censored += 1
-            values.append(value)
-    return values, censored
+    units = [(phase, place) for phase in row["phases"][1:] for place in places]
+    values = [phase[quantity][place] for phase, place in units]
+    whole = [phase_s if quantity == "recovery_s" else phase["steps"][place] for phase, place in units]
+    known = [limit if value is None else value for value, limit in zip(values, whole, strict=True)]
+    return known, values.count(None)
 
 
 def _ratio(

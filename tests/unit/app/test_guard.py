@@ -5,8 +5,10 @@ from fastapi import FastAPI, Request
 from starlette.testclient import TestClient
 
 from app.http.errors import BadRequestError
-from app.http.guard import check_internal_keys, guard
+from app.http.guard import check_internal_keys, check_size, give_own_id, guard, note_client, num_choices
 from app.http.request import REQUEST_KEY, RequestChain
+from core.config import EngineConfig
+from engine.vllm.requests import CLIENT
 
 
 @pytest.fixture
@@ -129,3 +131,64 @@ def test_half_a_character_is_refused(client, text, status):
 )
 def test_other_log_probabilities_pass(client, body):
     assert client.post("/echo", json=body).status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("body", "choices"),
+    [
+        ({}, 1),
+        ({"prompt": "x", "n": 3}, 3),
+        ({"prompt": ["a", "b"], "n": 3}, 6),
+        ({"prompt": [[1, 2], [3]]}, 2),
+        ({"prompt": [1, 2, 3]}, 1),
+        ({"messages": [{"role": "user", "content": "x"}] * 5, "best_of": 2}, 2),
+        ({"messages": [[{"role": "user", "content": "x"}]] * 5}, 5),
+        ({"n": "3", "prompt": None}, 1),
+    ],
+)
+def test_the_answers_that_a_request_asks_for(body, choices):
+    assert num_choices(body) == choices
+
+
+@pytest.mark.parametrize(
+    ("body", "status"),
+    [
+        ({"n": 4}, 200),
+        ({"n": 5}, 400),
+        ({"prompt": ["x"] * 5}, 400),
+        ({"n": 2, "max_tokens": 50}, 200),
+        ({"n": 2, "max_completion_tokens": 51}, 400),
+        ({"n": True, "max_tokens": None}, 200),
+    ],
+)
+def test_one_request_may_not_ask_for_everything(body, status):
+    answer = FastAPI()
+    answer.post("/v1/completions")(lambda: "ok")
+    limits = EngineConfig(max_choices=4, max_request_tokens=100)
+    chain = RequestChain(answer, [check_size(limits)], 1000, lambda _: None)
+    assert TestClient(chain).post("/v1/completions", json=body).status_code == status
+
+
+@pytest.mark.parametrize(
+    ("body", "client"), [({"user": "u"}, "u"), ({}, "testclient:50000"), ([], "testclient:50000")]
+)
+def test_the_engine_is_told_who_asks(body, client):
+    app, seen = FastAPI(), []
+    app.post("/x")(lambda: seen.append(CLIENT.get()))
+    TestClient(RequestChain(app, [note_client], 1000, lambda _: None)).post("/x", json=body)
+    assert seen == [client]
+
+
+def test_an_answers_id_is_ours_whatever_the_client_sent():
+    app = FastAPI()
+
+    @app.post("/x")
+    async def echo(request: Request):
+        return [request.headers["x-request-id"], (await request.json()).get("request_id")]
+
+    chain = TestClient(RequestChain(app, [give_own_id], 1000, lambda _: None))
+    replies = [
+        chain.post("/x", json={"request_id": "same"}, headers={"X-Request-Id": "same#1"}).json() for _ in range(2)
+    ]
+    assert len({name for reply in replies for name in reply}) == 2
+    assert all(header == body and len(header) == 32 for header, body in replies)

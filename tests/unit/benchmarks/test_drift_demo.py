@@ -19,8 +19,8 @@ from benchmarks.studies.drift import driver
 from benchmarks.studies.drift.command import Runs
 from benchmarks.studies.drift.driver import look_of, pause, play, versions_by_style
 from benchmarks.studies.drift.plan import DriftPlan, Policy, asks, held_out_pairs, posts, sections
-from benchmarks.studies.drift.record import DriftError, Look, Posts, Reply, Run, RunRecord, Stream, write_csv
-from benchmarks.studies.drift.report import draw, show
+from benchmarks.studies.drift.record import DriftError, Look, Posts, Reply, Run, Stream, write_csv
+from benchmarks.studies.drift.report import draw, tables
 from benchmarks.studies.drift.scoring import Scorer
 from benchmarks.studies.drift.summary import compare, recovery, summarize
 from core.config import AppArgs, ExperimentsConfig
@@ -52,7 +52,7 @@ def record(policy=Policy.MACE, seed=0, *, good_after=(2.0, 2.0, 2.0), steps_per_
         looks.append(
             Look(time_s=time_s, version=version, steps=steps, pairs=8 * steps, phase="idle", retrain_rate=1.0)
         )
-    return RunRecord(
+    return Run(
         policy=policy.value,
         seed=seed,
         plan=plan,
@@ -78,7 +78,7 @@ def record(policy=Policy.MACE, seed=0, *, good_after=(2.0, 2.0, 2.0), steps_per_
 
 
 def summary_of(*records):
-    return summarize([Run(one) for one in records])
+    return summarize(records)
 
 
 def comparison(summary, start):
@@ -97,29 +97,29 @@ def test_the_same_seed_gives_the_same_pairs_and_requests_and_another_seed_others
 
 def test_pairs_come_at_a_steady_rate_and_prefer_the_style_of_their_phase():
     made = posts(PLAN, 0)
-    gaps_s = np.diff([post.at_s for post in made])
+    gaps_s = np.diff([post.arrival_s for post in made])
     assert len(made) == 60
     assert gaps_s == pytest.approx(np.full(59, 0.5))
     questions = {question.text: question for question in preference_questions()}
     for post in made:
-        question = questions[post.body["prompt"][0]["content"]]
-        chosen, rejected = (judge(question, post.body[name]) for name in ("chosen", "rejected"))
-        assert chosen.style is PLAN.styles[PLAN.phase_at(post.at_s)]
+        question = questions[post.prompt["prompt"][0]["content"]]
+        chosen, rejected = (judge(question, post.prompt[name]) for name in ("chosen", "rejected"))
+        assert chosen.style is PLAN.styles[PLAN.phase_at(post.arrival_s)]
         assert rejected.style is not chosen.style
         assert chosen.is_right
         assert rejected.is_right  # only the style tells them apart
 
 
 def test_every_user_posts_an_equal_part():
-    counts = Counter(post.body["user"] for post in posts(PLAN.model_copy(update={"pairs_per_phase": 80}), 0))
+    counts = Counter(post.prompt["user"] for post in posts(PLAN.model_copy(update={"pairs_per_phase": 80}), 0))
     assert set(counts.values()) == {30}
     assert len(counts) == PLAN.num_users
 
 
 def test_no_preference_is_posted_on_a_fact_that_is_held_out():
-    held_out = {pair.fact for style in Style for pair in held_out_pairs(DriftPlan(), style)}
+    held_out = {fact for style in Style for fact, _ in held_out_pairs(DriftPlan(), style)}
     facts = {question.text: question.fact for question in preference_questions()}
-    posted = {facts[post.body["prompt"][0]["content"]] for post in posts(DriftPlan(), 3)}
+    posted = {facts[post.prompt["prompt"][0]["content"]] for post in posts(DriftPlan(), 3)}
     assert held_out <= {question.fact for question in held_out_questions()}
     assert not held_out & posted
 
@@ -203,7 +203,7 @@ def test_a_run_posts_its_pairs_and_asks_on_time_and_keeps_what_the_server_said()
 
     looks, stream, told = asyncio.run(run())
     asked = [ask.at_s for ask in asks(plan, 0) if ask.at_s >= 0]
-    assert posted == [post.body for post in posts(plan, 0)]
+    assert posted == [post.prompt for post in posts(plan, 0)]
     assert (told.accepted, len(told.errors)) == (5, 1)
     assert "HTTP 503" in told.errors[0]
     assert [look.version for look in looks] == ["v0001"] * 11
@@ -289,7 +289,7 @@ def test_margin_accuracy_and_clpd_follow_their_definitions():
             }
         }
     )
-    first, last = Run(one).of_phase(0)[0], Run(one).of_phase(0)[-1]
+    first, last = one.of_phase(0)[0], one.of_phase(0)[-1]
     assert (first.version, first.accuracy, first.margin, first.clpd) == ("base", 0.5, 0.0, 0.0)
     assert last.version == "v0001"
     assert last.accuracy == pytest.approx(0.75)
@@ -300,21 +300,21 @@ def test_margin_accuracy_and_clpd_follow_their_definitions():
 def test_a_margin_is_against_the_base_but_clpd_is_not():
     one = record()
     base = dict.fromkeys(STYLES, ((-10.0, -13.0),) * 4)
-    run = Run(one.model_copy(update={"scores": {**one.scores, "base": base}}))
+    run = one.model_copy(update={"scores": {**one.scores, "base": base}})
     last = run.of_phase(0)[-1]
     assert last.clpd == pytest.approx(4.0)
     assert last.margin == pytest.approx(0.1)
 
 
 def test_a_version_is_judged_by_the_style_of_the_moment():
-    run = Run(record(good_after=(2.0, 4.0, None)))
+    run = record(good_after=(2.0, 4.0, None))
     accuracy = {point.time_s: point.accuracy for point in run.points}
     assert (accuracy[9.5], accuracy[10.0], accuracy[13.5], accuracy[14.0]) == (1.0, 0.0, 0.0, 1.0)
     assert accuracy[30.0] == 0.0
 
 
 def test_the_table_has_a_row_for_each_look(tmp_path):
-    write_csv([Run(record()), Run(record(Policy.FROZEN, good_after=(None,) * 3))], tmp_path / "drift.csv")
+    write_csv([record(), record(Policy.FROZEN, good_after=(None,) * 3)], tmp_path / "drift.csv")
     with (tmp_path / "drift.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert len(rows) == 2 * 61
@@ -330,7 +330,7 @@ def test_the_table_has_a_row_for_each_look(tmp_path):
 
 
 def test_recovery_is_the_first_look_at_which_the_target_is_met():
-    run = Run(record(good_after=(2.0, 3.0, None), steps_per_s=2.0))
+    run = record(good_after=(2.0, 3.0, None), steps_per_s=2.0)
     assert recovery(run, 1, 0.95) == {"time_s": 3.0, "steps": 7}  # steps since the last look of the phase before
     assert recovery(run, 2, 0.95) == {"time_s": None, "steps": None}
 
@@ -404,7 +404,8 @@ def test_the_summary_is_json_and_the_tables_can_be_shown():
     summary = summary_of(record(), record(Policy.CONTINUOUS, steps_per_s=0.0))
     json.dumps(summary, allow_nan=False)
     console = Console(width=200, record=True)
-    show(summary, console)
+    for table in tables(summary):
+        console.print(table)
     text = console.export_text()
     assert "never" not in text
     assert "final accuracy: mace / continuous" in text
@@ -432,7 +433,7 @@ def test_a_ratio_over_nothing_is_unknown_and_over_zero_infinite():
 
 
 def run_all(tmp_path, *, resume):
-    runs = Runs(PLAN, tmp_path, config=tmp_path, model_dir=tmp_path, port=None, say=lambda _: None)
+    runs = Runs(PLAN, tmp_path, config=tmp_path, model_dir=tmp_path, port=None)
     return runs.all([Policy.MACE], range(1), resume=resume)
 
 
@@ -457,8 +458,6 @@ def test_without_resume_nothing_is_overwritten(tmp_path):
 
 
 def test_the_picture_is_drawn_with_several_seeds_and_with_one(tmp_path):
-    runs = [Run(record(Policy.MACE, seed)) for seed in (0, 1)] + [
-        Run(record(Policy.FROZEN, good_after=(None,) * 3))
-    ]
+    runs = [record(Policy.MACE, seed) for seed in (0, 1)] + [record(Policy.FROZEN, good_after=(None,) * 3)]
     draw(runs, [0.95, 0.95, None], tmp_path / "drift.png")
     assert (tmp_path / "drift.png").read_bytes().startswith(b"\x89PNG")

@@ -4,7 +4,7 @@ from hypothesis import strategies as st
 
 from core.config import ExperimentsConfig
 from scheduler.priority import prefill_priority
-from scheduler.queues.waiting import HEAD_START_S, WaitingQueue
+from scheduler.queues.waiting import CLIENT_TURN, HEAD_START_S, WaitingQueue
 
 CONFIG = ExperimentsConfig()
 rows = st.lists(st.tuples(st.floats(0, 100), st.integers(-12, 12)), max_size=30)
@@ -173,3 +173,52 @@ def test_a_stream_of_sharing_requests_cannot_starve_a_lone_one(gap_s, queued_bef
         overtakers += served == "later"
     assert served == "lone"
     assert overtakers <= HEAD_START_S / gap_s
+
+
+def sent(*requests):
+    """A queue of `(client, arrival)`, and the names in the order in which they were pushed."""
+    queue = WaitingQueue(CONFIG)
+    for number, (client, arrived_s) in enumerate(requests):
+        queue.push(f"{client}{number}", f"{client}{number}", arrived_s, client=client)
+    return queue
+
+
+def test_a_client_is_never_behind_anothers_hundred():
+    queue = sent(*[("a", 0.0)] * 100, ("b", 5.0))
+    assert queue.head(CLIENT_TURN + 1, 6.0)[-1] == "b100"
+
+
+def test_the_hundred_take_turns_with_a_client_that_never_stops():
+    queue, served, now_s = sent(*[("a", 0.0)] * 100), [], 1.0
+    for number in range(400):
+        queue.push(f"b{number}", f"b{number}", now_s, client="b")
+        served.append(queue.pop(now_s)[0])
+        now_s += 1.0
+    assert served.count("a") == 100  # and the last of them not at the end of all time
+    assert "".join(served).rindex("a") < 2 * 100 + 2 * CLIENT_TURN
+
+
+def test_alone_a_client_is_served_in_the_order_of_arrival():
+    queue = sent(*[("a", float(number)) for number in range(50)])
+    assert [queue.pop(60.0) for _ in range(50)] == [f"a{number}" for number in range(50)]
+
+
+def test_clients_of_one_request_each_are_served_in_the_order_of_arrival():
+    queue = sent(*[(f"c{number}-", float(number)) for number in range(50)])
+    assert queue.head(50, 60.0) == [f"c{number}-{number}" for number in range(50)]
+
+
+def test_a_request_that_is_put_back_keeps_its_round():
+    queue = sent(*[("a", 0.0)] * 20)
+    skipped = [queue.pop(1.0) for _ in range(20)]
+    for number, name in enumerate(skipped):
+        queue.push(name, name, 0.0, client="a", at_round=number // CLIENT_TURN)
+    queue.push("b", "b", 2.0, client="b")
+    assert queue.head(CLIENT_TURN + 1, 3.0)[-1] == "b"
+
+
+def test_the_oldest_arrival_is_that_of_all_rounds():
+    queue = sent(*[("b", 3.0)] * 3, *[("a", 1.0)] * 30)
+    for _ in range(11):
+        queue.pop(5.0)
+    assert queue.oldest_arrival_s() == 1.0

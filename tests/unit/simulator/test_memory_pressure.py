@@ -7,7 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from simulator.cluster import Options, Simulation
+from simulator.cluster import Simulation
+from simulator.executor import Options
 from simulator.running import KvBlocks
 from tests.support.simulated_device import make_hardware, make_trace
 
@@ -110,7 +111,7 @@ def test_stretches_change_nothing_with_blocks_of_many_tokens():
 def test_blocks_are_taken_in_the_passes_that_begin_one(block_tokens, lengths, capacity):
     blocks = KvBlocks(kv_tokens=capacity * block_tokens, block_tokens=block_tokens)
     for length in lengths:
-        blocks.join(length, 7)
+        blocks.count_decode(length, 7, 1)
     blocks.used = min(capacity, sum(map(blocks.holding, lengths)))
     free = blocks.free
     needs = [sum((length + i) % block_tokens == 0 for length in lengths) for i in range(40)]

@@ -6,7 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from core.errors import ConfigError
-from simulator.cluster import Options, Simulation
+from simulator.cluster import Simulation
+from simulator.executor import Options
 from tests.support.simulated_device import KnownDevice, make_hardware, make_trace
 
 

@@ -5,7 +5,8 @@ import pytest
 from core.dpo_slices import HEAD_CHUNK_TOKENS
 from core.types import SliceKind
 from scheduler.memory.arena import ArenaModel, ArenaNeed
-from simulator.cluster import Options, Simulation
+from simulator.cluster import Simulation
+from simulator.executor import Options
 from simulator.hardware import hardware_of
 from simulator.statistics import Statistics
 from tests.support.simulated_device import DIMS, make_profile, make_trace

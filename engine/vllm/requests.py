@@ -1,0 +1,63 @@
+"""What every request passes on its way to the engine, whatever route it came by: `AsyncLLM.add_request`.
+
+A request that the engine could not take is refused here with vLLM's own error, which its routes answer with 400. And
+the engine learns who sent it, so that clients take turns (`scheduler.queues.waiting`).
+"""
+
+import copy
+from contextvars import ContextVar
+from typing import Any
+
+import msgspec
+
+from engine.vllm.directive import CLIENT_KEY
+from engine.vllm.grammars import GrammarCheck
+
+CLIENT: ContextVar[str | None] = ContextVar("mace_client", default=None)
+"""Who sent the HTTP request that is being handled; None for requests of our own."""
+
+
+def check_requests(client: Any) -> GrammarCheck:
+    """Look at each request that comes to a started `AsyncLLM` from now on; returns the check, to be closed with it.
+
+    vLLM's own checks of structured outputs in this process, which compile on the event loop, do nothing from here on.
+    """
+    from vllm import SamplingParams
+    from vllm.v1.structured_output import backend_xgrammar
+
+    grammars, add_request = GrammarCheck(client.vllm_config), client.add_request
+
+    async def checked(request_id: str, prompt: Any, params: Any, *args: Any, **kwargs: Any) -> Any:
+        check_sendable((request_id, params, kwargs.get("priority")))
+        if isinstance(params, SamplingParams):
+            constraint = params.structured_outputs
+            if constraint is not None and not constraint.all_constraints_none():
+                params.structured_outputs = copy.copy(await grammars.check(constraint))  # vLLM writes into it
+            if name := CLIENT.get():
+                params.extra_args = {**(params.extra_args or {}), CLIENT_KEY: name}
+        return await add_request(request_id, prompt, params, *args, **kwargs)
+
+    client.add_request = checked
+    SamplingParams._validate_structured_outputs = _leave_to_check  # noqa: SLF001
+    backend_xgrammar.validate_xgrammar_grammar = _leave_to_check
+    return grammars
+
+
+def check_sendable(value: Any) -> None:
+    """Refuse what cannot be sent to the engine: a number of more than 64 bits, or half of a character.
+
+    vLLM finds out after it has registered the request, which would then stay for ever.
+
+    Raises:
+        VLLMValidationError: saying so.
+    """
+    from vllm.exceptions import VLLMValidationError
+
+    try:
+        msgspec.msgpack.encode(value, enc_hook=lambda _: None)  # vLLM's encoder knows more types
+    except (OverflowError, UnicodeEncodeError, RecursionError) as error:
+        raise VLLMValidationError(f"a parameter cannot be sent to the engine: {error}") from error
+
+
+def _leave_to_check(*_: Any) -> None:
+    """Stands for vLLM's checks of a constraint in the front end."""
