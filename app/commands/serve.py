@@ -81,9 +81,10 @@ def serve(
     except _DeployError as error:
         fail(f"the application did not start:\n{error}")
     except _HeadDiedError as error:
-        fail(error)
+        typer.secho(f"mace: {error}", fg="red", err=True)
+        os._exit(1)  # what Ray registered for the interpreter's exit would wait for its head
     except SystemExit:  # ours, or that of the handler that Ray sets while it starts
-        os._exit(0)  # everything has ended; what Ray registered for the interpreter's exit would wait for it
+        os._exit(0)
 
 
 class _StopRequested(SystemExit):

@@ -6,6 +6,7 @@ The tests run in order on one server; each leaves it serving.
 import asyncio
 import json
 import os
+import re
 import signal
 import threading
 import time
