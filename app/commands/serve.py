@@ -267,6 +267,8 @@ def check_port(http: dict[str, Any]) -> None:
 
     host, port = http.get("host") or "127.0.0.1", int(http.get("port", 8000))
     where = f"{bracketed(host)}:{port}"
+    if not 0 < port < 1 << 16:
+        raise ConfigError(f"http_options.port: {port} is no port")
     try:
         family = socket.AF_INET6 if is_ipv6(host) else socket.AF_INET
         with socket.socket(family) as probe:

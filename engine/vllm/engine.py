@@ -28,6 +28,7 @@ logger = logging.getLogger(__name__)
 OWN_REQUESTS = ("finetune-", "generate-", "profile-")
 """Prefixes of the ids of requests that no user sent; vLLM's own start with `chatcmpl-`, `cmpl-` or `resp_`."""
 
+_SHUTDOWN_S = 2.0
 _MAX_LOOKUPS = 256
 """Waiting prompts that are looked up for one reading, 8 us for a thousand tokens; the others count in full."""
 

@@ -29,6 +29,12 @@ def test_a_free_port_is_taken_and_a_taken_one_refused(family, host):
     check_port({"host": host, "port": port})
 
 
+@pytest.mark.parametrize("port", [0, -1, 65536])
+def test_a_number_that_is_no_port_is_refused(port):
+    with pytest.raises(ConfigError, match=f"{port} is no port"):
+        check_port({"port": port})
+
+
 @pytest.mark.parametrize("host", ["192.0.2.1", "2001:db8::1", "no.such.host.invalid"])
 def test_a_host_that_is_not_ours_is_not_called_taken(host):
     with pytest.raises(ConfigError, match="cannot listen at") as refusal:
