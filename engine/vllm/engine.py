@@ -299,10 +299,10 @@ class HybridEngine:
         await self.client.check_health()
 
     def shutdown(self) -> None:
-        """Stop the engine processes."""
+        """Stop the engine processes, and kill what is left of them after `_SHUTDOWN_S`. Calling it again is harmless."""
         if self._grammars is not None:
             self._grammars.close()
-        self.client.shutdown()
+        self.client.shutdown(timeout=_SHUTDOWN_S)
 
     async def _call_worker(self, method: str, *args: Any) -> Any:
         """Between two iterations, in the worker. Errors of our tree come back as they were raised there."""
