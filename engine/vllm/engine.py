@@ -299,7 +299,7 @@ class HybridEngine:
         await self.client.check_health()
 
     def shutdown(self) -> None:
-        """Stop the engine processes, and kill what is left of them after `_SHUTDOWN_S`. Calling it again is harmless."""
+        """Stop the engine processes, and kill what is left after `_SHUTDOWN_S`. Calling it again is harmless."""
         if self._grammars is not None:
             self._grammars.close()
         self.client.shutdown(timeout=_SHUTDOWN_S)
