@@ -174,8 +174,11 @@ class _Server:
         from ray.serve._private.constants import SERVE_CONTROLLER_NAME, SERVE_NAMESPACE
 
         http = self._document.get("http_options", {})
-        with contextlib.suppress(ValueError):
+        try:
             ray.get_actor(SERVE_CONTROLLER_NAME, SERVE_NAMESPACE)
+        except ValueError:
+            self._owns_serve = True
+        if not self._owns_serve:
             logging.getLogger("ray.serve").setLevel(logging.ERROR)  # it warns that our options are not its own
             if self._name in ray_serve.status().applications:
                 raise _DeployError(
@@ -186,7 +189,6 @@ class _Server:
         try:
             if _is_here(ray.get_runtime_context().gcs_address):
                 check_port(http)
-            self._owns_serve = True
             ray_serve.start(
                 http_options=http,
                 proxy_location=self._document.get("proxy_location"),
