@@ -71,11 +71,12 @@ def test_little_or_no_shared_memory_is_one_sentence(tmp_path, monkeypatch):
     assert "\n" not in shared_memory_problem(tmp_path)
 
 
-def test_the_limit_of_open_files_is_raised_and_a_low_one_is_reported():
+def test_the_limit_of_open_files_is_raised_and_a_low_one_is_reported(monkeypatch):
+    monkeypatch.setattr(host, "shared_memory_problem", lambda: "")
     old = resource.getrlimit(resource.RLIMIT_NOFILE)
     try:
         resource.setrlimit(resource.RLIMIT_NOFILE, (200, old[1]))
-        prepare_host({"HOME": "/root", **os.environ})
+        prepare_host(dict(os.environ))
         assert resource.getrlimit(resource.RLIMIT_NOFILE) == (old[1], old[1])
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, old)
