@@ -79,19 +79,20 @@ class Answer:
                     self._parts.append(part)
             self.is_complete = not message.get("more_body", False)
 
-    async def cut(self, error: MaceError, scope: Scope, receive: Receive) -> None:
-        """End the answer with an error, and send nothing that the application still says.
+    async def cut(self, error: MaceError, scope: Scope, receive: Receive) -> bool:
+        """End the answer with an error, and send nothing that the application still says; was that possible?
 
         A stream ends with an error event. An answer of another kind that has begun goes on: its form has no place for
-        an error.
+        an error, and cut short it would look whole.
         """
         if self.is_complete or (self.status and not self.is_stream):
-            return
+            return False
         self._is_cut = True
         if self.status:
             await self._send({"type": "http.response.body", "body": error_event(error)})
         else:
             await error_response(error)(scope, receive, self._send)
+        return True
 
 
 class ClientRequest:
@@ -166,9 +167,9 @@ class ClientRequest:
         self._left.set()
 
     async def cut(self, error: MaceError) -> None:
-        """End the answer with an error, as `Answer.cut` does, and the application's work with it."""
-        await self.answer.cut(error, self.scope, self._receive)
-        self.leave()
+        """End the answer with an error, if `Answer.cut` can, and the application's work with it."""
+        if await self.answer.cut(error, self.scope, self._receive):
+            self.leave()
 
     def required_json(self) -> Any:
         """The JSON that the client sent; a BadRequestError with the position if the body is empty or malformed."""
