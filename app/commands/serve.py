@@ -44,6 +44,7 @@ _JOINED_LIMIT_S = 60.0
 _CONNECT_LIMIT_S = 30.0
 _LOOK_S = 0.2
 _REQUESTS_LIMIT_S = 3.0
+_RAY_LIMIT_S = 5.0
 _GRACE_S = 2.0
 _NOT_OPTIONS = frozenset({"name", "user_config"})
 _HEAD_PROCESSES = frozenset({"gcs_server", "raylet"})
@@ -78,9 +79,7 @@ def serve(
             server.stop()
     except ConfigError as error:
         fail(error, 2)
-    except _DeployError as error:
-        fail(f"the application did not start:\n{error}")
-    except _HeadDiedError as error:
+    except (_DeployError, _HeadDiedError) as error:
         typer.secho(f"mace: {error}", fg="red", err=True)
         os._exit(1)  # what Ray registered for the interpreter's exit would wait for its head
     except SystemExit:  # ours, or that of the handler that Ray sets while it starts
@@ -155,7 +154,7 @@ class _Server:
                 logging_config=self._document.get("logging_config"),
             )
         except Exception as error:
-            raise _DeployError(str(error)) from error
+            raise _DeployError(f"the application did not start:\n{error}") from error
         return self._url(_get_global_client().http_config)
 
     def _start_ray(self) -> None:
@@ -165,7 +164,7 @@ class _Server:
             with contextlib.nullcontext() if self._owns_ray else _limit(f"no Ray answers at {self._address}"):
                 ray.init(self._address, log_to_driver=False, logging_level="WARNING")
         except Exception as error:
-            raise _DeployError(f"Ray: {_first_line(error)}") from error
+            raise _DeployError(f"Ray did not start: {_first_line(error)}") from error
         self._head = own_children(_HEAD_PROCESSES) if self._owns_ray else []
 
     def _start_serve(self) -> None:
@@ -195,7 +194,7 @@ class _Server:
                 logging_config=self._document.get("logging_config"),
             )
         except Exception as error:
-            raise _DeployError(f"Serve: {_first_line(error)}") from error
+            raise _DeployError(f"Serve did not start: {_first_line(error)}") from error
 
     def _url(self, http: Any) -> str:
         """Where Serve's proxies listen; of a Serve that was there before, the config file does not know it."""
@@ -225,24 +224,29 @@ class _Server:
     def stop(self) -> None:
         """End requests with an error, then the engines, then what is ours of application, Serve and Ray."""
         with _silence():
-            self._stop()
+            # In a thread, since calls of a Ray that is dying, because it got the signal too, may not return.
+            leaving = threading.Thread(target=self._leave, daemon=True)
+            leaving.start()
+            leaving.join(_RAY_LIMIT_S if self._owns_ray else None)
+            end_descendants(_GRACE_S)
 
-    def _stop(self) -> None:
+    def _leave(self) -> None:
         import ray
         from ray import serve as ray_serve
 
-        if ray.is_initialized() and self._head_lives():
-            with contextlib.suppress(Exception):  # not deployed, or already gone
-                if self._handle is not None:
-                    self._handle.broadcast("stop").results(timeout_s=_REQUESTS_LIMIT_S, return_exceptions=True)
-            if not self._owns_ray:
-                with contextlib.suppress(Exception):
-                    if self._owns_serve:
-                        ray_serve.shutdown()
-                    elif self._is_deployed:
-                        ray_serve.delete(self._name)
+        if not (ray.is_initialized() and self._head_lives()):
+            return
+        with contextlib.suppress(Exception):  # not deployed, or already gone
+            if self._handle is not None:
+                self._handle.broadcast("stop").results(timeout_s=_REQUESTS_LIMIT_S, return_exceptions=True)
+        if not self._owns_ray:
+            with contextlib.suppress(Exception):
+                if self._owns_serve:
+                    ray_serve.shutdown()
+                elif self._is_deployed:
+                    ray_serve.delete(self._name)
+        if self._head_lives():
             ray.shutdown()
-        end_descendants(_GRACE_S)
 
 
 def _read(path: Path) -> dict[str, Any]:
