@@ -47,6 +47,9 @@ class FeedbackConfig(Section):
     """Largest body of any request, chat too."""
     max_responses: int = Field(100_000, ge=1)
     """Responses kept so that feedback can name them by id; the oldest are dropped first."""
+    cut_off_as_chosen: bool = False
+    """Whether an answer that its limit of tokens cut off may be the better one of a pair. It teaches the model to end
+    an answer at that place."""
     holdout_fraction: float = Field(0.15, ge=0, lt=1)
     """Share of prompts, by a stable hash, whose pairs are never trained on and serve as the gate's test set. A
     change applies to new pairs only."""

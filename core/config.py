@@ -71,7 +71,10 @@ class EngineConfig(Section):
     """Passed to vLLM's `AsyncEngineArgs`; overrides what MACE sets there."""
     frontend_kwargs: dict[str, Any] = Field(default_factory=dict)
     """Options of vLLM's OpenAI server by their names there, in the types that vLLM uses inside: `api_key` is a
-    list of keys. The training prompt does not follow `chat_template` or `default_chat_template_kwargs`."""
+    list of keys."""
+    messages_are_text: bool = True
+    """The name of a special token in a chat message is read as text, so nobody can end a message by writing
+    `<|im_end|>`. False: it becomes that token, as in vLLM."""
 
 
 class LoraConfig(Section):

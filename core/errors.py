@@ -29,6 +29,10 @@ class UnknownResponseError(FeedbackError):
     """The record names a response id that is not in the response store (HTTP 404)."""
 
 
+class ResponseNotReadyError(FeedbackError):
+    """The record names a response whose request still runs; it may be repeated (HTTP 409)."""
+
+
 class StoreUnavailableError(MaceError):
     """The feedback store cannot be read or written at the moment (HTTP 503)."""
 

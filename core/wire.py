@@ -40,6 +40,14 @@ class TrainingPair:
     """The user's weight times what the quality checks left of it."""
     reference: CachedReference | None = None
     role: PairRole = "new"
+    tools: list[dict[str, Any]] | None = None
+    """The tools that the prompt is rendered with."""
+    chosen_calls: list[dict[str, Any]] | None = None
+    """The tool calls that are part of the answer; its text may then be empty."""
+    rejected_calls: list[dict[str, Any]] | None = None
+    chosen_ids: tuple[int, ...] | None = None
+    """The token ids that the model emitted as this answer, if they are known."""
+    rejected_ids: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True, slots=True)

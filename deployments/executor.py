@@ -159,6 +159,7 @@ class Executor:
             training.model_copy(update={"max_length_tokens": limit}),
             self.base_model,
             self.args.model.dtype,
+            self.engine.chat,
         )
         # The descriptor of the lock is never closed: the file is this replica's until the process ends.
         checkpoint, _ = await asyncio.to_thread(claim_checkpoint, self.args.state_dir / "training")

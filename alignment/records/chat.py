@@ -1,15 +1,33 @@
-"""Chat messages as wire models, and their text. Only text can be trained on, with tool calls inside a prompt."""
+"""Chat messages as wire models, and their text. Only text and tool calls can be trained on."""
 
-from typing import Annotated, Literal
+import json
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Discriminator,
+    Field,
+    Tag,
+    field_validator,
+    model_validator,
+)
 
-from alignment.records.json_checks import canonical_json
+from alignment.records.json_checks import canonical_json, is_storable
 from core.wire import Prompt
 
 MAX_NAME_CHARS = 200
 """Longest id, user, source or tag name."""
-ShortText = Annotated[str, Field(min_length=1, max_length=MAX_NAME_CHARS)]
+
+
+def _name(text: str) -> str:
+    if not is_storable(text):
+        raise ValueError("a name must not hold a NUL character")
+    return text
+
+
+ShortText = Annotated[str, Field(min_length=1, max_length=MAX_NAME_CHARS), AfterValidator(_name)]
 
 
 class WireModel(BaseModel):
@@ -26,18 +44,43 @@ class TextPart(WireModel):
 
 
 class FunctionCall(WireModel):
-    """The call inside a tool call; `arguments` is JSON as text, as OpenAI sends it."""
+    """The call inside a tool call: `arguments` is an object, as JSON text (OpenAI) or as it is (Hugging Face)."""
 
     name: ShortText
-    arguments: str
+    arguments: str = "{}"
+
+    @field_validator("arguments", mode="before")
+    @classmethod
+    def _as_text(cls, value: object) -> object:
+        return json.dumps(value, ensure_ascii=False) if isinstance(value, dict) else value
 
 
 class ToolCall(WireModel):
-    """A tool call that an assistant message of the prompt made."""
+    """A tool call of an assistant message."""
 
-    id: ShortText
+    id: ShortText | None = None
     type: Literal["function"] = "function"
     function: FunctionCall
+
+
+class ToolFunction(WireModel):
+    """What the model is told of a tool. Further keys are the template's affair."""
+
+    model_config = ConfigDict(extra="allow")
+
+    name: ShortText
+    description: str | None = None
+    parameters: dict[str, Any] | None = None
+
+
+class Tool(WireModel):
+    """A tool that the prompt offers."""
+
+    type: Literal["function"] = "function"
+    function: ToolFunction
+
+
+Tools = Annotated[list[Tool], Field(max_length=1000)]
 
 
 class Message(WireModel):
@@ -51,6 +94,16 @@ class Message(WireModel):
     name: ShortText | None = None
     tool_calls: list[ToolCall] | None = None
     tool_call_id: ShortText | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _drop_empty(cls, value: object) -> object:
+        """Servers, ours too, return messages with every key that exists: null and empty ones say nothing."""
+        if not isinstance(value, dict):
+            return value
+        return {
+            key: one for key, one in value.items() if key in ("role", "content") or one not in (None, "", [], {})
+        }
 
 
 Messages = Annotated[list[Message], Field(min_length=1, max_length=1000)]
@@ -70,19 +123,23 @@ def text_of(content: object) -> str:
 
 
 def plain_prompt(prompt: Prompt) -> Prompt:
-    """`prompt` with text parts joined: chat templates differ in how they treat parts and nulls."""
+    """`prompt` as it would be imported: text parts joined, and of its messages what templates are given."""
     if isinstance(prompt, str):
         return prompt
-    return [{**message, "content": text_of(message.get("content"))} for message in prompt]
+    kept = [{key: message[key] for key in Message.model_fields if message.get(key)} for message in prompt]
+    return [{**message, "content": text_of(message.get("content"))} for message in kept]
 
 
-def whole_text(prompt: Prompt) -> str:
-    """All contents, and tool calls as JSON, one after the other: what a length limit has to count."""
-    if isinstance(prompt, str):
-        return prompt
-    texts = []
-    for message in prompt:
+def whole_text(prompt: Prompt, tools: list[dict[str, Any]] | None = None) -> str:
+    """All contents, and tools and their calls as JSON, one after the other: what a length limit has to count."""
+    texts = [canonical_json(tools)] if tools else []
+    for message in [{"content": prompt}] if isinstance(prompt, str) else prompt:
         texts.append(text_of(message.get("content")))
         if message.get("tool_calls"):
             texts.append(canonical_json(message["tool_calls"]))
     return "".join(texts)
+
+
+def answer_text(text: str, calls: list[dict[str, Any]] | None) -> str:
+    """An answer as one text, in which equal calls are equal whatever their ids: for keys and comparisons."""
+    return text + canonical_json([call["function"] for call in calls]) if calls else text

@@ -22,7 +22,7 @@ from typing import Annotated, Any, Literal, NamedTuple
 
 from pydantic import AliasChoices, Field, ValidationError, field_validator
 
-from alignment.records.chat import Messages, ShortText, TextOrMessages, WireModel
+from alignment.records.chat import Messages, ShortText, TextOrMessages, Tools, WireModel
 from alignment.records.json_checks import check_json
 from core.errors import InvalidFeedbackError
 
@@ -30,6 +30,8 @@ MAX_WEIGHT = 10.0
 """One item may count at most ten times as much as another, so that no single client owns the gradient."""
 _CHOICE_SUFFIX = re.compile(r"^(.+)#(\d{1,4})$", re.DOTALL)
 _RATING_WORDS = {"up": 1, "down": -1}
+_TIMES_S = (0.0, 4_102_444_800.0)
+"""Unix seconds of 1970 and of 2100."""
 
 ChoiceIndex = Annotated[int, Field(ge=0, le=9999)]
 
@@ -63,13 +65,17 @@ class _Item(WireModel):
     @field_validator("created_at", mode="before")
     @classmethod
     def _read_time(cls, value: object) -> object:
-        if not isinstance(value, str):
-            return value
-        try:
-            moment = datetime.fromisoformat(value)
-            return moment.replace(tzinfo=moment.tzinfo or UTC).timestamp()
-        except (ValueError, OverflowError) as error:
-            raise ValueError("must be Unix seconds or an ISO 8601 time") from error
+        seconds = value
+        if isinstance(value, str):
+            try:
+                moment = datetime.fromisoformat(value)
+                seconds = moment.replace(tzinfo=moment.tzinfo or UTC).timestamp()
+            except (ValueError, OverflowError) as error:
+                raise ValueError("must be Unix seconds or an ISO 8601 time") from error
+        if isinstance(seconds, int | float) and not _TIMES_S[0] <= seconds < _TIMES_S[1]:
+            hint = ", not milliseconds or nanoseconds" if seconds > 0 else ""
+            raise ValueError(f"must be a time from 1970 to 2099, in Unix seconds{hint}")
+        return seconds
 
 
 class _AboutResponse(_Item):
@@ -109,14 +115,14 @@ class PreferenceRow(_Item):
     prompt: TextOrMessages | None = None
     chosen: TextOrMessages
     rejected: TextOrMessages
+    tools: Tools | None = None
 
 
 class OpenAIInput(WireModel):
     """The `input` of an OpenAI DPO row."""
 
     messages: Messages
-    tools: Annotated[list[Any], Field(max_length=0)] | None = None
-    """Must be empty: the training prompt is rendered without tools, and would differ from the served one."""
+    tools: Tools | None = None
     parallel_tool_calls: bool | None = None
 
 

@@ -1,8 +1,8 @@
 """Checks that a decoded JSON value is safe to keep: one iterative walk, before any model looks at it.
 
 Python's `json` lets through what a database, a tokenizer or a recursive encoder chokes on later: NaN, lone
-surrogates, NUL characters, integers of any size, nesting of any depth. All of them are refused here, once, with
-their place.
+surrogates, integers of any size, nesting of any depth. All of them are refused here, once, with their place. A NUL is
+a character like others, which a model can say; the store knows how to write it (`alignment.store.schema`).
 """
 
 import json
@@ -14,7 +14,8 @@ from core.errors import InvalidFeedbackError
 MAX_DEPTH = 32
 """The deepest legal record, a tool call inside an OpenAI row, has 7 levels."""
 _MAX_INT = 2**63 - 1
-_BAD_CHARACTER = re.compile("[\x00\ud800-\udfff]")
+_SURROGATE = re.compile("[\ud800-\udfff]")
+_NO_NAME = re.compile("[\x00\ud800-\udfff]")
 
 
 def check_json(value: object) -> None:
@@ -32,8 +33,8 @@ def check_json(value: object) -> None:
             for key, child in node.items():
                 if not isinstance(key, str):
                     raise InvalidFeedbackError("keys of a JSON object must be strings", _shown(path))
-                if _BAD_CHARACTER.search(key):
-                    raise InvalidFeedbackError("a key holds a NUL character or a lone surrogate", _shown(path))
+                if _SURROGATE.search(key):
+                    raise InvalidFeedbackError("a key holds a lone surrogate", _shown(path))
                 stack.append((child, f"{path}.{key}" if path else key, depth + 1))
         elif isinstance(node, list):
             stack.extend((child, f"{path}.{index}", depth + 1) for index, child in enumerate(node))
@@ -41,9 +42,9 @@ def check_json(value: object) -> None:
             raise InvalidFeedbackError(problem, _shown(path))
 
 
-def is_storable(text: str) -> bool:
-    """True if any database can hold this text. What could not be stored need not be looked up."""
-    return _BAD_CHARACTER.search(text) is None
+def is_storable(name: str) -> bool:
+    """True if any database can hold this name as it is. What could not be stored need not be looked up."""
+    return _NO_NAME.search(name) is None
 
 
 def canonical_json(value: object) -> str:
@@ -54,11 +55,12 @@ def canonical_json(value: object) -> str:
 def _problem(node: object) -> str | None:
     """Reason not to store this scalar."""
     if isinstance(node, str):
-        found = _BAD_CHARACTER.search(node)
-        if found is None:
-            return None
-        what = "a NUL character" if found.group() == "\x00" else "a lone surrogate"
-        return f"the text holds {what} at character {found.start()}, which cannot be stored"
+        found = _SURROGATE.search(node)
+        return (
+            f"the text holds a lone surrogate at character {found.start()}, which is no character"
+            if found
+            else None
+        )
     if isinstance(node, int):
         return "the integer does not fit in 64 bits" if abs(node) > _MAX_INT else None
     if isinstance(node, float):

@@ -19,6 +19,7 @@ A row whose keys are all ours is passed on as it is, and our API judges it stric
 a data set: the columns of its format are taken, all others (ids, scores, sources) dropped. Texts are not judged here.
 """
 
+import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -33,7 +34,7 @@ Row = Mapping[str, Any]
 _ENVELOPE = frozenset({"id", "type", "user", "tags", "weight", "source", "created_at"})
 _OPENAI = ("input", "preferred_output", "non_preferred_output")
 _PAIR = ("prompt", "chosen", "rejected")
-_NOT_TEXT = ("images", "image", "videos", "video", "audio", "audios", "tools")
+_NOT_TEXT = ("images", "image", "videos", "video", "audio", "audios")
 """Columns that change what an answer is about. The answer alone must not be trained on."""
 _TURN = re.compile(r"\n\n(Human|Assistant):")
 _SPEAKERS = {"Human": "user", "Assistant": "assistant"}
@@ -65,12 +66,28 @@ def to_api_row(row: Row, chat: bool = False) -> ApiRow:
         if row.get(column):
             raise InvalidFeedbackError(f"the row has {column}; only text can be trained on", column)
     kind, item, used = _convert(row)
+    if tools := _tools(row):
+        item, used = {**item, "tools": tools}, used | {"tools"}
     if row.keys() <= _ENVELOPE | used and "type" not in row and isinstance(row.get("id", ""), str):
         item = {**{key: row[key] for key in row.keys() & _ENVELOPE}, **item}
         used = used | _ENVELOPE
     if chat and all(isinstance(item.get(key), str) for key in _PAIR):
         item["prompt"] = [_message("user", item["prompt"])]
     return ApiRow(item, kind, tuple(sorted(key for key in row if key not in used)))
+
+
+def _tools(row: Row) -> list[Any] | None:
+    """The tools that the prompt offers, in OpenAI's form: data sets also write them as JSON text, or bare functions."""
+    tools = row.get("tools")
+    try:
+        tools = json.loads(tools) if isinstance(tools, str) and tools.strip() else tools
+    except (ValueError, RecursionError) as error:
+        raise InvalidFeedbackError("tools is text, and no JSON", "tools") from error
+    if not tools:
+        return None
+    if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
+        raise InvalidFeedbackError("tools must be a list of objects", "tools")
+    return [tool if "function" in tool else {"type": "function", "function": tool} for tool in tools]
 
 
 def _is_feedback(row: Row) -> bool:

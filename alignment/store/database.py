@@ -7,6 +7,7 @@ connections are thrown away, so the next call starts clean. Several threads' sma
 """
 
 import functools
+import json
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -200,6 +201,26 @@ def chunked(values: Iterable[Any]) -> Iterator[list[Any]]:
     rest = iter(values)
     while chunk := list(islice(rest, _CHUNK)):
         yield chunk
+
+
+def ordered_json(value: object) -> str:
+    """A JSON value as text. Keys keep their order: chat templates print it."""
+    return json.dumps(value, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
+
+
+def encoded(value: object) -> str | None:
+    """A JSON value as a column holds it; what is empty is null."""
+    return ordered_json(value) if value else None
+
+
+def decoded(text: str | None) -> Any:
+    """The JSON value of a column; None for null."""
+    return None if text is None else json.loads(text)
+
+
+def decoded_ids(text: str | None) -> tuple[int, ...] | None:
+    """The token ids of a column; None for null."""
+    return None if text is None else tuple(json.loads(text))
 
 
 def _lost_a_race(error: SQLAlchemyError) -> bool:

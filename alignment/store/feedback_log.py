@@ -1,9 +1,11 @@
 """Feedback items: take in, look up, list, forget."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import Any, TypeVar
 
 from sqlalchemy import delete, func, select, update
 from sqlalchemy.engine import Connection
@@ -18,6 +20,9 @@ from alignment.store.schema import feedback, ratings
 from core.alignment_config import FeedbackConfig
 from core.errors import InvalidFeedbackError
 
+T = TypeVar("T")
+Add = Callable[[Sequence[object]], Sequence[ItemOutcome]]
+"""Takes in items, like `FeedbackLog.add` without an idempotency key."""
 MAX_ITEMS = 1000
 """Items of one call, and of one page."""
 _MAX_KEY_CHARS = 200
@@ -42,6 +47,10 @@ class FeedbackPage:
 
     entries: list[FeedbackEntry]
     has_more: bool
+
+
+class _UndoneError(Exception):
+    """Rolls a rehearsal back."""
 
 
 class FeedbackLog(Part):
@@ -73,6 +82,22 @@ class FeedbackLog(Part):
         if all(one.error for one in prepared):
             return [one.outcome() for one in prepared]
         return self._intake.submit(prepared)
+
+    def rehearse(self, work: Callable[[Add], T]) -> T:
+        """Let `work` add items as by `add`, in one transaction that is undone; returns what `work` does."""
+        result: list[T] = []
+
+        def add(connection: Connection, items: Sequence[object]) -> list[ItemOutcome]:
+            batch = [prepare(item, None, self._config) for item in items]
+            return write_items(connection, batch, self._config, self.database.clock())
+
+        def run(connection: Connection) -> None:
+            result.append(work(partial(add, connection)))
+            raise _UndoneError
+
+        with suppress(_UndoneError):
+            self.database.write(run)
+        return result[-1]
 
     @reads
     def get(self, connection: Connection, feedback_id: str) -> FeedbackEntry | None:

@@ -18,7 +18,7 @@ from sqlalchemy import delete, func, insert, select, update
 from sqlalchemy.engine import URL, Connection
 
 from alignment.drift.streams import DriftEvent
-from alignment.records.json_checks import canonical_json
+from alignment.records.json_checks import canonical_json, is_storable
 from alignment.store.database import Database, Part, open_engine, reads, writes
 from alignment.store.feedback_log import FeedbackLog
 from alignment.store.migrations import prepare_tables
@@ -101,6 +101,8 @@ class LoopStore(Part):
         """The newest events, of one stream or of all, newest first."""
         columns = (drift_events.c[name] for name in ("at", "stream", "kind", "value", "detail"))
         query = select(*columns).order_by(drift_events.c.seq.desc()).limit(limit)
+        if stream is not None and not is_storable(stream):
+            return []
         if stream is not None:
             query = query.where(drift_events.c.stream == stream)
         return [DriftEvent(*row) for row in connection.execute(query)]

@@ -6,13 +6,13 @@ rows with nothing but the format's own keys, because other tools refuse or mistr
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, Literal, NoReturn
 
 from alignment.records.json_checks import canonical_json
 from alignment.records.row_formats import ApiRow, to_api_row
-from alignment.store.intake import ItemOutcome
+from alignment.store.feedback_log import Add
 from alignment.store.pairs import PairStore
 from core.errors import InvalidFeedbackError
 from core.wire import Prompt
@@ -84,7 +84,7 @@ def decode_line(line: str | bytes) -> object:
 
 def import_jsonl(
     lines: Iterable[str | bytes],
-    add: Callable[[Sequence[object]], Sequence[ItemOutcome]],
+    add: Add,
     batch_items: int = 500,
 ) -> ImportReport:
     """Feed a file into `add` (`FeedbackLog.add`), one transaction per `batch_items` lines.
@@ -139,11 +139,23 @@ def export_chunk(
     if format not in ("trl", "openai"):
         raise InvalidFeedbackError("format must be 'trl' or 'openai'", "format")
     chunk = pairs.after(after, limit)
-    rows = [export_row(pair.prompt, pair.chosen, pair.rejected, format) for pair in chunk]
+    rows = [
+        export_row(
+            pair.prompt, pair.chosen, pair.rejected, format, pair.tools, (pair.chosen_calls, pair.rejected_calls)
+        )
+        for pair in chunk
+    ]
     return rows, chunk[-1].seq if chunk else None
 
 
-def export_row(prompt: Prompt, chosen: str, rejected: str, format: ExportFormat) -> dict[str, Any]:
+def export_row(
+    prompt: Prompt,
+    chosen: str,
+    rejected: str,
+    format: ExportFormat,
+    tools: list[dict[str, Any]] | None = None,
+    calls: tuple[list[dict[str, Any]] | None, list[dict[str, Any]] | None] = (None, None),
+) -> dict[str, Any]:
     """One row of a TRL or OpenAI preference file.
 
     In TRL's, plain text stays text, and chat becomes its conversational form. OpenAI's form is chat only: a plain-text
@@ -152,10 +164,14 @@ def export_row(prompt: Prompt, chosen: str, rejected: str, format: ExportFormat)
     if format == "trl" and isinstance(prompt, str):
         return {"prompt": prompt, "chosen": chosen, "rejected": rejected}
     messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-    better, worse = ([{"role": "assistant", "content": text}] for text in (chosen, rejected))
+    better, worse = (
+        [{"role": "assistant", "content": text, **({"tool_calls": called} if called else {})}]
+        for text, called in zip((chosen, rejected), calls, strict=True)
+    )
+    offered = {"tools": tools} if tools else {}
     if format == "trl":
-        return {"prompt": messages, "chosen": better, "rejected": worse}
-    return {"input": {"messages": messages}, "preferred_output": better, "non_preferred_output": worse}
+        return {"prompt": messages, "chosen": better, "rejected": worse, **offered}
+    return {"input": {"messages": messages, **offered}, "preferred_output": better, "non_preferred_output": worse}
 
 
 def _refuse_constant(name: str) -> NoReturn:

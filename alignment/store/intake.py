@@ -125,7 +125,7 @@ def write_items(
     batch = [replace(prepared) for prepared in batch]  # a rolled-back attempt must leave no trace in them
     known = _Known(connection, batch)
     valid = [prepared.item for prepared in batch if prepared.item and not prepared.error]
-    responses = find_responses(connection, {ref for item in valid for ref in item.refs})
+    responses = find_responses(connection, {ref for item in valid for ref in item.refs}, now)
     fresh = [prepared for prepared in batch if not prepared.error and _admit(prepared, known, responses, config)]
     fresh = _insert_feedback(connection, fresh, now)
     pairs = [
@@ -196,7 +196,7 @@ def _is_duplicate(prepared: Prepared, known: _Known) -> bool:
 def _resolve(prepared: Prepared, responses: Responses, config: FeedbackConfig) -> None:
     item = prepared.item
     if isinstance(item, PreferenceByIds):
-        prepared.draft = pair_from_ids(item, responses.get, config.max_text_chars)
+        prepared.draft = pair_from_ids(item, responses.get, config)
     elif isinstance(item, Rating | Correction | Comment) and item.refs:
         prepared.response = found_response(item.refs[0], responses.get, "response_id")
         if isinstance(item, Correction):

@@ -111,4 +111,27 @@ def _values_2(row: Any) -> dict[str, Any]:
     }
 
 
-STEPS: dict[int, Callable[[Connection], None]] = {1: _from_1_to_2}
+def _from_2_to_3(connection: Connection) -> None:
+    """Tools, token ids, finish reasons, clients' ids; an escape character in texts; no time outside of 1970 to 2100."""
+    for table, columns in (
+        (
+            "pairs",
+            ("tools TEXT", "chosen_calls TEXT", "rejected_calls TEXT", "chosen_ids TEXT", "rejected_ids TEXT"),
+        ),
+        ("ratings", ("tools TEXT", "tool_calls TEXT", "token_ids TEXT")),
+        (
+            "responses",
+            ("tools TEXT", "tool_calls TEXT", "token_ids TEXT", "finish_reason VARCHAR(40)", "client_id TEXT"),
+        ),
+    ):
+        for column in columns:
+            connection.execute(text(f"ALTER TABLE {table} ADD COLUMN {column}"))
+    escaped = {"escape": "\x1a", "doubled": "\x1a1", "some": "%\x1a%"}
+    for table, column in (("pairs", "chosen"), ("pairs", "rejected"), ("ratings", "text"), ("responses", "text")):
+        doubled = f"UPDATE {table} SET {column} = replace({column}, :escape, :doubled) WHERE {column} LIKE :some"
+        connection.execute(text(doubled), escaped)
+    untrue = "created_at < 0 OR created_at >= 4102444800"
+    connection.execute(text(f"UPDATE feedback SET created_at = received_at WHERE {untrue}"))
+
+
+STEPS: dict[int, Callable[[Connection], None]] = {1: _from_1_to_2, 2: _from_2_to_3}

@@ -111,7 +111,7 @@ class PairSampling(Part):
         newest = connection.execute(query.limit(_SAME_PROMPT * num_recent))
         recent = list(map(stored_pair, _distinct(((row.prompt_key, row) for row in newest), num_recent)))
         last = min(pair.seq for pair in recent) - 1 if recent else None
-        taken = {prompt_key(pair.prompt) for pair in recent}
+        taken = {prompt_key(pair.prompt, pair.tools) for pair in recent}
         stored = select(pairs.c.seq, pairs.c.prompt_key).where(HELD_OUT)
         rows = _scattered(connection, [stored], num_old, since_seq, last, random.Random(seed))
         old = _distinct(((row.prompt_key, row.seq) for row in rows if row.prompt_key not in taken), num_old)

@@ -15,10 +15,11 @@ from typing import Any, Literal
 from sqlalchemy import bindparam, case, delete, func, insert, select, update
 from sqlalchemy.engine import Connection, Row
 
+from alignment.records.chat import answer_text
 from alignment.records.feedback import FeedbackItem
 from alignment.records.json_checks import canonical_json, is_storable
 from alignment.records.pairs import PairDraft, Split, pair_key, prompt_key, split_of
-from alignment.store.database import Part, chunked, reads, writes
+from alignment.store.database import Part, chunked, decoded, decoded_ids, encoded, ordered_json, reads, writes
 from alignment.store.schema import pair_bands, pairs
 from core.types import PairScore
 from core.wire import CachedReference, Prompt
@@ -62,6 +63,14 @@ class StoredPair:
     """Grows in order of arrival."""
     scored_at: float | None = None
     """Unix seconds; None if it was never scored."""
+    tools: list[dict[str, Any]] | None = None
+    """The tools that the prompt is rendered with."""
+    chosen_calls: list[dict[str, Any]] | None = None
+    """The tool calls of the answer; its text may then be empty."""
+    rejected_calls: list[dict[str, Any]] | None = None
+    chosen_ids: tuple[int, ...] | None = None
+    """The token ids that the model emitted as this answer, if they are known."""
+    rejected_ids: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -186,7 +195,16 @@ def fetch_pairs(connection: Connection, seqs: Sequence[int]) -> list[StoredPair]
     return [found[seq] for seq in seqs if seq in found]
 
 
-_DECODED = {"prompt", "tags", "quality_reasons"}
+_DECODED = {
+    "prompt",
+    "tags",
+    "quality_reasons",
+    "tools",
+    "chosen_calls",
+    "rejected_calls",
+    "chosen_ids",
+    "rejected_ids",
+}
 """Columns of JSON text."""
 _SAME = [one.name for one in dataclasses.fields(StoredPair) if one.name in pairs.c and one.name not in _DECODED]
 
@@ -201,26 +219,37 @@ def stored_pair(row: Row[Any]) -> StoredPair:
         user=row.user_id,
         prompt=json.loads(row.prompt),
         tags=json.loads(row.tags) if row.tags else {},
+        tools=decoded(row.tools),
+        chosen_calls=decoded(row.chosen_calls),
+        rejected_calls=decoded(row.rejected_calls),
+        chosen_ids=decoded_ids(row.chosen_ids),
+        rejected_ids=decoded_ids(row.rejected_ids),
         quality_reasons=tuple(json.loads(row.quality_reasons)) if row.quality_reasons else (),
         reference=reference,
     )
 
 
 def _new_row(pair_id: str, draft: PairDraft, item: FeedbackItem, fraction: float, now: float) -> dict[str, Any]:
-    key = prompt_key(draft.prompt)
+    key = prompt_key(draft.prompt, draft.tools)
+    answers = answer_text(draft.chosen, draft.chosen_calls), answer_text(draft.rejected, draft.rejected_calls)
     return {
         **dataclasses.asdict(draft),
         "pair_id": pair_id,
         "origin": item.type,
         "user_id": item.user,
-        "prompt": canonical_json(draft.prompt),
+        "prompt": ordered_json(draft.prompt),
         "prompt_key": key,
-        "pair_key": pair_key(draft.prompt, draft.chosen, draft.rejected),
+        "pair_key": pair_key(draft.prompt, *answers),
+        "tools": encoded(draft.tools),
+        "chosen_calls": encoded(draft.chosen_calls),
+        "rejected_calls": encoded(draft.rejected_calls),
+        "chosen_ids": encoded(draft.chosen_ids),
+        "rejected_ids": encoded(draft.rejected_ids),
         "weight": item.weight,
         "split": split_of(key, fraction),
         "state": PENDING,
         "created_at": now,
-        "tags": canonical_json(item.tags) if item.tags else None,
+        "tags": encoded(item.tags),
     }
 
 

@@ -4,7 +4,8 @@ Rule. A rating takes as partner the newest rating of the other direction that
 
 - answers the same normalised prompt with another text,
 - is by the same user (ratings without a user pair among themselves),
-- came at most `FeedbackConfig.rating_window_s` before, and
+- came at most `FeedbackConfig.rating_window_s` before,
+- is not the better one although it was cut off (`FeedbackConfig.cut_off_as_chosen`), and
 - is still open: every rating is used at most once.
 
 A user's newest rating of a response replaces the older one, so a changed mind never trains both ways. A lone thumb
@@ -20,9 +21,10 @@ from typing import Any
 from sqlalchemy import delete, insert, select, update
 from sqlalchemy.engine import Connection, Row
 
+from alignment.records.chat import answer_text
 from alignment.records.feedback import Rating
-from alignment.records.json_checks import canonical_json
-from alignment.records.pairs import PairDraft, StoredResponse, checked_pair, prompt_key
+from alignment.records.pairs import PairDraft, StoredResponse, checked_pair, may_be_chosen, pair_of, prompt_key
+from alignment.store.database import decoded, decoded_ids, encoded, ordered_json
 from alignment.store.schema import ratings
 from core.alignment_config import FeedbackConfig
 from core.errors import InvalidFeedbackError
@@ -54,10 +56,18 @@ def put_rating(
     connection.execute(insert(ratings), row)
     if partner is None:
         return None
-    new, old = (response.text, response.adapter), (partner.text, partner.adapter)
-    chosen, rejected = (new, old) if item.value > 0 else (old, new)
-    draft = PairDraft(json.loads(partner.prompt), chosen[0], rejected[0], chosen[1], rejected[1])
-    return draft, partner.feedback_id
+    old = StoredResponse(
+        partner.response_id,
+        partner.choice_index,
+        json.loads(partner.prompt),
+        partner.text,
+        partner.adapter,
+        tools=decoded(partner.tools),
+        tool_calls=decoded(partner.tool_calls),
+        token_ids=decoded_ids(partner.token_ids),
+    )
+    chosen, rejected = (response, old) if item.value > 0 else (old, response)
+    return pair_of(chosen, rejected), partner.feedback_id
 
 
 def drop_rating(connection: Connection, feedback_id: str, pair_id: str | None) -> None:
@@ -71,27 +81,33 @@ def drop_rating(connection: Connection, feedback_id: str, pair_id: str | None) -
 def _row(
     feedback_id: str, item: Rating, response: StoredResponse, config: FeedbackConfig, now: float
 ) -> dict[str, Any]:
-    text = response.text.strip()
+    text = answer_text(response.text, response.tool_calls).strip()
     return {
         "feedback_id": feedback_id,
         "response_id": response.response_id,
         "choice_index": response.choice_index,
         "direction": item.value,
         "user_id": item.user or "",
-        "prompt": canonical_json(response.prompt),
-        "prompt_key": prompt_key(response.prompt),
+        "prompt": ordered_json(response.prompt),
+        "prompt_key": prompt_key(response.prompt, response.tools),
+        "tools": encoded(response.tools),
+        "tool_calls": encoded(response.tool_calls),
+        "token_ids": encoded(response.token_ids),
         "text": response.text,
         "text_key": hashlib.sha256(text.encode()).hexdigest(),
         "adapter": response.adapter,
-        "state": OPEN if _is_usable(response, config) else UNUSABLE,
+        "state": OPEN if _is_usable(response, item, config) else UNUSABLE,
         "pair_id": None,
         "received_at": now,
     }
 
 
-def _is_usable(response: StoredResponse, config: FeedbackConfig) -> bool:
-    """True if this response can ever be half of a pair. Checked against a dummy that differs from it."""
-    probe = PairDraft(response.prompt, response.text, "-" if response.text.strip() != "-" else "+")
+def _is_usable(response: StoredResponse, item: Rating, config: FeedbackConfig) -> bool:
+    """True if this response can ever be its half of a pair. Checked against a dummy that differs from it."""
+    other = StoredResponse("", 0, response.prompt, "-" if response.text.strip() != "-" else "+")
+    probe = pair_of(response, other)
+    if item.value > 0 and not may_be_chosen(response, config):
+        return False
     try:
         checked_pair(probe, config.max_text_chars, ("prompt", "text", "probe"))
     except InvalidFeedbackError:

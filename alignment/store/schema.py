@@ -20,14 +20,33 @@ from sqlalchemy import (
     String,
     Table,
     Text,
+    TypeDecorator,
     UniqueConstraint,
     text,
 )
 from sqlalchemy.sql.elements import TextClause
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 
 metadata = MetaData()
+
+ESCAPE = "\x1a"
+
+
+class AnyText(TypeDecorator[str]):
+    """Text with any character in it. PostgreSQL holds no NUL: it becomes ESCAPE and 0, and ESCAPE becomes itself and 1.
+
+    Text of JSON needs none of this: JSON writes control characters as `\\u0000`.
+    """
+
+    impl = Text
+    cache_ok = True
+
+    def process_bind_param(self, value: str | None, _: object) -> str | None:  # noqa: D102
+        return value and value.replace(ESCAPE, ESCAPE + "1").replace("\0", ESCAPE + "0")
+
+    def process_result_value(self, value: str | None, _: object) -> str | None:  # noqa: D102
+        return value and value.replace(ESCAPE + "0", "\0").replace(ESCAPE + "1", ESCAPE)
 
 
 def _seq() -> Column[int]:
@@ -84,8 +103,13 @@ pairs = Table(
     Column("tags", Text),
     # The long texts last: SQLite walks a chain of pages to whatever stands behind them.
     Column("prompt", Text, nullable=False),
-    Column("chosen", Text, nullable=False),
-    Column("rejected", Text, nullable=False),
+    Column("chosen", AnyText, nullable=False),
+    Column("rejected", AnyText, nullable=False),
+    Column("tools", Text),
+    Column("chosen_calls", Text),
+    Column("rejected_calls", Text),
+    Column("chosen_ids", Text),
+    Column("rejected_ids", Text),
     sqlite_autoincrement=True,
 )
 
@@ -133,8 +157,11 @@ ratings = Table(
     Column("user_id", String(255), nullable=False),  # "" is nobody in particular: NULLs do not compare
     Column("prompt", Text, nullable=False),
     Column("prompt_key", String(64), nullable=False),
-    Column("text", Text, nullable=False),
+    Column("text", AnyText, nullable=False),
     Column("text_key", String(64), nullable=False),
+    Column("tools", Text),
+    Column("tool_calls", Text),
+    Column("token_ids", Text),
     Column("adapter", String(255)),
     Column("state", String(12), nullable=False),
     Column("pair_id", String(64), index=True),
@@ -152,13 +179,30 @@ responses = Table(
     Column("response_id", String(255), nullable=False),
     Column("choice_index", Integer, nullable=False),
     Column("prompt", Text, nullable=False),
-    Column("text", Text, nullable=False),
+    Column("text", AnyText, nullable=False),
+    Column("tools", Text),
+    Column("tool_calls", Text),
+    Column("token_ids", Text),
+    Column("finish_reason", String(40)),
+    Column("client_id", Text),
     Column("adapter", String(255)),
     Column("model", String(255)),
     Column("created_at", Double, nullable=False),
     UniqueConstraint("response_id", "choice_index"),
     sqlite_autoincrement=True,
 )
+
+unusable_responses = Table(
+    "unusable_responses",
+    metadata,
+    _seq(),
+    Column("response_id", String(255), nullable=False),
+    Column("choice_index", Integer, nullable=False),
+    Column("reason", AnyText, nullable=False),
+    UniqueConstraint("response_id", "choice_index"),
+    sqlite_autoincrement=True,
+)
+"""Answers that cannot be rated, and why, so that feedback about them can be told."""
 
 drift_events = Table(
     "drift_events",

@@ -38,6 +38,8 @@ class _Asked:
     question: Question
     response_id: str
     texts: list[str]
+    ends: list[str]
+    """The finish reason of each."""
 
 
 async def survey(client: AsyncOpenAI, model: str, questions: list[Question], samples: int) -> Survey:
@@ -79,7 +81,7 @@ def _feedback_on(asked: _Asked, style: Style) -> dict[str, Any]:
         judgement = judge(asked.question, text)
         if judgement.style is not style:
             disliked = index
-        elif judgement.is_right:
+        elif judgement.is_right and asked.ends[index] == "stop":
             liked = index
     item: dict[str, Any] = {"source": "demo", "user": "demo"}
     if disliked is None:  # an answer in another style is the worse one
@@ -107,6 +109,7 @@ async def _ask_all(client: AsyncOpenAI, model: str, questions: list[Question], s
                 temperature=1.0,
                 max_tokens=64,
             )
-        return _Asked(question, reply.id, [choice.message.content or "" for choice in reply.choices])
+        texts = [choice.message.content or "" for choice in reply.choices]
+        return _Asked(question, reply.id, texts, [choice.finish_reason for choice in reply.choices])
 
     return await asyncio.gather(*map(ask, questions))

@@ -1,19 +1,23 @@
 """The HTTP application of an executor: vLLM's own, with our routes first and the chain of our steps outside."""
 
-from fastapi import FastAPI
+from collections.abc import Collection
+
+from fastapi import Depends, FastAPI
 from starlette.types import ASGIApp
 
 from app.http.canary import CanaryRouter
 from app.http.capture import ResponseCapture
-from app.http.errors import install_error_handlers
+from app.http.errors import BadRequestError, install_error_handlers
 from app.http.guard import check_size, give_own_id, guard, note_client, set_request_class
 from app.http.openapi import document_errors
 from app.http.request import ClientRequest, GoOn, RequestChain, Step
-from app.http.routes import feedback, training, versions
+from app.http.routes import check_query, feedback, training, versions
 from deployments.executor import Executor
 from deployments.monitors.metrics import Meter
+from deployments.publishing.versions import AdapterVersions
 from deployments.routing.prefix_index import note_request
 from deployments.routing.prefix_names import TextPrefixes
+from engine.vllm.served_prompts import ServedPrompts
 
 _REMOVED_PATHS = frozenset(
     {
@@ -32,10 +36,11 @@ def attach_routes(app: FastAPI, executor: Executor) -> ASGIApp:
     app.router.routes[:] = [
         route for route in app.router.routes if getattr(route, "path", "") not in _REMOVED_PATHS
     ]
+    vllm_paths = {getattr(route, "path", "") for route in app.router.routes}
     app.state.executor = executor
     install_error_handlers(app)
     for module in (feedback, versions, training):
-        app.include_router(module.router)
+        app.include_router(module.router, dependencies=[Depends(check_query)])
     document_errors(app)
     model_id, meter = executor.args.model.model_id, Meter("http")
     steps: list[Step] = [
@@ -46,7 +51,10 @@ def attach_routes(app: FastAPI, executor: Executor) -> ASGIApp:
         set_request_class,  # refuses too, so it stands before whatever counts or draws a request
         prefix_names(model_id),  # before the canary's draw: it notes what the client asks for
         CanaryRouter(executor.trial, model_id),  # draws after what the client asked for is noted
-        ResponseCapture(executor.responses.add),  # last: only what vLLM itself answered is kept
+        keep_version(executor.versions, vllm_paths),  # after the draw: it knows which version was asked for
+        ResponseCapture(
+            executor.responses.add, ServedPrompts(app)
+        ),  # last: only what vLLM itself answered is kept
     ]
     chain = RequestChain(
         app,
@@ -66,3 +74,24 @@ def prefix_names(model_id: str) -> Step:
         await go_on()
 
     return note
+
+
+def keep_version(versions: AdapterVersions, paths: Collection[str]) -> Step:
+    """A step: the version that a request asks for stays until it has ended; a name that does not exist is refused.
+
+    `paths` are the routes whose body names a model.
+    """
+
+    async def keep(request: ClientRequest, go_on: GoOn) -> None:
+        model = request.model if request.path in paths else None
+        if not isinstance(model, str) or not model:
+            await go_on()
+            return
+        if not versions.has_name(model):
+            names = ", ".join(card["id"] for card in versions.cards())
+            message = f"The model `{model[:200]}` does not exist. There are {names}."
+            raise BadRequestError(message, "model", status=404, reason="unknown_model")
+        with versions.kept(model):
+            await go_on()
+
+    return keep

@@ -15,6 +15,7 @@ from core.errors import (
     FeedbackError,
     InvalidFeedbackError,
     MaceError,
+    ResponseNotReadyError,
     StoreUnavailableError,
     UnknownResponseError,
     UnknownVersionError,
@@ -23,6 +24,7 @@ from core.errors import (
 _STATUS: dict[type[MaceError], int] = {
     InvalidFeedbackError: 422,
     UnknownResponseError: 404,
+    ResponseNotReadyError: 409,
     FeedbackError: 400,
     StoreUnavailableError: 503,
     ControlUnavailableError: 503,

@@ -14,11 +14,11 @@ A `priority` field (lower is sooner, above 0 is class background) or a header `X
 given: the tier is checked, and then has no say. The body is written anew only if something in it has to change.
 """
 
-import uuid
 from typing import Any
 
+from alignment.records.response_ids import new_request_id
 from app.http.errors import BadRequestError
-from app.http.request import ClientRequest, GoOn, Step
+from app.http.request import MAX_ID_CHARS, ClientRequest, GoOn, Step
 from core.config import KV_PRUNING_OPT_OUT, EngineConfig
 from engine.vllm.requests import CLIENT
 from scheduler.priority import BACKGROUND_PRIORITY
@@ -93,10 +93,16 @@ async def give_own_id(request: ClientRequest, go_on: GoOn) -> None:
 
     Feedback names answers by their ids, so no two may be equal, however often a client sends the same one.
     """
-    own_id = uuid.uuid4().hex
+    own_id, body_id = new_request_id(), None
+    request.client_id = dict(request.headers).get(b"x-request-id", b"").decode("latin-1") or None
     request.set_header(b"x-request-id", own_id.encode())
-    if isinstance(request.json, dict) and "request_id" in request.json:
-        request.set_fields(request_id=own_id)
+    if isinstance(request.json, dict):
+        body_id = request.json.get("request_id")
+        request.client_id = request.client_id or (body_id[:MAX_ID_CHARS] if isinstance(body_id, str) else None)
+        if request.path == "/v1/responses":  # it knows the field only, and takes it as it is
+            request.set_fields(request_id=f"resp_{own_id}")
+        elif body_id is not None:
+            request.set_fields(request_id=own_id)
     await go_on()
 
 

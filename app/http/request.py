@@ -26,7 +26,7 @@ logger = logging.getLogger(__name__)
 REQUEST_KEY = "mace.request"
 """Key of the `ClientRequest` in the ASGI scope, for routes of ours."""
 
-_MAX_ID_CHARS = 256
+MAX_ID_CHARS = 256
 """Of an `X-Request-Id`, as of every other name that a client gives (`alignment.records.chat.MAX_NAME_CHARS`)."""
 
 _LEAVE_S = 1.0
@@ -104,6 +104,8 @@ class ClientRequest:
         self.answer = Answer(send)
         self.json: Any = None
         """The JSON that the client sent, whatever was rewritten since; None if there is none."""
+        self.client_id: str | None = None
+        """The id that the client gave the request."""
         self._receive = receive
         self._unread: Message | None = None
         """The message that the application receives first; None once it has."""
@@ -177,6 +179,11 @@ class ClientRequest:
             raise BadRequestError(self._json_error)
         return self.json
 
+    @property
+    def model(self) -> Any:
+        """The `model` that the application gets, whatever the client wrote there; None if there is none."""
+        return {**self.json, **self._changes}.get("model") if isinstance(self.json, dict) else None
+
     def asks_for(self, model_id: str) -> bool:
         """Does it ask for the live model, whose name is `model_id`? A request that names no model does."""
         return isinstance(self.json, dict) and self.json.get("model") in (model_id, None)
@@ -200,8 +207,8 @@ class ClientRequest:
             text = f"Content-Encoding {encoding.decode('latin-1')!r} is not supported: send the body as it is"
             raise BadRequestError(text, status=415, reason="content_encoding")
         client_id = headers.get(b"x-request-id", b"").decode("latin-1")
-        if len(client_id) > _MAX_ID_CHARS or not (client_id.isascii() and client_id.isprintable()):
-            text = f"X-Request-Id is at most {_MAX_ID_CHARS} printable ASCII characters"
+        if len(client_id) > MAX_ID_CHARS or not (client_id.isascii() and client_id.isprintable()):
+            text = f"X-Request-Id is at most {MAX_ID_CHARS} printable ASCII characters"
             raise BadRequestError(text, "X-Request-Id", reason="request_id")
 
     def _parse(self, body: bytes) -> None:

@@ -65,9 +65,15 @@ class DriftMonitor:
             self._meter.count("feedback_received", type=label, status=outcome.status)
         return [asdict(outcome) for outcome in outcomes]
 
-    def import_feedback(self, body: bytes) -> dict[str, Any]:
-        """Store a JSONL body line by line; returns the report (counts, errors with line numbers)."""
-        return asdict(import_jsonl(body.splitlines(), self._open().store.feedback.add))
+    def import_feedback(self, body: bytes, dry_run: bool = False) -> dict[str, Any]:
+        """Store a JSONL body line by line; returns the report (counts, errors with line numbers).
+
+        With `dry_run` the report is the same, and nothing is stored.
+        """
+        log = self._open().store.feedback
+        if dry_run:
+            return asdict(log.rehearse(lambda add: import_jsonl(body.splitlines(), add)))
+        return asdict(import_jsonl(body.splitlines(), log.add))
 
     def feedback_page(self, after: str | None, limit: int, kind: str | None) -> dict[str, Any]:
         """A stretch of the stored items, oldest first."""

@@ -129,4 +129,9 @@ def training_pair(pair: StoredPair, role: PairRole = "new") -> TrainingPair:
         weight=pair.weight * pair.quality,
         reference=pair.reference,
         role=role,
+        tools=pair.tools,
+        chosen_calls=pair.chosen_calls,
+        rejected_calls=pair.rejected_calls,
+        chosen_ids=pair.chosen_ids,
+        rejected_ids=pair.rejected_ids,
     )

@@ -201,7 +201,7 @@ class ScoreJudge:
 
 
 def _observation(pair: StoredPair, weight: float, at: float) -> ScoredPair:
-    prompt = whole_text(pair.prompt)
+    prompt = whole_text(pair.prompt, pair.tools)
     return ScoredPair(pair.pair_id, pair.seq, *_score(pair), prompt, pair.user, pair.tags, weight, at)
 
 

@@ -15,7 +15,9 @@ prompts share is computed for a version before it goes live (`deployments.publis
 import asyncio
 import logging
 import time
-from collections.abc import Collection, Sequence
+from collections import Counter
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from enum import StrEnum
 from typing import Any
@@ -60,6 +62,12 @@ class AdapterVersions:
         """Versions on disk that have been looked at, usable or not."""
         self._serving = Serving()
         """The pointers on disk, as this executor last saw them; `live` changes only together with the name."""
+        self._num_kept: Counter[str] = Counter()
+        """Requests under way, by the model name that each asked for."""
+        self._leaving: set[str] = set()
+        """Names that go when the last request that asked for them has ended."""
+        self._deleted: set[str] = set()
+        """Versions that are gone from disk and still loaded."""
         self._changing = asyncio.Lock()
         self._meter = Meter("executor")
         self.last_publish = PublishTiming()
@@ -94,6 +102,27 @@ class AdapterVersions:
     def live_handle(self) -> Any:
         """The inference side's handle of the live version; None is the bare base model."""
         return self._names.get(self._model_id)
+
+    def has_name(self, model: str) -> bool:
+        """May `model` be asked for?"""
+        return model in self._names.keys() - self._leaving or model in (self._model_id, self.name_of(BASE))
+
+    @contextmanager
+    def kept(self, model: str) -> Iterator[None]:
+        """While a request for `model` is under way the name stays, even if its version is retired meanwhile.
+
+        vLLM looks the name up only when it has rendered the prompt.
+        """
+        self._num_kept[model] += 1
+        try:
+            yield
+        finally:
+            self._num_kept[model] -= 1
+            if not self._num_kept[model]:
+                del self._num_kept[model]
+                if model in self._leaving:
+                    self._leaving.discard(model)
+                    self._names.pop(model, None)
 
     def name_of(self, version: str) -> str:
         """Model name of a version or of `base`."""
@@ -189,7 +218,7 @@ class AdapterVersions:
     async def retire_old(self) -> list[str]:
         """Retire versions beyond `versions.keep` and delete retired ones that have rested; returns what was deleted."""
         async with self._changing:
-            in_use = {name.rpartition("@")[2] for name in self._engine.versions_in_use()}
+            in_use = {name.rpartition("@")[2] for name in self._engine.versions_in_use() | self._num_kept.keys()}
             in_use.add(self.training_base)
             retired, deleted = await asyncio.to_thread(self._registry.retire_old, self._config.keep, in_use)
             await self._forget(retired, deleted)
@@ -198,7 +227,7 @@ class AdapterVersions:
     def cards(self) -> list[dict[str, Any]]:
         """List the names for `/v1/models`: live, with the version behind it as parent, base, then every version."""
         base = self.name_of(BASE)
-        versions = sorted(filter(None, self._names.keys() - {self._model_id}))
+        versions = sorted(filter(None, self._names.keys() - {self._model_id} - self._leaving))
         return [
             {"id": self._model_id, "parent": self.name_of(self.live)},
             {"id": base, "parent": None},
@@ -242,6 +271,7 @@ class AdapterVersions:
         """Load what vLLM needs before a version's first request: instant if it has it already."""
         started_s = time.perf_counter()
         handle = self._names[self.name_of(version.name)] = self._handle(version.name)
+        self._leaving.discard(self.name_of(version.name))
         await self._engine.load_version(handle)
         load_s = time.perf_counter() - started_s
         self.last_publish = await self._warmer.warm(handle) if warm else PublishTiming()
@@ -278,11 +308,17 @@ class AdapterVersions:
         self._serving = replace(on_disk, live=self._serving.live)
 
     async def _forget(self, retired: Collection[str], deleted: Collection[str]) -> None:
-        """Answer 404 for these names from now on (requests that run on them go on); unload the deleted ones."""
-        for name in {*retired, *deleted}:
-            self._names.pop(self.name_of(name), None)
-        for name in deleted:
-            self._known.discard(name)
+        """Answer 404 for these names from now on; unload the deleted ones, when no request runs on them any more."""
+        for model in map(self.name_of, {*retired, *deleted}):
+            if model in self._num_kept:
+                self._leaving.add(model)
+            else:
+                self._names.pop(model, None)
+        self._known -= set(deleted)
+        self._deleted |= set(deleted)
+        in_use = self._engine.versions_in_use() | self._num_kept.keys()
+        for name in [name for name in sorted(self._deleted) if self.name_of(name) not in in_use]:
+            self._deleted.discard(name)
             await self._engine.unload_version(self._handle(name))
 
     def _handle(self, name: str) -> Any:

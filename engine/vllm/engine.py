@@ -17,7 +17,9 @@ from core.batch import IterationSample
 from core.config import AppArgs
 from core.errors import MaceError, TrainingError
 from core.types import FineTuneTask, TaskResult
+from engine.training.pair_tokens import Chat
 from engine.vllm import compat as vllm_compat
+from engine.vllm.chat_content import make_chat
 from engine.vllm.directive import TASK_KEY
 from engine.vllm.grammars import GrammarCheck
 from engine.vllm.requests import check_requests
@@ -54,6 +56,8 @@ class HybridEngine:
         """vLLM's `AsyncLLM`."""
         self._grammars: GrammarCheck | None = None
         self._args = args
+        self.chat: Chat | None = None
+        """How this server makes tokens of chats; None before `build_openai_app`, or if it uses no chat template."""
         self.free_memory_bytes = float("inf")
         """Free device memory as the worker saw it last; infinite before the first report."""
 
@@ -208,7 +212,10 @@ class HybridEngine:
 
     async def build_openai_app(self, base_names: list[str]) -> Any:
         """vLLM's own FastAPI application on this engine; the first name is what the base model reports."""
-        return await vllm_compat.build_openai_app(self.client, base_names, self._args.engine.frontend_kwargs)
+        app = await vllm_compat.build_openai_app(self.client, base_names, self._args.engine.frontend_kwargs)
+        texts = self._args.engine.messages_are_text
+        self.chat = await asyncio.to_thread(make_chat, app.state.online_renderer, messages_are_text=texts)
+        return app
 
     @property
     def max_model_len(self) -> int:

@@ -135,6 +135,96 @@ def test_feedback_is_idempotent_listed_and_exported(server):
     assert report["errors"][0]["line_number"] == 2
 
 
+QUESTION = [{"role": "user", "content": "What is the capital of France?"}]
+
+
+def say(server, status, **item):
+    """Post feedback, expect the status, and return the reply."""
+    reply = server.call("POST", "/v1/feedback", json=item)
+    assert reply.status_code == status, reply.text
+    return reply.json()
+
+
+def exported(server):
+    return [json.loads(line) for line in server.call("GET", "/v1/feedback/export").text.splitlines()]
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "prompt"),
+    [
+        ("/v1/chat/completions", {"messages": QUESTION}, QUESTION),
+        ("/v1/messages", {"messages": QUESTION, "system": "Be kind."}, None),
+        ("/v1/responses", {"input": QUESTION[0]["content"]}, QUESTION),
+        ("/v1/completions", {"prompt": "Paris is"}, "Paris is"),
+        ("/v1/chat/completions/batch", {"messages": [QUESTION, QUESTION]}, QUESTION),
+        ("/invocations", {"messages": QUESTION}, QUESTION),
+        ("/invocations", {"prompt": "Paris is"}, "Paris is"),
+    ],
+)
+def test_an_answer_of_every_route_can_be_rated_by_its_id(server, path, body, prompt):
+    limit = "max_output_tokens" if path == "/v1/responses" else "max_tokens"
+    headers = {**JSON, "X-Request-Id": "S#1"}
+    reply = server.call("POST", path, content=encode({"model": "mace-tiny", limit: 24, **body}), headers=headers)
+    ident = reply.json()["id"]
+    assert len(ident) <= 64
+    assert "#" not in ident
+    better = f"Better: {path} {sorted(body)}"
+    say(server, 202, type="correction", response_id=ident, value=better)
+    [row] = [row for row in exported(server) if better in str(row["chosen"])]
+    expected = prompt or [{"role": "system", "content": "Be kind."}, *QUESTION]
+    assert row["prompt"] == expected
+
+
+def test_a_stream_that_was_left_cannot_be_rated_and_one_that_runs_not_yet(server):
+    body = {
+        "model": "mace-tiny",
+        "messages": QUESTION,
+        "n": 2,
+        "max_tokens": 1500,
+        "ignore_eos": True,
+        "stream": True,
+    }
+    with httpx.stream("POST", f"{server.url}/v1/chat/completions", json=body, timeout=60) as reply:
+        line = next(line for line in reply.iter_lines() if line.startswith("data: {"))
+        ident = json.loads(line[6:])["id"]
+        assert (
+            say(server, 409, type="rating", response_id=ident, value=True)["error"]["type"]
+            == "ResponseNotReadyError"
+        )
+    deadline_s = time.monotonic() + 10
+    rating = {"type": "rating", "response_id": ident, "choice_index": 1, "value": True}
+    while server.call("POST", "/v1/feedback", json=rating).status_code == 409 and time.monotonic() < deadline_s:
+        time.sleep(0.1)
+    assert "broken off" in say(server, 422, **rating)["error"]["message"]
+
+
+def test_every_character_of_an_answer_and_the_reason_against_it_are_known(server, client):
+    body = {"model": "mace-tiny", "prompt": "Hi", "max_tokens": 2, "min_tokens": 2, "allowed_token_ids": [193]}
+    reply = server.call("POST", "/v1/completions", json=body).json()
+    assert reply["choices"][0]["text"] == "\0\0"
+    say(server, 202, type="correction", response_id=reply["id"], value="no NUL")
+    assert [row["rejected"] for row in exported(server) if row["chosen"] == "no NUL"] == ["\0\0"]
+    unstored = ask(client, store=False).id
+    assert "store: false" in say(server, 404, type="rating", response_id=unstored, value=1)["error"]["message"]
+    begun = [*QUESTION, {"role": "assistant", "content": "It is"}]
+    going_on = {"continue_final_message": True, "add_generation_prompt": False}
+    body = {"model": "mace-tiny", "messages": begun, "max_tokens": 24, **going_on}
+    reply = server.call("POST", "/v1/chat/completions", json=body).json()
+    say(server, 202, type="correction", response_id=reply["id"], value="It is Paris, of course.")
+    [row] = [row for row in exported(server) if "of course" in str(row["chosen"])]
+    assert row["prompt"] == QUESTION
+    assert row["rejected"][0]["content"] == "It is" + reply["choices"][0]["message"]["content"]
+
+
+def test_a_rehearsed_import_stores_nothing(server):
+    before = exported(server)
+    line = b'{"prompt": "rehearsed", "chosen": "a", "rejected": "b"}\n'
+    report = server.call("POST", "/v1/feedback/import?dry_run=true", content=line * 2).json()
+    assert (report["num_accepted"], report["num_duplicates"]) == (1, 1)
+    assert exported(server) == before
+    assert server.call("POST", "/v1/feedback/import?dryrun=true", content=line).status_code == 400
+
+
 def test_two_thumbs_on_one_prompt_make_a_pair(server, client):
     reply = ask(client, text="What is the opposite of cold?", n=8)
     texts = {choice.message.content: choice.index for choice in reply.choices}

@@ -280,6 +280,42 @@ def test_every_request_passes_one_method_and_its_constraint_is_checked_in_two_pl
         assert name in source
 
 
+def test_the_server_keeps_what_served_prompts_are_read_with():
+    from vllm.entrypoints.anthropic.serving import AnthropicServingMessages
+    from vllm.entrypoints.generate import api_router
+    from vllm.renderers.hf import resolve_chat_template_content_format
+    from vllm.renderers.online_renderer import OnlineRenderer
+
+    wanted = {"anthropic_request", "merge_inline_system"}
+    assert wanted <= set(parameters(AnthropicServingMessages.to_chat_completion_request))
+    assert "self._merge_inline_system" in inspect.getsource(AnthropicServingMessages)
+    source = inspect.getsource(api_router)
+    assert "state.anthropic_serving_messages" in source
+    assert "state.openai_serving_chat" in source
+    source = inspect.getsource(OnlineRenderer)
+    for name in (
+        "chat_template",
+        "chat_template_content_format",
+        "exclude_tools_when_tool_choice_none",
+        "renderer",
+    ):
+        assert f"self.{name}" in source
+    assert "[tool.model_dump() for tool in request.tools]" in source
+    assert parameters(resolve_chat_template_content_format)[:4] == [
+        "chat_template",
+        "tools",
+        "given_format",
+        "tokenizer",
+    ]
+
+
+def test_a_model_name_is_looked_up_after_the_prompt_was_rendered():
+    from vllm.entrypoints.openai.chat_completion.serving import OpenAIServingChat
+
+    source = inspect.getsource(OpenAIServingChat._create_chat_completion)  # noqa: SLF001 - why names are kept
+    assert source.index("render_chat_request(") < source.index("_maybe_get_adapters(")
+
+
 def test_adapters_are_kept_to_the_modules_that_we_train():
     from vllm.engine.arg_utils import AsyncEngineArgs
 
@@ -297,3 +333,17 @@ def test_a_stop_can_limit_the_time_of_the_engines_processes():
 
     assert parameters(AsyncLLM.shutdown) == ["self", "timeout"]
     assert "VLLM_WORKER_SHUTDOWN_TIMEOUT_SECONDS" in envs.environment_variables
+
+
+def test_every_chat_passes_the_four_methods_that_are_guarded():
+    from vllm.renderers.base import BaseRenderer
+    from vllm.renderers.hf import HfRenderer
+
+    assert parameters(HfRenderer.render_messages) == parameters(HfRenderer.render_messages_async)
+    assert parameters(HfRenderer.render_messages) == ["self", "messages", "params"]
+    assert parameters(BaseRenderer._tokenize_prompt) == ["self", "prompt", "params"]  # noqa: SLF001
+    assert "self._tokenize_prompt_async(prompt, params)" in inspect.getsource(
+        BaseRenderer._tokenize_singleton_prompt_async  # noqa: SLF001
+    )
+    assert "self.render_messages_async(" in inspect.getsource(BaseRenderer.render_chat_async)
+    assert "tokenize_prompts_async" in inspect.getsource(BaseRenderer.render_chat_async)

@@ -22,7 +22,8 @@ class _Control:
     def __init__(self, store):
         self._store = store
 
-    async def import_feedback(self, body):
+    async def import_feedback(self, body, dry_run):
+        assert not dry_run
         return asdict(await asyncio.to_thread(import_jsonl, body.splitlines(), self._store.feedback.add))
 
     async def feedback_page(self, after, limit, kind):

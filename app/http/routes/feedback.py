@@ -17,7 +17,7 @@ from deployments.control.client import ControlClient
 router = APIRouter(prefix="/v1/feedback", tags=["feedback"])
 
 
-@router.post("", status_code=202, openapi_extra=JSON_OBJECT)
+@router.post("", status_code=202, openapi_extra=JSON_OBJECT, responses={409: {}})
 async def post_feedback(
     executor: ExecutorOf,
     body: JsonBody,
@@ -65,12 +65,15 @@ async def export_feedback(executor: ExecutorOf, format: Literal["trl", "openai"]
 
 
 @router.post("/import", status_code=202, openapi_extra=JSON_LINES)
-async def import_feedback(executor: ExecutorOf, request: Request) -> dict[str, Any]:
-    """Take a JSONL body (TRL or OpenAI DPO rows, detected line by line); reports refused lines with reasons."""
+async def import_feedback(executor: ExecutorOf, request: Request, dry_run: bool = False) -> dict[str, Any]:
+    """Take a JSONL body (TRL or OpenAI DPO rows, detected line by line); reports refused lines with reasons.
+
+    With `dry_run` the report is the same, and nothing is stored.
+    """
     body = await request.body()
     if not body.strip():
         raise BadRequestError("the request body is empty; JSONL is expected")
-    return await executor.control.import_feedback(body)
+    return await executor.control.import_feedback(body, dry_run)
 
 
 def _outcome(outcome: dict[str, Any]) -> dict[str, Any]:

@@ -89,7 +89,9 @@ def response_of():
 
     def find(store, response_id, choice_index=0):
         ref = ResponseRef(response_id, choice_index)
-        return store.database.read(lambda connection: find_responses(connection, [ref])).get(ref)
+        return store.database.read(
+            lambda connection: find_responses(connection, [ref], store.database.clock())
+        ).get(ref)
 
     return find
 

@@ -146,6 +146,24 @@ def test_a_migrated_database_has_the_shape_of_a_new_one(old_url, database_url, t
     assert set(shapes[1]) == set(metadata.tables)
 
 
+def test_texts_and_times_of_schema_2_are_read_as_they_were(old_url, schema_1, tmp_path, response_of):
+    engine = create_engine(old_url)
+    odd, far = "a\x1a0b\x1a1c\x1a", 1_735_689_600_123.0
+    with engine.begin() as connection:
+        connection.execute(schema_1["pairs"].insert(), [pair_row(50) | {"chosen": odd, "rejected": odd + "!"}])
+        response = {"response_id": "odd", "choice_index": 0, "prompt": '"p"', "text": odd, "created_at": 9.0}
+        connection.execute(schema_1["responses"].insert(), response)
+        connection.execute(schema_1["feedback"].insert(), [feedback_row(50, {}) | {"created_at": far}])
+    engine.dispose()
+    store = FeedbackStore.open(config(old_url), tmp_path)
+    [pair] = store.pairs.find(["pair-50"])
+    assert (pair.chosen, pair.rejected, pair.tools, pair.chosen_calls) == (odd, odd + "!", None, None)
+    response = response_of(store, "odd")
+    assert (response.text, response.finish_reason, response.tools) == (odd, None, None)
+    assert store.feedback.get("fb-50").created_at == 6.0
+    store.close()
+
+
 def test_a_failed_migration_leaves_the_old_database_as_it_was(old_url, tmp_path, monkeypatch):
     engine = create_engine(old_url)
     before = shape(engine)

@@ -48,6 +48,8 @@ def refusal(raw: object) -> InvalidFeedbackError:
     return error
 
 
+TEXTS = {"chosen": "good", "rejected": "bad"}
+TOOLS = [{"type": "function", "function": {"name": "now", "parameters": {"type": "object", "at": None}}}]
 CHAT_PAIR = PairDraft([USER], "good", "bad")
 
 
@@ -87,13 +89,32 @@ def test_the_implicit_prompt_may_hold_more_than_the_explicit_one():
     assert pair_of(row).prompt == [SYSTEM, USER]
 
 
-def test_tool_calls_may_stand_in_the_prompt_but_not_be_the_answer():
+def test_tool_calls_may_stand_in_the_prompt_and_be_the_answer():
     call = {"id": "c1", "type": "function", "function": {"name": "now", "arguments": "{}"}}
     turn = {"role": "assistant", "content": None, "tool_calls": [call]}
     result = {"role": "tool", "tool_call_id": "c1", "content": "12:00"}
     prompt = pair_of({"prompt": [USER, turn, result], "chosen": "good", "rejected": "bad"}).prompt
     assert prompt == [USER, {**turn, "content": ""}, result]
-    assert "tool call" in str(refusal({"prompt": [USER], "chosen": [turn], "rejected": "bad"}))
+    pair = pair_of({"prompt": [USER], "chosen": [turn], "rejected": "bad", "tools": TOOLS})
+    assert pair == PairDraft([USER], "", "bad", tools=TOOLS, chosen_calls=[call])
+    as_objects = {"tool_calls": [{"function": {"name": "now", "arguments": {"of": "é"}}}]}
+    [made] = pair_of(
+        {"prompt": [USER], "chosen": "good", "rejected": [{"role": "assistant", **as_objects}]}
+    ).rejected_calls
+    assert made == {"type": "function", "function": {"name": "now", "arguments": '{"of": "é"}'}}
+    bad = {**call, "function": {"name": "now", "arguments": "{"}}
+    refused = {"prompt": [USER], "chosen": "good", "rejected": [{**turn, "tool_calls": [bad]}]}
+    assert "no JSON object" in str(refusal(refused))
+    same = {**call, "id": "c2"}
+    alike = {"prompt": [USER], "chosen": [turn], "rejected": [{**turn, "tool_calls": [same]}]}
+    assert "same text" in str(refusal(alike))
+    assert "prompt of messages" in str(refusal({"prompt": "q", "chosen": "a", "rejected": "b", "tools": TOOLS}))
+
+
+def test_tools_of_both_forms_are_those_of_the_pair_in_their_order():
+    answers = {"preferred_output": [says("good")], "non_preferred_output": [says("bad")]}
+    assert pair_of({"input": {"messages": [USER], "tools": TOOLS}, **answers}).tools == TOOLS
+    assert json.dumps(pair_of({"prompt": [USER], **TEXTS, "tools": TOOLS}).tools) == json.dumps(TOOLS)
 
 
 @pytest.mark.parametrize(
@@ -115,7 +136,12 @@ def test_tool_calls_may_stand_in_the_prompt_but_not_be_the_answer():
         ({"prompt": "p", "chosen": "a" * 101, "rejected": "b"}, "chosen", "101 characters"),
         ({"prompt": "p" * 101, "chosen": "a", "rejected": "b"}, "prompt", "limit is 100"),
         ({"prompt": "p", "chosen": 3, "rejected": "b"}, "chosen", "string"),
-        ({"prompt": "p", "chosen": "a\x00", "rejected": "b"}, "chosen", "NUL"),
+        ({"prompt": "p", "chosen": "a\ud800", "rejected": "b"}, "chosen", "lone surrogate"),
+        ({"prompt": "p", "chosen": "a", "rejected": "b", "user": "\x00"}, "user", "NUL"),
+        ({"type": "comment", "value": "v", "created_at": 1735689600123}, "created_at", "not milliseconds"),
+        ({"type": "comment", "value": "v", "created_at": 1735689600123456789}, "created_at", "not milliseconds"),
+        ({"type": "comment", "value": "v", "created_at": -1}, "created_at", "from 1970"),
+        ({"type": "comment", "value": "v", "created_at": "2101-01-01"}, "created_at", "from 1970"),
         ({"prompt": "p", "chosen": "a", "rejected": "\ud800"}, "rejected", "surrogate"),
         ({"prompt": "p", "chosen": "a", "rejected": "b", "\udfff": 1}, None, "key"),
         ({"prompt": "p", "chosen": "a", "rejected": "b", "weight": float("nan")}, "weight", "finite"),
@@ -148,8 +174,8 @@ def test_tool_calls_may_stand_in_the_prompt_but_not_be_the_answer():
                 "preferred_output": [says("a")],
                 "non_preferred_output": [],
             },
-            "input.tools",
-            "at most 0",
+            "input.tools.0.function",
+            "required",
         ),
         ({"response_id": "r", "value": "better"}, "type", "cannot tell"),
         ({"type": "rating", "response_id": "r", "value": 0}, "value", "up"),
@@ -216,7 +242,7 @@ RESPONSES = {
 def by_ids(**raw: Any) -> PairDraft:
     item = parse_item(raw)
     assert isinstance(item, PreferenceByIds)
-    return pair_from_ids(item, RESPONSES.get, CONFIG.max_text_chars)
+    return pair_from_ids(item, RESPONSES.get, CONFIG)
 
 
 def test_ids_bring_prompt_texts_and_adapter_versions():
@@ -234,7 +260,7 @@ def test_the_choice_index_may_be_a_key_an_alias_or_a_suffix():
 @pytest.mark.parametrize(
     ("raw", "kind", "words"),
     [
-        ({"chosen_id": "a", "rejected_id": "zz"}, UnknownResponseError, "no stored response 'zz'"),
+        ({"chosen_id": "a", "rejected_id": "zz"}, UnknownResponseError, "has the id 'zz'"),
         ({"chosen_id": "a#7", "rejected_id": "b"}, UnknownResponseError, "'a#7'"),
         ({"chosen_id": "a", "rejected_id": "a"}, InvalidFeedbackError, "choice indices"),
         ({"chosen_id": "a", "rejected_id": "c"}, InvalidFeedbackError, "different prompts"),

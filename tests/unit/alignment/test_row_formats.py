@@ -1,5 +1,7 @@
 """Rows of public data sets become rows that our own parser takes, or are refused with a reason."""
 
+import json
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -99,6 +101,18 @@ def test_an_unknown_column_and_a_null_change_nothing(kind, row, expected):
     assert (found.format, (draft.prompt, draft.chosen, draft.rejected)) == (kind, expected)
 
 
+def test_tools_are_taken_in_every_spelling():
+    function = {"name": "now", "parameters": {"type": "object", "at": None}}
+    tools = [{"type": "function", "function": function}]
+    row = {"prompt": [user("q")], **TEXTS}
+    for spelling in (tools, [function], json.dumps(tools), json.dumps([function])):
+        found = to_api_row({**row, "tools": spelling})
+        assert (found.item["tools"], found.dropped) == (tools, ())
+        assert prepare(found.item, None, CONFIG).draft.tools == tools
+    for nothing in ([], "", "[]", None):
+        assert "tools" not in to_api_row({**row, "tools": nothing}).item
+
+
 REFUSED = [
     ({"prompt": "q", "completion": "a", "label": True}, "completion", "KTO"),
     ({"prompt": "q", "completion": "a"}, "completion", "single answer"),
@@ -109,7 +123,8 @@ REFUSED = [
     ({"history": "q", "human_ref_A": "a", "human_ref_B": "b", "labels": 2}, "labels", "1 (A is preferred)"),
     ({"human_ref_A": "a", "human_ref_B": "b", "labels": 1}, "history", "required"),
     ({"prompt": "q", **TEXTS, "images": ["data:"]}, "images", "only text"),
-    ({"prompt": "q", **TEXTS, "tools": [{}]}, "tools", "only text"),
+    ({"prompt": "q", **TEXTS, "tools": "[{"}, "tools", "no JSON"),
+    ({"prompt": "q", **TEXTS, "tools": ["now"]}, "tools", "list of objects"),
     ({"preference.responses": [["a", "b"]], "prompt": "q"}, None, "Argilla"),
     ({"text": "x"}, None, "'text'"),
     ({}, None, "none"),

@@ -43,7 +43,7 @@ def test_a_bad_item_does_not_stop_the_good_ones(store):
     assert (bad.status, bad.error_type, bad.id) == ("error", "InvalidFeedbackError", None)
     assert (unknown.error_type, unknown.param) == ("UnknownResponseError", "chosen_id")
     assert store.counts().feedback == {"preference": 2}
-    assert unknown.message.startswith("no stored response 'x'")
+    assert unknown.message.endswith("has the id 'x'")
 
 
 def test_the_same_id_is_one_record_and_answers_like_the_first(store):
@@ -136,6 +136,7 @@ def test_responses_that_cannot_be_stored_are_skipped_and_the_first_of_an_id_stay
     odd = [StoredResponse("x" * 201, 0, USER, "t"), StoredResponse("y", 0, USER, "\ud800")]
     assert store.responses.put([*odd, StoredResponse("z", 0, USER, "t")]) == 1
     assert store.responses.put([StoredResponse("z", 0, USER, "other"), StoredResponse("z", 1, USER, "n=2")]) == 1
+    assert "lone surrogate" in response_of(store, "y").unusable
     assert response_of(store, "z").text == "t"
     assert response_of(store, "z", 1).text == "n=2"
 

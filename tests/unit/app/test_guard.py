@@ -186,7 +186,10 @@ def test_an_answers_id_is_ours_whatever_the_client_sent():
     async def echo(request: Request):
         return [request.headers["x-request-id"], (await request.json()).get("request_id")]
 
+    app.post("/v1/responses")(app.router.routes[-1].endpoint)
     chain = TestClient(RequestChain(app, [give_own_id], 1000, lambda _: None))
+    [header, field] = chain.post("/v1/responses", json={"request_id": "same"}).json()
+    assert field == f"resp_{header}"
     replies = [
         chain.post("/x", json={"request_id": "same"}, headers={"X-Request-Id": "same#1"}).json() for _ in range(2)
     ]

@@ -1,6 +1,7 @@
 """Our routes and steps around an application that stands for vLLM's."""
 
 import json
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
@@ -25,6 +26,12 @@ class Control:
 
 class Versions:
     live, pinned, canary = "v0002", None, None
+
+    def has_name(self, model):
+        return model == "mace-tiny"
+
+    def kept(self, model):
+        return nullcontext()
 
     def cards(self):
         return [{"id": "mace-tiny", "parent": "mace-tiny@v0002"}]
@@ -64,9 +71,8 @@ def client(executor):
 
     @app.post("/v1/completions")
     async def complete(request: Request):
-        return {"id": "cmpl-1", "model": "mace-tiny@v0002", "choices": [{"index": 0, "text": "a"}]} | {
-            "asked": await request.json()
-        }
+        choice = {"index": 0, "text": "a", "finish_reason": "stop"}
+        return {"id": "cmpl-1", "model": "mace-tiny@v0002", "choices": [choice], "asked": await request.json()}
 
     return TestClient(attach_routes(app, executor))
 
@@ -90,6 +96,30 @@ def test_a_request_goes_through_every_step(client, kept):
     )
     assert client.post("/v1/completions", json={"extra_args": {"mace_x": 1}}).status_code == 400
     assert len(kept) == 1
+
+
+def test_a_model_that_does_not_exist_is_answered_with_those_that_do(client):
+    reply = client.post("/v1/completions", json={"model": "mace-tiny@v0001", "prompt": "p"})
+    assert reply.status_code == 404
+    assert reply.json()["error"]["message"].endswith("`mace-tiny@v0001` does not exist. There are mace-tiny.")
+    assert reply.json()["error"]["param"] == "model"
+    assert client.post("/v1/completions", json={"model": "mace-tiny", "prompt": "p"}).status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("method", "path"),
+    [
+        ("GET", "/v1/models?x=1"),
+        ("GET", "/v1/feedback/export?format=trl&fmt=trl"),
+        ("POST", "/v1/feedback/import?dryrun=true"),
+        ("POST", "/v1/adapters/v0001/activate?pin=true"),
+        ("GET", "/ready?x="),
+    ],
+)
+def test_an_unknown_query_parameter_is_refused(client, method, path):
+    reply = client.request(method, path)
+    assert reply.status_code == 400
+    assert "unknown query parameter" in reply.json()["error"]["message"]
 
 
 def test_feedback_takes_the_json_that_was_parsed_and_says_what_is_wrong_with_another(client):
@@ -125,7 +155,7 @@ def test_the_openapi_document_has_the_errors_and_the_type_of_the_export(client):
     assert operations["post /v1/completions"] == {200, 400, 404, 413, 415, 500, 503}
     assert operations["get /v1/adapters"] == {200, 400, 415, 500, 503}
     assert operations["post /v1/adapters/{version}/activate"] == {200, 400, 404, 409, 413, 415, 500, 503}
-    assert operations["post /v1/feedback"] == {202, 400, 404, 413, 415, 422, 500, 503}
+    assert operations["post /v1/feedback"] == {202, 400, 404, 409, 413, 415, 422, 500, 503}
     export = document["paths"]["/v1/feedback/export"]["get"]["responses"]
     assert list(export["200"]["content"]) == ["application/x-ndjson"]
     assert export["503"]["content"]["application/json"]["schema"] == {"$ref": "#/components/schemas/Error"}

@@ -166,6 +166,40 @@ def test_a_version_that_a_request_runs_on_is_kept(registry, monkeypatch):
     assert asyncio.run(versions.retire_old()) == ["v0001"]
 
 
+def test_a_name_stays_until_the_requests_that_asked_for_it_have_ended(registry, monkeypatch):
+    monkeypatch.setattr(on_disk, "REST_S", 0.0)
+    config, engine = VersionsConfig(keep=2), FakeEngine()
+    ours, _ = attached(registry, config)
+    theirs, names = attached(registry, config, engine)
+    for _ in range(4):
+        publish(ours, registry)
+    asyncio.run(theirs.refresh())
+    with theirs.kept("m@v0001"), theirs.kept("m@v0002"):
+        with theirs.kept("m@v0001"):
+            assert asyncio.run(ours.retire_old()) == ["v0001", "v0002"]
+            asyncio.run(theirs.refresh())
+        assert "m@v0001" in names  # what vLLM looks up when it has rendered the prompt
+        assert not theirs.has_name("m@v0001")  # for others it is gone
+        assert [card["id"] for card in theirs.cards()] == ["m", "m@base", "m@v0003", "m@v0004"]
+    assert set(names) == {"m", None, "m@v0003", "m@v0004"}
+    engine.in_use = {"m@v0001"}
+    asyncio.run(theirs.refresh())
+    assert [call for call in engine.calls if call[0] == "unload_version"] == [("unload_version", "m@v0002")]
+    engine.in_use = set()
+    asyncio.run(theirs.refresh())
+    assert engine.calls[-1] == ("unload_version", "m@v0001")
+    assert all(map(theirs.has_name, ("m", "m@base", "m@v0004")))
+
+
+def test_a_version_that_somebody_asks_for_is_not_deleted(registry, monkeypatch):
+    monkeypatch.setattr(on_disk, "REST_S", 0.0)
+    versions, _ = attached(registry, VersionsConfig(keep=2))
+    for _ in range(3):
+        publish(versions, registry)
+    with versions.kept("m@v0001"):
+        assert asyncio.run(versions.retire_old()) == ["v0002"]
+
+
 def test_one_version_in_full(registry):
     versions, _ = attached(registry)
     publish(versions, registry)
