@@ -23,6 +23,8 @@ from deployments.executor import Executor
 from deployments.routing.router import REPORT_PERIOD_S
 
 _MAX_QUEUED = 1024
+_DRAIN_LOOK_S = 0.2
+"""A replica that is to end looks this often whether its last request has."""
 
 
 def parse_args(raw: dict[str, Any]) -> AppArgs:
@@ -59,6 +61,7 @@ def bind_deployments(args: AppArgs, overrides: dict[str, dict[str, Any]]) -> App
         "max_ongoing_requests": 256,
         "ray_actor_options": {"num_cpus": 0},
         "health_check_period_s": 2,
+        "graceful_shutdown_wait_loop_s": _DRAIN_LOOK_S,
         **overrides.get("Control", {}),
     }
     executor_options = {
@@ -69,6 +72,7 @@ def bind_deployments(args: AppArgs, overrides: dict[str, dict[str, Any]]) -> App
         "ray_actor_options": {"num_cpus": 1},
         "health_check_period_s": 5,
         "graceful_shutdown_timeout_s": 10,
+        "graceful_shutdown_wait_loop_s": _DRAIN_LOOK_S,
         "request_router_config": executor_router(args),
         **overrides.get("Executor", {}),
     }

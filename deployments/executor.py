@@ -5,9 +5,10 @@ Routes come from `attach_routes`, which app.main passes in: deployments know not
 """
 
 import asyncio
+import contextlib
 import logging
 import uuid
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from typing import Any
 from alignment.versions.registry import AdapterRegistry
 from alignment.versions.serving_state import BASE
 from core.config import AppArgs
+from core.errors import MaceError
 from deployments.control.client import ControlClient
 from deployments.learning.learner import Learner
 from deployments.learning.training_progress import claim_checkpoint
@@ -39,6 +41,9 @@ from engine.vllm.compat import configure_environment
 from engine.vllm.engine import HybridEngine
 
 logger = logging.getLogger(__name__)
+
+_FLUSH_S = 1.0
+"""A stop waits for Control as long as this."""
 
 AttachRoutes = Callable[[Any, "Executor"], Any]
 
@@ -68,6 +73,8 @@ class Executor:
         self.fingerprint = ""
         """The served model by its content."""
         self.is_ready = False
+        self.end_requests: Callable[[], Awaitable[None]]
+        """Takes no further HTTP request and ends those under way; set by `attach_routes`."""
 
     async def __serve_build_asgi_app__(self) -> Any:
         """Start the engine, restore the live adapter, begin learning; returns the ASGI application.
@@ -129,6 +136,18 @@ class Executor:
             "prefix_cache": self.monitor.prefix_cache_to_wire(),
             "memory": {"kv_pruning": self.kv_pruning, **await self.engine.memory_status()},
         }
+
+    async def stop(self) -> None:
+        """End open requests with an error, then the engine: `mace serve` calls this before it ends the replica."""
+        if not self.is_ready:
+            return
+        self.is_ready = False
+        await self.end_requests()
+        with contextlib.suppress(MaceError, TimeoutError):
+            await asyncio.wait_for(self.responses.flush(), _FLUSH_S)
+        for task in self._background:
+            task.cancel()
+        await asyncio.to_thread(self.engine.shutdown)
 
     def __del__(self) -> None:
         """Serve deletes the replica's object on a graceful stop: end the engine's processes with it."""

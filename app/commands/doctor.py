@@ -5,8 +5,11 @@ import importlib.util
 import json
 import os
 import platform
+import resource
 import shutil
+import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -18,6 +21,7 @@ from rich.console import Console
 from rich.table import Table
 
 from app.commands.connection import read_config
+from app.commands.host import SHARED_MEMORY, choose_folders, files_problem, home_problem, shared_memory_problem
 from core.checks import CheckResult
 from core.errors import ConfigError
 
@@ -50,7 +54,7 @@ def doctor(
     ] = Path("serve_config.yaml"),
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON")] = False,
 ) -> None:
-    """Check Python, packages, threads, memory, GPU and the feedback store. Exits with 1 if anything is broken."""
+    """Check Python, packages, the machine and the feedback store. Exits with 1 if anything is broken."""
     configured_dir, database_url = _read_store_settings(config)
     findings = examine(state_dir or configured_dir, database_url)
     if as_json:
@@ -72,6 +76,9 @@ def examine(state_dir: Path, database_url: str | None = None) -> list[CheckResul
         "threads": _threads,
         "memory": _memory,
         "gpu": _gpu,
+        "files": _files,
+        "folders": _folders,
+        "shared memory": _shared_memory,
         "state": lambda: _state_dir(state_dir),
     }
     findings = []
@@ -155,15 +162,54 @@ def _memory() -> Outcome:
     return status, found, "6 GiB are needed for the three engine processes and Ray"
 
 
+def _nvidia_devices() -> str:
+    """What `nvidia-smi -L` lists; empty without the command."""
+    try:
+        return subprocess.run(("nvidia-smi", "-L"), capture_output=True, text=True, timeout=20, check=False).stdout
+    except (OSError, subprocess.SubprocessError):
+        return ""
+
+
 def _gpu() -> Outcome:
     import torch
 
     if torch.cuda.is_available():
         free, total = torch.cuda.mem_get_info()
         return "ok", f"{torch.cuda.get_device_name()}, {free / _GIB:.1f} of {total / _GIB:.1f} GiB free", ""
+    if Path("/etc/nv_tegra_release").exists() or "nvgpu" in _nvidia_devices():
+        found = "a Jetson board; serving on CPU"
+        return (
+            "warning",
+            found,
+            "for its GPU install NVIDIA's builds of torch and vLLM for JetPack in place of ours",
+        )
     if shutil.which("nvidia-smi"):
         return "warning", "an NVIDIA driver, but torch sees no GPU", "scripts/setup gpu"
     return "ok", "none; serving on CPU", ""
+
+
+def _files() -> Outcome:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if problem := files_problem(hard):
+        return "warning", problem.split(";")[0], "ulimit -Hn 65536, or docker run --ulimit nofile=65536"
+    return "ok", f"{soft} open files, raised to {hard} at the start", ""
+
+
+def _folders() -> Outcome:
+    try:
+        notices = [*choose_folders(dict(os.environ)), *filter(None, [home_problem(os.environ)])]
+    except ConfigError as error:
+        return "error", str(error), "set TMPDIR to a short path to a folder that can be written"
+    if notices:
+        return "warning", "; ".join(notices), "set TMPDIR and HOME, or leave it so"
+    return "ok", f"{tempfile.gettempdir()} and the home directory can be written", ""
+
+
+def _shared_memory() -> Outcome:
+    if problem := shared_memory_problem():
+        found, _, fix = problem.partition("; ")
+        return "error", found, fix
+    return "ok", f"{shutil.disk_usage(SHARED_MEMORY).free / _GIB:.1f} GiB free", ""
 
 
 def _state_dir(state_dir: Path) -> Outcome:

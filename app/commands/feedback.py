@@ -1,6 +1,7 @@
 """`mace feedback`: import, export and list."""
 
 import json
+import os
 import time
 from contextlib import ExitStack, closing
 from pathlib import Path
@@ -14,9 +15,11 @@ from rich.table import Table
 from rich.text import Text
 
 from app.commands.connection import URL_OPTION, call, download, fail, headers
+from app.commands.host import replace_home
 from app.importing.delivery import DeliveryError, DryRun, Server
 from app.importing.importer import Importer, Progress, ProgressFile, Reason, Tally
 from app.importing.sources import Source, SourceError, open_source
+from core.errors import ConfigError
 
 _INTERRUPTED = 130
 _SHOWN_REASONS = 20
@@ -119,6 +122,8 @@ def import_feedback(
     """Import preference data; an interrupted import goes on where it stopped, and adds nothing twice."""
     started_s = time.monotonic()
     try:
+        for notice in replace_home(os.environ):  # progress, and the cache of data sets
+            typer.secho(f"mace: {notice}", fg="yellow", err=True)
         with closing(ImportBar(is_shown=not as_json)) as bar, ExitStack() as stack:
             sink: Server | DryRun = DryRun()
             if not dry_run:
@@ -136,7 +141,7 @@ def import_feedback(
                 on_settled=bar.settled,
             )
             num_before = _run(importer, restart, bar)
-    except (SourceError, DeliveryError) as error:
+    except (SourceError, DeliveryError, ConfigError) as error:
         fail(error)
     except OSError as error:
         fail(f"{error.filename or 'import'}: {error.strerror or error}")

@@ -9,6 +9,7 @@ from app.http.canary import CanaryRouter
 from app.http.capture import ResponseCapture
 from app.http.errors import BadRequestError, install_error_handlers
 from app.http.guard import check_size, give_own_id, guard, note_client, set_request_class
+from app.http.openapi import document_errors
 from app.http.request import ClientRequest, GoOn, RequestChain, Step
 from app.http.routes import check_query, feedback, training, versions
 from deployments.executor import Executor
@@ -24,6 +25,7 @@ _REMOVED_PATHS = frozenset(
         "/is_scaling_elastic_ep",
         "/inference/v1/generate",  # takes raw sampling parameters
         "/inference/v1/abort_requests",
+        "/kv_event_sources",  # internal addresses
         "/v1/models",  # ours knows about the live version
     }
 )
@@ -39,6 +41,7 @@ def attach_routes(app: FastAPI, executor: Executor) -> ASGIApp:
     install_error_handlers(app)
     for module in (feedback, versions, training):
         app.include_router(module.router, dependencies=[Depends(check_query)])
+    document_errors(app)
     model_id, meter = executor.args.model.model_id, Meter("http")
     steps: list[Step] = [
         guard,  # first: nothing else looks at a request that must not come in
@@ -53,12 +56,14 @@ def attach_routes(app: FastAPI, executor: Executor) -> ASGIApp:
             executor.responses.add, ServedPrompts(app)
         ),  # last: only what vLLM itself answered is kept
     ]
-    return RequestChain(
+    chain = RequestChain(
         app,
         steps,
         executor.args.feedback.max_body_bytes,
         lambda reason: meter.count("requests_refused", reason=reason),
     )
+    executor.end_requests = chain.close
+    return chain
 
 
 def prefix_names(model_id: str) -> Step:

@@ -1,5 +1,6 @@
 """Our errors as OpenAI-shaped JSON: `{"error": {"message", "type", "param", "code"}}`."""
 
+import json
 from http import HTTPStatus
 from typing import Any
 
@@ -48,10 +49,19 @@ class BadRequestError(MaceError):
         self.reason = reason
 
 
+class ServerStoppingError(MaceError):
+    """The server is being stopped; another one, or the next, can take the request."""
+
+    def __init__(self) -> None:
+        super().__init__("the server is stopping; send the request again in a moment")
+
+
 def status_of(error: MaceError) -> int:
     """HTTP status of one of our errors: what the nearest of its classes has."""
     if isinstance(error, BadRequestError):
         return error.status
+    if isinstance(error, ServerStoppingError):
+        return 503
     return next((_STATUS[kind] for kind in type(error).__mro__ if kind in _STATUS), 500)
 
 
@@ -66,6 +76,12 @@ def error_response(error: MaceError) -> JSONResponse:
     body = error_body(str(error), type(error).__name__, status, getattr(error, "param", None))
     headers = {"Retry-After": str(_RETRY_AFTER_S)} if status == 503 else None
     return JSONResponse(body, status, headers)
+
+
+def error_event(error: MaceError) -> bytes:
+    """The last event of a stream that cannot go on, in a form that clients of chat, responses and messages all read."""
+    body = error_body(str(error), type(error).__name__, status_of(error))
+    return f"event: error\ndata: {json.dumps({'type': 'error', **body})}\n\n".encode()
 
 
 def install_error_handlers(app: FastAPI) -> None:

@@ -11,14 +11,14 @@ import logging
 import re
 import time
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from app.http.errors import BadRequestError, error_response
+from app.http.errors import BadRequestError, ServerStoppingError, error_event, error_response
 from core.errors import MaceError
 
 logger = logging.getLogger(__name__)
@@ -52,6 +52,7 @@ class Answer:
         self.keeps_body = False
         """Set by a step that wants to read `body`."""
         self._parts: list[bytes] = []
+        self._is_cut = False
 
     @property
     def body(self) -> bytes:
@@ -60,6 +61,8 @@ class Answer:
 
     async def send(self, message: Message) -> None:
         """ASGI's send for the application: forward a message, and note what it was."""
+        if self._is_cut:
+            return
         await self._send(message)
         if message["type"] == "http.response.start":
             self.status = message["status"]
@@ -75,6 +78,21 @@ class Answer:
                 if self.keeps_body:
                     self._parts.append(part)
             self.is_complete = not message.get("more_body", False)
+
+    async def cut(self, error: MaceError, scope: Scope, receive: Receive) -> bool:
+        """End the answer with an error, and send nothing that the application still says; was that possible?
+
+        A stream ends with an error event. An answer of another kind that has begun goes on: its form has no place for
+        an error, and cut short it would look whole.
+        """
+        if self.is_complete or (self.status and not self.is_stream):
+            return False
+        self._is_cut = True
+        if self.status:
+            await self._send({"type": "http.response.body", "body": error_event(error)})
+        else:
+            await error_response(error)(scope, receive, self._send)
+        return True
 
 
 class ClientRequest:
@@ -150,6 +168,11 @@ class ClientRequest:
         """Note that the client has gone away; the application receives a disconnect."""
         self._left.set()
 
+    async def cut(self, error: MaceError) -> None:
+        """End the answer with an error, if `Answer.cut` can, and the application's work with it."""
+        if await self.answer.cut(error, self.scope, self._receive):
+            self.leave()
+
     def required_json(self) -> Any:
         """The JSON that the client sent; a BadRequestError with the position if the body is empty or malformed."""
         if self._json_error:
@@ -208,7 +231,7 @@ GoOn = Callable[[], Awaitable[None]]
 Step = Callable[[ClientRequest, GoOn], Awaitable[None]]
 
 
-@dataclass(frozen=True, eq=False, repr=False)
+@dataclass(eq=False, repr=False)
 class RequestChain:
     """The ASGI application that is served: `steps`, the outermost first, in front of `app`."""
 
@@ -217,6 +240,16 @@ class RequestChain:
     max_body_bytes: int
     on_refused: Callable[[str], None]
     """Called with the reason of each refusal."""
+    _open: dict[asyncio.Future[None], ClientRequest] = field(default_factory=dict, init=False)
+    _is_closed: bool = field(default=False, init=False)
+
+    async def close(self) -> None:
+        """Take no further request, and end those that are under way with an error; returns when they have ended."""
+        self._is_closed = True
+        work = dict(self._open)
+        await asyncio.gather(*(request.cut(ServerStoppingError()) for request in work.values()))
+        if work:
+            await asyncio.wait(work, timeout=_LEAVE_S)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass an HTTP request through the steps, or answer why not; anything else goes straight to the application."""
@@ -226,9 +259,13 @@ class RequestChain:
         request = scope[REQUEST_KEY] = ClientRequest(scope, receive, send)
         try:
             await request.read(self.max_body_bytes)
+            if self._is_closed:
+                raise ServerStoppingError
             await self._run(request)
         except BadRequestError as error:
             self.on_refused(error.reason)
+            await error_response(error)(scope, receive, send)
+        except ServerStoppingError as error:
             await error_response(error)(scope, receive, send)
         except ClientDisconnect:
             return  # nobody is there to be answered
@@ -247,6 +284,8 @@ class RequestChain:
         would run to its end for nobody. So they are told of the disconnect, as they are without Serve.
         """
         work = asyncio.ensure_future(self._take(0, request))
+        self._open[work] = request
+        work.add_done_callback(self._open.pop)
         try:
             await asyncio.shield(work)
         except asyncio.CancelledError:

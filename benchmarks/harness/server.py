@@ -20,7 +20,7 @@ import httpx
 import psutil
 import yaml
 
-from app.commands.processes import become_subreaper
+from app.commands.processes import become_subreaper, is_alive
 from core.config import AppArgs
 from core.errors import MaceError
 
@@ -261,11 +261,3 @@ def title_of(process: psutil.Process) -> str:
     if "ServeReplica" in parent:
         return "VLLM::EngineCore"
     return "VLLM::Worker" if _SPAWNED in parent or "VLLM::EngineCore" in parent else title
-
-
-def is_alive(process: psutil.Process) -> bool:
-    """True while a process runs; a zombie does not."""
-    try:
-        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return False

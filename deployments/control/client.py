@@ -90,7 +90,7 @@ class ControlClient:
     async def _call(self, name: str, method: str, *args: Any, timeout_s: float = _CALL_TIMEOUT_S) -> Any:
         try:
             response = getattr(self._handle, method).remote(*args)
-            return await asyncio.wait_for(response, timeout_s)
+            answer = await asyncio.wait_for(response, timeout_s)
         except ray.exceptions.RayTaskError as error:
             cause = error.cause
             while isinstance(cause, ray.exceptions.RayTaskError):  # replica and actor each wrap once
@@ -106,6 +106,9 @@ class ControlClient:
             TimeoutError,
         ) as error:
             raise self._unavailable(name, error) from error
+        if isinstance(answer, MaceError):
+            raise answer
+        return answer
 
     def _unavailable(self, name: str, error: Exception) -> ControlUnavailableError:
         self._meter.count("control_unreachable", method=name)

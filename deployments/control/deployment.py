@@ -4,15 +4,20 @@ Serve restarts it when it dies; its actors die with it and are made anew, from t
 on the token path: executors serve on while Control is away, and repeat their calls.
 """
 
+import logging
 from collections.abc import Callable
 from typing import Any
 
 import ray
+import ray.exceptions
 
 from core.config import AppArgs
+from core.errors import MaceError
 from core.wire import BatchOutcome
 from deployments.control.central_scheduler import CentralScheduler
 from deployments.control.drift_monitor import DriftMonitor
+
+logger = logging.getLogger(__name__)
 
 _MONITOR_THREADS = 8
 _TIMEOUT_S = 30.0
@@ -47,8 +52,17 @@ class Control:
         await self._monitor.start.remote()
 
     async def ask(self, actor: str, method: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Call a method of the actor of that class name; `deployments.control.client` lists who calls what."""
-        return await getattr(self._actors[actor], method).remote(*args, **kwargs)
+        """Call a method of the actor of that class name; `deployments.control.client` lists who calls what.
+
+        A refusal comes back as a value, since Serve logs the traceback of whatever is raised here.
+        """
+        try:
+            return await getattr(self._actors[actor], method).remote(*args, **kwargs)
+        except ray.exceptions.RayTaskError as error:
+            if isinstance(error.cause, MaceError):
+                logger.info("%s was refused: %s: %s", method, type(error.cause).__name__, error.cause)
+                return error.cause
+            raise
 
     async def complete(self, outcome: BatchOutcome, version: str | None) -> None:
         """Record what became of a batch: first durably, then in the queue, so that no pair is streamed twice.

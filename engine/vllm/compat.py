@@ -74,6 +74,7 @@ def configure_environment(args: AppArgs, model_dir: Path) -> None:
     if args.kv_pruning.start != "off":
         os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "0"  # rows of the block table are V1's (engine.pruning.worker)
     os.environ["VLLM_MAX_N_SEQUENCES"] = str(args.engine.max_choices)
+    os.environ.setdefault("VLLM_WORKER_SHUTDOWN_TIMEOUT_SECONDS", "1")  # a worker has nothing to save
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
     os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")  # stdout belongs to --json

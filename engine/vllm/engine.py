@@ -30,6 +30,7 @@ logger = logging.getLogger(__name__)
 OWN_REQUESTS = ("finetune-", "generate-", "profile-")
 """Prefixes of the ids of requests that no user sent; vLLM's own start with `chatcmpl-`, `cmpl-` or `resp_`."""
 
+_SHUTDOWN_S = 2.0
 _MAX_LOOKUPS = 256
 """Waiting prompts that are looked up for one reading, 8 us for a thousand tokens; the others count in full."""
 
@@ -305,10 +306,10 @@ class HybridEngine:
         await self.client.check_health()
 
     def shutdown(self) -> None:
-        """Stop the engine processes."""
+        """Stop the engine processes, and kill what is left after `_SHUTDOWN_S`. Calling it again is harmless."""
         if self._grammars is not None:
             self._grammars.close()
-        self.client.shutdown()
+        self.client.shutdown(timeout=_SHUTDOWN_S)
 
     async def _call_worker(self, method: str, *args: Any) -> Any:
         """Between two iterations, in the worker. Errors of our tree come back as they were raised there."""

@@ -6,6 +6,7 @@ The tests run in order on one server; each leaves it serving.
 import asyncio
 import json
 import os
+import re
 import signal
 import threading
 import time
@@ -17,14 +18,18 @@ from random import Random
 import httpx
 import psutil
 import pytest
-from openai import NotFoundError, OpenAI
+from openai import APIError, NotFoundError, OpenAI
 
 from app.demo.run import DemoOptions, run_demo
-from benchmarks.harness.server import ServerError, ServerProcess
+from benchmarks.harness.server import ServerError, ServerProcess, title_of
 from engine.tiny.knowledge import Style
+from tests.support.openapi_calls import undocumented
 from tests.support.random_requests import encode, random_request
 
 pytestmark = [pytest.mark.vllm, pytest.mark.ray]
+
+_STOP_LIMIT_S = 9.0
+"""What is left then is killed, and the exit code is not 0."""
 
 CONFIG = Path(__file__).parents[2] / "serve_config.yaml"
 JSON = {"Content-Type": "application/json"}
@@ -421,6 +426,26 @@ def test_training_pauses_and_resumes(server):
     assert server.call("POST", "/v1/training/resume").json()["paused"] is False
 
 
+def test_random_calls_get_no_answer_that_the_openapi_document_does_not_have(server):
+    document = server.call("GET", "/openapi.json").json()
+    assert list(undocumented(server.call, document, calls_each=8, seed=0)) == []
+    server.call("POST", "/v1/training/resume")
+    assert server.call("GET", "/kv_event_sources").status_code == 404
+
+
+def test_logs_have_neither_access_lines_nor_tracebacks_of_refused_feedback(server):
+    key = {"Idempotency-Key": "x" * 300}
+    assert server.call("POST", "/v1/feedback", json={}, headers=key).status_code == 422
+    head = next(one for one in server.members() if "raylet" in title_of(one))
+    session = re.search(r"(/\S+/session_[\d_-]+)/", title_of(head))[1]
+    logs = list(Path(session, "logs", "serve").glob("replica_mace_*.log"))
+    assert len(logs) >= 2
+    for log in logs:
+        text = log.read_text()
+        assert " 422 " not in text
+        assert "InvalidFeedbackError" not in text
+
+
 class Traffic:
     """Streams without pause from another thread; notes failures and finished replies."""
 
@@ -526,8 +551,23 @@ def sqlite_lock(path):
     return connection
 
 
-def test_sigterm_leaves_no_process_behind(server):
+def test_sigterm_to_the_group_ends_streams_with_an_error_and_leaves_no_process_behind(server, client):
+    stream = client.chat.completions.create(
+        model="mace-tiny",
+        messages=[{"role": "user", "content": "Hi"}],
+        max_tokens=1500,
+        stream=True,
+        extra_body={"ignore_eos": True},
+    )
+    next(iter(stream))
+    printed, root, began_s = server.log.stat().st_size, server.root, time.monotonic()
+    os.killpg(root.pid, signal.SIGTERM)
+    with pytest.raises(APIError, match="the server is stopping"):
+        list(stream)
+    assert root.wait(30) == 0
+    assert time.monotonic() - began_s < _STOP_LIMIT_S
     assert server.end(signal.SIGTERM) == 0
+    assert server.log.read_bytes()[printed:] == b"mace: stopping ...\n"
 
 
 def test_a_restart_skips_a_damaged_version_and_keeps_the_rest(server):

@@ -327,6 +327,14 @@ def test_adapters_are_kept_to_the_modules_that_we_train():
     assert "gen.set_offset(" in source  # what `HybridCpuWorker.sample_tokens` keeps from happening
 
 
+def test_a_stop_can_limit_the_time_of_the_engines_processes():
+    from vllm import envs
+    from vllm.v1.engine.async_llm import AsyncLLM
+
+    assert parameters(AsyncLLM.shutdown) == ["self", "timeout"]
+    assert "VLLM_WORKER_SHUTDOWN_TIMEOUT_SECONDS" in envs.environment_variables
+
+
 def test_every_chat_passes_the_four_methods_that_are_guarded():
     from vllm.renderers.base import BaseRenderer
     from vllm.renderers.hf import HfRenderer

@@ -11,6 +11,7 @@ import core.errors
 from alignment.records.json_checks import unique_object
 from alignment.store.formats import whole_problem_of_lines
 from app.http.errors import BadRequestError, error_body, status_of
+from app.http.openapi import JSON_LINES, JSON_OBJECT, JSONL
 from app.http.routes import ExecutorOf, JsonBody
 from core.errors import InvalidFeedbackError, MaceError
 from deployments.control.client import ControlClient
@@ -18,7 +19,7 @@ from deployments.control.client import ControlClient
 router = APIRouter(prefix="/v1/feedback", tags=["feedback"])
 
 
-@router.post("", status_code=202)
+@router.post("", status_code=202, openapi_extra=JSON_OBJECT, responses={409: {}})
 async def post_feedback(
     executor: ExecutorOf,
     request: Request,
@@ -58,14 +59,18 @@ async def list_feedback(
     return {"object": "list", "data": page["entries"], "has_more": page["has_more"]}
 
 
-@router.get("/export")
+@router.get(
+    "/export",
+    response_class=StreamingResponse,
+    responses={200: {"content": {JSONL: {"schema": {"type": "string"}}}}},
+)
 async def export_feedback(executor: ExecutorOf, format: Literal["trl", "openai"] = "trl") -> StreamingResponse:
     """All preference pairs as JSONL."""
     first = await executor.control.export_chunk(format, 0)  # an unavailable store is a 503, not a broken stream
-    return StreamingResponse(_export(executor.control, format, *first), media_type="application/x-ndjson")
+    return StreamingResponse(_export(executor.control, format, *first), media_type=JSONL)
 
 
-@router.post("/import", status_code=202)
+@router.post("/import", status_code=202, openapi_extra=JSON_LINES)
 async def import_feedback(executor: ExecutorOf, request: Request, dry_run: bool = False) -> dict[str, Any]:
     """Take a JSONL body (TRL or OpenAI DPO rows, detected line by line); reports refused lines with reasons.
 

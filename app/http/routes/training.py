@@ -33,14 +33,14 @@ async def show_training(executor: ExecutorOf) -> dict[str, Any]:
     return {"enabled": executor.learner is not None, "executor": await executor.status(), **control}
 
 
-@router.post("/v1/training/pause", tags=["training"])
+@router.post("/v1/training/pause", tags=["training"], responses={409: {}})
 async def pause_training(executor: ExecutorOf) -> dict[str, Any]:
     """Take no further batch; a step in progress ends first."""
     _learner(executor).pause()
     return await executor.status()
 
 
-@router.post("/v1/training/resume", tags=["training"])
+@router.post("/v1/training/resume", tags=["training"], responses={409: {}})
 async def resume_training(executor: ExecutorOf) -> dict[str, Any]:
     """Go on after a pause."""
     _learner(executor).resume()

@@ -51,7 +51,7 @@ async def show_adapter(executor: ExecutorOf, version: str) -> dict[str, Any]:
     return await executor.versions.detail(version)
 
 
-@router.post("/v1/adapters/{version}/activate", tags=["adapters"])
+@router.post("/v1/adapters/{version}/activate", tags=["adapters"], responses={409: {}})
 async def activate_adapter(
     executor: ExecutorOf, version: str, options: Activation | None = None
 ) -> dict[str, Any]:

@@ -13,9 +13,10 @@ from typing import Any, TypeVar
 
 import psutil
 
+from app.commands.processes import is_alive
 from benchmarks.harness.client import Load
 from benchmarks.harness.report import note
-from benchmarks.harness.server import ServerError, ServerProcess, is_alive, title_of
+from benchmarks.harness.server import ServerError, ServerProcess, title_of
 from benchmarks.studies.chaos.load import POST, Ledger, questions
 from benchmarks.studies.chaos.watch import Learning, Watch
 from deployments.learning.training_progress import TrainingProgress

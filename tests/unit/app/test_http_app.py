@@ -160,3 +160,21 @@ def test_training_is_shown_in_part_while_control_is_away_and_cannot_be_paused_wi
     assert reply["error"] == {"message": "away", "type": "ControlUnavailableError"}
     assert client.post("/v1/training/pause").status_code == 409
     assert client.post("/v1/training/rebuild").status_code == 409
+
+
+def test_the_openapi_document_has_the_errors_and_the_type_of_the_export(client):
+    document = client.get("/openapi.json").json()
+    operations = {
+        f"{method} {path}": {int(status) for status in operation["responses"]}
+        for path, methods in document["paths"].items()
+        for method, operation in methods.items()
+    }
+    assert operations["post /v1/completions"] == {200, 400, 404, 413, 415, 500, 503}
+    assert operations["get /v1/adapters"] == {200, 400, 415, 500, 503}
+    assert operations["post /v1/adapters/{version}/activate"] == {200, 400, 404, 409, 413, 415, 500, 503}
+    assert operations["post /v1/feedback"] == {202, 400, 404, 409, 413, 415, 422, 500, 503}
+    export = document["paths"]["/v1/feedback/export"]["get"]["responses"]
+    assert list(export["200"]["content"]) == ["application/x-ndjson"]
+    assert export["503"]["content"]["application/json"]["schema"] == {"$ref": "#/components/schemas/Error"}
+    assert "Error" in document["components"]["schemas"]
+    assert client.get("/openapi.json").json() == document

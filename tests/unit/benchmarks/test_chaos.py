@@ -11,7 +11,8 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
-from benchmarks.harness.server import ServerError, ServerProcess, is_alive, own_servers, title_of
+from app.commands.processes import is_alive
+from benchmarks.harness.server import ServerError, ServerProcess, own_servers, title_of
 from benchmarks.studies.chaos.command import Options, chaos, new_directories, run
 from benchmarks.studies.chaos.strike import KINDS, MOMENTS, TARGETS, make_plan
 

@@ -13,7 +13,24 @@ from core.errors import ControlUnavailableError, InvalidFeedbackError
 from core.wire import Headroom
 from deployments.control.central_scheduler import CentralScheduler
 from deployments.control.client import ControlClient
+from deployments.control.deployment import Control
 from deployments.control.drift_monitor import DriftMonitor
+
+
+class RemoteActor:
+    """Calls of an object as those of an actor: awaited, and with errors as Ray passes them on."""
+
+    def __init__(self, actor):
+        self._actor = actor
+
+    def __getattr__(self, name):
+        async def remote(*args, **kwargs):
+            try:
+                return getattr(self._actor, name)(*args, **kwargs)
+            except Exception as error:  # noqa: BLE001 - as Ray does
+                raise ray.exceptions.RayTaskError(name, "traceback", error) from None
+
+        return SimpleNamespace(remote=remote)
 
 
 class FakeHandle:
@@ -26,14 +43,15 @@ class FakeHandle:
         self.failure = None
         self.ask = SimpleNamespace(remote=self._ask)
 
-    async def _ask(self, actor, method, args, kwargs):
+        self.control = object.__new__(Control)  # without its actors
+        self.control._actors = {  # noqa: SLF001
+            name: RemoteActor(actor) for name, actor in self.actors.items()
+        }
+
+    async def _ask(self, *args):
         if self.failure is not None:
             raise self.failure
-        try:
-            return getattr(self.actors[actor], method)(*args, **kwargs)
-        except Exception as error:  # noqa: BLE001 - as Ray does
-            inner = ray.exceptions.RayTaskError(method, "traceback", error)
-            raise ray.exceptions.RayTaskError("ask", "traceback", inner) from None
+        return await self.control.ask(*args)
 
 
 @pytest.fixture
@@ -80,3 +98,14 @@ def test_our_errors_come_through_and_others_mean_that_control_is_away(handle):
 def test_an_executor_imports_no_database():
     code = "import sys, app.http.app; sys.exit('sqlalchemy' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], timeout=120).returncode == 0
+
+
+def test_a_refusal_leaves_control_as_a_value_so_that_its_log_has_one_line_and_no_traceback(handle, caplog):
+    caplog.set_level("INFO")
+    refusal = asyncio.run(handle.control.ask("DriftMonitor", "add_feedback", ([{}], "x" * 300), {}))
+    assert isinstance(refusal, InvalidFeedbackError)
+    [record] = [one for one in caplog.records if one.name == "deployments.control.deployment"]
+    assert (record.levelname, record.exc_info) == ("INFO", None)
+    assert "Idempotency-Key" in record.getMessage()
+    with pytest.raises(InvalidFeedbackError, match="Idempotency-Key"):
+        asyncio.run(ControlClient(handle).add_feedback([{}], "x" * 300))
