@@ -195,9 +195,16 @@ def _parquet_rows(path: Path, after: int) -> Iterator[SourceRow]:
                 number += skipped
                 for value, error in _read_batch(batch.slice(skipped)):
                     number += 1
-                    yield SourceRow(number, value, number, error)
+                    yield SourceRow(number, _without_nulls(value), number, error)
     except _foreign_errors() as error:
         raise SourceError(f"cannot read {path} behind row {number}: {_first_line(error)}") from error
+
+
+def _without_nulls(value: Any) -> Any:
+    """Objects without their null members: Arrow gives every struct of a column all members that any of them has."""
+    if isinstance(value, dict):
+        return {key: _without_nulls(child) for key, child in value.items() if child is not None}
+    return [_without_nulls(child) for child in value] if isinstance(value, list) else value
 
 
 def _read_batch(batch: Any) -> Iterator[tuple[object, InvalidFeedbackError | None]]:
@@ -224,7 +231,7 @@ def _table_rows(table: Any, label: str, after: int) -> Iterator[SourceRow]:
         for batch in table.with_format(None).skip(after).iter(batch_size=_READ_ROWS):
             for values in zip(*batch.values(), strict=True):
                 number += 1
-                yield SourceRow(number, dict(zip(batch, values, strict=True)), number)
+                yield SourceRow(number, _without_nulls(dict(zip(batch, values, strict=True))), number)
     except _foreign_errors() as error:
         raise SourceError(f"cannot read {label} behind row {number}: {_first_line(error)}") from error
 

@@ -16,6 +16,7 @@ import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from datasets import Dataset
 from typer.testing import CliRunner
 
 from app.cli import app
@@ -319,6 +320,21 @@ def test_rows_before_the_damage_of_a_cut_file_are_taken_and_the_damage_is_said(t
     (tmp_path / "cut.jsonl.gz").write_bytes(CUT)
     said = run(tmp_path / "cut.jsonl.gz", "--url", server.url, code=1)
     assert ("ended before" in said, server.num_pairs()) == (True, 2)
+
+
+def test_arguments_of_tool_calls_in_arrow_are_those_that_were_sent(tmp_path):
+    def row(**arguments):
+        call = {"id": "c1", "type": "function", "function": {"name": "weather", "arguments": arguments}}
+        asked = [{"role": "user", "content": "q"}, {"role": "assistant", "tool_calls": [call]}]
+        prompt = [*asked, {"role": "tool", "content": "rain", "tool_call_id": "c1"}]
+        answers = {name: [{"role": "assistant", "content": name}] for name in ("chosen", "rejected")}
+        return {"prompt": prompt, **answers}
+
+    sent = [row(city="Ulm"), row(days=2)]
+    pq.write_table(pa.Table.from_pylist(sent), tmp_path / "a.parquet")
+    Dataset.from_list(sent).save_to_disk(tmp_path / "b")
+    for name in ("a.parquet", "b"):
+        assert [one.value for one in open_source(str(tmp_path / name)).rows(0)] == sent
 
 
 def test_types_of_arrow_refuse_no_row_that_does_not_need_them_and_broken_cells_are_named(tmp_path):
