@@ -37,7 +37,10 @@ class Section(BaseModel):
 class FeedbackConfig(Section):
     """The feedback store and its bounds."""
 
-    gone: ClassVar[dict[str, str]] = constants(max_items=1000)
+    gone: ClassVar[dict[str, str]] = {
+        **constants(max_items=1000),
+        "rating_window_s": "is gone: two thumbs may be 100,000 ratings apart, whatever the clock says",
+    }
 
     database_url: str | None = None
     """SQLAlchemy URL; None is SQLite in WAL mode at `state_dir/feedback.db`. PostgreSQL needs a driver (`psycopg`)."""
@@ -53,8 +56,6 @@ class FeedbackConfig(Section):
     holdout_fraction: float = Field(0.15, ge=0, lt=1)
     """Share of prompts, by a stable hash, whose pairs are never trained on and serve as the gate's test set. A
     change applies to new pairs only."""
-    rating_window_s: float = Field(7 * 86_400.0, gt=0)
-    """A thumb up and a thumb down on the same prompt make a pair if they came within this time of each other."""
 
 
 class DriftConfig(Section):

@@ -257,5 +257,5 @@ class AppArgs(Section):
     gate: GateConfig = GateConfig()
     versions: VersionsConfig = VersionsConfig()
     state_dir: Path = Path("state")
-    """Feedback, adapters, optimizer state and the built-in model live here; one for each base model. A relative
+    """Feedback, adapters, optimizer state and the built-in model live here; for one base model at a time. A relative
     path counts from where the server is started."""

@@ -25,6 +25,10 @@ class InvalidFeedbackError(FeedbackError):
     """The record is malformed, empty, or its two responses are equal (HTTP 400 or 422)."""
 
 
+class ConflictError(MaceError):
+    """What is asked for does not go with what is the case now; the message says why (HTTP 409)."""
+
+
 class UnknownResponseError(FeedbackError):
     """The record names a response id that is not in the response store (HTTP 404)."""
 
@@ -51,6 +55,10 @@ class UnknownVersionError(AdapterError):
 
 class DamagedAdapterError(AdapterError):
     """The adapter directory is incomplete, unreadable or does not fit the model."""
+
+
+class UnfitAdapterError(DamagedAdapterError):
+    """The adapter is whole, and was trained for another base model than the one that is served."""
 
 
 class TrainingError(MaceError):

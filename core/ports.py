@@ -6,7 +6,7 @@ from typing import Any, Protocol
 
 from core.batch import ForwardShape, IterationSample
 from core.types import FineTuneTask, SliceKind, TaskResult
-from core.wire import BatchOutcome, Headroom, HeldOutPairs, TrainingBatch
+from core.wire import BatchOutcome, Headroom, HeldOutPairs, TrainingBatch, TrainingPair
 
 
 class ControlPort(Protocol):
@@ -24,8 +24,17 @@ class ControlPort(Protocol):
     async def held_out_pairs(self) -> HeldOutPairs:
         """The gate's test set."""
 
-    async def note_live(self, version: str) -> None:
-        """Tell which version is live, after a change and at the start: the newest pairs are scored anew."""
+    async def note_live(self, version: str, fingerprint: str = "") -> None:
+        """Tell which version of which base model is live, after a change and at the start.
+
+        After a change the newest pairs are scored anew; of another base model than before, all.
+        """
+
+    async def relearning_pairs(self, after: int, until: int, limit: int) -> list[tuple[int, TrainingPair]]:
+        """The next pairs to learn from in a rebuild, with their positions in order of arrival."""
+
+    async def note_rebuild(self, report: dict[str, Any]) -> None:
+        """Tell how far a rebuild is, and how it ended."""
 
 
 class EnginePort(Protocol):

@@ -61,6 +61,25 @@ class HeldOutPairs:
 
 
 @dataclass(frozen=True, slots=True)
+class Rebuild:
+    """Learning anew from the base model, from all stored feedback: what of it, and how far that is."""
+
+    without_users: tuple[str, ...] = ()
+    num_pairs: int = 0
+    """Of the first pass, which trains every pair; later ones train what is not learnt yet."""
+    until_seq: int = 0
+    """Position of the last pair; what comes later is learnt afterwards, as always."""
+    since_seq: int = 0
+    """Position of the last change of preferences: later passes begin behind it."""
+    after_seq: int = 0
+    """Position of the last pair that was taken in this pass."""
+    passes: int = 0
+    """Whole passes so far."""
+    num_taken: int = 0
+    """Pairs taken in this pass."""
+
+
+@dataclass(frozen=True, slots=True)
 class TrainingBatch:
     """One DPO step's worth of pairs, or pairs to score, leased to one executor."""
 
@@ -128,6 +147,8 @@ class BatchOutcome:
     unusable: tuple[tuple[str, str], ...] = ()
     """Pairs left out, with the reason (too long for the model, say); they are parked, not retried."""
     kind: TaskKind = TaskKind.TRAIN
+    fingerprint: str = ""
+    """The executor's base model; an outcome of another one than the store's is not recorded. Empty: not said."""
     reference_keys: dict[str, str] = field(default_factory=dict)
     """The `CachedReference.key` of the reference log-probabilities in `scores`, by pair id."""
 

@@ -34,6 +34,7 @@ from deployments.publishing.versions import AdapterVersions
 from deployments.routing.load_meter import LoadMeter
 from deployments.routing.prefix_index import PrefixIndex, follow_prefixes
 from deployments.routing.router import PREFIXES_KEY
+from engine.fingerprint import fingerprint
 from engine.model_source import base_model_name, resolve_model
 from engine.training.pair_tokens import PairTokenizer
 from engine.vllm.compat import configure_environment
@@ -68,7 +69,9 @@ class Executor:
         self.kv_pruning = ""
         """The reason why KV pruning is on or off."""
         self.base_model = ""
-        """Identity of the served model: a hub id or a directory's name."""
+        """Name of the served model: a hub id or a directory's name."""
+        self.fingerprint = ""
+        """The served model by its content."""
         self.is_ready = False
         self.end_requests: Callable[[], Awaitable[None]]
         """Takes no further HTTP request and ends those under way; set by `attach_routes`."""
@@ -89,7 +92,9 @@ class Executor:
         if refusal := await self.engine.pruning_refusal():
             self.kv_pruning = f"off, because this engine cannot drop KV blocks: {refusal}"
         self.base_model = base_model_name(self.args.model, model_dir)
-        registry = await asyncio.to_thread(AdapterRegistry.open, state_dir / "adapters", self.base_model)
+        self.fingerprint = await asyncio.to_thread(fingerprint, model_dir)
+        adapters = state_dir / "adapters"
+        registry = await asyncio.to_thread(AdapterRegistry.open, adapters, self.base_model, self.fingerprint)
         self.versions = AdapterVersions(self.engine, registry, self.args.model.model_id, self.args.versions)
         self.trial = CanaryTrial(self.versions, self.args.versions, self.args.slo, self.control.rating_counts)
         base_names = [self.versions.name_of(BASE), self.args.model.model_id]  # until a version is live, both are
@@ -124,6 +129,7 @@ class Executor:
         """Training, iterations, prefix cache and memory of this executor, as JSON values."""
         return {
             "executor_id": self.executor_id,
+            "base_model": {"name": self.base_model, "fingerprint": self.fingerprint},
             "live_version": self.versions.live,
             **({} if self.learner is None else self.learner.status_to_wire()),
             "scheduler": {"policy": self.args.scheduler.policy, **self.monitor.iterations_to_wire()},
@@ -159,10 +165,12 @@ class Executor:
             training.model_copy(update={"max_length_tokens": limit}),
             self.base_model,
             self.args.model.dtype,
-            self.engine.chat,
+            chat=self.engine.chat,
+            fingerprint=self.fingerprint,
         )
         # The descriptor of the lock is never closed: the file is this replica's until the process ends.
-        checkpoint, _ = await asyncio.to_thread(claim_checkpoint, self.args.state_dir / "training")
+        directory = self.args.state_dir / "training"
+        checkpoint, _ = await asyncio.to_thread(claim_checkpoint, directory, self.fingerprint)
         learner = Learner(
             executor_id=self.executor_id,
             engine=self.engine,

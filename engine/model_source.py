@@ -31,7 +31,7 @@ def resolve_model(config: ModelConfig, state_dir: Path, *, show_progress: bool =
 
 
 def base_model_name(config: ModelConfig, model_dir: Path) -> str:
-    """Identity of the base model, which adapters name: the hub id, or the directory's name for local models."""
+    """Name of the base model for people: the hub id, or the directory's name for local models."""
     is_local = config.model_source == TINY_ASSISTANT or Path(config.model_source).expanduser().is_dir()
     return model_dir.name if is_local else config.model_source
 

@@ -114,11 +114,11 @@ TextOrMessages = Annotated[
 
 
 def text_of(content: object) -> str:
-    """The text of a message content: text itself, text parts joined, or nothing."""
+    """The text of a message content: text itself, text parts as lines (as vLLM joins them), or nothing."""
     if isinstance(content, str):
         return content
     if isinstance(content, list):
-        return "".join(part.get("text") or "" for part in content if isinstance(part, dict))
+        return "\n".join(part.get("text") or "" for part in content if isinstance(part, dict))
     return ""
 
 

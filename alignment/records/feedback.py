@@ -213,6 +213,9 @@ def _find_value_form(raw: dict[str, Any]) -> type[_Item]:
             return Correction
         if not isinstance(value, str) or value in _RATING_WORDS:
             return Rating
+    if spelling := next((key for key in ("score", "rating", "thumb", "feedback") if key in raw), None):
+        message = f"a rating is response_id and value (true or false, 1 or -1, 'up' or 'down'), not {spelling}"
+        raise InvalidFeedbackError(message, spelling)
     raise InvalidFeedbackError(
         "cannot tell what kind of feedback this is: send `type` (preference, rating, correction or comment), or "
         "chosen_id and rejected_id, or prompt, chosen and rejected",

@@ -8,6 +8,7 @@ a character like others, which a model can say; the store knows how to write it 
 import json
 import math
 import re
+from typing import Any
 
 from core.errors import InvalidFeedbackError
 
@@ -40,6 +41,17 @@ def check_json(value: object) -> None:
             stack.extend((child, f"{path}.{index}", depth + 1) for index, child in enumerate(node))
         elif (problem := _problem(node)) is not None:
             raise InvalidFeedbackError(problem, _shown(path))
+
+
+def unique_object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An `object_pairs_hook` that refuses an object with a key given twice: nobody can tell which value was meant."""
+    made = dict(pairs)
+    if len(made) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in made if names.count(name) > 1)
+        shown = twice.encode(errors="replace").decode()[:200]
+        raise InvalidFeedbackError(f"the key {shown!r} is given twice", shown or None)
+    return made
 
 
 def is_storable(name: str) -> bool:

@@ -310,7 +310,7 @@ def _split_answer(
             message = f"the arguments of {call.function.name!r} in {param} are no JSON object"
             raise InvalidFeedbackError(message, param)
     *context, answer = _as_messages(value)
-    return context, answer["content"], answer.get("tool_calls")
+    return context, text_of(answer["content"]), answer.get("tool_calls")
 
 
 def _is_object(text: str) -> bool:
@@ -326,4 +326,9 @@ def _as_messages(value: str | list[Message] | None) -> list[dict[str, Any]]:
     if isinstance(value, str):
         return [{"role": "user", "content": value}]
     sent = [message.model_dump(exclude_none=True) for message in value]
-    return [{**fields, "content": text_of(fields.get("content"))} for fields in sent]
+    return [{**fields, "content": _content(fields.get("content"))} for fields in sent]
+
+
+def _content(content: object) -> object:
+    """Several parts stay parts: the server's chat template decides how they are joined."""
+    return content if isinstance(content, list) and len(content) > 1 else text_of(content)

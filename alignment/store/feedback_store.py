@@ -22,6 +22,7 @@ from alignment.records.json_checks import canonical_json, is_storable
 from alignment.store.database import Database, Part, open_engine, reads, writes
 from alignment.store.feedback_log import FeedbackLog
 from alignment.store.migrations import prepare_tables
+from alignment.store.models import ModelMemory
 from alignment.store.pair_matches import PairMatches
 from alignment.store.pair_sampling import PairSampling
 from alignment.store.pairs import PairStore
@@ -56,6 +57,7 @@ class FeedbackStore:
         self.sampling = PairSampling(database)
         self.matches = PairMatches(database)
         self.loop = LoopStore(database)
+        self.models = ModelMemory(database)
 
     @classmethod
     def open(

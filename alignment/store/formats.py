@@ -6,12 +6,13 @@ rows with nothing but the format's own keys, because other tools refuse or mistr
 
 import hashlib
 import json
+import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import Any, Literal, NoReturn
+from typing import Any, Literal
 
-from alignment.records.json_checks import canonical_json
-from alignment.records.row_formats import ApiRow, to_api_row
+from alignment.records.json_checks import canonical_json, unique_object
+from alignment.records.row_formats import ApiRow, is_literal, to_api_row
 from alignment.store.feedback_log import Add
 from alignment.store.pairs import PairStore
 from core.errors import InvalidFeedbackError
@@ -40,8 +41,11 @@ class ImportReport:
     num_errors: int = 0
     errors: list[LineError] = field(default_factory=list)
     """The first `MAX_REPORTED_ERRORS` of them."""
+    dropped_columns: dict[str, int] = field(default_factory=dict)
+    """Columns that say nothing about the pair (scores, ids), with the number of rows that had them."""
 
 
+_MAX_COLUMNS = 100
 MAX_REPORTED_ERRORS = 1000
 """A client that sends at most so many lines at once hears about each of them."""
 
@@ -63,6 +67,42 @@ def read_jsonl(lines: Iterable[str | bytes]) -> Iterator[tuple[int, ApiRow | Inv
             yield number, error
 
 
+_UNPACK = "unpack them first"
+_BINARY = {
+    b"\x1f\x8b": ("gzip", "unpack them, or import them as a file whose name ends in .gz"),
+    b"PAR1": ("Parquet", "import them as a file whose name ends in .parquet"),
+    b"\x28\xb5\x2f\xfd": ("zstd", _UNPACK),
+    b"\xfd7zXZ\x00": ("xz", _UNPACK),
+    b"BZh": ("bzip2", _UNPACK),
+    b"PK\x03\x04": ("a zip archive", _UNPACK),
+    b"ARROW1": ("an Arrow file", "write them as Parquet"),
+}
+_UTF32, _UTF16 = (b"\xff\xfe\0\0", b"\0\0\xfe\xff"), (b"\xff\xfe", b"\xfe\xff")
+_ARRAY = re.compile(rb"\s*\[\s*(\{|\Z|\r|\n)")
+_SPREAD = re.compile(rb"\s*\{[ \t]*[\r\n]")
+
+
+def whole_problem(start: bytes) -> str | None:
+    """Why data that begin with `start` are no text in UTF-8: one reason for the whole, not one for every line."""
+    for magic, (name, remedy) in _BINARY.items():
+        if start.startswith(magic):
+            return f"the data are {name}, not text; {remedy}"
+    encoding = "UTF-32" if start.startswith(_UTF32) else "UTF-16" if start.startswith(_UTF16) else None
+    if encoding is None and b"\0" in start[:4]:
+        encoding = "UTF-16 or UTF-32"
+    return f"the data are {encoding}, not UTF-8; `iconv -t UTF-8` converts them" if encoding else None
+
+
+def whole_problem_of_lines(start: bytes) -> str | None:
+    """As `whole_problem`, also for JSON that is not one object a line."""
+    if found := whole_problem(start):
+        return found
+    start = start.removeprefix(_UTF8_BOM.encode())
+    if _ARRAY.match(start):
+        return "the data are one JSON array; write one object a line, or import them as a file whose name ends in .json"
+    return "the data are JSON over several lines; write each object on one line" if _SPREAD.match(start) else None
+
+
 BLANK = object()
 """Result of `decode_line` for an empty line."""
 
@@ -71,11 +111,12 @@ def decode_line(line: str | bytes) -> object:
     """The JSON value of one line, or `BLANK`.
 
     Raises:
-        InvalidFeedbackError: not UTF-8, not JSON, or JSON that only Python takes (NaN, infinity).
+        InvalidFeedbackError: not UTF-8, not JSON, or an object with a key given twice. NaN and infinity are left to
+            whoever uses the value (`check_json`): most often they stand in a column that nobody needs.
     """
     try:
         text = (line.decode() if isinstance(line, bytes) else line).removeprefix(_UTF8_BOM).strip()
-        return json.loads(text, parse_constant=_refuse_constant) if text else BLANK
+        return json.loads(text, object_pairs_hook=unique_object) if text else BLANK
     except UnicodeDecodeError as error:
         raise InvalidFeedbackError("the line is not UTF-8") from error
     except (ValueError, RecursionError) as error:  # also: an integer with thousands of digits
@@ -114,11 +155,19 @@ def import_jsonl(
         if isinstance(row, InvalidFeedbackError):
             note_error(number, str(row), row.param)
             continue
+        note_dropped(report.dropped_columns, row.dropped)
         batch[number] = with_id(row.item)
         if len(batch) >= batch_items:
             add_batch()
     add_batch()
     return report
+
+
+def note_dropped(columns: dict[str, int], dropped: Iterable[str]) -> None:
+    """Count the columns that were dropped, up to a hundred different ones."""
+    for column in (name.encode(errors="replace").decode() for name in dropped):
+        if column in columns or len(columns) < _MAX_COLUMNS:
+            columns[column] = columns.get(column, 0) + 1
 
 
 def with_id(item: dict[str, Any]) -> dict[str, Any]:
@@ -158,11 +207,13 @@ def export_row(
 ) -> dict[str, Any]:
     """One row of a TRL or OpenAI preference file.
 
-    In TRL's, plain text stays text, and chat becomes its conversational form. OpenAI's form is chat only: a plain-text
-    prompt becomes a user message, which is not undone by an import.
+    In TRL's, plain text stays text, and chat becomes its conversational form. Text that an import would take for
+    something else, such as a transcript, gets the key `type`, so that it comes back as it is. OpenAI's form is chat
+    only: a plain-text prompt becomes a user message, which is not undone by an import.
     """
     if format == "trl" and isinstance(prompt, str):
-        return {"prompt": prompt, "chosen": chosen, "rejected": rejected}
+        row = {"prompt": prompt, "chosen": chosen, "rejected": rejected}
+        return row if is_literal(row) else {"type": "preference", **row}
     messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
     better, worse = (
         [{"role": "assistant", "content": text, **({"tool_calls": called} if called else {})}]
@@ -172,7 +223,3 @@ def export_row(
     if format == "trl":
         return {"prompt": messages, "chosen": better, "rejected": worse, **offered}
     return {"input": {"messages": messages, **offered}, "preferred_output": better, "non_preferred_output": worse}
-
-
-def _refuse_constant(name: str) -> NoReturn:
-    raise ValueError(f"{name} is not JSON")

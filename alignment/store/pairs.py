@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any, Literal
 
-from sqlalchemy import bindparam, case, delete, func, insert, select, update
+from sqlalchemy import bindparam, case, delete, func, insert, or_, select, update
 from sqlalchemy.engine import Connection, Row
 
 from alignment.records.chat import answer_text
@@ -20,11 +20,14 @@ from alignment.records.feedback import FeedbackItem
 from alignment.records.json_checks import canonical_json, is_storable
 from alignment.records.pairs import PairDraft, Split, pair_key, prompt_key, split_of
 from alignment.store.database import Part, chunked, decoded, decoded_ids, encoded, ordered_json, reads, writes
-from alignment.store.schema import pair_bands, pairs
+from alignment.store.schema import SCORED, pair_bands, pair_pasts, pairs
+from core.errors import ConflictError
 from core.types import PairScore
 from core.wire import CachedReference, Prompt
 
-PENDING, PARKED = "pending", "parked"
+PENDING, PARKED, LEFT_OUT = "pending", "parked", "left_out"
+_RELEARNT = (SCORED, pairs.c.split == "train", pairs.c.quality > 0)
+"""`TRAINABLE` in words that find the index in order of arrival."""
 _NO_KEYS: Mapping[str, str] = MappingProxyType({})
 
 
@@ -40,7 +43,8 @@ class StoredPair:
     rejected: str
     weight: float
     split: Split
-    state: Literal["pending", "parked"]
+    state: Literal["pending", "parked", "left_out"]
+    """Parked: this model cannot be trained on it. Left out: by a rebuild without its user."""
     times_trained: int
     created_at: float
     """Unix seconds at which the server received it."""
@@ -136,11 +140,45 @@ class PairStore(Part):
 
     @writes
     def park(self, connection: Connection, pair_id: str, reason: str) -> bool:
-        """Take a pair out of training and evaluation; it stays stored. False if it is unknown or parked already."""
+        """Take a pair out of training and evaluation; it stays stored. False if it is unknown or out already."""
         if not is_storable(pair_id):
             return False
-        this = update(pairs).where(pairs.c.pair_id == pair_id, pairs.c.state != PARKED)
+        this = update(pairs).where(pairs.c.pair_id == pair_id, pairs.c.state == PENDING)
         return connection.execute(this.values(state=PARKED, park_reason=reason[:1000])).rowcount == 1
+
+    @writes
+    def leave_out(self, connection: Connection, users: Collection[str]) -> tuple[int, int]:
+        """Take the pairs of these users out of training and tests, and those of all others that were out back in.
+
+        Returns the number of pairs to train on then, and the newest one's position. What a user says later counts.
+
+        Raises:
+            ConflictError: a user has no pair, or nothing would be left; nothing changed.
+        """
+        of_them = pairs.c.user_id.in_([user for user in users if is_storable(user)])
+        known = set(connection.execute(select(pairs.c.user_id).where(of_them).distinct()).scalars())
+        for user in users:
+            if user not in known:
+                raise ConflictError(f"no stored pair is by the user {user[:100]!r}")
+        back = update(pairs).where(pairs.c.state == LEFT_OUT, or_(pairs.c.user_id.is_(None), ~of_them))
+        connection.execute(back.values(state=PENDING, park_reason=None))
+        out = update(pairs).where(of_them)
+        connection.execute(out.values(state=LEFT_OUT, park_reason="left out by a rebuild without this user"))
+        number, newest = connection.execute(select(func.count(), func.max(pairs.c.seq)).where(*_RELEARNT)).one()
+        if not number:
+            raise ConflictError("there is nothing to learn from: no pair for training is stored and scored")
+        return number, newest
+
+    @reads
+    def to_relearn(self, connection: Connection, after: int, until: int, limit: int) -> list[StoredPair]:
+        """The next pairs of positions in (after, until] that may be trained on, in order of arrival."""
+        query = select(pairs).where(*_RELEARNT, pairs.c.seq > after, pairs.c.seq <= until)
+        return [stored_pair(row) for row in connection.execute(query.order_by(pairs.c.seq).limit(limit))]
+
+    @writes
+    def mark_relearnt(self, connection: Connection, until: int) -> None:
+        """Count every pair up to a position as trained once, by a version that learnt all of them from the base."""
+        connection.execute(update(pairs).where(*_RELEARNT, pairs.c.seq <= until).values(times_trained=1))
 
     @writes
     def set_quality(self, connection: Connection, changes: Sequence[QualityChange]) -> None:
@@ -156,14 +194,14 @@ class PairStore(Part):
 
     @reads
     def counts(self, connection: Connection) -> dict[str, int]:
-        """Numbers of pairs: train, heldout, parked, and those of any of them that were trained on. Walks an index."""
+        """Numbers of pairs: train, heldout, parked, left_out, and those of any that were trained on. Walks an index."""
         trained = func.sum(case((pairs.c.times_trained > 0, 1), else_=0))
         group = (pairs.c.origin, pairs.c.split, pairs.c.state)  # the index's order: grouped without sorting
-        counts = {"train": 0, "heldout": 0, "parked": 0, "trained": 0}
+        counts = {"train": 0, "heldout": 0, PARKED: 0, LEFT_OUT: 0, "trained": 0}
         for _, split, state, number, num_trained in connection.execute(
             select(*group, func.count(), trained).group_by(*group)
         ):
-            counts[PARKED if state == PARKED else split] += number
+            counts[split if state == PENDING else state] += number
             counts["trained"] += num_trained
         return counts
 
@@ -183,6 +221,7 @@ def drop_pair(connection: Connection, pair_id: str) -> None:
     """Forget a pair, and what was derived of its text."""
     seq = select(pairs.c.seq).where(pairs.c.pair_id == pair_id).scalar_subquery()
     connection.execute(delete(pair_bands).where(pair_bands.c.pair_seq == seq))
+    connection.execute(delete(pair_pasts).where(pair_pasts.c.pair_seq == seq))
     connection.execute(delete(pairs).where(pairs.c.pair_id == pair_id))
 
 

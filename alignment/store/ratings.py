@@ -4,7 +4,7 @@ Rule. A rating takes as partner the newest rating of the other direction that
 
 - answers the same normalised prompt with another text,
 - is by the same user (ratings without a user pair among themselves),
-- came at most `FeedbackConfig.rating_window_s` before,
+- is among the newest `RATING_WINDOW` ratings of all, by order of arrival and not by the clock, which may jump,
 - is not the better one although it was cut off (`FeedbackConfig.cut_off_as_chosen`), and
 - is still open: every rating is used at most once.
 
@@ -18,7 +18,7 @@ import hashlib
 import json
 from typing import Any
 
-from sqlalchemy import delete, insert, select, update
+from sqlalchemy import delete, func, insert, select, update
 from sqlalchemy.engine import Connection, Row
 
 from alignment.records.chat import answer_text
@@ -29,6 +29,8 @@ from alignment.store.schema import ratings
 from core.alignment_config import FeedbackConfig
 from core.errors import InvalidFeedbackError
 
+RATING_WINDOW = 100_000
+"""Ratings that may lie between the two of a pair: as many as answers are kept, by default."""
 OPEN, PAIRED, REPLACED, UNUSABLE = "open", "paired", "replaced", "unusable"
 
 
@@ -48,9 +50,7 @@ def put_rating(
     """
     row = _row(feedback_id, item, response, config, now)
     _replace_older(connection, row)
-    partner = (
-        _claim_partner(connection, row, pair_id, now - config.rating_window_s) if row["state"] == OPEN else None
-    )
+    partner = _claim_partner(connection, row, pair_id) if row["state"] == OPEN else None
     if partner is not None:
         row |= {"state": PAIRED, "pair_id": pair_id}
     connection.execute(insert(ratings), row)
@@ -125,8 +125,9 @@ def _replace_older(connection: Connection, row: dict[str, Any]) -> None:
     connection.execute(older.values(state=REPLACED))
 
 
-def _claim_partner(connection: Connection, row: dict[str, Any], pair_id: str, oldest: float) -> Row[Any] | None:
+def _claim_partner(connection: Connection, row: dict[str, Any], pair_id: str) -> Row[Any] | None:
     """The update repeats the condition: on PostgreSQL another process may have claimed the partner meanwhile."""
+    newest = select(func.max(ratings.c.seq)).scalar_subquery()
     candidates = (
         select(ratings)
         .where(
@@ -135,7 +136,7 @@ def _claim_partner(connection: Connection, row: dict[str, Any], pair_id: str, ol
             ratings.c.direction == -row["direction"],
             ratings.c.state == OPEN,
             ratings.c.text_key != row["text_key"],
-            ratings.c.received_at >= oldest,
+            ratings.c.seq > newest - RATING_WINDOW,
         )
         .order_by(ratings.c.seq.desc())
         .limit(8)

@@ -146,6 +146,23 @@ pair_bands = Table(
 )
 """Pairs that share a band of their MinHash signatures are candidates for near-duplicates."""
 
+pair_pasts = Table(
+    "pair_pasts",
+    metadata,
+    Column("fingerprint", String(100), primary_key=True),
+    Column("pair_seq", BigInteger().with_variant(Integer, "sqlite"), primary_key=True, index=True),
+    Column("times_trained", Integer, nullable=False),
+    Column("scored", Boolean, nullable=False),
+    Column("scored_version", String(255)),
+    Column("scored_at", Double),
+    Column("last_loss", Double),
+    Column("last_margin", Double),
+    Column("state", String(10), nullable=False),
+    Column("park_reason", Text),
+    sqlite_with_rowid=False,
+)
+"""Those columns of `pairs` as they were with another base model; see `alignment.store.models`."""
+
 ratings = Table(
     "ratings",
     metadata,

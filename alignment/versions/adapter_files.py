@@ -14,7 +14,8 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from safetensors import SafetensorError, safe_open
 
-from core.errors import DamagedAdapterError
+from core.errors import DamagedAdapterError, UnfitAdapterError
+from core.fingerprint import differing_parts
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -32,6 +33,9 @@ class AdapterManifest(BaseModel):
     parent: str | None = None
     """Version that training started from; None is the bare base model."""
     base_model: str
+    """Name of the model it was trained for, for people."""
+    fingerprint: str = ""
+    """That model by its content (`engine.fingerprint`); empty: written before there were any, so the name counts."""
     created_at: float = Field(default_factory=time.time)
     """Unix seconds."""
     status: Literal["published", "rejected"] = "published"
@@ -67,8 +71,13 @@ def check_files(directory: Path) -> None:
         raise DamagedAdapterError(f"{directory.name}: cannot read {WEIGHTS_FILE}: {error}") from error
 
 
-def read_manifest(directory: Path, base_model: str | None) -> AdapterManifest:
-    """The manifest of a committed version, checked against its directory and the base model served now."""
+def read_manifest(directory: Path, base_model: str | None, fingerprint: str = "") -> AdapterManifest:
+    """The manifest of a committed version, checked against its directory and the base model served now.
+
+    Raises:
+        UnfitAdapterError: it was trained for a model of another content, or, where one of the two has no fingerprint,
+            of another name.
+    """
     try:
         manifest = AdapterManifest.model_validate(read_json(directory / MANIFEST_FILE))
     except ValidationError as error:
@@ -77,9 +86,13 @@ def read_manifest(directory: Path, base_model: str | None) -> AdapterManifest:
         raise DamagedAdapterError(f"{directory.name}: {MANIFEST_FILE}: {place}: {first['msg']}") from error
     if manifest.version != directory.name:
         raise DamagedAdapterError(f"{directory.name}: the manifest is that of {manifest.version or 'no version'}")
-    if base_model is not None and manifest.base_model != base_model:
+    if fingerprint and manifest.fingerprint:
+        if differing := differing_parts(manifest.fingerprint, fingerprint):
+            message = f"trained for another base model: the {differing} of {manifest.base_model!r} differed"
+            raise UnfitAdapterError(f"{directory.name}: {message}")
+    elif base_model is not None and manifest.base_model != base_model:
         message = f"{directory.name}: trained for base model {manifest.base_model!r}, this is {base_model!r}"
-        raise DamagedAdapterError(message)
+        raise UnfitAdapterError(message)
     return manifest
 
 

@@ -5,16 +5,17 @@ from typing import Any
 from alignment.versions.adapter_files import version_number
 from alignment.versions.registry import AdapterRegistry, AdapterVersion
 from alignment.versions.serving_state import BASE, Activation, Serving
-from core.errors import UnknownVersionError
+from core.errors import UnfitAdapterError, UnknownVersionError
 
 
 def lineage_rows(registry: AdapterRegistry) -> list[dict[str, Any]]:
-    """All versions on disk as rows, oldest first; damaged ones with their error."""
+    """All versions on disk as rows, oldest first; damaged ones, and those of another base model, with the reason."""
     serving, failed = registry.serving.read(), registry.serving.rolled_back()
     last = {entry.version: entry for entry in registry.serving.activations() if entry.event == "activated"}
     rows = [_row(version, serving, failed, last.get(version.name)) for version in registry.list()]
     for name, error in registry.damaged.items():
-        rows.append({"version": name, "status": "damaged", "reason": str(error)} | _flags(name, serving))
+        status = "unfit" if isinstance(error, UnfitAdapterError) else "damaged"
+        rows.append({"version": name, "status": status, "reason": str(error)} | _flags(name, serving))
     return sorted(rows, key=lambda row: version_number(row["version"]) or 0)
 
 

@@ -44,13 +44,14 @@ from alignment.versions.serving_state import (
     ServingState,
     one_writer,
 )
-from core.errors import AdapterError, DamagedAdapterError, UnknownVersionError
+from core.errors import AdapterError, DamagedAdapterError, UnfitAdapterError, UnknownVersionError
 from core.files import remove_partial_files, sync, sync_tree, write_atomically
 
 REST_S = 30.0
 """Far above the time that executors need to see a retirement, and a request from its arrival to the engine."""
 _TEMPORARY = ".tmp-"
 _LAST_FILE = "last"
+_UNFIT = "; nothing else fits it"
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,25 +67,27 @@ Names = list[str]  # inside the class, `list` is a method
 
 
 class AdapterRegistry:
-    """The versions under one directory; `base_model`, if given, is what they must have been trained for.
+    """The versions under one directory; `base_model` and `fingerprint`, if given, are what they must be trained for.
 
     Disk errors (full, read-only) are `AdapterError`. Where a version is asked for, one that is not there is an
-    `UnknownVersionError`, and one that cannot be used a `DamagedAdapterError`.
+    `UnknownVersionError`, and one that cannot be used a `DamagedAdapterError` (`UnfitAdapterError`: by this model).
     """
 
-    def __init__(self, root: Path, base_model: str | None = None) -> None:
+    def __init__(self, root: Path, base_model: str | None = None, fingerprint: str = "") -> None:
         self.root = root
         self.damaged: dict[str, DamagedAdapterError] = {}
         """Versions that the last `list` had to skip, with the reason, by name."""
         self.serving = ServingState(root, self._check_servable)
         """The pointers: the live version, a pin, a canary."""
+        self.fingerprint = fingerprint
+        """Of the model that is served; empty if nobody said."""
         self._base_model = base_model
         self._locks_held: dict[Path, int] = {}
 
     @classmethod
-    def open(cls, root: Path, base_model: str | None = None) -> "AdapterRegistry":
+    def open(cls, root: Path, base_model: str | None = None, fingerprint: str = "") -> "AdapterRegistry":
         """Create the directory if needed and remove what crashed processes left behind."""
-        registry = cls(root, base_model)
+        registry = cls(root, base_model, fingerprint)
         try:
             root.mkdir(parents=True, exist_ok=True)
             registry._remove_leftovers()
@@ -141,7 +144,7 @@ class AdapterRegistry:
         path = self.root / name
         if version_number(name) is None or not path.is_dir():
             raise UnknownVersionError(f"no adapter version {name[:50]!r}")
-        manifest = read_manifest(path, self._base_model)
+        manifest = read_manifest(path, self._base_model, self.fingerprint)
         check_files(path)
         return AdapterVersion(name, path, manifest)
 
@@ -193,9 +196,16 @@ class AdapterRegistry:
         return self.get(name) if name else None
 
     def recover_live(self) -> AdapterVersion | None:
-        """The live version, or if that cannot be used the newest usable published one before it, made live."""
+        """The live version, or if that cannot be used another one, which is made live.
+
+        That is the newest usable published one before it. If it is of another base model, it is what was live last
+        with this one, and a pin is released: it was for what cannot be kept.
+        """
         try:
-            return self.live()
+            live = self.live()
+            return live if live else self._back_from_another_model()
+        except UnfitAdapterError as error:
+            return self._follow_model(str(error))
         except AdapterError:
             limit = version_number(self.serving.pointer(LIVE_FILE))
         failed = self.serving.rolled_back()
@@ -206,6 +216,22 @@ class AdapterRegistry:
         reason = f"{self.serving.pointer(LIVE_FILE)[:50]!r} cannot be used"
         self.serving.activate(fallback.name if fallback else None, by="recovery", reason=reason, pin=pinned)
         return fallback
+
+    def _back_from_another_model(self) -> AdapterVersion | None:
+        """The base is live: only because another model was served, for which nothing fitted, or for itself?"""
+        moves = [entry for entry in self.serving.activations() if entry.event == "activated"]
+        is_makeshift = bool(moves) and moves[-1].by == "recovery" and moves[-1].reason.endswith(_UNFIT)
+        return self._follow_model("it was served before another base model") if is_makeshift else None
+
+    def _follow_model(self, reason: str) -> AdapterVersion | None:
+        """Make live what was live last of all that fits the model; the base if nothing does."""
+        moves = [entry.version for entry in self.serving.activations() if entry.event == "activated"]
+        usable = {one.name: one for one in self.list() if one.manifest.status == "published"}
+        found = next((usable[name] for name in reversed(moves) if name in usable), None)
+        if found is not None or self.serving.pointer(LIVE_FILE):
+            why = reason if found else f"{reason}{_UNFIT}"
+            self.serving.activate(found.name if found else None, by="recovery", reason=why)
+        return found
 
     def retire_old(self, keep: int, in_use: set[str]) -> tuple[Names, Names]:
         """Retire what is beyond `keep`, and delete what has rested; returns what is retired now, and what was deleted.

@@ -13,7 +13,10 @@ from rich.tree import Tree
 from app.commands.connection import URL_OPTION, call
 
 _ROOT = "base"
-_STYLES = {"rejected": "dim", "rolled_back": "yellow", "damaged": "red"}
+_COLUMNS = ("version", "", "status", "parent", "pairs", "steps", "accuracy", "by", "activated")
+_ONLY_WIDE = ("pairs", "steps", "by", "activated")
+_WIDE = 110
+_STYLES = {"rejected": "dim", "rolled_back": "yellow", "damaged": "red", "unfit": "dim"}
 
 
 def adapters(
@@ -42,28 +45,30 @@ def adapters(
         typer.echo(json.dumps(listing, indent=2))
         return
     console = Console()
-    console.print(_tree(listing) if tree else _table(listing["data"]))
+    console.print(_tree(listing) if tree else _table(listing["data"], console.width))
     console.print(_summary(listing), highlight=False)
 
 
-def _table(rows: list[dict[str, Any]]) -> Table:
-    headings = ("version", "", "status", "parent", "pairs", "steps", "accuracy", "by", "activated")
-    table = Table(*(Column(heading, no_wrap=True) for heading in headings), Column("reason", overflow="fold"))
+def _table(rows: list[dict[str, Any]], width: int) -> Table:
+    """All columns, or those that leave room for the reason on a narrow terminal."""
+    headings = [name for name in _COLUMNS if width >= _WIDE or name not in _ONLY_WIDE]
+    table = Table(*(Column(name, no_wrap=True) for name in headings), Column("reason", overflow="fold"))
     for row in rows:
         activated_s = row.get("activated_at")
-        table.add_row(
-            row["version"],
-            " ".join(_flags(row)),
-            row["status"],
-            row.get("parent") or _ROOT,
-            str(row.get("num_pairs", "")),
-            str(row.get("optimizer_steps", "")),
-            _accuracy(row.get("metrics", {})),
-            row.get("activated_by") or "",
-            "" if activated_s is None else time.strftime("%m-%d %H:%M:%S", time.localtime(activated_s)),
-            row["reason"],
-            style=_STYLES.get(row["status"]),
-        )
+        cells = {
+            "version": row["version"],
+            "": " ".join(_flags(row)),
+            "status": row["status"],
+            "parent": row.get("parent") or _ROOT,
+            "pairs": str(row.get("num_pairs", "")),
+            "steps": str(row.get("optimizer_steps", "")),
+            "accuracy": _accuracy(row.get("metrics", {})),
+            "by": row.get("activated_by") or "",
+            "activated": ""
+            if activated_s is None
+            else time.strftime("%m-%d %H:%M:%S", time.localtime(activated_s)),
+        }
+        table.add_row(*(cells[name] for name in headings), row["reason"], style=_STYLES.get(row["status"]))
     return table
 
 

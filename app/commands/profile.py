@@ -133,6 +133,7 @@ def pruning(
     """Measure the log-prob and the answers that KV pruning costs, and say whether it may switch on."""
     with _clear_errors():
         from deployments.monitors.profiling import origin_of
+        from engine.fingerprint import fingerprint
         from engine.model_source import resolve_model
         from engine.pruning.accuracy import loaded_model, measure
         from engine.pruning.reader import PrunedReader
@@ -146,6 +147,7 @@ def pruning(
         args = _read_args(config, model, state_dir)
         started_s = time.monotonic()
         model_dir = resolve_model(args.model, args.state_dir, show_progress=not as_json)
+        known_as = fingerprint(model_dir)
         num_threads = worker_threads(worker_binding(args, model_dir))
         size = block_tokens or int(args.engine.engine_kwargs.get("block_size") or CPU_PRUNING_BLOCK_TOKENS)
         with loaded_model(model_dir, args.model, adapter, num_threads) as (network, tokenizer):
@@ -163,6 +165,7 @@ def pruning(
         report = PruningReport(
             origin=origin_of(args, seed=_SEED, num_threads=num_threads),
             model_source=args.model.model_source,
+            fingerprint=known_as,
             adapter=str(adapter) if adapter else None,
             method=METHOD,
             block_tokens=size,

@@ -10,6 +10,7 @@ from starlette.exceptions import HTTPException
 
 from core.errors import (
     AdapterError,
+    ConflictError,
     ControlUnavailableError,
     DamagedAdapterError,
     FeedbackError,
@@ -26,6 +27,7 @@ _STATUS: dict[type[MaceError], int] = {
     UnknownResponseError: 404,
     ResponseNotReadyError: 409,
     FeedbackError: 400,
+    ConflictError: 409,
     StoreUnavailableError: 503,
     ControlUnavailableError: 503,
     UnknownVersionError: 404,

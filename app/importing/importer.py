@@ -21,14 +21,13 @@ from typing import IO, TypeVar
 from pydantic import TypeAdapter
 
 from alignment.records.row_formats import to_api_row
-from alignment.store.formats import with_id
+from alignment.store.formats import note_dropped, with_id
 from app.importing.delivery import Delivered, Sink
-from app.importing.sources import Source, SourceRow
+from app.importing.sources import Source, SourceError, SourceRow
 from core.errors import InvalidFeedbackError
 
 T = TypeVar("T")
 _MAX_REASONS = 100
-_MAX_COLUMNS = 100
 _OTHER = "other reasons"
 _DETAIL = re.compile(r"\d+|'[^']*'")
 """Matches the details in which two refusals for the same reason differ: sizes, places, quoted names."""
@@ -76,9 +75,7 @@ class Tally:
     def note_format(self, name: str, dropped: tuple[str, ...]) -> None:
         """A row was understood; these of its columns were not taken."""
         self.formats[name] += 1
-        for column in (name.encode(errors="replace").decode() for name in dropped):
-            if column in self.dropped_columns or len(self.dropped_columns) < _MAX_COLUMNS:
-                self.dropped_columns[column] += 1
+        note_dropped(self.dropped_columns, dropped)
 
     def refuse(self, refusal: Refusal) -> None:
         """Count a refused row under its reason."""
@@ -224,14 +221,19 @@ class Importer:
         rows = self.source.rows(self.progress.next_after)
         if self.limit is not None:
             rows = islice(rows, max(0, self.limit - self.progress.tally.num_rows))
-        batch = _Batch()
-        for row in rows:
-            self._convert(row, batch)
-            if batch.is_full:
-                yield batch
-                batch = _Batch()
+        batch, damage = _Batch(), None
+        try:
+            for row in rows:
+                self._convert(row, batch)
+                if batch.is_full:
+                    yield batch
+                    batch = _Batch()
+        except SourceError as error:  # what could be read before the damage is taken
+            damage = error
         if batch.last:
             yield batch
+        if damage:
+            raise damage
 
     def _convert(self, row: SourceRow, batch: _Batch) -> None:
         batch.last = row

@@ -15,11 +15,14 @@ from typing import IO, Any, cast
 
 import httpx
 
-from alignment.store.formats import BLANK, decode_line
+from alignment.records.json_checks import unique_object
+from alignment.store.formats import BLANK, decode_line, whole_problem, whole_problem_of_lines
 from core.errors import InvalidFeedbackError, MaceError
 
 _TEXT_SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv")
 _SUFFIXES = (*_TEXT_SUFFIXES, *(f"{suffix}.gz" for suffix in _TEXT_SUFFIXES), ".parquet")
+_BOM = b"\xef\xbb\xbf"
+_START_BYTES = 4096
 _CHUNK_CHARS = 1 << 20
 _MAX_ITEM_CHARS = 64 << 20
 """A JSON value or a line that is longer is not a preference; looking for its end would fill the memory."""
@@ -74,24 +77,32 @@ def _text_rows(path: Path, after: int) -> Iterator[SourceRow]:
     try:
         with path.open("rb") as raw:
             plain = cast(IO[bytes], gzip.GzipFile(fileobj=raw)) if names[-1] == ".gz" else raw
+            start = plain.read1(_START_BYTES)  # type: ignore[attr-defined]  # what can be read of a file cut short
+            plain.seek(0)
+            is_array = kind == ".json" and start.removeprefix(_BOM).lstrip().startswith(b"[")
+            find_problem = whole_problem if kind == ".csv" or is_array else whole_problem_of_lines
+            if problem := find_problem(start):
+                raise SourceError(f"cannot read {path}: {problem}")
             if kind == ".csv":
                 decoded = _read_csv(plain)
-            elif kind == ".json" and _begins_array(plain):
-                decoded = _read_array(plain)
             else:
-                decoded = _read_lines(plain, after)
+                decoded = _read_array(plain) if is_array else _read_lines(plain, after)
             for number, value, error in decoded:
                 if number > after:
                     yield SourceRow(number, value, raw.tell(), error)
+    except UnicodeDecodeError as error:
+        raise SourceError(f"cannot read {path}: the data are not UTF-8; `iconv -t UTF-8` converts them") from error
     except _READ_ERRORS as error:
         raise SourceError(f"cannot read {path}: {error}") from error
 
 
 def _read_lines(file: IO[bytes], after: int) -> Iterator[_Decoded]:
-    number = 0
-    while line := file.readline(_MAX_ITEM_CHARS):
+    """Lines that end in LF, CR LF or CR alone; bytes that are no UTF-8 are refused with their line."""
+    text, number = io.TextIOWrapper(file, encoding="utf-8", errors="surrogateescape"), 0
+    while escaped := text.readline(_MAX_ITEM_CHARS):
+        line = escaped.encode(errors="surrogateescape")
         number += 1
-        if len(line) == _MAX_ITEM_CHARS:
+        if len(escaped) == _MAX_ITEM_CHARS:
             raise SourceError(f"line {number} is longer than {_MAX_ITEM_CHARS >> 20} MiB; this is no JSONL file")
         if number <= after:
             continue
@@ -104,26 +115,32 @@ def _read_lines(file: IO[bytes], after: int) -> Iterator[_Decoded]:
                 yield number, value, None
 
 
-def _begins_array(file: IO[bytes]) -> bool:
-    start = file.read(4096).removeprefix(b"\xef\xbb\xbf").lstrip()
-    file.seek(0)
-    return start.startswith(b"[")
-
-
 def _read_array(file: IO[bytes]) -> Iterator[_Decoded]:
     """The items of one array, each decoded as soon as it is complete."""
     text = io.TextIOWrapper(file, encoding="utf-8-sig")
-    decoder = json.JSONDecoder()
+    errors: list[InvalidFeedbackError] = []
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        try:
+            return unique_object(pairs)
+        except InvalidFeedbackError as error:  # kept, for the end of the item has to be found
+            errors.append(error)
+            return dict(pairs)
+
+    decoder = json.JSONDecoder(object_pairs_hook=unique)
     buffer, number = text.read(_CHUNK_CHARS), 0
     at = buffer.index("[") + 1
     while True:
         at = _BETWEEN_ITEMS.match(buffer, at).end()  # type: ignore[union-attr]  # it matches nothing too
         if buffer.startswith("]", at):
+            if (buffer[at + 1 :] + text.read(_CHUNK_CHARS)).strip():
+                raise SourceError(f"the data go on behind the end of the JSON array, after item {number}")
             return
+        errors.clear()
         value, end = _decode_item(decoder, buffer, at)
         if end < len(buffer):  # else it may go on in the next chunk
             number += 1
-            yield number, value, None
+            yield number, value, errors[0] if errors else None
             at = end
             continue
         rest = len(buffer) - at
@@ -148,6 +165,10 @@ def _read_csv(file: IO[bytes]) -> Iterator[_Decoded]:
     header = next(records, None)
     if not header:
         raise SourceError("the CSV file is empty; its first line must name the columns")
+    if len(header) == 1:
+        reason = "its first line must name the columns, with commas between them"
+        raise SourceError(f"the CSV file has one column, {header[0][:100]!r}: {reason}")
+    _refuse_twice(header, "the CSV file")
     for number, record in enumerate((record for record in records if record), start=1):
         row: dict[str, Any] = {name: value or None for name, value in zip(header, record, strict=False)}
         error = None
@@ -156,11 +177,51 @@ def _read_csv(file: IO[bytes]) -> Iterator[_Decoded]:
         yield number, row, error
 
 
+def _refuse_twice(columns: list[str], what: str) -> None:
+    twice = next((name for name in columns if columns.count(name) > 1), None)
+    if twice is not None:
+        raise SourceError(f"{what} has the column {twice[:100]!r} twice")
+
+
+def _parquet_rows(path: Path, after: int) -> Iterator[SourceRow]:
+    """Rows of a Parquet file; `done` counts rows. Maps become objects, other types stay what Arrow makes of them."""
+    import pyarrow.parquet  # type: ignore[import-untyped]
+
+    number = 0
+    try:
+        with pyarrow.parquet.ParquetFile(path) as file:
+            for batch in file.iter_batches(_READ_ROWS):
+                skipped = min(max(after - number, 0), batch.num_rows)
+                number += skipped
+                for value, error in _read_batch(batch.slice(skipped)):
+                    number += 1
+                    yield SourceRow(number, value, number, error)
+    except _foreign_errors() as error:
+        raise SourceError(f"cannot read {path} behind row {number}: {_first_line(error)}") from error
+
+
+def _read_batch(batch: Any) -> Iterator[tuple[object, InvalidFeedbackError | None]]:
+    """Rows of an Arrow batch; one by one if it holds what Python cannot: a key twice in a map, the year 10,000."""
+    errors = _foreign_errors()
+    try:
+        rows = batch.to_pylist(maps_as_pydicts="strict")
+        yield from ((row, None) for row in rows)
+    except errors:
+        for cells in zip(*batch.columns, strict=True):
+            row, problem = {}, None
+            for name, cell in zip(batch.schema.names, cells, strict=True):
+                try:
+                    row[name] = cell.as_py(maps_as_pydicts="strict")
+                except errors as error:
+                    problem = InvalidFeedbackError(f"{name} cannot be read: {_first_line(error)}", name)
+            yield row, problem
+
+
 def _table_rows(table: Any, label: str, after: int) -> Iterator[SourceRow]:
     """Rows of a `datasets.Dataset` (memory-mapped) or `IterableDataset` (streamed); `done` counts rows."""
     number = after
     try:
-        for batch in table.skip(after).iter(batch_size=_READ_ROWS):
+        for batch in table.with_format(None).skip(after).iter(batch_size=_READ_ROWS):
             for values in zip(*batch.values(), strict=True):
                 number += 1
                 yield SourceRow(number, dict(zip(batch, values, strict=True)), number)
@@ -194,15 +255,15 @@ def _open_file(path: Path) -> Source:
     identity = f"{resolved} {stat.st_size} {stat.st_mtime_ns}"
     if not path.name.lower().endswith(".parquet"):
         return Source(path.name, identity, stat.st_size, partial(_text_rows, resolved))
-    import pyarrow.parquet  # type: ignore[import-untyped]
-    from datasets import load_dataset
+    import pyarrow.parquet
 
     try:
-        num_rows = pyarrow.parquet.read_metadata(path).num_rows
-        table = load_dataset("parquet", data_files=str(path), split="train", streaming=True)
+        with pyarrow.parquet.ParquetFile(path) as file:
+            num_rows, names = file.metadata.num_rows, file.schema_arrow.names
     except _foreign_errors() as error:
         raise SourceError(f"cannot read {path}: {_first_line(error)}") from error
-    return Source(path.name, identity, num_rows, partial(_table_rows, table, path.name))
+    _refuse_twice(names, str(path))
+    return Source(path.name, identity, num_rows, partial(_parquet_rows, resolved))
 
 
 def _open_hub(name: str, split: str, config: str | None, streaming: bool) -> Source:
@@ -246,7 +307,7 @@ def _foreign_errors() -> tuple[type[Exception], ...]:
     import pyarrow
     from datasets.exceptions import DatasetsError
 
-    of_python = (OSError, ValueError, RuntimeError, KeyError, TypeError)
+    of_python = (OSError, ValueError, RuntimeError, KeyError, TypeError, OverflowError)
     return (*of_python, httpx.HTTPError, pyarrow.ArrowException, DatasetsError)
 
 

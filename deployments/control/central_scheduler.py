@@ -55,15 +55,20 @@ class CentralScheduler:
     def __init__(self, config: AppArgs, clock: Callable[[], float] = time.monotonic) -> None:
         self._config = config
         self._clock = clock
+        self.clear()
+        self._headrooms: dict[str, tuple[float, Headroom]] = {}
+        self._busy_s_per_pair = 0.0
+        self._bytes_per_batch = 0.0
+        self._meter = Meter("central_scheduler")
+
+    def clear(self) -> None:
+        """Forget all pairs, those that are leased too: what is known of them is of another base model."""
+        config = self._config
         self._queue: MixedQueue[TrainingPair] = MixedQueue(config.experiments, config.scheduler.gamma, ROLE_SHARES)
         self._to_score: ScoringQueue[TrainingPair] = ScoringQueue()
         self._scored_last = False
         self._gamma = config.scheduler.gamma
         self._leases: dict[str, _Lease] = {}
-        self._headrooms: dict[str, tuple[float, Headroom]] = {}
-        self._busy_s_per_pair = 0.0
-        self._bytes_per_batch = 0.0
-        self._meter = Meter("central_scheduler")
 
     def enqueue(self, pairs: list[TrainingPair]) -> None:
         """Add pairs; those already queued or leased are left as they are."""

@@ -73,6 +73,9 @@ class ControlClient:
     rating_counts = _ask(DriftMonitor.rating_counts)
     held_out_pairs = _ask(DriftMonitor.held_out_pairs)
     note_live = _ask(DriftMonitor.note_live)
+    begin_rebuild = _ask(DriftMonitor.begin_rebuild)
+    relearning_pairs = _ask(DriftMonitor.relearning_pairs)
+    note_rebuild = _ask(DriftMonitor.note_rebuild)
     drift = _ask(DriftMonitor.drift)
 
     async def complete(self, outcome: BatchOutcome, version: str | None) -> None:

@@ -17,11 +17,12 @@ from alignment.records.feedback import FEEDBACK_TYPES
 from alignment.records.pairs import StoredResponse
 from alignment.store.feedback_store import FeedbackStore
 from alignment.store.formats import ExportFormat, export_chunk, import_jsonl
+from alignment.store.pairs import PENDING
 from core.config import AppArgs
-from core.errors import StoreUnavailableError
+from core.errors import ConflictError, MaceError, StoreUnavailableError
 from core.types import TaskKind
-from core.wire import BatchOutcome, HeldOutPairs
-from deployments.control.central_scheduler import CentralScheduler
+from core.wire import BatchOutcome, HeldOutPairs, Rebuild, TrainingPair
+from deployments.control.central_scheduler import LEASE_S, CentralScheduler
 from deployments.control.pair_stream import PairStream, training_pair
 from deployments.control.score_judge import ScoreJudge
 from deployments.monitors.metrics import Meter
@@ -46,6 +47,9 @@ class DriftMonitor:
         self._meter = Meter("drift_monitor")
         self._stream: PairStream | None = None
         """Made when the store can be opened, with the store and the judge."""
+        self._rebuild: dict[str, Any] | None = None
+        """The last report of the rebuild that ran last, in this process's time."""
+        self._rebuild_told_s = 0.0
         self._recorded: deque[str] = deque(maxlen=_RECORDED_TASKS)
         self._thread: threading.Thread | None = None
 
@@ -96,9 +100,55 @@ class DriftMonitor:
         recent, old = parts.store.sampling.held_out(gate.max_pairs, _MAX_OLD_PAIRS, since_seq, seed)
         return HeldOutPairs(tuple(map(training_pair, recent)), tuple(map(training_pair, old)))
 
-    def note_live(self, version: str) -> None:
-        """Take note of the version that executors serve; after a change the newest pairs are scored again."""
-        self._open().judge.note_live(version)
+    def note_live(self, version: str, fingerprint: str = "") -> None:
+        """Take note of the version that executors serve; after a change the newest pairs are scored again.
+
+        `fingerprint` is their base model's (empty: not said). Of another one than before nothing is known: every pair
+        is new, and drift starts afresh or where it was when that model was served last.
+        """
+        parts = self._open()
+        if fingerprint and fingerprint != parts.store.models.served():
+            parts.judge.keep()
+        if fingerprint and parts.store.models.begin(fingerprint):
+            logger.info("another base model is served than before: what pairs taught starts from there")
+            self._queue.clear()
+            with self._lock:
+                self._stream = parts = self._new_stream(parts.store)
+        parts.judge.note_live(version)
+
+    def begin_rebuild(self, executor_id: str, users: Sequence[str]) -> Rebuild:
+        """Leave the pairs of these users out, take all others in, and say what there is to learn anew.
+
+        Raises:
+            ConflictError: a rebuild is running, a user has no pair, or nothing is left to learn from.
+        """
+        parts = self._open()
+        with self._lock:
+            before, now_s = self._rebuild, time.monotonic()
+            if before is not None and before["state"] == "running" and now_s - self._rebuild_told_s < LEASE_S:
+                raise ConflictError(f"a rebuild is running on {before['executor_id']}")
+            self._rebuild = {"state": "running", "executor_id": executor_id}
+            self._rebuild_told_s = now_s
+        try:
+            number, newest = parts.store.pairs.leave_out(users)
+        except MaceError:
+            self._rebuild = before
+            raise
+        queued = self._queue.known_pair_ids()["train"]
+        out = [pair.pair_id for pair in parts.store.pairs.find(queued) if pair.state != PENDING]
+        parts.judge.credit.refund(self._queue.withdraw(out))
+        return Rebuild(tuple(users), number, newest, min(parts.judge.appetite().last_change_seq, newest))
+
+    def relearning_pairs(self, after: int, until: int, limit: int) -> list[tuple[int, TrainingPair]]:
+        """The next pairs of positions in (after, until] that may be trained on, each with its position."""
+        found = self._open().store.pairs.to_relearn(after, until, limit)
+        return [(pair.seq, training_pair(pair)) for pair in found]
+
+    def note_rebuild(self, report: dict[str, Any]) -> None:
+        """Take note of how far a rebuild is; if its version goes live or on trial, its pairs count as trained once."""
+        if report["state"] == "published":
+            self._open().store.pairs.mark_relearnt(report["until_seq"])
+        self._rebuild, self._rebuild_told_s = report, time.monotonic()
 
     def record(self, outcome: BatchOutcome, failed_ids: list[str], version: str | None) -> None:
         """Write down what became of a batch: scores, counts of training, pairs that must be parked.
@@ -108,6 +158,8 @@ class DriftMonitor:
         """
         parts = self._open()
         if outcome.task_id in self._recorded:  # a repeat: the first answer got lost on its way
+            return
+        if outcome.fingerprint and outcome.fingerprint != parts.store.models.served():
             return
         if outcome.scores and outcome.kind is TaskKind.TRAIN:
             ids = [score.pair_id for score in outcome.scores]
@@ -130,9 +182,10 @@ class DriftMonitor:
         return {**parts.judge.report(), "history": [asdict(event) for event in events]}
 
     def stats(self) -> dict[str, Any]:
-        """Store sizes and drift, for `/v1/training`."""
+        """Store sizes, drift and the last rebuild, for `/v1/training`."""
         parts = self._open()
-        return {"store": asdict(parts.store.counts()), "drift": parts.judge.summary()}
+        drift = parts.judge.summary()
+        return {"store": asdict(parts.store.counts()), "drift": drift, "rebuild": self._rebuild}
 
     def rating_counts(self, since_s: float) -> dict[str | None, tuple[int, int]]:
         """Thumbs up and down since a time (Unix seconds), by adapter version; see `FeedbackLog.rating_counts`."""
@@ -146,9 +199,11 @@ class DriftMonitor:
         """The stream, with its store and its judge; StoreUnavailableError: not now, the next call tries again."""
         with self._lock:
             if self._stream is None:
-                store = FeedbackStore.open(self._config.feedback, self._config.state_dir)
-                self._stream = PairStream(self._config, store, ScoreJudge(self._config, store), self._queue)
+                self._stream = self._new_stream(FeedbackStore.open(self._config.feedback, self._config.state_dir))
             return self._stream
+
+    def _new_stream(self, store: FeedbackStore) -> PairStream:
+        return PairStream(self._config, store, ScoreJudge(self._config, store), self._queue)
 
     def _stream_forever(self) -> None:
         while True:

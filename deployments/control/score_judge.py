@@ -94,6 +94,11 @@ class ScoreJudge:
             if self._tracker.note_live(version):
                 self._save(at_once=True)
 
+    def keep(self) -> None:
+        """Write down what is known; by itself that happens every few seconds."""
+        with self._lock:
+            self._save(at_once=True)
+
     def take_scores(self, outcome: BatchOutcome, version: str | None) -> None:
         """Keep the scores of a batch that the live adapter `version` gave, and draw the conclusions."""
         with self._lock:

@@ -6,7 +6,7 @@ The shadow adapter does not change meanwhile: the learner waits for the verdict 
 import asyncio
 import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from alignment.versions.adapter_files import AdapterManifest
@@ -121,6 +121,7 @@ class CandidateJudge:
         return AdapterManifest(
             parent=None if progress.base == BASE else progress.base,
             base_model=self.tokenizer.base_model,
+            fingerprint=self.tokenizer.fingerprint,
             status="published" if decision.accepted else "rejected",
             reason=decision.reason,
             pair_ids=progress.candidate_pairs,
@@ -132,5 +133,6 @@ class CandidateJudge:
                 "total_steps": progress.total_steps,
                 "trained_from": progress.base,
                 "compared_with": compared_with,
+                **({} if progress.rebuild is None else {"rebuild": asdict(progress.rebuild)}),
             },
         )

@@ -7,19 +7,20 @@ slice. Whatever goes wrong here is a counted, named error of a task; requests ne
 import asyncio
 import logging
 import time
-from collections.abc import Callable
-from dataclasses import InitVar, asdict, dataclass, field
+from collections.abc import Callable, Coroutine
+from dataclasses import InitVar, asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from alignment.versions.registry import AdapterRegistry
 from core.config import AppArgs
-from core.errors import ControlUnavailableError, StoreUnavailableError
+from core.errors import ConflictError, ControlUnavailableError, StoreUnavailableError
 from core.ports import ControlPort, EnginePort
 from core.types import Checkpoint, FineTuneTask, StepMetrics, TaskKind, TaskResult
-from core.wire import HORIZON_S, BatchOutcome, ExecutorLoad, Headroom, TrainingBatch
+from core.wire import HORIZON_S, BatchOutcome, ExecutorLoad, Headroom, Rebuild, TrainingBatch
 from deployments.learning.candidate import CandidateJudge
+from deployments.learning.rebuild import MAX_ATTEMPTS, Rebuilder
 from deployments.learning.training_progress import ShadowKeeper
 from deployments.monitors.heartbeat import with_heartbeat
 from deployments.monitors.metrics import Meter
@@ -51,7 +52,7 @@ class LearnerStatus:
     """State and counters of this learner, for `/v1/training`. A restart sets the counters back."""
 
     phase: str = "idle"
-    """idle, scoring, training, evaluating, publishing, backing off, pinned or paused."""
+    """idle, scoring, training, rebuilding, evaluating, publishing, backing off, pinned or paused."""
     paused: bool = False
     pause_reason: str | None = None
     steps: int = 0
@@ -90,6 +91,7 @@ class Learner:
     def __post_init__(self, registry: AdapterRegistry, checkpoint: Path) -> None:
         self.shadow = ShadowKeeper(self.engine, self.versions, registry, checkpoint)
         self._judge = CandidateJudge(self.engine, self.versions, registry, self.tokenizer, self.args)
+        self.rebuilder = Rebuilder(self.executor_id, self.control, self.args)
         self._beat = partial(self.control.heartbeat, self.executor_id)
         self._meter = Meter("executor")
         self._idle_polls = 0
@@ -115,6 +117,15 @@ class Learner:
     def follow_live(self) -> None:
         """Someone moved the live pointer: training goes on from there, not from what it was rolled back from."""
         self._follow = True
+
+    def check_rebuild(self) -> None:
+        """Raise a ConflictError if no rebuild can begin now."""
+        if self.rebuilder.asked or self.shadow.progress.rebuild:
+            raise ConflictError("a rebuild is running already; `mace training` shows how far it is")
+        if self.versions.pinned:
+            raise ConflictError(
+                f"{self.versions.pinned} is pinned, so nothing else can go live: release the pin first"
+            )
 
     def status_to_wire(self) -> dict[str, Any]:
         """Status as built-in types."""
@@ -149,11 +160,15 @@ class Learner:
         self._meter.refresh()
         await self.versions.refresh()
         if self._follow or self.shadow.progress.goal != self.versions.training_base:
-            await self.shadow.return_to_base()
+            if self.shadow.progress.rebuild is None:
+                await self.shadow.return_to_base()
+            else:
+                self.shadow.follow()
             self._follow, self._refusals_in_a_row = False, 0
         if (live := self.versions.live) != self._told_live:
-            await self.control.note_live(live)
+            await self.control.note_live(live, self.tokenizer.fingerprint)
             self._told_live = live
+        await self._begin_rebuild()
         if self.status.paused or time.monotonic() < self._rest_until_s:
             self.status.phase = "paused" if self.status.paused else "backing off"
             await asyncio.sleep(POLL_INTERVAL_S)
@@ -162,6 +177,9 @@ class Learner:
         if batch is not None:
             await self._work(batch)
         self._idle_polls = 0 if batch is not None else self._idle_polls + 1
+        if (rebuild := self.shadow.progress.rebuild) is not None:
+            await self._rebuild(rebuild)
+            return
         if self._is_candidate_due() and self.versions.canary is None:  # one trial at a time
             await self.offer_candidate()
         if batch is None:
@@ -178,19 +196,56 @@ class Learner:
         self._busy_share += 0.1 * (busy - self._busy_share)
         free_s = HORIZON_S * (1.0 - self._busy_share)
         # While a version is pinned nothing new can go live: what comes in is scored, and trained after the release.
-        may_train = not self.versions.pinned
+        may_train = not self.versions.pinned and self.shadow.progress.rebuild is None
         return Headroom(self.executor_id, self.engine.free_memory_bytes, free_s, self.current_load(), may_train)
+
+    async def _begin_rebuild(self) -> None:
+        """Begin what was asked for, once the one that a restart fell into has ended."""
+        if (ended := self.shadow.ended_rebuild) is not None:
+            await self._end_rebuild(ended, "published", self.shadow.progress.base, "published before a restart")
+            self.shadow.ended_rebuild = None
+        if (asked := self.rebuilder.asked) is not None:
+            await self.shadow.begin_rebuild(asked)
+            self.rebuilder.begin()
+
+    async def _rebuild(self, rebuild: Rebuild) -> None:
+        """One step of a rebuild; at its end the candidate is offered, once no other version is on trial."""
+        pairs, after = await self.rebuilder.next_pairs(rebuild)
+        if after is None:
+            if self.versions.canary is None:
+                await self.offer_candidate()
+            else:
+                await asyncio.sleep(POLL_INTERVAL_S)
+            return
+        batch = TrainingBatch(f"rebuild-{rebuild.passes}-{after.after_seq}", tuple(pairs))
+        self.status.phase = "rebuilding"
+        result, outcome = await self._run(batch, after)
+        if result.error is not None and self.status.failures_in_a_row % MAX_ATTEMPTS:
+            return  # again, after a rest
+        self.rebuilder.take_scores(result.scores)
+        if self.shadow.progress.rebuild is rebuild:  # nothing of it could be trained
+            self.shadow.progress = replace(self.shadow.progress, rebuild=after)
+        if outcome.unusable:
+            await self._report(replace(outcome, scores=()), self.versions.live)
+        await self.rebuilder.tell(after, loss=None if result.metrics is None else result.metrics.loss)
 
     async def _work(self, batch: TrainingBatch) -> None:
         """Score or train a batch and report it."""
+        self.status.phase = "training" if batch.kind is TaskKind.TRAIN else "scoring"
+        live = self.versions.live
+        _, outcome = await self._run(batch)
+        await self._report(outcome, live)
+
+    async def _run(self, batch: TrainingBatch, rebuild: Rebuild | None = None) -> tuple[TaskResult, BatchOutcome]:
+        """Score or train a batch; `rebuild` is how far a rebuild is once it is trained."""
         is_training = batch.kind is TaskKind.TRAIN
-        self.status.phase, self.status.task_id = "training" if is_training else "scoring", batch.task_id
+        self.status.task_id = batch.task_id
         live = self.versions.live
         started_s = time.perf_counter()
         pairs, unusable = await asyncio.to_thread(self.tokenizer.tokenize_all, batch.pairs)
         result = TaskResult(batch.task_id, batch.kind)
         if pairs:
-            after = self.shadow.progress.after_step(pair.pair_id for pair in pairs)
+            after = replace(self.shadow.progress.after_step(pair.pair_id for pair in pairs), rebuild=rebuild)
             task = FineTuneTask(
                 batch.task_id,
                 batch.kind,
@@ -217,15 +272,20 @@ class Learner:
             peak_bytes=result.peak_bytes,
             unusable=unusable,
             kind=batch.kind,
+            fingerprint=self.tokenizer.fingerprint,
             reference_keys={pair.pair_id: self.tokenizer.reference_key(pair) for pair in pairs},
         )
-        await self._report(outcome, live)
         self.status.task_id = None
+        return result, outcome
 
     async def _report(self, outcome: BatchOutcome, live: str) -> None:
-        while True:  # the step is done: its record must not be lost to a restart of Control
+        await self._insist(lambda: self.control.complete(outcome, live))
+
+    async def _insist(self, call: Callable[[], Coroutine[Any, Any, None]]) -> None:
+        """Call Control until it has answered: what is done must not be lost to a restart of it."""
+        while True:
             try:
-                return await with_heartbeat(self.control.complete(outcome, live), self._beat)
+                return await with_heartbeat(call(), self._beat)
             except (ControlUnavailableError, StoreUnavailableError) as error:
                 self.status.last_error = str(error)
                 await asyncio.sleep(_CONTROL_BACKOFF_S)
@@ -269,21 +329,30 @@ class Learner:
     async def offer_candidate(self) -> None:
         """Gate the shadow adapter; publish it or go back to what is live."""
         self.status.phase = "evaluating"
+        rebuild = self.shadow.progress.rebuild
         held_out = await self.control.held_out_pairs()
         version, decision = await self._judge.offer(held_out, self.shadow.progress, self.status.last)
         self.status.last_decision = decision.reason
         self._meter.count("adapter_candidates", outcome="published" if decision.accepted else "rejected")
+        state = "refused"
         if decision.accepted:
             self.status.phase = "publishing"
             try:
                 published = await self.versions.publish(version)
-            except Exception:
+            except Exception as error:
                 self._follow = True  # else it would be offered, and committed, on every turn
+                self.shadow.progress = replace(self.shadow.progress, rebuild=None)
+                await self._end_rebuild(rebuild, "failed", version.name, str(error))
                 raise
-            if published is not Published.BLOCKED:
-                await self.shadow.begin_at(version.name)
-                self._refusals_in_a_row = 0
-                return
+            state = "held" if published is Published.BLOCKED else "published"
+        if state == "published":
+            await self.shadow.begin_at(version.name)
+            self._refusals_in_a_row = 0
         else:
-            self._refusals_in_a_row += 1
-        await self.shadow.return_to_base(self._refusals_in_a_row // _REFUSALS_PER_GENERATION)
+            self._refusals_in_a_row += state == "refused" and rebuild is None
+            await self.shadow.return_to_base(self._refusals_in_a_row // _REFUSALS_PER_GENERATION)
+        await self._end_rebuild(rebuild, state, version.name, decision.reason)
+
+    async def _end_rebuild(self, rebuild: Rebuild | None, state: str, version: str, reason: str) -> None:
+        if rebuild is not None:
+            await self._insist(lambda: self.rebuilder.tell(rebuild, state, version=version, reason=reason))

@@ -18,7 +18,9 @@ from pydantic import TypeAdapter
 from alignment.versions.registry import AdapterRegistry
 from alignment.versions.serving_state import BASE
 from core.errors import AdapterError
+from core.fingerprint import differing_parts
 from core.ports import EnginePort
+from core.wire import Rebuild
 from deployments.publishing.versions import AdapterVersions
 
 logger = logging.getLogger(__name__)
@@ -39,6 +41,10 @@ class TrainingProgress:
     steps_since_candidate: int = 0
     candidate_pairs: tuple[str, ...] = ()
     """Ids of the pairs trained on since `base`."""
+    rebuild: Rebuild | None = None
+    """Set while the adapter is learnt anew from the base, for `goal` or better to be replaced by."""
+    fingerprint: str = ""
+    """The base model by its content; empty: written before there were fingerprints."""
 
     @property
     def goal(self) -> str:
@@ -56,7 +62,7 @@ class TrainingProgress:
 
     def from_version(self, version: str, instead_of: str = "") -> "TrainingProgress":
         """The shadow adapter is that version now, and nothing has been learnt since."""
-        return TrainingProgress(base=version, instead_of=instead_of, total_steps=self.total_steps)
+        return TrainingProgress(version, instead_of, self.total_steps, fingerprint=self.fingerprint)
 
     def to_wire(self) -> dict[str, Any]:
         """JSON values."""
@@ -80,6 +86,8 @@ class ShadowKeeper:
     registry: AdapterRegistry
     checkpoint: Path
     progress: TrainingProgress = TrainingProgress()
+    ended_rebuild: Rebuild | None = None
+    """A rebuild whose version was published just before a restart, of which nobody was told."""
 
     async def restore(self) -> None:
         """Put the shadow adapter where training left off: the last checkpoint, if it belongs to what is live."""
@@ -90,12 +98,18 @@ class ShadowKeeper:
         except ValueError as error:
             logger.warning("the checkpoint's progress is not readable: %s", error)
             known = None
-        self.progress = known or self.progress
+        mine = self.registry.fingerprint
+        if known is not None and differing_parts(known.fingerprint or mine, mine or known.fingerprint):
+            logger.warning("the checkpoint is of another base model; training goes on without it")
+            known = None
+        self.progress = replace(known or self.progress, fingerprint=mine)
+        known = known and self.progress
         if known is not None and await self._is_checkpoint_of(base):
+            self.ended_rebuild = known.rebuild
             self.progress = known.from_version(base)  # published, and killed before that was written down
         elif known is not None and base == known.base:
             self.progress = replace(known, instead_of="")  # the ancestor that training went back to is live by now
-        elif known is None or base != known.instead_of:
+        elif known is None or (base != known.instead_of and known.rebuild is None):
             await self.return_to_base()
 
     async def return_to_base(self, generations: int = 0) -> None:
@@ -112,6 +126,18 @@ class ShadowKeeper:
             logger.warning("shadow adapter starts afresh: %s", error)
             await self.engine.load_adapter(None)
         await self.begin_at(base, "" if base == goal else goal)
+
+    async def begin_rebuild(self, rebuild: Rebuild) -> None:
+        """Set the shadow adapter to the bare model, to learn all anew; what is live is what training returns to."""
+        await self.engine.load_adapter(None)
+        self.progress = replace(self.progress.from_version(BASE), rebuild=rebuild)
+        self.follow()
+        await self.engine.save_training_state(self.checkpoint, self.progress.to_wire())
+
+    def follow(self) -> None:
+        """Another version is live during a rebuild: nothing changes but what it is instead of."""
+        base = self.versions.training_base
+        self.progress = replace(self.progress, instead_of="" if base == BASE else base)
 
     async def begin_at(self, version: str, instead_of: str = "") -> None:
         """The shadow adapter is that version now; an ancestor `instead_of` the last good state."""
@@ -140,13 +166,19 @@ class ShadowKeeper:
         return config.get("total_steps") == mine.total_steps and config.get("trained_from") == mine.base
 
 
-def claim_checkpoint(directory: Path) -> tuple[Path, int]:
-    """Take the first checkpoint file that no living replica has: `checkpoint.safetensors`, `checkpoint-1` and so on.
+def claim_checkpoint(training: Path, fingerprint: str) -> tuple[Path, int]:
+    """Take the first checkpoint file of a base model that no living replica has: `checkpoint.safetensors`, then
+    `checkpoint-1` and so on, in a directory of the model's own, so that one model never writes over another's.
 
-    The descriptor of its lock comes with it: the file is given back when that is closed or the process dies.
+    The descriptor of its lock comes with it: the file is given back when that is closed or the process dies. Files that
+    an older MACE wrote beside these directories become those of the first model that is served.
     """
+    directory = training / fingerprint
     try:
+        is_first = training.is_dir() and not any(path.is_dir() for path in training.iterdir())
         directory.mkdir(parents=True, exist_ok=True)
+        for older in training.glob("checkpoint*.safetensors") if is_first else ():
+            older.replace(directory / older.name)
         for number in range(_MAX_REPLICAS):
             name = "checkpoint" if number == 0 else f"checkpoint-{number}"
             descriptor = os.open(directory / f".{name}.lock", os.O_CREAT | os.O_RDWR, 0o644)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from core.config import AppArgs
 from core.errors import ProfileError
+from engine.fingerprint import fingerprint
 from engine.pruning.gate import decide_from_file, find_report
 from engine.vllm.compat import pruning_block_tokens, worker_binding
 from engine.vllm.engine import HybridEngine
@@ -40,7 +41,8 @@ def with_pruning_gate(args: AppArgs, model_dir: Path) -> tuple[AppArgs, str]:
     if args.kv_pruning.start == "off":
         return args, "kv_pruning.start is off"
     path = find_report(args.state_dir, engine_device(args, model_dir), args.model.model_id)
-    decision = decide_from_file(path, args.kv_pruning, args.model, pruning_block_tokens(args))
+    block_tokens, known_as = pruning_block_tokens(args), fingerprint(model_dir)
+    decision = decide_from_file(path, args.kv_pruning, args.model, block_tokens, known_as)
     if decision.allowed:
         logger.info("KV pruning is on: %s", decision.reason)
         return args, decision.reason

@@ -27,7 +27,7 @@ from alignment.versions.lineage import is_rollback, lineage_row, lineage_rows
 from alignment.versions.registry import AdapterRegistry, AdapterVersion
 from alignment.versions.serving_state import BASE, Actor, Serving
 from core.alignment_config import VersionsConfig
-from core.errors import AdapterError, UnknownVersionError
+from core.errors import AdapterError, UnfitAdapterError, UnknownVersionError
 from core.ports import EnginePort
 from deployments.monitors.metrics import Meter
 from deployments.publishing.prefix_warmer import PrefixWarmer, PublishTiming
@@ -339,7 +339,8 @@ class AdapterVersions:
             try:
                 version = self._registry.get(name)
             except AdapterError as error:
-                logger.error("adapter version %s is left out: %s", name, error)
+                level = logging.WARNING if isinstance(error, UnfitAdapterError) else logging.ERROR
+                logger.log(level, "adapter version %s is left out: %s", name, error)
             else:
                 if version.manifest.status == "published":
                     new.append(version)

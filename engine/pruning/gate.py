@@ -15,6 +15,7 @@ from pydantic import Field
 
 from core.config import KV_PRUNING_SINK_TOKENS, KvPruningConfig, ModelConfig
 from core.errors import ProfileError
+from core.fingerprint import differing_parts
 from engine.pruning.tasks import RecallKind
 from profiler.profile import FrozenModel, MeasuredFile, Origin, profile_path
 
@@ -82,6 +83,8 @@ class PruningReport(MeasuredFile):
     command: ClassVar[str] = "mace profile pruning"
     origin: Origin
     model_source: str = Field(min_length=1)
+    fingerprint: str = ""
+    """The model by its content; empty: measured before there were fingerprints, so its names count."""
     adapter: str | None = None
     """Directory of the adapter that was on; None: the base model."""
     method: str
@@ -127,7 +130,11 @@ def find_report(state_dir: Path, device: str, model_id: str) -> Path | None:
 
 
 def decide_from_file(
-    path: Path | None, config: KvPruningConfig, model: ModelConfig, block_tokens: int | None = None
+    path: Path | None,
+    config: KvPruningConfig,
+    model: ModelConfig,
+    block_tokens: int | None = None,
+    fingerprint: str = "",
 ) -> Decision:
     """`decide` on the report in a file; one that cannot be read is a reason to refuse, not an error."""
     report = None
@@ -136,7 +143,7 @@ def decide_from_file(
             report = PruningReport.load(path)
     except ProfileError as error:
         return _refuse(str(error))
-    return decide(report, config, model, block_tokens)
+    return decide(report, config, model, block_tokens, fingerprint)
 
 
 def estimate(values: Sequence[float]) -> Estimate:
@@ -152,20 +159,25 @@ def estimate(values: Sequence[float]) -> Estimate:
 
 
 def decide(
-    report: PruningReport | None, config: KvPruningConfig, model: ModelConfig, block_tokens: int | None = None
+    report: PruningReport | None,
+    config: KvPruningConfig,
+    model: ModelConfig,
+    block_tokens: int | None = None,
+    fingerprint: str = "",
 ) -> Decision:
     """Decide whether `report` shows that pruning as configured stays within its bounds.
 
     The log-prob passes if the upper end of its interval is within `max_logprob_drop`; every kind of question that the
     unpruned model can answer passes if its mean drop is within `max_accuracy_drop`. What was measured must be at least
     as hard as what is configured: the same model, method and block size, no larger protected parts, no smaller
-    fraction. `report` is None if nothing was measured; a `block_tokens` of None is not compared.
+    fraction. `report` is None if nothing was measured; a `block_tokens` of None is not compared. Models are the same by
+    their fingerprints, or by their names where one is not known.
     """
     if not config.require_gate:
         return Decision(True, "kv_pruning.require_gate is off: switched on without looking at accuracy")
     if report is None:
         return _refuse("its accuracy was not measured on this model. Run: mace profile pruning")
-    if problem := _mismatch(report, config, model, block_tokens):
+    if problem := _mismatch(report, config, model, block_tokens, fingerprint):
         return _refuse(f"{problem}. Run again: mace profile pruning")
     measured = [result for result in report.fractions if result.fraction >= config.max_fraction - 1e-9]
     if not measured:
@@ -182,9 +194,12 @@ def _refuse(reason: str) -> Decision:
 
 
 def _mismatch(
-    report: PruningReport, config: KvPruningConfig, model: ModelConfig, block_tokens: int | None
+    report: PruningReport, config: KvPruningConfig, model: ModelConfig, block_tokens: int | None, fingerprint: str
 ) -> str | None:
-    if (report.origin.model, report.model_source) != (model.model_id, model.model_source):
+    if report.fingerprint and fingerprint:
+        if differing := differing_parts(report.fingerprint, fingerprint):
+            return f"the report is of another {model.model_id}, whose {differing} differed"
+    elif (report.origin.model, report.model_source) != (model.model_id, model.model_source):
         return (
             f"the report is of {report.origin.model} ({report.model_source}), "
             f"not of {model.model_id} ({model.model_source})"

@@ -34,14 +34,17 @@ class Content:
         """`end_ids` are tokens that end an answer: protected even if the tokenizer does not call them special."""
         self.tokenizer = tokenizer
         self._backend: Any = getattr(tokenizer, "_tokenizer", None)
-        named = {*end_ids, *(tokenizer.all_special_ids if self._backend is not None else ())}
+        ends = set(end_ids)
+        named = {*ends, *(tokenizer.all_special_ids if self._backend is not None else ())}
         added = {} if self._backend is None else self._backend.get_added_tokens_decoder()
         special = {number: token.content for number, token in added.items() if token.special or number in named}
         nonce = "".join(chr(_FIRST_PRIVATE + secrets.randbelow(_NUM_PRIVATE)) for _ in range(4))
         self._marks = {name: nonce + chr(_FIRST_PRIVATE + place) for place, name in enumerate(special.values())}
         self._ids = {name: number for number, name in special.items()}
         self._swap = self._marks | {mark: name for name, mark in self._marks.items()}
-        own = {name for name, number in self._ids.items() if _OWN_WORDS.search(name) and number not in end_ids}
+        self.ends = {name: number for name, number in self._ids.items() if number in ends}
+        """The tokens of `end_ids`, by their names."""
+        own = {name for name in self._ids.keys() - self.ends if _OWN_WORDS.search(name)}
         self._of_others, self._of_model = _any_of(self._marks), _any_of(self._marks.keys() - own)
         self._any_mark, self._either = _any_of(self._marks.values()), _any_of(self._swap)
 

@@ -65,6 +65,7 @@ class PairTokenizer:
         config: TrainingConfig,
         base_model: str = "",
         dtype: str = "auto",
+        fingerprint: str = "",
         chat: Chat | None = None,
     ) -> None:
         self._tokenizer = tokenizer
@@ -72,6 +73,8 @@ class PairTokenizer:
         self._config = config
         self.base_model = base_model
         """Name of the frozen reference model."""
+        self.fingerprint = fingerprint
+        """That model by its content (`engine.fingerprint`); empty: the name has to do."""
         self._dtype = dtype
         self._eos = tokenizer.eos_token or "" if tokenizer else ""
         if chat is None:
@@ -86,13 +89,15 @@ class PairTokenizer:
         config: TrainingConfig,
         base_model: str = "",
         dtype: str = "auto",
+        fingerprint: str = "",
         chat: Chat | None = None,
     ) -> "PairTokenizer":
         """Read end-of-turn tokens from a model directory, and without `chat` (a server's) the tokenizer too."""
         from transformers import AutoTokenizer
 
         tokenizer = AutoTokenizer.from_pretrained(model_dir) if chat is None else chat.content.tokenizer
-        return cls(tokenizer, end_token_ids(model_dir, tokenizer), config, base_model, dtype, chat)
+        ids = end_token_ids(model_dir, tokenizer)
+        return cls(tokenizer, ids, config, base_model, dtype, fingerprint, chat)
 
     def tokenize(self, pair: TrainingPair) -> TokenizedPair:
         """Token ids and weight of one pair, and its cached reference if that is of these tokens and this model.
@@ -125,10 +130,11 @@ class PairTokenizer:
     def reference_key(self, pair: TokenizedPair) -> str:
         """Identity of a pair's reference log-probabilities: 64 hexadecimal digits.
 
-        It depends on the base model, its precision (`model.dtype`, for another one gives other values) and the token
-        ids as they are trained, that is after cutting; adapter, weight and pair id do not matter.
+        It depends on the base model's content, its precision (`model.dtype`, for another one gives other values) and
+        the token ids as they are trained, that is after cutting; adapter, weight and pair id do not matter.
         """
-        digest = hashlib.sha256(f"{self.base_model}\0{self._dtype}".encode())
+        model = self.fingerprint or self.base_model
+        digest = hashlib.sha256(f"{model}\0{self._dtype}".encode())
         for ids in (pair.prompt_ids, pair.chosen_ids, pair.rejected_ids):
             digest.update(b"\0%d\0" % len(ids))
             digest.update(array("q", ids).tobytes())
@@ -244,14 +250,19 @@ class PairTokenizer:
         """
         content, num_prompt = self._content, len(prompt.ids)
         whole = content.encode(prompt.text + said + rest, add_special_tokens=prompt.messages is None)
-        before = content.decode(prompt.ids)
-        wanted, template = content.show(said), _dense(content.show(rest))
         tries = [whole[num_prompt:]] if whole[:num_prompt] == prompt.ids else []
-        for ids in map(self._until_end, [*tries, content.encode_rest(said + rest)]):
+        tries.append(content.encode_rest(said + rest))
+        ends = sorted((rest.index(name), name) for name in content.ends if name in rest)
+        if ends:
+            place, name = ends[0]
+            tries.append([*content.encode_rest(said + rest[:place].strip()), content.ends[name]])
+            rest = rest[: place + len(name)]
+        before = content.decode(prompt.ids)
+        wanted = content.show(said), content.show(rest) + ("" if ends else self._eos)
+        for ids in map(self._until_end, tries):  # the last: some tokens take the white space before them
             read = content.decode(prompt.ids + ids).removeprefix(before)
-            for text, start in ((read, wanted), (content.normal(read), content.normal(wanted))):
-                ended = _dense(text[len(start) :]).removesuffix(self._eos)
-                if text.startswith(start) and template.startswith(ended):
+            for text, start, end in ((read, *wanted), map(content.normal, (read, *wanted))):
+                if text.startswith(start) and _dense(text[len(start) :]) == _dense(end):
                     return ids
         raise TrainingError("the tokenizer cannot write an answer: its tokens do not read back as its text")
 
@@ -286,8 +297,10 @@ def plain_render(content: Content) -> Render:
 
 
 def _as_rendered(message: dict[str, Any]) -> dict[str, Any]:
-    """A message as templates expect it: arguments of tool calls as values, not as JSON text."""
-    calls = message.get("tool_calls")
+    """A message as templates expect it: parts as lines, and arguments of tool calls as values, not as JSON text."""
+    content, calls = message.get("content"), message.get("tool_calls")
+    if isinstance(content, list):
+        message = {**message, "content": "\n".join(part["text"] for part in content)}
     if not calls:
         return message
     values = [json.loads(call["function"].get("arguments") or "{}") for call in calls]
@@ -328,7 +341,8 @@ def _is_thinking(text: str, opened: re.Match[str] | None) -> bool:
 
 
 def _dense(text: str) -> str:
-    return "".join(text.split())
+    """Without white space, and the mark that stands for it in a normalised text."""
+    return "".join(text.replace("▁", " ").split())
 
 
 def _closing(opened: re.Match[str]) -> str:

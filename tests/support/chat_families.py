@@ -107,9 +107,14 @@ class Family:
     plain: tuple[str, ...] = ()
     """Added tokens that are not special."""
 
-    def tokenizer(self) -> PreTrainedTokenizerFast:
-        """The trained tokenizer."""
+    def tokenizer(self, **flags: bool) -> PreTrainedTokenizerFast:
+        """The trained tokenizer; `flags` are those of its special tokens, but for the first of every text."""
         base = _trained(self.spaces, self.special)
+        if flags:
+            kept = json.loads(base.to_str())
+            for token in kept["added_tokens"]:
+                token |= flags if token["content"] != self.bos else {}
+            base = Tokenizer.from_str(json.dumps(kept))
         base.add_tokens([AddedToken(name, normalized=False) for name in self.plain])
         if self.bos:
             numbered = [(self.bos, base.token_to_id(self.bos))]

@@ -116,6 +116,8 @@ class FakeControl:
         self.batches = list(batches)
         self.held_out = HeldOutPairs(tuple(held_out))
         self.live = []
+        self.stored = []
+        self.reports = []
         self.headrooms = []
         self.completed = []
         self.down = 0
@@ -133,9 +135,17 @@ class FakeControl:
     async def heartbeat(self, executor_id):
         self._answer()
 
-    async def note_live(self, version):
+    async def note_live(self, version, fingerprint=""):
         self._answer()
         self.live.append(version)
+
+    async def relearning_pairs(self, after, until, limit):
+        self._answer()
+        return [(seq, pair) for seq, pair in self.stored if after < seq <= until][:limit]
+
+    async def note_rebuild(self, report):
+        self._answer()
+        self.reports.append(report)
 
     async def complete(self, outcome, version):
         self._answer()

@@ -4,6 +4,7 @@ Monitor, scheduler, learner, gate, registry and trainer are the real objects. Ra
 `InProcessEngine`, and the scheduler's clock by one that moves a second with every turn, so that a course is repeatable.
 """
 
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from core.wire import BatchOutcome, Headroom, HeldOutPairs, TrainingBatch, Train
 from deployments.control.central_scheduler import CentralScheduler
 from deployments.control.drift_monitor import DriftMonitor
 from deployments.learning.learner import Learner
+from deployments.learning.training_progress import claim_checkpoint
 from deployments.publishing.versions import AdapterVersions
 from engine.training.pair_tokens import PairTokenizer
 from tests.support.in_process_engine import InProcessEngine
@@ -50,8 +52,14 @@ class InProcessControl:
     async def held_out_pairs(self) -> HeldOutPairs:
         return self._monitor.held_out_pairs()
 
-    async def note_live(self, version: str) -> None:
-        self._monitor.note_live(version)
+    async def note_live(self, version: str, fingerprint: str = "") -> None:
+        self._monitor.note_live(version, fingerprint)
+
+    async def relearning_pairs(self, after: int, until: int, limit: int) -> list[tuple[int, TrainingPair]]:
+        return self._monitor.relearning_pairs(after, until, limit)
+
+    async def note_rebuild(self, report: dict[str, Any]) -> None:
+        self._monitor.note_rebuild(report)
 
 
 @dataclass(frozen=True)
@@ -72,14 +80,19 @@ class TestScore:
 class WholeLoop:
     """One server's loop. Call `open` first, then `post` and `settle` in turns; `close` at the end."""
 
-    def __init__(self, args: AppArgs, model_dir: Path, test_items: Sequence[dict[str, Any]] = ()) -> None:
+    def __init__(
+        self, args: AppArgs, model_dir: Path, test_items: Sequence[dict[str, Any]] = (), fingerprint: str = ""
+    ) -> None:
         self.args = args
         self.scheduler = CentralScheduler(args, clock=lambda: self._now_s)
         self.monitor = DriftMonitor(args, self.scheduler)
-        self.tokenizer = PairTokenizer.load(str(model_dir), args.training, BASE_MODEL, args.model.dtype)
+        self.tokenizer = PairTokenizer.load(
+            str(model_dir), args.training, BASE_MODEL, args.model.dtype, fingerprint
+        )
         self.engine = InProcessEngine(model_dir, args, end_tokens(model_dir))
-        self.registry = AdapterRegistry.open(args.state_dir / "adapters", BASE_MODEL)
+        self.registry = AdapterRegistry.open(args.state_dir / "adapters", BASE_MODEL, fingerprint)
         self.versions = AdapterVersions(self.engine, self.registry, "m", args.versions)
+        checkpoint, self._lock = claim_checkpoint(args.state_dir / "training", fingerprint)
         self.learner = Learner(
             executor_id="e",
             engine=self.engine,
@@ -88,7 +101,7 @@ class WholeLoop:
             registry=self.registry,
             tokenizer=self.tokenizer,
             args=args,
-            checkpoint=args.state_dir / "training" / "checkpoint.safetensors",
+            checkpoint=checkpoint,
         )
         self._now_s = 0.0
         self._num_items = 0
@@ -97,6 +110,10 @@ class WholeLoop:
     async def open(self) -> None:
         await self.versions.attach({})
         await self.learner.restore()
+
+    def close(self) -> None:
+        """Give the checkpoint back, for another loop to go on from."""
+        os.close(self._lock)
 
     def post(self, items: Sequence[dict[str, Any]]) -> None:
         outcomes = self.monitor.add_feedback(items)
@@ -153,6 +170,8 @@ class WholeLoop:
 
     def _is_busy(self) -> bool:
         status, queue = self.learner.status_to_wire(), self.scheduler.stats()
+        if self.learner.shadow.progress.rebuild or self.learner.rebuilder.asked:
+            return True
         left = queue["queued_pairs"] + queue["pairs_to_score"] + queue["leased_batches"]
         return bool(left or status["steps_since_candidate"] or status["phase"] != "idle")
 

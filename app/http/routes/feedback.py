@@ -8,6 +8,8 @@ from fastapi import APIRouter, Header, Query, Request
 from fastapi.responses import JSONResponse, StreamingResponse
 
 import core.errors
+from alignment.records.json_checks import unique_object
+from alignment.store.formats import whole_problem_of_lines
 from app.http.errors import BadRequestError, error_body, status_of
 from app.http.openapi import JSON_LINES, JSON_OBJECT, JSONL
 from app.http.routes import ExecutorOf, JsonBody
@@ -20,10 +22,14 @@ router = APIRouter(prefix="/v1/feedback", tags=["feedback"])
 @router.post("", status_code=202, openapi_extra=JSON_OBJECT, responses={409: {}})
 async def post_feedback(
     executor: ExecutorOf,
+    request: Request,
     body: JsonBody,
     idempotency_key: Annotated[str | None, Header(alias="Idempotency-Key")] = None,
 ) -> JSONResponse:
     """Take one record, or `{"items": [...]}`; in a list, each item has its own outcome."""
+    json.loads(
+        await request.body(), object_pairs_hook=unique_object
+    )  # what is parsed already has the last of two keys
     if not isinstance(body, dict):
         raise BadRequestError('the body must be one feedback object, or {"items": [...]}')
     is_list = "items" in body
@@ -73,6 +79,8 @@ async def import_feedback(executor: ExecutorOf, request: Request, dry_run: bool 
     body = await request.body()
     if not body.strip():
         raise BadRequestError("the request body is empty; JSONL is expected")
+    if problem := whole_problem_of_lines(body):
+        raise InvalidFeedbackError(problem)
     return await executor.control.import_feedback(body, dry_run)
 
 

@@ -3,6 +3,7 @@
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Query
+from pydantic import BaseModel, ConfigDict, Field
 
 from app.http.errors import BadRequestError
 from app.http.routes import ExecutorOf
@@ -11,6 +12,15 @@ from deployments.executor import Executor
 from deployments.learning.learner import Learner
 
 router = APIRouter()
+
+
+class RebuildOptions(BaseModel):
+    """Options of a rebuild."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    without_users: list[str] = Field([], max_length=1000)
+    """Users, as in the `user` of their feedback, whose pairs are left out."""
 
 
 @router.get("/v1/training", tags=["training"])
@@ -35,6 +45,19 @@ async def resume_training(executor: ExecutorOf) -> dict[str, Any]:
     """Go on after a pause."""
     _learner(executor).resume()
     return await executor.status()
+
+
+@router.post("/v1/training/rebuild", status_code=202, tags=["training"])
+async def rebuild(executor: ExecutorOf, options: RebuildOptions | None = None) -> dict[str, Any]:
+    """Learn anew from the base, from all stored feedback, as a candidate behind the gate; what is live keeps serving.
+
+    Pairs of the users in `without_users` are left out, of training and tests, until a rebuild that does not name them.
+    """
+    learner = _learner(executor)
+    learner.check_rebuild()
+    users = (options or RebuildOptions()).without_users
+    learner.rebuilder.asked = begun = await executor.control.begin_rebuild(executor.executor_id, users)
+    return {"num_pairs": begun.num_pairs, "without_users": list(begun.without_users)}
 
 
 @router.get("/v1/drift", tags=["drift"])

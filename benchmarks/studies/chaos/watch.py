@@ -121,8 +121,9 @@ class Watch:
         return newest
 
     def checkpoint(self) -> TrainingProgress | None:
-        """Progress of the checkpoint on disk."""
-        return read_checkpoint(self._state_dir / "training" / "checkpoint.safetensors")
+        """Progress of the checkpoint on disk; the study serves one base model, so there is one."""
+        found = list((self._state_dir / "training").glob("*/checkpoint.safetensors"))
+        return read_checkpoint(found[0]) if found else None
 
     def commits_begun(self) -> set[str]:
         """Directories of versions in the making; a killed process leaves its own behind until the next start."""

@@ -30,6 +30,8 @@ CALLS = {
     "shares": lambda store, ids: store.matches.user_share(8),
     "user": lambda store, ids: store.matches.user_scores("u1", 8),
     "events": lambda store, ids: [*store.loop.drift_events(8), *store.loop.drift_events(8, "global"), 1],
+    "relearn": lambda store, ids: store.pairs.to_relearn(5, SIZE, 8),
+    "model": lambda store, ids: [store.models.served(), 1],
     "page": lambda store, ids: store.feedback.page(limit=8, type="preference").entries,
     "ratings": lambda store, ids: [store.feedback.rating_counts(1e9)],
 }
@@ -118,7 +120,13 @@ def test_hot_writes_search_an_index(filled, name):
 def test_each_kind_of_pair_has_its_own_index(filled):
     store, ids, path = filled
     expected = {"new": "level", "new, worst": "loss", "hard": "loss", "replay": "level", "held out": "heldout"}
-    expected |= {"unscored": "unscored", "newest scored": "scored", "stale": "scored", "user": "user"}
+    expected |= {
+        "unscored": "unscored",
+        "newest scored": "scored",
+        "stale": "scored",
+        "user": "user",
+        "relearn": "scored",
+    }
     for name, index in expected.items():
         _, found = plans(store, path, lambda name=name: CALLS[name](store, ids))
         steps = [step for _, steps in found for step in steps]

@@ -68,9 +68,7 @@ CHAT_PAIR = PairDraft([USER], "good", "bad")
             "non_preferred_output": [says("bad")],
         },
         {
-            "prompt": [
-                {"role": "user", "content": [{"type": "text", "text": "Hi"}, {"type": "text", "text": "?"}]}
-            ],
+            "prompt": [{"role": "user", "content": [{"type": "text", "text": "Hi?"}]}],
             "chosen": "good",
             "rejected": "bad",
         },
@@ -78,6 +76,15 @@ CHAT_PAIR = PairDraft([USER], "good", "bad")
 )
 def test_every_chat_form_becomes_the_same_pair(raw):
     assert pair_of(raw) == CHAT_PAIR
+
+
+def test_several_parts_stay_parts_for_the_template_and_count_as_lines():
+    parts = [{"type": "text", "text": "Hi"}, {"type": "text", "text": "?"}]
+    message = {"role": "user", "content": parts}
+    assert pair_of({"prompt": [message], **TEXTS}).prompt == [message]
+    assert prompt_key([message]) == prompt_key([{"role": "user", "content": "Hi\n?"}])
+    answer = {"role": "assistant", "content": parts}
+    assert pair_of({"prompt": [USER], "chosen": [answer], "rejected": "bad"}).chosen == "Hi\n?"
 
 
 def test_plain_text_rows_keep_a_plain_text_prompt():
@@ -151,6 +158,19 @@ def test_tools_of_both_forms_are_those_of_the_pair_in_their_order():
         ({"prompt": "p", "chosen": "a", "rejected": "b", "weight": 10**400}, "weight", "64 bits"),
         ({"prompt": "p", "chosen": "a", "rejected": "b", "tags": {"k": 1}}, "tags.k", "string"),
         ({"prompt": "p", "chosen": "a", "rejected": "b", "created_at": "soon"}, "created_at", "ISO 8601"),
+        *(
+            ({"type": "comment", "value": "x", "created_at": moment}, "created_at", "Unix seconds")
+            for moment in (
+                1735689600123,
+                1735689600123456789,
+                -1,
+                "2100-01-01",
+                "1969-12-31T23:59:59Z",
+                "1735689600",
+            )
+        ),
+        ({"response_id": "r", "score": 1}, "score", "value (true or false"),
+        ({"response_id": "r", "rating": "thumbsUp"}, "rating", "value (true or false"),
         ({"prompt": "p", "chosen": "a", "rejected": "b", "id": ""}, "id", "at least 1"),
         ({"prompt": "p", "chosen": "a", "rejected": "b", "choosen": "a"}, "choosen", "did you mean 'chosen'"),
         ({"prompt": [{**USER, "x": 1}], "chosen": "a", "rejected": "b"}, "prompt.0.x", "unknown key 'x'"),
@@ -221,6 +241,8 @@ def test_created_at_may_be_seconds_or_iso_text():
     assert parse_item({**base, "created_at": 60}).created_at == 60.0
     assert parse_item({**base, "created_at": "1970-01-01T00:01:00Z"}).created_at == 60.0
     assert parse_item({**base, "created_at": "1970-01-01T00:01:00"}).created_at == 60.0
+    assert parse_item({**base, "created_at": "1970-01-01T00:01:00.123456789Z"}).created_at == 60.123456
+    assert parse_item({**base, "created_at": 0}).created_at == 0
 
 
 def stored(response_id: str, text: str, prompt: Any = "Hi?", choice_index: int = 0) -> StoredResponse:

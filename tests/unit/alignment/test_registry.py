@@ -72,7 +72,6 @@ DAMAGE = {
     "bad manifest": lambda d: (d / "manifest.json").write_text("{"),
     "foreign key": lambda d: (d / "manifest.json").write_text('{"base_model": "tiny", "extra": 1}'),
     "other version": lambda d: (d / "manifest.json").write_text('{"base_model": "tiny", "version": "v0007"}'),
-    "wrong base": lambda d: (d / "manifest.json").write_text('{"base_model": "big", "version": "v0002"}'),
     "no config": lambda d: (d / "adapter_config.json").unlink(),
     "bad config": lambda d: (d / "adapter_config.json").write_text("[]"),
     "deep config": lambda d: (d / "adapter_config.json").write_text("[" * 100_000),

@@ -1,12 +1,16 @@
 """Rows of public data sets become rows that our own parser takes, or are refused with a reason."""
 
+import contextlib
 import json
+import time
+from datetime import datetime
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from alignment.records.row_formats import to_api_row
+from alignment.store.formats import export_row
 from alignment.store.intake import prepare
 from core.alignment_config import FeedbackConfig
 from core.errors import InvalidFeedbackError
@@ -85,16 +89,52 @@ ROWS = [
 ]
 
 
+BEES = "\n\nHuman: 1\n\nAssistant: 2\n\nHuman: q\n\nAssistant:"
+ANSWERS = {"chosen": [says("good")], "rejected": [says("bad")]}
+ROWS += [
+    ("trl", {"prompt": [user("q")], **ANSWERS, "system": "be brief"}, UNDER_SYSTEM),
+    ("trl", {"prompt": [system("be brief"), user("q")], **ANSWERS, "system": "be brief "}, UNDER_SYSTEM),
+    ("messages", {"messages": [user("q")], **TEXTS, "system": "be brief"}, UNDER_SYSTEM),
+    ("implicit_prompt", {**TALK, "system": "be brief"}, UNDER_SYSTEM),
+    ("question", {"instruction": "q", "history": [["1", "2"]], **TEXTS}, TURNS),
+    ("trl", {"prompt": TURNS[0], "history": [["1", "2"]], **ANSWERS}, TURNS),
+    ("trl", {"prompt": "Read this: snow is white. q", "context": "snow is white.", **TEXTS}, None),
+    (
+        "trl",
+        {"prompt": "q", **TEXTS, "question": "q", "documents": [], "turns": [None], "tools": "[]"},
+        ("q", *CHAT[1:]),
+    ),
+    ("transcript", {"chosen": BEES + " good", "rejected": BEES + " bad"}, TURNS),
+    ("transcript", {"chosen": BEES.lstrip() + "\ngood\n", "rejected": BEES.lstrip() + " bad"}, TURNS),
+    ("transcript", {"chosen": BEES.replace("\n", "\r\n") + " good", "rejected": BEES + " bad"}, TURNS),
+    ("transcript", {"prompt": BEES, "chosen": " good", "rejected": " bad", "response": " good"}, TURNS),
+    ("transcript", {"prompt": BEES, "chosen": BEES + " good", "rejected": BEES + " bad"}, TURNS),
+    ("transcript", {"prompt": "Human: q", **TEXTS, "system": "be brief"}, UNDER_SYSTEM),
+    (
+        "transcript",
+        {
+            "chosen": "\n\nHuman: 1\n\nHuman: q\n\nAssistant: good",
+            "rejected": "Human: 1\n\nHuman: q\n\nAssistant: bad",
+        },
+        ([user("1"), user("q")], "good", "bad"),
+    ),
+    ("shp", {"history": "q", "human_ref_A": "bad", "human_ref_B": "good", "labels": 0.0}, CHAT),
+]
+
+
 @pytest.mark.parametrize(("kind", "row", "expected"), ROWS)
 def test_a_public_row_becomes_the_pair_that_it_means(kind, row, expected):
     found = to_api_row(row)
     draft = prepare(found.item, None, CONFIG).draft
+    expected = expected or (row["prompt"], row["chosen"], row["rejected"])
     assert (found.format, (draft.prompt, draft.chosen, draft.rejected)) == (kind, expected)
 
 
 @pytest.mark.parametrize(("kind", "row", "expected"), ROWS)
 def test_an_unknown_column_and_a_null_change_nothing(kind, row, expected):
     nulls = dict.fromkeys(("system", "question", "messages", "human_ref_A", "label", "images"))
+    nulls |= dict.fromkeys(("context", "tools", "id"), float("nan"))
+    expected = expected or (row["prompt"], row["chosen"], row["rejected"])
     found = to_api_row({**nulls, **row, "annotator": 3})
     draft = prepare(found.item, None, CONFIG).draft
     assert "annotator" in found.dropped
@@ -113,7 +153,49 @@ def test_tools_are_taken_in_every_spelling():
         assert "tools" not in to_api_row({**row, "tools": nothing}).item
 
 
+SHAREGPT = {"from": "human", "value": "q"}
+SPELT = '[{"role": "user", "content": "q"}]'
+VOTE = {"user_id": None, "value": {"rank": [1]}, "status": "submitted"}
 REFUSED = [
+    ({"conversations": [SHAREGPT], "chosen": SHAREGPT, "rejected": SHAREGPT}, "conversations", "ShareGPT"),
+    ({"conversations": [SHAREGPT], "label": True}, "conversations", "not a preference"),
+    ({"prompt": "q", "chosen": SHAREGPT, "rejected": SHAREGPT}, "chosen", "from and value"),
+    (
+        {"instruction": "q", "chosen": {"answer": "a", "score": 1}, "rejected": {"answer": "b"}},
+        "chosen",
+        "'answer'",
+    ),
+    ({"prompt": "q", "chosen": ["a"], "rejected": ["b"]}, "chosen", "not a list of str"),
+    ({"prompt": "q", "chosen": 1, "rejected": 2}, "chosen", "not int"),
+    ({"prompt": "q", "reply-ranking": [VOTE]}, None, "Argilla"),
+    ({"id": "7", "fields": {"prompt": "q"}, "responses": {}}, None, "Argilla"),
+    ({"id": 7, "data": {"prompt": "q"}, "annotations": []}, "annotations", "Label Studio"),
+    ({"type": "rating", "data": {"rating": 1}, "meta": {}, "snapshot": {}}, "snapshot", "Open WebUI"),
+    ({"messageId": "m", "isCreatedByUser": False, "feedback": {"rating": "thumbsUp"}}, "messageId", "LibreChat"),
+    ({"prompt": [user("q")], **ANSWERS, "system": [user("be brief")]}, "system", "must be text"),
+    ({"prompt": [system("at length"), user("q")], **ANSWERS, "system": "be brief"}, "system", "something else"),
+    ({"prompt": "q", **TEXTS, "context": "a fact"}, "context", "would be lost"),
+    ({"prompt": "q", **TEXTS, "Chat-History": [["1", "2"]]}, "Chat-History", "would be lost"),
+    ({"prompt": "q", **TEXTS, "messages": [user("1"), says("2"), user("q")]}, "messages", "would be lost"),
+    ({**TALK, "question": "another"}, "question", "would be lost"),
+    ({"question": "q", "input": "1", **TEXTS}, "input", "would be lost"),
+    ({"prompt": "q", **TEXTS, "chosen_response": "other"}, "chosen_response", "would be lost"),
+    (
+        {"input": {"messages": [user("q")]}, "preferred_output": [], "system": "be brief"},
+        "system",
+        "would be lost",
+    ),
+    ({"prompt": SPELT, "chosen": "a", "rejected": "b"}, "prompt", "spells messages"),
+    (
+        {"prompt": "q", "chosen": "{'content': 'a', 'role': 'assistant'}", "rejected": "b"},
+        "chosen",
+        "spells messages",
+    ),
+    ({"prompt": "prompter: q?assistant:", **TEXTS}, "prompt", "marks of speakers"),
+    ({"question": "Be kind.\n\nUser: q\nAI:", **TEXTS}, "question", "marks of speakers"),
+    ({"prompt": "### Instruction:\nq\n\n### Response:\n", **TEXTS}, "prompt", "marks of speakers"),
+    ({"prompt": "<|im_start|>user\nq<|im_end|>\n<|im_start|>assistant\n", **TEXTS}, "prompt", "chat template"),
+    ({"prompt": "[INST] q [/INST]", **TEXTS}, "prompt", "chat template"),
     ({"prompt": "q", "completion": "a", "label": True}, "completion", "KTO"),
     ({"prompt": "q", "completion": "a"}, "completion", "single answer"),
     ({"prompt": "q", "completions": ["a"], "labels": [True]}, "completions", "KTO"),
@@ -148,6 +230,21 @@ def test_rows_of_our_own_keep_every_key_and_stay_strict():
     assert to_api_row(rating).item == rating
 
 
+def test_a_text_that_is_meant_as_it_stands_is_taken_so():
+    for prompt in (SPELT, BEES, "prompter: q?assistant:", "[INST] q [/INST]"):
+        row = {"type": "preference", "prompt": prompt, **TEXTS}
+        assert to_api_row(row, chat=True).item == row
+        assert export_row(prompt, "good", "bad", "trl") == row
+    assert export_row("Q: 2+2?\nA:", "4", "5", "trl") == {"prompt": "Q: 2+2?\nA:", "chosen": "4", "rejected": "5"}
+
+
+def test_a_weight_counts_whatever_else_a_row_holds():
+    assert to_api_row({"prompt": "q", **TEXTS, "score": 1, "weight": 2.0}).item["weight"] == 2.0
+    moment = datetime(2025, 1, 1)  # noqa: DTZ001 - as Arrow gives it
+    found = to_api_row({"prompt": "q", **TEXTS, "id": 7, "user": "u", "created_at": moment})
+    assert (found.item["user"], found.item["created_at"], found.dropped) == ("u", 1735689600.0, ("id",))
+
+
 def test_ids_of_a_data_set_are_not_ours():
     assert to_api_row({"prompt": "q", **TEXTS, "id": 7}).item == {"prompt": "q", **TEXTS}
     assert to_api_row({"prompt": "q", **TEXTS, "id": "7", "score": 1}).item == {"prompt": "q", **TEXTS}
@@ -160,6 +257,21 @@ def test_a_plain_prompt_is_a_user_message_on_request():
 def test_transcripts_that_part_before_the_last_answer_are_refused():
     row = {"chosen": "\n\nHuman: a\n\nAssistant: x", "rejected": "\n\nHuman: b\n\nAssistant: y"}
     assert "same conversation" in str(prepare(to_api_row(row).item, None, CONFIG).error)
+
+
+@pytest.mark.parametrize(
+    ("row", "param"),
+    [
+        ({"chosen": BEES + " good", "rejected": BEES}, "rejected"),
+        ({"chosen": BEES + " a\n\nHuman: Thanks", "rejected": BEES + " b\n\nHuman: Thanks"}, "chosen"),
+        ({"chosen": BEES + " a\n\nAssistant: is a mark", "rejected": BEES + " b"}, "rejected"),
+        ({"prompt": BEES + " Well,", "chosen": " yes", "rejected": " no"}, "prompt"),
+        ({"prompt": [{"role": "USER", "content": "q"}], **ANSWERS}, "prompt.0.role"),
+        ({"prompt": [user("q")], "chosen": [says("a")], "rejected": [user("b")]}, "rejected"),
+    ],
+)
+def test_what_only_our_api_can_judge_is_refused_by_its_name(row, param):
+    assert prepare(to_api_row(row).item, None, CONFIG).error.param == param
 
 
 NAMES = """prompt chosen rejected messages question instruction input system labels id type value history human_ref_A
@@ -186,3 +298,20 @@ def test_any_row_is_converted_or_refused_with_a_printable_reason(row):
     again = to_api_row(found.item)
     assert again.item == found.item
     assert not again.dropped
+
+
+@pytest.mark.parametrize(
+    "filler", ["\n", " ", "\n\n ", "[{ '", "bot ", "#*", "Human: ", "\r\n", "\n\nHuman:", "[ "]
+)
+@pytest.mark.parametrize("end", ["", "x", "\nAssistant:"])
+def test_no_text_takes_long_to_judge(filler, end):
+    text, started_s = filler * 40_000 + end, time.process_time()
+    for row in (
+        {"prompt": text, **TEXTS},
+        {"prompt": "q", "chosen": text, "rejected": text + "x"},
+        {"chosen": "Human: " + text, "rejected": "Human: x" + text},
+        {"prompt": "q", **TEXTS, "context": text},
+    ):
+        with contextlib.suppress(InvalidFeedbackError):
+            to_api_row(row)
+    assert time.process_time() - started_s < 4

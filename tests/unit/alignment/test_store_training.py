@@ -186,7 +186,7 @@ def test_trained_pairs_are_counted(store):
     store.feedback.add([row(2)])
     store.pairs.record_scores([score(old)])
     store.pairs.mark_trained([old])
-    assert store.counts().pairs == {"train": 2, "heldout": 0, "parked": 0, "trained": 1}
+    assert store.counts().pairs == {"train": 2, "heldout": 0, "parked": 0, "left_out": 0, "trained": 1}
 
 
 def test_tags_and_user_stay_with_the_pair(store):

@@ -8,9 +8,13 @@ import subprocess
 import sys
 import threading
 import time
+from datetime import UTC, datetime
 from pathlib import Path
 
+import httpx
 import psutil
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from typer.testing import CliRunner
 
@@ -254,6 +258,102 @@ def test_gzip_csv_and_json_arrays_are_read(tmp_path):
     expected = {"prompt": "question, 0", "chosen": 'good\n"0"', "rejected": "007", "score": None}
     assert (first.value, first.error) == (expected, None)
     assert "2 values, the header 4" in str(second.error)
+
+
+LINES = "".join(json.dumps(trl(index)) + "\n" for index in (1, 2, 3))
+LATIN = json.dumps({**trl(4), "chosen": "Grün"}, ensure_ascii=False).encode("latin-1") + b"\n"
+CUT = b"".join(gzip.compress(json.dumps(trl(index)).encode() + b"\n") for index in (1, 2, 3))[:-20]
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "accepted"),
+    [
+        ("bom.jsonl", b"\xef\xbb\xbf" + LINES.encode(), 3),
+        ("boms.jsonl", LINES.replace("{", "\ufeff{").encode(), 3),
+        ("bom.json", b"\xef\xbb\xbf[" + ",".join(LINES.split("\n")[:3]).encode() + b"]", 3),
+        ("bom.csv", "\ufeffprompt,chosen,rejected\r\nq,a,b\r\n".encode(), 1),
+        ("crlf.jsonl", LINES.replace("\n", "\r\n \r\n").encode(), 3),
+        ("cr.jsonl", LINES.replace("\n", "\r").encode(), 3),
+        ("members.jsonl.gz", b"".join(gzip.compress(line.encode() + b"\n") for line in LINES.split("\n")), 3),
+        ("separators.jsonl", LINES.replace("good", "\u2028g\x85 \u2029").encode(), 3),
+        ("latin.jsonl", LATIN + LINES.encode(), 3),
+        ("surrogate.jsonl", LINES.replace("good 1", "\\ud83d").encode(), 2),
+        ("twice.json", b'[{"a": 1, "a": 2},' + ",".join(LINES.split("\n")[:3]).encode() + b"]", 3),
+    ],
+)  # fmt: skip
+def test_valid_files_of_every_spelling_are_read_whole(tmp_path, server, name, data, accepted):
+    (tmp_path / name).write_bytes(data)
+    report = run(tmp_path / name, "--url", server.url)
+    assert (report["accepted"], server.num_pairs()) == (accepted, accepted)
+    if name.endswith("jsonl"):  # the same over HTTP
+        reply = httpx.post(f"{server.url}/v1/feedback/import", content=data).json()
+        assert (reply["num_duplicates"], reply["num_errors"]) == (accepted, report["rejected"])
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "said"),
+    [
+        ("a.jsonl", LINES.encode("utf-16"), "UTF-16, not UTF-8"),
+        ("a.json", f"[{LINES}]".encode("utf-16"), "UTF-16, not UTF-8"),
+        ("a.csv", "prompt,chosen,rejected\nq,ä,b\n".encode("latin-1"), "not UTF-8"),
+        ("a.jsonl", gzip.compress(LINES.encode()), "the data are gzip"),
+        ("a.jsonl.gz", LINES.encode(), "Not a gzipped file"),
+        ("a.jsonl.zst", b"\x28\xb5\x2f\xfd", "the suffix must be one of"),
+        ("a", LINES.encode(), "the suffix must be one of"),
+        ("a.csv", b"prompt;chosen;rejected\nq;a;b\n", "with commas between them"),
+        ("a.csv", b"prompt,chosen,rejected,chosen\nq,a,b,c\n", "the column 'chosen' twice"),
+        ("a.jsonl", b'[{"prompt": "q"}]', "one JSON array"),
+        ("a.json", b'[{"prompt": "q"}]\n[{"prompt": "q"}]', "behind the end of the JSON array"),
+    ],
+)
+def test_a_file_that_is_no_text_of_rows_gets_one_true_sentence(tmp_path, name, data, said):
+    (tmp_path / name).write_bytes(data)
+    shown = [
+        line for line in run(tmp_path / name, "--dry-run", code=1).splitlines() if "stopped behind row" not in line
+    ]
+    assert said in " ".join(shown)
+    assert sum("mace: " in line for line in shown) == 1
+
+
+def test_rows_before_the_damage_of_a_cut_file_are_taken_and_the_damage_is_said(tmp_path, server):
+    (tmp_path / "cut.jsonl.gz").write_bytes(CUT)
+    said = run(tmp_path / "cut.jsonl.gz", "--url", server.url, code=1)
+    assert ("ended before" in said, server.num_pairs()) == (True, 2)
+
+
+def test_types_of_arrow_refuse_no_row_that_does_not_need_them_and_broken_cells_are_named(tmp_path):
+    moment, late = datetime(2025, 1, 1, tzinfo=UTC), pa.scalar(10**15, pa.timestamp("s"))
+    text = {"prompt": pa.array(["q", "r"]), "chosen": pa.array(["a", "b"]), "rejected": pa.array(["c", "d"])}
+    talk = pa.struct([("role", pa.string()), ("content", pa.string()), ("name", pa.string())])
+    columns = {
+        "a map": pa.array([[("a", 1)], [("b", 2)]], pa.map_(pa.string(), pa.int64())),
+        "id": pa.array([1, 2]),
+        "created_at": pa.array([moment, None], pa.timestamp("ns", "UTC")),
+        "tools": pa.array([None, [{"name": None}]]),
+        "system": pa.array([float("nan"), None]),
+        "messages": pa.array([[], [{"role": None, "content": None, "name": None}]], pa.list_(talk)),
+    }
+    pq.write_table(pa.table(text | columns), tmp_path / "odd.parquet")
+    rows = list(open_source(str(tmp_path / "odd.parquet")).rows(0))
+    assert run(tmp_path / "odd.parquet", "--dry-run")["accepted"] == 2
+    assert (
+        rows[0].value["a map"],
+        [row.number for row in open_source(str(tmp_path / "odd.parquet")).rows(1)],
+    ) == ({"a": 1}, [2])
+    twice = pa.array([[("a", 1), ("a", 2)], [("b", 2)]], pa.map_(pa.string(), pa.int64()))
+    pq.write_table(
+        pa.table({**text, "tags": twice, "at": pa.array([0, 1], pa.timestamp("s"))}), tmp_path / "no.parquet"
+    )
+    report = run(tmp_path / "no.parquet", "--dry-run")
+    assert (report["accepted"], report["reasons"][0]["param"]) == (1, "tags")
+    pq.write_table(
+        pa.table({**text, "at": pa.array([late.value, 1], pa.timestamp("s"))}), tmp_path / "late.parquet"
+    )
+    assert run(tmp_path / "late.parquet", "--dry-run")["reasons"][0]["param"] == "at"
+    pq.write_table(
+        pa.table([*text.values(), text["prompt"]], names=[*text, "chosen"]), tmp_path / "double.parquet"
+    )
+    assert "'chosen' twice" in run(tmp_path / "double.parquet", "--dry-run", code=1)
 
 
 def test_a_json_array_is_read_across_chunks_and_its_damage_is_placed(tmp_path, monkeypatch):

@@ -1,5 +1,6 @@
 """Our routes and steps around an application that stands for vLLM's."""
 
+import gzip
 import json
 from contextlib import nullcontext
 from types import SimpleNamespace
@@ -98,6 +99,21 @@ def test_a_request_goes_through_every_step(client, kept):
     assert len(kept) == 1
 
 
+@pytest.mark.parametrize(
+    "body", ['{"a": 1, "chosen": 1, "chosen": 2}', '{"items": [{"b": {"chosen": 1, "chosen": 1}}]}']
+)
+def test_a_key_that_feedback_gives_twice_is_refused_by_its_name(client, body):
+    reply = client.post("/v1/feedback", content=body)
+    assert (reply.status_code, reply.json()["error"]["param"]) == (422, "chosen")
+    assert reply.json()["error"]["message"] == "the key 'chosen' is given twice"
+
+
+@pytest.mark.parametrize(("data", "said"), [(gzip.compress(b"{}"), "gzip"), ("{}".encode("utf-16"), "UTF-16")])
+def test_an_import_of_another_encoding_is_refused_as_a_whole(client, data, said):
+    reply = client.post("/v1/feedback/import", content=data)
+    assert (reply.status_code, said in reply.json()["error"]["message"]) == (422, True)
+
+
 def test_a_model_that_does_not_exist_is_answered_with_those_that_do(client):
     reply = client.post("/v1/completions", json={"model": "mace-tiny@v0001", "prompt": "p"})
     assert reply.status_code == 404
@@ -143,6 +159,7 @@ def test_training_is_shown_in_part_while_control_is_away_and_cannot_be_paused_wi
     assert (reply["enabled"], reply["executor"]) == (False, {"executor_id": "e"})
     assert reply["error"] == {"message": "away", "type": "ControlUnavailableError"}
     assert client.post("/v1/training/pause").status_code == 409
+    assert client.post("/v1/training/rebuild").status_code == 409
 
 
 def test_the_openapi_document_has_the_errors_and_the_type_of_the_export(client):

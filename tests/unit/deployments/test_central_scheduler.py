@@ -71,6 +71,18 @@ def test_a_completed_batch_is_forgotten(scheduler):
     assert known(scheduler) == []
 
 
+def test_of_what_was_cleared_nothing_comes_back(scheduler):
+    scheduler.enqueue(pairs(*"abcde"))
+    scheduler.enqueue_scoring(pairs("s"))
+    scheduler.poll(room())
+    batch = scheduler.poll(room())
+    scheduler.clear()
+    scheduler.complete(BatchOutcome(batch.task_id, "e1", error="late"))
+    assert known(scheduler) == known(scheduler, "score") == []
+    scheduler.enqueue(pairs(*"abcd"))
+    assert len(ids(scheduler.poll(room()))) == BATCH
+
+
 def test_a_failed_batch_comes_back_until_its_attempts_are_used_up(scheduler, clock):
     scheduler.enqueue(pairs(*"abcd"))
     for attempt in range(1, MAX_ATTEMPTS + 1):

@@ -1,6 +1,7 @@
 import hashlib
 import itertools
 from contextlib import closing
+from dataclasses import replace
 
 import pytest
 
@@ -8,7 +9,7 @@ from alignment.drift import streams, tracker, window
 from alignment.store.feedback_store import FeedbackStore
 from alignment.store.pairs import PairStore
 from core.config import AppArgs
-from core.errors import StoreUnavailableError
+from core.errors import ConflictError, StoreUnavailableError
 from core.types import PairScore, TaskKind
 from core.wire import BatchOutcome
 from deployments.control.drift_monitor import DriftMonitor
@@ -33,6 +34,9 @@ class FakeQueue:
 
     def withdraw(self, pair_ids):
         return sum(self.pairs.pop(pair_id, None) is not None for pair_id in pair_ids)
+
+    def clear(self):
+        self.pairs, self.to_score = {}, {}
 
     def set_gamma(self, gamma):
         self.gamma = gamma
@@ -106,6 +110,10 @@ class World:
         scores = tuple(PairScore(pair.pair_id, -1.0, -2.0, -3.0, -4.0, loss, margin) for pair in pairs)
         keys = {pair.pair_id: f"key-{pair.pair_id}" for pair in pairs}
         return BatchOutcome(next(task_ids), "e", scores, kind=kind, reference_keys=keys)
+
+    def serve(self, fingerprint):
+        self.version = "base"
+        self.monitor.note_live("base", fingerprint)
 
     def publish(self, version):
         self.version = version
@@ -398,3 +406,72 @@ def test_a_report_that_came_twice_is_judged_once_and_in_full(world, monkeypatch)
 
 def _locked(self, changes):
     raise StoreUnavailableError("locked")
+
+
+ONE, OTHER = "1-2-3-4", "0-2-3-4"
+
+
+def test_another_base_model_learns_every_pair_anew_and_the_first_one_goes_on(world):
+    world.serve(ONE)
+    ids = world.post(1, 2, 3, 4)
+    world.stream()
+    world.score(likes=False)
+    world.stream()
+    assert {pair.pair_id for pair in world.train(likes=True)} == set(ids)
+    world.score(likes=True)
+    before, level = world.monitor.stats(), world.monitor.drift()["level"]
+    assert before["store"]["pairs"]["trained"] == 4
+    world.stream()
+    world.serve(OTHER)
+    assert (world.queue.pairs, world.queue.to_score) == ({}, {})
+    assert world.monitor.stats()["store"]["pairs"]["trained"] == 0
+    world.stream()
+    assert set(world.queue.to_score) == set(ids)
+    world.score(likes=False)
+    world.stream()
+    assert {pair.times_trained for pair in world.queue.pairs.values()} == {0}
+    assert {pair.pair_id for pair in world.train(likes=True)} == set(ids)
+    world.restart()  # Control dies: what it knows is of the model that was served last
+    world.serve(OTHER)
+    assert world.monitor.stats()["store"]["pairs"]["trained"] == 4
+    world.serve(ONE)
+    assert world.monitor.stats()["store"] == before["store"]
+    assert world.monitor.drift()["level"] == level
+
+
+def test_what_an_executor_of_another_model_found_is_not_recorded(world):
+    world.serve(ONE)
+    world.post(1, 2)
+    world.stream()
+    outcome = world.outcome(list(world.queue.to_score.values()), TaskKind.EVALUATE, likes=True)
+    world.monitor.record(replace(outcome, fingerprint=OTHER), [], "base")
+    assert world.newest_scored(9) == []
+    world.monitor.record(replace(outcome, fingerprint=ONE), [], "base")
+    assert len(world.newest_scored(9)) == 2
+
+
+def test_a_rebuild_without_a_user_takes_their_pairs_out_of_queue_training_and_tests(world):
+    of_ann, of_bob = world.post(1, 2, user="ann"), world.post(3, 4, user="bob")
+    with pytest.raises(ConflictError, match="nothing to learn from"):
+        world.monitor.begin_rebuild("e", [])
+    world.stream()
+    world.score(likes=False)
+    world.stream()
+    assert set(world.queue.pairs) == {*of_ann, *of_bob}
+    with pytest.raises(ConflictError, match="by the user 'anne'"):
+        world.monitor.begin_rebuild("e", ["anne"])
+    begun = world.monitor.begin_rebuild("e", ["ann"])
+    assert (begun.without_users, begun.num_pairs, begun.until_seq) == (("ann",), 2, 4)
+    assert set(world.queue.pairs) == set(of_bob)
+    assert [pair.pair_id for _, pair in world.monitor.relearning_pairs(0, 4, 9)] == of_bob
+    assert world.monitor.stats()["rebuild"]["state"] == "running"
+    with pytest.raises(ConflictError, match="running on e"):
+        world.monitor.begin_rebuild("f", [])
+    world.train()
+    world.train()
+    world.monitor.note_rebuild({"state": "published", "until_seq": begun.until_seq, "executor_id": "e"})
+    with world.store() as store:
+        assert {pair.pair_id: pair.times_trained for pair in store.pairs.after(0, 9)} == dict.fromkeys(
+            of_ann, 0
+        ) | dict.fromkeys(of_bob, 1)
+    assert world.monitor.begin_rebuild("f", []).num_pairs == 4

@@ -314,6 +314,18 @@ def test_a_checkpoint_of_another_version_is_not_gone_on_from(tmp_path):
     assert again.learner.status_to_wire()["total_steps"] == 7  # never goes back
 
 
+@pytest.mark.parametrize(("of_checkpoint", "is_taken"), [("1-2-3-4", True), ("", True), ("0-2-3-4", False)])
+def test_a_checkpoint_of_another_base_model_is_not_gone_on_from(tmp_path, of_checkpoint, is_taken):
+    world = World(tmp_path, FakeControl([]))
+    world.registry = AdapterRegistry.open(tmp_path / "adapters", BASE_MODEL, "1-2-3-4")
+    saved = {"base": "base", "total_steps": 7, "steps_since_candidate": 3, "fingerprint": of_checkpoint}
+    world.engine.saved = {world.checkpoint: saved}
+    world.run(turns=1)
+    assert (("load_adapter", None) in world.engine.calls) is not is_taken
+    progress = world.learner.shadow.progress
+    assert (progress.total_steps, progress.fingerprint) == (7 if is_taken else 0, "1-2-3-4")
+
+
 @pytest.mark.parametrize("saved", [{}, {"total_steps": "many"}, {"base": None}])
 def test_an_odd_checkpoint_is_ignored(tmp_path, saved):
     world = World(tmp_path, FakeControl([batch(1)]))

@@ -34,8 +34,8 @@ BY_NAME = {family.name: family for family in FAMILIES}
 class Trained:
     """One family's tokenizer, and what is trained with it."""
 
-    def __init__(self, family: Family, *, hides_thoughts: bool = False) -> None:
-        self.family, self.hub = family, family.tokenizer()
+    def __init__(self, family: Family, *, hides_thoughts: bool = False, **flags: bool) -> None:
+        self.family, self.hub = family, family.tokenizer(**flags)
         self.end = self.hub.convert_tokens_to_ids(family.end)
         ends = {self.end, self.hub.eos_token_id}
         content = Content(self.hub, ends)
@@ -146,6 +146,26 @@ def test_known_ids_are_trained_as_they_are_if_they_say_the_answer(family):
     assert (
         family.ids([USER], "It is Paris.", chosen_ids=(*known, 10**6))[1] == family.ids([USER], "It is Paris.")[1]
     )
+
+
+def test_text_parts_are_lines(family):
+    parts = [{"type": "text", "text": "How are"}, {"type": "text", "text": "you?"}]
+    joined = family.ids([{"role": "user", "content": "How are\nyou?"}], "yes")
+    assert family.ids([{"role": "user", "content": parts}], "yes") == joined
+
+
+FLAGS = [{"rstrip": True}, {"lstrip": True}, {"rstrip": True, "lstrip": True}, {"normalized": True}]
+
+
+@pytest.mark.parametrize("flags", FLAGS, ids=str)
+def test_special_tokens_that_take_white_space_take_none_of_an_answer(family, flags):
+    marked = Trained(family.family, **flags)
+    for prompt, answer in product(
+        CONVERSATIONS.values(), [*ANSWERS, " lead", "end  \n", f"a {family.family.end} b"]
+    ):
+        said = marked.said(prompt, answer)
+        assert said.strip() == answer.strip()
+        assert said.lstrip(" ").startswith(answer.lstrip(" "))
 
 
 # Thoughts.

@@ -69,8 +69,11 @@ def test_the_key_of_a_reference_is_of_model_precision_and_tokens_and_of_nothing_
     others = [
         key_of(pair, "other"),
         key_of(pair, "base", "float32"),
+        key_of(pair, "base", "auto", "1-2-3-4"),
+        key_of(pair, "base", "auto", "0-2-3-4"),
         key_of(TokenizedPair("p", (1,), (2, 3), (4, 5))),
         key_of(TokenizedPair("p", (1, 2), (3, 4), (5,))),
         key_of(TokenizedPair("p", (1, 2), (4, 5), (3,))),
     ]
-    assert len({key, *others}) == 6
+    assert len({key, *others}) == 8
+    assert key_of(pair, "renamed", "auto", "1-2-3-4") == others[2]

@@ -75,6 +75,22 @@ def test_small_drops_switch_it_on_and_the_reason_says_what_it_costs():
 
 
 @pytest.mark.parametrize(
+    ("of_report", "of_model", "source", "allowed"),
+    [
+        ("1-2-3-4", "1-2-3-4", "/moved", True),
+        ("1-2-3-4", "0-2-3-4", "/models/m", False),
+        ("", "1-2-3-4", "/models/m", True),
+        ("", "1-2-3-4", "/moved", False),
+    ],
+)
+def test_a_model_is_known_by_its_content_and_by_name_only_in_older_reports(of_report, of_model, source, allowed):
+    given = report(fingerprint=of_report, model_source=source)
+    decision = decide(given, CONFIG, MODEL, 32, of_model)
+    assert decision.allowed is allowed
+    assert ("weights" in decision.reason) is (of_report != "" and not allowed)
+
+
+@pytest.mark.parametrize(
     ("given", "said"),
     [
         (None, "was not measured on this model"),
