@@ -159,11 +159,6 @@ class ClientRequest:
             incoming.cancel()
             left.cancel()
 
-    @property
-    def has_left(self) -> bool:
-        """The client went away before its answer was complete."""
-        return self._left.is_set()
-
     def leave(self) -> None:
         """Note that the client has gone away; the application receives a disconnect."""
         self._left.set()

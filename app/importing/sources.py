@@ -165,7 +165,7 @@ def _read_csv(file: IO[bytes]) -> Iterator[_Decoded]:
     header = next(records, None)
     if not header:
         raise SourceError("the CSV file is empty; its first line must name the columns")
-    if len(header) == 1:
+    if len(header) == 1 and any(mark in header[0] for mark in ";\t|"):
         reason = "its first line must name the columns, with commas between them"
         raise SourceError(f"the CSV file has one column, {header[0][:100]!r}: {reason}")
     _refuse_twice(header, "the CSV file")
