@@ -16,7 +16,7 @@ from typing import IO, Any, cast
 import httpx
 
 from alignment.records.json_checks import unique_object
-from alignment.store.formats import BLANK, decode_line, whole_problem, whole_problem_of_lines
+from alignment.records.lines import BLANK, decode_line, whole_problem, whole_problem_of_lines
 from core.errors import InvalidFeedbackError, MaceError
 
 _TEXT_SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv")

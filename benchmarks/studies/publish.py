@@ -333,5 +333,7 @@ def _hit_share(requests: list[Served]) -> float | None:
     return round(sum(served.cached_tokens for served in requests) / total, 4) if total else None
 
 
-def _median_ms(values_s: Iterable[float]) -> float:
-    return round(1e3 * statistics.median(values_s), 2)
+def _median_ms(values_s: Iterable[float]) -> float | None:
+    """None for no values."""
+    values_s = list(values_s)
+    return round(1e3 * statistics.median(values_s), 2) if values_s else None

@@ -9,7 +9,7 @@ from fastapi.responses import JSONResponse, StreamingResponse
 
 import core.errors
 from alignment.records.json_checks import unique_object
-from alignment.store.formats import whole_problem_of_lines
+from alignment.records.lines import whole_problem_of_lines
 from app.http.errors import BadRequestError, error_body, status_of
 from app.http.openapi import JSON_LINES, JSON_OBJECT, JSONL
 from app.http.routes import ExecutorOf, JsonBody

@@ -5,13 +5,13 @@ import json
 
 import pytest
 
+from alignment.records.lines import whole_problem_of_lines
 from alignment.store.feedback_store import FeedbackStore
 from alignment.store.formats import (
     MAX_REPORTED_ERRORS,
     export_row,
     import_jsonl,
     read_jsonl,
-    whole_problem_of_lines,
 )
 from core.alignment_config import FeedbackConfig
 from core.errors import InvalidFeedbackError
