@@ -1,6 +1,7 @@
 """Our errors as OpenAI-shaped JSON: `{"error": {"message", "type", "param", "code"}}`."""
 
 import json
+import traceback
 from http import HTTPStatus
 from typing import Any
 
@@ -99,5 +100,14 @@ def install_error_handlers(app: FastAPI) -> None:
         )
 
     app.add_exception_handler(MaceError, answer)
+
+    async def answer_validation(_: Request, error: Exception) -> JSONResponse:
+        if not any("/pydantic/" in frame.filename for frame in traceback.extract_tb(error.__traceback__)):
+            raise error
+        message = f"the body is not what this route takes: {type(error).__name__}: {error}"
+        return error_response(BadRequestError(message))
+
     app.add_exception_handler(HTTPException, answer_framework)
+    for kind in (AttributeError, KeyError, IndexError, RecursionError):  # from vLLM's validators, for odd values
+        app.add_exception_handler(kind, answer_validation)
     app.middleware_stack = app.build_middleware_stack()  # vLLM has built it already, without our handler

@@ -43,6 +43,8 @@ _HEADER_PATHS = frozenset({"/v1/messages"})
 async def guard(request: ClientRequest, go_on: GoOn) -> None:
     """Refuse a request that must not reach vLLM."""
     check_internal_keys(request.json)
+    if request.is_nested_too_deeply and not request.path.startswith("/v1/feedback"):  # whose bodies are lines
+        request.required_json()
     await go_on()
 
 

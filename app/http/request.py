@@ -111,6 +111,8 @@ class ClientRequest:
         """The message that the application receives first; None once it has."""
         self._left = asyncio.Event()
         self._changes: dict[str, Any] = {}
+        self.is_nested_too_deeply = False
+        """The body may be JSON, but deeper than any reader goes."""
         self._json_error = "the request body is empty; JSON is expected"
 
     @property
@@ -216,6 +218,7 @@ class ClientRequest:
             text = f"the request body holds \\u{ord(error.object[error.start]):04x}, which is half of a character"
             raise BadRequestError(text, reason="surrogate") from error
         except RecursionError:
+            self.is_nested_too_deeply = True
             self._json_error = "the request body is nested too deeply"
         except ValueError as error:
             if body.strip():

@@ -23,6 +23,7 @@ def check_requests(client: Any) -> GrammarCheck:
     vLLM's own checks of structured outputs in this process, which compile on the event loop, do nothing from here on.
     """
     from vllm import SamplingParams
+    from vllm.exceptions import VLLMValidationError
     from vllm.v1.structured_output import backend_xgrammar
 
     grammars, add_request = GrammarCheck(client.vllm_config), client.add_request
@@ -32,6 +33,9 @@ def check_requests(client: Any) -> GrammarCheck:
         if isinstance(params, SamplingParams):
             constraint = params.structured_outputs
             if constraint is not None and not constraint.all_constraints_none():
+                if params.allowed_token_ids:  # most often the two leave no token, which fails in the middle
+                    reason = "allowed_token_ids and a structured output cannot be asked for together"
+                    raise VLLMValidationError(reason, parameter="allowed_token_ids")
                 params.structured_outputs = copy.copy(await grammars.check(constraint))  # vLLM writes into it
             if name := CLIENT.get():
                 params.extra_args = {**(params.extra_args or {}), CLIENT_KEY: name}

@@ -185,7 +185,8 @@ def test_a_stream_that_was_left_cannot_be_rated_and_one_that_runs_not_yet(server
         "stream": True,
     }
     with httpx.stream("POST", f"{server.url}/v1/chat/completions", json=body, timeout=60) as reply:
-        line = next(line for line in reply.iter_lines() if line.startswith("data: {"))
+        lines = reply.iter_lines()  # the connection is closed with it
+        line = next(line for line in lines if line.startswith("data: {"))
         ident = json.loads(line[6:])["id"]
         assert (
             say(server, 409, type="rating", response_id=ident, value=True)["error"]["type"]
@@ -386,20 +387,6 @@ def test_a_seed_and_a_prompt_in_parts(server):
         texts = [server.call("POST", "/v1/completions", json=body).json()["choices"][0]["text"] for _ in range(3)]
         assert [other.result().status_code for other in others] == [200] * 4
     assert len(set(texts)) == 1
-
-
-def test_one_clients_flood_does_not_keep_another_waiting(server):
-    flood = {"model": "mace-tiny", "prompt": ["x"] * 120, "max_tokens": 100, "min_tokens": 100, "user": "flood"}
-    with ThreadPoolExecutor(1) as clients:
-        began_s = time.monotonic()
-        many = clients.submit(server.call, "POST", "/v1/completions", json=flood, timeout=120)
-        time.sleep(1)
-        one = {"model": "mace-tiny", "prompt": "Hi", "max_tokens": 1, "user": "one"}
-        assert server.call("POST", "/v1/completions", json=one, timeout=60).status_code == 200
-        waited_s = time.monotonic() - began_s - 1
-        assert many.result().status_code == 200
-        flood_s = time.monotonic() - began_s
-    assert waited_s < flood_s / 2
 
 
 def test_drift_was_seen_when_taste_turned(server):

@@ -47,7 +47,7 @@ async def resume_training(executor: ExecutorOf) -> dict[str, Any]:
     return await executor.status()
 
 
-@router.post("/v1/training/rebuild", status_code=202, tags=["training"])
+@router.post("/v1/training/rebuild", status_code=202, tags=["training"], responses={409: {}})
 async def rebuild(executor: ExecutorOf, options: RebuildOptions | None = None) -> dict[str, Any]:
     """Learn anew from the base, from all stored feedback, as a candidate behind the gate; what is live keeps serving.
 
