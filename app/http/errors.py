@@ -99,14 +99,13 @@ def install_error_handlers(app: FastAPI) -> None:
             error_body(str(error.detail), phrase, error.status_code), error.status_code, error.headers
         )
 
-    app.add_exception_handler(MaceError, answer)
-
     async def answer_validation(_: Request, error: Exception) -> JSONResponse:
         if not any("/pydantic/" in frame.filename for frame in traceback.extract_tb(error.__traceback__)):
             raise error
         message = f"the body is not what this route takes: {type(error).__name__}: {error}"
         return error_response(BadRequestError(message))
 
+    app.add_exception_handler(MaceError, answer)
     app.add_exception_handler(HTTPException, answer_framework)
     for kind in (AttributeError, KeyError, IndexError, RecursionError):  # from vLLM's validators, for odd values
         app.add_exception_handler(kind, answer_validation)

@@ -8,6 +8,7 @@ engine then repeats a compilation that is known to be harmless.
 """
 
 import asyncio
+import contextlib
 import logging
 import multiprocessing
 import os
@@ -72,7 +73,8 @@ class GrammarCheck:
         self._known: OrderedDict[str, asyncio.Future[Verdict]] = OrderedDict()
         self._waiting: dict[int, asyncio.Future[Verdict]] = {}
         self._number = 0
-        self._process: Any = None
+        self.process: Any = None
+        """The warm process; None before the first constraint."""
         self._pipe: Connection
 
     async def check(self, constraint: Any) -> Any:
@@ -104,14 +106,14 @@ class GrammarCheck:
 
     def close(self) -> None:
         """End the warm process."""
-        if self._process is not None:
-            self._process.kill()
+        if self.process is not None:
+            self.process.kill()
             self._pipe.close()
-            self._process = None
+            self.process = None
 
     def _ask(self, constraint: Any) -> asyncio.Future[Verdict]:
         loop = asyncio.get_running_loop()
-        if self._process is None or not self._process.is_alive():
+        if self.process is None or not self.process.is_alive():
             self._start(loop)
         verdict: asyncio.Future[Verdict] = loop.create_future()
         self._number += 1
@@ -125,22 +127,24 @@ class GrammarCheck:
     def _start(self, loop: asyncio.AbstractEventLoop) -> None:
         context = multiprocessing.get_context("spawn")
         self._pipe, theirs = context.Pipe()
-        self._process = context.Process(target=_serve, args=(theirs, self._config), name="grammar-check")
-        self._process.start()
+        self.process = context.Process(target=_serve, args=(theirs, self._config), name="grammar-check")
+        self.process.start()
         theirs.close()
-        pipe, waiting = self._pipe, self._waiting
+        pipe = self._pipe
+        waiting: dict[int, asyncio.Future[Verdict]] = {}
+        self._waiting = waiting  # of this process: those of the one before are told by its own listener
 
         def listen() -> None:
-            try:
-                while True:
-                    number, verdict = pipe.recv()
-                    loop.call_soon_threadsafe(_settle, waiting.pop(number), verdict)
-            except (EOFError, OSError, RuntimeError):
-                lost, self._waiting = dict(waiting), {}
-                for verdict in lost.values():
-                    loop.call_soon_threadsafe(_fail, verdict)
+            with contextlib.suppress(RuntimeError):  # the event loop has ended, and with it all who wait
+                try:
+                    while True:
+                        number, verdict = pipe.recv()
+                        loop.call_soon_threadsafe(_settle, waiting.pop(number), verdict)
+                except (EOFError, OSError):
+                    for lost in list(waiting.values()):
+                        loop.call_soon_threadsafe(_fail, lost)
 
-        threading.Thread(target=listen, name="grammar-check").start()
+        threading.Thread(target=listen, name="grammar-check", daemon=True).start()
 
 
 def _settle(verdict: "asyncio.Future[Verdict]", value: Verdict) -> None:

@@ -2,9 +2,10 @@ import json
 
 import pytest
 from fastapi import FastAPI, Request
+from pydantic import BaseModel, model_validator
 from starlette.testclient import TestClient
 
-from app.http.errors import BadRequestError
+from app.http.errors import BadRequestError, install_error_handlers
 from app.http.guard import check_internal_keys, check_size, give_own_id, guard, note_client, num_choices
 from app.http.request import REQUEST_KEY, RequestChain
 from core.config import EngineConfig
@@ -195,3 +196,33 @@ def test_an_answers_id_is_ours_whatever_the_client_sent():
     ]
     assert len({name for reply in replies for name in reply}) == 2
     assert all(header == body and len(header) == 32 for header, body in replies)
+
+
+def test_a_body_that_a_validator_stumbles_over_is_the_clients_mistake_and_a_routes_fault_is_ours():
+    class Body(BaseModel):
+        @model_validator(mode="before")
+        @classmethod
+        def check(cls, data):
+            return data["a"].get("b")
+
+    app = FastAPI()
+
+    @app.post("/body")
+    async def take(body: Body):
+        return "ok"
+
+    @app.post("/fault")
+    async def fail():
+        raise AttributeError("ours")
+
+    install_error_handlers(app)
+    chain = TestClient(RequestChain(app, [], 1000, lambda _: None), raise_server_exceptions=False)
+    refused = chain.post("/body", json={"a": 1e30})
+    assert (refused.status_code, "AttributeError" in refused.json()["error"]["message"]) == (400, True)
+    assert chain.post("/fault", json={}).status_code == 500
+
+
+def test_a_body_that_nests_too_deeply_for_any_reader_is_refused(client):
+    chain = TestClient(RequestChain(FastAPI(), [guard], 1 << 20, lambda _: None))
+    reply = chain.post("/invocations", content="[" * 200_000)
+    assert (reply.status_code, "too deeply" in reply.json()["error"]["message"]) == (400, True)
