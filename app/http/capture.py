@@ -97,12 +97,11 @@ class ResponseCapture:
         try:
             events = list(_events(request.answer.body, request.answer.is_stream))
             path = _path_of(request.path, events)
-            read_ident, read_choices, serve = _READERS[path]
-            if not events or not (ident := read_ident(events)):
+            read_choices, serve = _READERS[path]
+            about = [event.get("message") or event.get("response") or event for event in events]
+            if not (ident := next((one["id"] for one in about if one.get("id")), None)):
                 return
-            model = events[0].get("model") or (events[0].get("message") or events[0].get("response") or {}).get(
-                "model"
-            )
+            model = about[0].get("model")
             adapter = model.rpartition("@")[2] if isinstance(model, str) and "@" in model else None
             common = StoredResponse(
                 ident,
@@ -182,32 +181,18 @@ def _path_of(path: str, events: _Events) -> str:
     return "/v1/completions" if kind == "text_completion" else "/v1/chat/completions"
 
 
-def _first_id(events: _Events) -> str | None:
-    return next((event["id"] for event in events if event.get("id")), None)
-
-
-def _chat_choices(events: _Events) -> dict[int, _Choice]:
+def _choices(events: _Events) -> dict[int, _Choice]:
+    """The choices of chats and completions, whole or as events."""
     choices: dict[int, _Choice] = {}
     for event in events:
         for part in event.get("choices", ()):
             choice = choices.setdefault(part["index"], _Choice())
             message = part.get("message") or part.get("delta") or {}
-            choice.text += message.get("content") or ""
+            choice.text += message.get("content") or part.get("text") or ""
             choice.token_ids += part.get("token_ids") or ()
             choice.has_reasoning |= bool(message.get("reasoning") or message.get("reasoning_content"))
             for number, call in enumerate(message.get("tool_calls") or ()):
                 choice.add_call(call.get("index", number), call)
-            choice.finish_reason = part.get("finish_reason") or choice.finish_reason
-    return choices
-
-
-def _completion_choices(events: _Events) -> dict[int, _Choice]:
-    choices: dict[int, _Choice] = {}
-    for event in events:
-        for part in event.get("choices", ()):
-            choice = choices.setdefault(part["index"], _Choice())
-            choice.text += part["text"] or ""
-            choice.token_ids += part.get("token_ids") or ()
             choice.finish_reason = part.get("finish_reason") or choice.finish_reason
     return choices
 
@@ -238,21 +223,8 @@ def _add_block(choice: _Choice, number: int, block: dict[str, Any]) -> None:
         choice.add_call(number, {"id": block["id"], "function": {"name": block["name"], "arguments": arguments}})
 
 
-def _message_id(events: _Events) -> str | None:
-    return next((one["id"] for event in events if (one := event.get("message") or event).get("id")), None)
-
-
-def _final_response(events: _Events) -> dict[str, Any]:
-    final: dict[str, Any] = events[-1].get("response", events[-1])
-    return final
-
-
-def _response_id(events: _Events) -> str | None:
-    return next((one["id"] for event in events if (one := event.get("response") or event).get("id")), None)
-
-
 def _response_choices(events: _Events) -> dict[int, _Choice]:
-    final, choice = _final_response(events), _Choice()
+    final, choice = events[-1].get("response", events[-1]), _Choice()
     if final.get("status") not in ("completed", "incomplete"):
         return {0: choice}
     choice.finish_reason = "stop" if final["status"] == "completed" else "length"
@@ -345,18 +317,13 @@ def _changes_prompt(name: str) -> str:
 
 
 _READERS: dict[
-    str,
-    tuple[
-        Callable[[_Events], str | None],
-        Callable[[_Events], dict[int, _Choice]],
-        Callable[[dict[str, Any], int, Prompts], _Served],
-    ],
+    str, tuple[Callable[[_Events], dict[int, _Choice]], Callable[[dict[str, Any], int, Prompts], _Served]]
 ] = {
-    "/v1/chat/completions": (_first_id, _chat_choices, _serve_chat),
-    "/v1/chat/completions/batch": (_first_id, _chat_choices, _serve_batch),
-    "/v1/completions": (_first_id, _completion_choices, _serve_completion),
-    "/v1/responses": (_response_id, _response_choices, _serve_response),
-    "/v1/messages": (_message_id, _message_choices, _serve_messages),
-    "/invocations": (_first_id, _chat_choices, _serve_chat),
+    "/v1/chat/completions": (_choices, _serve_chat),
+    "/v1/chat/completions/batch": (_choices, _serve_batch),
+    "/v1/completions": (_choices, _serve_completion),
+    "/v1/responses": (_response_choices, _serve_response),
+    "/v1/messages": (_message_choices, _serve_messages),
+    "/invocations": (_choices, _serve_chat),
 }
-"""For each route: the id, the choices, and the prompt of a choice. `/invocations` answers like one of the others."""
+"""For each route: the choices, and the prompt of a choice. `/invocations` answers like one of the others."""

@@ -263,7 +263,7 @@ def test_gzip_csv_and_json_arrays_are_read(tmp_path):
 
 LINES = "".join(json.dumps(trl(index)) + "\n" for index in (1, 2, 3))
 LATIN = json.dumps({**trl(4), "chosen": "Grün"}, ensure_ascii=False).encode("latin-1") + b"\n"
-CUT = b"".join(gzip.compress(json.dumps(trl(index)).encode() + b"\n") for index in (1, 2, 3))[:-20]
+CUT = b"".join(gzip.compress(json.dumps(trl(index)).encode() + b"\n", mtime=0) for index in (1, 2, 3))[:-20]
 
 
 @pytest.mark.parametrize(
@@ -275,7 +275,7 @@ CUT = b"".join(gzip.compress(json.dumps(trl(index)).encode() + b"\n") for index 
         ("bom.csv", "\ufeffprompt,chosen,rejected\r\nq,a,b\r\n".encode(), 1),
         ("crlf.jsonl", LINES.replace("\n", "\r\n \r\n").encode(), 3),
         ("cr.jsonl", LINES.replace("\n", "\r").encode(), 3),
-        ("members.jsonl.gz", b"".join(gzip.compress(line.encode() + b"\n") for line in LINES.split("\n")), 3),
+        ("members.jsonl.gz", b"".join(gzip.compress(line.encode() + b"\n", mtime=0) for line in LINES.split("\n")), 3),
         ("separators.jsonl", LINES.replace("good", "\u2028g\x85 \u2029").encode(), 3),
         ("latin.jsonl", LATIN + LINES.encode(), 3),
         ("surrogate.jsonl", LINES.replace("good 1", "\\ud83d").encode(), 2),
@@ -297,7 +297,7 @@ def test_valid_files_of_every_spelling_are_read_whole(tmp_path, server, name, da
         ("a.jsonl", LINES.encode("utf-16"), "UTF-16, not UTF-8"),
         ("a.json", f"[{LINES}]".encode("utf-16"), "UTF-16, not UTF-8"),
         ("a.csv", "prompt,chosen,rejected\nq,ä,b\n".encode("latin-1"), "not UTF-8"),
-        ("a.jsonl", gzip.compress(LINES.encode()), "the data are gzip"),
+        ("a.jsonl", gzip.compress(LINES.encode(), mtime=0), "the data are gzip"),
         ("a.jsonl.gz", LINES.encode(), "Not a gzipped file"),
         ("a.jsonl.zst", b"\x28\xb5\x2f\xfd", "the suffix must be one of"),
         ("a", LINES.encode(), "the suffix must be one of"),
