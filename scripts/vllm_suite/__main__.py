@@ -17,7 +17,7 @@ import signal
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -45,20 +45,26 @@ _NEEDS = ("pytest-asyncio==1.5.0", "tblib==3.2.2")
 """What vLLM's tests import and our environment lacks."""
 
 _TESTS = """
-anthropic/test_messages.py
-generate/generative_scoring/test_generative_scoring_e2e.py generate/structured_decisions/test_structured_decisions_e2e.py
-openai/chat_completion openai/completion openai/models openai/responses
-openai/test_chunked_prompt.py openai/test_return_token_ids.py openai/test_return_tokens_as_ids.py openai/test_stop_token_ids.py
-serve/instrumentator serve/lora/test_lora_adapters.py serve/middleware/test_optional_middleware.py serve/sagemaker
-serve/tokenize/test_tokenization.py tool_parsers/test_hermes_tool_parser.py
+tests/entrypoints/anthropic/test_messages.py
+tests/entrypoints/generate/generative_scoring/test_generative_scoring_e2e.py
+tests/entrypoints/generate/structured_decisions/test_structured_decisions_e2e.py
+tests/entrypoints/openai/chat_completion
+tests/entrypoints/openai/completion
+tests/entrypoints/openai/models
+tests/entrypoints/openai/responses
+tests/entrypoints/openai/test_chunked_prompt.py
+tests/entrypoints/openai/test_return_token_ids.py
+tests/entrypoints/openai/test_return_tokens_as_ids.py
+tests/entrypoints/openai/test_stop_token_ids.py
+tests/entrypoints/serve/instrumentator
+tests/entrypoints/serve/lora/test_lora_adapters.py
+tests/entrypoints/serve/middleware/test_optional_middleware.py
+tests/entrypoints/serve/sagemaker
+tests/entrypoints/serve/tokenize/test_tokenization.py
+tests/entrypoints/tool_parsers/test_hermes_tool_parser.py
+tests/tool_use
 """
-"""What talks to a server that generates text, below vLLM's `tests/entrypoints`."""
-_TOOL_USE = (
-    "test_chat_completions.py",
-    "test_chat_completion_request_validations.py",
-    "test_parallel_tool_calls.py",
-    "test_tool_calls.py",
-)
+"""What talks to a server that generates text."""
 _MODEL, _VERSION = "mace-tiny", "v0001"
 _ADAPTER = f"{_MODEL}@{_VERSION}"
 _MODELS = re.compile(
@@ -86,8 +92,6 @@ _START_S = 150.0
 _STOP_S = 20.0
 _TEST_S = 120
 _WORDS = {"passed": "pass", "failed": "fail"}
-
-say: Callable[[str], object] = lambda line: sys.stdout.write(f"{line}\n")  # noqa: E731
 
 
 def main() -> int:
@@ -223,11 +227,10 @@ class Suite:
             "no:cacheprovider",
         ]
         command += [f"--timeout={_TEST_S}", "--tb=short", "--continue-on-collection-errors"]
-        modules = [*(f"tests/entrypoints/{one}" for one in _TESTS.split()), "tests/tool_use"]
         with (self._work / f"{name}-tests.log").open("wb") as log:
-            say(f"{name}: {log.name}")
+            _say(f"{name}: {log.name}")
             subprocess.run(
-                [*command, *self._selection, *modules],
+                [*command, *self._selection, *_TESTS.split()],
                 cwd=self._tests,
                 env=environment,
                 stdout=log,
@@ -282,7 +285,7 @@ def _report(seen: dict[str, tuple[str, str]], expected: dict[str, tuple[str, str
     """Print the table, the counts, and what is not as expected; returns the exit code."""
     for name, (plain, mace) in seen.items():
         if _kind(plain) != "skip":
-            say(f"{plain:8}{_kind(mace):8}{name}")
+            _say(f"{plain:8}{_kind(mace):8}{name}")
     kinds = {name: (_kind(plain), _kind(mace)) for name, (plain, mace) in seen.items()}
     titles = {
         ("pass", "pass"): "pass on both",
@@ -292,17 +295,22 @@ def _report(seen: dict[str, tuple[str, str]], expected: dict[str, tuple[str, str
         ("skip", "skip"): "cannot run here",
     }
     counts = Counter(titles.get(kind, " / ".join(kind)) for kind in kinds.values())
-    say("")
+    _say()
     for title, count in counts.items():
-        say(f"{count:5}  {title}")
+        _say(f"{count:5}  {title}")
     reasons = Counter(plain for plain, _ in seen.values() if _kind(plain) == "skip")
     for reason, count in reasons.most_common():
-        say(f"{count:5}    {reason}")
+        _say(f"{count:5}    {reason}")
     names = sorted({*kinds, *expected}) if is_whole else list(kinds)
     changed = [name for name in names if kinds.get(name) != expected.get(name)]
     for name in changed:
-        say(f"not as expected: {name}: {kinds.get(name)}, expected {expected.get(name)}")
+        _say(f"not as expected: {name}: {kinds.get(name)}, expected {expected.get(name)}")
     return 1 if changed else 0
+
+
+def _say(line: str = "") -> None:
+    sys.stdout.write(f"{line}\n")
+    sys.stdout.flush()
 
 
 if __name__ == "__main__":
