@@ -64,7 +64,8 @@ _outcomes: dict[str, str] = {}
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Leave out what does not talk to a server, and repeats of one test for other models."""
-    kept, left_out = [], []
+    kept: list[pytest.Item] = []
+    left_out: list[pytest.Item] = []
     for item in items:
         fixtures = getattr(item, "fixturenames", ())
         talks = any("server" in name or "client" in name for name in fixtures)
@@ -76,7 +77,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 @pytest.hookimpl(wrapper=True)
-def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+def pytest_runtest_makereport(item: pytest.Function) -> Generator[None, pytest.TestReport, pytest.TestReport]:
     """Note how a test ended: a failure of any part of it is a failure. What spoke to no server does not count."""
     report = yield
     if report.failed:
@@ -88,9 +89,5 @@ def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestR
         _outcomes[report.nodeid] = "passed"
     if report.when == "call" and not any(isinstance(one, _SPEAKERS) for one in item.funcargs.values()):
         del _outcomes[report.nodeid]
-    return report
-
-
-def pytest_sessionfinish() -> None:
-    """Write the outcomes."""
     Path(os.environ["MACE_SUITE_OUTCOMES"]).write_text(json.dumps(_outcomes, indent=1), encoding="utf-8")
+    return report
