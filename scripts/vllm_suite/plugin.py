@@ -31,8 +31,8 @@ tool-call-parser trust-remote-code
 """What both servers are started with, or what changes sizes and speed alone. The reasoning parser is left out: the
 model does not think."""
 
-_ENVIRONMENT = frozenset({"VLLM_ENABLE_RESPONSES_API_STORE", "VLLM_ROCM_USE_AITER"})
-"""What both servers have in their environment, or what does nothing on a CPU."""
+_ENVIRONMENT = frozenset({"VLLM_ENABLE_RESPONSES_API_STORE", "VLLM_ROCM_USE_AITER", "VLLM_SERVER_DEV_MODE"})
+"""What both servers have in their environment, or what these tests do not use."""
 
 
 class RunningServer(tests.utils.RemoteOpenAIServer):  # type: ignore[misc]
