@@ -148,8 +148,11 @@ class Suite:
         subprocess.run([*command, "--target", str(work / "site"), *_NEEDS], check=True)
         os.environ.update(_ENVIRONMENT)
         self._args = AppArgs.model_validate(_served_args())
-        self._model = ensure_tiny_assistant(work)
-        (self._tests / _MODEL).symlink_to(self._model)  # where tests load a tokenizer by the model's name
+        self._model = self._tests / _MODEL  # where tests load a tokenizer by the model's name
+        shutil.copytree(ensure_tiny_assistant(work), self._model)
+        config = self._model / "config.json"
+        longer = json.loads(config.read_text(encoding="utf-8")) | {"max_position_embeddings": _MAX_MODEL_LEN}
+        config.write_text(json.dumps(longer), encoding="utf-8")
         self._adapter = self._make_adapter(work / "mace" / "state" / "adapters")
 
     def _copy(self, checkout: Path) -> None:
@@ -175,7 +178,7 @@ class Suite:
         """The server that `vllm serve` starts, with nothing of MACE in it; yields its URL."""
         port, engine, lora = free_port(), self._args.engine, self._args.lora
         command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", _MODEL]
-        command += ["--lora-modules", f"{_ADAPTER}={self._adapter}", "--max-model-len", str(_MAX_MODEL_LEN)]
+        command += ["--lora-modules", f"{_ADAPTER}={self._adapter}"]
         command += ["--enable-lora", "--max-lora-rank", str(lora.rank), "--host", "127.0.0.1", "--port", str(port)]
         command += ["--dtype", "float32", "--enforce-eager", "--kv-cache-memory-bytes", str(_KV_CACHE_BYTES)]
         command += ["--max-num-seqs", str(engine.max_num_seqs)]
@@ -202,8 +205,8 @@ class Suite:
         """A `mace serve` with the adapter live; yields its URL."""
         directory = self._work / "mace"
         engine = {"frontend_kwargs": _FRONTEND, "kv_cache_memory_bytes": _KV_CACHE_BYTES}
-        sections = {"engine": engine, "model": {"max_model_len": _MAX_MODEL_LEN}}
-        server = ServerProcess(directory, _CONFIG, sections=sections, models=self._work / "models")
+        model = {"model_source": str(self._model), "dtype": "float32"}
+        server = ServerProcess(directory, _CONFIG, sections={"engine": engine, "model": model})
         with server.running():
             server.call("POST", f"/v1/adapters/{_VERSION}/activate").raise_for_status()
             yield server.url
