@@ -90,6 +90,8 @@ _ENVIRONMENT = {
 _KV_CACHE_BYTES = 512 << 20
 _MAX_MODEL_LEN = 10_240
 """Tokens: more than the model was trained for, because tests ask for up to 10,000; nobody reads what it says there."""
+_DEFAULT_MAX_TOKENS = 256
+"""Of a request that does not say: the model ends no text of its own beyond the length that it was trained for."""
 _START_S = 400.0
 _STOP_S = 20.0
 _TEST_S = 120
@@ -150,9 +152,8 @@ class Suite:
         self._args = AppArgs.model_validate(_served_args())
         self._model = self._tests / _MODEL  # where tests load a tokenizer by the model's name
         shutil.copytree(ensure_tiny_assistant(work), self._model)
-        config = self._model / "config.json"
-        longer = json.loads(config.read_text(encoding="utf-8")) | {"max_position_embeddings": _MAX_MODEL_LEN}
-        config.write_text(json.dumps(longer), encoding="utf-8")
+        _change(self._model / "config.json", max_position_embeddings=_MAX_MODEL_LEN)
+        _change(self._model / "generation_config.json", max_new_tokens=_DEFAULT_MAX_TOKENS)
         self._adapter = self._make_adapter(work / "mace" / "state" / "adapters")
 
     def _copy(self, checkout: Path) -> None:
@@ -252,6 +253,12 @@ def _served_args() -> dict[str, object]:
     document = yaml.safe_load(_CONFIG.read_text(encoding="utf-8"))
     args: dict[str, object] = document["applications"][0]["args"]
     return args
+
+
+def _change(path: Path, **values: object) -> None:
+    """Set values of a JSON file."""
+    document = json.loads(path.read_text(encoding="utf-8")) | values
+    path.write_text(json.dumps(document), encoding="utf-8")
 
 
 def _wait_until_healthy(url: str, server: psutil.Popen, log: Path) -> None:
