@@ -33,7 +33,7 @@ from core.config import AppArgs
 from engine.fingerprint import fingerprint
 from engine.tiny.build import ensure_tiny_assistant
 from engine.training.shadow import ShadowAdapter
-from engine.training.trainable import TrainableModel
+from engine.training.trainable import TARGET_MODULES, TrainableModel
 from engine.vllm.compat import worker_binding
 
 _ROOT = Path(__file__).parents[2]
@@ -70,14 +70,13 @@ _ADAPTER = f"{_MODEL}@{_VERSION}"
 _MODELS = re.compile(
     r"\b(?:HuggingFaceH4/zephyr-7b-beta|HuggingFaceTB/SmolLM2-135M-Instruct|NousResearch/Hermes-3-Llama-3\.1-8B"
     r"|Qwen/Qwen[\w.]+-[\w.]+B(?:-Instruct)?|facebook/opt-125m|hmellor/tiny-random-LlamaForCausalLM"
-    r"|claude-3-7-sonnet-latest)(?=[\"'])"
+    r"|TinyLlama/TinyLlama-1\.1B-Chat-v1\.0|claude-3-7-sonnet-latest)(?=[\"'])"
 )
 _ADAPTERS = re.compile(r"\b(?:zephyr-lora|qwen3-lora|minpeter/LoRA-Llama-3\.2-1B-tool-vllm-ci)(?=[\"'])")
 
 _FRONTEND = {
     "enable_auto_tool_choice": True,
     "tool_call_parser": "hermes",
-    "enable_prompt_tokens_details": True,
     "enable_tokenizer_info_endpoint": True,
     "enable_server_load_tracking": True,
 }
@@ -180,6 +179,8 @@ class Suite:
         port, engine, lora = free_port(), self._args.engine, self._args.lora
         command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", _MODEL]
         command += ["--lora-modules", f"{_ADAPTER}={self._adapter}"]
+        # Of all modules, vLLM would put LoRA on the head, and then its engine ends at log-probabilities of a prompt.
+        command += ["--lora-target-modules", *TARGET_MODULES]
         command += ["--enable-lora", "--max-lora-rank", str(lora.rank), "--host", "127.0.0.1", "--port", str(port)]
         command += ["--dtype", "float32", "--enforce-eager", "--kv-cache-memory-bytes", str(_KV_CACHE_BYTES)]
         command += ["--max-num-seqs", str(engine.max_num_seqs)]
