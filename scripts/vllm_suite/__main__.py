@@ -41,7 +41,7 @@ _CONFIG = _ROOT / "serve_config.yaml"
 _EXPECTED = Path(__file__).with_name("expected.tsv")
 _COMMIT = "5df63a720"
 """vLLM v0.32.0."""
-_NEEDS = ("pytest-asyncio==1.5.0", "tblib==3.2.2")
+_NEEDS = ("pytest-asyncio==1.5.0", "pytest-rerunfailures==16.1", "tblib==3.2.2")
 """What vLLM's tests import and our environment lacks."""
 
 _TESTS = """
@@ -64,7 +64,7 @@ tests/entrypoints/serve/tokenize/test_tokenization.py
 tests/entrypoints/tool_parsers/test_hermes_tool_parser.py
 tests/tool_use
 """
-"""What talks to a server that generates text."""
+"""What talks to a server that generates text. Tests for gpt-oss alone (harmony, MCP) are left out."""
 _MODEL, _VERSION = "mace-tiny", "v0001"
 _ADAPTER = f"{_MODEL}@{_VERSION}"
 _MODELS = re.compile(
@@ -94,6 +94,8 @@ _DEFAULT_MAX_TOKENS = 256
 _START_S = 400.0
 _STOP_S = 20.0
 _TEST_S = 120
+_RERUNS = 2
+"""Of a test that fails: some throw dice, and assert what mostly comes."""
 _WORDS = {"passed": "pass", "failed": "fail"}
 
 
@@ -152,7 +154,7 @@ class Suite:
         self._model = self._tests / _MODEL  # where tests load a tokenizer by the model's name
         shutil.copytree(ensure_tiny_assistant(work), self._model)
         _change(self._model / "config.json", max_position_embeddings=_MAX_MODEL_LEN)
-        _change(self._model / "generation_config.json", max_new_tokens=_DEFAULT_MAX_TOKENS)
+        _change(self._model / "generation_config.json", max_new_tokens=_DEFAULT_MAX_TOKENS, temperature=0.0)
         self._adapter = self._make_adapter(work / "mace" / "state" / "adapters")
 
     def _copy(self, checkout: Path) -> None:
@@ -224,21 +226,14 @@ class Suite:
             "PYTHONPATH": os.pathsep.join([str(self._tests), str(self._work / "site"), str(_ROOT)]),
             "HF_HUB_OFFLINE": "1",
         }
-        command = [
-            sys.executable,
-            "-m",
-            "pytest",
-            "-q",
-            "-p",
-            "scripts.vllm_suite.plugin",
-            "-p",
-            "no:cacheprovider",
-        ]
-        command += [f"--timeout={_TEST_S}", "--tb=short", "--continue-on-collection-errors"]
+        options = f"-q --tb=short --timeout={_TEST_S} --reruns={_RERUNS} -p scripts.vllm_suite.plugin"
+        options += (
+            " -p no:cacheprovider --continue-on-collection-errors --ignore-glob=*harmony* --ignore-glob=*mcp*"
+        )
         with (self._work / f"{name}-tests.log").open("wb") as log:
             _say(f"{name}: {log.name}")
             subprocess.run(
-                [*command, *self._selection, *_TESTS.split()],
+                [sys.executable, "-m", "pytest", *options.split(), *self._selection, *_TESTS.split()],
                 cwd=self._tests,
                 env=environment,
                 stdout=log,
