@@ -77,6 +77,7 @@ _ADAPTERS = re.compile(r"\b(?:zephyr-lora|qwen3-lora|minpeter/LoRA-Llama-3\.2-1B
 _FRONTEND = {
     "enable_auto_tool_choice": True,
     "tool_call_parser": "hermes",
+    "enable_prompt_tokens_details": True,
     "enable_tokenizer_info_endpoint": True,
     "enable_server_load_tracking": True,
 }
@@ -307,9 +308,11 @@ def _report(seen: dict[str, tuple[str, str]], expected: dict[str, tuple[str, str
     for reason, count in reasons.most_common():
         _say(f"{count:5}    {reason}")
     names = sorted({*kinds, *expected}) if is_whole else list(kinds)
-    changed = [name for name in names if kinds.get(name) != expected.get(name)]
+    nothing = ("nothing", "nothing")
+    changed = [name for name in names if kinds.get(name, nothing) != expected.get(name, nothing)]
     for name in changed:
-        _say(f"not as expected: {name}: {kinds.get(name)}, expected {expected.get(name)}")
+        (plain, mace), (old_plain, old_mace) = kinds.get(name, nothing), expected.get(name, nothing)
+        _say(f"not as expected: {name}: {plain} and {mace}, expected {old_plain} and {old_mace}")
     return 1 if changed else 0
 
 
