@@ -2,7 +2,7 @@
 
 A slice cannot be interrupted, so its size decides whether it fits beside inference at all; larger ones do more work for
 each read of the weights. `SliceSizer` chooses the size by Algorithm 1 with one bin: memory is the arena, time the slack
-that iterations with inference usually leave. It chooses again when what was chosen passes the joint memory limit. An
+that iterations with inference usually leave, and no more than a new request may wait. It chooses again when what was chosen passes the joint memory limit. An
 out-of-memory halves the limit; many good steps raise it again.
 
 The planner gives a budget in seconds; `SliceAdmission` holds the slices to it by their upper estimates, learnt from the
@@ -137,17 +137,20 @@ class SliceSizer:
         """The size chosen last, or the limit before any choice."""
         return self._chosen or self._limit_tokens
 
-    def choose(self, alone_budget_s: float | None) -> int:
+    def choose(self, alone_budget_s: float | None, newcomer_s: float) -> int:
         """Padded tokens of micro-batches that start from now on.
 
         `alone_budget_s` is the slack beside one decoding request, for an engine that has not served yet; None: unknown.
+        No slice of the chosen size is predicted to last longer than `newcomer_s`: a request that comes while the
+        engine trains waits for the slice that runs, and a step keeps its size when load comes.
         """
         # What the step in progress holds is given back before the next one takes its own.
         room_bytes = self._memory.room_bytes(Pool.ARENA)
         if self._age % _REFRESH_EVERY == 0 or self._arena.predict(self._chosen) > room_bytes:
             budgets_s = sorted(self._budgets_s)
             usual_s = budgets_s[int(_USUAL_QUANTILE * len(budgets_s))] if budgets_s else alone_budget_s
-            self._chosen = self._best(usual_s, room_bytes)
+            budget_s = None if usual_s is None else min(usual_s, newcomer_s)
+            self._chosen = self._best(budget_s, room_bytes)
             self._age = 0
         self._age += 1
         return self._chosen

@@ -15,14 +15,16 @@ _UNSERVED_SHARE_OF_TTFT = 0.5
 start still has the other half for its own prompt."""
 
 _TYPICAL_CONTEXT = 256
-_TYPICAL_PROMPT = 128
-"""Tokens of the request that `slo_warnings` judges targets by."""
+TYPICAL_PROMPT = 128
+"""Tokens of the request that `slo_warnings` judges targets by, and of the newcomer that slices must not delay."""
 
 
-def iteration_capacity_s(slo: SloConfig, slack_fraction: float, num_decode: int) -> float:
-    """Latency capacity of one iteration, overhead included."""
+def iteration_capacity_s(
+    slo: SloConfig, slack_fraction: float, num_decode: int, correction_s: float = 0.0
+) -> float:
+    """Latency capacity of one iteration, overhead included; `correction_s` is taken off for those that decode."""
     if num_decode:
-        return slack_fraction * slo.tbt_s
+        return slack_fraction * slo.tbt_s - correction_s
     return slack_fraction * max(slo.tbt_s, _UNSERVED_SHARE_OF_TTFT * slo.ttft_s)
 
 
@@ -62,7 +64,7 @@ def slo_warnings(slo: SloConfig, config: SchedulerConfig, predictor: LatencyPred
     Asked of the profile at the start; empty if all is well or nothing is known.
     """
     decode_s = predictor.forward_s(ForwardShape(num_decode=1, decode_context=_TYPICAL_CONTEXT))
-    prompt_s = predictor.forward_s(ForwardShape().with_chunk(_TYPICAL_PROMPT, 0))
+    prompt_s = predictor.forward_s(ForwardShape().with_chunk(TYPICAL_PROMPT, 0))
     if decode_s is None or prompt_s is None:
         return []
     token_s = decode_s + predictor.overhead_s
@@ -80,7 +82,7 @@ def slo_warnings(slo: SloConfig, config: SchedulerConfig, predictor: LatencyPred
         )
     if first_s > slo.ttft_s:
         warnings.append(
-            f"slo.ttft_s is {slo.ttft_s:g} s, but a prompt of {_TYPICAL_PROMPT} tokens takes {first_s:.3g} s on this "
+            f"slo.ttft_s is {slo.ttft_s:g} s, but a prompt of {TYPICAL_PROMPT} tokens takes {first_s:.3g} s on this "
             "device: the target cannot be met"
         )
     return warnings
