@@ -16,6 +16,9 @@ TASK_KEY = "mace_finetune_task"
 CLIENT_KEY = "mace_client"
 """Key in `SamplingParams.extra_args` that says who sent a request (`engine.vllm.requests.CLIENT`)."""
 
+NOTE_KEY = "mace_note"
+"""Key in `SamplingParams.extra_args` of a request that is none: what it carries is for the scheduler alone."""
+
 DIRECTIVE_ATTRIBUTE = "mace_directive"
 REPORT_ATTRIBUTE = "mace_report"
 

@@ -8,19 +8,19 @@ import asyncio
 import logging
 import uuid
 from collections.abc import AsyncIterator, Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import core.errors
-from core.batch import IterationSample
-from core.config import AppArgs
+from core.batch import EdgeReport, IterationSample
+from core.config import AppArgs, SloConfig
 from core.errors import MaceError, TrainingError
 from core.types import FineTuneTask, TaskResult
 from engine.training.pair_tokens import Chat
 from engine.vllm import compat as vllm_compat
 from engine.vllm.chat_content import make_chat
-from engine.vllm.directive import TASK_KEY
+from engine.vllm.directive import NOTE_KEY, TASK_KEY
 from engine.vllm.grammars import GrammarCheck
 from engine.vllm.requests import check_requests
 from scheduler.priority import BACKGROUND_PRIORITY
@@ -135,6 +135,14 @@ class HybridEngine:
         tensors; on CPU the `heap_*_bytes`.
         """
         return await self._call_worker("memory")
+
+    async def tell_edge(self, report: EdgeReport) -> None:
+        """Tell the planner what clients saw. Asks nothing of the worker; MaceError: the engine is dead."""
+        await vllm_compat.send_note(self.client, {"edge": asdict(report)}, NOTE_KEY)
+
+    async def set_targets(self, slo: SloConfig) -> None:
+        """Let the planner plan for other targets from the next iteration on; MaceError: the engine is dead."""
+        await vllm_compat.send_note(self.client, {"slo": slo.model_dump(mode="json")}, NOTE_KEY)
 
     async def pruning_refusal(self) -> str | None:
         """The reason for which `kv_pruning` stays off although the settings ask for it; None if it does not."""

@@ -8,8 +8,9 @@ from predictions stays the feed-forward; `EdgeController` takes from it what the
 Each objective has a budget of misses: an observation earns what the attainment goal allows, a miss costs one. While
 more is spent than was earned, each report of further misses takes a quarter of the range from the time for training,
 and for gaps at least what the measured excess asks (p99 of gaps, less p99 of iterations). The time grows again slowly,
-and only once the debt is paid, so the attainment over all is at the goal wherever the limit lies. Nothing is polled: without traffic no report comes, and after a minute of silence the controller starts
-from the plain plan again, because what slowed the last answers down may be gone.
+and only once the debt is paid, so the attainment over all is at the goal wherever the limit lies. Nothing is polled:
+without traffic no report comes, and after a minute of silence the controller starts from the plain plan again, because
+what slowed the last answers down may be gone.
 
 Pure: `now_s` is an argument. The simulator has no edge, and so no correction.
 """

@@ -10,8 +10,9 @@ from fastapi import FastAPI, Request
 from starlette.testclient import TestClient
 
 from app.http.app import attach_routes
-from core.config import AppArgs
+from core.config import AppArgs, SloConfig
 from core.errors import ControlUnavailableError
+from deployments.monitors.edge import EdgeMeter
 
 
 class Control:
@@ -53,6 +54,7 @@ def executor(kept):
         control=Control(),
         versions=Versions(),
         trial=SimpleNamespace(is_running=False),
+        edge=EdgeMeter(SloConfig(), None),
         responses=SimpleNamespace(add=kept.append, flush=nothing),
         engine=SimpleNamespace(max_model_len=512),
         base_model="tiny",
