@@ -55,6 +55,9 @@ class Directive:
     score_request_ids: list[str] = field(default_factory=list)
     """Requests whose KV blocks are to be scored."""
     memory: MemoryCounters = field(default_factory=MemoryCounters)
+    num_arrived: int = 0
+    """Requests that had been sent to the engine when the iteration before was scheduled (`engine.vllm.arrivals`): those
+    that came since wait for this one, and end its slices."""
     started_s: float = 0.0
     """`time.perf_counter` of the scheduler's process."""
     overhead_s: float = 0.0

@@ -19,6 +19,7 @@ from core.errors import MaceError, TrainingError
 from core.types import FineTuneTask, TaskResult
 from engine.training.pair_tokens import Chat
 from engine.vllm import compat as vllm_compat
+from engine.vllm.arrivals import count_arrivals, offer_count
 from engine.vllm.chat_content import make_chat
 from engine.vllm.directive import NOTE_KEY, TASK_KEY
 from engine.vllm.grammars import GrammarCheck
@@ -67,8 +68,10 @@ class HybridEngine:
         from vllm.v1.engine.async_llm import AsyncLLM
 
         engine_args = vllm_compat.make_engine_args(args, model_dir)
+        offer_count()
         engine = cls(AsyncLLM.from_engine_args(engine_args, stat_loggers=stat_loggers), args)
         engine._grammars = check_requests(engine.client)
+        count_arrivals(engine.client)
         return engine
 
     async def run_task(self, task: FineTuneTask) -> TaskResult:

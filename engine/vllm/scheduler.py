@@ -27,6 +27,7 @@ from core.config import AppArgs, SloConfig
 from core.errors import LedgerError
 from core.types import SliceReport, TaskKind, TaskResult
 from engine.pruning.pruner import KvPruner, unsupported
+from engine.vllm.arrivals import ArrivalCount
 from engine.vllm.compat import app_args_of, exit_with_parent
 from engine.vllm.directive import (
     DIRECTIVE_ATTRIBUTE,
@@ -69,6 +70,8 @@ class HybridSchedulerMixin:
         self._directive = Directive()
         self._last_training: Directive | None = None
         """The newest one that reserved memory for slices, until its report is here."""
+        self._arrivals = ArrivalCount()
+        self._num_arrived = 0
         self._last_ended_s = 0.0
         self._overhead_s = 0.0
 
@@ -121,6 +124,7 @@ class HybridSchedulerMixin:
     def schedule(self, throttle_prefills: bool = False) -> SchedulerOutput:
         """vLLM's schedule within the plan's limits, with this iteration's fine-tune part attached."""
         self._directive.started_s = time.perf_counter()
+        self._directive.num_arrived, self._num_arrived = self._num_arrived, self._arrivals.read()
         view = self._view(time.time())
         plan = self.planner.plan(view)
         if self._pruner is not None and plan.prune_blocks > 0:
