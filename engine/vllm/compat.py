@@ -157,6 +157,22 @@ def _lora_rank_of_vllm(rank: int) -> int:
     return next(allowed for allowed in (1, 8, 16, 32, 64, 128, 256, 320, 512) if allowed >= rank)
 
 
+def compute_lora_by_version(model: Any, vllm_config: Any, device: Any) -> None:
+    """Replace vLLM's LoRA by token in a model that was loaded on the CPU, before its first adapter.
+
+    A model without LoRA, and one whose adapters are kept in another way (sharded, of several modalities), stays as is.
+    """
+    from vllm.lora.punica_wrapper.punica_cpu import PunicaWrapperCPU
+
+    from engine.vllm.lora_cpu import group_by_version
+
+    manager = getattr(model, "lora_manager", None)
+    if manager is None or manager.lora_config.fully_sharded_loras:
+        return
+    if [type(wrapper) for wrapper in manager.punica_wrapper_mapping.values()] == [PunicaWrapperCPU]:
+        group_by_version(manager, vllm_config.scheduler_config.max_num_batched_tokens, device)
+
+
 def make_task_request(payload: dict[str, Any], key: str) -> tuple[Any, Any]:
     """Prompt and sampling parameters of the vLLM request that carries a fine-tune task."""
     from vllm import SamplingParams
