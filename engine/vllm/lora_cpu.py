@@ -1,37 +1,59 @@
 """LoRA on the CPU, computed by version instead of by token.
 
-vLLM's CPU path (`PunicaWrapperCPU`) gathers the matrices of an adapter once for every token, which for one adapter in
-a batch of eight tokens copies its weights eight times, in each of the seven linear layers. Here the tokens of a batch
-are grouped by version when the batch is composed, and each group costs two matrix products per fused layer, whatever
-the number of tokens; a batch without adapters costs nothing. The rows of a base request stay as they are (vLLM adds
-the adapter of the last slot to them if other rows of the batch have an adapter: its index of "none" is -1).
+vLLM's CPU path (`PunicaWrapperCPU`) gathers the matrices of an adapter once for every token: for one adapter in a
+batch of eight tokens it copies that adapter's weights eight times, in every linear layer. Here the rows of a batch are
+grouped by version when the batch is composed, and each group costs two matrix products per fused layer (q, k, v are
+one; gate, up are one), whatever its size; a batch without adapters costs nothing. The rows of base requests stay as
+they are, where vLLM adds the adapter of the last slot to them if other rows have one (its index of "none" is -1).
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
+from vllm import _custom_ops as cpu_ops
 from vllm.lora.layers.base_linear import BaseLinearLayerWithLoRA
 from vllm.lora.punica_wrapper.punica_cpu import PunicaWrapperCPU
 
-_FEW_ROWS = 16
-"""Up to here products in fp32 are faster than in half precision, whose kernels take longer to start than to run
-(docs/measurements/lora-cpu.md)."""
+_KERNELS_OF_A_LAYER = 32
+"""Numbers of rows for which a packed matrix keeps its oneDNN kernel; vLLM's number for the layers themselves."""
 
 Rows = slice | torch.Tensor | None
 """Rows of a batch; None stands for all."""
 
+Product = Callable[[torch.Tensor], torch.Tensor]
 
-class Slices(tuple[torch.Tensor, ...]):
-    """A layer's `lora_a_stacked` or `lora_b_stacked`, as vLLM has it: one `[slots, 1, rows, columns]` for each slice.
 
-    The tensors are views of one fp32 buffer, so what vLLM writes to a slot is there in fused form at once.
+class LayerAdapters:
+    """The adapters in the slots of one layer, each as the two matrices that its rows are multiplied with.
+
+    They are made from vLLM's slots when a slot is first used, and again after `forget`.
     """
 
-    by_slot: list[torch.Tensor]
-    """The fused matrix of each slot, ready to be the right side of a product: `[inputs, slices * rank]` for A, and
-    block-diagonal `[slices * rank, outputs]` for B."""
+    def __init__(self, a_slices: Sequence[torch.Tensor], b_slices: Sequence[torch.Tensor]) -> None:
+        """`a_slices` `[slots, 1, rank, inputs]` and `b_slices` `[slots, 1, outputs, rank]`, as vLLM stacks them."""
+        self._a, self._b = a_slices, b_slices
+        self._products: list[tuple[Product, Product] | None] = [None] * len(a_slices[0])
+
+    def forget(self, slot: int) -> None:
+        """The slot is about to hold another adapter."""
+        self._products[slot] = None
+
+    def add(self, y: torch.Tensor, x: torch.Tensor, slot: int, scale: float) -> None:
+        """`y += x @ A @ B * scale` in place, with `x` `[rows, inputs]` and `y` `[rows, outputs]`."""
+        products = self._products[slot] or self._pack(slot)
+        hidden = products[0](x)
+        if scale != 1.0:
+            hidden *= scale
+        y.add_(products[1](hidden))
+
+    def _pack(self, slot: int) -> tuple[Product, Product]:
+        a = torch.cat([one[slot, 0] for one in self._a])
+        b = torch.block_diag(*(one[slot, 0] for one in self._b))
+        self._products[slot] = products = _product(a.t()), _product(b.t())
+        return products
 
 
 class GroupedLora(PunicaWrapperCPU):
@@ -39,6 +61,22 @@ class GroupedLora(PunicaWrapperCPU):
 
     _groups: Sequence[tuple[int, Rows]] = ()
     _num_rows = 0
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._layers: dict[int, LayerAdapters] = {}
+
+    def take_over(self, layer: BaseLinearLayerWithLoRA) -> None:
+        """Compute a layer's adapters from now on. What its slots hold stays."""
+        adapters = LayerAdapters(layer.lora_a_stacked, layer.lora_b_stacked)
+        self._layers[id(layer.lora_a_stacked)] = adapters  # the layer keeps this tuple, and hands it over
+        reset = layer.reset_lora
+
+        def reset_lora(index: int) -> None:
+            adapters.forget(index)
+            reset(index)
+
+        layer.reset_lora = reset_lora  # every change of a slot begins with it
 
     def update_metadata(self, *args: Any, **kwargs: Any) -> None:
         """Take the composition of the next batches; vLLM calls it when that changes, not for every layer."""
@@ -58,27 +96,23 @@ class GroupedLora(PunicaWrapperCPU):
         **kwargs: Any,
     ) -> None:
         """Add to `y` `[rows, outputs]` what the adapters of the rows make of `x` `[rows, inputs]`, times `scale`."""
-        if not isinstance(lora_a_stacked, Slices) or not isinstance(lora_b_stacked, Slices):
-            return super().add_lora_linear(y, x, lora_a_stacked, lora_b_stacked, scale, output_slices, **kwargs)
-        if not self._groups:
-            return None
-        if kwargs or len(x) != self._num_rows:
-            return super().add_lora_linear(y, x, lora_a_stacked, lora_b_stacked, scale, output_slices, **kwargs)
+        adapters = self._layers.get(id(lora_a_stacked))
+        if adapters is None or kwargs or (self._groups and len(x) != self._num_rows):
+            super().add_lora_linear(y, x, lora_a_stacked, lora_b_stacked, scale, output_slices, **kwargs)
+            return
         for slot, rows in self._groups:
-            a, b = lora_a_stacked.by_slot[slot], lora_b_stacked.by_slot[slot]
             if rows is None:
-                _add_product(y, x, a, b, scale)
+                adapters.add(y, x, slot, scale)
             elif isinstance(rows, slice):
-                _add_product(y[rows], x[rows], a, b, scale)
+                adapters.add(y[rows], x[rows], slot, scale)
             else:
                 part = y[rows]
-                _add_product(part, x[rows], a, b, scale)
+                adapters.add(part, x[rows], slot, scale)
                 y[rows] = part
-        return None
 
 
 def group_by_version(manager: Any, max_num_batched_tokens: int, device: torch.device) -> None:
-    """Let the layers of a `LoRAModelManager` compute by version. What their slots hold stays."""
+    """Let the layers of a `LoRAModelManager` compute by version."""
     grouped = GroupedLora(
         max_num_batched_tokens, max_batches=manager.max_num_seqs, device=device, lora_config=manager.lora_config
     )
@@ -87,24 +121,18 @@ def group_by_version(manager: Any, max_num_batched_tokens: int, device: torch.de
     for layer in manager.modules.values():
         layer.set_mapping(grouped)
         if isinstance(layer, BaseLinearLayerWithLoRA):
-            layer.lora_a_stacked, layer.lora_b_stacked = fuse(layer.lora_a_stacked, layer.lora_b_stacked)
+            grouped.take_over(layer)
 
 
-def fuse(a_slices: Sequence[torch.Tensor], b_slices: Sequence[torch.Tensor]) -> tuple[Slices, Slices]:
-    """The same matrices in fused buffers: A `[slots, 1, rank, inputs]` and B `[slots, 1, outputs, rank]` per slice."""
-    slots, rank = len(a_slices[0]), a_slices[0].shape[2]
-    ends = np.cumsum([one.shape[2] for one in b_slices]).tolist()
-    a = torch.zeros(slots, 1, len(a_slices) * rank, a_slices[0].shape[3], dtype=torch.float32)
-    b = torch.zeros(slots, 1, ends[-1], len(a_slices) * rank, dtype=torch.float32)
-    ranks = [slice(index * rank, (index + 1) * rank) for index in range(len(a_slices))]
-    outputs = [slice(end - one.shape[2], end) for end, one in zip(ends, b_slices, strict=True)]
-    fused_a = Slices(a[:, :, rows] for rows in ranks)
-    fused_b = Slices(b[:, :, rows, columns] for rows, columns in zip(outputs, ranks, strict=True))
-    for fused, slices, whole in ((fused_a, a_slices, a), (fused_b, b_slices, b)):
-        fused.by_slot = [matrix.t() for matrix in whole[:, 0]]
-        for target, source in zip(fused, slices, strict=True):
-            target.copy_(source)
-    return fused_a, fused_b
+def _product(matrix: torch.Tensor) -> Product:
+    """The product of rows with `matrix` `[inputs, outputs]`, which is packed where that is faster.
+
+    torch's products in half precision take 15 us to begin, vLLM's packed ones 6, and those in fp32 2.
+    """
+    if matrix.dtype == torch.float32 or not hasattr(torch.ops._C, "create_onednn_mm_handler"):
+        return partial(torch.mm, mat2=matrix)
+    handler = cpu_ops.create_onednn_mm(matrix, _KERNELS_OF_A_LAYER)
+    return lambda x: cpu_ops.onednn_mm(handler, x, None)
 
 
 def _rows_of(mask: np.ndarray) -> Rows:
@@ -114,16 +142,3 @@ def _rows_of(mask: np.ndarray) -> Rows:
     if rows[-1] - rows[0] + 1 == len(rows):
         return slice(int(rows[0]), int(rows[-1]) + 1)
     return torch.from_numpy(rows)
-
-
-def _add_product(y: torch.Tensor, x: torch.Tensor, a: torch.Tensor, b: torch.Tensor, scale: float) -> None:
-    """`y += x @ a @ b * scale`, in place."""
-    if x.dtype != torch.float32 and len(x) > _FEW_ROWS:
-        a, b = a.to(x.dtype), b.to(x.dtype)
-    hidden = torch.mm(x.to(a.dtype), a)
-    if scale != 1.0:
-        hidden *= scale
-    if y.dtype == b.dtype:
-        y.addmm_(hidden, b)
-    else:
-        y.add_(torch.mm(hidden, b))  # summed in fp32
