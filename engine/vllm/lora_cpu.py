@@ -77,6 +77,33 @@ class GroupedLora(PunicaWrapperCPU):
             reset(index)
 
         layer.reset_lora = reset_lora  # every change of a slot begins with it
+        base = layer.base_layer
+        if layer.tp_size == 1 and hasattr(base, "cpu_linear"):
+            layer.forward = self._forward_of(layer, base, adapters)
+
+    def _forward_of(self, layer, base, adapters):
+        linear, weight = base.cpu_linear, base.weight
+        bias, output_bias = (None, base.bias) if base.skip_bias_add else (base.bias, None)
+        return_bias = base.return_bias
+
+        def forward(x):
+            y = linear(x, weight, bias)
+            if self._groups:
+                self.add_by_group(y, x, adapters)
+            return (y, output_bias) if return_bias else y
+
+        return forward
+
+    def add_by_group(self, y, x, adapters):
+        for slot, rows in self._groups:
+            if rows is None:
+                adapters.add(y, x, slot, 1.0)
+            elif isinstance(rows, slice):
+                adapters.add(y[rows], x[rows], slot, 1.0)
+            else:
+                part = y[rows]
+                adapters.add(part, x[rows], slot, 1.0)
+                y[rows] = part
 
     def update_metadata(self, *args: Any, **kwargs: Any) -> None:
         """Take the composition of the next batches; vLLM calls it when that changes, not for every layer."""
