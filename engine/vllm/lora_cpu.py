@@ -77,33 +77,8 @@ class GroupedLora(PunicaWrapperCPU):
             reset(index)
 
         layer.reset_lora = reset_lora  # every change of a slot begins with it
-        base = layer.base_layer
-        if layer.tp_size == 1 and hasattr(base, "cpu_linear"):
-            layer.forward = self._forward_of(layer, base, adapters)
-
-    def _forward_of(self, layer, base, adapters):
-        linear, weight = base.cpu_linear, base.weight
-        bias, output_bias = (None, base.bias) if base.skip_bias_add else (base.bias, None)
-        return_bias = base.return_bias
-
-        def forward(x):
-            y = linear(x, weight, bias)
-            if self._groups:
-                self.add_by_group(y, x, adapters)
-            return (y, output_bias) if return_bias else y
-
-        return forward
-
-    def add_by_group(self, y, x, adapters):
-        for slot, rows in self._groups:
-            if rows is None:
-                adapters.add(y, x, slot, 1.0)
-            elif isinstance(rows, slice):
-                adapters.add(y[rows], x[rows], slot, 1.0)
-            else:
-                part = y[rows]
-                adapters.add(part, x[rows], slot, 1.0)
-                y[rows] = part
+        if layer.tp_size == 1 and hasattr(layer.base_layer, "cpu_linear"):
+            layer.forward = self._short_forward(layer, adapters)
 
     def update_metadata(self, *args: Any, **kwargs: Any) -> None:
         """Take the composition of the next batches; vLLM calls it when that changes, not for every layer."""
@@ -127,6 +102,9 @@ class GroupedLora(PunicaWrapperCPU):
         if adapters is None or kwargs or (self._groups and len(x) != self._num_rows):
             super().add_lora_linear(y, x, lora_a_stacked, lora_b_stacked, scale, output_slices, **kwargs)
             return
+        self._add(y, x, adapters, scale)
+
+    def _add(self, y: torch.Tensor, x: torch.Tensor, adapters: LayerAdapters, scale: float = 1.0) -> None:
         for slot, rows in self._groups:
             if rows is None:
                 adapters.add(y, x, slot, scale)
@@ -136,6 +114,23 @@ class GroupedLora(PunicaWrapperCPU):
                 part = y[rows]
                 adapters.add(part, x[rows], slot, scale)
                 y[rows] = part
+
+    def _short_forward(self, layer: BaseLinearLayerWithLoRA, adapters: LayerAdapters) -> Callable[..., Any]:
+        """What `layer.forward` does on one CPU. The way there through vLLM's layers takes as long as the sum of the
+        smaller products itself (docs/measurements/lora-cpu.md)."""
+        base, general = layer.base_layer, layer.forward
+        linear, weight, returns_bias = base.cpu_linear, base.weight, base.return_bias
+        bias, output_bias = (None, base.bias) if base.skip_bias_add else (base.bias, None)
+
+        def forward(x: torch.Tensor) -> Any:
+            if x.ndim != 2 or (self._groups and len(x) != self._num_rows):
+                return general(x)
+            y = linear(x, weight, bias)
+            if self._groups:
+                self._add(y, x, adapters)
+            return (y, output_bias) if returns_bias else y
+
+        return forward
 
 
 def group_by_version(manager: Any, max_num_batched_tokens: int, device: torch.device) -> None:

@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 from vllm.v1.worker.cpu_worker import CPUWorker
 
-from engine.vllm.compat import compute_lora_by_version
+from engine.vllm.compat import speed_up_cpu_model
 from engine.vllm.heap_trim import HeapTrimmer, heap_use
 from engine.vllm.worker import HybridWorkerMixin
 
@@ -16,9 +16,9 @@ class HybridCpuWorker(HybridWorkerMixin, CPUWorker):
     _trimmer: HeapTrimmer | None = None
 
     def load_model(self, **kwargs: Any) -> None:
-        """Load the models; adapters are computed by version, not by token."""
+        """Load the models; vLLM's computes in faster ways than its own where there are some."""
         super().load_model(**kwargs)
-        compute_lora_by_version(self.get_model(), self.vllm_config, self.device)
+        speed_up_cpu_model(self.get_model(), self.vllm_config, self.device)
 
     def execute_model(self, scheduler_output: Any) -> Any:
         """Run one iteration; before it free heap memory goes back to the system."""
