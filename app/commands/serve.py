@@ -133,6 +133,7 @@ class _Server:
             raise _DeployError(f"deployments: there is no {names}, only Executor and Control")
         if self._owns_ray:  # reachable from this machine only
             os.environ.setdefault("RAY_AUTH_MODE", "disabled")
+            os.environ.setdefault("RAY_worker_niceness", "0")  # by default 15: all else would go before the engine
             os.environ.setdefault("RAY_kill_child_processes_on_worker_exit_with_raylet_subreaper", "true")
         os.environ.setdefault(CALLBACK_VARIABLE, CALLBACK)
         typer.echo("mace: starting Ray and the engine ...")
