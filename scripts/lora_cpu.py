@@ -6,7 +6,6 @@ clock counts the time of this thread only, so that other processes disturb littl
 """
 
 import argparse
-import glob
 import os
 import statistics
 import sys
@@ -51,8 +50,8 @@ def restart_as_vllms_worker() -> None:
     import vllm
 
     site = Path(torch.__file__).parent
-    patterns = (Path(vllm.__file__).parent / "libs/libtcmalloc_minimal*.so*", site / "lib/libgomp*.so*")
-    libraries = [found[0] for pattern in patterns if (found := glob.glob(str(pattern)))]
+    folders = (Path(vllm.__file__).parent / "libs", "libtcmalloc_minimal*.so*"), (site / "lib", "libgomp*.so*")
+    libraries = [str(found[0]) for folder, pattern in folders if (found := sorted(folder.glob(pattern)))]
     os.environ |= {"OMP_NUM_THREADS": "1", "LD_PRELOAD": ":".join(libraries), "VLLM_LOGGING_LEVEL": "ERROR"}
     os.execv(sys.executable, [sys.executable, "-m", "scripts.lora_cpu", *sys.argv[1:]])
 
@@ -63,7 +62,11 @@ class Way:
     def __init__(self, name: str, directory: Path, dtype: str) -> None:
         from vllm import ir
         from vllm.config import set_current_vllm_config
-        from vllm.distributed import init_distributed_environment, initialize_model_parallel, model_parallel_is_initialized
+        from vllm.distributed import (
+            init_distributed_environment,
+            initialize_model_parallel,
+            model_parallel_is_initialized,
+        )
         from vllm.engine.arg_utils import EngineArgs
         from vllm.lora.request import LoRARequest
         from vllm.lora.worker_manager import LRUCacheWorkerLoRAManager
@@ -73,7 +76,12 @@ class Way:
 
         kwargs: dict[str, Any] = {}
         if name in WITH_LORA:
-            kwargs = {"enable_lora": True, "max_lora_rank": RANK, "max_loras": SLOTS, "lora_target_modules": MODULES}
+            kwargs = {
+                "enable_lora": True,
+                "max_lora_rank": RANK,
+                "max_loras": SLOTS,
+                "lora_target_modules": MODULES,
+            }
         self._config = EngineArgs(
             model=str(directory),
             load_format="dummy",
@@ -131,11 +139,14 @@ class Way:
 
 
 def main() -> None:
+    """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", choices=SHAPES, default="135m")
     parser.add_argument("--rows", type=int, nargs="+", default=[1, 4, 8])
     parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--skip-compiled", action="store_true", help="torch.compile takes minutes at its first time")
+    parser.add_argument(
+        "--skip-compiled", action="store_true", help="torch.compile takes minutes at its first time"
+    )
     args = parser.parse_args()
     restart_as_vllms_worker()
     import torch
@@ -143,7 +154,7 @@ def main() -> None:
     from transformers import LlamaConfig
     from vllm.model_executor.layers.attention import Attention
 
-    Attention.forward = lambda self, query, *_, **__: query
+    Attention.forward = lambda _, query, *__, **___: query
     torch.manual_seed(0)
     shape = SHAPES[args.model]
     with tempfile.TemporaryDirectory() as scratch:
@@ -154,7 +165,7 @@ def main() -> None:
         names = WAYS[1:] if args.skip_compiled else WAYS
         ways = {name: Way(name, Path(scratch), shape["dtype"]) for name in names}
         cases = [(name, one) for name in names for one in (ADAPTERS if name in WITH_LORA else ("none",))]
-        print("| rows | way | adapters | ms | of the first |\n|---|---|---|---|---|")
+        sys.stdout.write("| rows | way | adapters | ms | of the first |\n|---|---|---|---|---|\n")
         for num_rows in args.rows:
             times: dict[tuple[str, str], list[float]] = {case: [] for case in cases}
             for index in range(-2, args.rounds):  # the first two compile and pack
@@ -165,7 +176,9 @@ def main() -> None:
                         times[name, adapters].append(seconds)
             medians = {case: statistics.median(values) * 1e3 for case, values in times.items()}
             for (name, adapters), ms in medians.items():
-                print(f"| {num_rows} | {name} | {adapters} | {ms:.2f} | x {ms / medians[cases[0]]:.2f} |", flush=True)
+                print(
+                    f"| {num_rows} | {name} | {adapters} | {ms:.2f} | x {ms / medians[cases[0]]:.2f} |", flush=True
+                )
 
 
 if __name__ == "__main__":

@@ -51,7 +51,7 @@ class LayerAdapters:
 
     def _pack(self, slot: int) -> tuple[Product, Product]:
         a = torch.cat([one[slot, 0] for one in self._a])
-        b = torch.block_diag(*(one[slot, 0] for one in self._b))
+        b = torch.block_diag(*(one[slot, 0] for one in self._b))  # type: ignore[no-untyped-call]
         self._products[slot] = products = _product(a.t()), _product(b.t())
         return products
 
@@ -151,7 +151,7 @@ def _product(matrix: torch.Tensor) -> Product:
 
     torch's products in half precision take 15 us to begin, vLLM's packed ones 6, and those in fp32 2.
     """
-    if matrix.dtype == torch.float32 or not hasattr(torch.ops._C, "create_onednn_mm_handler"):
+    if matrix.dtype == torch.float32 or not hasattr(torch.ops._C, "create_onednn_mm_handler"):  # noqa: SLF001 - vLLM's
         return partial(torch.mm, mat2=matrix)
     handler = cpu_ops.create_onednn_mm(matrix, _KERNELS_OF_A_LAYER)
     return lambda x: cpu_ops.onednn_mm(handler, x, None)

@@ -351,7 +351,10 @@ def test_every_chat_passes_the_four_methods_that_are_guarded():
 
 def test_loras_on_the_cpu_can_be_computed_by_version():
     from vllm.lora.layers.base_linear import BaseLinearLayerWithLoRA
-    from vllm.lora.layers.column_parallel_linear import ColumnParallelLinearWithLoRA, MergedColumnParallelLinearWithLoRA
+    from vllm.lora.layers.column_parallel_linear import (
+        ColumnParallelLinearWithLoRA,
+        MergedColumnParallelLinearWithLoRA,
+    )
     from vllm.lora.layers.row_parallel_linear import RowParallelLinearWithLoRA
     from vllm.lora.model_manager import LoRAModelManager
     from vllm.lora.punica_wrapper.punica_cpu import PunicaWrapperCPU

@@ -38,7 +38,10 @@ BATCHES = {
 
 LAYERS = {
     "q, k, v": (lambda: QKVParallelLinear(INPUTS, 16, 4, 2, bias=False), MergedQKVParallelLinearWithLoRA),
-    "gate, up": (lambda: MergedColumnParallelLinear(INPUTS, [96, 96], bias=True), MergedColumnParallelLinearWithLoRA),
+    "gate, up": (
+        lambda: MergedColumnParallelLinear(INPUTS, [96, 96], bias=True),
+        MergedColumnParallelLinearWithLoRA,
+    ),
     "down": (lambda: RowParallelLinear(INPUTS, 64, bias=False), RowParallelLinearWithLoRA),
 }
 
@@ -103,7 +106,9 @@ def expected(layer, x, mapping):
         if lora_id:
             slot = LORA_IDS.index(lora_id)
             pairs = zip(layer.lora_a_stacked, layer.lora_b_stacked, strict=True)
-            y[row] += torch.cat([x[row].double() @ a[slot, 0].double().T @ b[slot, 0].double().T for a, b in pairs])
+            y[row] += torch.cat(
+                [x[row].double() @ a[slot, 0].double().T @ b[slot, 0].double().T for a, b in pairs]
+            )
     return y
 
 
