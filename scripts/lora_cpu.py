@@ -14,7 +14,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-SHAPES = {
+SHAPES: dict[str, dict[str, Any]] = {
     "tiny": {
         "vocab_size": 2048,
         "hidden_size": 192,
