@@ -149,8 +149,8 @@ def group_by_version(manager: Any, max_num_batched_tokens: int, device: torch.de
 def _product(matrix: torch.Tensor) -> Product:
     """The product of rows with `matrix` `[inputs, outputs]`, which is packed where that is faster.
 
-    For few rows torch's products in half precision take longer to begin than to compute; vLLM's packed ones begin in half
-    of that time. In fp32 torch's begin at once.
+    For few rows torch's products in half precision take longer to begin than to compute; vLLM's packed ones begin in
+    half of that time. In fp32 torch's begin at once.
     """
     if matrix.dtype == torch.float32 or not hasattr(torch.ops._C, "create_onednn_mm_handler"):  # noqa: SLF001 - vLLM's
         return partial(torch.mm, mat2=matrix)
