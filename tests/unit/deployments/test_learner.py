@@ -35,7 +35,7 @@ def batch(number, *prompts):
 
 @pytest.fixture(autouse=True)
 def _fast(monkeypatch):
-    monkeypatch.setattr(learner_module, "POLL_INTERVAL_S", 0.001)
+    monkeypatch.setattr(learner_module, "_WAIT_S", 0.001)
     monkeypatch.setattr(learner_module, "_CONTROL_BACKOFF_S", 0.001)
     monkeypatch.setattr(learner_module, "_FAILURE_BACKOFF_S", 0.001)
 
