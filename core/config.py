@@ -202,7 +202,7 @@ class ExperimentsConfig(Section):
     period_requests: int = Field(50, ge=1)
     """Requests between two training phases of `periodic`."""
     phase_gap_s: float = Field(3.0, gt=0)
-    """A baseline's training phase ends early after so long without work. Steps come 0.25 s apart; a candidate takes a
+    """A baseline's training phase ends early after so long without work. Steps follow at once; a candidate takes a
     second or two to be judged and published: with less than that a phase mostly ends with its first candidate."""
 
 
