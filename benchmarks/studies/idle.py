@@ -39,8 +39,10 @@ ROLES = (
     ("raylet/raylet", "raylet and gcs"),
     ("gcs_server", "raylet and gcs"),
     ("ray/dashboard", "dashboard and agents"),
+    ("ray.dashboard", "dashboard and agents"),
     ("ray-dashboard", "dashboard and agents"),
-    ("runtime_env", "dashboard and agents"),
+    ("DashboardAgent", "dashboard and agents"),
+    ("RuntimeEnvAgent", "dashboard and agents"),
     ("log_monitor", "dashboard and agents"),
     ("api_server", "executor"),
     ("/mace serve", "mace serve"),
@@ -63,18 +65,24 @@ def main(
     settle: Annotated[float, typer.Option(min=0, help="Seconds without a request before the window")] = 30.0,
     window: Annotated[float, typer.Option(min=1, help="Seconds of the window")] = 60.0,
     requests: Annotated[int, typer.Option(min=1, help="Requests after a silence")] = 10,
+    dashboard: Annotated[bool, typer.Option(help="With Ray's dashboard")] = True,
     plain: Annotated[bool, typer.Option(help="Measure plain vLLM after it")] = False,
     out: Out = None,
 ) -> None:
     """Measure CPU time without requests, and the first request after it; exit code 1 if a target is missed."""
     from engine.model_source import resolve_model
 
-    args = AppArgs.model_validate(read_config(config)["applications"][0].get("args", {}))
+    document = read_config(config)
+    settings = {**document["applications"][0].get("args", {}), "ray_dashboard": dashboard}
+    document["applications"][0]["args"] = settings
+    args = AppArgs.model_validate(settings)
     model_dir = resolve_model(args.model, state_dir, show_progress=not as_json).absolute()
     own_servers()
     reports = {}
     for name in ("mace", "plain") if plain else ("mace",):
         with new_directories(None) as (directory, ray_dir):
+            config = directory / "measured.yaml"
+            config.write_text(yaml.safe_dump(document), encoding="utf-8")
             if name == "mace":
                 server = ServerProcess(directory, config, models=state_dir / "models", ray_dir=ray_dir)
             else:
@@ -82,12 +90,14 @@ def main(
             with server.running():
                 note(f"{name}: ready, idle for {settle:.0f} s and measured for {window:.0f} s")
                 reports[name] = measure(server, args.model.model_id, settle, window, requests)
-    report = make_report(reports, read_config(config).get("ray_dashboard", True))
+    report = make_report(reports, dashboard)
     show(report, _tables(report), as_json, out)
     raise typer.Exit(0 if all(check["passed"] for check in report["checks"]) else 1)
 
 
-def measure(server: ServerProcess, model: str, settle_s: float, window_s: float, num_requests: int) -> dict[str, Any]:
+def measure(
+    server: ServerProcess, model: str, settle_s: float, window_s: float, num_requests: int
+) -> dict[str, Any]:
     """Cores by role over the window, resident bytes, and the requests after it."""
     time.sleep(settle_s)
     before, started_s = _cpu_seconds(server.members()), time.monotonic()

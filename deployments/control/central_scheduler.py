@@ -54,7 +54,7 @@ class _Lease:
 
 
 class CentralScheduler:
-    """Queue, leases and packing. All methods are quick and run one at a time; `wait_for_work` lets others in between."""
+    """Queue, leases and packing. Methods are quick and run one at a time; only `wait_for_work` lets others in."""
 
     def __init__(self, config: AppArgs, clock: Callable[[], float] = time.monotonic) -> None:
         self._config = config

@@ -41,7 +41,7 @@ class InProcessControl:
     async def poll(self, headroom: Headroom) -> TrainingBatch | None:
         return self._scheduler.poll(headroom)
 
-    async def wait_for_work(self, headroom: Headroom, limit_s: float) -> bool:  # noqa: ARG002 - time stands still
+    async def wait_for_work(self, headroom: Headroom, limit_s: float) -> bool:
         return await self._scheduler.wait_for_work(headroom, 0.0)
 
     async def heartbeat(self, executor_id: str) -> None:

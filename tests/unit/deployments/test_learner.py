@@ -479,7 +479,9 @@ def test_a_wait_for_work_ends_when_something_happens_here(tmp_path, monkeypatch,
             num_waits = len(control.waits)
             happens(world)
             await world.versions.refresh()
-            while world.learner.status.phase != phase or (phase == "idle" and len(control.waits) == num_waits):
+            while (  # noqa: ASYNC110
+                world.learner.status.phase != phase or (phase == "idle" and len(control.waits) == num_waits)
+            ):
                 await asyncio.sleep(0.001)
 
     asyncio.run(world.work(turns=0, during=watch))

@@ -1,7 +1,6 @@
 """Readings of the worker's iterations: none goes to the worker while an engine is at rest, and none is lost."""
 
 import asyncio
-from types import SimpleNamespace
 
 import pytest
 from vllm.sampling_params import SamplingParams
