@@ -54,7 +54,7 @@ _RAY_SETTINGS = {
     # Loops that run all the time, for clusters of many nodes: ours has one (docs/measurements/idle.md).
     "RAY_SERVE_METRICS_EXPORT_INTERVAL_MS": "5000",
     "RAY_SERVE_CONTROL_LOOP_INTERVAL_S": "0.25",
-    "RAY_raylet_report_resources_period_milliseconds": "1000",
+    "RAY_raylet_report_resources_period_milliseconds": "500",
     "RAY_gcs_pull_resource_loads_period_milliseconds": "10000",
     "RAY_memory_monitor_refresh_ms": "1000",
     "RAY_event_stats": "false",
