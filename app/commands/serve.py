@@ -60,7 +60,6 @@ _RAY_SETTINGS = {
     "RAY_event_stats": "false",
     "RAY_task_events_report_interval_ms": "10000",
     "RAY_ray_events_report_interval_ms": "10000",
-    "RAY_enable_pipe_based_agent_to_parent_health_check": "true",
     "RAY_LOG_MONITOR_MANY_FILES_THRESHOLD": "0",
     "LOG_NAME_UPDATE_INTERVAL_S": "30",
     "REPORTER_UPDATE_INTERVAL_MS": "15000",
