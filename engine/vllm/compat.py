@@ -184,6 +184,27 @@ def _lora_rank_of_vllm(rank: int) -> int:
     return next(allowed for allowed in (1, 8, 16, 32, 64, 128, 256, 320, 512) if allowed >= rank)
 
 
+def speed_up_cpu_model(model: Any, vllm_config: Any, device: Any) -> None:
+    """Let a model that was loaded on the CPU, and has no adapter yet, use faster ways to the same results.
+
+    LoRA is computed by version (`engine.vllm.lora_cpu`) unless its adapters are kept in a way unknown there (sharded,
+    several modalities). Norms use vLLM's kernels (`engine.vllm.norms_cpu`) unless the model is compiled.
+    """
+    from vllm.config import CompilationMode
+    from vllm.lora.punica_wrapper.punica_cpu import PunicaWrapperCPU
+
+    from engine.vllm.lora_cpu import group_by_version
+    from engine.vllm.norms_cpu import use_cpu_norms
+
+    if vllm_config.compilation_config.mode == CompilationMode.NONE:
+        use_cpu_norms()
+    manager = getattr(model, "lora_manager", None)
+    if manager is None or manager.lora_config.fully_sharded_loras:
+        return
+    if [type(wrapper) for wrapper in manager.punica_wrapper_mapping.values()] == [PunicaWrapperCPU]:
+        group_by_version(manager, vllm_config.scheduler_config.max_num_batched_tokens, device)
+
+
 def make_task_request(payload: dict[str, Any], key: str) -> tuple[Any, Any]:
     """Prompt and sampling parameters of the vLLM request that carries a fine-tune task."""
     from vllm import SamplingParams
