@@ -58,6 +58,7 @@ def executor(kept):
         base_model="tiny",
         learner=None,
         is_ready=True,
+        can_serve=True,
         status=nothing,
     )
 

@@ -1,0 +1,30 @@
+"""The warm process: it has imported what an engine needs, and each engine on CPU is forked from it.
+
+Imported there and nowhere else, by name, before its first fork (`engine.vllm.compat.start_warm_process`). Two thirds
+of an engine's start are imports, first in EngineCore and then in its worker; forked processes have them already.
+"""
+
+import os
+from multiprocessing.context import ForkContext, ForkProcess
+
+import vllm.v1.engine.core  # noqa: F401 - what EngineCore runs
+from vllm.v1.executor import multiproc_executor
+
+import engine.vllm.scheduler
+import engine.vllm.worker_cpu  # noqa: F401 - what the worker runs
+from engine.vllm.compat import bound_cores
+
+
+class _Worker(ForkProcess):
+    """vLLM's worker: bound to its cores before it starts a thread, as vLLM does by the environment of a new process."""
+
+    def run(self) -> None:
+        os.sched_setaffinity(0, bound_cores() or os.sched_getaffinity(0))
+        super().run()
+
+
+class _WorkerContext(ForkContext):
+    Process = _Worker
+
+
+multiproc_executor.get_mp_context = lambda: _WorkerContext()
