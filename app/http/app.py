@@ -83,7 +83,7 @@ class NeedEngine:
         self._executor = executor
         self._paths = paths
         self._open: set[ClientRequest] = set()
-        self._cuts: set[asyncio.Task[None]] = set()
+        self._cuts: dict[ClientRequest, asyncio.Task[None]] = {}
 
     async def __call__(self, request: ClientRequest, go_on: GoOn) -> None:
         """Pass the request on if the engine can take it."""
@@ -97,13 +97,13 @@ class NeedEngine:
             await go_on()
         finally:
             self._open.discard(request)
+            if (cut := self._cuts.pop(request, None)) is not None:
+                await cut  # the server takes nothing more once the application has returned
 
     def lose_requests(self, error: MaceError) -> None:
         """End the answers under way with an error, before vLLM can say anything of its own."""
         for request in self._open:
-            cut = asyncio.ensure_future(request.cut(error))
-            self._cuts.add(cut)
-            cut.add_done_callback(self._cuts.discard)
+            self._cuts[request] = asyncio.ensure_future(request.cut(error))
 
 
 def prefix_names(model_id: str) -> Step:

@@ -30,6 +30,8 @@ from engine.training.pair_tokens import PairTokenizer
 logger = logging.getLogger(__name__)
 
 POLL_INTERVAL_S = 0.25
+WAITING_PHASE = "waiting for the engine"
+"""The learner's phase until the shadow adapter is restored in an engine that came back."""
 _CONTROL_BACKOFF_S = 1.0
 _MAX_FAILURES_IN_A_ROW = 10
 """After as many failed tasks in a row, training pauses itself until someone resumes it."""
@@ -196,7 +198,7 @@ class Learner:
     async def _has_engine(self) -> bool:
         """False, after a while, if the engine is away; one that came back gets the shadow adapter first."""
         if self.engine.is_away:
-            self.status.phase = "waiting for the engine"
+            self.status.phase = WAITING_PHASE
             await asyncio.sleep(POLL_INTERVAL_S)
             return False
         if self.engine.generation != self._generation:

@@ -122,8 +122,7 @@ def test_an_engine_that_is_killed_comes_back_in_the_same_replica(server, bodies,
         assert waiting.result().status_code == 503
     until(lambda: ask(server, max_tokens=1).status_code == 200, 120)
     away_s = time.monotonic() - died_s
-    print(f"{victim}: first token {away_s:.1f} s after its death; load {psutil.getloadavg()[0]:.1f}")
-    assert away_s < _BACK_S
+    assert away_s < _BACK_S, f"load {psutil.getloadavg()}"
     assert server.call("GET", "/ready").status_code == 200
     after = ask(server).json()
     assert (after["model"], after["choices"]) == (before["model"], before["choices"])
