@@ -10,6 +10,7 @@ import os
 import threading
 from argparse import Namespace
 from multiprocessing import forkserver
+from multiprocessing.context import ForkServerContext, ForkServerProcess
 from multiprocessing.shared_memory import SharedMemory
 from pathlib import Path
 from types import SimpleNamespace
@@ -68,10 +69,28 @@ def bound_cores() -> set[int]:
     return set(map(int, numbers)) if all(number.isdigit() for number in numbers) else set()
 
 
+class _Core(ForkServerProcess):
+    """EngineCore, forked from the warm process, with the environment of the one that starts it."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._environment = dict(os.environ)
+
+    def run(self) -> None:
+        os.environ.clear()
+        os.environ.update(self._environment)
+        exit_with_parent()
+        super().run()
+
+
+class _CoreContext(ForkServerContext):
+    Process = _Core
+
+
 def start_warm_process() -> None:
     """On CPU, start the process that engines of this one are forked from; it imports vLLM meanwhile.
 
-    It has the environment of this moment. Without it vLLM starts its processes as new ones, which import everything:
+    Without it vLLM starts its processes as new ones, which import everything:
     on other devices, where threads are bound otherwise than by `worker_binding`, and with an OpenMP library of the
     user's own, which reads its settings when a process starts.
     """
@@ -80,7 +99,7 @@ def start_warm_process() -> None:
 
     if not current_platform.is_cpu() or not bound_cores() or "omp" in os.environ.get("LD_PRELOAD", ""):
         return
-    utils.get_mp_context = lambda: multiprocessing.get_context("forkserver")
+    utils.get_mp_context = _CoreContext
     multiprocessing.set_forkserver_preload(["__main__", _WARM_MODULE])
     before = os.environ.get("OMP_NUM_THREADS")
     os.environ["OMP_NUM_THREADS"] = str(len(bound_cores()))

@@ -7,19 +7,23 @@ of an engine's start are imports, first in EngineCore and then in its worker; fo
 import os
 from multiprocessing.context import ForkContext, ForkProcess
 
+import torch
 import vllm.v1.engine.core  # noqa: F401 - what EngineCore runs
 from vllm.v1.executor import multiproc_executor
 
 import engine.vllm.scheduler
 import engine.vllm.worker_cpu  # noqa: F401 - what the worker runs
-from engine.vllm.compat import bound_cores
+from engine.vllm.compat import bound_cores, exit_with_parent
 
 
 class _Worker(ForkProcess):
     """vLLM's worker: bound to its cores before it starts a thread, as vLLM does by the environment of a new process."""
 
     def run(self) -> None:
-        os.sched_setaffinity(0, bound_cores() or os.sched_getaffinity(0))
+        os.sched_setaffinity(0, bound_cores())
+        if torch.get_num_threads() != len(bound_cores()):  # the environment changed after OpenMP had read it
+            torch.set_num_threads(len(bound_cores()))
+        exit_with_parent()
         super().run()
 
 
@@ -27,4 +31,4 @@ class _WorkerContext(ForkContext):
     Process = _Worker
 
 
-multiproc_executor.get_mp_context = lambda: _WorkerContext()
+multiproc_executor.get_mp_context = _WorkerContext
