@@ -257,9 +257,7 @@ def title_of(process: psutil.Process) -> str:
         parent = " ".join(owner.cmdline()) if owner is not None else ""
     except psutil.Error:
         return ""
-    if (
-        _WARM in title
-    ):  # on CPU EngineCore is forked from the replica's warm process, and the worker from EngineCore
+    if _WARM in title:  # on CPU EngineCore is forked from the warm process, and the worker from EngineCore
         return "VLLM::EngineCore" if _WARM in parent else title
     if "VLLM::EngineCore" in title and "VLLM::EngineCore" in parent:
         return "VLLM::Worker"

@@ -97,11 +97,11 @@ class EngineKeeper:
         self.last_death: EngineDeath | None = None
 
     def note_death(self) -> None:
-        """The engine is dead; called again while it is away, nothing happens."""
+        """The engine is dead. Once more while it is away, it is the one that was started: what waits for it fails."""
+        request_ids = self._engine.lose()
         if self._died_s is not None:
             return
         self._died_s = self._clock()
-        request_ids = self._engine.lose()
         self.num_deaths += 1
         self.last_death = EngineDeath(time.time(), "", request_ids[:_MAX_REQUESTS])
         self._meter.count("engine_deaths")
@@ -129,20 +129,18 @@ class EngineKeeper:
         if died_s - self._back_s > _SOUND_S:
             self._num_starts = 0
         while True:
-            self.last_death.reason = await self._engine.end_processes() or self.last_death.reason
-            ids = ", ".join(self.last_death.request_ids) or "none"
-            logger.error("the engine died: %s; requests under way: %s", self.last_death.reason, ids)
             if self._num_starts >= MAX_STARTS:
                 self._give_up(f"the engine was started {MAX_STARTS} times in a row and does not stay")
-                self._num_starts = 0
             self._num_starts += 1
             try:
+                reason = await self._engine.end_processes()
+                logger.error("the engine died: %s; requests under way: %s", reason, self.last_death.request_ids)
+                self.last_death.reason = self.last_death.reason or reason
                 await self._engine.restart()
                 await self._resume()
                 break
-            except Exception as error:
+            except Exception:  # whatever it is, it is tried again
                 logger.exception("the engine does not come back")
-                self.last_death.reason = f"it does not come back: {type(error).__name__}: {error}"
                 await asyncio.sleep(_PAUSE_S)
         self._died_s, self._back_s = None, self._clock()
         self.last_death.away_s = self._back_s - died_s

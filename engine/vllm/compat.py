@@ -176,7 +176,9 @@ class CoreProcesses:
                     self._memory |= {Path(one.path).name for one in member.memory_maps() if "/psm_" in one.path}
 
     def end(self) -> str:
-        """End them, and free what they shared; returns how EngineCore ended. Blocks for up to `_GONE_S`."""
+        """End them, and free what they shared; returns how EngineCore ended. Blocks for a few seconds at most."""
+        for core in self._cores:
+            core.join(_GONE_S)
         _, left = psutil.wait_procs(self._family, timeout=_GONE_S)
         for process in left:
             with contextlib.suppress(psutil.NoSuchProcess):

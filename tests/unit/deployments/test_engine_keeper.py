@@ -18,8 +18,10 @@ class Engine:
         self.is_dead = False
         self.num_failures = num_failures
         self.starts = 0
+        self.num_lost = 0
 
     def lose(self):
+        self.num_lost += 1
         return ["chatcmpl-1", "finetune-2"]
 
     async def end_processes(self):
@@ -87,7 +89,15 @@ def test_a_death_is_told_once_and_shown_with_the_requests_that_were_under_way(mo
     assert shown["last_death"]["reason"] == "EngineCore ended with exit code -9"
 
 
-def test_a_start_that_fails_is_repeated_and_its_reason_shown(monkeypatch):
+def test_an_engine_that_dies_before_it_serves_fails_what_waits_for_it_and_is_the_same_death(monkeypatch):
+    replica = Replica(monkeypatch, Engine())
+    replica.keeper.note_death()
+    assert replica.engine.num_lost == 1
+    replica.keeper.note_death()
+    assert (replica.engine.num_lost, replica.keeper.num_deaths, replica.events) == (2, 1, ["death"])
+
+
+def test_a_start_that_fails_is_repeated(monkeypatch):
     replica = Replica(monkeypatch, Engine(num_failures=2))
     replica.kill(lived_s=0)
     assert (replica.engine.starts, replica.events) == (3, ["death", "resume"])
