@@ -77,8 +77,9 @@ class _Core(ForkServerProcess):
         self._environment = dict(os.environ)
 
     def run(self) -> None:
-        os.environ.clear()
-        os.environ.update(self._environment)
+        for name in os.environ.keys() - self._environment.keys():
+            del os.environ[name]
+        os.environ.update({key: value for key, value in self._environment.items() if os.environ.get(key) != value})
         exit_with_parent()
         super().run()
 

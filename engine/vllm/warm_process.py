@@ -4,6 +4,7 @@ Imported there and nowhere else, by name, before its first fork (`engine.vllm.co
 of an engine's start are imports, first in EngineCore and then in its worker; forked processes have them already.
 """
 
+import contextlib
 import os
 from multiprocessing.context import ForkContext, ForkProcess
 
@@ -14,6 +15,11 @@ from vllm.v1.executor import multiproc_executor
 import engine.vllm.scheduler
 import engine.vllm.worker_cpu  # noqa: F401 - what the worker runs
 from engine.vllm.compat import bound_cores, exit_with_parent
+
+with contextlib.suppress(ImportError):
+    import setproctitle
+
+    setproctitle.getproctitle()  # finds where titles stand, which it cannot once the environment has changed
 
 
 class _Worker(ForkProcess):
