@@ -258,7 +258,8 @@ def title_of(process: psutil.Process) -> str:
     except psutil.Error:
         return ""
     if _WARM in title:  # on CPU EngineCore is forked from the warm process, and the worker from EngineCore
-        return "VLLM::EngineCore" if _WARM in parent else title
+        named = {title: "VLLM::EngineCore", "VLLM::EngineCore": "VLLM::Worker"}
+        return title if owner is None or "ServeReplica" in parent else named.get(title_of(owner), title)
     if "VLLM::EngineCore" in title and "VLLM::EngineCore" in parent:
         return "VLLM::Worker"
     if _SPAWNED not in title:

@@ -35,6 +35,9 @@ class KeptEngine(Protocol):
     def is_dead(self) -> bool:
         """It can serve nothing any more."""
 
+    def has_lost_worker(self) -> bool:
+        """It will die, and does not know yet."""
+
     def lose(self) -> list[str]:
         """Let calls fail that wait for the dead engine; returns the ids of the requests under way."""
 
@@ -110,7 +113,7 @@ class EngineKeeper:
     async def run(self) -> None:
         """Look after the engine, for ever."""
         while True:
-            if self._engine.is_dead:
+            if self._engine.is_dead or self._engine.has_lost_worker():
                 self.note_death()
             if self._died_s is not None:
                 await self._bring_back(self._died_s)

@@ -168,13 +168,19 @@ class CoreProcesses:
         manager = client.engine_core.resources.engine_manager
         self._cores = list(manager.processes)
         self._family: list[psutil.Process] = []
+        self._workers: list[psutil.Process] = []
         self._memory: set[str] = set()
         for core in self._cores:
             with contextlib.suppress(psutil.Error):
                 process = psutil.Process(core.pid)
                 for member in (process, *process.children(recursive=True)):
                     self._family.append(member)
+                    self._workers += [member] if " ".join(member.cmdline()).startswith("VLLM::Worker") else []
                     self._memory |= {Path(one.path).name for one in member.memory_maps() if "/psm_" in one.path}
+
+    def has_lost_worker(self) -> bool:
+        """A worker has ended; EngineCore says so only some seconds later."""
+        return not all(map(_is_alive, self._workers))
 
     def end(self) -> str:
         """End them, and free what they shared; returns how EngineCore ended. Blocks for a few seconds at most."""
@@ -324,6 +330,13 @@ def refusals() -> tuple[type[Exception], ...]:
     from vllm.exceptions import VLLMValidationError
 
     return (ValueError, VLLMValidationError)
+
+
+def _is_alive(process: psutil.Process) -> bool:
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
 
 
 def lora_names_in_use(client: Any) -> set[str]:

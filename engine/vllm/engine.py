@@ -96,8 +96,12 @@ class HybridEngine:
 
     @property
     def is_dead(self) -> bool:
-        """EngineCore or its worker have ended, or will within a moment."""
+        """EngineCore has ended, or has said that it will."""
         return bool(self.client.errored)
+
+    def has_lost_worker(self) -> bool:
+        """A process of the worker has ended, so that EngineCore will. Costs some system calls."""
+        return self._processes is not None and self._processes.has_lost_worker()
 
     def watch_death(self, see: Callable[[], None]) -> None:
         """Call `see` when the engine dies while requests are under way, before they learn of it."""

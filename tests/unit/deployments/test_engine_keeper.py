@@ -20,6 +20,9 @@ class Engine:
         self.starts = 0
         self.num_lost = 0
 
+    def has_lost_worker(self):
+        return False
+
     def lose(self):
         self.num_lost += 1
         return ["chatcmpl-1", "finetune-2"]
