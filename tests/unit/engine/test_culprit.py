@@ -33,7 +33,11 @@ class Engine:
     def is_there(self, name):
         return name == PROBE or name in self.alive
 
-    def run(self):
+    def run(self, times):
+        for _ in range(times):
+            self.iterate()
+
+    def iterate(self):
         """One iteration; a group that does not fit waits for its turn."""
         group = self.search.group
         wanted = [name for name in group or self.alive if self.is_there(name)]
@@ -51,10 +55,9 @@ class Engine:
     def settle(self):
         """Run until a whole round passes with nothing searched."""
         for _ in range(8 * MAX_REQUESTS):
-            self.run()
-            if not self.search.group:
-                if not self.alive or not self.fails(self.alive[: self.seats]):
-                    return
+            self.iterate()
+            if not self.search.group and (not self.alive or not self.fails(self.alive[: self.seats])):
+                return
         raise AssertionError("the search does not end")
 
 
@@ -77,10 +80,10 @@ def test_exactly_the_culprits_are_ended_after_a_bounded_number_of_failures(num_r
 def test_a_failure_that_does_not_come_back_costs_nobody_and_all_ran_again(num_requests, seats):
     failures = iter([True])
     engine = Engine(num_requests, lambda _: next(failures, False), seats)
-    engine.run()
+    engine.iterate()
     assert engine.search.group
     while engine.search.group:
-        engine.run()
+        engine.iterate()
     assert not engine.ended
     assert set(engine.num_passed) >= set(engine.alive[:seats])
 
@@ -89,9 +92,7 @@ def test_a_failure_that_does_not_come_back_costs_nobody_and_all_ran_again(num_re
 def test_a_device_that_fails_for_everybody_ends_the_engine_soon_and_nobody_is_blamed(num_requests):
     engine = Engine(num_requests, lambda _: True)
     with pytest.raises(UnexplainedFailureError, match="whatever request is in them: boom"):
-        for _ in range(num_requests * 2):
-            engine.run()
-        engine.run()
+        engine.run(2 * num_requests + 1)
     assert engine.num_failed <= 3 + math.ceil(math.log2(num_requests))
     assert not engine.ended
 
@@ -99,8 +100,7 @@ def test_a_device_that_fails_for_everybody_ends_the_engine_soon_and_nobody_is_bl
 def test_a_failure_of_more_than_one_request_together_ends_the_engine_after_some_rounds():
     engine = Engine(4, lambda batch: len(batch) > 2)
     with pytest.raises(UnexplainedFailureError, match="no request alone"):
-        for _ in range(100):
-            engine.run()
+        engine.run(100)
     assert engine.num_failed == 4
     assert not engine.ended
 
@@ -110,8 +110,7 @@ def test_failures_without_a_culprit_are_forgiven_after_a_thousand_good_iteration
     engine = Engine(2, lambda _: bool(failing and failing.pop()))
     for _ in range(10):
         failing.add("once")
-        for _ in range(1010):
-            engine.run()
+        engine.run(1010)
     assert engine.num_failed == 10
     assert not engine.ended
 
@@ -122,7 +121,7 @@ def test_requests_may_leave_at_any_time(data):
     guilty = {f"r{number}" for number in data.draw(st.sets(st.integers(0, MAX_REQUESTS - 1), max_size=4))}
     engine = Engine(num_requests, lambda batch: bool(guilty & set(batch)))
     for _ in range(8 * MAX_REQUESTS):
-        engine.run()
+        engine.iterate()
         if engine.alive and data.draw(st.booleans()):
             engine.leave(data.draw(st.sampled_from(engine.alive)))
     assert not engine.search.group
