@@ -158,7 +158,9 @@ def test_a_scheduler_can_send_all_requests_back_and_hold_some():
     assert "ready_to_schedule = self._handle_blocked_waiting_request(request)" in schedule
     assert "request.status == RequestStatus.WAITING" in schedule
     update = inspect.getsource(Scheduler.update_from_output)
-    assert update.index("if output_is_stale and request.drop_stale_output") < update.index("req_id_to_index[req_id]")
+    assert update.index("if output_is_stale and request.drop_stale_output") < update.index(
+        "req_id_to_index[req_id]"
+    )
     assert "accept_tokens" in update
     assert "grammar_bitmask" in inspect.getsource(Scheduler.get_grammar_bitmask)
     step = inspect.getsource(EngineCore.step)

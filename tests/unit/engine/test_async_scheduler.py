@@ -51,6 +51,11 @@ def vllm_config(tiny_assistant):
     os.environ.update(before)
 
 
+def position_of_next(request):
+    """Of the token that the iteration gives which was scheduled last."""
+    return request.num_output_tokens + request.num_output_placeholders - 1
+
+
 class Engine:
     """`EngineCore.step_with_batch_queue` without its processes."""
 
@@ -99,7 +104,7 @@ class Engine:
         output = self.scheduler.schedule()
         requests = self.scheduler.requests
         named = list(output.num_scheduled_tokens)
-        samples = [[] if requests[n].is_prefill_chunk else [len(self.answers.get(n, ()))] for n in named]
+        samples = [[] if requests[n].is_prefill_chunk else [position_of_next(requests[n])] for n in named]
         self.in_flight.append((output, named, samples))
         return output
 
@@ -262,7 +267,7 @@ def test_a_culprit_that_fails_in_the_middle_of_its_answer_loses_the_rest_only(vl
         engine.add(f"r{number}", 20, 6 + number)
     device.drain()
     assert device.reasons.pop("r2") is FinishReason.ERROR
-    assert engine.answers["r2"] == [0, 1, 2]
+    assert engine.answers["r2"] == [0, 1, 2, 3]  # the last one was under way
     assert set(device.reasons.values()) == {FinishReason.LENGTH}
     assert all(engine.answers[f"r{number}"] == positions(number) for number in (0, 1, 3, 4))
 
