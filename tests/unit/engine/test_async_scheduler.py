@@ -11,6 +11,7 @@ from collections import deque
 import pytest
 import torch
 from vllm import SamplingParams
+from vllm.sampling_params import StructuredOutputsParams
 from vllm.utils.hashing import sha256
 from vllm.v1.core.kv_cache_utils import (
     get_kv_cache_config_from_groups,
@@ -28,6 +29,7 @@ from core.types import FineTuneTask, SliceReport, TaskKind, TokenizedPair
 from engine.vllm.compat import make_engine_args
 from engine.vllm.culprit import UnexplainedFailureError
 from engine.vllm.directive import DIRECTIVE_ATTRIBUTE, REPORT_ATTRIBUTE, TASK_KEY, IterationReport
+from engine.vllm.grammars import contain_failures
 from engine.vllm.planning import KvPool
 from engine.vllm.scheduler import AsyncHybridScheduler
 from scheduler.memory.ledger import Pool
@@ -313,3 +315,40 @@ def test_no_slices_run_while_a_culprit_is_searched(vllm_config):
 def test_a_device_that_fails_for_everybody_ends_the_engine_with_the_reason(vllm_config):
     with pytest.raises(UnexplainedFailureError, match="boom"):
         spoken(vllm_config, lambda names: True)
+
+
+class BrokenGrammar:
+    """A compiled grammar that raises where `method` is called."""
+
+    def __init__(self, grammar, method):
+        self._grammar, self._method = grammar, method
+
+    def __getattr__(self, name):
+        if name == self._method:
+            raise RuntimeError("the matcher has no state")
+        return getattr(self._grammar, name)
+
+
+@pytest.mark.parametrize("method", ["fill_bitmask", "accept_tokens"])
+def test_a_grammar_that_raises_ends_its_request_and_the_others_keep_their_masks(vllm_config, method):
+    manager = StructuredOutputManager(vllm_config)
+    manager._use_async_grammar_compilation = False  # noqa: SLF001 - compile in this thread
+    contain_failures(manager)
+    requests = {}
+    for name in ("a", "broken", "b"):
+        constraint = StructuredOutputsParams(regex="[a-z]+")
+        constraint._backend = "xgrammar"  # noqa: SLF001 - as the check chose it
+        params = SamplingParams(max_tokens=4, structured_outputs=constraint)
+        requests[name] = Request(name, [1, 2], params, None)
+        manager.grammar_init(requests[name])
+    names = list(requests)
+    whole = manager.grammar_bitmask(requests, names, {}).copy()
+    constraint = requests["broken"].structured_output_request
+    constraint.grammar = BrokenGrammar(constraint.grammar, method)
+    masks = manager.grammar_bitmask(requests, names, {})
+    assert masks.shape == whole.shape
+    assert (masks[[0, 2]] == whole[[0, 2]]).all()
+    allowed = next(token for token in range(32 * whole.shape[1]) if whole[0][token // 32] >> token % 32 & 1)
+    accepted = {name: manager.accept_tokens(request, [allowed]) for name, request in requests.items()}
+    assert accepted == {"a": True, "broken": False, "b": True}
+    manager.clear_backend()
