@@ -2,6 +2,7 @@
 
 import asyncio
 
+import httpx
 import pytest
 from vllm.exceptions import GenerationError
 from vllm.v1.engine.exceptions import EngineDeadError
@@ -13,7 +14,7 @@ from engine.tiny.knowledge import Style, preference_questions, render
 from engine.training.pair_tokens import PairTokenizer
 from engine.vllm.requests import FAILED
 from tests.support.engine_thread import EngineThread
-from tests.support.faulty_worker import DECODE, EVERYBODY, ONCE, PREFILL, PREPARE, SAMPLING
+from tests.support.faulty_worker import DECODE, EVERYBODY, FAULTY_TOP_P, ONCE, PREFILL, PREPARE, SAMPLING
 
 pytestmark = pytest.mark.vllm
 
@@ -90,6 +91,40 @@ def test_a_failure_that_does_not_come_back_costs_nobody(engine, right):
     got = engine.run(answers(engine, [[ONCE, 5], *PROMPTS]))
     assert FAILED not in got
     assert got[1:] == right
+
+
+CHAT = {"model": "tiny", "messages": [{"role": "user", "content": "Hello"}], "max_tokens": 8}
+BODIES = {
+    "/v1/chat/completions": CHAT,
+    "/v1/completions": {"model": "tiny", "prompt": "Hello", "max_tokens": 8},
+    "/v1/responses": {"model": "tiny", "input": "Hello", "max_output_tokens": 32},
+    "/v1/messages": CHAT,
+}
+
+
+@pytest.fixture(scope="module")
+def app(engine):
+    return engine.run(engine.engine.build_openai_app(["tiny"]))
+
+
+def post(engine, app, path, **changes):
+    async def send():
+        transport = httpx.ASGITransport(app, raise_app_exceptions=False)
+        async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+            return await client.post(path, json={**BODIES[path], **changes}, timeout=60)
+
+    return engine.run(send())
+
+
+@pytest.mark.parametrize("path", BODIES)
+def test_the_client_is_told_on_each_route(engine, app, path):
+    assert post(engine, app, path).status_code == 200
+    whole = post(engine, app, path, top_p=FAULTY_TOP_P, temperature=1.0)
+    assert whole.status_code == 500
+    assert whole.json()["error"]["message"] == FAILED
+    stream = post(engine, app, path, top_p=FAULTY_TOP_P, temperature=1.0, stream=True)
+    assert FAILED in stream.text
+    assert post(engine, app, path).status_code == 200
 
 
 def test_training_goes_on_to_the_same_bits(engine, tiny_assistant, tmp_path):

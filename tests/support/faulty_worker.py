@@ -1,4 +1,4 @@
-"""A worker whose model fails on certain requests, known by the first token of their prompts.
+"""A worker whose model fails on certain requests, known by the first token of their prompts, or by `FAULTY_TOP_P`.
 
 It is the real worker: the exceptions come out of the model's forward pass, of vLLM's sampler, and of a logits processor
 that vLLM calls while it puts a batch together.
@@ -8,6 +8,7 @@ from vllm.v1.sample.logits_processor import LogitsProcessor
 
 from engine.vllm.worker_cpu import HybridCpuWorker
 
+FAULTY_TOP_P = 0.987654
 PREPARE, PREFILL, DECODE, SAMPLING, ONCE, EVERYBODY = range(40, 46)
 
 
@@ -55,5 +56,7 @@ class FaultyWorker(HybridCpuWorker):
             raise RuntimeError("the device is gone")
 
     def fail_in_sampling(self):
-        if any(first == SAMPLING for first, _ in self.rows()):
+        top_p = self.model_runner.input_batch.top_p_cpu
+        is_faulty = [abs(top_p[row] - FAULTY_TOP_P) < 1e-5 for row, _ in enumerate(self.rows())]
+        if any(is_faulty) or any(first == SAMPLING for first, _ in self.rows()):
             raise ValueError("probabilities are no numbers")
