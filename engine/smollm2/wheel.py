@@ -6,7 +6,9 @@ find-links, through its proxy and with its certificates.
 
 import ast
 import hashlib
+import html
 import os
+import re
 import shutil
 import ssl
 import subprocess
@@ -14,7 +16,6 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from html.parser import HTMLParser
 from pathlib import Path
 from urllib.parse import unquote, urldefrag, urljoin, urlsplit
 
@@ -26,6 +27,7 @@ from core.errors import ConfigError
 
 _PYPI = "https://pypi.org/simple"
 _ACCEPT = "application/vnd.pypi.simple.v1+json, text/html;q=0.5"
+_HREF = re.compile(r"""<a\s[^>]*?href\s*=\s*["']([^"']+)["']""", re.IGNORECASE)
 _TIMEOUT_S = 30.0
 _ATTEMPTS = 5
 """Connections in a row that may break before they have brought anything."""
@@ -156,17 +158,8 @@ def _links(client: httpx.Client, page: str) -> list[str]:
     return _anchors(reply.text, address)
 
 
-def _anchors(text: str, address: str) -> list[str]:
-    links: list[str] = []
-
-    class Reader(HTMLParser):
-        def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-            links.extend(
-                urljoin(address, value) for name, value in attrs if (tag, name) == ("a", "href") and value
-            )
-
-    Reader().feed(text)
-    return links
+def _anchors(page: str, address: str) -> list[str]:
+    return [urljoin(address, html.unescape(link)) for link in _HREF.findall(page)]
 
 
 def _bring(client: httpx.Client, url: str, partial: Path, size_bytes: int, told: Callable[[int], None]) -> None:
