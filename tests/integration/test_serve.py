@@ -31,7 +31,7 @@ pytestmark = [pytest.mark.vllm, pytest.mark.ray]
 _STOP_LIMIT_S = 9.0
 """What is left then is killed, and the exit code is not 0."""
 
-CONFIG = Path(__file__).parents[2] / "serve_config.yaml"
+CONFIG = Path(__file__).parents[2] / "serve_config.tiny.yaml"
 JSON = {"Content-Type": "application/json"}
 
 
