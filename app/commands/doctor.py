@@ -98,8 +98,8 @@ def examine(state_dir: Path, database_url: str | None = None) -> list[CheckResul
 
 
 def _python() -> Outcome:
-    is_known = (3, 11) <= sys.version_info[:2] < (3, 13)
-    return "ok" if is_known else "error", platform.python_version(), "use Python 3.11: make clean setup"
+    is_known = (3, 11) <= sys.version_info[:2] < (3, 14)
+    return "ok" if is_known else "error", platform.python_version(), "use Python 3.11 to 3.13: make clean setup"
 
 
 def _vllm_owners() -> list[str]:
