@@ -56,7 +56,7 @@ class HybridSchedulerMixin:
         self._args = config
         self._max_tokens: int = self.max_num_scheduled_tokens
         self._chunk_limit: int = self.scheduler_config.long_prefill_token_threshold  # type: ignore[attr-defined]
-        self._num_seats: int = self.max_num_active_reqs
+        self._num_seats: int = self.max_num_active_reqs  # type: ignore[has-type]
         """Of anybody; the worker has some more, for guests (`scheduler.queues.waiting`)."""
         pool = KvPool.of(self.kv_cache_config)  # type: ignore[attr-defined]
         self._pool = pool
