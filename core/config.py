@@ -60,7 +60,8 @@ class EngineConfig(Section):
     max_request_tokens: int = Field(1 << 20, ge=1)
     """Tokens that one request may ask for: `max_tokens` times its answers. More is refused with 400."""
     kv_cache_memory_bytes: int | None = Field(None, ge=1 << 20)
-    """None: vLLM's rule on GPU (`gpu_memory_utilization`); on CPU a tenth of the memory, 256 MiB to 8 GiB."""
+    """None: vLLM's rule on GPU (`gpu_memory_utilization`); on CPU what `max_num_seqs` requests of `max_model_len`
+    tokens can use and half as much for cached prefixes, but a tenth of the memory (256 MiB to 8 GiB) at most."""
     gpu_memory_utilization: float = Field(0.8, gt=0, lt=1)
     """vLLM's setting of that name. Training needs part of the rest."""
     num_threads: int = Field(0, ge=0)
@@ -201,7 +202,7 @@ class ExperimentsConfig(Section):
     period_requests: int = Field(50, ge=1)
     """Requests between two training phases of `periodic`."""
     phase_gap_s: float = Field(3.0, gt=0)
-    """A baseline's training phase ends early after so long without work. Steps come 0.25 s apart; a candidate takes a
+    """A baseline's training phase ends early after so long without work. Steps follow at once; a candidate takes a
     second or two to be judged and published: with less than that a phase mostly ends with its first candidate."""
 
 
@@ -256,6 +257,8 @@ class AppArgs(Section):
     quality: QualityConfig = QualityConfig()
     gate: GateConfig = GateConfig()
     versions: VersionsConfig = VersionsConfig()
+    ray_dashboard: bool = True
+    """False: `mace serve` starts Ray without its dashboard. A Ray that was there before is as it is."""
     state_dir: Path = Path("state")
     """Feedback, adapters, optimizer state and the built-in model live here; for one base model at a time. A relative
     path counts from where the server is started."""

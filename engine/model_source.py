@@ -30,6 +30,22 @@ def resolve_model(config: ModelConfig, state_dir: Path, *, show_progress: bool =
     return _download(source)
 
 
+def find_model(config: ModelConfig, state_dir: Path) -> Path | None:
+    """The directory of a model that is here already; nothing is built or fetched. None: it is not."""
+    from huggingface_hub import snapshot_download
+
+    source = config.model_source
+    if source.startswith("builtin:"):
+        built = (state_dir / "models").glob(f"{source.removeprefix('builtin:')}*/config.json")
+        return max((path.parent for path in built), key=lambda path: path.stat().st_mtime, default=None)
+    if (path := Path(source).expanduser()).is_dir():
+        return path.resolve()
+    try:
+        return Path(snapshot_download(source, local_files_only=True))
+    except (OSError, ValueError):
+        return None
+
+
 def base_model_name(config: ModelConfig, model_dir: Path) -> str:
     """Name of the base model for people: the hub id, or the directory's name for local models."""
     is_local = config.model_source == TINY_ASSISTANT or Path(config.model_source).expanduser().is_dir()

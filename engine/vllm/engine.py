@@ -60,6 +60,12 @@ class HybridEngine:
         """How this server makes tokens of chats; None before `build_openai_app`, or if it uses no chat template."""
         self.free_memory_bytes = float("inf")
         """Free device memory as the worker saw it last; infinite before the first report."""
+        self._num_added = 0
+        """Requests that entered the engine so far, our own and fine-tune tasks included."""
+        self._read: tuple[int, int] | None = None
+        """`_num_added` at a reading of an engine at rest, and the number of its next iteration."""
+        self._watchers: list[Callable[[str | None, Sequence[int]], None]] = []
+        self._watch_requests()
 
     @classmethod
     async def start(cls, args: AppArgs, model_dir: str, stat_loggers: list[Any] | None = None) -> "HybridEngine":
@@ -123,9 +129,15 @@ class HybridEngine:
     async def iterations(self, after: int = 0) -> tuple[int, list[IterationSample]]:
         """Measured iterations since number `after`, oldest first, and the number to ask for next.
 
-        The worker keeps the last 4096. `overhead_s` of a sample is the iteration's before it.
+        The worker keeps the last 4096. `overhead_s` of a sample is the iteration's before it. The worker is not asked
+        again while nothing has entered an engine at rest: vLLM's worker spins for a second after each question. An
+        iteration that only ends an aborted request is then told with the next ones.
         """
+        num_added, is_at_rest = self._num_added, not self.num_unfinished_requests()
+        if is_at_rest and self._read is not None and self._read[0] == num_added and after >= self._read[1]:
+            return self._read[1], []
         reply = await self._call_worker("iterations", after)
+        self._read = (num_added, reply["next"]) if is_at_rest else None
         return reply["next"], [IterationSample.from_wire(sample) for sample in reply["samples"]]
 
     async def memory_status(self) -> dict[str, Any]:
@@ -246,18 +258,24 @@ class HybridEngine:
         read: with a cache salt, images or embeddings. The output processor registers a request in one call, on the
         event loop. What `see` raises is logged and keeps nobody from an answer.
         """
+        self._watchers.append(see)
+
+    def _watch_requests(self) -> None:
+        """Count every request as it enters the engine, and show users' prompts to those who watch them."""
         register = self.client.output_processor.add_request
 
         def register_and_see(
             request: Any, prompt: Any, parent_req: Any = None, request_index: int = 0, *args: Any, **kwargs: Any
         ) -> None:
+            self._num_added += 1
             register(request, prompt, parent_req, request_index, *args, **kwargs)
-            if request_index == 0 and _is_sharable(request):
+            if request_index == 0 and self._watchers and _is_sharable(request):
                 lora = request.lora_request
-                try:
-                    see(lora.lora_name if lora is not None else None, request.prompt_token_ids)
-                except Exception:  # an observer must not cost a request
-                    logger.exception("a prompt could not be looked at")
+                for see in self._watchers:
+                    try:
+                        see(lora.lora_name if lora is not None else None, request.prompt_token_ids)
+                    except Exception:  # an observer must not cost a request
+                        logger.exception("a prompt could not be looked at")
 
         self.client.output_processor.add_request = register_and_see
 
