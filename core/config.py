@@ -54,7 +54,7 @@ class EngineConfig(Section):
     """Settings of the vLLM engine."""
 
     max_num_seqs: int = Field(64, ge=1)
-    """Requests that run together."""
+    """Requests that run together. While they are others', a client with none may have one of an eighth more."""
     max_num_batched_tokens: int = Field(2048, ge=64)
     """Tokens of one forward pass at most; also the largest prefill chunk."""
     max_choices: int = Field(128, ge=1)

@@ -19,6 +19,7 @@ from core.config import TINY_ASSISTANT, AppArgs, ModelConfig
 from core.errors import ConfigError
 from core.model_dims import ModelDims
 from engine.prefix_cache import kv_events_config
+from scheduler.queues.waiting import guest_seats
 
 CONFIG_KEY = "mace"
 """Our key in vLLM's `additional_config`, which reaches the scheduler and the worker."""
@@ -105,13 +106,14 @@ def make_engine_args(args: AppArgs, model_dir: str) -> Any:
 
     from engine.training.trainable import TARGET_MODULES
 
-    on_cpu = current_platform.is_cpu()
+    on_cpu, seats = current_platform.is_cpu(), args.engine.max_num_seqs
     kwargs: dict[str, Any] = {
         "model": model_dir,
         "served_model_name": [args.model.model_id],
         "dtype": _dtype(args.model),
         "max_model_len": args.model.max_model_len,
-        "max_num_seqs": args.engine.max_num_seqs,
+        "max_num_seqs": min(seats + guest_seats(seats), max(seats, args.engine.max_num_batched_tokens)),
+        "max_num_active_seqs": seats,
         "max_num_batched_tokens": args.engine.max_num_batched_tokens,
         "gpu_memory_utilization": args.engine.gpu_memory_utilization,
         "kv_cache_memory_bytes": args.engine.kv_cache_memory_bytes

@@ -126,7 +126,8 @@ def test_the_limits_that_the_plan_sets_are_read_in_every_iteration():
         "self.max_num_active_reqs",
     ):
         assert name in source
-    assert {"long_prefill_token_threshold", "enable_chunked_prefill"} <= set(SchedulerConfig.__dataclass_fields__)
+    settings = set(SchedulerConfig.__dataclass_fields__)
+    assert {"long_prefill_token_threshold", "enable_chunked_prefill", "max_num_active_seqs"} <= settings
 
 
 def test_the_scheduler_replaces_no_method_of_vllms_by_accident():
