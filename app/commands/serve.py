@@ -49,6 +49,7 @@ _GRACE_S = 2.0
 _NOT_OPTIONS = frozenset({"name", "user_config"})
 _HEAD_PROCESSES = frozenset({"gcs_server", "raylet"})
 _RAY_SETTINGS = {
+    "RAY_worker_niceness": "0",  # by default 15: all else of the machine would go before the engine
     "RAY_AUTH_MODE": "disabled",  # reachable from this machine only
     "RAY_kill_child_processes_on_worker_exit_with_raylet_subreaper": "true",
     # Loops that run all the time, for clusters of many nodes: ours has one (docs/measurements/idle.md).

@@ -19,6 +19,7 @@ from core.config import TINY_ASSISTANT, AppArgs, ModelConfig
 from core.errors import ConfigError
 from core.model_dims import ModelDims
 from engine.prefix_cache import kv_events_config
+from scheduler.queues.waiting import guest_seats
 
 CONFIG_KEY = "mace"
 """Our key in vLLM's `additional_config`, which reaches the scheduler and the worker."""
@@ -105,13 +106,14 @@ def make_engine_args(args: AppArgs, model_dir: str) -> Any:
 
     from engine.training.trainable import TARGET_MODULES
 
-    on_cpu = current_platform.is_cpu()
+    on_cpu, seats = current_platform.is_cpu(), args.engine.max_num_seqs
     kwargs: dict[str, Any] = {
         "model": model_dir,
         "served_model_name": [args.model.model_id],
         "dtype": _dtype(args.model),
         "max_model_len": args.model.max_model_len,
-        "max_num_seqs": args.engine.max_num_seqs,
+        "max_num_seqs": min(seats + guest_seats(seats), max(seats, args.engine.max_num_batched_tokens)),
+        "max_num_active_seqs": seats,
         "max_num_batched_tokens": args.engine.max_num_batched_tokens,
         "gpu_memory_utilization": args.engine.gpu_memory_utilization,
         "kv_cache_memory_bytes": args.engine.kv_cache_memory_bytes
@@ -182,6 +184,27 @@ def cpu_kv_bytes(args: AppArgs, model_dir: Path) -> int:
 def _lora_rank_of_vllm(rank: int) -> int:
     """vLLM allows a fixed set of maximum ranks: the smallest that holds ours."""
     return next(allowed for allowed in (1, 8, 16, 32, 64, 128, 256, 320, 512) if allowed >= rank)
+
+
+def speed_up_cpu_model(model: Any, vllm_config: Any, device: Any) -> None:
+    """Let a model that was loaded on the CPU, and has no adapter yet, use faster ways to the same results.
+
+    LoRA is computed by version (`engine.vllm.lora_cpu`) unless its adapters are kept in a way unknown there (sharded,
+    several modalities). Norms use vLLM's kernels (`engine.vllm.norms_cpu`) unless the model is compiled.
+    """
+    from vllm.config import CompilationMode
+    from vllm.lora.punica_wrapper.punica_cpu import PunicaWrapperCPU
+
+    from engine.vllm.lora_cpu import group_by_version
+    from engine.vllm.norms_cpu import use_cpu_norms
+
+    if vllm_config.compilation_config.mode == CompilationMode.NONE:
+        use_cpu_norms()
+    manager = getattr(model, "lora_manager", None)
+    if manager is None or manager.lora_config.fully_sharded_loras:
+        return
+    if [type(wrapper) for wrapper in manager.punica_wrapper_mapping.values()] == [PunicaWrapperCPU]:
+        group_by_version(manager, vllm_config.scheduler_config.max_num_batched_tokens, device)
 
 
 def make_task_request(payload: dict[str, Any], key: str) -> tuple[Any, Any]:

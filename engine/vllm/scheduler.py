@@ -59,6 +59,8 @@ class HybridSchedulerMixin:
         self._args = config
         self._max_tokens: int = self.max_num_scheduled_tokens
         self._chunk_limit: int = self.scheduler_config.long_prefill_token_threshold  # type: ignore[attr-defined]
+        self._num_seats: int = self.max_num_active_reqs  # type: ignore[has-type]
+        """Of anybody; the worker has some more, for guests (`scheduler.queues.waiting`)."""
         pool = KvPool.of(self.kv_cache_config)  # type: ignore[attr-defined]
         self._pool = pool
         self._pruner = self._make_pruner(config)
@@ -161,6 +163,7 @@ class HybridSchedulerMixin:
     def _view(self, now_s: float) -> IterationView:
         self.waiting.now_s = now_s
         self.waiting.note_running(self.running)  # type: ignore[attr-defined]
+        self._seat_guest()
         return view_of(
             now_s,
             self.running,  # type: ignore[attr-defined]
@@ -181,6 +184,13 @@ class HybridSchedulerMixin:
 
     def _handle_blocked_waiting_request(self, request: Request) -> bool:
         return self._recovery.admits(request) and super()._handle_blocked_waiting_request(request)  # type: ignore[misc]
+
+    def _seat_guest(self) -> None:
+        """While all seats are taken, one more for a client that holds none."""
+        num_running = len(self.running)  # type: ignore[attr-defined]
+        is_full = self._num_seats <= num_running < self.max_num_running_reqs  # type: ignore[attr-defined]
+        has_guest = self.waiting.invite(self.running) if is_full else False  # type: ignore[attr-defined]
+        self.max_num_active_reqs = num_running + 1 if has_guest else self._num_seats
 
     def _num_free_kv_blocks(self) -> int:
         num_free: int = self.kv_cache_manager.block_pool.get_num_free_blocks()  # type: ignore[attr-defined]

@@ -126,7 +126,8 @@ def test_the_limits_that_the_plan_sets_are_read_in_every_iteration():
         "self.max_num_active_reqs",
     ):
         assert name in source
-    assert {"long_prefill_token_threshold", "enable_chunked_prefill"} <= set(SchedulerConfig.__dataclass_fields__)
+    settings = set(SchedulerConfig.__dataclass_fields__)
+    assert {"long_prefill_token_threshold", "enable_chunked_prefill", "max_num_active_seqs"} <= settings
 
 
 def test_the_scheduler_replaces_no_method_of_vllms_by_accident():
@@ -397,3 +398,47 @@ def test_every_chat_passes_the_four_methods_that_are_guarded():
     )
     assert "self.render_messages_async(" in inspect.getsource(BaseRenderer.render_chat_async)
     assert "tokenize_prompts_async" in inspect.getsource(BaseRenderer.render_chat_async)
+
+
+def test_loras_on_the_cpu_can_be_computed_by_version():
+    from vllm.lora.layers.base_linear import BaseLinearLayerWithLoRA
+    from vllm.lora.layers.column_parallel_linear import (
+        ColumnParallelLinearWithLoRA,
+        MergedColumnParallelLinearWithLoRA,
+    )
+    from vllm.lora.layers.row_parallel_linear import RowParallelLinearWithLoRA
+    from vllm.lora.model_manager import LoRAModelManager
+    from vllm.lora.punica_wrapper.punica_cpu import PunicaWrapperCPU
+    from vllm.model_executor.layers import utils
+
+    assert parameters(PunicaWrapperCPU.add_lora_linear)[1:7] == [
+        *("y", "x", "lora_a_stacked", "lora_b_stacked", "scale", "output_slices"),
+    ]
+    assert parameters(PunicaWrapperCPU.update_metadata)[1:3] == ["mapping", "lora_index_to_id"]
+    assert "self.model.lora_manager = self" in inspect.getsource(LoRAModelManager.__init__)
+    assert "self.punica_wrapper_mapping" in inspect.getsource(LoRAModelManager)
+    for layer in (BaseLinearLayerWithLoRA, MergedColumnParallelLinearWithLoRA):
+        assert "self.reset_lora(index)" in inspect.getsource(layer.set_lora)
+        assert "set_lora" in dir(layer)
+    for layer in (ColumnParallelLinearWithLoRA, RowParallelLinearWithLoRA):
+        assert "if not self.base_layer.return_bias" in inspect.getsource(layer.forward)
+    assert "return layer.cpu_linear(x, weight, bias)" in inspect.getsource(utils.cpu_unquantized_gemm)
+
+
+def test_the_base_in_a_batch_with_adapters_still_needs_our_way():
+    """vLLM takes the index -1 of "no adapter" for the last slot. When this fails, say so in `engine.vllm.lora_cpu`."""
+    import torch
+    from vllm.lora.ops.torch_ops import bgmv_shrink
+
+    weights = torch.stack([torch.zeros(1, 2, 3), torch.ones(1, 2, 3)])
+    output = torch.zeros(1, 2)
+    bgmv_shrink(torch.ones(1, 3), weights, output, torch.tensor([-1]))
+    assert output.abs().sum() > 0
+
+
+def test_norms_on_the_cpu_can_be_registered():
+    from vllm import ir
+
+    for op in (ir.ops.rms_norm, ir.ops.fused_add_rms_norm):
+        assert list(op.supported_providers()) == ["native"] or "mace_cpu" in op.supported_providers()
+        assert {"provider", "supports_args", "inplace"} <= set(parameters(op.register_impl))

@@ -4,6 +4,7 @@ The scheduler, its configuration and its KV cache are vLLM's own, built in this 
 is made up: a token for each request that has one coming, and what a fine-tune step holds.
 """
 
+import copy
 import os
 import time
 from collections import deque
@@ -28,7 +29,7 @@ from core.config import AppArgs
 from core.types import FineTuneTask, SliceReport, TaskKind, TokenizedPair
 from engine.vllm.compat import make_engine_args
 from engine.vllm.culprit import UnexplainedFailureError
-from engine.vllm.directive import DIRECTIVE_ATTRIBUTE, REPORT_ATTRIBUTE, TASK_KEY, IterationReport
+from engine.vllm.directive import CLIENT_KEY, DIRECTIVE_ATTRIBUTE, REPORT_ATTRIBUTE, TASK_KEY, IterationReport
 from engine.vllm.grammars import contain_failures
 from engine.vllm.planning import KvPool
 from engine.vllm.scheduler import AsyncHybridScheduler
@@ -82,12 +83,14 @@ class Engine:
     def arena_bytes(self):
         return self.scheduler.planner.memory.pool_used_bytes(Pool.ARENA)
 
-    def add(self, name, num_prompt, max_tokens):
+    def add(self, name, num_prompt, max_tokens, client=None):
         self.scheduler.add_request(
             Request(
                 request_id=name,
                 prompt_token_ids=[sum(map(ord, name)) + position for position in range(num_prompt)],
-                sampling_params=SamplingParams(max_tokens=max_tokens, ignore_eos=True),
+                sampling_params=SamplingParams(
+                    max_tokens=max_tokens, ignore_eos=True, extra_args={CLIENT_KEY: client} if client else None
+                ),
                 pooling_params=None,
                 arrival_time=time.time(),
                 block_hasher=self._hasher,
@@ -352,3 +355,29 @@ def test_a_grammar_that_raises_ends_its_request_and_the_others_keep_their_masks(
     accepted = {name: manager.accept_tokens(request, [allowed]) for name, request in requests.items()}
     assert accepted == {"a": True, "broken": False, "b": True}
     manager.clear_backend()
+
+
+def test_a_client_without_a_seat_gets_one_while_anothers_long_answers_hold_all(vllm_config):
+    config = copy.deepcopy(vllm_config)
+    config.scheduler_config.max_num_active_seqs, config.scheduler_config.max_num_seqs = 4, 5
+    engine = Engine(config)
+    for number in range(20):
+        engine.add(f"flood-{number}", 20, max_tokens=60, client="many")
+    for _ in range(3):
+        engine.schedule()
+        engine.finish()
+    assert len(engine.answers) == 4
+    for number in range(2):
+        engine.add(f"lone-{number}", 20, max_tokens=5, client=f"lone-{number}")
+    for _ in range(14):
+        engine.schedule()
+        engine.finish()
+    lengths = {name: len(answer) for name, answer in engine.answers.items()}
+    assert [lengths["lone-0"], lengths["lone-1"]] == [5, 5]
+    assert len(engine.answers) == 6  # the seat of guests is nobody else's
+    assert max(lengths.values()) < 60
+    for _ in range(400):
+        engine.schedule()
+        engine.finish()
+    assert {len(answer) for name, answer in engine.answers.items() if "flood" in name} == {60}
+    assert len(engine.answers) == 22
