@@ -139,6 +139,10 @@ class Executor:
             **({} if self.learner is None else self.learner.status_to_wire()),
             "scheduler": {"policy": self.args.scheduler.policy, **self.monitor.iterations_to_wire()},
             "prefix_cache": self.monitor.prefix_cache_to_wire(),
+            "failed_requests": {
+                "count": self.engine.num_failed_requests,
+                "last_request_id": self.engine.last_failed_request,
+            },
             "memory": {"kv_pruning": self.kv_pruning, **await self.engine.memory_status()},
         }
 

@@ -232,10 +232,10 @@ def make_answer_params(max_tokens: int) -> Any:
 
 
 def refusals() -> tuple[type[Exception], ...]:
-    """The errors that vLLM raises for a prompt that it does not take."""
-    from vllm.exceptions import VLLMValidationError
+    """The errors that vLLM raises for a prompt that it does not take, or fails on."""
+    from vllm.exceptions import GenerationError, VLLMValidationError
 
-    return (ValueError, VLLMValidationError)
+    return (ValueError, VLLMValidationError, GenerationError)
 
 
 def lora_names_in_use(client: Any) -> set[str]:

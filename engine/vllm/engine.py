@@ -22,7 +22,7 @@ from engine.vllm import compat as vllm_compat
 from engine.vllm.chat_content import make_chat
 from engine.vllm.directive import TASK_KEY
 from engine.vllm.grammars import GrammarCheck
-from engine.vllm.requests import check_requests
+from engine.vllm.requests import check_requests, watch_failures
 from scheduler.priority import BACKGROUND_PRIORITY
 
 logger = logging.getLogger(__name__)
@@ -60,6 +60,10 @@ class HybridEngine:
         """How this server makes tokens of chats; None before `build_openai_app`, or if it uses no chat template."""
         self.free_memory_bytes = float("inf")
         """Free device memory as the worker saw it last; infinite before the first report."""
+        self.num_failed_requests = 0
+        """Requests that the engine ended because the forward pass or the sampling failed on them."""
+        self.last_failed_request: str | None = None
+        """Id of the newest of them, as the client knows it."""
         self._num_added = 0
         """Requests that entered the engine so far, our own and fine-tune tasks included."""
         self._read: tuple[int, int] | None = None
@@ -75,6 +79,7 @@ class HybridEngine:
         engine_args = vllm_compat.make_engine_args(args, model_dir)
         engine = cls(AsyncLLM.from_engine_args(engine_args, stat_loggers=stat_loggers), args)
         engine._grammars = check_requests(engine.client)
+        watch_failures(engine.client, engine._note_failure)
         return engine
 
     async def run_task(self, task: FineTuneTask) -> TaskResult:
@@ -173,7 +178,7 @@ class HybridEngine:
 
         They run together, as class `background`, so that users come first. Each ends with the end-of-turn token, which
         is included, or after `max_tokens`. Cancelling aborts them. TrainingError: vLLM refuses a prompt (empty, or too
-        long for the model with `max_tokens`).
+        long for the model with `max_tokens`), or fails on it.
         """
         params = vllm_compat.make_answer_params(max_tokens)
         answers = [asyncio.ensure_future(self._answer(handle, prompt, params)) for prompt in prompts]
@@ -328,6 +333,10 @@ class HybridEngine:
         if self._grammars is not None:
             self._grammars.close()
         self.client.shutdown(timeout=_SHUTDOWN_S)
+
+    def _note_failure(self, request_id: str) -> None:
+        self.num_failed_requests += 1
+        self.last_failed_request = request_id
 
     async def _call_worker(self, method: str, *args: Any) -> Any:
         """Between two iterations, in the worker. Errors of our tree come back as they were raised there."""

@@ -143,8 +143,58 @@ def test_the_scheduler_replaces_no_method_of_vllms_by_accident():
         "schedule",
         "update_from_output",
         "_free_request_blocks",
+        "_handle_blocked_waiting_request",
         "_preempt_request",
     }
+
+
+def test_a_scheduler_can_send_all_requests_back_and_hold_some():
+    """`engine.vllm.recovery` relies on it."""
+    from vllm.v1.core.sched.scheduler import Scheduler
+    from vllm.v1.engine.core import EngineCore
+
+    assert "reset_running_requests" in parameters(Scheduler.reset_prefix_cache)
+    assert "drop_stale_output=True" in inspect.getsource(Scheduler.reset_prefix_cache)
+    schedule = inspect.getsource(Scheduler.schedule)
+    assert "ready_to_schedule = self._handle_blocked_waiting_request(request)" in schedule
+    assert "request.status == RequestStatus.WAITING" in schedule
+    update = inspect.getsource(Scheduler.update_from_output)
+    assert update.index("if output_is_stale and request.drop_stale_output") < update.index(
+        "req_id_to_index[req_id]"
+    )
+    assert "accept_tokens" in update
+    assert "grammar_bitmask" in inspect.getsource(Scheduler.get_grammar_bitmask)
+    step = inspect.getsource(EngineCore.step)
+    assert step.index("if model_output is None") < step.index("sample_tokens")
+
+
+def test_the_batches_of_model_runners_can_be_emptied():
+    """`engine.vllm.recovery.empty_batch` relies on it."""
+    from vllm.v1.worker.gpu.model_runner import GPUModelRunner as RunnerV2
+    from vllm.v1.worker.gpu_input_batch import InputBatch
+    from vllm.v1.worker.gpu_model_runner import GPUModelRunner as RunnerV1
+
+    assert parameters(RunnerV2._remove_request) == ["self", "req_id"]  # noqa: SLF001
+    assert {"remove_request", "refresh_metadata"} <= set(dir(InputBatch))
+    source = inspect.getsource(InputBatch)
+    for name in (
+        "_req_ids",
+        "req_output_token_ids",
+        "spec_token_ids",
+        "generators",
+        "prev_sampled_token_ids",
+        "prev_req_id_to_index",
+        "sampled_token_ids_cpu",
+        "async_copy_ready_event",
+        "thinking_budget_state_holder",
+        "batch_update_builder",
+        "max_num_reqs",
+        "logitsprocs",
+    ):
+        assert f"self.{name}" in source
+    for runner in (RunnerV1, RunnerV2):
+        assert "self.execute_model_state" in inspect.getsource(runner.sample_tokens)
+        assert parameters(runner.reset_encoder_cache) == ["self"]
 
 
 def test_the_kv_pool_tells_its_size_and_what_is_free():
