@@ -15,6 +15,9 @@ class ControlPort(Protocol):
     async def poll(self, headroom: Headroom) -> TrainingBatch | None:
         """Work for this executor, if any is due."""
 
+    async def wait_for_work(self, headroom: Headroom, limit_s: float) -> bool:
+        """Wait until `poll` would give this executor work; False if it would not after `limit_s` seconds."""
+
     async def heartbeat(self, executor_id: str) -> None:
         """Say that a leased batch is still being worked on."""
 

@@ -65,6 +65,8 @@ class Executor:
         self.learner: Learner | None = None
         self.trial: CanaryTrial
         self.load = LoadMeter(self.executor_id, args.slo.ttft_s)
+        self._reported_state: Any = None
+        self._routing_stats: dict[str, Any] = {}
         self.monitor = EngineMonitor()
         self.prefixes: PrefixIndex | None = None
         """The names of prefixes in the cache; None if the engine's KV events are off."""
@@ -131,8 +133,11 @@ class Executor:
         samples = await self.monitor.read(self.engine.iterations)
         num_cached = None if self.prefixes is None else self.prefixes.num_cached
         load = self.load.measure(self.engine.load(num_cached), samples)
-        known = {} if self.prefixes is None else {PREFIXES_KEY: await self.prefixes.cached_names()}
-        return {**asdict(load), **known}
+        state = (load, self.versions.live, self.prefixes and self.prefixes.num_changes)
+        if state != self._reported_state:
+            known = {} if self.prefixes is None else {PREFIXES_KEY: await self.prefixes.cached_names()}
+            self._reported_state, self._routing_stats = state, {**asdict(load), **known}
+        return self._routing_stats
 
     async def status(self) -> dict[str, Any]:
         """Training, iterations, prefix cache and memory of this executor, as JSON values."""
@@ -144,6 +149,10 @@ class Executor:
             "scheduler": {"policy": self.args.scheduler.policy, **self.monitor.iterations_to_wire()},
             "prefix_cache": self.monitor.prefix_cache_to_wire(),
             "engine": self.keeper.to_wire(),
+            "failed_requests": {
+                "count": self.engine.num_failed_requests,
+                "last_request_id": self.engine.last_failed_request,
+            },
             "memory": {"kv_pruning": self.kv_pruning, **await self._memory_status()},
         }
 

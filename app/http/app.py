@@ -9,7 +9,7 @@ from starlette.types import ASGIApp
 from app.http.canary import CanaryRouter
 from app.http.capture import ResponseCapture
 from app.http.errors import BadRequestError, install_error_handlers
-from app.http.guard import check_size, give_own_id, guard, note_client, set_request_class
+from app.http.guard import check_origin, check_size, give_own_id, guard, note_client, set_request_class
 from app.http.openapi import document_errors
 from app.http.request import ClientRequest, GoOn, RequestChain, Step
 from app.http.routes import check_query, feedback, training, versions
@@ -55,6 +55,7 @@ def attach_routes(app: FastAPI, executor: Executor) -> ASGIApp:
     steps: list[Step] = [
         guard,  # first: nothing else looks at a request that must not come in
         need_engine,
+        check_origin(executor.args.engine.frontend_kwargs.get("allowed_origins", ())),
         check_size(executor.args.engine),
         note_client,
         give_own_id,

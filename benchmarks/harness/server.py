@@ -65,6 +65,7 @@ class ServerProcess:
         ray_dir: for Ray's files; None is Ray's default. The path must be short: there will be sockets below.
         port: of HTTP; None takes a free one.
         command: what is started, with the config's path as last argument; None is `mace serve` of this environment.
+        ready_path: what answers 200 once the server serves.
 
     Raises:
         pydantic.ValidationError: a setting is wrong; it shows here and not in the server's log.
@@ -81,6 +82,7 @@ class ServerProcess:
         ray_dir: Path | None = None,
         port: int | None = None,
         command: Sequence[str | Path] | None = None,
+        ready_path: str = "/ready",
     ) -> None:
         port = port or free_port()
         self.directory = directory
@@ -90,6 +92,7 @@ class ServerProcess:
         self._config = directory / "serve_config.yaml"
         self._ray_dir = ray_dir
         self._command = command or (Path(sys.executable).with_name("mace"), "serve")
+        self._ready_path = ready_path
         self._strangers = set(psutil.Process().children(recursive=True))
         self._root: psutil.Popen | None = None
         document = yaml.safe_load(config.read_text(encoding="utf-8"))
@@ -141,9 +144,9 @@ class ServerProcess:
             await asyncio.sleep(_PROBE_S)
 
     def is_ready(self) -> bool:
-        """Ask `/ready`; False also if nobody answers."""
+        """Ask `ready_path`; False also if nobody answers."""
         try:
-            return self.call("GET", "/ready", timeout=5).status_code == 200
+            return self.call("GET", self._ready_path, timeout=5).status_code == 200
         except httpx.TransportError:
             return False
 

@@ -5,6 +5,7 @@ route that this module relies on.
 """
 
 import contextlib
+import json
 import multiprocessing
 import os
 import threading
@@ -20,7 +21,9 @@ import psutil
 
 from core.config import TINY_ASSISTANT, AppArgs, ModelConfig
 from core.errors import ConfigError
+from core.model_dims import ModelDims
 from engine.prefix_cache import kv_events_config
+from scheduler.queues.waiting import guest_seats
 
 CONFIG_KEY = "mace"
 """Our key in vLLM's `additional_config`, which reaches the scheduler and the worker."""
@@ -39,7 +42,12 @@ takes 0.24 GiB more, and replacing the oldest left holes in the heap that kept g
 Fewer cost nothing that could be measured: pairs/s x 1.06 (0.98 to 1.13) under memory pressure (at commit 8d7ce55)."""
 
 _CPU_KV_SHARE = 0.1
+"""Share of the main memory that the KV cache takes at most on CPU, within `_CPU_KV_BOUNDS`."""
 _CPU_KV_BOUNDS = (256 << 20, 8 << 30)
+_PREFIX_ROOM = 0.5
+"""Room for cached prefixes beside full seats, as a share of what the seats hold."""
+_CPU_BLOCK_TOKENS = 128
+"""vLLM's default on CPU."""
 
 _WARM_MODULE = "engine.vllm.warm_process"
 _GONE_S = 2.0
@@ -242,16 +250,18 @@ def make_engine_args(args: AppArgs, model_dir: str) -> Any:
 
     from engine.training.trainable import TARGET_MODULES
 
-    on_cpu = current_platform.is_cpu()
+    on_cpu, seats = current_platform.is_cpu(), args.engine.max_num_seqs
     kwargs: dict[str, Any] = {
         "model": model_dir,
         "served_model_name": [args.model.model_id],
         "dtype": _dtype(args.model),
         "max_model_len": args.model.max_model_len,
-        "max_num_seqs": args.engine.max_num_seqs,
+        "max_num_seqs": min(seats + guest_seats(seats), max(seats, args.engine.max_num_batched_tokens)),
+        "max_num_active_seqs": seats,
         "max_num_batched_tokens": args.engine.max_num_batched_tokens,
         "gpu_memory_utilization": args.engine.gpu_memory_utilization,
-        "kv_cache_memory_bytes": args.engine.kv_cache_memory_bytes or (_cpu_kv_bytes() if on_cpu else None),
+        "kv_cache_memory_bytes": args.engine.kv_cache_memory_bytes
+        or (cpu_kv_bytes(args, Path(model_dir)) if on_cpu else None),
         "enable_prefix_caching": True,
         "kv_events_config": kv_events_config(),
         "scheduling_policy": "priority",  # lets requests carry one; the order is ours (engine.vllm.waiting_queue)
@@ -290,15 +300,55 @@ def _dtype(model: ModelConfig) -> str:
     return "float32" if model.dtype == "auto" and model.model_source == TINY_ASSISTANT else model.dtype
 
 
-def _cpu_kv_bytes() -> int:
-    """vLLM would take `gpu_memory_utilization` of the main memory, which also holds everything else."""
+def cpu_kv_bytes(args: AppArgs, model_dir: Path) -> int:
+    """Bytes of the KV cache on CPU: what the settings say, or what the seats can use and half as much for prefixes.
+
+    Never more than a tenth of the main memory, 256 MiB to 8 GiB: vLLM would take `gpu_memory_utilization` of it, and
+    touch every page. A model whose configuration does not give the sizes gets that bound.
+    """
+    if args.engine.kv_cache_memory_bytes is not None:
+        return args.engine.kv_cache_memory_bytes
     least, most = _CPU_KV_BOUNDS
-    return min(max(int(_CPU_KV_SHARE * psutil.virtual_memory().total), least), most)
+    bound = min(max(int(_CPU_KV_SHARE * psutil.virtual_memory().total), least), most)
+    kwargs = args.engine.engine_kwargs
+    # What is not 32 bits wide is 16; `auto` halves the width of fp32.
+    num_bytes = 4 if str(kwargs.get("dtype", _dtype(args.model))) in ("float32", "torch.float32") else 2
+    try:
+        config = json.loads((model_dir / "config.json").read_text(encoding="utf-8"))
+        token_bytes = ModelDims.of(config, dtype_bytes=num_bytes).kv_bytes_per_token
+        longest = int(kwargs.get("max_model_len") or args.model.max_model_len or config["max_position_embeddings"])
+    except (OSError, ValueError, LookupError, TypeError, ConfigError):
+        return bound
+    block = int(kwargs.get("block_size", _CPU_BLOCK_TOKENS))
+    seats = int(kwargs.get("max_num_seqs", args.engine.max_num_seqs))
+    num_tokens = seats * block * (-(-longest // block) + 1)
+    return min(int((1 + _PREFIX_ROOM) * num_tokens * token_bytes), bound)
 
 
 def _lora_rank_of_vllm(rank: int) -> int:
     """vLLM allows a fixed set of maximum ranks: the smallest that holds ours."""
     return next(allowed for allowed in (1, 8, 16, 32, 64, 128, 256, 320, 512) if allowed >= rank)
+
+
+def speed_up_cpu_model(model: Any, vllm_config: Any, device: Any) -> None:
+    """Let a model that was loaded on the CPU, and has no adapter yet, use faster ways to the same results.
+
+    LoRA is computed by version (`engine.vllm.lora_cpu`) unless its adapters are kept in a way unknown there (sharded,
+    several modalities). Norms use vLLM's kernels (`engine.vllm.norms_cpu`) unless the model is compiled.
+    """
+    from vllm.config import CompilationMode
+    from vllm.lora.punica_wrapper.punica_cpu import PunicaWrapperCPU
+
+    from engine.vllm.lora_cpu import group_by_version
+    from engine.vllm.norms_cpu import use_cpu_norms
+
+    if vllm_config.compilation_config.mode == CompilationMode.NONE:
+        use_cpu_norms()
+    manager = getattr(model, "lora_manager", None)
+    if manager is None or manager.lora_config.fully_sharded_loras:
+        return
+    if [type(wrapper) for wrapper in manager.punica_wrapper_mapping.values()] == [PunicaWrapperCPU]:
+        group_by_version(manager, vllm_config.scheduler_config.max_num_batched_tokens, device)
 
 
 def make_task_request(payload: dict[str, Any], key: str) -> tuple[Any, Any]:
@@ -326,10 +376,10 @@ def make_answer_params(max_tokens: int) -> Any:
 
 
 def refusals() -> tuple[type[Exception], ...]:
-    """The errors that vLLM raises for a prompt that it does not take."""
-    from vllm.exceptions import VLLMValidationError
+    """The errors that vLLM raises for a prompt that it does not take, or fails on."""
+    from vllm.exceptions import GenerationError, VLLMValidationError
 
-    return (ValueError, VLLMValidationError)
+    return (ValueError, VLLMValidationError, GenerationError)
 
 
 def _is_alive(process: psutil.Process) -> bool:

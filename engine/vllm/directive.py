@@ -52,6 +52,8 @@ class Directive:
     score_request_ids: list[str] = field(default_factory=list)
     """Requests whose KV blocks are to be scored."""
     memory: MemoryCounters = field(default_factory=MemoryCounters)
+    epoch: int = 0
+    """Counts the times that all requests were sent back after a failure (`engine.vllm.recovery`)."""
     started_s: float = 0.0
     """`time.perf_counter` of the scheduler's process."""
     overhead_s: float = 0.0
@@ -79,3 +81,5 @@ class IterationReport:
     """Only the first report has them."""
     kv_scores: dict[str, list[tuple[int, float]]] = field(default_factory=dict)
     """Position and score of full KV blocks, keyed by request id; higher is kept."""
+    failure: str | None = None
+    """The exception that the forward pass or the sampling raised; the output then holds nothing."""

@@ -24,7 +24,7 @@ from engine.vllm import compat as vllm_compat
 from engine.vllm.chat_content import make_chat
 from engine.vllm.directive import TASK_KEY
 from engine.vllm.grammars import GrammarCheck
-from engine.vllm.requests import check_requests
+from engine.vllm.requests import check_requests, watch_failures
 from scheduler.priority import BACKGROUND_PRIORITY
 
 logger = logging.getLogger(__name__)
@@ -72,6 +72,16 @@ class HybridEngine:
         """How this server makes tokens of chats; None before `build_openai_app`, or if it uses no chat template."""
         self.free_memory_bytes = float("inf")
         """Free device memory as the worker saw it last; infinite before the first report."""
+        self.num_failed_requests = 0
+        """Requests that the engine ended because the forward pass or the sampling failed on them."""
+        self.last_failed_request: str | None = None
+        """Id of the newest of them, as the client knows it."""
+        self._num_added = 0
+        """Requests that entered the engine so far, our own and fine-tune tasks included."""
+        self._read: tuple[int, int] | None = None
+        """`_num_added` at a reading of an engine at rest, and the number of its next iteration."""
+        self._watchers: list[Callable[[str | None, Sequence[int]], None]] = []
+        self._watch_requests()
 
     @classmethod
     async def start(cls, args: AppArgs, model_dir: str, stat_loggers: list[Any] | None = None) -> "HybridEngine":
@@ -92,6 +102,7 @@ class HybridEngine:
         engine._vllm_config = unused_config
         engine._processes = vllm_compat.CoreProcesses(client)
         engine._grammars = check_requests(client)
+        watch_failures(client, engine._note_failure)
         return engine
 
     @property
@@ -136,7 +147,7 @@ class HybridEngine:
         await asyncio.to_thread(vllm_compat.start_core, self.client, copy.deepcopy(self._vllm_config))
         vllm_compat.attach_core(self.client)
         self._processes = await asyncio.to_thread(vllm_compat.CoreProcesses, self.client)
-        self.free_memory_bytes = float("inf")
+        self.free_memory_bytes, self._read = float("inf"), None
         self.generation += 1
 
     async def run_task(self, task: FineTuneTask) -> TaskResult:
@@ -199,9 +210,15 @@ class HybridEngine:
     async def iterations(self, after: int = 0) -> tuple[int, list[IterationSample]]:
         """Measured iterations since number `after`, oldest first, and the number to ask for next.
 
-        The worker keeps the last 4096. `overhead_s` of a sample is the iteration's before it.
+        The worker keeps the last 4096. `overhead_s` of a sample is the iteration's before it. The worker is not asked
+        again while nothing has entered an engine at rest: vLLM's worker spins for a second after each question. An
+        iteration that only ends an aborted request is then told with the next ones.
         """
+        num_added, is_at_rest = self._num_added, not self.num_unfinished_requests()
+        if is_at_rest and self._read is not None and self._read[0] == num_added and after >= self._read[1]:
+            return self._read[1], []
         reply = await self._call_worker("iterations", after)
+        self._read = (num_added, reply["next"]) if is_at_rest else None
         return reply["next"], [IterationSample.from_wire(sample) for sample in reply["samples"]]
 
     async def memory_status(self) -> dict[str, Any]:
@@ -239,7 +256,7 @@ class HybridEngine:
 
         They run together, as class `background`, so that users come first. Each ends with the end-of-turn token, which
         is included, or after `max_tokens`. Cancelling aborts them. TrainingError: vLLM refuses a prompt (empty, or too
-        long for the model with `max_tokens`).
+        long for the model with `max_tokens`), or fails on it.
         """
         params = vllm_compat.make_answer_params(max_tokens)
         answers = [asyncio.ensure_future(self._answer(handle, prompt, params)) for prompt in prompts]
@@ -326,18 +343,24 @@ class HybridEngine:
         read: with a cache salt, images or embeddings. The output processor registers a request in one call, on the
         event loop. What `see` raises is logged and keeps nobody from an answer.
         """
+        self._watchers.append(see)
+
+    def _watch_requests(self) -> None:
+        """Count every request as it enters the engine, and show users' prompts to those who watch them."""
         register = self.client.output_processor.add_request
 
         def register_and_see(
             request: Any, prompt: Any, parent_req: Any = None, request_index: int = 0, *args: Any, **kwargs: Any
         ) -> None:
+            self._num_added += 1
             register(request, prompt, parent_req, request_index, *args, **kwargs)
-            if request_index == 0 and _is_sharable(request):
+            if request_index == 0 and self._watchers and _is_sharable(request):
                 lora = request.lora_request
-                try:
-                    see(lora.lora_name if lora is not None else None, request.prompt_token_ids)
-                except Exception:  # an observer must not cost a request
-                    logger.exception("a prompt could not be looked at")
+                for see in self._watchers:
+                    try:
+                        see(lora.lora_name if lora is not None else None, request.prompt_token_ids)
+                    except Exception:  # an observer must not cost a request
+                        logger.exception("a prompt could not be looked at")
 
         self.client.output_processor.add_request = register_and_see
 
@@ -386,6 +409,10 @@ class HybridEngine:
         if self._grammars is not None:
             self._grammars.close()
         self.client.shutdown(timeout=_SHUTDOWN_S)
+
+    def _note_failure(self, request_id: str) -> None:
+        self.num_failed_requests += 1
+        self.last_failed_request = request_id
 
     async def _call_worker(self, method: str, *args: Any) -> Any:
         """Between two iterations, in the worker. Errors of our tree come back as they were raised there."""

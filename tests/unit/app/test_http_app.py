@@ -187,10 +187,10 @@ def test_the_openapi_document_has_the_errors_and_the_type_of_the_export(client):
         for path, methods in document["paths"].items()
         for method, operation in methods.items()
     }
-    assert operations["post /v1/completions"] == {200, 400, 404, 413, 415, 500, 503}
+    assert operations["post /v1/completions"] == {200, 400, 403, 404, 413, 415, 500, 503}
     assert operations["get /v1/adapters"] == {200, 400, 415, 500, 503}
-    assert operations["post /v1/adapters/{version}/activate"] == {200, 400, 404, 409, 413, 415, 500, 503}
-    assert operations["post /v1/feedback"] == {202, 400, 404, 409, 413, 415, 422, 500, 503}
+    assert operations["post /v1/adapters/{version}/activate"] == {200, 400, 403, 404, 409, 413, 415, 500, 503}
+    assert operations["post /v1/feedback"] == {202, 400, 403, 404, 409, 413, 415, 422, 500, 503}
     export = document["paths"]["/v1/feedback/export"]["get"]["responses"]
     assert list(export["200"]["content"]) == ["application/x-ndjson"]
     assert export["503"]["content"]["application/json"]["schema"] == {"$ref": "#/components/schemas/Error"}
