@@ -39,6 +39,7 @@ _DESCRIPTIONS = {
     "adapter_version": "Number of the live adapter version, 0 for the bare base model",
     "adapter_candidates": "Candidates by what the gate said",
     "requests_refused": "Requests that MACE itself refused, by reason",
+    "engine_deaths": "Times that the engine died and was started again",
     "control_unreachable": "Calls to Control that failed",
 }
 

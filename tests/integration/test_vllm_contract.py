@@ -51,6 +51,26 @@ def test_a_core_output_can_carry_a_result():
     assert {"request_id", "new_token_ids", "finish_reason", "kv_transfer_params"} <= set(fields)
 
 
+def test_an_engine_can_be_started_again_on_its_client():
+    from vllm.v1.engine import utils
+    from vllm.v1.engine.async_llm import AsyncLLM
+    from vllm.v1.engine.core_client import EngineCoreClient, MPClient
+    from vllm.v1.engine.exceptions import EngineDeadError
+    from vllm.v1.engine.output_processor import OutputProcessor, RequestState
+    from vllm.v1.executor import multiproc_executor
+
+    assert parameters(EngineCoreClient.make_async_mp_client)[:3] == ["vllm_config", "executor_class", "log_stats"]
+    assert parameters(AsyncLLM._run_output_handler) == ["self"]  # noqa: SLF001 - `attach_core` calls it
+    assert "output_handler is not None" in inspect.getsource(AsyncLLM._run_output_handler)  # noqa: SLF001
+    assert parameters(OutputProcessor.propagate_error) == ["self", "e"]
+    assert parameters(OutputProcessor.abort_requests) == ["self", "request_ids", "internal"]
+    assert "external_req_id" in parameters(RequestState.__init__)
+    assert "utility_results" in inspect.getsource(MPClient.__init__)
+    assert issubclass(EngineDeadError, Exception)
+    for module in (utils, multiproc_executor):
+        assert parameters(module.get_mp_context) == []
+
+
 def test_the_workers_have_the_methods_that_we_extend():
     from vllm.v1.worker.cpu_worker import CPUWorker
     from vllm.v1.worker.gpu_worker import Worker
