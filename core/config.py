@@ -24,6 +24,7 @@ Policy = Literal["mace", "inference_only", "periodic", "continuous"]
 """Names of the policies that say when training may run."""
 
 TINY_ASSISTANT = "builtin:tiny-assistant"
+SMOLLM2 = "builtin:smollm2"
 
 KV_PRUNING_OPT_OUT = "kv_pruning"
 """Public key in a request's `vllm_xargs`: false keeps all of its KV blocks."""
@@ -40,7 +41,8 @@ class ModelConfig(Section):
     model_id: str = Field("mace-tiny", pattern=r"^[A-Za-z0-9][A-Za-z0-9._/-]*$")
     """Name over HTTP: letters, digits, `.`, `_`, `/` and `-`."""
     model_source: str = Field(TINY_ASSISTANT, min_length=1)
-    """`builtin:tiny-assistant`, a Hugging Face id, or a local directory with `config.json` and safetensors."""
+    """`builtin:smollm2` (downloaded once, 93 MB), `builtin:tiny-assistant` (trained once, for tests and the demo), a
+    Hugging Face id, or a local directory with `config.json` and safetensors."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Number format of weights and activations, the trainer's too; `auto` is vLLM's choice."""
     max_model_len: int | None = Field(None, ge=64)
@@ -52,7 +54,7 @@ class EngineConfig(Section):
     """Settings of the vLLM engine."""
 
     max_num_seqs: int = Field(64, ge=1)
-    """Requests that run together."""
+    """Requests that run together. While they are others', a client with none may have one of an eighth more."""
     max_num_batched_tokens: int = Field(2048, ge=64)
     """Tokens of one forward pass at most; also the largest prefill chunk."""
     max_choices: int = Field(128, ge=1)

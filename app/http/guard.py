@@ -14,6 +14,7 @@ A `priority` field (lower is sooner, above 0 is class background) or a header `X
 given: the tier is checked, and then has no say. The body is written anew only if something in it has to change.
 """
 
+from collections.abc import Collection
 from typing import Any
 
 from alignment.records.response_ids import new_request_id
@@ -36,6 +37,7 @@ _FIELD_PATHS = frozenset(
     {"/v1/completions", "/v1/chat/completions", "/v1/chat/completions/batch", "/v1/responses", "/invocations"}
 )
 """Routes whose requests have a `priority` field."""
+_READING_METHODS = frozenset({"GET", "HEAD", "OPTIONS"})
 _TOKEN_FIELDS = ("max_completion_tokens", "max_tokens", "max_output_tokens")
 _HEADER_PATHS = frozenset({"/v1/messages"})
 """Routes whose requests have none; vLLM reads its header there."""
@@ -49,6 +51,27 @@ async def guard(request: ClientRequest, go_on: GoOn) -> None:
     if request.is_nested_too_deeply and not request.path.startswith("/v1/feedback"):  # whose bodies are lines
         request.required_json()
     await go_on()
+
+
+def check_origin(allowed: Collection[str]) -> Step:
+    """A step: refuse a change or a generation that a page of another site asks for.
+
+    Browsers send such a page's POST of plain text without asking for leave by CORS, and name the page in `Origin`.
+    `allowed` are origins that may, `*` for all; the server's own may in any case.
+    """
+
+    async def check(request: ClientRequest, go_on: GoOn) -> None:
+        headers = dict(request.headers)
+        origin = headers.get(b"origin")
+        if origin and request.scope["method"] not in _READING_METHODS:
+            name = origin.decode("latin-1")
+            if not {name, "*"} & set(allowed) and origin.rpartition(b"://")[2] != headers.get(b"host"):
+                listed = "engine.frontend_kwargs.allowed_origins lists those that may"
+                message = f"a page of {name[:200]} may not send this; {listed}"
+                raise BadRequestError(message, status=403, reason="origin")
+        await go_on()
+
+    return check
 
 
 def check_size(limits: EngineConfig) -> Step:

@@ -19,7 +19,7 @@ from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from app.http.errors import BadRequestError, ServerStoppingError, error_event, error_response
-from core.errors import MaceError
+from core.errors import EngineUnavailableError, MaceError
 
 logger = logging.getLogger(__name__)
 
@@ -272,7 +272,7 @@ class RequestChain:
         except BadRequestError as error:
             self.on_refused(error.reason)
             await error_response(error)(scope, receive, send)
-        except ServerStoppingError as error:
+        except (ServerStoppingError, EngineUnavailableError) as error:
             await error_response(error)(scope, receive, send)
         except ClientDisconnect:
             return  # nobody is there to be answered

@@ -31,6 +31,7 @@ _GRACE_S = 5.0
 _GONE_S = 10.0
 _TAIL_CHARS = 3000
 _SPAWNED = "multiprocessing.spawn import spawn_main"
+_WARM = "multiprocessing.forkserver import main"
 
 
 class ServerError(MaceError):
@@ -255,12 +256,17 @@ def title_of(process: psutil.Process) -> str:
     """
     try:
         title = " ".join(process.cmdline()).strip()
-        if _SPAWNED not in title:
-            return title
         owner = process.parent()
         parent = " ".join(owner.cmdline()) if owner is not None else ""
     except psutil.Error:
         return ""
+    if _WARM in title:  # on CPU EngineCore is forked from the warm process, and the worker from EngineCore
+        named = {title: "VLLM::EngineCore", "VLLM::EngineCore": "VLLM::Worker"}
+        return title if owner is None or "ServeReplica" in parent else named.get(title_of(owner), title)
+    if "VLLM::EngineCore" in title and "VLLM::EngineCore" in parent:
+        return "VLLM::Worker"
+    if _SPAWNED not in title:
+        return title
     if "ServeReplica" in parent:
         return "VLLM::EngineCore"
     return "VLLM::Worker" if _SPAWNED in parent or "VLLM::EngineCore" in parent else title

@@ -17,7 +17,7 @@ from typing import Any
 
 from alignment.versions.registry import AdapterRegistry
 from core.config import AppArgs
-from core.errors import ConflictError, ControlUnavailableError, StoreUnavailableError
+from core.errors import ConflictError, ControlUnavailableError, EngineUnavailableError, StoreUnavailableError
 from core.ports import ControlPort, EnginePort
 from core.types import Checkpoint, FineTuneTask, StepMetrics, TaskKind, TaskResult
 from core.wire import HORIZON_S, BatchOutcome, ExecutorLoad, Headroom, Rebuild, TrainingBatch
@@ -31,6 +31,9 @@ from engine.training.pair_tokens import PairTokenizer
 
 logger = logging.getLogger(__name__)
 
+WAITING_PHASE = "waiting for the engine"
+"""The learner's phase until the shadow adapter is restored in an engine that came back."""
+_ENGINE_CHECK_S = 0.25
 _WAIT_S = 4.0
 """Control is asked anew this often at least: it takes an executor that is silent for longer for gone."""
 _CONTROL_BACKOFF_S = 1.0
@@ -57,7 +60,8 @@ class LearnerStatus:
     """State and counters of this learner, for `/v1/training`. A restart sets the counters back."""
 
     phase: str = "idle"
-    """idle, scoring, training, rebuilding, evaluating, publishing, backing off, pinned or paused."""
+    """idle, scoring, training, rebuilding, evaluating, publishing, backing off, waiting for the engine, pinned or
+    paused."""
     paused: bool = False
     pause_reason: str | None = None
     steps: int = 0
@@ -108,6 +112,8 @@ class Learner:
         self._busy_share = 0.0
         self._busy_seen_s = time.monotonic()
         self._follow = False
+        self._generation = self.engine.generation
+        """The engine's when the shadow adapter was restored."""
         self._told_live: str | None = None
         """The live version that Control was told of last."""
 
@@ -156,7 +162,9 @@ class Learner:
 
     async def restore(self) -> None:
         """Put the shadow adapter where training left off."""
+        generation = self.engine.generation
         await self.shadow.restore()
+        self._generation, self._follow = generation, False
         self.status.restored_steps = self.shadow.progress.total_steps
 
     async def run(self) -> None:
@@ -165,7 +173,7 @@ class Learner:
             try:
                 await self.turn()
                 continue
-            except ControlUnavailableError as error:
+            except (ControlUnavailableError, EngineUnavailableError) as error:
                 self.status.last_error = str(error)
             except Exception as error:  # learning must not die of one failed turn
                 logger.exception("a turn of the learning loop failed")
@@ -176,6 +184,8 @@ class Learner:
         """One round of `run`: follow what is live, work on a batch if there is one, offer a candidate if it is due."""
         self._woken.clear()
         self._meter.refresh()
+        if not await self._has_engine():
+            return
         await self.versions.refresh()
         if self._follow or self.shadow.progress.goal != self.versions.training_base:
             if self.shadow.progress.rebuild is None:
@@ -223,6 +233,16 @@ class Learner:
         """Wait so long, or until something happens here."""
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(self._woken.wait(), limit_s)
+
+    async def _has_engine(self) -> bool:
+        """False, after a while, if the engine is away; one that came back gets the shadow adapter first."""
+        if self.engine.is_away:
+            self.status.phase = WAITING_PHASE
+            await asyncio.sleep(_ENGINE_CHECK_S)
+            return False
+        if self.engine.generation != self._generation:
+            await self.restore()
+        return True
 
     def _is_candidate_due(self) -> bool:
         steps = self.shadow.progress.steps_since_candidate
@@ -295,7 +315,10 @@ class Learner:
                 gamma=batch.gamma,
                 checkpoint=Checkpoint(str(self.shadow.checkpoint), after.to_wire()) if is_training else None,
             )
-            result = await with_heartbeat(self.engine.run_task(task), self._beat)
+            try:
+                result = await with_heartbeat(self.engine.run_task(task), self._beat)
+            except EngineUnavailableError as error:
+                result.error = f"{type(error).__name__}: {error}"
             if not is_training and self.versions.live != live:
                 result.scores = ()  # whose they are is not known: the pairs are asked for again
             self._note_outcome(result)
@@ -378,6 +401,8 @@ class Learner:
             self.status.phase = "publishing"
             try:
                 published = await self.versions.publish(version)
+            except EngineUnavailableError:
+                raise  # training goes on from the checkpoint, and it is offered again
             except Exception as error:
                 self._follow = True  # else it would be offered, and committed, on every turn
                 self.shadow.progress = replace(self.shadow.progress, rebuild=None)

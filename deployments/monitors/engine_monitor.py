@@ -34,6 +34,10 @@ class EngineMonitor:
         self._totals = {"iterations": 0, "forward_s": 0.0, "slices_s": 0.0, "overhead_s": 0.0}
         self._meter = Meter("executor")
 
+    def begin_anew(self) -> None:
+        """The engine was started anew, and counts its iterations from the first."""
+        self._num_read = 0
+
     async def read(self, iterations: ReadIterations) -> list[IterationSample]:
         """Read the iterations since the last call, and the engine's counts; call about once a second."""
         self._num_read, samples = await iterations(self._num_read)

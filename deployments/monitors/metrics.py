@@ -44,6 +44,7 @@ _DESCRIPTIONS = {
     "inter_token_latency_seconds": "Gaps between the chunks of a stream as they leave the server",
     "e2e_request_latency_seconds": "From a request's arrival to the end of its answer leaving the server",
     "slo_observations": "First tokens (objective ttft) and gaps (tbt) that clients saw, by whether the target was met",
+    "engine_deaths": "Times that the engine died and was started again",
     "control_unreachable": "Calls to Control that failed",
 }
 

@@ -220,6 +220,16 @@ class AdapterVersions:
                 await self._load(await asyncio.to_thread(self._registry.get, serving.canary), warm=True)
             self._take_over(serving)
 
+    async def reload(self) -> None:
+        """Load what an engine that came back must have before a request: the live version, and the one on trial."""
+        async with self._changing:
+            self._deleted.clear()
+            live, canary = self._serving.live, self._serving.canary
+            version = await asyncio.to_thread(self._registry.get, live) if live else None
+            await self._load_live(version, warm=False)
+            if canary is not None:
+                await self._load(await asyncio.to_thread(self._registry.get, canary), warm=False)
+
     async def retire_old(self) -> list[str]:
         """Retire versions beyond `versions.keep` and delete retired ones that have rested; returns what was deleted."""
         async with self._changing:

@@ -30,6 +30,8 @@ class FakeEngine:
 
     def __init__(self):
         self.free_memory_bytes = float("inf")
+        self.is_away = False
+        self.generation = 0
         self.trained = []
         self.tasks = []
         self.calls = []

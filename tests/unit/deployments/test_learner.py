@@ -5,7 +5,7 @@ import pytest
 
 from alignment.versions.registry import AdapterRegistry
 from core.config import AppArgs, TrainingConfig
-from core.errors import AdapterError, PairTooLongError, StoreUnavailableError
+from core.errors import AdapterError, EngineUnavailableError, PairTooLongError, StoreUnavailableError
 from core.types import TaskKind, TokenizedPair
 from core.wire import CachedReference, Rebuild, TrainingBatch, TrainingPair
 from deployments.learning import learner as learner_module
@@ -442,6 +442,62 @@ def test_scores_are_dropped_if_another_version_went_live_meanwhile(tmp_path):
     assert outcome.error is None
 
 
+class MortalEngine(FakeEngine):
+    """Dies under the first task that trains; what the shadow adapter was is gone until it is restored."""
+
+    def __init__(self, died):
+        super().__init__()
+        self.died = died
+        self.is_restored = True
+
+    async def load_training_state(self, path):
+        self.is_restored = True
+        return await super().load_training_state(path)
+
+    async def run_task(self, task):
+        if self.died == "not yet" and task.kind is TaskKind.TRAIN:
+            self.died, self.is_away, self.is_restored = "now", True, False
+            raise EngineUnavailableError("the engine died")
+        assert not self.is_away
+        assert self.is_restored
+        return await super().run_task(task)
+
+    async def save_adapter(self, directory, base_model):
+        if self.died == "before a candidate":
+            self.died, self.is_away, self.is_restored = "now", True, False
+            raise EngineUnavailableError("the engine died")
+        assert self.is_restored
+        await super().save_adapter(directory, base_model)
+
+
+@pytest.mark.parametrize("died", ["not yet", "before a candidate"])
+def test_training_waits_for_an_engine_that_died_and_goes_on_from_the_checkpoint(tmp_path, died):
+    world = World(tmp_path, FakeControl([batch(1)], held_out=[TrainingPair("h", "q", "a", "b")]))
+    world.engine = engine = MortalEngine(died)
+
+    def comes_back():
+        if engine.is_away and world.learner.status.phase == learner_module.WAITING_PHASE:
+            polls = len(world.control.headrooms)
+            world.control.batches.insert(0, batch(2))
+            engine.is_away, engine.generation = False, 1
+            assert polls == len(world.control.headrooms)
+        return engine.generation == 1 and world.versions.live == "v0001"
+
+    status = world.run(until=comes_back)
+    errors = [outcome.error for outcome, _ in world.control.completed]
+    if died == "not yet":
+        assert errors == [
+            "EngineUnavailableError: the engine died",
+            None,
+        ]  # a result: Control queues the batch again
+        assert (status.failed_steps, status.steps) == (1, 1)
+    else:
+        assert errors == [None, None]
+        assert status.steps == 2
+    assert [version.name for version in world.registry.list()] == ["v0001"]
+    assert engine.calls.count(("load_training_state", "checkpoint.safetensors")) == 2
+
+
 class PatientControl(FakeControl):
     """A Control whose waits last as long as they may; `work` ends them."""
 
@@ -497,7 +553,7 @@ def test_new_work_is_taken_at_once(tmp_path, monkeypatch):
             await asyncio.sleep(0.05)
             control.batches.append(batch(1))
             control.work.set()
-            while not world.engine.trained:  # noqa: ASYNC110 - the learner has no event for it
+            while not world.learner.status.steps:  # noqa: ASYNC110 - the learner has no event for it
                 await asyncio.sleep(0.001)
 
     asyncio.run(world.work(turns=0, during=watch))
