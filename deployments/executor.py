@@ -15,11 +15,12 @@ from typing import Any
 
 from alignment.versions.registry import AdapterRegistry
 from alignment.versions.serving_state import BASE
-from core.config import AppArgs
-from core.errors import EngineUnavailableError, MaceError
+from core.config import AppArgs, SloConfig
+from core.errors import EngineUnavailableError, MaceError, ProfileError
 from deployments.control.client import ControlClient
 from deployments.learning.learner import Learner
 from deployments.learning.training_progress import claim_checkpoint
+from deployments.monitors.edge import EdgeMeter
 from deployments.monitors.engine_keeper import EngineKeeper
 from deployments.monitors.engine_monitor import EngineMonitor
 from deployments.monitors.profiling import (
@@ -29,6 +30,7 @@ from deployments.monitors.profiling import (
     with_pruning_gate,
 )
 from deployments.monitors.response_log import ResponseLog
+from deployments.monitors.targets import kept_targets, measure_targets, targets_path
 from deployments.publishing.canary import CanaryTrial
 from deployments.publishing.versions import AdapterVersions
 from deployments.routing.load_meter import LoadMeter
@@ -64,10 +66,14 @@ class Executor:
         self.versions: AdapterVersions
         self.learner: Learner | None = None
         self.trial: CanaryTrial
-        self.load = LoadMeter(self.executor_id, args.slo.ttft_s)
+        self.load: LoadMeter
         self._reported_state: Any = None
         self._routing_stats: dict[str, Any] = {}
         self.monitor = EngineMonitor()
+        self.edge: EdgeMeter
+        """What clients see, against the targets."""
+        self.slo_warnings: list[str] = []
+        """What is wrong with the targets, by the profile."""
         self.prefixes: PrefixIndex | None = None
         """The names of prefixes in the cache; None if the engine's KV events are off."""
         self._kv_events: KvEventStream | None = None
@@ -95,8 +101,10 @@ class Executor:
         model_dir = await asyncio.to_thread(resolve_model, self.args.model, state_dir)
         configure_environment(self.args, model_dir)
         self.args, self.kv_pruning = with_pruning_gate(with_profile_path(self.args, model_dir), model_dir)
-        for warning in target_warnings(self.args):
-            logger.warning(warning)
+        kept = self.args.slo.auto and kept_targets(targets_path(self.args))
+        if kept:
+            self._set_slo(kept.slo)
+        self._judge_targets()
         self.engine = await HybridEngine.start(self.args, str(model_dir))
         if refusal := await self.engine.pruning_refusal():
             self.kv_pruning = f"off, because this engine cannot drop KV blocks: {refusal}"
@@ -105,9 +113,13 @@ class Executor:
         adapters = state_dir / "adapters"
         registry = await asyncio.to_thread(AdapterRegistry.open, adapters, self.base_model, self.fingerprint)
         self.versions = AdapterVersions(self.engine, registry, self.args.model.model_id, self.args.versions)
-        self.trial = CanaryTrial(self.versions, self.args.versions, self.args.slo, self.control.rating_counts)
         base_names = [self.versions.name_of(BASE), self.args.model.model_id]  # until a version is live, both are
         app = await self.engine.build_openai_app(base_names)
+        if self.args.slo.auto and not kept:
+            await self._measure_targets(app, base_names[0])
+        self.edge = EdgeMeter(self.args.slo, self.engine.tell_edge)
+        self.load = LoadMeter(self.executor_id, self.args.slo.ttft_s)
+        self.trial = CanaryTrial(self.versions, self.args.versions, self.args.slo, self.control.rating_counts)
         await self.versions.attach(app.state.openai_serving_models.lora_requests)
         self.prefixes, self._kv_events = follow_prefixes(self.engine, lambda: self.versions.live_adapter)
         if self.args.training.enabled and self.args.scheduler.policy != "inference_only":
@@ -141,11 +153,19 @@ class Executor:
 
     async def status(self) -> dict[str, Any]:
         """Training, iterations, prefix cache and memory of this executor, as JSON values."""
+        slo, corrections = self.args.slo, self.monitor.corrections_to_wire()
+        lost_share = corrections["gap_correction_s"] / (self.args.scheduler.slack_fraction * slo.tbt_s)
         return {
             "executor_id": self.executor_id,
             "base_model": {"name": self.base_model, "fingerprint": self.fingerprint},
             "live_version": self.versions.live,
             **({} if self.learner is None else self.learner.status_to_wire()),
+            "slo": {
+                **slo.model_dump(),
+                **self.edge.to_wire(),
+                **corrections,
+                "warnings": [*self.slo_warnings, *self.edge.warnings(lost_share)],
+            },
             "scheduler": {"policy": self.args.scheduler.policy, **self.monitor.iterations_to_wire()},
             "prefix_cache": self.monitor.prefix_cache_to_wire(),
             "engine": self.keeper.to_wire(),
@@ -155,6 +175,33 @@ class Executor:
             },
             "memory": {"kv_pruning": self.kv_pruning, **await self._memory_status()},
         }
+
+    def _set_slo(self, slo: SloConfig) -> None:
+        self.args = self.args.model_copy(update={"slo": slo})
+
+    async def _measure_targets(self, app: Any, model: str) -> None:
+        """Set the targets of `slo: auto` once, before anybody is served; without them serving starts all the same."""
+        engine, path = self.engine, targets_path(self.args)
+        try:
+            targets = await measure_targets(app, self.args, model, engine.vocab_size, engine.max_model_len)
+            await asyncio.to_thread(targets.save, path)
+        except ProfileError as error:
+            logger.warning("slo: auto keeps the default targets: %s", error)
+            return
+        self._set_slo(targets.slo)
+        logger.info("slo: auto set ttft_s %g and tbt_s %g, kept in %s", targets.ttft_s, targets.tbt_s, path)
+        await engine.set_targets(targets.slo)
+
+    async def _profile(self) -> None:
+        await profile_at_start(self.engine, self.args)
+        await asyncio.to_thread(self._judge_targets)
+
+    def _judge_targets(self) -> None:
+        """Say what the profile, if there is one, says of the targets."""
+        known, self.slo_warnings = self.slo_warnings, target_warnings(self.args)
+        for warning in self.slo_warnings:
+            if warning not in known:
+                logger.warning(warning)
 
     async def stop(self) -> None:
         """End open requests with an error, then the engine: `mace serve` calls this before it ends the replica."""
@@ -190,11 +237,13 @@ class Executor:
     async def _resume(self) -> None:
         """The engine has come back: give it what it must have before it serves. The learner restores its own state."""
         await self.versions.reload()
+        if self.args.slo.auto:
+            await self.engine.set_targets(self.args.slo)
         self.engine.is_away = False
         self._measure_profile()
 
     def _measure_profile(self) -> None:
-        self._profiling = asyncio.create_task(profile_at_start(self.engine, self.args))
+        self._profiling = asyncio.create_task(self._profile())
 
     async def _memory_status(self) -> dict[str, Any]:
         try:

@@ -8,6 +8,7 @@ from starlette.types import ASGIApp
 
 from app.http.canary import CanaryRouter
 from app.http.capture import ResponseCapture
+from app.http.edge import measure_edge
 from app.http.errors import BadRequestError, install_error_handlers
 from app.http.guard import check_origin, check_size, give_own_id, guard, note_client, set_request_class
 from app.http.openapi import document_errors
@@ -60,6 +61,7 @@ def attach_routes(app: FastAPI, executor: Executor) -> ASGIApp:
         note_client,
         give_own_id,
         set_request_class,  # refuses too, so it stands before whatever counts or draws a request
+        measure_edge(executor.edge),  # after the class is set; its times begin where the request came in
         prefix_names(model_id),  # before the canary's draw: it notes what the client asks for
         CanaryRouter(executor.trial, model_id),  # draws after what the client asked for is noted
         keep_version(executor.versions, vllm_paths),  # after the draw: it knows which version was asked for

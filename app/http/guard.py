@@ -21,6 +21,7 @@ from alignment.records.response_ids import new_request_id
 from app.http.errors import BadRequestError
 from app.http.request import MAX_ID_CHARS, ClientRequest, GoOn, Step
 from core.config import KV_PRUNING_OPT_OUT, EngineConfig
+from deployments.monitors.edge import RequestClass
 from engine.vllm.requests import CLIENT
 from scheduler.priority import BACKGROUND_PRIORITY
 
@@ -40,6 +41,8 @@ _READING_METHODS = frozenset({"GET", "HEAD", "OPTIONS"})
 _TOKEN_FIELDS = ("max_completion_tokens", "max_tokens", "max_output_tokens")
 _HEADER_PATHS = frozenset({"/v1/messages"})
 """Routes whose requests have none; vLLM reads its header there."""
+GENERATING_PATHS = _FIELD_PATHS | _HEADER_PATHS
+"""Routes that answer with tokens."""
 
 
 async def guard(request: ClientRequest, go_on: GoOn) -> None:
@@ -150,6 +153,15 @@ async def set_request_class(request: ClientRequest, go_on: GoOn) -> None:
         if tier in _BACKGROUND_TIERS and not any(name.lower() == _PRIORITY_HEADER for name, _ in request.headers):
             request.set_header(_PRIORITY_HEADER, str(BACKGROUND_PRIORITY).encode())
     await go_on()
+
+
+def class_of(request: ClientRequest) -> RequestClass:
+    """The class of a request that passed `set_request_class`."""
+    priority = request.field("priority")
+    if request.path in _HEADER_PATHS:
+        header = next((value.strip() for name, value in request.headers if name.lower() == _PRIORITY_HEADER), b"")
+        priority = int(header) if header.isdigit() else 0
+    return "background" if isinstance(priority, int) and priority > 0 else "interactive"
 
 
 def check_internal_keys(value: Any) -> None:

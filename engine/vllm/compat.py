@@ -9,6 +9,8 @@ import json
 import multiprocessing
 import os
 import threading
+import time
+import uuid
 from argparse import Namespace
 from multiprocessing import forkserver
 from multiprocessing.context import ForkServerContext, ForkServerProcess
@@ -20,7 +22,7 @@ from typing import Any
 import psutil
 
 from core.config import TINY_ASSISTANT, AppArgs, ModelConfig
-from core.errors import ConfigError
+from core.errors import ConfigError, MaceError
 from core.model_dims import ModelDims
 from engine.prefix_cache import kv_events_config
 from scheduler.queues.waiting import guest_seats
@@ -356,6 +358,35 @@ def make_task_request(payload: dict[str, Any], key: str) -> tuple[Any, Any]:
     from vllm import SamplingParams
 
     return {"prompt_token_ids": [0]}, SamplingParams(max_tokens=1, detokenize=False, extra_args={key: payload})
+
+
+async def send_note(client: Any, payload: dict[str, Any], key: str) -> None:
+    """Send a message to the scheduler in the engine process, past the front end, as a request that it takes aside.
+
+    It reaches a scheduler that is at work before its next iteration. One that is idle goes back to waiting; the worker
+    is not asked. There is no answer. MaceError: the engine is dead, or stopping.
+    """
+    import zmq
+    from vllm import SamplingParams
+    from vllm.v1.engine import EngineCoreRequest
+    from vllm.v1.engine.exceptions import EngineDeadError
+
+    params = SamplingParams(max_tokens=1, detokenize=False, extra_args={key: payload})
+    request = EngineCoreRequest(
+        request_id=f"note-{uuid.uuid4().hex}",
+        prompt_token_ids=[0],
+        mm_features=None,
+        sampling_params=params,
+        pooling_params=None,
+        arrival_time=time.time(),
+        lora_request=None,
+        cache_salt=None,
+        data_parallel_rank=None,
+    )
+    try:
+        await client.engine_core.add_request_async(request)
+    except (EngineDeadError, zmq.ZMQError) as error:
+        raise MaceError(f"the engine takes no messages: {error}") from error
 
 
 def make_sampling_params(max_tokens: int) -> Any:

@@ -10,19 +10,20 @@ import logging
 import uuid
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import core.errors
-from core.batch import IterationSample
-from core.config import AppArgs
+from core.batch import EdgeReport, IterationSample
+from core.config import AppArgs, SloConfig
 from core.errors import EngineUnavailableError, MaceError, TrainingError
 from core.types import FineTuneTask, TaskResult
 from engine.training.pair_tokens import Chat
 from engine.vllm import compat as vllm_compat
+from engine.vllm.arrivals import count_arrivals, offer_count
 from engine.vllm.chat_content import make_chat
-from engine.vllm.directive import TASK_KEY
+from engine.vllm.directive import NOTE_KEY, TASK_KEY
 from engine.vllm.grammars import GrammarCheck
 from engine.vllm.requests import check_requests, watch_failures
 from scheduler.priority import BACKGROUND_PRIORITY
@@ -92,6 +93,7 @@ class HybridEngine:
         engine_args = vllm_compat.make_engine_args(args, model_dir)
         vllm_config = engine_args.create_engine_config()
         unused_config = copy.deepcopy(vllm_config)
+        offer_count()
         client = AsyncLLM.from_vllm_config(
             vllm_config,
             stat_loggers=stat_loggers,
@@ -103,6 +105,7 @@ class HybridEngine:
         engine._processes = vllm_compat.CoreProcesses(client)
         engine._grammars = check_requests(client)
         watch_failures(client, engine._note_failure)
+        count_arrivals(client)
         return engine
 
     @property
@@ -146,6 +149,7 @@ class HybridEngine:
         """
         await asyncio.to_thread(vllm_compat.start_core, self.client, copy.deepcopy(self._vllm_config))
         vllm_compat.attach_core(self.client)
+        count_arrivals(self.client)
         self._processes = await asyncio.to_thread(vllm_compat.CoreProcesses, self.client)
         self.free_memory_bytes, self._read = float("inf"), None
         self.generation += 1
@@ -228,6 +232,14 @@ class HybridEngine:
         tensors; on CPU the `heap_*_bytes`.
         """
         return await self._call_worker("memory")
+
+    async def tell_edge(self, report: EdgeReport) -> None:
+        """Tell the planner what clients saw. Asks nothing of the worker; MaceError: the engine is dead."""
+        await vllm_compat.send_note(self.client, {"edge": asdict(report)}, NOTE_KEY)
+
+    async def set_targets(self, slo: SloConfig) -> None:
+        """Let the planner plan for other targets from the next iteration on; MaceError: the engine is dead."""
+        await vllm_compat.send_note(self.client, {"slo": slo.model_dump(mode="json")}, NOTE_KEY)
 
     async def pruning_refusal(self) -> str | None:
         """The reason for which `kv_pruning` stays off although the settings ask for it; None if it does not."""

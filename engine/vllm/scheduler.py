@@ -3,7 +3,8 @@
 Allocation of KV blocks, preemption and sampling stay vLLM's own. Before it schedules, the planner sets the token
 budget and the longest prefill chunk; after, it says what the iteration may spend on fine-tuning, and a `Directive`
 takes that to the worker. A request whose `extra_args` hold `TASK_KEY` is a fine-tune task: `engine.vllm.task_table`
-keeps it aside, and it ends as an `EngineCoreOutput` whose `kv_transfer_params` carry the `TaskResult`.
+keeps it aside, and it ends as an `EngineCoreOutput` whose `kv_transfer_params` carry the `TaskResult`. One with
+`NOTE_KEY` is a message to the planner (what clients saw, other targets), and is gone once it is read.
 
 Invariant: nothing in here may raise because of a fine-tune task; an exception would end the engine. What the worker's
 forward pass raises comes here as a report, and `engine.vllm.recovery` finds the request that it belongs to.
@@ -22,14 +23,16 @@ from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs, FinishReason
 from vllm.v1.outputs import EMPTY_MODEL_RUNNER_OUTPUT, ModelRunnerOutput
 from vllm.v1.request import Request, RequestStatus
 
-from core.batch import ForwardShape, IterationSample, Plan
-from core.config import AppArgs
+from core.batch import EdgeReport, ForwardShape, IterationSample, Plan
+from core.config import AppArgs, SloConfig
 from core.errors import LedgerError
 from core.types import SliceReport, TaskKind, TaskResult
 from engine.pruning.pruner import KvPruner, unsupported
+from engine.vllm.arrivals import ArrivalCount
 from engine.vllm.compat import app_args_of, exit_with_parent
 from engine.vllm.directive import (
     DIRECTIVE_ATTRIBUTE,
+    NOTE_KEY,
     REPORT_ATTRIBUTE,
     TASK_KEY,
     Directive,
@@ -73,18 +76,32 @@ class HybridSchedulerMixin:
         self._recovery = Recovery(self)
         self._last_training: Directive | None = None
         """The newest one that reserved memory for slices, until its report is here."""
+        self._arrivals = ArrivalCount()
+        self._num_arrived = 0
         self._last_ended_s = 0.0
         self._overhead_s = 0.0
 
     def add_request(self, request: Request) -> None:
         """Queue a request with vLLM, or take a fine-tune task aside."""
-        task = _task_of(request)
+        if (note := _extra(request, NOTE_KEY)) is not None:
+            self._take_note(note)
+            return
+        task = _extra(request, TASK_KEY)
         if task is None:
             self.planner.retrain.note_requests()
             super().add_request(request)  # type: ignore[misc]
             return
         self._tasks.add(request, task, time.time())
         self._directive.new_tasks.append({**task, "task_id": request.request_id})
+
+    def _take_note(self, note: dict[str, Any]) -> None:
+        try:
+            if "edge" in note:
+                self.planner.observe_edge(EdgeReport(**note["edge"]), time.time())
+            if "slo" in note:
+                self.planner.set_slo(SloConfig(**note["slo"]))
+        except (TypeError, ValueError) as error:  # the engine must not end for it
+            logger.warning("a note to the scheduler was not understood: %s", error)
 
     def finish_requests(
         self, request_ids: str | Iterable[str] | None, finished_status: RequestStatus
@@ -113,6 +130,7 @@ class HybridSchedulerMixin:
     def schedule(self, throttle_prefills: bool = False) -> SchedulerOutput:
         """vLLM's schedule within the plan's limits, with this iteration's fine-tune part attached."""
         self._directive.started_s = time.perf_counter()
+        self._directive.num_arrived, self._num_arrived = self._num_arrived, self._arrivals.read()
         view = self._view(time.time())
         plan = self.planner.plan(view)
         if self._recovery.is_searching:  # the few that may run are not those that the plan was made for
@@ -317,8 +335,8 @@ def _ledger_error(memory: MemoryLedger) -> str | None:
     return None
 
 
-def _task_of(request: Request) -> dict[str, Any] | None:
+def _extra(request: Request, key: str) -> dict[str, Any] | None:
     params = request.sampling_params
     if params is None or not params.extra_args:
         return None
-    return params.extra_args.get(TASK_KEY)
+    return params.extra_args.get(key)

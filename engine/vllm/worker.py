@@ -22,6 +22,7 @@ from engine.pruning.worker import Scores, WorkerPruning, to_wire
 from engine.training.base_weights import huggingface_views, is_shared, unpacked_cpu_weights
 from engine.training.runner import FineTuneRunner, free_memory_bytes
 from engine.training.shadow import ShadowAdapter
+from engine.vllm.arrivals import ArrivalCount
 from engine.vllm.compat import app_args_of, exit_with_parent
 from engine.vllm.directive import (
     DIRECTIVE_ATTRIBUTE,
@@ -53,6 +54,7 @@ class HybridWorkerMixin:
     _logged: str | None = None
     _weights: dict[str, int] = {}  # noqa: RUF012 - replaced, never changed
     _log: IterationLog
+    _arrivals: ArrivalCount
     _directive: Directive
     _finetune_report: SliceReport
     _timer: ForwardTimer
@@ -61,6 +63,7 @@ class HybridWorkerMixin:
         """Load the inference model, then the trainable model beside it (or on its very weights)."""
         exit_with_parent()
         self._log = IterationLog()
+        self._arrivals = ArrivalCount()
         args = app_args_of(self.vllm_config)  # type: ignore[attr-defined]
         shared = args.training.enabled and is_shared(args.engine, self.device.type)  # type: ignore[attr-defined]
         with unpacked_cpu_weights() if shared else nullcontext():
@@ -188,7 +191,9 @@ class HybridWorkerMixin:
         if plan.is_blocking:
             return self._runner.run_step()
         self._runner.set_slice_tokens(plan.slice_tokens)
-        return self._runner.run(plan.finetune_budget_s, plan.min_slices)
+        return self._runner.run(
+            plan.finetune_budget_s, plan.min_slices, lambda: self._arrivals.read() != directive.num_arrived
+        )
 
     def _finish(self, output: Any) -> Any:
         if output is None:

@@ -12,8 +12,9 @@ from fastapi.responses import JSONResponse, StreamingResponse
 from starlette.testclient import TestClient
 
 from app.http.app import attach_routes
-from core.config import AppArgs
+from core.config import AppArgs, SloConfig
 from core.errors import ControlUnavailableError, EngineUnavailableError
+from deployments.monitors.edge import EdgeMeter
 
 
 class Control:
@@ -55,6 +56,7 @@ def executor(kept):
         control=Control(),
         versions=Versions(),
         trial=SimpleNamespace(is_running=False),
+        edge=EdgeMeter(SloConfig(), None),
         responses=SimpleNamespace(add=kept.append, flush=nothing),
         engine=SimpleNamespace(max_model_len=512),
         base_model="tiny",
