@@ -19,7 +19,7 @@ from benchmarks.studies.chaos.load import preferences
 
 pytestmark = [pytest.mark.vllm, pytest.mark.ray]
 
-CONFIG = Path(__file__).parents[2] / "serve_config.yaml"
+CONFIG = Path(__file__).parents[2] / "serve_config.tiny.yaml"
 QUESTION = {"messages": [{"role": "user", "content": "What is the capital of France?"}]}
 REPLICA = "ServeReplica:mace:Executor"
 _BACK_S = 30.0
