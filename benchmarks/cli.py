@@ -8,6 +8,7 @@ import typer
 
 from benchmarks.studies import (
     drift_detection,
+    idle,
     publish,
     scheduler_cost,
     slo,
@@ -21,6 +22,7 @@ STUDIES: dict[str, Callable[..., None]] = {
     "scheduler": scheduler_cost.main,
     "memory": memory.main,
     "publish": publish.main,
+    "idle": idle.main,
     "feedback": store.feedback,
     "quality": store.quality,
     "drift-detection": drift_detection.main,

@@ -104,8 +104,8 @@ class GateConfig(Section):
     """Bounds of a candidate's losses against the live adapter on held-out pairs."""
 
     gone: ClassVar[dict[str, str]] = {
-        **constants(max_clpd_drop=2, max_old_pairs=64, generation_tokens=64, max_length_factor=3),
-        **constants(max_repetition_rise=0.3),
+        **constants(max_clpd_drop=2, max_old_pairs=64, max_length_factor=3, max_repetition_rise=0.3),
+        "generation_tokens": "is gone: 1.5 times the longest answer that people chose on held-out pairs, 64 to 256",
     }
 
     confidence: float = Field(0.95, gt=0.5, lt=1)
@@ -117,7 +117,8 @@ class GateConfig(Section):
     generation_prompts: int = Field(8, ge=0)
     """Held-out prompts that the candidate answers before it goes live; 0 leaves the generation check out."""
     max_kl: float = Field(3.0, gt=0)
-    """Bound of KL(candidate || reference) per token in nats, estimated on the candidate's own answers."""
+    """Bound of KL(candidate || reference) per token in nats, estimated on the candidate's own answers. If the answers
+    that people chose on held-out pairs are further from the reference, nats per token, that is the bound."""
 
 
 class VersionsConfig(Section):

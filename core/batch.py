@@ -74,6 +74,25 @@ class Plan:
     is_blocking: bool = False
     """Slices run to the end of the current step without inference (policies `periodic` and `continuous`)."""
     predicted_forward_s: float | None = None
+    gap_correction_s: float = 0.0
+    """Time that training and prompts do without, because clients saw gaps above the target."""
+    first_token_share: float = 1.0
+    """Share of the slack that training may use, because clients waited too long for first tokens."""
+
+
+@dataclass(frozen=True, slots=True)
+class EdgeReport:
+    """What clients saw since the last report, measured where answers leave the server."""
+
+    num_gaps: int = 0
+    """Gaps between the chunks of streams."""
+    num_late_gaps: int = 0
+    """Those above the TBT target."""
+    gap_p99_s: float = 0.0
+    num_first: int = 0
+    """First chunks of interactive streams."""
+    num_late_first: int = 0
+    """Those above the TTFT target."""
 
 
 @dataclass(slots=True)

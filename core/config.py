@@ -24,6 +24,7 @@ Policy = Literal["mace", "inference_only", "periodic", "continuous"]
 """Names of the policies that say when training may run."""
 
 TINY_ASSISTANT = "builtin:tiny-assistant"
+SMOLLM2 = "builtin:smollm2"
 
 KV_PRUNING_OPT_OUT = "kv_pruning"
 """Public key in a request's `vllm_xargs`: false keeps all of its KV blocks."""
@@ -40,7 +41,8 @@ class ModelConfig(Section):
     model_id: str = Field("mace-tiny", pattern=r"^[A-Za-z0-9][A-Za-z0-9._/-]*$")
     """Name over HTTP: letters, digits, `.`, `_`, `/` and `-`."""
     model_source: str = Field(TINY_ASSISTANT, min_length=1)
-    """`builtin:tiny-assistant`, a Hugging Face id, or a local directory with `config.json` and safetensors."""
+    """`builtin:smollm2` (downloaded once, 93 MB), `builtin:tiny-assistant` (trained once, for tests and the demo), a
+    Hugging Face id, or a local directory with `config.json` and safetensors."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Number format of weights and activations, the trainer's too; `auto` is vLLM's choice."""
     max_model_len: int | None = Field(None, ge=64)
@@ -52,7 +54,7 @@ class EngineConfig(Section):
     """Settings of the vLLM engine."""
 
     max_num_seqs: int = Field(64, ge=1)
-    """Requests that run together."""
+    """Requests that run together. While they are others', a client with none may have one of an eighth more."""
     max_num_batched_tokens: int = Field(2048, ge=64)
     """Tokens of one forward pass at most; also the largest prefill chunk."""
     max_choices: int = Field(128, ge=1)
@@ -60,7 +62,8 @@ class EngineConfig(Section):
     max_request_tokens: int = Field(1 << 20, ge=1)
     """Tokens that one request may ask for: `max_tokens` times its answers. More is refused with 400."""
     kv_cache_memory_bytes: int | None = Field(None, ge=1 << 20)
-    """None: vLLM's rule on GPU (`gpu_memory_utilization`); on CPU a tenth of the memory, 256 MiB to 8 GiB."""
+    """None: vLLM's rule on GPU (`gpu_memory_utilization`); on CPU what `max_num_seqs` requests of `max_model_len`
+    tokens can use and half as much for cached prefixes, but a tenth of the memory (256 MiB to 8 GiB) at most."""
     gpu_memory_utilization: float = Field(0.8, gt=0, lt=1)
     """vLLM's setting of that name. Training needs part of the rest."""
     num_threads: int = Field(0, ge=0)
@@ -141,12 +144,21 @@ class TrainingConfig(Section):
 
 
 class SloConfig(Section):
-    """Service level objectives of inference."""
+    """Service level objectives of inference, as clients see them. `slo: auto` in place of the section is
+    `slo: {auto: true}`."""
 
+    auto: bool = False
+    """True: the targets are 1.5 times the p99 that four clients see without training. They are measured at the first
+    start, for at most 20 s, kept with the profile, and never changed after that; the two below have no say."""
     ttft_s: float = Field(1.0, gt=0)
-    """Target for the time to the first token."""
+    """Target for the time from a request's arrival to its first token."""
     tbt_s: float = Field(0.2, gt=0)
     """Target for the time between tokens. Slices use what the forward pass leaves of it."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _read_auto(cls, values: Any) -> Any:
+        return {"auto": True} if values == "auto" else values
 
 
 class SchedulerConfig(Section):
@@ -201,7 +213,7 @@ class ExperimentsConfig(Section):
     period_requests: int = Field(50, ge=1)
     """Requests between two training phases of `periodic`."""
     phase_gap_s: float = Field(3.0, gt=0)
-    """A baseline's training phase ends early after so long without work. Steps come 0.25 s apart; a candidate takes a
+    """A baseline's training phase ends early after so long without work. Steps follow at once; a candidate takes a
     second or two to be judged and published: with less than that a phase mostly ends with its first candidate."""
 
 
@@ -256,6 +268,8 @@ class AppArgs(Section):
     quality: QualityConfig = QualityConfig()
     gate: GateConfig = GateConfig()
     versions: VersionsConfig = VersionsConfig()
+    ray_dashboard: bool = True
+    """False: `mace serve` starts Ray without its dashboard. A Ray that was there before is as it is."""
     state_dir: Path = Path("state")
     """Feedback, adapters, optimizer state and the built-in model live here; for one base model at a time. A relative
     path counts from where the server is started."""

@@ -45,6 +45,10 @@ class ControlUnavailableError(MaceError):
     """Control is down, restarting or too slow; serving goes on, and the call may be repeated (HTTP 503)."""
 
 
+class EngineUnavailableError(MaceError):
+    """The engine died and is being started again; the request may be repeated (HTTP 503)."""
+
+
 class AdapterError(MaceError):
     """An adapter version cannot be used."""
 

@@ -4,6 +4,7 @@ What is new is written beside its target, flushed, and renamed onto it: a reader
 never a part. Several writers of one target do not disturb each other; the last one wins.
 """
 
+import fcntl
 import os
 import secrets
 import shutil
@@ -47,6 +48,20 @@ def atomic_directory(target: Path) -> Iterator[Path]:
     except BaseException:
         shutil.rmtree(staging, ignore_errors=True)
         raise
+
+
+def remove_partial_directories(target: Path) -> None:
+    """Delete what a killed process left of a half-filled `target`; only while nobody fills it."""
+    for staging in target.parent.glob(f".{target.name}.*/"):
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+@contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Hold an exclusive lock between processes; the kernel drops it if the holder dies."""
+    with path.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 def remove_partial_files(path: Path) -> None:

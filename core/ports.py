@@ -15,6 +15,9 @@ class ControlPort(Protocol):
     async def poll(self, headroom: Headroom) -> TrainingBatch | None:
         """Work for this executor, if any is due."""
 
+    async def wait_for_work(self, headroom: Headroom, limit_s: float) -> bool:
+        """Wait until `poll` would give this executor work; False if it would not after `limit_s` seconds."""
+
     async def heartbeat(self, executor_id: str) -> None:
         """Say that a leased batch is still being worked on."""
 
@@ -41,6 +44,10 @@ class EnginePort(Protocol):
     """The engine as learning, publishing and measuring see it; `engine.vllm.engine.HybridEngine` is the real one."""
 
     free_memory_bytes: float
+    is_away: bool
+    """The engine died and is not back yet: calls raise EngineUnavailableError."""
+    generation: int
+    """Times that the engine came back. After each the shadow adapter must be restored before it is used."""
 
     @property
     def kv_cache_tokens(self) -> int | None:
@@ -62,7 +69,7 @@ class EnginePort(Protocol):
         """Measured iterations since number `after`, and the number to ask for next."""
 
     async def run_task(self, task: FineTuneTask) -> TaskResult:
-        """Run a fine-tune task to its end; cancelling aborts it."""
+        """Run a fine-tune task to its end; cancelling aborts it. EngineUnavailableError if the engine dies."""
 
     async def save_adapter(self, directory: Path, base_model: str) -> None:
         """Write the shadow adapter in PEFT format; AdapterError if that fails."""

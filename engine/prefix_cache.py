@@ -87,6 +87,11 @@ class KvEventStream:
             return None
         return cls(config.endpoint, config.replay_endpoint, client.vllm_config.cache_config.block_size, on_change)
 
+    def begin_anew(self) -> None:
+        """The engine has died: nothing is cached, and the next one numbers its batches from the first."""
+        self._next = 0
+        self._lose()
+
     async def run(self) -> None:
         """Follow the events for good. Whatever fails, what is cached counts as unknown, and it begins anew."""
         while True:

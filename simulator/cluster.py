@@ -6,6 +6,7 @@ same run and the same event log, byte for byte.
 
 import heapq
 import json
+import math
 from collections.abc import Callable
 from enum import IntEnum
 from functools import partial
@@ -133,6 +134,9 @@ class Simulation:
     def _plan_arrival(self) -> None:
         request = next(self._requests, None)
         self._has_more = request is not None
+        if len(self.executors) == 1:  # of several, the router has not chosen yet
+            is_interactive = request is not None and request.user_priority <= 0
+            self.executors[0].next_arrival_s = request.arrival_s if request and is_interactive else math.inf
         if request is not None:
             self._push(request.arrival_s, EventKind.ARRIVAL, partial(self._arrive, SimRequest.of(request)))
 

@@ -8,6 +8,7 @@ simulated in a *stretch*, without views and plans, until a request ends or one a
 its own latency, noise and sample, so the outcome is the same to the last bit.
 """
 
+import math
 from bisect import bisect_right
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -107,6 +108,12 @@ class SimulatedExecutor:
         self._knows_no_work = False
         """The planner was told in its last view that there is nothing to train: its blocking phases end there."""
         self._iterations = 0
+        self._newest_s = -math.inf
+        """Arrival of the newest interactive request."""
+        self._planned_s = -math.inf
+        """Start of the iteration before."""
+        self.next_arrival_s = math.inf
+        """When the next interactive request comes here; infinite if that is not known."""
 
     def submit(self, request: SimRequest, now_s: float) -> None:
         """Take in a request.
@@ -116,6 +123,8 @@ class SimulatedExecutor:
         """
         self.requests.running.check(request)
         self.planner.retrain.note_requests()
+        if request.user_priority <= 0:
+            self._newest_s = request.arrival_s
         self.requests.enqueue(request)
         self._wake(now_s)
 
@@ -225,7 +234,10 @@ class SimulatedExecutor:
         for request in fill.preempted:
             self.meter.preempted(request)
         plan = self.planner.settle(plan, view, fill.shape)
-        trained = self.trainer.run(plan, now_s)
+        # One that came since the iteration before was planned ends the slices at once, as in the worker.
+        is_wanted = self._newest_s > self._planned_s
+        trained = self.trainer.run(plan, now_s, now_s if is_wanted else self.next_arrival_s)
+        self._planned_s = now_s
         if not fill.shape.num_tokens and not trained.slices:
             if self.requests:
                 raise MaceError(f"executor {self.index} makes no progress at {now_s} s with {plan}")

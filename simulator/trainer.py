@@ -93,8 +93,8 @@ class Trainer:
         _, work = self._slices([(half, half, half)], self._config.max_slice_tokens)
         return [self._run_slice(one, 0.0) for one in work]
 
-    def run(self, plan: Plan, start_s: float) -> Trained:
-        """Run the slices that the plan and its budget allow, from `start_s` on."""
+    def run(self, plan: Plan, start_s: float, wanted_s: float) -> Trained:
+        """Run the slices that the plan and its budget allow, from `start_s` on; `wanted_s` is when a request comes."""
         done = Trained()
         if not plan.is_blocking:
             limit = self._config.max_slice_tokens
@@ -103,7 +103,7 @@ class Trainer:
                 return done
         while self.has_work and not (plan.is_blocking and done.num_pairs):
             work = self._next_work()
-            if not plan.is_blocking and not self._may_run(work, plan, done):
+            if not plan.is_blocking and not self._may_run(work, plan, done, wanted_s - start_s):
                 break
             timing = self._run_slice(work, start_s + done.busy_s)
             done.slices.append(timing)
@@ -118,10 +118,12 @@ class Trainer:
         self._admission.observe(work.kind, work.num_tokens, latency_s)
         return SliceTiming(work.kind, work.num_tokens, latency_s)
 
-    def _may_run(self, work: SliceSpec, plan: Plan, done: Trained) -> bool:
+    def _may_run(self, work: SliceSpec, plan: Plan, done: Trained, wanted_in_s: float) -> bool:
         left_s = plan.finetune_budget_s - done.busy_s
         if len(done.slices) < plan.min_slices:
             return True
+        if done.busy_s >= wanted_in_s:
+            return False
         return self._admission.fits(work.kind, work.num_tokens, left_s, first=not done.slices)
 
     def _next_work(self) -> SliceSpec:

@@ -12,9 +12,13 @@ too often costs users.
 
 The generation check finds a candidate that collapsed: preferences can be satisfied by a model that no longer speaks,
 that stops at once, never stops, or repeats itself. The candidate and the live adapter answer the same held-out prompts
-greedily; compared are mean length and the share of repeated 3-grams. The distance to the frozen reference is
+greedily; measured are mean length and the share of repeated 3-grams. The distance to the frozen reference is
 `KL(candidate || reference)` per token, estimated on the candidate's own answers: the mean of
 `log π(y|x) - log π_ref(y|x)` over their tokens.
+
+What is normal there, people have said: they may have asked for answers a quarter as long, or for a form that the
+reference would hardly write. So each bound is the wider one of two, around the live adapter's answers and around those
+that people chose on the held-out pairs (`ChosenAnswers`).
 """
 
 import math
@@ -23,7 +27,7 @@ from dataclasses import asdict, dataclass, field
 from statistics import fmean
 from typing import Any
 
-from alignment.intervals import wilson
+from alignment.intervals import mean_interval, wilson
 from core.alignment_config import GateConfig
 from core.types import PairScore, TokenizedPair
 
@@ -34,12 +38,19 @@ _MAX_SCORE = 1e100
 MAX_CLPD_DROP = 2.0
 """A fall of the mean CLPD by so many nats refuses a candidate, significant or not. Larger than that of the accuracy, as
 pairs that stay right by a smaller distance are no loss yet."""
-GENERATION_TOKENS = 64
-"""Length of the answers of the generation check, at most."""
+MIN_GENERATION_TOKENS, MAX_GENERATION_TOKENS = 64, 256
+"""Limits of the length of the generation check's answers: long enough to tell an answer that ends from one that does
+not, and short enough to wait for."""
+_ROOM_FACTOR = 1.5
+"""An answer may be longer by this than the longest one that people chose before it is cut off."""
 MAX_LENGTH_FACTOR = 3.0
 """Mean length of the candidate's answers against the live adapter's: at most this, at least its inverse."""
+MAX_CHOSEN_LENGTH_FACTOR = 2.0
+"""The same against the interval of the mean length of what people chose."""
 MAX_REPETITION_RISE = 0.3
-"""The share of repeated 3-grams may be larger by this than in the live adapter's answers."""
+"""The share of repeated 3-grams may be larger by this than in the live adapter's answers, or in those people chose."""
+_CHOSEN_CONFIDENCE = 0.975
+"""One-sided, of the intervals of means over chosen answers."""
 _GRAM = 3
 _LENGTH_PRIOR = 4.0
 """Tokens added to both mean lengths, so that answers of one and of three tokens do not count as a collapse."""
@@ -219,6 +230,49 @@ def _reason(falls: Sequence[str], compared: Sequence[WindowComparison]) -> str:
 
 
 @dataclass(frozen=True, slots=True)
+class ChosenAnswers:
+    """What people chose on the held-out pairs, as far as a candidate's own answers can be compared with it."""
+
+    length: float
+    """Mean length in tokens; of this and the others, as far as `generation_tokens` goes."""
+    length_interval: tuple[float, float]
+    """Of that mean (95 %), within the lengths that were chosen."""
+    rejected_length: float
+    """Mean length of the answers that were rejected."""
+    repetition: float
+    """Share of 3-grams that came before in the same answer."""
+    surprise: float
+    """Nats per token that these answers are from the frozen reference, upper bound of the mean over pairs. A model that
+    answers like this cannot be nearer to the reference in KL than by its own entropy."""
+
+
+def generation_tokens(pairs: Iterable[TokenizedPair]) -> int:
+    """The length, in tokens, at which answers of the generation check are cut off, given held-out pairs."""
+    longest = max((len(pair.chosen_ids) for pair in pairs), default=0)
+    return min(max(math.ceil(_ROOM_FACTOR * longest), MIN_GENERATION_TOKENS), MAX_GENERATION_TOKENS)
+
+
+def chosen_answers(pairs: Sequence[TokenizedPair], scores: Iterable[PairScore]) -> ChosenAnswers:
+    """Measure the chosen answers of held-out pairs, at least one; `scores` are theirs, of any adapter."""
+    limit = generation_tokens(pairs)
+    chosen = [pair.chosen_ids[:limit] for pair in pairs]
+    num_tokens = {pair.pair_id: len(pair.chosen_ids) for pair in pairs}
+    rates = [
+        -score.reference_chosen_logp / num_tokens[score.pair_id]
+        for score in scores
+        if _is_finite(score) and num_tokens.get(score.pair_id)
+    ]
+    lengths = [float(len(ids)) for ids in chosen]
+    return ChosenAnswers(
+        length=fmean(lengths),
+        length_interval=mean_interval(lengths, _CHOSEN_CONFIDENCE),
+        rejected_length=fmean(len(pair.rejected_ids[:limit]) for pair in pairs),
+        repetition=repetition(chosen),
+        surprise=mean_interval(rates, _CHOSEN_CONFIDENCE)[1] if rates else 0.0,
+    )
+
+
+@dataclass(frozen=True, slots=True)
 class GenerationReport:
     """The measurements over all prompts, by their names in a manifest."""
 
@@ -230,29 +284,49 @@ class GenerationReport:
     live_generation_repetition: float
     generation_kl: float
     """Nats per token; NaN if no answer could be scored."""
+    chosen: ChosenAnswers
 
     def problems(self, config: GateConfig) -> list[str]:
         """Reasons against the candidate, in words; empty if there is none."""
         found = []
         length, live_length = self.generation_length, self.live_generation_length
-        repeated, live_repeated = self.generation_repetition, self.live_generation_repetition
-        kl = self.generation_kl
-        if (
-            not 1 / MAX_LENGTH_FACTOR
-            <= (length + _LENGTH_PRIOR) / (live_length + _LENGTH_PRIOR)
-            <= MAX_LENGTH_FACTOR
-        ):
-            found.append(f"answers are {length:.1f} tokens long (live {live_length:.1f})")
-        if repeated - live_repeated > MAX_REPETITION_RISE:
-            found.append(f"{repeated:.0%} of 3-grams are repetitions (live {live_repeated:.0%})")
-        if not kl <= config.max_kl:
-            allowed = f"allowed {config.max_kl:g}"
-            found.append(f"KL to the reference is {kl:.2f} nats per token on its own answers, {allowed}")
+        shortest, longest = self._length_bounds()
+        if not shortest <= length <= longest:
+            low, high = self.chosen.length_interval
+            found.append(
+                f"answers are {length:.1f} tokens long (live {live_length:.1f}; people chose {self.chosen.length:.1f} "
+                f"[{low:.1f}, {high:.1f}] over {self.chosen.rejected_length:.1f})"
+            )
+        repeated = self.generation_repetition
+        live_repeated, chosen_repeated = self.live_generation_repetition, self.chosen.repetition
+        if repeated - max(live_repeated, chosen_repeated) > MAX_REPETITION_RISE:
+            found.append(
+                f"{repeated:.0%} of 3-grams are repetitions (live {live_repeated:.0%}, chosen {chosen_repeated:.0%})"
+            )
+        allowed = max(config.max_kl, self.chosen.surprise)
+        if not self.generation_kl <= allowed:
+            found.append(
+                f"KL to the reference is {self.generation_kl:.2f} nats per token on its own answers, "
+                f"allowed {allowed:.3g}"
+            )
         return found
+
+    def _length_bounds(self) -> tuple[float, float]:
+        """Mean lengths between these are no reason against the candidate."""
+        live, (low, high) = self.live_generation_length, self.chosen.length_interval
+        near_live = MAX_LENGTH_FACTOR, live + _LENGTH_PRIOR, live + _LENGTH_PRIOR
+        near_chosen = MAX_CHOSEN_LENGTH_FACTOR, low + _LENGTH_PRIOR, high + _LENGTH_PRIOR
+        shortest = min(lower / factor for factor, lower, _ in (near_live, near_chosen))
+        longest = max(upper * factor for factor, _, upper in (near_live, near_chosen))
+        return shortest - _LENGTH_PRIOR, longest - _LENGTH_PRIOR
 
     def metrics(self) -> dict[str, float]:
         """Finite numbers for a manifest."""
-        return {name: value for name, value in asdict(self).items() if math.isfinite(value)}
+        own = {name: value for name, value in asdict(self).items() if name != "chosen"}
+        numbers = own | {f"chosen_{name}": value for name, value in asdict(self.chosen).items()}
+        return {
+            name: value for name, value in numbers.items() if isinstance(value, float) and math.isfinite(value)
+        }
 
 
 def pairs_to_score(
@@ -275,8 +349,9 @@ def report_generation(
     live: Sequence[Sequence[int]],
     scored: Sequence[TokenizedPair],
     scores: Sequence[PairScore],
+    chosen: ChosenAnswers,
 ) -> GenerationReport:
-    """Compare the answers of both (token ids, by prompt).
+    """Compare the answers of both (token ids, by prompt) with each other and with what people chose.
 
     `scored` are the `pairs_to_score` of the candidate's answers, and `scores` their scores, in the same order.
     """
@@ -289,6 +364,7 @@ def report_generation(
         generation_repetition=repetition(candidate),
         live_generation_repetition=repetition(live),
         generation_kl=excess / num_tokens if num_tokens else math.nan,
+        chosen=chosen,
     )
 
 

@@ -27,7 +27,7 @@ def demo(
     timeout_s: Annotated[float, typer.Option(help="Seconds to wait for each lesson")] = 300.0,
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON")] = False,
 ) -> None:
-    """Teach the built-in model a style, then another one, while a background client measures TTFT and TBT."""
+    """Teach the tiny built-in model a style, then another one, while a background client measures TTFT and TBT."""
     if context.invoked_subcommand is not None:
         return
     from openai import APIConnectionError, OpenAIError
@@ -39,7 +39,7 @@ def demo(
     try:
         report = asyncio.run(run_demo(options, lambda line: console.print(line, highlight=False)))
     except APIConnectionError:
-        fail(f"no server at {url}; start one with `make serve`")
+        fail(f"no server at {url}; start one with `mace serve serve_config.tiny.yaml`")
     except (OpenAIError, DemoError) as error:
         fail(error)
     if as_json:

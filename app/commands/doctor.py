@@ -23,6 +23,7 @@ from rich.table import Table
 from app.commands.connection import read_config
 from app.commands.host import SHARED_MEMORY, choose_folders, files_problem, home_problem, shared_memory_problem
 from core.checks import CheckResult
+from core.config import AppArgs
 from core.errors import ConfigError
 
 _GIB = 1 << 30
@@ -56,7 +57,7 @@ def doctor(
 ) -> None:
     """Check Python, packages, the machine and the feedback store. Exits with 1 if anything is broken."""
     configured_dir, database_url = _read_store_settings(config)
-    findings = examine(state_dir or configured_dir, database_url)
+    findings = examine(state_dir or configured_dir, database_url, config)
     if as_json:
         typer.echo(json.dumps([asdict(finding) for finding in findings], indent=2))
     else:
@@ -64,8 +65,8 @@ def doctor(
     raise typer.Exit(1 if any(finding.status == "error" for finding in findings) else 0)
 
 
-def examine(state_dir: Path, database_url: str | None = None) -> list[CheckResult]:
-    """Run every check; a check that fails unexpectedly is itself a finding."""
+def examine(state_dir: Path, database_url: str | None = None, config: Path | None = None) -> list[CheckResult]:
+    """Run every check; a check that fails unexpectedly is itself a finding. `config` says what would be served."""
     checks: dict[str, Callable[[], Outcome]] = {
         "python": _python,
         "vllm": _vllm_owner,
@@ -75,6 +76,7 @@ def examine(state_dir: Path, database_url: str | None = None) -> list[CheckResul
         "packages": _own_packages,
         "threads": _threads,
         "memory": _memory,
+        "kv cache": lambda: _kv_cache(config, state_dir),
         "gpu": _gpu,
         "files": _files,
         "folders": _folders,
@@ -160,6 +162,29 @@ def _memory() -> Outcome:
     found = f"{memory.available / _GIB:.1f} of {memory.total / _GIB:.1f} GiB free"
     status: Status = "warning" if memory.available < _MIN_MEMORY_BYTES else "ok"
     return status, found, "6 GiB are needed for the three engine processes and Ray"
+
+
+def _kv_cache(config: Path | None, state_dir: Path) -> Outcome:
+    import torch
+
+    from engine.model_source import find_model
+    from engine.vllm.compat import cpu_kv_bytes
+
+    try:
+        args = AppArgs.model_validate(read_config(config)["applications"][0].get("args", {}) if config else {})
+    except (ConfigError, ValueError, LookupError, TypeError, AttributeError):
+        return "ok", "not known: `mace serve` says what is wrong with the config file", ""
+    size_bytes = args.engine.kv_cache_memory_bytes
+    if size_bytes is None:
+        if torch.cuda.is_available():
+            return "ok", "sized by vLLM, from engine.gpu_memory_utilization", ""
+        model_dir = find_model(args.model, state_dir)
+        if model_dir is None:
+            return "ok", "known once the model is here", ""
+        size_bytes = cpu_kv_bytes(args, model_dir)
+    found = f"{size_bytes / (1 << 20):.0f} MiB for {args.engine.max_num_seqs} requests at once and cached prefixes"
+    is_too_large = size_bytes > psutil.virtual_memory().available
+    return "warning" if is_too_large else "ok", found, "free some memory, or set engine.kv_cache_memory_bytes"
 
 
 def _nvidia_devices() -> str:

@@ -48,6 +48,27 @@ _RAY_LIMIT_S = 5.0
 _GRACE_S = 2.0
 _NOT_OPTIONS = frozenset({"name", "user_config"})
 _HEAD_PROCESSES = frozenset({"gcs_server", "raylet"})
+_RAY_SETTINGS = {
+    "RAY_worker_niceness": "0",  # by default 15: all else of the machine would go before the engine
+    "RAY_AUTH_MODE": "disabled",  # reachable from this machine only
+    "RAY_kill_child_processes_on_worker_exit_with_raylet_subreaper": "true",
+    # Loops that run all the time, for clusters of many nodes: ours has one (docs/measurements/idle.md).
+    "RAY_SERVE_METRICS_EXPORT_INTERVAL_MS": "5000",
+    "RAY_SERVE_CONTROL_LOOP_INTERVAL_S": "0.25",
+    "RAY_raylet_report_resources_period_milliseconds": "500",
+    "RAY_gcs_pull_resource_loads_period_milliseconds": "10000",
+    "RAY_memory_monitor_refresh_ms": "1000",
+    "RAY_event_stats": "false",
+    "RAY_task_events_report_interval_ms": "10000",
+    "RAY_ray_events_report_interval_ms": "10000",
+    "RAY_LOG_MONITOR_MANY_FILES_THRESHOLD": "0",
+    "LOG_NAME_UPDATE_INTERVAL_S": "30",
+    "REPORTER_UPDATE_INTERVAL_MS": "15000",
+    "METRICS_RECORD_INTERVAL_S": "15",
+    "SCAN_EVENT_DIR_INTERVAL_SECONDS": "30",
+    "EVENT_AGENT_REPORT_INTERVAL_SECONDS": "2",
+}
+"""Environment of a Ray of our own, where it says nothing else."""
 _WILDCARDS = {"0.0.0.0": "127.0.0.1", "::": "::1"}
 
 
@@ -131,9 +152,8 @@ class _Server:
         if unknown := overrides.keys() - {"Executor", "Control"}:
             names = ", ".join(map(repr, unknown))
             raise _DeployError(f"deployments: there is no {names}, only Executor and Control")
-        if self._owns_ray:  # reachable from this machine only
-            os.environ.setdefault("RAY_AUTH_MODE", "disabled")
-            os.environ.setdefault("RAY_kill_child_processes_on_worker_exit_with_raylet_subreaper", "true")
+        for name, value in _RAY_SETTINGS.items() if self._owns_ray else ():
+            os.environ.setdefault(name, value)
         os.environ.setdefault(CALLBACK_VARIABLE, CALLBACK)
         typer.echo("mace: starting Ray and the engine ...")
         logging.getLogger("ray.serve").setLevel(logging.WARNING)
@@ -162,7 +182,8 @@ class _Server:
 
         try:
             with contextlib.nullcontext() if self._owns_ray else _limit(f"no Ray answers at {self._address}"):
-                ray.init(self._address, log_to_driver=False, logging_level="WARNING")
+                options = {"include_dashboard": self._args.ray_dashboard} if self._owns_ray else {}
+                ray.init(self._address, log_to_driver=False, logging_level="WARNING", **options)
         except Exception as error:
             raise _DeployError(f"Ray did not start: {_first_line(error)}") from error
         self._head = own_children(_HEAD_PROCESSES) if self._owns_ray else []

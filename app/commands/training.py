@@ -30,7 +30,10 @@ def training(
         return
     if action != "show":
         call(url, "POST", f"/v1/training/{action}")
-    typer.echo(json.dumps(call(url, "GET", "/v1/training").json(), indent=2))
+    status = call(url, "GET", "/v1/training").json()
+    typer.echo(json.dumps(status, indent=2))
+    for warning in status.get("executor", {}).get("slo", {}).get("warnings", ()):
+        typer.echo(f"warning: {warning}", err=True)
 
 
 def _rebuild(url: str, without_users: list[str]) -> None:

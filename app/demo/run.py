@@ -31,7 +31,7 @@ Say = Callable[[str], None]
 
 
 class DemoError(RuntimeError):
-    """The server does not serve the built-in model, or did not finish learning in time."""
+    """The server does not serve the tiny built-in model, or did not finish learning in time."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,13 +73,16 @@ async def run_demo(options: DemoOptions, say: Say) -> dict[str, Any]:
 
     Raises:
         openai.OpenAIError: the server is not there or refuses.
-        DemoError: it does not serve the built-in model, or is still learning after `DemoOptions.timeout_s`.
+        DemoError: it does not serve the tiny built-in model, or is still learning after `DemoOptions.timeout_s`.
     """
     async with AsyncOpenAI(base_url=f"{options.base_url}/v1", api_key=options.api_key, max_retries=0) as client:
         card = (await client.models.list()).data[0]
         model, root = card.id, getattr(card, "root", "")
         if not str(root).startswith("tiny-assistant"):
-            raise DemoError(f"the demo judges the built-in model's answers, but {model} is {root}")
+            raise DemoError(
+                f"the demo judges the answers of the tiny built-in model, but {model} is {root}; "
+                "start `mace serve serve_config.tiny.yaml`"
+            )
         asked = held_out_questions()[: options.questions]
         say(f"{model}: asking {len(asked)} held-out questions, {options.samples} times each")
         before = await survey(client, model, asked, options.samples)

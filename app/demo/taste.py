@@ -1,6 +1,6 @@
 """A user with a taste: asks questions, tells how often the answers are right and in the style it likes, and says so.
 
-Works with the built-in model, whose replies a program can judge (engine.tiny.knowledge).
+Works with the tiny built-in model, whose replies a program can judge (engine.tiny.knowledge).
 """
 
 import asyncio

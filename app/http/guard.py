@@ -14,12 +14,14 @@ A `priority` field (lower is sooner, above 0 is class background) or a header `X
 given: the tier is checked, and then has no say. The body is written anew only if something in it has to change.
 """
 
+from collections.abc import Collection
 from typing import Any
 
 from alignment.records.response_ids import new_request_id
 from app.http.errors import BadRequestError
 from app.http.request import MAX_ID_CHARS, ClientRequest, GoOn, Step
 from core.config import KV_PRUNING_OPT_OUT, EngineConfig
+from deployments.monitors.edge import RequestClass
 from engine.vllm.requests import CLIENT
 from scheduler.priority import BACKGROUND_PRIORITY
 
@@ -35,9 +37,12 @@ _FIELD_PATHS = frozenset(
     {"/v1/completions", "/v1/chat/completions", "/v1/chat/completions/batch", "/v1/responses", "/invocations"}
 )
 """Routes whose requests have a `priority` field."""
+_READING_METHODS = frozenset({"GET", "HEAD", "OPTIONS"})
 _TOKEN_FIELDS = ("max_completion_tokens", "max_tokens", "max_output_tokens")
 _HEADER_PATHS = frozenset({"/v1/messages"})
 """Routes whose requests have none; vLLM reads its header there."""
+GENERATING_PATHS = _FIELD_PATHS | _HEADER_PATHS
+"""Routes that answer with tokens."""
 
 
 async def guard(request: ClientRequest, go_on: GoOn) -> None:
@@ -46,6 +51,27 @@ async def guard(request: ClientRequest, go_on: GoOn) -> None:
     if request.is_nested_too_deeply and not request.path.startswith("/v1/feedback"):  # whose bodies are lines
         request.required_json()
     await go_on()
+
+
+def check_origin(allowed: Collection[str]) -> Step:
+    """A step: refuse a change or a generation that a page of another site asks for.
+
+    Browsers send such a page's POST of plain text without asking for leave by CORS, and name the page in `Origin`.
+    `allowed` are origins that may, `*` for all; the server's own may in any case.
+    """
+
+    async def check(request: ClientRequest, go_on: GoOn) -> None:
+        headers = dict(request.headers)
+        origin = headers.get(b"origin")
+        if origin and request.scope["method"] not in _READING_METHODS:
+            name = origin.decode("latin-1")
+            if not {name, "*"} & set(allowed) and origin.rpartition(b"://")[2] != headers.get(b"host"):
+                listed = "engine.frontend_kwargs.allowed_origins lists those that may"
+                message = f"a page of {name[:200]} may not send this; {listed}"
+                raise BadRequestError(message, status=403, reason="origin")
+        await go_on()
+
+    return check
 
 
 def check_size(limits: EngineConfig) -> Step:
@@ -127,6 +153,15 @@ async def set_request_class(request: ClientRequest, go_on: GoOn) -> None:
         if tier in _BACKGROUND_TIERS and not any(name.lower() == _PRIORITY_HEADER for name, _ in request.headers):
             request.set_header(_PRIORITY_HEADER, str(BACKGROUND_PRIORITY).encode())
     await go_on()
+
+
+def class_of(request: ClientRequest) -> RequestClass:
+    """The class of a request that passed `set_request_class`."""
+    priority = request.field("priority")
+    if request.path in _HEADER_PATHS:
+        header = next((value.strip() for name, value in request.headers if name.lower() == _PRIORITY_HEADER), b"")
+        priority = int(header) if header.isdigit() else 0
+    return "background" if isinstance(priority, int) and priority > 0 else "interactive"
 
 
 def check_internal_keys(value: Any) -> None:

@@ -15,6 +15,7 @@ _FEEDBACK = "/v1/feedback"
 _OPERATIONS = frozenset({"get", "post", "put", "patch", "delete"})
 _MEANINGS = {
     400: "The request is malformed, or a parameter is out of range",
+    403: "A page of another site sends this, and its origin is not allowed",
     404: "Something that the request names does not exist",
     409: "Not in this state",
     413: "The body is too large",
@@ -69,6 +70,8 @@ def _statuses(path: str, method: str) -> set[int]:
     statuses = {400, 500, 503}
     if "{" in path or method == "post":
         statuses |= {404}
+    if method != "get":
+        statuses |= {403}
     if method == "post":
         statuses |= {413}
     if path.startswith(_FEEDBACK):

@@ -19,7 +19,7 @@ from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from app.http.errors import BadRequestError, ServerStoppingError, error_event, error_response
-from core.errors import MaceError
+from core.errors import EngineUnavailableError, MaceError
 
 logger = logging.getLogger(__name__)
 
@@ -49,6 +49,8 @@ class Answer:
         self.num_parts = 0
         self.first_s = 0.0
         self.last_s = 0.0
+        self.on_part: Callable[[bytes, float], None] | None = None
+        """Set by a step that times the answer: called with each part of the body and the time at which it left."""
         self.keeps_body = False
         """Set by a step that wants to read `body`."""
         self._parts: list[bytes] = []
@@ -77,6 +79,8 @@ class Answer:
                 self.num_parts += 1
                 if self.keeps_body:
                     self._parts.append(part)
+                if self.on_part is not None:
+                    self.on_part(part, self.last_s)
             self.is_complete = not message.get("more_body", False)
 
     async def cut(self, error: MaceError, scope: Scope, receive: Receive) -> bool:
@@ -101,6 +105,7 @@ class ClientRequest:
     def __init__(self, scope: Scope, receive: Receive, send: Send) -> None:
         self.scope = scope
         self.path: str = scope["path"]
+        self.arrived_s = time.perf_counter()
         self.answer = Answer(send)
         self.json: Any = None
         """The JSON that the client sent, whatever was rewritten since; None if there is none."""
@@ -179,7 +184,11 @@ class ClientRequest:
     @property
     def model(self) -> Any:
         """The `model` that the application gets, whatever the client wrote there; None if there is none."""
-        return {**self.json, **self._changes}.get("model") if isinstance(self.json, dict) else None
+        return self.field("model")
+
+    def field(self, name: str) -> Any:
+        """A field of the body that the application gets; None if there is none."""
+        return self._changes.get(name, self.json.get(name)) if isinstance(self.json, dict) else None
 
     def asks_for(self, model_id: str) -> bool:
         """Does it ask for the live model, whose name is `model_id`? A request that names no model does."""
@@ -263,7 +272,7 @@ class RequestChain:
         except BadRequestError as error:
             self.on_refused(error.reason)
             await error_response(error)(scope, receive, send)
-        except ServerStoppingError as error:
+        except (ServerStoppingError, EngineUnavailableError) as error:
             await error_response(error)(scope, receive, send)
         except ClientDisconnect:
             return  # nobody is there to be answered

@@ -31,6 +31,7 @@ _GRACE_S = 5.0
 _GONE_S = 10.0
 _TAIL_CHARS = 3000
 _SPAWNED = "multiprocessing.spawn import spawn_main"
+_WARM = "multiprocessing.forkserver import main"
 
 
 class ServerError(MaceError):
@@ -64,6 +65,7 @@ class ServerProcess:
         ray_dir: for Ray's files; None is Ray's default. The path must be short: there will be sockets below.
         port: of HTTP; None takes a free one.
         command: what is started, with the config's path as last argument; None is `mace serve` of this environment.
+        ready_path: what answers 200 once the server serves.
 
     Raises:
         pydantic.ValidationError: a setting is wrong; it shows here and not in the server's log.
@@ -80,6 +82,7 @@ class ServerProcess:
         ray_dir: Path | None = None,
         port: int | None = None,
         command: Sequence[str | Path] | None = None,
+        ready_path: str = "/ready",
     ) -> None:
         port = port or free_port()
         self.directory = directory
@@ -89,6 +92,7 @@ class ServerProcess:
         self._config = directory / "serve_config.yaml"
         self._ray_dir = ray_dir
         self._command = command or (Path(sys.executable).with_name("mace"), "serve")
+        self._ready_path = ready_path
         self._strangers = set(psutil.Process().children(recursive=True))
         self._root: psutil.Popen | None = None
         document = yaml.safe_load(config.read_text(encoding="utf-8"))
@@ -140,9 +144,9 @@ class ServerProcess:
             await asyncio.sleep(_PROBE_S)
 
     def is_ready(self) -> bool:
-        """Ask `/ready`; False also if nobody answers."""
+        """Ask `ready_path`; False also if nobody answers."""
         try:
-            return self.call("GET", "/ready", timeout=5).status_code == 200
+            return self.call("GET", self._ready_path, timeout=5).status_code == 200
         except httpx.TransportError:
             return False
 
@@ -252,12 +256,17 @@ def title_of(process: psutil.Process) -> str:
     """
     try:
         title = " ".join(process.cmdline()).strip()
-        if _SPAWNED not in title:
-            return title
         owner = process.parent()
         parent = " ".join(owner.cmdline()) if owner is not None else ""
     except psutil.Error:
         return ""
+    if _WARM in title:  # on CPU EngineCore is forked from the warm process, and the worker from EngineCore
+        named = {title: "VLLM::EngineCore", "VLLM::EngineCore": "VLLM::Worker"}
+        return title if owner is None or "ServeReplica" in parent else named.get(title_of(owner), title)
+    if "VLLM::EngineCore" in title and "VLLM::EngineCore" in parent:
+        return "VLLM::Worker"
+    if _SPAWNED not in title:
+        return title
     if "ServeReplica" in parent:
         return "VLLM::EngineCore"
     return "VLLM::Worker" if _SPAWNED in parent or "VLLM::EngineCore" in parent else title

@@ -13,6 +13,8 @@ Everything here can be rebuilt: the DriftMonitor owns the durable state and stre
 makes it a Ray actor.
 """
 
+import asyncio
+import contextlib
 import math
 import time
 import uuid
@@ -34,6 +36,8 @@ MAX_ATTEMPTS = 3
 """A pair that fails as often is parked."""
 _HEADROOM_TTL_S = 5.0
 _SMOOTHING = 0.2
+_AGEING_S = 1.0
+"""While pairs wait, which of them is first is looked at this often: priorities age at different rates."""
 _SCORE_STEPS = 2
 """A batch to score has at most so many steps' worth of pairs: a forward pass each, about a third of training them."""
 _UNKNOWN_MEMORY_BYTES = float(1 << 60)
@@ -50,11 +54,13 @@ class _Lease:
 
 
 class CentralScheduler:
-    """Queue, leases and packing. All methods are quick and run one at a time (a Ray actor's default)."""
+    """Queue, leases and packing. Methods are quick and run one at a time; only `wait_for_work` lets others in."""
 
     def __init__(self, config: AppArgs, clock: Callable[[], float] = time.monotonic) -> None:
         self._config = config
         self._clock = clock
+        self._changed = asyncio.Event()
+        """Set when someone who waits for work may have got some."""
         self.clear()
         self._headrooms: dict[str, tuple[float, Headroom]] = {}
         self._busy_s_per_pair = 0.0
@@ -77,6 +83,7 @@ class CentralScheduler:
         for pair in pairs:
             if pair.pair_id not in self._queue and pair.pair_id not in leased:
                 self._queue.push(QueuedTask(pair.pair_id, pair, now_s, pair.dpo_loss), pair.role)
+        self._changed.set()
         self._meter.set_gauge("finetune_queue_pairs", len(self._queue))
 
     def withdraw(self, pair_ids: list[str]) -> int:
@@ -89,6 +96,7 @@ class CentralScheduler:
         for pair in pairs:
             if pair.pair_id not in leased:
                 self._to_score.push(pair.pair_id, pair)
+        self._changed.set()
 
     def set_gamma(self, gamma: float) -> None:
         """Set the weight of the loss in the priority of everything queued."""
@@ -107,22 +115,48 @@ class CentralScheduler:
 
     def poll(self, headroom: Headroom) -> TrainingBatch | None:
         """Lease work to an executor; None if nothing is due, or another executor fits better."""
-        now_s = self._clock()
-        self._headrooms[headroom.executor_id] = (now_s, headroom)
         self._meter.refresh()
         self._return_leases(lambda lease: lease.executor_id == headroom.executor_id)  # it restarted and forgot
-        size = min(len(self._queue), self._config.training.pairs_per_step)
-        is_due = headroom.may_train and self._is_due(size, now_s) and self._is_best_fit(headroom, size, now_s)
-        if self._to_score and not (is_due and self._scored_last):  # alternately, if both wait
+        kind, size = self._work_for(headroom)
+        if kind is TaskKind.EVALUATE:
             pairs, num_attempts = self._to_score.pop_batch(_SCORE_STEPS * self._config.training.pairs_per_step)
             attempts = {pair.pair_id: num_attempts for pair in pairs}
             return self._lease(headroom.executor_id, TaskKind.EVALUATE, pairs, attempts)
-        if not is_due:
+        if kind is None:
             return None
         tasks = self._queue.pop_batch(size)
         self._meter.set_gauge("finetune_queue_pairs", len(self._queue))
         attempts = {task.task_id: task.attempts for task in tasks}
         return self._lease(headroom.executor_id, TaskKind.TRAIN, [task.payload for task in tasks], attempts)
+
+    async def wait_for_work(self, headroom: Headroom, limit_s: float) -> bool:
+        """Wait until `poll` with this headroom would lease something; False if it would not after `limit_s` seconds.
+
+        Nothing is leased, so an executor that dies or looks away meanwhile takes no work with it. What falls due by
+        itself ends the wait at its time.
+        """
+        give_up_s = self._clock() + limit_s
+        while True:
+            self._return_leases()
+            if any(lease.executor_id == headroom.executor_id for lease in self._leases.values()):
+                return False  # it is at work: whoever asked this has given up
+            if self._work_for(headroom)[0] is not None:
+                return True
+            now_s = self._clock()
+            if now_s >= give_up_s:
+                return False
+            self._changed.clear()
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._changed.wait(), min(give_up_s, self.next_due_s()) - now_s)
+
+    def next_due_s(self) -> float:
+        """Time on the clock when there may be work without anybody's doing; infinite if there will be none."""
+        now_s, top = self._clock(), self._queue.peek()
+        ends_s = [lease.expires_s for lease in self._leases.values()]
+        if top is not None:
+            aged_s = top.arrived_s + self._config.training.max_age_s
+            ends_s.append(min(now_s + _AGEING_S, aged_s if aged_s > now_s else math.inf))
+        return min(ends_s, default=math.inf)
 
     def heartbeat(self, executor_id: str) -> None:
         """Renew the lease of an executor that still works on its batch: a step may take longer than a lease."""
@@ -144,6 +178,7 @@ class CentralScheduler:
         """Close a lease. A failed batch goes back with one more attempt, which lowers its priority."""
         failed_for_good = set(self.failed_for_good(outcome))
         lease = self._leases.pop(outcome.task_id, None)
+        self._changed.set()
         self._meter.count("finetune_batches", outcome="failed" if outcome.error else "trained")
         if lease is None:
             return
@@ -169,6 +204,16 @@ class CentralScheduler:
             "placement": [_to_wire(ranked) for ranked in choose_executor(1, loads, {}, tau_mem)],
             "top_priority": None if top is None else top.priority_at(self._clock(), self._gamma, experiments),
         }
+
+    def _work_for(self, headroom: Headroom) -> tuple[TaskKind | None, int]:
+        """What an executor that is free would get now, and the pairs of a step; takes note of its headroom."""
+        now_s = self._clock()
+        self._headrooms[headroom.executor_id] = (now_s, headroom)
+        size = min(len(self._queue), self._config.training.pairs_per_step)
+        is_due = headroom.may_train and self._is_due(size, now_s) and self._is_best_fit(headroom, size, now_s)
+        if self._to_score and not (is_due and self._scored_last):  # alternately, if both wait
+            return TaskKind.EVALUATE, size
+        return TaskKind.TRAIN if is_due else None, size
 
     def _is_due(self, size: int, now_s: float) -> bool:
         if size >= self._config.training.pairs_per_step:

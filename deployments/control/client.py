@@ -14,7 +14,7 @@ import ray.exceptions
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, RayServeException
 
 from core.errors import ControlUnavailableError, MaceError
-from core.wire import BatchOutcome
+from core.wire import BatchOutcome, Headroom
 from deployments.monitors.metrics import Meter
 
 if TYPE_CHECKING:
@@ -77,6 +77,11 @@ class ControlClient:
     relearning_pairs = _ask(DriftMonitor.relearning_pairs)
     note_rebuild = _ask(DriftMonitor.note_rebuild)
     drift = _ask(DriftMonitor.drift)
+
+    async def wait_for_work(self, headroom: Headroom, limit_s: float) -> bool:
+        """See `CentralScheduler.wait_for_work`."""
+        args = (headroom, limit_s)
+        return bool(await self._call("wait_for_work", "ask", "CentralScheduler", "wait_for_work", args, {}))
 
     async def complete(self, outcome: BatchOutcome, version: str | None) -> None:
         """See `Control.complete`."""

@@ -63,6 +63,9 @@ class Control:
                 logger.info("%s was refused: %s: %s", method, type(error.cause).__name__, error.cause)
                 return error.cause
             raise
+        except ray.exceptions.RayActorError:
+            self._monitor.stream_soon.remote()  # if it was the scheduler, its successor has an empty queue
+            raise
 
     async def complete(self, outcome: BatchOutcome, version: str | None) -> None:
         """Record what became of a batch: first durably, then in the queue, so that no pair is streamed twice.
@@ -72,6 +75,7 @@ class Control:
         failed = await self._scheduler.failed_for_good.remote(outcome)
         await self._monitor.record.remote(outcome, failed, version)
         await self._scheduler.complete.remote(outcome)
+        self._monitor.stream_soon.remote()  # there is room for more, and what was found may call for it
 
     async def stats(self) -> dict[str, Any]:
         """Queue, store and drift, for `/v1/training`."""

@@ -29,7 +29,10 @@ from deployments.monitors.metrics import Meter
 
 logger = logging.getLogger(__name__)
 
-STREAM_INTERVAL_S = 0.25
+_STREAM_INTERVAL_S = 0.1
+"""Pairs are streamed when something has happened, and not again within this time."""
+_REFRESH_S = 8.0
+"""Gauges are set again this often (`Meter.refresh`), and pairs streamed: a scheduler may have died unnoticed."""
 _EXPORT_CHUNK = 1000
 _RECORDED_TASKS = 1000
 _MAX_HISTORY = 1000
@@ -52,6 +55,8 @@ class DriftMonitor:
         self._rebuild_told_s = 0.0
         self._recorded: deque[str] = deque(maxlen=_RECORDED_TASKS)
         self._thread: threading.Thread | None = None
+        self._is_due = threading.Event()
+        """There may be something to stream."""
 
     def start(self) -> None:
         """Begin streaming, if it has not begun. The store is opened when it is first needed."""
@@ -63,6 +68,7 @@ class DriftMonitor:
     def add_feedback(self, items: Sequence[object], idempotency_key: str | None = None) -> list[dict[str, Any]]:
         """Store items; outcomes are committed when this returns. Raises what `FeedbackLog.add` does."""
         outcomes = self._open().store.feedback.add(items, idempotency_key=idempotency_key)
+        self.stream_soon()
         for item, outcome in zip(items, outcomes, strict=True):
             kind = item.get("type", "preference") if isinstance(item, dict) else "malformed"
             label = kind if isinstance(kind, str) and kind in FEEDBACK_TYPES else "other"  # not what a client sent
@@ -77,7 +83,9 @@ class DriftMonitor:
         log = self._open().store.feedback
         if dry_run:
             return asdict(log.rehearse(lambda add: import_jsonl(body.splitlines(), add)))
-        return asdict(import_jsonl(body.splitlines(), log.add))
+        report = asdict(import_jsonl(body.splitlines(), log.add))
+        self.stream_soon()
+        return report
 
     def feedback_page(self, after: str | None, limit: int, kind: str | None) -> dict[str, Any]:
         """A stretch of the stored items, oldest first."""
@@ -115,6 +123,7 @@ class DriftMonitor:
             with self._lock:
                 self._stream = parts = self._new_stream(parts.store)
         parts.judge.note_live(version)
+        self.stream_soon()
 
     def begin_rebuild(self, executor_id: str, users: Sequence[str]) -> Rebuild:
         """Leave the pairs of these users out, take all others in, and say what there is to learn anew.
@@ -137,6 +146,7 @@ class DriftMonitor:
         queued = self._queue.known_pair_ids()["train"]
         out = [pair.pair_id for pair in parts.store.pairs.find(queued) if pair.state != PENDING]
         parts.judge.credit.refund(self._queue.withdraw(out))
+        self.stream_soon()
         return Rebuild(tuple(users), number, newest, min(parts.judge.appetite().last_change_seq, newest))
 
     def relearning_pairs(self, after: int, until: int, limit: int) -> list[tuple[int, TrainingPair]]:
@@ -191,6 +201,10 @@ class DriftMonitor:
         """Thumbs up and down since a time (Unix seconds), by adapter version; see `FeedbackLog.rating_counts`."""
         return self._open().store.feedback.rating_counts(since_s)
 
+    def stream_soon(self) -> None:
+        """Something has happened after which pairs may have to be queued: the stream looks at once."""
+        self._is_due.set()
+
     def stream_once(self) -> int:
         """Queue pairs that should be scored or trained on; returns how many."""
         return self._open().stream_once()
@@ -207,16 +221,20 @@ class DriftMonitor:
 
     def _stream_forever(self) -> None:
         while True:
-            time.sleep(STREAM_INTERVAL_S)
+            self._is_due.clear()
             try:
                 self.stream_once()
                 self._meter.refresh()
             except StoreUnavailableError as error:
                 logger.warning("no pairs are streamed: %s", error)
                 time.sleep(5.0)
+                continue
             except Exception:  # the stream must outlive a restart of the scheduler actor
                 logger.exception("streaming pairs failed, will go on")
                 time.sleep(1.0)
+                continue
+            time.sleep(_STREAM_INTERVAL_S)
+            self._is_due.wait(_REFRESH_S)
 
     def _show(self, judge: ScoreJudge) -> None:
         state = judge.summary()

@@ -11,10 +11,11 @@ from pathlib import Path
 
 from alignment.versions.adapter_files import AdapterManifest
 from alignment.versions.gate import (
-    GENERATION_TOKENS,
     GateDecision,
     GenerationReport,
     WindowScores,
+    chosen_answers,
+    generation_tokens,
     judge_candidate,
     pairs_to_score,
     report_generation,
@@ -66,14 +67,12 @@ class CandidateJudge:
 
     async def _judge(self, staging: Path, held_out: HeldOutPairs) -> GateDecision:
         try:
-            windows = [
-                WindowScores(name, *await self._score_both(pairs))
-                for name, pairs in (("recent", held_out.recent), ("old", held_out.old))
-            ]
-            decision = judge_candidate(windows, self.args.gate)
+            recent, of_recent = await self._score_both("recent", held_out.recent)
+            _, of_old = await self._score_both("old", held_out.old)
+            decision = judge_candidate((of_recent, of_old), self.args.gate)
             if not decision.accepted:
                 return decision
-            report = await self._check_generation(staging, held_out.recent)
+            report = await self._check_generation(staging, recent, of_recent)
         except (TrainingError, AdapterError) as error:  # it must not be offered again and again
             return GateDecision(False, f"it could not be evaluated: {error}")
         if report is None:
@@ -82,9 +81,12 @@ class CandidateJudge:
         reason = " and ".join(problems) or decision.reason
         return GateDecision(not problems, reason, decision.windows, report.metrics())
 
-    async def _score_both(self, pairs: tuple[TrainingPair, ...]) -> tuple[list[PairScore], list[PairScore]]:
+    async def _score_both(
+        self, name: str, pairs: tuple[TrainingPair, ...]
+    ) -> tuple[list[TokenizedPair], WindowScores]:
         tokenized, _ = await asyncio.to_thread(self.tokenizer.tokenize_all, pairs)
-        return await self._score(tokenized, on_live=False), await self._score(tokenized, on_live=True)
+        candidate = await self._score(tokenized, on_live=False)
+        return list(tokenized), WindowScores(name, candidate, await self._score(tokenized, on_live=True))
 
     async def _score(self, pairs: Sequence[TokenizedPair], *, on_live: bool) -> list[PairScore]:
         if not pairs:
@@ -95,22 +97,27 @@ class CandidateJudge:
             raise TrainingError(f"held-out pairs cannot be scored: {result.error}")
         return list(result.scores)
 
-    async def _check_generation(self, staging: Path, pairs: tuple[TrainingPair, ...]) -> GenerationReport | None:
+    async def _check_generation(
+        self, staging: Path, pairs: list[TokenizedPair], scores: WindowScores
+    ) -> GenerationReport | None:
         """Answer held-out prompts with candidate and live version; None without a prompt, or if it is switched off."""
-        gate = self.args.gate
-        tokenized, _ = await asyncio.to_thread(self.tokenizer.tokenize_all, pairs[: gate.generation_prompts])
-        prompts = [list(pair.prompt_ids) for pair in tokenized if pair.prompt_ids]
+        asked = pairs[: self.args.gate.generation_prompts]
+        prompts = [list(pair.prompt_ids) for pair in asked if pair.prompt_ids]
         if not prompts:
             return None
+        limit = generation_tokens(pairs)
         number = next(_numbers)
         handle = self.engine.version_handle(f"candidate-{staging.name}-{number}", number, staging)
         try:
-            candidate = await self.engine.generate(handle, prompts, GENERATION_TOKENS)
+            candidate, live = await asyncio.gather(
+                self.engine.generate(handle, prompts, limit),
+                self.engine.generate(self.versions.live_handle, prompts, limit),
+            )
         finally:
             await self.engine.unload_version(handle)
-        live = await self.engine.generate(self.versions.live_handle, prompts, GENERATION_TOKENS)
         answers = pairs_to_score(prompts, candidate, self.args.training.max_length_tokens)
-        return report_generation(candidate, live, answers, await self._score(answers, on_live=False))
+        of_answers = await self._score(answers, on_live=False)
+        return report_generation(candidate, live, answers, of_answers, chosen_answers(pairs, scores.candidate))
 
     def _manifest(
         self, decision: GateDecision, progress: TrainingProgress, last: StepMetrics | None, compared_with: str

@@ -5,7 +5,9 @@ slice. Whatever goes wrong here is a counted, named error of a task; requests ne
 """
 
 import asyncio
+import contextlib
 import logging
+import math
 import time
 from collections.abc import Callable, Coroutine
 from dataclasses import InitVar, asdict, dataclass, field, replace
@@ -15,7 +17,7 @@ from typing import Any
 
 from alignment.versions.registry import AdapterRegistry
 from core.config import AppArgs
-from core.errors import ConflictError, ControlUnavailableError, StoreUnavailableError
+from core.errors import ConflictError, ControlUnavailableError, EngineUnavailableError, StoreUnavailableError
 from core.ports import ControlPort, EnginePort
 from core.types import Checkpoint, FineTuneTask, StepMetrics, TaskKind, TaskResult
 from core.wire import HORIZON_S, BatchOutcome, ExecutorLoad, Headroom, Rebuild, TrainingBatch
@@ -29,7 +31,11 @@ from engine.training.pair_tokens import PairTokenizer
 
 logger = logging.getLogger(__name__)
 
-POLL_INTERVAL_S = 0.25
+WAITING_PHASE = "waiting for the engine"
+"""The learner's phase until the shadow adapter is restored in an engine that came back."""
+_ENGINE_CHECK_S = 0.25
+_WAIT_S = 4.0
+"""Control is asked anew this often at least: it takes an executor that is silent for longer for gone."""
 _CONTROL_BACKOFF_S = 1.0
 _MAX_FAILURES_IN_A_ROW = 10
 """After as many failed tasks in a row, training pauses itself until someone resumes it."""
@@ -42,9 +48,11 @@ _REFUSALS_PER_GENERATION = 4
 Nothing good may be within a few steps of a version: one that was taught by too few pairs passed the gate, and every
 candidate made from it repeated itself.
 """
-_DRAINED_POLLS = 4
-"""The queue counts as empty after so many polls without a batch; then what was learnt is offered early."""
+_DRAINED_S = 1.0
+"""The queue counts as empty after so long without a batch; then what was learnt is offered early."""
 _SMOOTHING = 0.2
+_BUSY_WINDOW_S = 2.5
+"""Time constant of the share of time in which requests were there."""
 
 
 @dataclass(slots=True)
@@ -52,7 +60,8 @@ class LearnerStatus:
     """State and counters of this learner, for `/v1/training`. A restart sets the counters back."""
 
     phase: str = "idle"
-    """idle, scoring, training, rebuilding, evaluating, publishing, backing off, pinned or paused."""
+    """idle, scoring, training, rebuilding, evaluating, publishing, backing off, waiting for the engine, pinned or
+    paused."""
     paused: bool = False
     pause_reason: str | None = None
     steps: int = 0
@@ -94,11 +103,17 @@ class Learner:
         self.rebuilder = Rebuilder(self.executor_id, self.control, self.args)
         self._beat = partial(self.control.heartbeat, self.executor_id)
         self._meter = Meter("executor")
-        self._idle_polls = 0
+        self._woken = asyncio.Event()
+        """Set when something has happened here after which there may be something to do."""
+        self.versions.watch(self._woken.set)
+        self._is_drained = False
         self._refusals_in_a_row = 0
         self._rest_until_s = 0.0
         self._busy_share = 0.0
+        self._busy_seen_s = time.monotonic()
         self._follow = False
+        self._generation = self.engine.generation
+        """The engine's when the shadow adapter was restored."""
         self._told_live: str | None = None
         """The live version that Control was told of last."""
 
@@ -106,6 +121,7 @@ class Learner:
         """Take no further batch. A step in progress ends first."""
         self.status.paused = True
         self.status.pause_reason = reason
+        self._woken.set()
 
     def resume(self) -> None:
         """Go on after a pause."""
@@ -113,10 +129,17 @@ class Learner:
         self.status.pause_reason = None
         self.status.failures_in_a_row = 0
         self._rest_until_s = 0.0
+        self._woken.set()
 
     def follow_live(self) -> None:
         """Someone moved the live pointer: training goes on from there, not from what it was rolled back from."""
         self._follow = True
+        self._woken.set()
+
+    def begin_rebuild(self, rebuild: Rebuild) -> None:
+        """Learn anew from the base, beginning with the next turn."""
+        self.rebuilder.asked = rebuild
+        self._woken.set()
 
     def check_rebuild(self) -> None:
         """Raise a ConflictError if no rebuild can begin now."""
@@ -139,7 +162,9 @@ class Learner:
 
     async def restore(self) -> None:
         """Put the shadow adapter where training left off."""
+        generation = self.engine.generation
         await self.shadow.restore()
+        self._generation, self._follow = generation, False
         self.status.restored_steps = self.shadow.progress.total_steps
 
     async def run(self) -> None:
@@ -148,7 +173,7 @@ class Learner:
             try:
                 await self.turn()
                 continue
-            except ControlUnavailableError as error:
+            except (ControlUnavailableError, EngineUnavailableError) as error:
                 self.status.last_error = str(error)
             except Exception as error:  # learning must not die of one failed turn
                 logger.exception("a turn of the learning loop failed")
@@ -157,7 +182,10 @@ class Learner:
 
     async def turn(self) -> None:
         """One round of `run`: follow what is live, work on a batch if there is one, offer a candidate if it is due."""
+        self._woken.clear()
         self._meter.refresh()
+        if not await self._has_engine():
+            return
         await self.versions.refresh()
         if self._follow or self.shadow.progress.goal != self.versions.training_base:
             if self.shadow.progress.rebuild is None:
@@ -169,14 +197,15 @@ class Learner:
             await self.control.note_live(live, self.tokenizer.fingerprint)
             self._told_live = live
         await self._begin_rebuild()
-        if self.status.paused or time.monotonic() < self._rest_until_s:
+        backoff_s = self._rest_until_s - time.monotonic()
+        if self.status.paused or backoff_s > 0:
             self.status.phase = "paused" if self.status.paused else "backing off"
-            await asyncio.sleep(POLL_INTERVAL_S)
+            await self._rest(_WAIT_S if self.status.paused else min(backoff_s, _WAIT_S))
             return
         batch = await self.control.poll(self._headroom())
         if batch is not None:
             await self._work(batch)
-        self._idle_polls = 0 if batch is not None else self._idle_polls + 1
+            self._is_drained = False
         if (rebuild := self.shadow.progress.rebuild) is not None:
             await self._rebuild(rebuild)
             return
@@ -184,16 +213,46 @@ class Learner:
             await self.offer_candidate()
         if batch is None:
             self.status.phase = "pinned" if self.versions.pinned else "idle"
-            await asyncio.sleep(POLL_INTERVAL_S)
+            await self._wait_for_work()
+
+    async def _wait_for_work(self) -> None:
+        """Wait until Control has work, or something happens here, or what was learnt may be offered."""
+        may_drain = self.shadow.progress.steps_since_candidate > 0 and not self._is_drained
+        limit_s = _DRAINED_S if may_drain else _WAIT_S
+        waiting = asyncio.ensure_future(self.control.wait_for_work(self._headroom(), limit_s))
+        woken = asyncio.ensure_future(self._woken.wait())
+        try:
+            await asyncio.wait({waiting, woken}, return_when=asyncio.FIRST_COMPLETED)
+            if waiting.done():
+                self._is_drained = not waiting.result()
+        finally:
+            waiting.cancel()
+            woken.cancel()
+
+    async def _rest(self, limit_s: float) -> None:
+        """Wait so long, or until something happens here."""
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self._woken.wait(), limit_s)
+
+    async def _has_engine(self) -> bool:
+        """False, after a while, if the engine is away; one that came back gets the shadow adapter first."""
+        if self.engine.is_away:
+            self.status.phase = WAITING_PHASE
+            await asyncio.sleep(_ENGINE_CHECK_S)
+            return False
+        if self.engine.generation != self._generation:
+            await self.restore()
+        return True
 
     def _is_candidate_due(self) -> bool:
         steps = self.shadow.progress.steps_since_candidate
-        is_drained = self._idle_polls >= _DRAINED_POLLS
-        return steps >= self.args.training.steps_per_candidate or (steps > 0 and is_drained)
+        return steps >= self.args.training.steps_per_candidate or (steps > 0 and self._is_drained)
 
     def _headroom(self) -> Headroom:
         busy = 1.0 if self.engine.num_unfinished_requests() else 0.0
-        self._busy_share += 0.1 * (busy - self._busy_share)
+        now_s = time.monotonic()
+        gone_s, self._busy_seen_s = now_s - self._busy_seen_s, now_s
+        self._busy_share += (1.0 - math.exp(-gone_s / _BUSY_WINDOW_S)) * (busy - self._busy_share)
         free_s = HORIZON_S * (1.0 - self._busy_share)
         # While a version is pinned nothing new can go live: what comes in is scored, and trained after the release.
         may_train = not self.versions.pinned and self.shadow.progress.rebuild is None
@@ -215,7 +274,7 @@ class Learner:
             if self.versions.canary is None:
                 await self.offer_candidate()
             else:
-                await asyncio.sleep(POLL_INTERVAL_S)
+                await self._rest(_WAIT_S)
             return
         batch = TrainingBatch(f"rebuild-{rebuild.passes}-{after.after_seq}", tuple(pairs))
         self.status.phase = "rebuilding"
@@ -256,7 +315,10 @@ class Learner:
                 gamma=batch.gamma,
                 checkpoint=Checkpoint(str(self.shadow.checkpoint), after.to_wire()) if is_training else None,
             )
-            result = await with_heartbeat(self.engine.run_task(task), self._beat)
+            try:
+                result = await with_heartbeat(self.engine.run_task(task), self._beat)
+            except EngineUnavailableError as error:
+                result.error = f"{type(error).__name__}: {error}"
             if not is_training and self.versions.live != live:
                 result.scores = ()  # whose they are is not known: the pairs are asked for again
             self._note_outcome(result)
@@ -339,6 +401,8 @@ class Learner:
             self.status.phase = "publishing"
             try:
                 published = await self.versions.publish(version)
+            except EngineUnavailableError:
+                raise  # training goes on from the checkpoint, and it is offered again
             except Exception as error:
                 self._follow = True  # else it would be offered, and committed, on every turn
                 self.shadow.progress = replace(self.shadow.progress, rebuild=None)

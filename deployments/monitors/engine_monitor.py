@@ -5,7 +5,7 @@ from collections import deque
 from collections.abc import Awaitable, Callable
 from typing import Any
 
-from core.batch import IterationSample
+from core.batch import IterationSample, Plan
 from deployments.monitors.metrics import Meter
 from engine.prefix_cache import PrefixCounts, read_prefix_counts
 
@@ -29,8 +29,14 @@ class EngineMonitor:
         self._errors: deque[float] = deque(maxlen=_WINDOW_ITERATIONS)
         self._over_budget: deque[float] = deque(maxlen=_WINDOW_ITERATIONS)
         self._num_read = 0
+        self._plan = Plan()
+        """The newest."""
         self._totals = {"iterations": 0, "forward_s": 0.0, "slices_s": 0.0, "overhead_s": 0.0}
         self._meter = Meter("executor")
+
+    def begin_anew(self) -> None:
+        """The engine was started anew, and counts its iterations from the first."""
+        self._num_read = 0
 
     async def read(self, iterations: ReadIterations) -> list[IterationSample]:
         """Read the iterations since the last call, and the engine's counts; call about once a second."""
@@ -40,6 +46,8 @@ class EngineMonitor:
 
     def observe(self, samples: list[IterationSample]) -> None:
         """Take in new iterations, and read the engine's counts."""
+        if samples:
+            self._plan = samples[-1].plan
         for sample in samples:
             predicted_s, is_idle = sample.plan.predicted_forward_s, not sample.shape.num_tokens
             if predicted_s is not None and not is_idle and sample.forward_s > 0:
@@ -69,6 +77,11 @@ class EngineMonitor:
             "forward_prediction_error": _spread(self._errors),
             "slices_over_budget_s": _spread(self._over_budget),
         }
+
+    def corrections_to_wire(self) -> dict[str, float]:
+        """What training does without in the newest iteration for what clients saw: see `core.batch.Plan`."""
+        plan = self._plan
+        return {"gap_correction_s": plan.gap_correction_s, "first_token_share": plan.first_token_share}
 
     def prefix_cache_to_wire(self) -> dict[str, Any]:
         """Tokens since the start and the sharing ratio, also over the last minute; a ratio is None without prompts."""

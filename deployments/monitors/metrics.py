@@ -3,9 +3,10 @@
 Ray exports them as `ray_mace_<name>` on every node. Those of the executor also stand as `mace_<name>` in its own
 `GET /metrics`, so that a single machine needs no Ray discovery; those of Control's actors are only in Ray's.
 Ray drops a gauge that is not set again for about 20 s, and its histograms invent `_sum`: hence counters of seconds
-instead of histograms, and `refresh` for gauges.
+instead of histograms there, and `refresh` for gauges. Histograms stand in `GET /metrics` only.
 """
 
+from functools import partial
 from typing import Any
 
 import prometheus_client
@@ -39,8 +40,36 @@ _DESCRIPTIONS = {
     "adapter_version": "Number of the live adapter version, 0 for the bare base model",
     "adapter_candidates": "Candidates by what the gate said",
     "requests_refused": "Requests that MACE itself refused, by reason",
+    "time_to_first_token_seconds": "From a request's arrival to the first token of its stream leaving the server",
+    "inter_token_latency_seconds": "Gaps between the chunks of a stream as they leave the server",
+    "e2e_request_latency_seconds": "From a request's arrival to the end of its answer leaving the server",
+    "slo_observations": "First tokens (objective ttft) and gaps (tbt) that clients saw, by whether the target was met",
+    "engine_deaths": "Times that the engine died and was started again",
     "control_unreachable": "Calls to Control that failed",
 }
+
+_BUCKETS_S = (
+    0.005,
+    0.01,
+    0.02,
+    0.035,
+    0.05,
+    0.075,
+    0.1,
+    0.15,
+    0.2,
+    0.25,
+    0.35,
+    0.5,
+    0.75,
+    1,
+    1.5,
+    2.5,
+    5,
+    10,
+    30,
+    60,
+)
 
 _PROMETHEUS: dict[str, Any] = {}
 """Prometheus wants each name registered once a process; several meters may live in one."""
@@ -68,6 +97,11 @@ class Meter:
         self._gauges[name, tuple(labels.items())] = value
         self._metric(ray_metrics.Gauge, name, labels).set(value, tags=labels)
         _prometheus(prometheus_client.Gauge, name, labels).labels(**labels).set(value)
+
+    def histogram(self, name: str, **labels: str) -> prometheus_client.Histogram:
+        """A histogram of seconds, to be observed directly: that takes a microsecond, and Ray's would take ten."""
+        labels = {"component": self._component, **labels}
+        return _prometheus(partial(prometheus_client.Histogram, buckets=_BUCKETS_S), name, labels).labels(**labels)
 
     def refresh(self) -> None:
         """Set every gauge again; call at least every ten seconds."""

@@ -31,11 +31,13 @@ class ResponseLog:
         self._put = put
         self._waiting: deque[StoredResponse] = deque()
         self._flushing = asyncio.Lock()
+        self._has_some = asyncio.Event()
         self._meter = Meter("executor")
 
     def add(self, response: StoredResponse) -> None:
         """Take one response; never blocks."""
         self._waiting.append(response)
+        self._has_some.set()
         while len(self._waiting) > _MAX_WAITING:
             self._waiting.popleft()
             self._meter.count("responses_dropped")
@@ -55,11 +57,14 @@ class ResponseLog:
                         self._waiting.popleft()
 
     async def run(self) -> None:
-        """Flush now and then, for ever."""
+        """Flush what has come in, a little later and together, for ever."""
         while True:
+            await self._has_some.wait()
             await asyncio.sleep(_INTERVAL_S)
+            self._has_some.clear()
             try:
                 await self.flush()
             except Exception as error:  # whatever it is must not end the loop: nobody would notice
                 logger.warning("responses wait in memory: %s", error, exc_info=not isinstance(error, MaceError))
+                self._has_some.set()
                 await asyncio.sleep(_PAUSE_S)

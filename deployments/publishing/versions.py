@@ -16,7 +16,7 @@ import asyncio
 import logging
 import time
 from collections import Counter
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from enum import StrEnum
@@ -69,6 +69,7 @@ class AdapterVersions:
         self._deleted: set[str] = set()
         """Versions that are gone from disk and still loaded."""
         self._changing = asyncio.Lock()
+        self._watchers: list[Callable[[], None]] = []
         self._meter = Meter("executor")
         self.last_publish = PublishTiming()
         """Timing of the last version that was brought in, on trial or live."""
@@ -102,6 +103,10 @@ class AdapterVersions:
     def live_handle(self) -> Any:
         """The inference side's handle of the live version; None is the bare base model."""
         return self._names.get(self._model_id)
+
+    def watch(self, note: Callable[[], None]) -> None:
+        """Call `note` from now on after what is live, on trial or pinned has changed, whoever changed it."""
+        self._watchers.append(note)
 
     def has_name(self, model: str) -> bool:
         """May `model` be asked for?"""
@@ -213,7 +218,17 @@ class AdapterVersions:
                 self._point_at(followed)
             if serving.canary is not None and serving.canary != self._serving.canary:
                 await self._load(await asyncio.to_thread(self._registry.get, serving.canary), warm=True)
-            self._serving = serving
+            self._take_over(serving)
+
+    async def reload(self) -> None:
+        """Load what an engine that came back must have before a request: the live version, and the one on trial."""
+        async with self._changing:
+            self._deleted.clear()
+            live, canary = self._serving.live, self._serving.canary
+            version = await asyncio.to_thread(self._registry.get, live) if live else None
+            await self._load_live(version, warm=False)
+            if canary is not None:
+                await self._load(await asyncio.to_thread(self._registry.get, canary), warm=False)
 
     async def retire_old(self) -> list[str]:
         """Retire versions beyond `versions.keep` and delete retired ones that have rested; returns what was deleted."""
@@ -299,13 +314,19 @@ class AdapterVersions:
             handle = self._handle(version.name)
             self._names[self._model_id] = self._names[None] = self._names[self.name_of(version.name)] = handle
         self.last_publish.move_s = time.perf_counter() - started_s
-        self._serving = replace(self._serving, live=version.name if version else None)
+        self._take_over(replace(self._serving, live=version.name if version else None))
         self._meter.set_gauge("adapter_version", (version_number(version.name) or 0) if version else 0)
 
     async def _read_pointers(self) -> None:
         """Read what a change has left on disk. Where another executor moved `<name>` to, the next `refresh` follows."""
         on_disk = await asyncio.to_thread(self._registry.serving.read)
-        self._serving = replace(on_disk, live=self._serving.live)
+        self._take_over(replace(on_disk, live=self._serving.live))
+
+    def _take_over(self, serving: Serving) -> None:
+        """Go by these pointers from now on."""
+        is_news, self._serving = serving != self._serving, serving
+        for note in self._watchers if is_news else ():
+            note()
 
     async def _forget(self, retired: Collection[str], deleted: Collection[str]) -> None:
         """Answer 404 for these names from now on; unload the deleted ones, when no request runs on them any more."""

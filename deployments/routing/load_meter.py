@@ -12,7 +12,7 @@ of `T`. An engine that did little is thus not taken for one that is always at wo
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import numpy as np
 
@@ -20,6 +20,8 @@ from core.batch import IterationSample
 from core.wire import ExecutorLoad
 from engine.vllm.engine import EngineLoad
 
+_REPEAT_S = 5.0
+"""A report that still holds is given again for so long: Serve tells every router of one that differs at all."""
 _FORGETTING = 0.98
 """Weight of the past for each iteration that is seen: about the last 50 count."""
 
@@ -69,12 +71,15 @@ class LoadMeter:
         """The last report; None before the first."""
 
     def measure(self, load: EngineLoad, samples: Sequence[IterationSample]) -> ExecutorLoad:
-        """Report the engine's queue, and what its iterations since the last call say of its speed."""
+        """Report the engine's queue, and what its iterations since the last call say of its speed.
+
+        The last report comes again, with its time, while nothing has changed; a few seconds later it has a new time.
+        """
         for sample in samples:
             self._speed.observe(sample)
         now_s = self._clock()
         period_s, self._measured_s = now_s - self._measured_s, now_s
-        self.latest = ExecutorLoad(
+        report = ExecutorLoad(
             executor_id=self._executor_id,
             reported_s=now_s,
             ttft_target_s=self._ttft_target_s,
@@ -82,7 +87,10 @@ class LoadMeter:
             wait_s=_wait_s([_wall_s(sample) for sample in samples], period_s, self._speed.fixed_s),
             **asdict(load),
         )
-        return self.latest
+        latest = self.latest
+        if latest is None or now_s - latest.reported_s >= _REPEAT_S or replace(latest, reported_s=now_s) != report:
+            self.latest = latest = report
+        return latest
 
 
 def _wall_s(sample: IterationSample) -> float:

@@ -68,9 +68,12 @@ class PrefixIndex:
         self._live_namespace = live_namespace
         self._clock = clock
         self._prompts: OrderedDict[str, _KnownPrompt] = OrderedDict()
+        self.num_changes = 0
+        """Changes of the cache and prompts so far: without a new one the names are the same."""
 
     def on_change(self, change: PrefixChange) -> None:
         """The engine's cache has changed."""
+        self.num_changes += 1
         self.tree.apply(change, self._clock())
 
     def on_prompt(self, namespace: str | None, token_ids: Sequence[int]) -> None:
@@ -78,6 +81,7 @@ class PrefixIndex:
         current = _current.get()
         if current is None:
             return
+        self.num_changes += 1
         prefixes, is_live = current
         if is_live and namespace != self._live_namespace():
             return  # drawn for the version on trial: says nothing of most requests with these names

@@ -1,16 +1,13 @@
 """Builds the tiny assistant once and keeps it as an ordinary Hugging Face model directory."""
 
-import fcntl
 import hashlib
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from transformers import GenerationConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from core.files import atomic_directory
+from core.files import atomic_directory, locked
 from engine.tiny import corpus, tokenizer
 from engine.tiny.train import Recipe, train_model
 
@@ -32,7 +29,7 @@ def ensure_tiny_assistant(
     if target.is_dir():
         return target
     models_dir.mkdir(parents=True, exist_ok=True)
-    with _locked(models_dir / f".{target.name}.lock"):
+    with locked(models_dir / f".{target.name}.lock"):
         if not target.is_dir():
             with atomic_directory(target) as staging:
                 words = tokenizer.train_tokenizer()
@@ -74,11 +71,3 @@ def _fingerprint(recipe: Recipe) -> str:
     """Changes with the recipe, the knowledge, the wording of the styles and the chat format."""
     content = (recipe, list(corpus.texts()), tokenizer.CHAT_TEMPLATE, tokenizer.VOCAB_SIZE)
     return hashlib.sha256(repr(content).encode()).hexdigest()[:8]
-
-
-@contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    """Hold an exclusive lock between processes; the kernel drops it if the holder dies."""
-    with path.open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield

@@ -9,7 +9,7 @@ import logging
 import sys
 import time
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -85,8 +85,10 @@ class FineTuneRunner:
         """Set the padded tokens of micro-batches of steps that start from now on; 0: as configured."""
         self._slice_tokens = min(num_tokens or self._config.max_slice_tokens, self._config.max_slice_tokens)
 
-    def run(self, budget_s: float, min_slices: int) -> SliceReport:
+    def run(self, budget_s: float, min_slices: int, is_wanted: Callable[[], bool] = lambda: False) -> SliceReport:
         """Run slices for at most `budget_s` seconds, but at least `min_slices` if there is work that may run.
+
+        Beyond `min_slices` none starts once `is_wanted`: somebody waits for the device.
 
         An optimizer slice waits while the checkpoint of the step before is on its way to disk, so that a killed
         process loses one step at most. Nothing else waits for the disk.
@@ -102,6 +104,8 @@ class FineTuneRunner:
                         self.shadow.checkpoints.wait(min(max(0.0, left_s), _CHECKPOINT_WAIT_S))
                     break
                 enough = len(report.slices) >= min_slices
+                if enough and is_wanted():
+                    break
                 if enough and not self.admission.fits(spec.kind, spec.num_tokens, left_s, first=not report.slices):
                     break
                 self._run_slice(spec, report)

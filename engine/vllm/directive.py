@@ -16,6 +16,9 @@ TASK_KEY = "mace_finetune_task"
 CLIENT_KEY = "mace_client"
 """Key in `SamplingParams.extra_args` that says who sent a request (`engine.vllm.requests.CLIENT`)."""
 
+NOTE_KEY = "mace_note"
+"""Key in `SamplingParams.extra_args` of a request that is none: what it carries is for the scheduler alone."""
+
 DIRECTIVE_ATTRIBUTE = "mace_directive"
 REPORT_ATTRIBUTE = "mace_report"
 
@@ -52,6 +55,11 @@ class Directive:
     score_request_ids: list[str] = field(default_factory=list)
     """Requests whose KV blocks are to be scored."""
     memory: MemoryCounters = field(default_factory=MemoryCounters)
+    num_arrived: int = 0
+    """Requests that had been sent to the engine when the iteration before was scheduled (`engine.vllm.arrivals`): those
+    that came since wait for this one, and end its slices."""
+    epoch: int = 0
+    """Counts the times that all requests were sent back after a failure (`engine.vllm.recovery`)."""
     started_s: float = 0.0
     """`time.perf_counter` of the scheduler's process."""
     overhead_s: float = 0.0
@@ -79,3 +87,5 @@ class IterationReport:
     """Only the first report has them."""
     kv_scores: dict[str, list[tuple[int, float]]] = field(default_factory=dict)
     """Position and score of full KV blocks, keyed by request id; higher is kept."""
+    failure: str | None = None
+    """The exception that the forward pass or the sampling raised; the output then holds nothing."""

@@ -5,30 +5,35 @@ place that knows a prompt's token ids (after the chat template), and it keeps th
 """
 
 import asyncio
+import copy
 import logging
 import uuid
-from collections.abc import AsyncIterator, Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import core.errors
-from core.batch import IterationSample
-from core.config import AppArgs
-from core.errors import MaceError, TrainingError
+from core.batch import EdgeReport, IterationSample
+from core.config import AppArgs, SloConfig
+from core.errors import EngineUnavailableError, MaceError, TrainingError
 from core.types import FineTuneTask, TaskResult
 from engine.training.pair_tokens import Chat
 from engine.vllm import compat as vllm_compat
+from engine.vllm.arrivals import count_arrivals, offer_count
 from engine.vllm.chat_content import make_chat
-from engine.vllm.directive import TASK_KEY
+from engine.vllm.directive import NOTE_KEY, TASK_KEY
 from engine.vllm.grammars import GrammarCheck
-from engine.vllm.requests import check_requests
+from engine.vllm.requests import check_requests, watch_failures
 from scheduler.priority import BACKGROUND_PRIORITY
 
 logger = logging.getLogger(__name__)
 
 OWN_REQUESTS = ("finetune-", "generate-", "profile-")
 """Prefixes of the ids of requests that no user sent; vLLM's own start with `chatcmpl-`, `cmpl-` or `resp_`."""
+
+AWAY = "the engine died and is being started again; send the request again in a moment"
 
 _SHUTDOWN_S = 2.0
 _MAX_LOOKUPS = 256
@@ -56,31 +61,112 @@ class HybridEngine:
         """vLLM's `AsyncLLM`."""
         self._grammars: GrammarCheck | None = None
         self._args = args
+        self._vllm_config: Any = None
+        """vLLM's configuration before the first start wrote into it."""
+        self._processes: vllm_compat.CoreProcesses | None = None
+        self.is_away = False
+        """Set at the death of the engine (`watch_death`); whoever brings it back takes it away again."""
+        self.generation = 0
+        self._is_restored = True
+        """The shadow adapter is what training left, and not the beginning that a new worker makes."""
         self.chat: Chat | None = None
         """How this server makes tokens of chats; None before `build_openai_app`, or if it uses no chat template."""
         self.free_memory_bytes = float("inf")
         """Free device memory as the worker saw it last; infinite before the first report."""
+        self.num_failed_requests = 0
+        """Requests that the engine ended because the forward pass or the sampling failed on them."""
+        self.last_failed_request: str | None = None
+        """Id of the newest of them, as the client knows it."""
+        self._num_added = 0
+        """Requests that entered the engine so far, our own and fine-tune tasks included."""
+        self._read: tuple[int, int] | None = None
+        """`_num_added` at a reading of an engine at rest, and the number of its next iteration."""
+        self._watchers: list[Callable[[str | None, Sequence[int]], None]] = []
+        self._watch_requests()
 
     @classmethod
     async def start(cls, args: AppArgs, model_dir: str, stat_loggers: list[Any] | None = None) -> "HybridEngine":
         """Start the engine processes; returns when the model is loaded."""
+        vllm_compat.start_warm_process()
         from vllm.v1.engine.async_llm import AsyncLLM
 
         engine_args = vllm_compat.make_engine_args(args, model_dir)
-        engine = cls(AsyncLLM.from_engine_args(engine_args, stat_loggers=stat_loggers), args)
-        engine._grammars = check_requests(engine.client)
+        vllm_config = engine_args.create_engine_config()
+        unused_config = copy.deepcopy(vllm_config)
+        offer_count()
+        client = AsyncLLM.from_vllm_config(
+            vllm_config,
+            stat_loggers=stat_loggers,
+            enable_log_requests=engine_args.enable_log_requests,
+            disable_log_stats=engine_args.disable_log_stats,
+        )
+        engine = cls(client, args)
+        engine._vllm_config = unused_config
+        engine._processes = vllm_compat.CoreProcesses(client)
+        engine._grammars = check_requests(client)
+        watch_failures(client, engine._note_failure)
+        count_arrivals(client)
         return engine
+
+    @property
+    def is_dead(self) -> bool:
+        """EngineCore has ended, or has said that it will."""
+        return bool(self.client.errored)
+
+    def has_lost_worker(self) -> bool:
+        """A process of the worker has ended, so that EngineCore will. Costs some system calls."""
+        return self._processes is not None and self._processes.has_lost_worker()
+
+    def watch_death(self, see: Callable[[], None]) -> None:
+        """Call `see` when the engine dies while requests are under way, before they learn of it."""
+        tell_requests = self.client.output_processor.propagate_error
+
+        def tell(error: Exception) -> None:
+            see()
+            tell_requests(error)
+
+        self.client.output_processor.propagate_error = tell
+
+    def lose(self) -> list[str]:
+        """Note that the engine is dead: calls that wait for it fail. Returns the ids of the requests under way."""
+        self.is_away, self._is_restored = True, False
+        vllm_compat.fail_calls(self.client)
+        return vllm_compat.running_requests(self.client)
+
+    async def end_processes(self) -> str:
+        """End what a dead engine has left; returns how it ended."""
+        await asyncio.to_thread(self.client.engine_core.shutdown, 0)
+        return "" if self._processes is None else await asyncio.to_thread(self._processes.end)
+
+    async def restart(self) -> None:
+        """Start the processes of a dead engine anew; the event loop goes on. `is_away` stays as it is.
+
+        The application and whatever watches this engine stay as well. What the dead engine knew is gone: loaded
+        versions (they load by themselves), the live one of the trainer (`set_live`), and the shadow adapter, which must
+        be set (`load_training_state` or `load_adapter`) before it is trained or saved.
+
+        Whatever vLLM raises: it did not start, and this may be called again.
+        """
+        await asyncio.to_thread(vllm_compat.start_core, self.client, copy.deepcopy(self._vllm_config))
+        vllm_compat.attach_core(self.client)
+        count_arrivals(self.client)
+        self._processes = await asyncio.to_thread(vllm_compat.CoreProcesses, self.client)
+        self.free_memory_bytes, self._read = float("inf"), None
+        self.generation += 1
 
     async def run_task(self, task: FineTuneTask) -> TaskResult:
         """Run a fine-tune task to its end, slice by slice between inference. Cancelling aborts it.
 
         TrainingError: the engine ended the task without a result (it is shutting down).
+        EngineUnavailableError: the engine died, or has come back and the shadow adapter is not restored yet.
         """
+        self._check_restored()
         request_id = f"finetune-{task.task_id}-{uuid.uuid4().hex[:8]}"
         prompt, params = vllm_compat.make_task_request(task.to_wire(), TASK_KEY)
         final = None
-        async for output in self.client.generate(prompt, params, request_id):
-            final = output
+        with _deaths_named():
+            async for output in self.client.generate(prompt, params, request_id):
+                final = output
         if final is None or not final.kv_transfer_params:
             raise TrainingError(f"task {task.task_id} was aborted by the engine")
         result = TaskResult.from_wire({**final.kv_transfer_params, "task_id": task.task_id})
@@ -89,6 +175,7 @@ class HybridEngine:
 
     async def save_adapter(self, directory: Path, base_model: str) -> None:
         """Write the shadow adapter to `directory` in PEFT format; AdapterError if that fails."""
+        self._check_restored()
         await self._call_worker("save_adapter", str(directory), base_model)
 
     async def load_adapter(self, directory: Path | None) -> None:
@@ -97,6 +184,7 @@ class HybridEngine:
         DamagedAdapterError, with nothing changed: the directory is unreadable or does not fit.
         """
         await self._call_worker("load_adapter", directory and str(directory))
+        self._is_restored = True
 
     async def set_live(self, directory: Path | None) -> None:
         """Tell the trainer which version `on_live` evaluations score; None is the bare base model.
@@ -111,6 +199,7 @@ class HybridEngine:
 
         AdapterError: the file cannot be written; an older one at `path` is intact.
         """
+        self._check_restored()
         await self._call_worker("save_training_state", str(path), progress)
 
     async def load_training_state(self, path: Path) -> dict[str, Any] | None:
@@ -118,14 +207,22 @@ class HybridEngine:
 
         None if there is no file or it is damaged (logged); nothing changed then.
         """
-        return await self._call_worker("load_training_state", str(path))
+        progress: dict[str, Any] | None = await self._call_worker("load_training_state", str(path))
+        self._is_restored = self._is_restored or progress is not None
+        return progress
 
     async def iterations(self, after: int = 0) -> tuple[int, list[IterationSample]]:
         """Measured iterations since number `after`, oldest first, and the number to ask for next.
 
-        The worker keeps the last 4096. `overhead_s` of a sample is the iteration's before it.
+        The worker keeps the last 4096. `overhead_s` of a sample is the iteration's before it. The worker is not asked
+        again while nothing has entered an engine at rest: vLLM's worker spins for a second after each question. An
+        iteration that only ends an aborted request is then told with the next ones.
         """
+        num_added, is_at_rest = self._num_added, not self.num_unfinished_requests()
+        if is_at_rest and self._read is not None and self._read[0] == num_added and after >= self._read[1]:
+            return self._read[1], []
         reply = await self._call_worker("iterations", after)
+        self._read = (num_added, reply["next"]) if is_at_rest else None
         return reply["next"], [IterationSample.from_wire(sample) for sample in reply["samples"]]
 
     async def memory_status(self) -> dict[str, Any]:
@@ -136,17 +233,27 @@ class HybridEngine:
         """
         return await self._call_worker("memory")
 
+    async def tell_edge(self, report: EdgeReport) -> None:
+        """Tell the planner what clients saw. Asks nothing of the worker; MaceError: the engine is dead."""
+        await vllm_compat.send_note(self.client, {"edge": asdict(report)}, NOTE_KEY)
+
+    async def set_targets(self, slo: SloConfig) -> None:
+        """Let the planner plan for other targets from the next iteration on; MaceError: the engine is dead."""
+        await vllm_compat.send_note(self.client, {"slo": slo.model_dump(mode="json")}, NOTE_KEY)
+
     async def pruning_refusal(self) -> str | None:
         """The reason for which `kv_pruning` stays off although the settings ask for it; None if it does not."""
         return await self._call_worker("pruning_refusal")
 
     async def load_version(self, handle: Any) -> None:
         """Load an adapter version into the inference side ahead of its first request."""
-        await self.client.add_lora(handle)
+        with _deaths_named():
+            await self.client.add_lora(handle)
 
     async def unload_version(self, handle: Any) -> None:
         """Forget an adapter version on the inference side. None of its requests may be running (`versions_in_use`)."""
-        await self.client.remove_lora(handle.lora_int_id)
+        with _deaths_named():
+            await self.client.remove_lora(handle.lora_int_id)
 
     def versions_in_use(self) -> set[str]:
         """Names of the adapter versions of unfinished requests."""
@@ -161,7 +268,7 @@ class HybridEngine:
 
         They run together, as class `background`, so that users come first. Each ends with the end-of-turn token, which
         is included, or after `max_tokens`. Cancelling aborts them. TrainingError: vLLM refuses a prompt (empty, or too
-        long for the model with `max_tokens`).
+        long for the model with `max_tokens`), or fails on it.
         """
         params = vllm_compat.make_answer_params(max_tokens)
         answers = [asyncio.ensure_future(self._answer(handle, prompt, params)) for prompt in prompts]
@@ -196,8 +303,9 @@ class HybridEngine:
             lora_request=handle,
             priority=BACKGROUND_PRIORITY,
         )
-        async for output in outputs:
-            ids, num_cached = list(output.outputs[0].token_ids), output.num_cached_tokens or 0
+        with _deaths_named():
+            async for output in outputs:
+                ids, num_cached = list(output.outputs[0].token_ids), output.num_cached_tokens or 0
         return ids, num_cached
 
     async def decode(
@@ -207,8 +315,9 @@ class HybridEngine:
         params = vllm_compat.make_sampling_params(max_tokens)
         prompt = {"prompt_token_ids": list(prompt_ids)}
         outputs = self.client.generate(prompt, params, request_id, lora_request=handle, priority=priority)
-        async for output in outputs:
-            yield list(output.outputs[0].token_ids)
+        with _deaths_named():
+            async for output in outputs:
+                yield list(output.outputs[0].token_ids)
 
     async def build_openai_app(self, base_names: list[str]) -> Any:
         """vLLM's own FastAPI application on this engine; the first name is what the base model reports."""
@@ -246,18 +355,24 @@ class HybridEngine:
         read: with a cache salt, images or embeddings. The output processor registers a request in one call, on the
         event loop. What `see` raises is logged and keeps nobody from an answer.
         """
+        self._watchers.append(see)
+
+    def _watch_requests(self) -> None:
+        """Count every request as it enters the engine, and show users' prompts to those who watch them."""
         register = self.client.output_processor.add_request
 
         def register_and_see(
             request: Any, prompt: Any, parent_req: Any = None, request_index: int = 0, *args: Any, **kwargs: Any
         ) -> None:
+            self._num_added += 1
             register(request, prompt, parent_req, request_index, *args, **kwargs)
-            if request_index == 0 and _is_sharable(request):
+            if request_index == 0 and self._watchers and _is_sharable(request):
                 lora = request.lora_request
-                try:
-                    see(lora.lora_name if lora is not None else None, request.prompt_token_ids)
-                except Exception:  # an observer must not cost a request
-                    logger.exception("a prompt could not be looked at")
+                for see in self._watchers:
+                    try:
+                        see(lora.lora_name if lora is not None else None, request.prompt_token_ids)
+                    except Exception:  # an observer must not cost a request
+                        logger.exception("a prompt could not be looked at")
 
         self.client.output_processor.add_request = register_and_see
 
@@ -301,23 +416,36 @@ class HybridEngine:
         """Requests in the engine, fine-tune tasks included."""
         return int(self.client.output_processor.get_num_unfinished_requests())
 
-    async def check_health(self) -> None:
-        """Raise if the engine died."""
-        await self.client.check_health()
-
     def shutdown(self) -> None:
         """Stop the engine processes, and kill what is left after `_SHUTDOWN_S`. Calling it again is harmless."""
         if self._grammars is not None:
             self._grammars.close()
         self.client.shutdown(timeout=_SHUTDOWN_S)
 
+    def _note_failure(self, request_id: str) -> None:
+        self.num_failed_requests += 1
+        self.last_failed_request = request_id
+
     async def _call_worker(self, method: str, *args: Any) -> Any:
         """Between two iterations, in the worker. Errors of our tree come back as they were raised there."""
-        reply = (await self.client.collective_rpc("mace_call", args=(method, *args)))[0]
+        with _deaths_named():
+            reply = (await self.client.collective_rpc("mace_call", args=(method, *args)))[0]
         if "error" in reply:
             kind = getattr(core.errors, reply["error"], MaceError)
             raise kind(reply["message"])
         return reply["value"]
+
+    def _check_restored(self) -> None:
+        if not self._is_restored:
+            raise EngineUnavailableError("the engine died, and the adapter in training is not restored yet")
+
+
+@contextmanager
+def _deaths_named() -> Iterator[None]:
+    try:
+        yield
+    except vllm_compat.engine_dead_error() as error:
+        raise EngineUnavailableError(AWAY) from error
 
 
 def _is_sharable(request: Any) -> bool:

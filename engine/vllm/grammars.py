@@ -15,10 +15,13 @@ import os
 import resource
 import threading
 import time
+import weakref
 from collections import OrderedDict
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 logger = logging.getLogger(__name__)
 
@@ -63,6 +66,45 @@ def serve_each_backend(manager: Any) -> None:
         return backend.compile_grammar(kind, text, stop_token_ids=request.sampling_params.all_stop_token_ids)
 
     manager.grammar_init, manager._create_grammar = init, create  # noqa: SLF001
+
+
+def contain_failures(manager: Any) -> None:
+    """Let an exception of one request's grammar end that request: as if the grammar had refused its token.
+
+    vLLM ends a request whose token is refused, and the engine when a `StructuredOutputManager` raises.
+    """
+    fill, accept = manager.grammar_bitmask, manager.accept_tokens
+    broken: weakref.WeakSet[Any] = weakref.WeakSet()
+
+    def give_up(request: Any, error: Exception) -> None:
+        broken.add(request)
+        text = f"{type(error).__name__}: {error}"
+        logger.warning("request %s is ended: its grammar fails: %s", request.request_id, text)
+
+    def fill_each(requests: dict[str, Any], names: list[str], drafts: dict[str, list[int]]) -> Any:
+        try:
+            return fill(requests, names, drafts)
+        except Exception:  # noqa: BLE001 - one of them; which one, each alone tells
+            rows = []
+            for name in names:
+                try:
+                    rows.append(fill(requests, [name], drafts).copy())
+                except Exception as error:  # noqa: BLE001
+                    give_up(requests[name], error)
+                    free = manager.backend.allocate_token_bitmask(1 + len(drafts.get(name, ())))
+                    rows.append(np.full(free.shape, -1, np.int32))
+            return np.concatenate(rows)
+
+    def accept_all(request: Any, tokens: list[int]) -> bool:
+        if request in broken:
+            return False
+        try:
+            return bool(accept(request, tokens))
+        except Exception as error:  # noqa: BLE001
+            give_up(request, error)
+            return False
+
+    manager.grammar_bitmask, manager.accept_tokens = fill_each, accept_all
 
 
 class GrammarCheck:

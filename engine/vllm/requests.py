@@ -1,10 +1,13 @@
-"""What every request passes on its way to the engine, whatever route it came by: `AsyncLLM.add_request`.
+"""What every request passes on its way to the engine and back, whatever route it came by.
 
 A request that the engine could not take is refused here with vLLM's own error, which its routes answer with 400. And
-the engine learns who sent it, so that clients take turns (`scheduler.queues.waiting`).
+the engine learns who sent it, so that clients take turns (`scheduler.queues.waiting`). On the way back, one that the
+engine ended because it failed is told so with vLLM's own error too: 500, or the last event of a stream.
 """
 
 import copy
+from collections.abc import AsyncIterator, Callable
+from contextlib import aclosing
 from contextvars import ContextVar
 from typing import Any
 
@@ -15,6 +18,8 @@ from engine.vllm.grammars import GrammarCheck
 
 CLIENT: ContextVar[str | None] = ContextVar("mace_client", default=None)
 """Who sent the HTTP request that is being handled; None for requests of our own."""
+
+FAILED = "the engine failed on this request and has ended it; the server's log says why"
 
 
 def check_requests(client: Any) -> GrammarCheck:
@@ -45,6 +50,26 @@ def check_requests(client: Any) -> GrammarCheck:
     SamplingParams._validate_structured_outputs = _leave_to_check  # noqa: SLF001
     backend_xgrammar.validate_xgrammar_grammar = _leave_to_check
     return grammars
+
+
+def watch_failures(client: Any, note: Callable[[str], None]) -> None:
+    """Raise `GenerationError` out of a started `AsyncLLM` for each request that the engine ended because it failed.
+
+    `note` is called with the request's id. Without this vLLM's routes say "Internal server error".
+    """
+    from vllm.exceptions import GenerationError
+
+    generate = client.generate
+
+    async def watched(*args: Any, **kwargs: Any) -> AsyncIterator[Any]:
+        async with aclosing(generate(*args, **kwargs)) as outputs:
+            async for output in outputs:
+                if any(answer.finish_reason == "error" for answer in output.outputs):
+                    note(output.request_id)
+                    raise GenerationError(FAILED)
+                yield output
+
+    client.generate = watched
 
 
 def check_sendable(value: Any) -> None:

@@ -3,9 +3,11 @@
 Allocation of KV blocks, preemption and sampling stay vLLM's own. Before it schedules, the planner sets the token
 budget and the longest prefill chunk; after, it says what the iteration may spend on fine-tuning, and a `Directive`
 takes that to the worker. A request whose `extra_args` hold `TASK_KEY` is a fine-tune task: `engine.vllm.task_table`
-keeps it aside, and it ends as an `EngineCoreOutput` whose `kv_transfer_params` carry the `TaskResult`.
+keeps it aside, and it ends as an `EngineCoreOutput` whose `kv_transfer_params` carry the `TaskResult`. One with
+`NOTE_KEY` is a message to the planner (what clients saw, other targets), and is gone once it is read.
 
-Invariant: nothing in here may raise because of a fine-tune task; an exception would end the engine.
+Invariant: nothing in here may raise because of a fine-tune task; an exception would end the engine. What the worker's
+forward pass raises comes here as a report, and `engine.vllm.recovery` finds the request that it belongs to.
 """
 
 import logging
@@ -18,25 +20,28 @@ from vllm.v1.core.sched.interface import PauseState
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs, FinishReason
-from vllm.v1.outputs import ModelRunnerOutput
+from vllm.v1.outputs import EMPTY_MODEL_RUNNER_OUTPUT, ModelRunnerOutput
 from vllm.v1.request import Request, RequestStatus
 
-from core.batch import ForwardShape, IterationSample, Plan
-from core.config import AppArgs
+from core.batch import EdgeReport, ForwardShape, IterationSample, Plan
+from core.config import AppArgs, SloConfig
 from core.errors import LedgerError
 from core.types import SliceReport, TaskKind, TaskResult
 from engine.pruning.pruner import KvPruner, unsupported
+from engine.vllm.arrivals import ArrivalCount
 from engine.vllm.compat import app_args_of, exit_with_parent
 from engine.vllm.directive import (
     DIRECTIVE_ATTRIBUTE,
+    NOTE_KEY,
     REPORT_ATTRIBUTE,
     TASK_KEY,
     Directive,
     IterationReport,
     MemoryCounters,
 )
-from engine.vllm.grammars import serve_each_backend
+from engine.vllm.grammars import contain_failures, serve_each_backend
 from engine.vllm.planning import KvPool, PrefixLookup, build_planner, is_decoding, shape_of, view_of
+from engine.vllm.recovery import Recovery
 from engine.vllm.task_table import TaskTable
 from engine.vllm.waiting_queue import AgeingRequestQueue
 from scheduler.memory.ledger import MemoryLedger, Pool
@@ -52,10 +57,13 @@ class HybridSchedulerMixin:
         super().__init__(*args, **kwargs)
         exit_with_parent()
         serve_each_backend(self.structured_output_manager)  # type: ignore[attr-defined]
+        contain_failures(self.structured_output_manager)  # type: ignore[attr-defined]
         config: AppArgs = app_args_of(self.vllm_config)  # type: ignore[attr-defined]
         self._args = config
         self._max_tokens: int = self.max_num_scheduled_tokens
         self._chunk_limit: int = self.scheduler_config.long_prefill_token_threshold  # type: ignore[attr-defined]
+        self._num_seats: int = self.max_num_active_reqs  # type: ignore[has-type]
+        """Of anybody; the worker has some more, for guests (`scheduler.queues.waiting`)."""
         pool = KvPool.of(self.kv_cache_config)  # type: ignore[attr-defined]
         self._pool = pool
         self._pruner = self._make_pruner(config)
@@ -65,20 +73,35 @@ class HybridSchedulerMixin:
         self.waiting = AgeingRequestQueue(config.experiments, pool.block_tokens)
         self._tasks = TaskTable(share_prompts=config.experiments.share_prompt)
         self._directive = Directive()
+        self._recovery = Recovery(self)
         self._last_training: Directive | None = None
         """The newest one that reserved memory for slices, until its report is here."""
+        self._arrivals = ArrivalCount()
+        self._num_arrived = 0
         self._last_ended_s = 0.0
         self._overhead_s = 0.0
 
     def add_request(self, request: Request) -> None:
         """Queue a request with vLLM, or take a fine-tune task aside."""
-        task = _task_of(request)
+        if (note := _extra(request, NOTE_KEY)) is not None:
+            self._take_note(note)
+            return
+        task = _extra(request, TASK_KEY)
         if task is None:
             self.planner.retrain.note_requests()
             super().add_request(request)  # type: ignore[misc]
             return
         self._tasks.add(request, task, time.time())
         self._directive.new_tasks.append({**task, "task_id": request.request_id})
+
+    def _take_note(self, note: dict[str, Any]) -> None:
+        try:
+            if "edge" in note:
+                self.planner.observe_edge(EdgeReport(**note["edge"]), time.time())
+            if "slo" in note:
+                self.planner.set_slo(SloConfig(**note["slo"]))
+        except (TypeError, ValueError) as error:  # the engine must not end for it
+            logger.warning("a note to the scheduler was not understood: %s", error)
 
     def finish_requests(
         self, request_ids: str | Iterable[str] | None, finished_status: RequestStatus
@@ -107,8 +130,11 @@ class HybridSchedulerMixin:
     def schedule(self, throttle_prefills: bool = False) -> SchedulerOutput:
         """vLLM's schedule within the plan's limits, with this iteration's fine-tune part attached."""
         self._directive.started_s = time.perf_counter()
+        self._directive.num_arrived, self._num_arrived = self._num_arrived, self._arrivals.read()
         view = self._view(time.time())
         plan = self.planner.plan(view)
+        if self._recovery.is_searching:  # the few that may run are not those that the plan was made for
+            plan.token_budget, plan.max_chunk_tokens = self._max_tokens, 0
         if self._pruner is not None and plan.prune_blocks > 0:
             self._directive.dropped_blocks = self._pruner.prune(plan.prune_blocks, self.requests)  # type: ignore[attr-defined]
         self._apply(plan, view)
@@ -117,7 +143,7 @@ class HybridSchedulerMixin:
         shape = shape_of(output.num_scheduled_tokens, self.requests, self._num_absent_tokens)  # type: ignore[attr-defined]
         directive, self._directive = self._directive, Directive()
         directive.plan, directive.shape = self.planner.settle(plan, view, shape), shape
-        directive.overhead_s = self._overhead_s
+        directive.overhead_s, directive.epoch = self._overhead_s, self._recovery.epoch
         if plan.reserves_arena:
             self._last_training = directive
         setattr(output, DIRECTIVE_ATTRIBUTE, directive)
@@ -126,11 +152,28 @@ class HybridSchedulerMixin:
     def update_from_output(
         self, scheduler_output: SchedulerOutput, model_runner_output: ModelRunnerOutput
     ) -> dict[int, EngineCoreOutputs]:
-        """vLLM's update, plus the results of fine-tune tasks that ended in this iteration."""
+        """vLLM's update, plus the results of fine-tune tasks that ended in this iteration, and what failures end.
+
+        Raises:
+            UnexplainedFailureError: iterations fail, and not because of a request. vLLM then ends the engine.
+        """
         report: IterationReport | None = getattr(model_runner_output, REPORT_ATTRIBUTE, None)
+        directive: Directive = getattr(scheduler_output, DIRECTIVE_ATTRIBUTE)
         if report is not None:
-            self._observe(getattr(scheduler_output, DIRECTIVE_ATTRIBUTE), report)
+            self._observe(directive, report)
+        ended: dict[str, str] = {}
+        is_void = directive.epoch != self._recovery.epoch
+        if report is not None and report.failure is not None and not is_void:
+            ended = self._recovery.failed(scheduler_output.num_scheduled_tokens, report.failure)
+            is_void = True
+        if is_void:
+            self._recovery.forget_finished(scheduler_output.finished_req_ids)
+            model_runner_output = EMPTY_MODEL_RUNNER_OUTPUT
         outputs = super().update_from_output(scheduler_output, model_runner_output)  # type: ignore[misc]
+        if not is_void:
+            ended = self._recovery.succeeded()
+        if ended:
+            self._end(ended, outputs)
         for result in report.finetune.finished if report is not None else ():
             self._emit(result, outputs)
         return outputs
@@ -138,6 +181,7 @@ class HybridSchedulerMixin:
     def _view(self, now_s: float) -> IterationView:
         self.waiting.now_s = now_s
         self.waiting.note_running(self.running)  # type: ignore[attr-defined]
+        self._seat_guest()
         return view_of(
             now_s,
             self.running,  # type: ignore[attr-defined]
@@ -148,9 +192,23 @@ class HybridSchedulerMixin:
             prune_offer=None if self._pruner is None else self._pruner.offer(),
             num_absent_tokens=self._num_absent_tokens,
             cached_prefix_of=self._cached_prefix_of,
-            # A paused engine may have its weights asleep; only what vLLM itself still runs goes on.
-            finetune=self._tasks.state(now_s) if self.pause_state == PauseState.UNPAUSED else None,  # type: ignore[attr-defined]
+            finetune=self._tasks.state(now_s) if self._may_train else None,
         )
+
+    @property
+    def _may_train(self) -> bool:
+        """A paused engine may have its weights asleep; only what vLLM itself still runs goes on."""
+        return self.pause_state == PauseState.UNPAUSED and not self._recovery.is_searching  # type: ignore[attr-defined]
+
+    def _handle_blocked_waiting_request(self, request: Request) -> bool:
+        return self._recovery.admits(request) and super()._handle_blocked_waiting_request(request)  # type: ignore[misc]
+
+    def _seat_guest(self) -> None:
+        """While all seats are taken, one more for a client that holds none."""
+        num_running = len(self.running)  # type: ignore[attr-defined]
+        is_full = self._num_seats <= num_running < self.max_num_running_reqs  # type: ignore[attr-defined]
+        has_guest = self.waiting.invite(self.running) if is_full else False  # type: ignore[attr-defined]
+        self.max_num_active_reqs = num_running + 1 if has_guest else self._num_seats
 
     def _num_free_kv_blocks(self) -> int:
         num_free: int = self.kv_cache_manager.block_pool.get_num_free_blocks()  # type: ignore[attr-defined]
@@ -221,8 +279,9 @@ class HybridSchedulerMixin:
         wall_s = now_s - max(directive.started_s, self._last_ended_s)
         self._last_ended_s = now_s
         self._overhead_s = max(0.0, wall_s - report.forward_s - slices_s)
+        shape = directive.shape if report.failure is None else ForwardShape()
         self.planner.observe(
-            IterationSample(directive.shape, report.forward_s, self._overhead_s, report.finetune, directive.plan)
+            IterationSample(shape, report.forward_s, self._overhead_s, report.finetune, directive.plan)
         )
         self._tasks.note_progress(report.finetune, time.time())
         if directive is self._last_training:
@@ -237,17 +296,16 @@ class HybridSchedulerMixin:
             return
         if result.kind is TaskKind.TRAIN and result.error is None:
             self.planner.retrain.note_trained(task.num_pairs)
-        request = task.request
-        request.status = RequestStatus.FINISHED_STOPPED
-        core_outputs = outputs.setdefault(request.client_index, EngineCoreOutputs())
-        core_outputs.outputs.append(
-            EngineCoreOutput(
-                request_id=request.request_id,
-                new_token_ids=[],
-                finish_reason=FinishReason.STOP,
-                kv_transfer_params=result.to_wire(),
+        task.request.status = RequestStatus.FINISHED_STOPPED
+        _append(outputs, task.request, FinishReason.STOP, result.to_wire())
+
+    def _end(self, errors: dict[str, str], outputs: dict[int, EngineCoreOutputs]) -> None:
+        """End the requests that made iterations fail."""
+        for request in self.finish_requests(errors, RequestStatus.FINISHED_ERROR):
+            logger.warning(
+                "request %s is ended: it fails alone: %s", request.request_id, errors[request.request_id]
             )
-        )
+            _append(outputs, request, FinishReason.ERROR)
 
 
 class HybridScheduler(HybridSchedulerMixin, Scheduler):
@@ -258,6 +316,17 @@ class AsyncHybridScheduler(HybridSchedulerMixin, AsyncScheduler):
     """Scheduler of engines with async scheduling (one GPU); a plain Scheduler subclass would turn it off."""
 
 
+def _append(
+    outputs: dict[int, EngineCoreOutputs],
+    request: Request,
+    reason: FinishReason,
+    payload: dict[str, Any] | None = None,
+) -> None:
+    """Tell the front end that a request has ended, with no further token."""
+    output = EngineCoreOutput(request.request_id, [], finish_reason=reason, kv_transfer_params=payload)
+    outputs.setdefault(request.client_index, EngineCoreOutputs()).outputs.append(output)
+
+
 def _ledger_error(memory: MemoryLedger) -> str | None:
     try:
         memory.check_integrity()
@@ -266,8 +335,8 @@ def _ledger_error(memory: MemoryLedger) -> str | None:
     return None
 
 
-def _task_of(request: Request) -> dict[str, Any] | None:
+def _extra(request: Request, key: str) -> dict[str, Any] | None:
     params = request.sampling_params
     if params is None or not params.extra_args:
         return None
-    return params.extra_args.get(TASK_KEY)
+    return params.extra_args.get(key)

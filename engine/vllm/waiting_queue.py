@@ -73,6 +73,10 @@ class AgeingRequestQueue(RequestQueue):
         in_use.discard(None)
         self._queue.set_in_use(in_use)
 
+    def invite(self, running: Sequence[Request]) -> bool:
+        """Put a client's request first that has none among these, until the next call; False if none such waits."""
+        return self._queue.invite({_client_of(request) for request in running}, self.now_s)
+
     def pop_request(self) -> Request:
         """Take out the first request."""
         return self._queue.pop(self.now_s)

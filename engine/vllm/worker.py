@@ -5,12 +5,14 @@ that the tokens of this iteration leave as soon as they exist; the time between 
 """
 
 import copy
+import logging
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import asdict
 from typing import Any
 
-from vllm.v1.outputs import AsyncModelRunnerOutput, ModelRunnerOutput
+import torch
+from vllm.v1.outputs import EMPTY_MODEL_RUNNER_OUTPUT, AsyncModelRunnerOutput, ModelRunnerOutput
 
 from core.batch import IterationSample
 from core.errors import ConfigError, MaceError
@@ -20,6 +22,7 @@ from engine.pruning.worker import Scores, WorkerPruning, to_wire
 from engine.training.base_weights import huggingface_views, is_shared, unpacked_cpu_weights
 from engine.training.runner import FineTuneRunner, free_memory_bytes
 from engine.training.shadow import ShadowAdapter
+from engine.vllm.arrivals import ArrivalCount
 from engine.vllm.compat import app_args_of, exit_with_parent
 from engine.vllm.directive import (
     DIRECTIVE_ATTRIBUTE,
@@ -30,6 +33,9 @@ from engine.vllm.directive import (
     WorkerFacts,
 )
 from engine.vllm.iteration_log import ForwardTimer, IterationLog
+from engine.vllm.recovery import empty_batch
+
+logger = logging.getLogger(__name__)
 
 
 class HybridWorkerMixin:
@@ -42,8 +48,13 @@ class HybridWorkerMixin:
     _pruning_refusal: str | None = None
     _kv_scores: Scores = {}  # noqa: RUF012 - replaced, never changed
     _memory = MemoryCounters()
+    _epoch = 0
+    _failure: str | None = None
+    """What the last forward pass raised, until the scheduler begins a new epoch; nothing runs meanwhile."""
+    _logged: str | None = None
     _weights: dict[str, int] = {}  # noqa: RUF012 - replaced, never changed
     _log: IterationLog
+    _arrivals: ArrivalCount
     _directive: Directive
     _finetune_report: SliceReport
     _timer: ForwardTimer
@@ -52,6 +63,7 @@ class HybridWorkerMixin:
         """Load the inference model, then the trainable model beside it (or on its very weights)."""
         exit_with_parent()
         self._log = IterationLog()
+        self._arrivals = ArrivalCount()
         args = app_args_of(self.vllm_config)  # type: ignore[attr-defined]
         shared = args.training.enabled and is_shared(args.engine, self.device.type)  # type: ignore[attr-defined]
         with unpacked_cpu_weights() if shared else nullcontext():
@@ -80,23 +92,62 @@ class HybridWorkerMixin:
         return result
 
     def execute_model(self, scheduler_output: Any) -> Any:
-        """Slices, then vLLM's forward pass. Returns None when `sample_tokens` follows."""
-        self._directive = getattr(scheduler_output, DIRECTIVE_ATTRIBUTE, None) or Directive()
-        self._finetune_report = self._run_slices(self._directive)
+        """Slices, then vLLM's forward pass. Returns None when `sample_tokens` follows.
+
+        What the forward pass raises comes back as a report, unless there was nothing to compute: then the fault is
+        no request's.
+        """
+        self._directive = directive = getattr(scheduler_output, DIRECTIVE_ATTRIBUTE, None) or Directive()
+        if directive.epoch != self._epoch:
+            empty_batch(self.model_runner)  # type: ignore[attr-defined]
+            self._epoch, self._failure = directive.epoch, None
+        self._finetune_report = self._run_slices(directive)
         self._timer = ForwardTimer(self.device)  # type: ignore[attr-defined]
-        self._memory = self._directive.memory
+        self._memory = directive.memory
+        if self._failure is not None:
+            return _failed(self._failure, self._finetune_report)
+        try:
+            return self._finish(self._forward(scheduler_output))
+        except Exception as error:
+            if not scheduler_output.total_num_scheduled_tokens:
+                raise
+            return self._fail(error, self._finetune_report)
+
+    def sample_tokens(self, grammar_output: Any) -> Any:
+        """vLLM's sampling; its output carries the iteration's report, and what sampling or the pass before raised."""
+        if self._failure is not None:
+            return _failed(self._failure, self._finetune_report)
+        try:
+            return self._finish(super().sample_tokens(grammar_output))  # type: ignore[misc]
+        except Exception as error:  # noqa: BLE001 - whatever it is, the scheduler finds out whose
+            return self._fail(error, self._finetune_report)
+
+    def _forward(self, scheduler_output: Any) -> Any:
         if self._pruning is None:
-            return self._finish(super().execute_model(scheduler_output))  # type: ignore[misc]
+            return super().execute_model(scheduler_output)  # type: ignore[misc]
         self._pruning.drop(self._directive.dropped_blocks)
         output = super().execute_model(scheduler_output)  # type: ignore[misc]
         self._kv_scores = self._pruning.score(
             self._directive.score_request_ids, scheduler_output.num_scheduled_tokens
         )
-        return self._finish(output)
+        return output
 
-    def sample_tokens(self, grammar_output: Any) -> Any:
-        """vLLM's sampling; its output carries the iteration's report."""
-        return self._finish(super().sample_tokens(grammar_output))  # type: ignore[misc]
+    def _fail(self, error: Exception, finetune: SliceReport) -> ModelRunnerOutput:
+        """The output of an iteration that raised. Raises the error if vLLM has state that cannot be brought back."""
+        config = self.vllm_config  # type: ignore[attr-defined]
+        has_peers = config.parallel_config.world_size > 1 or config.kv_transfer_config or config.ec_transfer_config
+        if has_peers or config.speculative_config:
+            raise error
+        lines = str(error).strip().splitlines()
+        text = f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
+        if text != self._logged:
+            logger.error("an iteration failed: %s", text, exc_info=error)
+            self._logged = text
+        if self.device.type == "cuda":  # type: ignore[attr-defined]
+            torch.cuda.synchronize(self.device)  # type: ignore[attr-defined] # raises if the device is lost
+            torch.cuda.empty_cache()
+        self._failure = text
+        return _failed(text, finetune)
 
     def mace_call(self, method: str, *args: Any) -> dict[str, Any]:
         """Answer `HybridEngine` between two iterations (through `collective_rpc`).
@@ -140,7 +191,9 @@ class HybridWorkerMixin:
         if plan.is_blocking:
             return self._runner.run_step()
         self._runner.set_slice_tokens(plan.slice_tokens)
-        return self._runner.run(plan.finetune_budget_s, plan.min_slices)
+        return self._runner.run(
+            plan.finetune_budget_s, plan.min_slices, lambda: self._arrivals.read() != directive.num_arrived
+        )
 
     def _finish(self, output: Any) -> Any:
         if output is None:
@@ -160,18 +213,31 @@ class HybridWorkerMixin:
             return output
 
         if isinstance(output, AsyncModelRunnerOutput):
-            return _ReportingAsyncOutput(output, with_report)
+            return _ReportingAsyncOutput(output, with_report, lambda error: self._fail(error, finetune))
         return with_report(output)
+
+
+def _failed(failure: str, finetune: SliceReport) -> ModelRunnerOutput:
+    output = copy.copy(EMPTY_MODEL_RUNNER_OUTPUT)
+    setattr(output, REPORT_ATTRIBUTE, IterationReport(finetune, 0.0, failure=failure))
+    return output
 
 
 class _ReportingAsyncOutput(AsyncModelRunnerOutput):
     """Adds the report when the copy to the host is done (async scheduling on GPU)."""
 
     def __init__(
-        self, inner: AsyncModelRunnerOutput, finish: Callable[[ModelRunnerOutput], ModelRunnerOutput]
+        self,
+        inner: AsyncModelRunnerOutput,
+        finish: Callable[[ModelRunnerOutput], ModelRunnerOutput],
+        fail: Callable[[Exception], ModelRunnerOutput],
     ) -> None:
         self._inner = inner
         self._finish = finish
+        self._fail = fail
 
     def get_output(self) -> ModelRunnerOutput:
-        return self._finish(self._inner.get_output())
+        try:
+            return self._finish(self._inner.get_output())
+        except Exception as error:  # noqa: BLE001
+            return self._fail(error)

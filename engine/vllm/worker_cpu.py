@@ -5,6 +5,7 @@ from typing import Any
 import numpy as np
 from vllm.v1.worker.cpu_worker import CPUWorker
 
+from engine.vllm.compat import speed_up_cpu_model
 from engine.vllm.heap_trim import HeapTrimmer, heap_use
 from engine.vllm.worker import HybridWorkerMixin
 
@@ -13,6 +14,11 @@ class HybridCpuWorker(HybridWorkerMixin, CPUWorker):
     """`worker_cls` on machines without a GPU."""
 
     _trimmer: HeapTrimmer | None = None
+
+    def load_model(self, **kwargs: Any) -> None:
+        """Load the models; vLLM's computes in faster ways than its own where there are some."""
+        super().load_model(**kwargs)
+        speed_up_cpu_model(self.get_model(), self.vllm_config, self.device)
 
     def execute_model(self, scheduler_output: Any) -> Any:
         """Run one iteration; before it free heap memory goes back to the system."""

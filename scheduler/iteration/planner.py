@@ -3,7 +3,8 @@
 `plan` is asked before inference is scheduled, `settle` after, for what was really scheduled (prefix hits, finished
 and preempted requests make a difference). Tasks are taken in order of priority; decoding is mandatory and counts
 first. Prefill chunks are packed by best fit into the iteration's capacity (`scheduler.iteration.prefill`); slices get
-the rest of it, within the slack before the TTFT targets. One bin is open at a time: a second would let a task wait for
+the rest of it, within the slack before the TTFT targets, and little while a prompt is computed; what clients see beyond
+the engine corrects both (`scheduler.iteration.edge`). One bin is open at a time: a second would let a task wait for
 a tighter fit in an iteration that is planned anew anyway. When memory is short, `scheduler.memory.relief` says what
 gives way; KV blocks are dropped before inference is scheduled, so `plan` decides that for the slices as well.
 
@@ -13,16 +14,17 @@ Pure: no clock, no device. The engine and the simulator run this same code, and 
 
 from dataclasses import dataclass
 
-from core.batch import ForwardShape, IterationSample, Plan
-from core.config import AppArgs
+from core.batch import EdgeReport, ForwardShape, IterationSample, Plan
+from core.config import AppArgs, SloConfig
 from core.dpo_slices import HEAD_CHUNK_TOKENS
 from core.model_dims import ModelDims
 from core.ports import LatencyPredictor
 from core.types import SliceKind
+from scheduler.iteration.edge import EdgeController
 from scheduler.iteration.prefill import PrefillPacker
 from scheduler.iteration.retrain import RetrainMeter
 from scheduler.iteration.slices import SliceSizer
-from scheduler.iteration.slo import iteration_capacity_s, ttft_slack_s
+from scheduler.iteration.slo import TYPICAL_PROMPT, iteration_capacity_s, ttft_slack_s
 from scheduler.memory.arena import ArenaModel, ArenaNeed
 from scheduler.memory.ledger import MemoryLedger, Pool
 from scheduler.memory.relief import BlockBudget, MemoryRelief
@@ -32,6 +34,11 @@ from scheduler.view import FineTuneState, IterationView
 
 IDLE_QUANTUM_S = 0.01
 """Slices of an idle engine run for this long (at least one) before new requests are looked for."""
+NEWCOMER_SHARE = 0.2
+"""While somebody waits for a first token, slices take at most this share of an iteration's own time, so that training
+adds no more than a fifth to a request's time to its first token, beside the slice that runs when it comes."""
+_MOST_PROMPT_CORRECTION = 0.5
+"""Share of an iteration's capacity that prompts lose at most to what clients see: they must go on."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +76,8 @@ class IterationPlanner:
         self.predictor = predictor
         self.retrain = RetrainMeter(args)
         """Tell it of arrived requests and of trained pairs."""
-        self._config, self._experiments, self._slo = args.scheduler, args.experiments, args.slo
+        self._config, self._experiments = args.scheduler, args.experiments
+        self._edge = EdgeController(args.slo, args.scheduler.slack_fraction)
         self._limits = limits
         need = ArenaNeed(limits.dims, args.lora.rank, HEAD_CHUNK_TOKENS) if limits.dims else None
         self._arena = ArenaModel(limits.arena_fixed_bytes, limits.arena_bytes_per_token, need)
@@ -85,6 +93,18 @@ class IterationPlanner:
         )
         self._full_arena_bytes = 0
         """Before slices ran out of it."""
+
+    @property
+    def _slo(self) -> SloConfig:
+        return self._edge.slo
+
+    def set_slo(self, slo: SloConfig) -> None:
+        """Plan for other targets from the next iteration on."""
+        self._edge.slo = slo
+
+    def observe_edge(self, report: EdgeReport, now_s: float) -> None:
+        """Take in what clients saw since the last report; `now_s` is on the clock of `IterationView.now_s`."""
+        self._edge.observe(report, now_s)
 
     def may_run(self, state: FineTuneState | None) -> bool:
         """True if slices could run with nothing to serve now. No rate delays the scoring of a candidate."""
@@ -105,7 +125,10 @@ class IterationPlanner:
             return Plan(finetune_budget_s=float("inf"), min_slices=1, is_blocking=True)
         blocks = self._relief.open(view)
         shape = ForwardShape(num_decode=view.num_decode, decode_context=view.decode_context)
-        plan = self._plan_forward(view, shape, blocks)
+        correction_s = self._edge.gap_correction_s(view.now_s)
+        plan = self._plan_forward(view, shape, blocks, correction_s)
+        plan.gap_correction_s = correction_s
+        plan.first_token_share = self._edge.first_token_share(view.now_s)
         if view.finetune is not None and self._may_train(view.finetune):
             plan.slice_tokens = self._slice_tokens(view)
             self._prune_for_slices(plan, view, view.finetune, shape, blocks)
@@ -134,13 +157,15 @@ class IterationPlanner:
         if predicted_s is None or upper_s is None:  # measure the forward pass alone first
             return plan
         plan.finetune_budget_s = max(0.0, self._slack_s(plan, view, shape, upper_s))
-        self._sizer.note_budget(plan.finetune_budget_s)
+        if not _has_newcomers(view, shape):  # what they leave is no measure of the slack
+            self._sizer.note_budget(plan.finetune_budget_s)
         plan.min_slices = int(must_train)
         return plan
 
     def observe(self, sample: IterationSample) -> None:
         """Feed back one measured iteration."""
         self.predictor.observe(sample)
+        self._edge.note_iteration(sample)
         has_grown = self._sizer.observe(sample)
         arena_bytes = self.memory.pool_capacity_bytes(Pool.ARENA)
         if sample.report.out_of_memory:
@@ -152,14 +177,18 @@ class IterationPlanner:
         elif has_grown and arena_bytes < self._full_arena_bytes:
             self.memory.set_capacity(Pool.ARENA, min(2 * arena_bytes, self._full_arena_bytes))
 
-    def _plan_forward(self, view: IterationView, shape: ForwardShape, blocks: BlockBudget) -> Plan:
+    def _plan_forward(
+        self, view: IterationView, shape: ForwardShape, blocks: BlockBudget, correction_s: float
+    ) -> Plan:
         """The plan for inference; chunks are added to `shape`, which holds what decodes."""
         if not view.prefills or not self._limits.can_chunk_prefills:
             return Plan(self._limits.max_tokens)
         decode_s = self.predictor.forward_upper_s(shape)
         if decode_s is None:  # nothing known of this device: vLLM's own way
             return Plan(self._limits.max_tokens)
-        capacity_s = iteration_capacity_s(self._slo, self._config.slack_fraction, view.num_decode)
+        slack_fraction = self._config.slack_fraction
+        correction_s = min(correction_s, _MOST_PROMPT_CORRECTION * slack_fraction * self._slo.tbt_s)
+        capacity_s = iteration_capacity_s(self._slo, slack_fraction, view.num_decode, correction_s)
         now = Bin(
             "now",
             float(self.memory.capacity_bytes),
@@ -189,21 +218,25 @@ class IterationPlanner:
 
     def _slack_s(self, plan: Plan, view: IterationView, shape: ForwardShape, upper_s: float) -> float:
         busy_s = upper_s + self.predictor.overhead_s
-        slack_s = iteration_capacity_s(self._slo, self._config.slack_fraction, view.num_decode) - busy_s
+        slack_fraction = self._config.slack_fraction
+        slack_s = iteration_capacity_s(self._slo, slack_fraction, view.num_decode, plan.gap_correction_s) - busy_s
+        if _has_newcomers(view, shape):
+            slack_s = min(slack_s, NEWCOMER_SHARE * busy_s)
         # A prefix hit or a short last chunk computes less than later iterations may.
         tokens_each = max(shape.num_prefill_tokens, plan.token_budget - shape.num_decode)
         is_stuck = shape.num_prefill_tokens == 0
         first_token_s = ttft_slack_s(view, self._slo, busy_s, 0 if is_stuck else tokens_each)
         if first_token_s is not None:
-            slack_s = min(slack_s, self._config.slack_fraction * first_token_s)
-        return slack_s
+            slack_s = min(slack_s, slack_fraction * first_token_s)
+        return slack_s * plan.first_token_share
 
     def _slice_tokens(self, view: IterationView) -> int:
         lone = ForwardShape(num_decode=1, decode_context=max(1, view.decode_context // max(1, view.num_decode)))
         lone_s = self.predictor.forward_upper_s(lone)
         capacity_s = iteration_capacity_s(self._slo, self._config.slack_fraction, 1)
         alone_s = None if lone_s is None else capacity_s - self.predictor.overhead_s - lone_s
-        return self._sizer.choose(alone_s)
+        prompt_s = self.predictor.forward_upper_s(ForwardShape().with_chunk(TYPICAL_PROMPT, 0))
+        return self._sizer.choose(alone_s, max(IDLE_QUANTUM_S, prompt_s or 0.0))
 
     def _reserve_arena(self, state: FineTuneState, slice_tokens: int, *, is_urgent: bool) -> bool:
         """False: with the KV cache this full, the step would pass `tau_mem`.
@@ -265,3 +298,8 @@ class IterationPlanner:
             ),
             default=float("-inf"),
         )
+
+
+def _has_newcomers(view: IterationView, shape: ForwardShape) -> bool:
+    """True if somebody waits for a first token, in this forward pass or in the queue."""
+    return bool(view.prefills or shape.num_prefill_tokens)

@@ -2,8 +2,8 @@
 
 A slice cannot be interrupted, so its size decides whether it fits beside inference at all; larger ones do more work for
 each read of the weights. `SliceSizer` chooses the size by Algorithm 1 with one bin: memory is the arena, time the slack
-that iterations with inference usually leave. It chooses again when what was chosen passes the joint memory limit. An
-out-of-memory halves the limit; many good steps raise it again.
+that iterations with inference usually leave, and no more than a new request may wait. It chooses again when what was
+chosen passes the joint memory limit. An out-of-memory halves the limit; many good steps raise it again.
 
 The planner gives a budget in seconds; `SliceAdmission` holds the slices to it by their upper estimates, learnt from the
 very slices that it admits. It starts from nothing: an unknown kind is None, never a constant that stands for a
@@ -16,6 +16,7 @@ from core.batch import IterationSample
 from core.config import ExperimentsConfig
 from core.ports import LatencyPredictor
 from core.types import SliceKind
+from scheduler.iteration.slo import SMALLEST_SLICE_TOKENS
 from scheduler.memory.arena import ArenaModel
 from scheduler.memory.ledger import MemoryLedger, Pool
 from scheduler.packing import Bin, Demand, choose_candidate
@@ -25,7 +26,6 @@ _MEASUREMENTS = 32
 _BLOCKED_BEFORE_RELAX = 8
 """Iterations in which an estimate keeps a slice out before its slowest measurement is forgotten."""
 
-_SMALLEST_TOKENS = 32
 _BUDGETS = 64
 _USUAL_QUANTILE = 0.25
 """Quantile of the recent budgets: a slice of the chosen size fits into three of four iterations that have slack."""
@@ -118,7 +118,7 @@ class SliceSizer:
         """Learn what micro-batches hold, and from running out of memory. True when the limit is raised again."""
         report = sample.report
         if report.out_of_memory:
-            self._limit_tokens = max(_SMALLEST_TOKENS, self.tokens // 2)
+            self._limit_tokens = max(SMALLEST_SLICE_TOKENS, self.tokens // 2)
             self._good_iterations = self._age = 0
             return False
         tokens = max((s.num_tokens for s in report.slices if s.kind in _LAYER_KINDS), default=0)
@@ -137,17 +137,20 @@ class SliceSizer:
         """The size chosen last, or the limit before any choice."""
         return self._chosen or self._limit_tokens
 
-    def choose(self, alone_budget_s: float | None) -> int:
+    def choose(self, alone_budget_s: float | None, newcomer_s: float) -> int:
         """Padded tokens of micro-batches that start from now on.
 
         `alone_budget_s` is the slack beside one decoding request, for an engine that has not served yet; None: unknown.
+        No slice of the chosen size is predicted to last longer than `newcomer_s`: a request that comes while the
+        engine trains waits for the slice that runs, and a step keeps its size when load comes.
         """
         # What the step in progress holds is given back before the next one takes its own.
         room_bytes = self._memory.room_bytes(Pool.ARENA)
         if self._age % _REFRESH_EVERY == 0 or self._arena.predict(self._chosen) > room_bytes:
             budgets_s = sorted(self._budgets_s)
             usual_s = budgets_s[int(_USUAL_QUANTILE * len(budgets_s))] if budgets_s else alone_budget_s
-            self._chosen = self._best(usual_s, room_bytes)
+            budget_s = None if usual_s is None else min(usual_s, newcomer_s)
+            self._chosen = self._best(budget_s, room_bytes)
             self._age = 0
         self._age += 1
         return self._chosen
@@ -166,10 +169,10 @@ class SliceSizer:
     def _sizes(self) -> list[int]:
         sizes = []
         size = self._limit_tokens
-        while size > _SMALLEST_TOKENS:
+        while size > SMALLEST_SLICE_TOKENS:
             sizes.append(size)
             size //= 2
-        return [*sizes, min(_SMALLEST_TOKENS, self._limit_tokens)]
+        return [*sizes, min(SMALLEST_SLICE_TOKENS, self._limit_tokens)]
 
     def _demand(self, num_tokens: int) -> Demand | None:
         backward_s = self._predictor.slice_upper_s(SliceKind.BACKWARD_LAYER, num_tokens)

@@ -8,21 +8,28 @@ prompt, and the prompts ahead of it, still need; what is left until its target m
 from core.batch import ForwardShape
 from core.config import SchedulerConfig, SloConfig
 from core.ports import LatencyPredictor
+from core.types import SliceKind
 from scheduler.view import IterationView
 
 _UNSERVED_SHARE_OF_TTFT = 0.5
 """If nobody decodes, an iteration may last this share of the TTFT target: a request that arrives just after its
 start still has the other half for its own prompt."""
 
+ROOM = 1.5
+"""A target of so many times what the device needs without training leaves training a fifth of each iteration."""
+SMALLEST_SLICE_TOKENS = 32
+"""No micro-batch is made smaller."""
 _TYPICAL_CONTEXT = 256
-_TYPICAL_PROMPT = 128
-"""Tokens of the request that `slo_warnings` judges targets by."""
+TYPICAL_PROMPT = 128
+"""Tokens of the request that `slo_warnings` judges targets by, and of the newcomer that slices must not delay."""
 
 
-def iteration_capacity_s(slo: SloConfig, slack_fraction: float, num_decode: int) -> float:
-    """Latency capacity of one iteration, overhead included."""
+def iteration_capacity_s(
+    slo: SloConfig, slack_fraction: float, num_decode: int, correction_s: float = 0.0
+) -> float:
+    """Latency capacity of one iteration, overhead included; `correction_s` is taken off for those that decode."""
     if num_decode:
-        return slack_fraction * slo.tbt_s
+        return slack_fraction * slo.tbt_s - correction_s
     return slack_fraction * max(slo.tbt_s, _UNSERVED_SHARE_OF_TTFT * slo.ttft_s)
 
 
@@ -57,30 +64,28 @@ def _finish_s(tokens_ahead: int, tokens_per_iteration: int, iteration_s: float) 
 
 
 def slo_warnings(slo: SloConfig, config: SchedulerConfig, predictor: LatencyPredictor) -> list[str]:
-    """Sentences about targets that the device cannot meet, or that leave no time to train.
+    """Sentences about targets that the device cannot meet, or that leave no time to train, with those that would.
 
-    Asked of the profile at the start; empty if all is well or nothing is known.
+    Asked of the profile; empty if all is well or nothing is known.
     """
-    decode_s = predictor.forward_s(ForwardShape(num_decode=1, decode_context=_TYPICAL_CONTEXT))
-    prompt_s = predictor.forward_s(ForwardShape().with_chunk(_TYPICAL_PROMPT, 0))
+    decode_s = predictor.forward_upper_s(ForwardShape(num_decode=1, decode_context=_TYPICAL_CONTEXT))
+    prompt_s = predictor.forward_s(ForwardShape().with_chunk(TYPICAL_PROMPT, 0))
     if decode_s is None or prompt_s is None:
         return []
     token_s = decode_s + predictor.overhead_s
     first_s = prompt_s + predictor.overhead_s
+    slice_s = predictor.slice_upper_s(SliceKind.BACKWARD_LAYER, SMALLEST_SLICE_TOKENS) or 0.0
     warnings = []
-    if token_s > slo.tbt_s:
+    if config.slack_fraction * slo.tbt_s - token_s < slice_s:
+        enough_s = max(ROOM * token_s, (token_s + slice_s) / config.slack_fraction)
+        what = "the target cannot be met, and nothing" if token_s > slo.tbt_s else "nothing"
         warnings.append(
-            f"slo.tbt_s is {slo.tbt_s:g} s, but a token of a single request takes {token_s:.3g} s on this device: "
-            "the target cannot be met, and training runs only while nobody is served"
-        )
-    elif token_s > config.slack_fraction * slo.tbt_s:
-        warnings.append(
-            f"slo.tbt_s is {slo.tbt_s:g} s, and a token of a single request takes {token_s:.3g} s on this device: "
-            "nothing is left for training while somebody is served"
+            f"slo.tbt_s is {slo.tbt_s:g} s, and a token of a single request takes up to {token_s:.3g} s on this "
+            f"device: {what} is left for training while somebody is served; {enough_s:.2g} s would leave room"
         )
     if first_s > slo.ttft_s:
         warnings.append(
-            f"slo.ttft_s is {slo.ttft_s:g} s, but a prompt of {_TYPICAL_PROMPT} tokens takes {first_s:.3g} s on this "
-            "device: the target cannot be met"
+            f"slo.ttft_s is {slo.ttft_s:g} s, but a prompt of {TYPICAL_PROMPT} tokens takes {first_s:.3g} s on this "
+            f"device: the target cannot be met; {ROOM * first_s:.2g} s would leave room"
         )
     return warnings

@@ -15,14 +15,18 @@ So nobody starves: within a `priority` value and a round a request is overtaken 
 Clients of one `priority` value take turns (start-time fair queueing, in requests): the first `CLIENT_TURN` requests of
 a client that wait belong to the round that is being served, the next ones to the round after it, and so on, and a
 round goes before the next. So a client's request is never behind another's hundred, and the hundred never starve.
+
+Turns order those that wait; they do not help where one client's long answers hold all seats. Some seats more
+(`guest_seats`) are for guests: requests of clients that hold none. `invite` puts such a request first.
 """
 
 import heapq
 from bisect import bisect_left, insort
+from collections import Counter
 from collections.abc import Hashable, Iterator
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
-from itertools import islice
+from itertools import chain, islice
 from typing import Generic, TypeVar
 
 from core.config import ExperimentsConfig
@@ -48,6 +52,11 @@ _Turn = tuple[int, float]
 """Round, and arrival minus head start."""
 _Key = tuple[float, _Turn, _Entry]
 """Minus the priority, the turn, and the entry."""
+
+
+def guest_seats(seats: int) -> int:
+    """Seats beyond those that anybody may take."""
+    return max(1, seats // 8)
 
 
 @dataclass(slots=True)
@@ -158,6 +167,12 @@ class WaitingQueue(Generic[T]):
         """Of all that wait, oldest first."""
         self._in_use: AbstractSet[Group] = frozenset()
         self._sequence = 0
+        self._clients: dict[str, Client] = {}
+        """Who sent what waits, by request id."""
+        self._num_waiting: Counter[Client] = Counter()
+        """How many each client has waiting; those with none are left out."""
+        self._guest: str | None = None
+        """Goes before all others."""
 
     def __len__(self) -> int:
         return len(self._payloads)
@@ -195,6 +210,9 @@ class WaitingQueue(Generic[T]):
         lane.add(entry, is_hot=group in self._in_use)
         self._where[request_id] = (lane_key, entry)
         self._payloads[request_id] = payload
+        if client is not None:
+            self._clients[request_id] = client
+            self._num_waiting[client] += 1
         insort(self._arrivals, (arrived_s, request_id))
         return at_round
 
@@ -209,6 +227,17 @@ class WaitingQueue(Generic[T]):
                 lane.heat(group)
         self._in_use = frozenset(groups)
 
+    def invite(self, seated: AbstractSet[Client], now_s: float) -> bool:
+        """Put first the first request whose client is not among these, until the next call; False if none waits.
+
+        Requests without a client are nobody's guests. Call between iterations: it changes the order.
+        """
+        self._guest = None
+        guests = self._num_waiting.keys() - seated
+        if guests:
+            self._guest = next(name for name in self._names(now_s) if self._clients.get(name) in guests)
+        return bool(guests)
+
     def peek(self, now_s: float) -> T:
         """The request that runs next; IndexError if the queue is empty."""
         return self._payloads[self._first(now_s)]
@@ -218,7 +247,8 @@ class WaitingQueue(Generic[T]):
         request_id = self._first(now_s)
         payload = self._payloads[request_id]
         lane_key, entry = self._where[request_id]
-        self._lanes[lane_key].round = entry[0]
+        if request_id != self._guest:  # the turn of a guest of a later round has not come
+            self._lanes[lane_key].round = entry[0]
         self.remove(request_id)
         return payload
 
@@ -229,6 +259,13 @@ class WaitingQueue(Generic[T]):
             return None
         lane_key, entry = where
         self._lanes[lane_key].remove(entry)
+        if request_id == self._guest:
+            self._guest = None
+        client = self._clients.pop(request_id, None)
+        if client is not None:
+            self._num_waiting[client] -= 1
+            if not self._num_waiting[client]:
+                del self._num_waiting[client]
         del self._arrivals[bisect_left(self._arrivals, (entry[1], request_id))]
         return self._payloads.pop(request_id)
 
@@ -238,17 +275,24 @@ class WaitingQueue(Generic[T]):
 
     def iterate(self, now_s: float) -> Iterator[T]:
         """All requests in order. The queue must not change meanwhile."""
-        lanes = [lane for lane in self._lanes.values() if lane.entries]
-        if len(lanes) == 1:  # the usual case, and vLLM walks the queue often
-            return (self._payloads[entry[3]] for _, entry in lanes[0].in_order())
-        merged = heapq.merge(*(lane.keyed(now_s) for lane in lanes))
-        return (self._payloads[entry[3]] for _, _, entry in merged)
+        return (self._payloads[name] for name in self._names(now_s))
 
     def oldest_arrival_s(self) -> float | None:
         """Earliest arrival of any waiting request."""
         return self._arrivals[0][0] if self._arrivals else None
 
+    def _names(self, now_s: float) -> Iterator[str]:
+        lanes = [lane for lane in self._lanes.values() if lane.entries]
+        if len(lanes) == 1:  # the usual case, and vLLM walks the queue often
+            names = (entry[3] for _, entry in lanes[0].in_order())
+        else:
+            names = (entry[3] for _, _, entry in heapq.merge(*(lane.keyed(now_s) for lane in lanes)))
+        guest = self._guest
+        return names if guest is None else chain((guest,), (name for name in names if name != guest))
+
     def _first(self, now_s: float) -> str:
+        if self._guest is not None:
+            return self._guest
         firsts = [lane.first(now_s) for lane in self._lanes.values() if lane.entries]
         if not firsts:
             raise IndexError("no request is waiting")

@@ -51,7 +51,7 @@ def test_nothing_is_lost_when_an_engine_and_the_store_owner_are_killed(start_cha
     assert (report["feedback"]["lost"], report["feedback"]["duplicated"]) == (0, 0)
     assert report["versions"]["half_written"] == {}
     assert report["left_behind"] == 0
-    assert 5 < report["recovery_s"]["engine"]["max"] < 200  # a new engine loads the model
+    assert 1 < report["recovery_s"]["engine"]["max"] < 100  # a new engine loads the model, in the same replica
     assert report["requests"]["sent"] > 50
 
 

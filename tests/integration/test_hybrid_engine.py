@@ -11,7 +11,8 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from core.config import TrainingConfig
+from core.batch import EdgeReport
+from core.config import SloConfig, TrainingConfig
 from core.errors import DamagedAdapterError, TrainingError
 from core.types import Checkpoint, FineTuneTask, TaskKind, TokenizedPair
 from core.wire import TrainingPair
@@ -338,6 +339,23 @@ def test_a_background_request_waits_behind_a_later_interactive_one(fresh):
 
     fresh.run(run())
     assert first_tokens[16:] == ["interactive", "background"]
+
+
+def test_what_clients_see_and_other_targets_reach_the_planner_without_the_worker(fresh):
+    following, _ = fresh.run(fresh.engine.iterations(0))
+    for _ in range(2):  # to an idle engine
+        fresh.run(fresh.engine.tell_edge(EdgeReport(num_gaps=10, num_late_gaps=10, gap_p99_s=0.01)))
+    fresh.run(fresh.generate(range(8), next(request_ids), max_tokens=20))
+    fresh.run(fresh.engine.set_targets(SloConfig(tbt_s=0.001)))
+    fresh.run(fresh.generate(range(8), next(request_ids), max_tokens=20))
+    fresh.run(fresh.engine.set_targets(fresh.args.slo))
+    after, samples = fresh.run(fresh.engine.iterations(following))
+    assert after == following + len(samples) == following + 40
+    corrections_s = [sample.plan.gap_correction_s for sample in samples]
+    range_s = fresh.args.scheduler.slack_fraction * fresh.args.slo.tbt_s
+    assert corrections_s[:20] == pytest.approx([0.5 * range_s] * 20)
+    assert corrections_s[20:] == pytest.approx([0.5 * fresh.args.scheduler.slack_fraction * 0.001] * 20)
+    assert fresh.engine.num_unfinished_requests() == 0
 
 
 def test_a_long_prompt_is_cut_so_that_running_requests_keep_their_pace(fresh):

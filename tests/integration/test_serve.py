@@ -31,7 +31,7 @@ pytestmark = [pytest.mark.vllm, pytest.mark.ray]
 _STOP_LIMIT_S = 9.0
 """What is left then is killed, and the exit code is not 0."""
 
-CONFIG = Path(__file__).parents[2] / "serve_config.yaml"
+CONFIG = Path(__file__).parents[2] / "serve_config.tiny.yaml"
 JSON = {"Content-Type": "application/json"}
 
 
@@ -376,6 +376,30 @@ def test_a_client_that_leaves_frees_its_seat(server):
         with pytest.raises(httpx.ReadTimeout):
             server.call("POST", path, json=body, timeout=whole_s / 10)
         assert seconds_until_idle(server) < whole_s / 2, path
+    server.call("POST", "/v1/training/resume")
+
+
+def total(server, metric):
+    """Of all series of a metric."""
+    lines = server.call("GET", "/metrics").text.splitlines()
+    return sum(float(line.split()[-1]) for line in lines if line.startswith(metric + "{"))
+
+
+def test_a_client_does_not_wait_for_anothers_hundred(server):
+    server.call("POST", "/v1/training/pause")  # its sample answers run in the engine too
+    seconds_until_idle(server)
+    prompts = [f"What is number {number}?" for number in range(100)]
+    many = {"model": "mace-tiny", "user": "many", "prompt": prompts, "max_tokens": 300, "ignore_eos": True}
+    lone = {"model": "mace-tiny", "user": "lone", "messages": QUESTION, "max_tokens": 8}
+    before = total(server, "vllm:request_success_total")
+    with ThreadPoolExecutor(1) as others:
+        answers = others.submit(server.call, "POST", "/v1/completions", json=many, timeout=300)
+        deadline_s = time.monotonic() + 60
+        while total(server, "vllm:num_requests_running") < 32 and time.monotonic() < deadline_s:
+            time.sleep(0.05)
+        assert server.call("POST", "/v1/chat/completions", json=lone).status_code == 200
+        assert total(server, "vllm:request_success_total") - before <= 8  # not one round of the 32 seats
+        assert len(answers.result().json()["choices"]) == 100
     server.call("POST", "/v1/training/resume")
 
 

@@ -26,7 +26,7 @@ def server(tmp_path_factory, tiny_assistant):
     save_small_llama(directory / "model", tiny_assistant, vocab_size=vocab_size(tiny_assistant), **SLOW)
     server = ServerProcess(
         directory,
-        Path(__file__).parents[2] / "serve_config.yaml",
+        Path(__file__).parents[2] / "serve_config.tiny.yaml",
         deployments=[{"name": "Executor", "num_replicas": 2}],
         sections={
             "model": {"model_id": "small", "model_source": str(directory / "model")},

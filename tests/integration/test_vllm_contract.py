@@ -51,6 +51,26 @@ def test_a_core_output_can_carry_a_result():
     assert {"request_id", "new_token_ids", "finish_reason", "kv_transfer_params"} <= set(fields)
 
 
+def test_an_engine_can_be_started_again_on_its_client():
+    from vllm.v1.engine import utils
+    from vllm.v1.engine.async_llm import AsyncLLM
+    from vllm.v1.engine.core_client import EngineCoreClient, MPClient
+    from vllm.v1.engine.exceptions import EngineDeadError
+    from vllm.v1.engine.output_processor import OutputProcessor, RequestState
+    from vllm.v1.executor import multiproc_executor
+
+    assert parameters(EngineCoreClient.make_async_mp_client)[:3] == ["vllm_config", "executor_class", "log_stats"]
+    assert parameters(AsyncLLM._run_output_handler) == ["self"]  # noqa: SLF001 - `attach_core` calls it
+    assert "output_handler is not None" in inspect.getsource(AsyncLLM._run_output_handler)  # noqa: SLF001
+    assert parameters(OutputProcessor.propagate_error) == ["self", "e"]
+    assert parameters(OutputProcessor.abort_requests) == ["self", "request_ids", "internal"]
+    assert "external_req_id" in parameters(RequestState.__init__)
+    assert "utility_results" in inspect.getsource(MPClient.__init__)
+    assert issubclass(EngineDeadError, Exception)
+    for module in (utils, multiproc_executor):
+        assert parameters(module.get_mp_context) == []
+
+
 def test_the_workers_have_the_methods_that_we_extend():
     from vllm.v1.worker.cpu_worker import CPUWorker
     from vllm.v1.worker.gpu_worker import Worker
@@ -126,7 +146,8 @@ def test_the_limits_that_the_plan_sets_are_read_in_every_iteration():
         "self.max_num_active_reqs",
     ):
         assert name in source
-    assert {"long_prefill_token_threshold", "enable_chunked_prefill"} <= set(SchedulerConfig.__dataclass_fields__)
+    settings = set(SchedulerConfig.__dataclass_fields__)
+    assert {"long_prefill_token_threshold", "enable_chunked_prefill", "max_num_active_seqs"} <= settings
 
 
 def test_the_scheduler_replaces_no_method_of_vllms_by_accident():
@@ -142,8 +163,58 @@ def test_the_scheduler_replaces_no_method_of_vllms_by_accident():
         "schedule",
         "update_from_output",
         "_free_request_blocks",
+        "_handle_blocked_waiting_request",
         "_preempt_request",
     }
+
+
+def test_a_scheduler_can_send_all_requests_back_and_hold_some():
+    """`engine.vllm.recovery` relies on it."""
+    from vllm.v1.core.sched.scheduler import Scheduler
+    from vllm.v1.engine.core import EngineCore
+
+    assert "reset_running_requests" in parameters(Scheduler.reset_prefix_cache)
+    assert "drop_stale_output=True" in inspect.getsource(Scheduler.reset_prefix_cache)
+    schedule = inspect.getsource(Scheduler.schedule)
+    assert "ready_to_schedule = self._handle_blocked_waiting_request(request)" in schedule
+    assert "request.status == RequestStatus.WAITING" in schedule
+    update = inspect.getsource(Scheduler.update_from_output)
+    assert update.index("if output_is_stale and request.drop_stale_output") < update.index(
+        "req_id_to_index[req_id]"
+    )
+    assert "accept_tokens" in update
+    assert "grammar_bitmask" in inspect.getsource(Scheduler.get_grammar_bitmask)
+    step = inspect.getsource(EngineCore.step)
+    assert step.index("if model_output is None") < step.index("sample_tokens")
+
+
+def test_the_batches_of_model_runners_can_be_emptied():
+    """`engine.vllm.recovery.empty_batch` relies on it."""
+    from vllm.v1.worker.gpu.model_runner import GPUModelRunner as RunnerV2
+    from vllm.v1.worker.gpu_input_batch import InputBatch
+    from vllm.v1.worker.gpu_model_runner import GPUModelRunner as RunnerV1
+
+    assert parameters(RunnerV2._remove_request) == ["self", "req_id"]  # noqa: SLF001
+    assert {"remove_request", "refresh_metadata"} <= set(dir(InputBatch))
+    source = inspect.getsource(InputBatch)
+    for name in (
+        "_req_ids",
+        "req_output_token_ids",
+        "spec_token_ids",
+        "generators",
+        "prev_sampled_token_ids",
+        "prev_req_id_to_index",
+        "sampled_token_ids_cpu",
+        "async_copy_ready_event",
+        "thinking_budget_state_holder",
+        "batch_update_builder",
+        "max_num_reqs",
+        "logitsprocs",
+    ):
+        assert f"self.{name}" in source
+    for runner in (RunnerV1, RunnerV2):
+        assert "self.execute_model_state" in inspect.getsource(runner.sample_tokens)
+        assert parameters(runner.reset_encoder_cache) == ["self"]
 
 
 def test_the_kv_pool_tells_its_size_and_what_is_free():
@@ -347,3 +418,47 @@ def test_every_chat_passes_the_four_methods_that_are_guarded():
     )
     assert "self.render_messages_async(" in inspect.getsource(BaseRenderer.render_chat_async)
     assert "tokenize_prompts_async" in inspect.getsource(BaseRenderer.render_chat_async)
+
+
+def test_loras_on_the_cpu_can_be_computed_by_version():
+    from vllm.lora.layers.base_linear import BaseLinearLayerWithLoRA
+    from vllm.lora.layers.column_parallel_linear import (
+        ColumnParallelLinearWithLoRA,
+        MergedColumnParallelLinearWithLoRA,
+    )
+    from vllm.lora.layers.row_parallel_linear import RowParallelLinearWithLoRA
+    from vllm.lora.model_manager import LoRAModelManager
+    from vllm.lora.punica_wrapper.punica_cpu import PunicaWrapperCPU
+    from vllm.model_executor.layers import utils
+
+    assert parameters(PunicaWrapperCPU.add_lora_linear)[1:7] == [
+        *("y", "x", "lora_a_stacked", "lora_b_stacked", "scale", "output_slices"),
+    ]
+    assert parameters(PunicaWrapperCPU.update_metadata)[1:3] == ["mapping", "lora_index_to_id"]
+    assert "self.model.lora_manager = self" in inspect.getsource(LoRAModelManager.__init__)
+    assert "self.punica_wrapper_mapping" in inspect.getsource(LoRAModelManager)
+    for layer in (BaseLinearLayerWithLoRA, MergedColumnParallelLinearWithLoRA):
+        assert "self.reset_lora(index)" in inspect.getsource(layer.set_lora)
+        assert "set_lora" in dir(layer)
+    for layer in (ColumnParallelLinearWithLoRA, RowParallelLinearWithLoRA):
+        assert "if not self.base_layer.return_bias" in inspect.getsource(layer.forward)
+    assert "return layer.cpu_linear(x, weight, bias)" in inspect.getsource(utils.cpu_unquantized_gemm)
+
+
+def test_the_base_in_a_batch_with_adapters_still_needs_our_way():
+    """vLLM takes the index -1 of "no adapter" for the last slot. When this fails, say so in `engine.vllm.lora_cpu`."""
+    import torch
+    from vllm.lora.ops.torch_ops import bgmv_shrink
+
+    weights = torch.stack([torch.zeros(1, 2, 3), torch.ones(1, 2, 3)])
+    output = torch.zeros(1, 2)
+    bgmv_shrink(torch.ones(1, 3), weights, output, torch.tensor([-1]))
+    assert output.abs().sum() > 0
+
+
+def test_norms_on_the_cpu_can_be_registered():
+    from vllm import ir
+
+    for op in (ir.ops.rms_norm, ir.ops.fused_add_rms_norm):
+        assert list(op.supported_providers()) == ["native"] or "mace_cpu" in op.supported_providers()
+        assert {"provider", "supports_args", "inplace"} <= set(parameters(op.register_impl))

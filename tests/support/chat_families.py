@@ -20,6 +20,12 @@ _CHATML = (
     _TURNS + "<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
+_SMOLLM = (
+    "{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}"
+    "{{ '<|im_start|>system\nYou are a helpful AI assistant named SmolLM, trained by Hugging Face<|im_end|>\n' }}"
+    "{% endif %}{{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n'}}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
 _LLAMA2 = (
     "{% if messages[0]['role'] == 'system' %}{% set rest = messages[1:] %}"
     "{% set start = '<<SYS>>\n' + messages[0]['content'] + '\n<</SYS>>\n\n' %}"
@@ -102,7 +108,8 @@ class Family:
     end: str
     """The token that ends a turn."""
     spaces: str = "bytes"
-    """`bytes`, or marks before words as SentencePiece has them: `always`, `first` or `legacy`."""
+    """`bytes`, `digits` (bytes, every digit by itself), or marks before words as SentencePiece has them: `always`,
+    `first` or `legacy`."""
     bos: str | None = None
     plain: tuple[str, ...] = ()
     """Added tokens that are not special."""
@@ -140,9 +147,12 @@ class Family:
 
 def _trained(spaces: str, special: tuple[str, ...]) -> Tokenizer:
     trainer_options: dict[str, Any] = {"vocab_size": 700, "show_progress": False}
-    if spaces == "bytes":
+    if spaces in ("bytes", "digits"):
         base = Tokenizer(models.BPE())
         base.pre_tokenizer, base.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+        if spaces == "digits":
+            digits = pre_tokenizers.Digits(individual_digits=True)
+            base.pre_tokenizer = pre_tokenizers.Sequence([digits, base.pre_tokenizer])
         trainer_options |= {
             "initial_alphabet": pre_tokenizers.ByteLevel.alphabet(),
             "special_tokens": list(special),
@@ -169,6 +179,7 @@ _IM = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 _MARKS = ("<think>", "</think>", "<tool_call>", "</tool_call>")
 FAMILIES = [
     Family("chatml", _CHATML, _IM, "<|im_end|>", "<|im_end|>"),
+    Family("smollm", _SMOLLM, _IM, "<|im_end|>", "<|im_end|>", "digits"),
     Family("llama2", _LLAMA2, ("<unk>", "<s>", "</s>"), "</s>", "</s>", "legacy", "<s>"),
     Family(
         "llama3",

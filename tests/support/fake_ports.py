@@ -1,5 +1,6 @@
 """Stand-ins behind our own ports (`core.ports`)."""
 
+import asyncio
 import json
 import struct
 from pathlib import Path
@@ -29,6 +30,8 @@ class FakeEngine:
 
     def __init__(self):
         self.free_memory_bytes = float("inf")
+        self.is_away = False
+        self.generation = 0
         self.trained = []
         self.tasks = []
         self.calls = []
@@ -131,6 +134,11 @@ class FakeControl:
         self._answer()
         self.headrooms.append(headroom)
         return self.batches.pop(0) if self.batches else None
+
+    async def wait_for_work(self, headroom, limit_s):
+        self._answer()
+        await asyncio.sleep(0.001)
+        return bool(self.batches)
 
     async def heartbeat(self, executor_id):
         self._answer()

@@ -28,6 +28,7 @@ class InProcessEngine:
 
     def __init__(self, model_dir: Path, args: AppArgs, eos_token_ids: Sequence[int] = ()) -> None:
         self.free_memory_bytes = float("inf")
+        self.is_away, self.generation = False, 0
         self.kv_cache_tokens = self.prefix_block_tokens = None
         self._eos_token_ids = set(eos_token_ids)
         self._runner = FineTuneRunner(

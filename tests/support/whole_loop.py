@@ -41,6 +41,9 @@ class InProcessControl:
     async def poll(self, headroom: Headroom) -> TrainingBatch | None:
         return self._scheduler.poll(headroom)
 
+    async def wait_for_work(self, headroom: Headroom, limit_s: float) -> bool:
+        return await self._scheduler.wait_for_work(headroom, 0.0)
+
     async def heartbeat(self, executor_id: str) -> None:
         self._scheduler.heartbeat(executor_id)
 

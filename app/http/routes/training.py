@@ -56,7 +56,8 @@ async def rebuild(executor: ExecutorOf, options: RebuildOptions | None = None) -
     learner = _learner(executor)
     learner.check_rebuild()
     users = (options or RebuildOptions()).without_users
-    learner.rebuilder.asked = begun = await executor.control.begin_rebuild(executor.executor_id, users)
+    begun = await executor.control.begin_rebuild(executor.executor_id, users)
+    learner.begin_rebuild(begun)
     return {"num_pairs": begun.num_pairs, "without_users": list(begun.without_users)}
 
 

@@ -1,6 +1,6 @@
-"""Versions over HTTP: `/v1/adapters` (lineage, and which is live, pinned or on trial), `/v1/models` and `/ready`.
+"""`/v1/adapters` (lineage, and which version is live, pinned or on trial), `/v1/models`, and what probes ask.
 
-Liveness (`/health`) and `/metrics` are vLLM's own; our metrics are in the same registry.
+`/metrics` is vLLM's own; our metrics are in the same registry.
 """
 
 import time
@@ -81,10 +81,16 @@ async def retrieve_model(executor: ExecutorOf, model_id: str) -> dict[str, Any]:
 
 @router.get("/ready", tags=["health"])
 async def ready(executor: ExecutorOf, response: Response) -> dict[str, Any]:
-    """200 once the engine and the live adapter are loaded."""
-    if not executor.is_ready:
+    """200 once the engine and the live adapter are loaded; 503 also while a dead engine is started again."""
+    if not executor.can_serve:
         response.status_code = 503
-    return {"ready": executor.is_ready, "live": executor.versions.live if executor.is_ready else None}
+    return {"ready": executor.can_serve, "live": executor.versions.live if executor.is_ready else None}
+
+
+@router.get("/health", tags=["health"])
+async def health() -> Response:
+    """200 while this server lives, also while it starts a dead engine again: a new server would take longer."""
+    return Response()
 
 
 def _pointers(executor: Executor) -> dict[str, str | None]:

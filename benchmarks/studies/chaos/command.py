@@ -43,7 +43,7 @@ def chaos(
     rate: Annotated[float, typer.Option(min=0.01, help="Chat requests per second")] = 2.0,
     feedback_interval_s: Annotated[float, typer.Option(min=0.01, help="Seconds between two feedback posts")] = 0.5,
     keep_state: Annotated[Path | None, typer.Option(help="New directory that state and log stay in")] = None,
-    config: Annotated[Path, typer.Option(help="Serve config to start from")] = Path("serve_config.yaml"),
+    config: Annotated[Path, typer.Option(help="Serve config to start from")] = Path("serve_config.tiny.yaml"),
     state_dir: StateDir = Path("state"),
     port: Annotated[int | None, typer.Option(min=1, max=65535, help="HTTP port; none: a free one")] = None,
 ) -> None:

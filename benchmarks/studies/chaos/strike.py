@@ -19,6 +19,7 @@ from benchmarks.harness.report import note
 from benchmarks.harness.server import ServerError, ServerProcess, title_of
 from benchmarks.studies.chaos.load import POST, Ledger, questions
 from benchmarks.studies.chaos.watch import Learning, Watch
+from deployments.learning.learner import WAITING_PHASE
 from deployments.learning.training_progress import TrainingProgress
 
 TARGETS = {
@@ -44,7 +45,7 @@ _SIGN_S = {"training": 20.0, "publishing": 45.0}
 _FIND_S = 60.0
 _GONE_S = 10.0
 _ORPHANS_S = 1.5
-"""EngineCore and worker end within half a second of their parent each, and may write a checkpoint until then."""
+"""EngineCore and worker end soon after what asked for them, and may write a checkpoint until then."""
 _PROBE_S = 0.25
 _DISK_PROBE_S = 0.005
 _RECOVER_S = 300.0
@@ -243,7 +244,7 @@ class Striker:
 
         async def has_stepped() -> bool:
             nonlocal first
-            if (now := await self._watch.poll()) is None:
+            if (now := await self._watch.poll()) is None or now["phase"] == WAITING_PHASE:
                 return False
             first = first or now
             is_new = before is None or now["started_at"] != before["started_at"]
@@ -260,8 +261,9 @@ class Striker:
 def count_lost_steps(before: Learning | None, saved: TrainingProgress | None, first: Learning) -> int | None:
     """Optimizer steps that were done before a kill and are not in the adapter that training goes on with.
 
-    The same learner as before has lost nothing. A new one may have restored fewer steps than were done; or it knows
-    their number and yet began from the live version, without the steps made since.
+    The same learner as before lost steps if it counts fewer than it did: its engine died, and it went on from the
+    checkpoint. A new one may have restored fewer steps than were done; or it knows their number and yet began from the
+    live version, without the steps made since.
 
     Args:
         before: the last status before the kill.
@@ -272,7 +274,7 @@ def count_lost_steps(before: Learning | None, saved: TrainingProgress | None, fi
         None if nothing is known of the time before the kill.
     """
     if before is not None and first["started_at"] == before["started_at"]:
-        return 0
+        return max(0, before["total_steps"] - first["total_steps"])
     done = _steps_done(before, saved)
     if done is None:
         return None

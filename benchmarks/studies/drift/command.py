@@ -40,7 +40,7 @@ def drift(
     pairs_per_phase: Annotated[int, typer.Option(min=1, help="Pairs posted in that time")] = 140,
     requests_per_s: Annotated[float, typer.Option("--requests-per-s", help="Chat requests beside them")] = 3.0,
     resume: Annotated[bool, typer.Option("--resume", help="Keep the runs that are in the directory")] = False,
-    config: Annotated[Path, typer.Option(help="Serve config to start from")] = Path("serve_config.yaml"),
+    config: Annotated[Path, typer.Option(help="Serve config to start from")] = Path("serve_config.tiny.yaml"),
     state_dir: StateDir = Path("state"),
     port: Annotated[int | None, typer.Option(help="HTTP port of the servers; none: a free one")] = None,
     as_json: AsJson = False,

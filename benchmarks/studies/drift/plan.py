@@ -171,7 +171,7 @@ POLICIES = {
 
 
 def sections(policy: Policy, plan: DriftPlan) -> dict[str, dict[str, Any]]:
-    """Settings of a run beside those of serve_config.yaml; the same retrain rate for all, `mace` has no use for it."""
+    """Settings of a run beside those of the config; the same retrain rate for all, `mace` has no use for it."""
     slots_per_s = DriftConfig().alarm_rate * plan.pairs_per_s
     entry = POLICIES[policy]
     return {

@@ -42,8 +42,9 @@ def test_the_head_node_type_exists_and_gpu_nodes_start():
     assert types["gpu"]["min_workers"] >= 1
 
 
-def test_serve_config_is_valid_for_serve_and_for_us():
-    document = yaml.safe_load((ROOT / "serve_config.yaml").read_text())
+@pytest.mark.parametrize("name", ["serve_config.yaml", "serve_config.tiny.yaml"])
+def test_serve_config_is_valid_for_serve_and_for_us(name):
+    document = yaml.safe_load((ROOT / name).read_text())
     ServeDeploySchema.model_validate(document)
     args = parse_args(document["applications"][0]["args"])
     assert args.state_dir.is_absolute()

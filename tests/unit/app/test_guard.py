@@ -6,7 +6,15 @@ from pydantic import BaseModel, model_validator
 from starlette.testclient import TestClient
 
 from app.http.errors import BadRequestError, install_error_handlers
-from app.http.guard import check_internal_keys, check_size, give_own_id, guard, note_client, num_choices
+from app.http.guard import (
+    check_internal_keys,
+    check_origin,
+    check_size,
+    give_own_id,
+    guard,
+    note_client,
+    num_choices,
+)
 from app.http.request import REQUEST_KEY, RequestChain
 from core.config import EngineConfig
 from engine.vllm.requests import CLIENT
@@ -226,3 +234,29 @@ def test_a_body_that_nests_too_deeply_for_any_reader_is_refused(client):
     chain = TestClient(RequestChain(FastAPI(), [guard], 1 << 20, lambda _: None))
     reply = chain.post("/invocations", content="[" * 200_000)
     assert (reply.status_code, "too deeply" in reply.json()["error"]["message"]) == (400, True)
+
+
+@pytest.mark.parametrize(
+    ("origin", "allowed", "status"),
+    [
+        (None, (), 200),
+        ("http://testserver", (), 200),
+        ("http://evil.example", (), 403),
+        ("null", (), 403),
+        ("http://testserver.evil.example", (), 403),
+        ("http://testserver:8080", (), 403),
+        ("http://ui.example", ["http://ui.example"], 200),
+        ("http://evil.example", ["http://ui.example"], 403),
+        ("http://evil.example", ["*"], 200),
+    ],
+)
+def test_a_page_of_another_origin_sends_nothing(refused, origin, allowed, status):
+    app = FastAPI()
+    app.add_api_route("/do", lambda: "done", methods=["GET", "POST", "DELETE"])
+    client = TestClient(RequestChain(app, [check_origin(allowed)], 1000, refused.append))
+    headers = {"Content-Type": "text/plain", **({"Origin": origin} if origin else {})}
+    for method in ("POST", "DELETE"):
+        reply = client.request(method, "/do", headers=headers, content=b"{}" if method == "POST" else None)
+        assert reply.status_code == status
+    assert refused == (["origin"] * 2 if status == 403 else [])
+    assert client.get("/do", headers=headers).status_code == 200

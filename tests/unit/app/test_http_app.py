@@ -1,5 +1,6 @@
 """Our routes and steps around an application that stands for vLLM's."""
 
+import asyncio
 import gzip
 import json
 from contextlib import nullcontext
@@ -7,11 +8,13 @@ from types import SimpleNamespace
 
 import pytest
 from fastapi import FastAPI, Request
+from fastapi.responses import JSONResponse, StreamingResponse
 from starlette.testclient import TestClient
 
 from app.http.app import attach_routes
-from core.config import AppArgs
-from core.errors import ControlUnavailableError
+from core.config import AppArgs, SloConfig
+from core.errors import ControlUnavailableError, EngineUnavailableError
+from deployments.monitors.edge import EdgeMeter
 
 
 class Control:
@@ -53,11 +56,13 @@ def executor(kept):
         control=Control(),
         versions=Versions(),
         trial=SimpleNamespace(is_running=False),
+        edge=EdgeMeter(SloConfig(), None),
         responses=SimpleNamespace(add=kept.append, flush=nothing),
         engine=SimpleNamespace(max_model_len=512),
         base_model="tiny",
         learner=None,
         is_ready=True,
+        can_serve=True,
         status=nothing,
     )
 
@@ -66,12 +71,25 @@ def executor(kept):
 def client(executor):
     app = FastAPI()
 
+    async def events():
+        yield "data: 1\n\n"
+        executor.lose_requests(EngineUnavailableError("away"))
+        await asyncio.sleep(0)
+        yield "data: vLLM's own\n\n"
+
     @app.get("/v1/models")
     async def models():
         return "vLLM's own"
 
     @app.post("/v1/completions")
     async def complete(request: Request):
+        asked = await request.json()
+        if asked["prompt"] == "kill":
+            executor.lose_requests(EngineUnavailableError("away"))
+            await asyncio.sleep(0)
+            return JSONResponse({"error": "vLLM's own"}, 500)
+        if asked["prompt"] == "kill a stream":
+            return StreamingResponse(events(), media_type="text/event-stream")
         choice = {"index": 0, "text": "a", "finish_reason": "stop"}
         return {"id": "cmpl-1", "model": "mace-tiny@v0002", "choices": [choice], "asked": await request.json()}
 
@@ -171,12 +189,35 @@ def test_the_openapi_document_has_the_errors_and_the_type_of_the_export(client):
         for path, methods in document["paths"].items()
         for method, operation in methods.items()
     }
-    assert operations["post /v1/completions"] == {200, 400, 404, 413, 415, 500, 503}
+    assert operations["post /v1/completions"] == {200, 400, 403, 404, 413, 415, 500, 503}
     assert operations["get /v1/adapters"] == {200, 400, 415, 500, 503}
-    assert operations["post /v1/adapters/{version}/activate"] == {200, 400, 404, 409, 413, 415, 500, 503}
-    assert operations["post /v1/feedback"] == {202, 400, 404, 409, 413, 415, 422, 500, 503}
+    assert operations["post /v1/adapters/{version}/activate"] == {200, 400, 403, 404, 409, 413, 415, 500, 503}
+    assert operations["post /v1/feedback"] == {202, 400, 403, 404, 409, 413, 415, 422, 500, 503}
     export = document["paths"]["/v1/feedback/export"]["get"]["responses"]
     assert list(export["200"]["content"]) == ["application/x-ndjson"]
     assert export["503"]["content"]["application/json"]["schema"] == {"$ref": "#/components/schemas/Error"}
     assert "Error" in document["components"]["schemas"]
     assert client.get("/openapi.json").json() == document
+
+
+def test_while_the_engine_is_away_what_needs_it_is_refused_at_once_and_the_rest_goes_on(client, executor):
+    executor.can_serve = False
+    reply = client.post("/v1/completions", json={"prompt": "p"})
+    assert (reply.status_code, reply.json()["error"]["type"]) == (503, "EngineUnavailableError")
+    assert int(reply.headers["Retry-After"]) > 0
+    assert client.get("/ready").status_code == 503
+    assert client.get("/ready").json() == {"ready": False, "live": "v0002"}
+    assert client.get("/health").status_code == 200
+    assert client.get("/v1/models").status_code == 200
+    assert client.post("/v1/feedback", json={"a": 1}).status_code == 202
+
+
+def test_requests_under_way_when_the_engine_dies_end_with_our_error_and_not_with_vllms(client, kept):
+    reply = client.post("/v1/completions", json={"prompt": "kill"})
+    assert (reply.status_code, reply.json()["error"]["type"]) == (503, "EngineUnavailableError")
+    reply = client.post("/v1/completions", json={"prompt": "kill a stream"})
+    first, last = reply.text.strip().split("\n\n")
+    assert first == "data: 1"
+    assert "EngineUnavailableError" in last
+    assert kept == []
+    assert client.post("/v1/completions", json={"prompt": "p"}).status_code == 200

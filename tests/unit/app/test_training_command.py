@@ -14,7 +14,6 @@ from app.http.errors import install_error_handlers
 from app.http.routes import training as route
 from core.errors import ConflictError
 from core.wire import Rebuild
-from deployments.learning.rebuild import Rebuilder
 
 RUNNING = {"state": "running", "passes": 0, "num_taken": 2, "num_pairs": 5, "loss": 0.6931}
 PUBLISHED = {**RUNNING, "state": "published", "version": "v0002", "reason": "accuracy 1.000 (live 0.900)"}
@@ -49,7 +48,8 @@ def world():
 
 @pytest.fixture
 def learner(world):
-    return SimpleNamespace(rebuilder=Rebuilder("e", world, None), check_rebuild=world.check_rebuild)
+    begun = []
+    return SimpleNamespace(begun=begun, begin_rebuild=begun.append, check_rebuild=world.check_rebuild)
 
 
 @pytest.fixture
@@ -80,7 +80,7 @@ def test_a_rebuild_is_asked_for_and_followed_to_its_end(mace, world, learner):
     result = mace("rebuild", "--without-user", "eve", "--without-user", "bob")
     assert result.exit_code == 0, result.output
     assert world.users == ["eve", "bob"]
-    assert learner.rebuilder.asked == Rebuild(("eve", "bob"), 5, 5)
+    assert learner.begun == [Rebuild(("eve", "bob"), 5, 5)]
     first, second, last = result.output.splitlines()
     assert "5 pairs anew from the base" in first
     assert second == "pass 1: 2 of 5 pairs, loss 0.693"

@@ -105,6 +105,7 @@ SAVED = TrainingProgress("v0001", total_steps=25, steps_since_candidate=5)
     ("first", "lost"),
     [
         (learning(), 0),  # the same process
+        (learning(total=24), 1),  # whose engine died
         (learning(2.0, steps=1, total=26, restored=25, since=6), 0),
         (learning(2.0, steps=0, total=24, restored=24, since=4), 1),
         (learning(2.0, steps=0, total=20, restored=20, since=0), 5),

@@ -1,4 +1,6 @@
+import asyncio
 import json
+import math
 
 import pytest
 
@@ -337,3 +339,72 @@ def test_only_the_pairs_that_failed_often_are_parked(scheduler, clock):
     assert scheduler.failed_for_good(outcome) == ["bad"]
     scheduler.complete(outcome)
     assert known(scheduler) == ["good"]
+
+
+def waits(scheduler, headroom=None, limit_s=0.0):
+    """Does a wait of no length find work? In virtual time, so that nothing is waited for."""
+    return asyncio.run(scheduler.wait_for_work(headroom or room(), limit_s))
+
+
+def test_a_wait_ends_when_a_poll_would_lease_something_and_leases_nothing(scheduler, clock):
+    assert not waits(scheduler)
+    scheduler.enqueue(pairs("a", "b"))
+    assert not waits(scheduler)  # too few, and not old
+    clock.now_s += MAX_AGE_S
+    assert waits(scheduler)
+    assert scheduler.stats()["leased_batches"] == 0
+    assert ids(scheduler.poll(room())) == ["a", "b"]
+
+
+def test_a_wait_for_pairs_to_score_ends_although_nothing_may_be_trained(scheduler):
+    pinned = room(may_train=False)
+    scheduler.enqueue(pairs(*"abcd"))
+    assert not waits(scheduler, pinned)
+    scheduler.enqueue_scoring(pairs("s"))
+    assert waits(scheduler, pinned)
+
+
+def test_what_an_executor_that_is_gone_had_ends_the_wait_of_another(scheduler, clock):
+    scheduler.enqueue(pairs(*"abcd"))
+    scheduler.poll(room("e1"))
+    assert not waits(scheduler, room("e1"))  # it is at work: whoever waits there has given up
+    assert not waits(scheduler, room("e2"))
+    assert scheduler.next_due_s() == clock.now_s + LEASE_S
+    clock.now_s += LEASE_S
+    assert waits(scheduler, room("e2"))
+
+
+def test_what_falls_due_by_itself_is_known_in_advance(scheduler, clock):
+    assert scheduler.next_due_s() == math.inf
+    scheduler.enqueue(pairs("a"))
+    assert scheduler.next_due_s() == clock.now_s + 1.0  # priorities age
+    clock.now_s += MAX_AGE_S - 0.25
+    assert scheduler.next_due_s() == clock.now_s + 0.25
+
+
+@pytest.mark.parametrize("what", ["enqueue", "enqueue_scoring"])
+def test_a_waiting_executor_is_woken_by_new_pairs(what):
+    scheduler = CentralScheduler(AppArgs())
+
+    async def scenario():
+        async with asyncio.timeout(10):
+            waiting = asyncio.create_task(scheduler.wait_for_work(room(), 60.0))
+            await asyncio.sleep(0.01)
+            assert not waiting.done()
+            getattr(scheduler, what)(pairs("a", times_trained=1))
+            return await waiting
+
+    assert asyncio.run(scenario())
+
+
+def test_all_who_wait_are_woken_and_the_best_fit_has_work():
+    scheduler = CentralScheduler(AppArgs())
+
+    async def scenario():
+        async with asyncio.timeout(10):
+            waits = [asyncio.create_task(scheduler.wait_for_work(room(name), 0.2)) for name in ("e1", "e2")]
+            await asyncio.sleep(0.01)
+            scheduler.enqueue(pairs("a", times_trained=1))
+            return await asyncio.gather(*waits)
+
+    assert sorted(asyncio.run(scenario())) == [False, True]

@@ -1,5 +1,6 @@
 import hashlib
 import itertools
+import time
 from contextlib import closing
 from dataclasses import replace
 
@@ -475,3 +476,26 @@ def test_a_rebuild_without_a_user_takes_their_pairs_out_of_queue_training_and_te
             of_ann, 0
         ) | dict.fromkeys(of_bob, 1)
     assert world.monitor.begin_rebuild("f", []).num_pairs == 4
+
+
+def test_new_feedback_is_queued_at_once_and_nothing_is_asked_without_any(world):
+    """The queue counts the questions that the stream asks of it."""
+    asked, known_pair_ids = [], world.queue.known_pair_ids
+
+    def count():
+        asked.append(time.monotonic())
+        return known_pair_ids()
+
+    world.queue.known_pair_ids = count
+    world.monitor.start()
+    deadline_s = time.monotonic() + 10
+    while not asked and time.monotonic() < deadline_s:
+        time.sleep(0.01)
+    time.sleep(1.0)
+    assert len(asked) == 1
+    posted_s = time.monotonic()
+    (pair_id,) = world.post(1)
+    while pair_id not in world.queue.to_score and time.monotonic() < deadline_s:
+        time.sleep(0.01)
+    assert pair_id in world.queue.to_score
+    assert asked[1] - posted_s < 1.0  # far below the time after which the stream looks by itself

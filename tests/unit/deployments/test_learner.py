@@ -1,12 +1,13 @@
 import asyncio
+import contextlib
 
 import pytest
 
 from alignment.versions.registry import AdapterRegistry
 from core.config import AppArgs, TrainingConfig
-from core.errors import AdapterError, PairTooLongError, StoreUnavailableError
+from core.errors import AdapterError, EngineUnavailableError, PairTooLongError, StoreUnavailableError
 from core.types import TaskKind, TokenizedPair
-from core.wire import CachedReference, TrainingBatch, TrainingPair
+from core.wire import CachedReference, Rebuild, TrainingBatch, TrainingPair
 from deployments.learning import learner as learner_module
 from deployments.learning.learner import Learner
 from deployments.publishing.versions import AdapterVersions
@@ -35,7 +36,7 @@ def batch(number, *prompts):
 
 @pytest.fixture(autouse=True)
 def _fast(monkeypatch):
-    monkeypatch.setattr(learner_module, "POLL_INTERVAL_S", 0.001)
+    monkeypatch.setattr(learner_module, "_WAIT_S", 0.001)
     monkeypatch.setattr(learner_module, "_CONTROL_BACKOFF_S", 0.001)
     monkeypatch.setattr(learner_module, "_FAILURE_BACKOFF_S", 0.001)
 
@@ -63,7 +64,7 @@ class World:
         is_resting = status["phase"] in ("idle", "paused", "pinned") and not status["steps_since_candidate"]
         return is_resting and (status["paused"] or not self.control.batches)
 
-    async def work(self, turns, until=None):
+    async def work(self, turns, until=None, during=None):
         self.versions = AdapterVersions(self.engine, self.registry, "m")
         await self.versions.attach(self.names)
         self.learner = Learner(
@@ -78,7 +79,9 @@ class World:
         )
         await self.learner.restore()
         task = asyncio.create_task(self.learner.run())
-        if turns is not None:
+        if during is not None:
+            await during()
+        elif turns is not None:
             await asyncio.sleep(0.001 * turns)
         else:
             async with asyncio.timeout(10):
@@ -437,3 +440,138 @@ def test_scores_are_dropped_if_another_version_went_live_meanwhile(tmp_path):
     ((outcome, _),) = world.control.completed
     assert outcome.scores == ()
     assert outcome.error is None
+
+
+class MortalEngine(FakeEngine):
+    """Dies under the first task that trains; what the shadow adapter was is gone until it is restored."""
+
+    def __init__(self, died):
+        super().__init__()
+        self.died = died
+        self.is_restored = True
+
+    async def load_training_state(self, path):
+        self.is_restored = True
+        return await super().load_training_state(path)
+
+    async def run_task(self, task):
+        if self.died == "not yet" and task.kind is TaskKind.TRAIN:
+            self.died, self.is_away, self.is_restored = "now", True, False
+            raise EngineUnavailableError("the engine died")
+        assert not self.is_away
+        assert self.is_restored
+        return await super().run_task(task)
+
+    async def save_adapter(self, directory, base_model):
+        if self.died == "before a candidate":
+            self.died, self.is_away, self.is_restored = "now", True, False
+            raise EngineUnavailableError("the engine died")
+        assert self.is_restored
+        await super().save_adapter(directory, base_model)
+
+
+@pytest.mark.parametrize("died", ["not yet", "before a candidate"])
+def test_training_waits_for_an_engine_that_died_and_goes_on_from_the_checkpoint(tmp_path, died):
+    world = World(tmp_path, FakeControl([batch(1)], held_out=[TrainingPair("h", "q", "a", "b")]))
+    world.engine = engine = MortalEngine(died)
+
+    def comes_back():
+        if engine.is_away and world.learner.status.phase == learner_module.WAITING_PHASE:
+            polls = len(world.control.headrooms)
+            world.control.batches.insert(0, batch(2))
+            engine.is_away, engine.generation = False, 1
+            assert polls == len(world.control.headrooms)
+        return engine.generation == 1 and world.versions.live == "v0001"
+
+    status = world.run(until=comes_back)
+    errors = [outcome.error for outcome, _ in world.control.completed]
+    if died == "not yet":
+        assert errors == [
+            "EngineUnavailableError: the engine died",
+            None,
+        ]  # a result: Control queues the batch again
+        assert (status.failed_steps, status.steps) == (1, 1)
+    else:
+        assert errors == [None, None]
+        assert status.steps == 2
+    assert [version.name for version in world.registry.list()] == ["v0001"]
+    assert engine.calls.count(("load_training_state", "checkpoint.safetensors")) == 2
+
+
+class PatientControl(FakeControl):
+    """A Control whose waits last as long as they may; `work` ends them."""
+
+    def __init__(self):
+        super().__init__([])
+        self.work = asyncio.Event()
+        self.waits = []
+
+    async def wait_for_work(self, headroom, limit_s):
+        self.waits.append(limit_s)
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self.work.wait(), limit_s)
+        return self.work.is_set()
+
+
+@pytest.mark.parametrize(
+    ("happens", "phase"),
+    [
+        (lambda world: world.learner.pause(), "paused"),
+        (lambda world: world.learner.follow_live(), "idle"),
+        (lambda world: world.learner.begin_rebuild(Rebuild(num_pairs=1, until_seq=1)), "idle"),
+        (lambda world: world.registry.serving.activate("v0001", pin=True), "pinned"),
+    ],
+)
+def test_a_wait_for_work_ends_when_something_happens_here(tmp_path, monkeypatch, happens, phase):
+    world = World(tmp_path, FakeControl([batch(1)], held_out=[TrainingPair("h", "q", "a", "b")]))
+    world.run()
+    world.control = control = PatientControl()
+    monkeypatch.setattr(learner_module, "_WAIT_S", 60.0)
+
+    async def watch():
+        async with asyncio.timeout(10):
+            while not control.waits:  # noqa: ASYNC110 - the learner has no event for it
+                await asyncio.sleep(0.001)
+            num_waits = len(control.waits)
+            happens(world)
+            await world.versions.refresh()
+            while (  # noqa: ASYNC110
+                world.learner.status.phase != phase or (phase == "idle" and len(control.waits) == num_waits)
+            ):
+                await asyncio.sleep(0.001)
+
+    asyncio.run(world.work(turns=0, during=watch))
+
+
+def test_new_work_is_taken_at_once(tmp_path, monkeypatch):
+    control = PatientControl()
+    world = World(tmp_path, control)
+    monkeypatch.setattr(learner_module, "_WAIT_S", 60.0)
+
+    async def watch():
+        async with asyncio.timeout(10):
+            await asyncio.sleep(0.05)
+            control.batches.append(batch(1))
+            control.work.set()
+            while not world.learner.status.steps:  # noqa: ASYNC110 - the learner has no event for it
+                await asyncio.sleep(0.001)
+
+    asyncio.run(world.work(turns=0, during=watch))
+    assert control.waits[0] == 60.0
+    assert world.learner.status.steps == 1
+
+
+def test_a_resumed_learner_does_not_wait_any_longer(tmp_path, monkeypatch):
+    world = World(tmp_path, FakeControl([batch(1)]))
+    monkeypatch.setattr(learner_module, "_WAIT_S", 60.0)
+
+    async def watch():
+        async with asyncio.timeout(10):
+            world.learner.pause()
+            while world.learner.status.phase != "paused":  # noqa: ASYNC110 - the learner has no event for it
+                await asyncio.sleep(0.001)
+            world.learner.resume()
+            while not world.engine.trained:  # noqa: ASYNC110
+                await asyncio.sleep(0.001)
+
+    asyncio.run(world.work(turns=0, during=watch))

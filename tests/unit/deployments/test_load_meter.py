@@ -6,6 +6,7 @@ from core.batch import ForwardShape, IterationSample
 from core.types import SliceKind, SliceReport, SliceTiming
 from deployments.routing.load_meter import LoadMeter, PromptSpeed
 from engine.vllm.engine import EngineLoad
+from tests.support.clock import Clock
 
 
 def iteration(num_prefill_tokens, wall_s):
@@ -109,3 +110,19 @@ def test_one_long_iteration_waits_longer_than_many_short_ones_of_the_same_time()
 def test_a_clock_that_was_set_back_gives_no_negative_wait():
     _, measure = meter_of([[iteration(0, 0.1)]], times=(40.0, 10.0))
     assert measure().wait_s == pytest.approx(0.15)
+
+
+def test_a_report_that_still_holds_comes_again_with_its_time_for_a_few_seconds():
+    clock = Clock(100.0)
+    meter = LoadMeter("e", 1.0, clock)
+    quiet = EngineLoad(1e6, 1e6, 64.0, 0, 0)
+    first = meter.measure(quiet, [])
+    clock.now_s += 4.0
+    assert meter.measure(quiet, []) == first
+    assert meter.measure(EngineLoad(1e6, 1e6, 64.0, 8, 0), []).reported_s == clock.now_s
+    changed = meter.measure(quiet, [])
+    assert changed.reported_s == clock.now_s
+    clock.now_s += 5.0
+    assert meter.measure(quiet, []).reported_s == clock.now_s
+    clock.now_s += 1.0
+    assert meter.measure(quiet, [iteration(10, 0.1)]).reported_s == clock.now_s

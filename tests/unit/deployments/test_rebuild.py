@@ -15,7 +15,7 @@ HELD_OUT = [TrainingPair("h", "q", "a", "b")]
 
 @pytest.fixture(autouse=True)
 def _fast(monkeypatch):
-    monkeypatch.setattr(learner_module, "POLL_INTERVAL_S", 0.001)
+    monkeypatch.setattr(learner_module, "_WAIT_S", 0.001)
     monkeypatch.setattr(learner_module, "_CONTROL_BACKOFF_S", 0.001)
     monkeypatch.setattr(learner_module, "_FAILURE_BACKOFF_S", 0.001)
 
@@ -58,7 +58,7 @@ def world(tmp_path):
 async def ask(world, **rebuild):
     """What the route does, as soon as the learner runs."""
     world.learner.check_rebuild()
-    world.learner.rebuilder.asked = Rebuild(num_pairs=5, until_seq=5, **rebuild)
+    world.learner.begin_rebuild(Rebuild(num_pairs=5, until_seq=5, **rebuild))
 
 
 def rebuild(world, monkeypatch, **options):

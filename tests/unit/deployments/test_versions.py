@@ -4,6 +4,7 @@ import pytest
 
 from alignment.versions.adapter_files import AdapterManifest
 from alignment.versions.registry import AdapterRegistry
+from core.alignment_config import VersionsConfig
 from core.errors import DamagedAdapterError, UnknownVersionError
 from deployments.publishing.versions import AdapterVersions
 from tests.support.fake_ports import FakeEngine, write_peft
@@ -124,3 +125,18 @@ def test_a_damaged_live_version_gives_way_to_the_one_before(registry):
     [row] = [row for row in asyncio.run(again.listing()) if row["version"] == "v0002"]
     assert row["status"] == "damaged"
     assert "adapter_model" in row["reason"]
+
+
+def test_an_engine_that_came_back_gets_the_live_version_and_the_one_on_trial(registry):
+    engine = FakeEngine()
+    versions, names = AdapterVersions(engine, registry, "m", VersionsConfig(canary_share=0.5)), {}
+    asyncio.run(versions.attach(names))
+    asyncio.run(versions.reload())
+    assert engine.calls[-1] == ("set_live", None)
+    asyncio.run(versions.publish(commit(registry)))
+    asyncio.run(versions.promote_canary("v0001", "good"))
+    asyncio.run(versions.publish(commit(registry)))
+    engine.calls.clear()
+    asyncio.run(versions.reload())
+    assert engine.calls == [("load_version", "m@v0001"), ("set_live", "v0001"), ("load_version", "m@v0002")]
+    assert (versions.live, versions.canary, names["m"][0]) == ("v0001", "v0002", "m@v0001")

@@ -56,6 +56,13 @@ def test_without_budget_nothing_runs(runner):
     assert runner.run(0.0, 0).slices == []
 
 
+def test_slices_end_as_soon_as_somebody_waits_for_the_device(runner):
+    runner.submit(make_task().to_wire())
+    asked = iter([False, False, True])
+    assert len(runner.run(60.0, 0, lambda: next(asked)).slices) == 2
+    assert len(runner.run(60.0, 1, lambda: True).slices) == 1, "at least one slice is one slice"
+
+
 def test_a_slice_that_does_not_fit_is_not_started(runner, monkeypatch):
     runner.submit(make_task().to_wire())
     monkeypatch.setattr(runner.admission, "upper_s", lambda kind, tokens: 5.0)

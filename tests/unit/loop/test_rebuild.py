@@ -17,7 +17,7 @@ ONE, OTHER = "1-2-3-4", "0-2-3-4"
 
 @pytest.fixture(autouse=True)
 def _never_waits(monkeypatch):
-    monkeypatch.setattr(learner_module, "POLL_INTERVAL_S", 0.0)
+    monkeypatch.setattr(learner_module, "_WAIT_S", 0.0)
 
 
 @pytest.fixture

@@ -36,7 +36,7 @@ SABOTAGE_STEPS = 16
 
 @pytest.fixture(autouse=True)
 def _never_waits(monkeypatch) -> None:
-    monkeypatch.setattr(learner_module, "POLL_INTERVAL_S", 0.0)
+    monkeypatch.setattr(learner_module, "_WAIT_S", 0.0)
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@ import pytest
 from core.batch import ForwardShape, IterationSample
 from core.config import SloConfig
 from core.types import SliceKind, SliceReport, SliceTiming
-from scheduler.iteration.planner import IDLE_QUANTUM_S
+from scheduler.iteration.planner import IDLE_QUANTUM_S, NEWCOMER_SHARE
 from scheduler.memory.ledger import Pool
 from scheduler.view import FineTuneState, IterationView, PrefillTask
 from tests.support.known_device import STARVATION_BOUND_S, KnownDevice, UnknownDevice, make_planner
@@ -102,19 +102,44 @@ def test_an_engine_that_cannot_chunk_is_never_limited():
 
 def test_a_request_close_to_its_ttft_target_takes_the_slack():
     planner = make_planner(slack_fraction=1.0)
-    late = view(prefills=[(64, 0.0)], now_s=0.93, finetune=work())
-    assert run(planner, late).finetune_budget_s == pytest.approx(1.0 - 0.93 - 0.042 - 0.001)
+    late = view(prefills=[(64, 0.0)], now_s=0.95, finetune=work())
+    assert run(planner, late).finetune_budget_s == pytest.approx(1.0 - 0.95 - 0.042 - 0.001)
     too_late = view(prefills=[(64, 0.0)], now_s=2.0, finetune=work(last_progress_s=1.9))
     assert run(planner, too_late).finetune_budget_s == 0
 
 
+def test_while_a_prompt_is_computed_slices_add_a_fifth_to_it_at_most():
+    planner = make_planner(slo=SloConfig(ttft_s=10.0, tbt_s=0.1))
+    alone = run(planner, view(prefills=[(200, 0.0)], finetune=work()))
+    assert alone.finetune_budget_s == pytest.approx(NEWCOMER_SHARE * 0.111)
+    beside = run(planner, view(decode=4, prefills=[(20, 0.0)], finetune=work()))
+    assert beside.finetune_budget_s == pytest.approx(NEWCOMER_SHARE * 0.023)
+    waiting = view(decode=4, prefills=[(20, 0.0)], finetune=work())
+    assert run(planner, waiting, ForwardShape(num_decode=4)).finetune_budget_s == 0
+
+
+def test_no_slice_of_an_engine_without_requests_outlasts_a_prompt():
+    """A step keeps the size of its slices, and who comes next waits for the one that runs."""
+    device = KnownDevice(base_s=0.002, token_s=0.0001, slice_token_s=0.0001)
+    planner = make_planner(device, arena_bytes=1 << 30, slo=SloConfig(ttft_s=10.0, tbt_s=1.0))
+    prompt_s = device.forward_s(ForwardShape(num_prefill_tokens=128))
+    idle = planner.plan(view(finetune=work()))
+    assert 0.5 * prompt_s < device.slice_s(SliceKind.BACKWARD_LAYER, idle.slice_tokens) <= prompt_s
+
+
 def test_prompts_ahead_in_the_queue_count_against_the_slack():
     planner = make_planner(slack_fraction=1.0, slo=SloConfig(ttft_s=1.0, tbt_s=10.0))
-    alone = run(planner, view(prefills=[(400, 0.0)], finetune=work()))
+    alone = run(planner, view(prefills=[(400, 0.0)], now_s=0.14, finetune=work()))
+    assert alone.finetune_budget_s == pytest.approx(NEWCOMER_SHARE * 0.211)
     behind = view(
-        prefills=[(400, 0.0)], finetune=work(), num_waiting_unseen=3, unseen_tokens=1200, oldest_unseen_s=0.0
+        prefills=[(400, 0.0)],
+        now_s=0.14,
+        finetune=work(),
+        num_waiting_unseen=3,
+        unseen_tokens=1200,
+        oldest_unseen_s=0.0,
     )
-    assert run(planner, behind).finetune_budget_s < alone.finetune_budget_s - 0.3
+    assert run(planner, behind).finetune_budget_s == pytest.approx(0.86 - 4 * 0.211)
 
 
 def test_while_somebody_waits_for_a_seat_or_for_blocks_nothing_is_spent():
@@ -291,7 +316,7 @@ def test_a_prefix_hit_does_not_look_like_a_slow_device():
     plan = planner.plan(state)
     shape = ForwardShape(num_decode=4)
     shape.add_chunk(10, 1990)  # the other 1990 tokens were in the cache
-    assert planner.settle(plan, state, shape).finetune_budget_s > 0.01
+    assert planner.settle(plan, state, shape).finetune_budget_s == pytest.approx(NEWCOMER_SHARE * 0.018)
 
 
 def test_draft_tokens_of_running_requests_are_in_the_budget():

@@ -20,6 +20,15 @@ def test_a_tbt_target_below_one_decode_step_cannot_be_met():
 def test_a_tbt_target_just_above_leaves_nothing_for_training():
     (text,) = warnings(KnownDevice(base_s=0.09, token_s=0.0), ttft_s=1.0, tbt_s=0.1)
     assert "nothing is left for training" in text
+    assert "0.14 s would leave room" in text
+
+
+def test_a_target_that_leaves_less_than_a_slice_leaves_nothing():
+    device = KnownDevice(base_s=0.07, token_s=0.0, overhead_s=0.0, slice_token_s=0.001)
+    (text,) = warnings(device, ttft_s=1.0, tbt_s=0.1)
+    assert "nothing is left for training" in text
+    enough_s = float(text.partition("served; ")[2].split(" s ")[0])
+    assert warnings(device, ttft_s=1.0, tbt_s=enough_s) == []
 
 
 def test_a_ttft_target_below_one_prompt_cannot_be_met():

@@ -222,3 +222,30 @@ def test_the_oldest_arrival_is_that_of_all_rounds():
     for _ in range(11):
         queue.pop(5.0)
     assert queue.oldest_arrival_s() == 1.0
+
+
+def test_a_guest_is_first_until_the_next_invitation_and_moves_no_turn():
+    queue = WaitingQueue(CONFIG)
+    for number in range(3 * CLIENT_TURN):
+        queue.push(f"m{number}", f"m{number}", float(number), client="many")
+    queue.push("ours", "ours", 40.0)
+    queue.push("late", "late", 50.0, client="lone")
+    assert not queue.invite({"many", "lone"}, now_s=60.0)
+    assert queue.invite({"many"}, now_s=60.0)
+    everybody = list(queue.iterate(60.0))
+    assert everybody[:2] == ["late", "m0"]
+    assert len(everybody) == len(set(everybody)) == len(queue)
+    assert queue.peek(60.0) == queue.pop(60.0) == "late"
+    assert not queue.invite({"many"}, now_s=60.0)  # nobody's request is nobody's guest
+    assert queue.pop(60.0) == "m0"
+
+
+def test_an_invited_request_that_is_taken_out_leaves_the_order_as_it_was():
+    queue = WaitingQueue(CONFIG)
+    for name, client in (("a", "many"), ("b", "lone"), ("c", "other")):
+        queue.push(name, name, 0.0, client=client)
+    assert queue.invite({"many"}, now_s=1.0)
+    queue.remove("b")
+    assert queue.head(3, 1.0) == ["a", "c"]
+    assert queue.invite({"many"}, now_s=1.0)
+    assert queue.head(3, 1.0) == ["c", "a"]

@@ -71,8 +71,8 @@ def test_a_stale_profile_heals_within_fifty_iterations():
 def test_without_learning_the_targets_are_missed_for_good():
     before, first, later, _ = simulate(adapt=False)
     assert attainment(before) > 0.99
-    assert attainment(first) < 0.5
-    assert attainment(later) < 0.5
+    assert attainment(first) < 0.7
+    assert attainment(later) < 0.7
 
 
 def test_hardware_needs_the_size_of_the_kv_cache():

@@ -1,0 +1,225 @@
+"""What a server costs that nobody asks anything, and how soon it answers then. `mace bench idle`.
+
+A server of our own is started and left alone; then the CPU time of every process of it is read over a window, and
+requests are sent with pauses between them, each the first one after a silence. With `--plain` the same is measured of
+vLLM's own server on the same model, with LoRA enabled as ours has it.
+"""
+
+import asyncio
+import os
+import statistics
+import sys
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Annotated, Any
+
+import psutil
+import typer
+import yaml
+from openai import AsyncOpenAI
+
+from app.commands.connection import read_config
+from benchmarks.harness.client import HttpPort, Load, Request
+from benchmarks.harness.jobs import MeasurementError
+from benchmarks.harness.report import AsJson, Out, StateDir, digits, ms, note, show, table_of
+from benchmarks.harness.server import ServerProcess, free_port, own_servers, title_of
+from benchmarks.studies.chaos.command import new_directories
+from core.config import AppArgs
+
+ROLES = (
+    ("VLLM::EngineCore", "engine core"),
+    ("VLLM::Worker", "worker"),
+    (":Executor", "executor"),
+    (":Control", "control"),
+    ("CentralScheduler", "control"),
+    ("DriftMonitor", "control"),
+    ("ServeController", "serve controller"),
+    ("ProxyActor", "proxy"),
+    ("raylet/raylet", "raylet and gcs"),
+    ("gcs_server", "raylet and gcs"),
+    ("ray/dashboard", "dashboard and agents"),
+    ("ray.dashboard", "dashboard and agents"),
+    ("ray-dashboard", "dashboard and agents"),
+    ("DashboardAgent", "dashboard and agents"),
+    ("RuntimeEnvAgent", "dashboard and agents"),
+    ("log_monitor", "dashboard and agents"),
+    ("api_server", "executor"),
+    ("/mace serve", "mace serve"),
+)
+"""A part of a command line, and the role in the report; the first that fits. Plain vLLM's front end stands in the line
+of our executor."""
+
+MAX_ENGINE_CORES = 0.02
+MAX_CORES = {True: 0.15, False: 0.05}
+"""All processes together, with Ray's dashboard and without."""
+
+_PAUSE_S = 3.0
+"""Between two requests: vLLM's worker sleeps one second after its last message."""
+
+
+def main(
+    as_json: AsJson = False,
+    config: Annotated[Path, typer.Option(help="Serve config to start from")] = Path("serve_config.yaml"),
+    state_dir: StateDir = Path("state"),
+    settle: Annotated[float, typer.Option(min=0, help="Seconds without a request before the window")] = 30.0,
+    window: Annotated[float, typer.Option(min=1, help="Seconds of the window")] = 60.0,
+    requests: Annotated[int, typer.Option(min=1, help="Requests after a silence")] = 10,
+    dashboard: Annotated[bool, typer.Option(help="With Ray's dashboard")] = True,
+    plain: Annotated[bool, typer.Option(help="Measure plain vLLM after it")] = False,
+    out: Out = None,
+) -> None:
+    """Measure CPU time without requests, and the first request after it; exit code 1 if a target is missed."""
+    from engine.model_source import resolve_model
+
+    document = read_config(config)
+    settings = {**document["applications"][0].get("args", {}), "ray_dashboard": dashboard}
+    document["applications"][0]["args"] = settings
+    args = AppArgs.model_validate(settings)
+    model_dir = resolve_model(args.model, state_dir, show_progress=not as_json).absolute()
+    own_servers()
+    reports = {}
+    for name in ("mace", "plain") if plain else ("mace",):
+        with new_directories(None) as (directory, ray_dir):
+            config = directory / "measured.yaml"
+            config.write_text(yaml.safe_dump(document), encoding="utf-8")
+            if name == "mace":
+                server = ServerProcess(directory, config, models=state_dir / "models", ray_dir=ray_dir)
+            else:
+                server = _plain_server(directory, config, args, model_dir)
+            with server.running():
+                note(f"{name}: ready, idle for {settle:.0f} s and measured for {window:.0f} s")
+                reports[name] = measure(server, args.model.model_id, settle, window, requests)
+    report = make_report(reports, dashboard)
+    show(report, _tables(report), as_json, out)
+    raise typer.Exit(0 if all(check["passed"] for check in report["checks"]) else 1)
+
+
+def measure(
+    server: ServerProcess, model: str, settle_s: float, window_s: float, num_requests: int
+) -> dict[str, Any]:
+    """Cores by role over the window, resident bytes, and the requests after it."""
+    time.sleep(settle_s)
+    before, started_s = _cpu_seconds(server.members()), time.monotonic()
+    time.sleep(window_s)
+    after, elapsed_s = _cpu_seconds(server.members()), time.monotonic() - started_s
+    cores: dict[str, float] = {}
+    resident_bytes: dict[str, int] = {}
+    for process, cpu_s in after.items():
+        role = role_of(title_of(process))
+        cores[role] = cores.get(role, 0.0) + (cpu_s - before.get(process, 0.0)) / elapsed_s
+        resident_bytes[role] = resident_bytes.get(role, 0) + _resident_bytes(process)
+    ttfts_s = asyncio.run(_ask(server.url, model, num_requests))
+    return {
+        "cores": {role: round(share, 4) for role, share in sorted(cores.items(), key=lambda item: -item[1])},
+        "all_cores": round(sum(cores.values()), 4),
+        "processes": len(after),
+        "resident_mib": {role: size >> 20 for role, size in resident_bytes.items()},
+        "first_request_s": {"p50": statistics.median(ttfts_s), "max": max(ttfts_s), "all": ttfts_s},
+    }
+
+
+def role_of(title: str) -> str:
+    """The role of a process by its command line; `other` if it is none that is known."""
+    return next((role for part, role in ROLES if part in title), "other")
+
+
+def make_report(reports: dict[str, dict[str, Any]], has_dashboard: bool) -> dict[str, Any]:
+    """The measurements with the targets that they are held to."""
+    mace = reports["mace"]
+    engine_cores = sum(mace["cores"].get(role, 0.0) for role in ("engine core", "worker"))
+    checks = [
+        _check("cores of worker and engine core", engine_cores, MAX_ENGINE_CORES),
+        _check("cores of all processes", mace["all_cores"], MAX_CORES[has_dashboard]),
+    ]
+    if "plain" in reports:
+        plain_s = reports["plain"]["first_request_s"]["p50"]
+        checks.append(_check("first request, seconds", mace["first_request_s"]["p50"], plain_s))
+    return {**reports, "has_dashboard": has_dashboard, "checks": checks}
+
+
+def _check(name: str, value: float, at_most: float) -> dict[str, Any]:
+    return {"check": name, "value": round(value, 4), "at_most": round(at_most, 4), "passed": value <= at_most}
+
+
+def _tables(report: dict[str, Any]) -> Iterable[Any]:
+    servers = [name for name in ("mace", "plain") if name in report]
+    roles = dict.fromkeys(role for name in servers for role in report[name]["cores"])
+    rows = [{"role": role, **{name: report[name]["cores"].get(role) for name in servers}} for role in roles]
+    rows.append({"role": "all", **{name: report[name]["all_cores"] for name in servers}})
+    columns = [(name, name, digits(3)) for name in servers]
+    yield table_of("Cores while idle", rows, [("role", "role", str), *columns])
+    for name in servers:
+        first = report[name]["first_request_s"]
+        yield f"{name}: first token after a silence p50 {ms(first['p50'])}, at most {ms(first['max'])}"
+    for check in report["checks"]:
+        verdict = "met" if check["passed"] else "missed"
+        yield f"{verdict}: {check['check']} {check['value']:.4g} (at most {check['at_most']:.4g})"
+
+
+def _cpu_seconds(processes: Iterable[psutil.Process]) -> dict[psutil.Process, float]:
+    """User and system time of each process so far; those that have ended are left out."""
+    times = {}
+    for process in processes:
+        try:
+            spent = process.cpu_times()
+        except psutil.Error:
+            continue
+        times[process] = spent.user + spent.system
+    return times
+
+
+def _resident_bytes(process: psutil.Process) -> int:
+    try:
+        return int(process.memory_info().rss)
+    except psutil.Error:
+        return 0
+
+
+async def _ask(url: str, model: str, count: int) -> list[float]:
+    """Seconds to the first token of requests with a silence before each.
+
+    Raises:
+        MeasurementError: a request failed.
+    """
+    async with AsyncOpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0) as client:
+        load = Load(HttpPort(client, model))
+        ttfts_s = []
+        for number in range(count):
+            await asyncio.sleep(_PAUSE_S)
+            prompt = [{"role": "user", "content": f"What is {number} plus 2?"}]
+            record = await load.ask(Request(f"idle-{number}", prompt, max_tokens=8))
+            if record.ttft_s is None:
+                raise MeasurementError(f"a request failed: {record.error or 'it has no token'}")
+            ttfts_s.append(record.ttft_s)
+    return ttfts_s
+
+
+def _plain_server(directory: Path, config: Path, args: AppArgs, model_dir: Path) -> ServerProcess:
+    """vLLM's own server on the same model and port as `ServerProcess` has it."""
+    from engine.vllm.compat import make_engine_args, worker_binding
+
+    ours = make_engine_args(args, str(model_dir))
+    port = free_port()
+    settings = {
+        "model": str(model_dir),
+        "served-model-name": args.model.model_id,
+        "host": "127.0.0.1",
+        "port": port,
+        "dtype": ours.dtype,
+        "max-num-seqs": ours.max_num_seqs,
+        "max-num-batched-tokens": ours.max_num_batched_tokens,
+        "kv-cache-memory-bytes": ours.kv_cache_memory_bytes or 256 << 20,
+        "enforce-eager": True,
+        "enable-lora": True,
+        "max-lora-rank": ours.max_lora_rank,
+        "max-loras": ours.max_loras,
+    }
+    path = directory / "plain.yaml"
+    path.write_text(yaml.safe_dump(settings), encoding="utf-8")
+    os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", worker_binding(args, model_dir))
+    # The harness ends the command with the path of its own config, which the shell drops.
+    start = f"exec {sys.executable} -m vllm.entrypoints.launchers.api_server.entry --config {path}"
+    return ServerProcess(
+        directory, config, port=port, command=("/bin/sh", "-c", start, "sh"), ready_path="/health"
+    )
