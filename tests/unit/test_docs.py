@@ -2,6 +2,7 @@
 
 import re
 import tomllib
+from collections import Counter
 from functools import cache
 from importlib.metadata import EntryPoint
 from pathlib import Path
@@ -144,3 +145,18 @@ def test_settings_shown_as_yaml_are_valid(name):
 
 def test_the_guides_stay_readable_in_an_afternoon():
     assert sum(len((ROOT / "docs" / f"{name}.md").read_text().split()) for name in GUIDES) <= 18_000
+
+
+def test_the_page_on_vllms_tests_counts_what_is_expected():
+    lines = (ROOT / "scripts" / "vllm_suite" / "expected.tsv").read_text().splitlines()[1:]
+    kinds = Counter(tuple(line.split("\t")[:2]) for line in lines)
+    titles = {
+        ("pass", "pass"): "pass on both",
+        ("pass", "fail"): "pass on plain vLLM only",
+        ("fail", "pass"): "pass on MACE only",
+        ("fail", "fail"): "fail on both",
+        ("skip", "skip"): "cannot run here",
+    }
+    page = (ROOT / "docs" / "measurements" / "vllm_tests.md").read_text()
+    table = {title: int(count) for title, count in re.findall(r"^\| ([\w ]+) \| (\d+) \|$", page, re.M)}
+    assert table == {titles[kind]: count for kind, count in kinds.items()}
