@@ -278,11 +278,9 @@ class RequestChain:
             return  # nobody is there to be answered
         except Exception:  # the fault is ours, and the client is told so in the form of all errors
             logger.exception("%s %s failed", scope["method"], request.path)
-            if request.answer.status:
-                raise  # in the middle of an answer there is nothing to say but that it breaks off
-            await error_response(MaceError("the server failed on this request; its log says why"))(
-                scope, receive, send
-            )
+            failure = MaceError("the server failed on this request; its log says why")
+            if not await request.answer.cut(failure, scope, receive):
+                raise  # in the middle of such an answer there is nothing to say but that it breaks off
 
     async def _run(self, request: ClientRequest) -> None:
         """Take the steps; where Serve cancels the call, because the client has left, end what they have begun.

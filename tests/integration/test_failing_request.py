@@ -7,6 +7,7 @@ import pytest
 from vllm.exceptions import GenerationError
 from vllm.v1.engine.exceptions import EngineDeadError
 
+from app.http.request import RequestChain
 from core.config import TrainingConfig
 from core.types import FineTuneTask, TaskKind
 from core.wire import TrainingPair
@@ -109,7 +110,8 @@ def app(engine):
 
 def post(engine, app, path, **changes):
     async def send():
-        transport = httpx.ASGITransport(app, raise_app_exceptions=False)
+        chain = RequestChain(app, [], 1_000_000, lambda _: None)
+        transport = httpx.ASGITransport(chain, raise_app_exceptions=False)
         async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
             return await client.post(path, json={**BODIES[path], **changes}, timeout=60)
 
@@ -123,7 +125,12 @@ def test_the_client_is_told_on_each_route(engine, app, path):
     assert whole.status_code == 500
     assert whole.json()["error"]["message"] == FAILED
     stream = post(engine, app, path, top_p=FAULTY_TOP_P, temperature=1.0, stream=True)
-    assert FAILED in stream.text
+    if (
+        path == "/v1/responses"
+    ):  # vLLM fails on an error event of its own, so the chain says that the stream is over
+        assert stream.text.splitlines()[-2].startswith('data: {"type": "error"')
+    else:
+        assert FAILED in stream.text
     assert post(engine, app, path).status_code == 200
 
 

@@ -260,3 +260,17 @@ def test_a_page_of_another_origin_sends_nothing(refused, origin, allowed, status
         assert reply.status_code == status
     assert refused == (["origin"] * 2 if status == 403 else [])
     assert client.get("/do", headers=headers).status_code == 200
+
+
+def test_a_stream_in_which_the_server_fails_ends_with_an_error_event():
+    async def fails(scope, receive, send):
+        headers = [(b"content-type", b"text/event-stream; charset=utf-8")]
+        await send({"type": "http.response.start", "status": 200, "headers": headers})
+        await send({"type": "http.response.body", "body": b"data: {}\n\n", "more_body": True})
+        raise ValueError("boom")
+
+    reply = TestClient(RequestChain(fails, [], 1000, lambda _: None)).post("/x", json={})
+    begun, event, data = reply.text.strip().replace("\n\n", "\n").split("\n")
+    assert (begun, event) == ("data: {}", "event: error")
+    assert json.loads(data.removeprefix("data: "))["error"]["code"] == 500
+    assert "boom" not in data
