@@ -210,7 +210,8 @@ class Suite:
         """A `mace serve` with the adapter live; yields its URL."""
         directory = self._work / "mace"
         engine = {"frontend_kwargs": _FRONTEND, "kv_cache_memory_bytes": _KV_CACHE_BYTES}
-        model = {"model_id": _MODEL, "model_source": str(self._model), "dtype": "float32"}
+        model = {"model_id": _MODEL, "model_source": str(self._model), "max_model_len": _MAX_MODEL_LEN}
+        model["dtype"] = "float32"
         server = ServerProcess(directory, _CONFIG, sections={"engine": engine, "model": model})
         with server.running():
             server.call("POST", f"/v1/adapters/{_VERSION}/activate").raise_for_status()
