@@ -102,7 +102,7 @@ def test_an_engine_that_is_killed_comes_back_in_the_same_replica(server, bodies,
     begun = []
     with ThreadPoolExecutor() as pool:
         streaming = pool.submit(stream, server, begun)
-        waiting = pool.submit(ask, server, n=8, temperature=1, max_tokens=1500, ignore_eos=True)
+        waiting = pool.submit(ask, server, n=64, temperature=1, max_tokens=1500, ignore_eos=True)
         until(lambda: begun, 30, 0.01)
         old[victim].kill()
         died_s = time.monotonic()

@@ -350,7 +350,9 @@ def test_what_clients_see_and_other_targets_reach_the_planner_without_the_worker
     fresh.run(fresh.generate(range(8), next(request_ids), max_tokens=20))
     fresh.run(fresh.engine.set_targets(fresh.args.slo))
     after, samples = fresh.run(fresh.engine.iterations(following))
-    assert after == following + len(samples) == following + 40
+    assert after == following + len(samples)
+    samples = [sample for sample in samples if sample.shape.num_tokens]  # others tell the worker which requests ended
+    assert len(samples) == 40
     corrections_s = [sample.plan.gap_correction_s for sample in samples]
     range_s = fresh.args.scheduler.slack_fraction * fresh.args.slo.tbt_s
     assert corrections_s[:20] == pytest.approx([0.5 * range_s] * 20)
