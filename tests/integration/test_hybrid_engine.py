@@ -351,7 +351,9 @@ def test_what_clients_see_and_other_targets_reach_the_planner_without_the_worker
     fresh.run(fresh.engine.set_targets(fresh.args.slo))
     after, samples = fresh.run(fresh.engine.iterations(following))
     assert after == following + len(samples)
-    samples = [sample for sample in samples if sample.shape.num_tokens]  # others tell the worker which requests ended
+    samples = [
+        sample for sample in samples if sample.shape.num_tokens
+    ]  # others tell the worker which requests ended
     assert len(samples) == 40
     corrections_s = [sample.plan.gap_correction_s for sample in samples]
     range_s = fresh.args.scheduler.slack_fraction * fresh.args.slo.tbt_s

@@ -269,7 +269,7 @@ def test_versions_answer_under_their_own_names_and_roll_back(server, client):
 
 
 def engine_processes(server):
-    return server.find("VLLM::EngineCore").pid, server.find("VLLM::Worker").pid
+    return server.find("VLLM::EngineCore"), server.find("VLLM::Worker")
 
 
 def test_no_request_ends_the_engine(server):
@@ -291,7 +291,8 @@ def test_no_request_ends_the_engine(server):
         while time.monotonic() < deadline_s:
             list(clients.map(send, range(40)))
     assert failures == []
-    assert engine_processes(server) == before
+    assert all(process.is_running() for process in before)
+    assert server.call("GET", "/v1/training").json()["executor"]["engine"]["deaths"] == 0
     assert statuses[200] >= statuses.total() / 2, statuses
 
 
@@ -326,7 +327,7 @@ def test_a_structured_output_is_given_or_refused_and_nobody_waits_for_it(server,
     watcher.join()
     assert reply.status_code == status, reply.text
     assert max(waits_s) < 3  # with much else on the machine; on the event loop it was minutes
-    assert engine_processes(server) == before
+    assert all(process.is_running() for process in before)
 
 
 @pytest.mark.parametrize("name", ["mace-tiny", "mace-tiny@base"])
@@ -363,7 +364,7 @@ def seconds_until_idle(server):
 def test_a_client_that_leaves_frees_its_seat(server):
     server.call("POST", "/v1/training/pause")  # its sample answers run in the engine too
     seconds_until_idle(server)
-    long = {"model": "mace-tiny", "max_tokens": 1900, "min_tokens": 1900}
+    long = {"model": "mace-tiny", "n": 8, "max_tokens": 1900, "min_tokens": 1900}
     chat = {**long, "messages": [{"role": "user", "content": "Hi"}]}
     began_s = time.monotonic()
     assert server.call("POST", "/v1/chat/completions", json=chat, timeout=120).status_code == 200
@@ -374,7 +375,7 @@ def test_a_client_that_leaves_frees_its_seat(server):
         "/invocations": {**long, "prompt": "Hi"},
     }.items():
         with pytest.raises(httpx.ReadTimeout):
-            server.call("POST", path, json=body, timeout=whole_s / 10)
+            server.call("POST", path, json=body, timeout=0.5)
         assert seconds_until_idle(server) < whole_s / 2, path
     server.call("POST", "/v1/training/resume")
 
@@ -388,18 +389,18 @@ def total(server, metric):
 def test_a_client_does_not_wait_for_anothers_hundred(server):
     server.call("POST", "/v1/training/pause")  # its sample answers run in the engine too
     seconds_until_idle(server)
-    prompts = [f"What is number {number}?" for number in range(100)]
-    many = {"model": "mace-tiny", "user": "many", "prompt": prompts, "max_tokens": 300, "ignore_eos": True}
+    prompts = [f"What is number {number}?" for number in range(64)]
+    many = {"model": "mace-tiny", "user": "many", "prompt": prompts, "max_tokens": 1500, "ignore_eos": True}
     lone = {"model": "mace-tiny", "user": "lone", "messages": QUESTION, "max_tokens": 8}
     before = total(server, "vllm:request_success_total")
     with ThreadPoolExecutor(1) as others:
         answers = others.submit(server.call, "POST", "/v1/completions", json=many, timeout=300)
         deadline_s = time.monotonic() + 60
-        while total(server, "vllm:num_requests_running") < 32 and time.monotonic() < deadline_s:
+        while total(server, "vllm:num_requests_running") < 16 and time.monotonic() < deadline_s:
             time.sleep(0.05)
         assert server.call("POST", "/v1/chat/completions", json=lone).status_code == 200
         assert total(server, "vllm:request_success_total") - before <= 8  # not one round of the 32 seats
-        assert len(answers.result().json()["choices"]) == 100
+        assert len(answers.result().json()["choices"]) == 64
     server.call("POST", "/v1/training/resume")
 
 

@@ -87,7 +87,7 @@ async def ready(executor: ExecutorOf, response: Response) -> dict[str, Any]:
     return {"ready": executor.can_serve, "live": executor.versions.live if executor.is_ready else None}
 
 
-@router.get("/health", tags=["health"])
+@router.get("/health", tags=["health"], response_class=Response)
 async def health() -> Response:
     """200 while this server lives, also while it starts a dead engine again: a new server would take longer."""
     return Response()
