@@ -33,7 +33,12 @@ def faulty_engine(directory):
         "logits_processors": ["tests.support.faulty_worker:FaultyProcessor"],
     }
     engine = {"engine_kwargs": kwargs, "max_num_batched_tokens": 256}
-    return EngineThread(directory, model={"dtype": "float32"}, training={"learning_rate": 1e-3}, engine=engine)
+    return EngineThread(
+        directory,
+        model={"dtype": "float32"},
+        training={"learning_rate": 1e-3, "max_slice_tokens": 16},
+        engine=engine,
+    )
 
 
 @pytest.fixture(scope="module")

@@ -230,7 +230,8 @@ def test_checkpoints_of_steps_under_load_can_be_gone_on_from(fresh, pairs, tmp_p
     expected = train(fresh, pairs[8:]).metrics
     fresh.run(fresh.engine.load_adapter(None))
     assert fresh.run(fresh.engine.load_training_state(path)) == {"step": 3, "candidate": ["a"]}
-    assert train(fresh, pairs[8:]).metrics == expected
+    again = train(fresh, pairs[8:]).metrics  # its slices may be of other sizes, by what was measured meanwhile
+    assert dataclasses.asdict(again) == pytest.approx(dataclasses.asdict(expected), rel=1e-5)
 
 
 def test_references_scored_once_and_weights_travel_with_the_pairs(fresh, pairs):
