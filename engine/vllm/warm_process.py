@@ -15,6 +15,7 @@ from vllm.v1.executor import multiproc_executor
 import engine.vllm.scheduler
 import engine.vllm.worker_cpu  # noqa: F401 - what the worker runs
 from engine.vllm.compat import bound_cores, exit_with_parent
+from engine.vllm.shm_wait import sleep_between_messages
 
 with contextlib.suppress(ImportError):
     import setproctitle
@@ -38,3 +39,4 @@ class _WorkerContext(ForkContext):
 
 
 multiproc_executor.get_mp_context = _WorkerContext
+sleep_between_messages()

@@ -462,3 +462,60 @@ def test_norms_on_the_cpu_can_be_registered():
     for op in (ir.ops.rms_norm, ir.ops.fused_add_rms_norm):
         assert list(op.supported_providers()) == ["native"] or "mace_cpu" in op.supported_providers()
         assert {"provider", "supports_args", "inplace"} <= set(parameters(op.register_impl))
+
+
+def _send_back(handle, answer_to, rank):
+    """Read numbers, and answer each with its double and the processor time that all of this took."""
+    import time
+
+    from vllm.distributed.device_communicators.shm_broadcast import MessageQueue
+
+    from engine.vllm.shm_wait import sleep_between_messages
+
+    sleep_between_messages()
+    queue, answers = MessageQueue.create_from_handle(handle, rank), MessageQueue(1, 1)
+    answer_to.send(answers.export_handle())
+    queue.wait_until_ready()
+    answers.wait_until_ready()
+    began_s = time.process_time()
+    while (number := queue.dequeue()) is not None:
+        answers.enqueue((2 * number, time.process_time() - began_s))
+
+
+def test_the_engine_and_its_worker_sleep_between_messages(monkeypatch):
+    import multiprocessing
+    import time
+
+    from vllm.distributed.device_communicators import shm_broadcast
+
+    from engine.vllm.shm_wait import sleep_between_messages
+
+    monkeypatch.setattr(shm_broadcast, "SpinCondition", shm_broadcast.SpinCondition)
+    sleep_between_messages()
+    context = multiprocessing.get_context("spawn")
+    queue = shm_broadcast.MessageQueue(2, 2)
+    readers = []
+    for rank in range(2):
+        here, there = context.Pipe()
+        process = context.Process(target=_send_back, args=(queue.export_handle(), there, rank), daemon=True)
+        process.start()
+        readers.append((process, here))
+    answers = [shm_broadcast.MessageQueue.create_from_handle(here.recv(), 0) for _, here in readers]
+    queue.wait_until_ready()
+    for answer in answers:
+        answer.wait_until_ready()
+    for number in range(300):
+        queue.enqueue(number)
+        assert [answer.dequeue(timeout=2.5)[0] for answer in answers] == [2 * number] * 2
+    queue.enqueue(300)
+    before_s = max(answer.dequeue(timeout=2.5)[1] for answer in answers)
+    time.sleep(0.5)
+    queue.enqueue(301)
+    after_s = max(answer.dequeue(timeout=2.5)[1] for answer in answers)
+    assert after_s - before_s < 0.1  # of 0.5 s in which vLLM's own would have looped
+    with pytest.raises(TimeoutError):
+        answers[0].dequeue(timeout=0.05)
+    queue.enqueue(None)
+    for process, _ in readers:
+        process.join(10)
+        assert process.exitcode == 0
