@@ -13,6 +13,7 @@ from benchmarks.studies import (
     scheduler_cost,
     slo,
     store,
+    tax,
 )
 from benchmarks.studies.memory import command as memory
 from core.errors import MaceError
@@ -23,6 +24,7 @@ STUDIES: dict[str, Callable[..., None]] = {
     "memory": memory.main,
     "publish": publish.main,
     "idle": idle.main,
+    "tax": tax.main,
     "feedback": store.feedback,
     "quality": store.quality,
     "drift-detection": drift_detection.main,

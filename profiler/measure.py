@@ -24,6 +24,8 @@ logger = logging.getLogger(__name__)
 MEASURE_S = 60.0
 """Measuring time of a profile."""
 _POLL_S = 0.01
+_QUIET_S = 0.5
+"""In the background nothing is measured for so long after a request: the client's next one would wait for it."""
 _ROW_TOKENS = 128
 """Width of the rows of measured micro-batches; more tokens are more pairs."""
 
@@ -164,6 +166,8 @@ class _Measurer:
         self._prefix = f"profile-{self._rng.getrandbits(32):08x}"
         self._num_requests = 0
         self._in_flight = 0
+        self._asked_s = -math.inf
+        """When the engine last had a request that is not ours."""
         self._next_iteration = 0
         self._walls: dict[PointKind, list[tuple[int, float]]] = {}
         self._result = Measurement()
@@ -226,8 +230,15 @@ class _Measurer:
                 return
 
     async def _idle(self) -> None:
-        while self._engine.num_unfinished_requests() > self._in_flight:  # noqa: ASYNC110 - vLLM has no event
+        while self._is_asked() or time.monotonic() - self._asked_s < _QUIET_S:  # noqa: ASYNC110 - vLLM has no event
             await asyncio.sleep(_POLL_S)
+
+    def _is_asked(self) -> bool:
+        """Whether the engine has requests that are not ours."""
+        is_asked = self._engine.num_unfinished_requests() > self._in_flight
+        if is_asked:
+            self._asked_s = time.monotonic()
+        return is_asked
 
     async def _attempt(self, point: GridPoint) -> bool:
         """Run one point; False if it gave way to a request."""
@@ -235,7 +246,7 @@ class _Measurer:
         try:
             while self._plan.is_background and not work.done():
                 await asyncio.wait({work}, timeout=_POLL_S)
-                if not work.done() and self._engine.num_unfinished_requests() > self._in_flight:
+                if not work.done() and self._is_asked():
                     return False
             await work
             return True

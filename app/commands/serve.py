@@ -52,6 +52,9 @@ _RAY_SETTINGS = {
     "RAY_worker_niceness": "0",  # by default 15: all else of the machine would go before the engine
     "RAY_AUTH_MODE": "disabled",  # reachable from this machine only
     "RAY_kill_child_processes_on_worker_exit_with_raylet_subreaper": "true",
+    # From proxy to replica by gRPC: half the CPU time of a chunk of a stream (docs/measurements/tax.md).
+    "RAY_SERVE_PROXY_USE_GRPC": "1",
+    "RAY_SERVE_REPLICA_GRPC_MAX_MESSAGE_LENGTH": str(2**31 - 1),  # else 4 MiB for a whole answer
     # Loops that run all the time, for clusters of many nodes: ours has one (docs/measurements/idle.md).
     "RAY_SERVE_METRICS_EXPORT_INTERVAL_MS": "5000",
     "RAY_SERVE_CONTROL_LOOP_INTERVAL_S": "0.25",

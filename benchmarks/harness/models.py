@@ -8,15 +8,16 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from core.config import AppArgs
+from core.config import SMOLLM2, TINY_ASSISTANT, AppArgs, ModelConfig
 
 if TYPE_CHECKING:
     from engine.vllm.engine import HybridEngine
 
-ModelName = Literal["tiny", "half-b", "long"]
+ModelName = Literal["tiny", "smollm2", "half-b", "long"]
 
 TITLES: dict[ModelName, str] = {
     "tiny": "built-in (1.5M)",
+    "smollm2": "SmolLM2 (135M)",
     "half-b": "0.5B shape, random",
     "long": "11M, random, 4096 tokens of context",
 }
@@ -46,12 +47,15 @@ def model_directories(
     names: Sequence[ModelName], state_dir: Path, show_progress: bool
 ) -> Iterator[dict[str, Path]]:
     """Yield the directories of the models by name; random ones exist while the context lasts (up to 1 GB)."""
-    from engine.tiny.build import ensure_tiny_assistant
+    from engine.model_source import resolve_model
 
+    built_in = {"tiny": TINY_ASSISTANT, "smollm2": SMOLLM2}
     with tempfile.TemporaryDirectory(prefix="mace-bench-") as scratch:
         yield {
-            name: ensure_tiny_assistant(state_dir, show_progress=show_progress).absolute()
-            if name == "tiny"
+            name: resolve_model(
+                ModelConfig(model_source=built_in[name]), state_dir, show_progress=show_progress
+            ).absolute()
+            if name in built_in
             else _random_model(Path(scratch) / name, _SHAPES[name])
             for name in names
         }

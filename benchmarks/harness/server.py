@@ -12,7 +12,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,29 @@ _STOP_S = 90.0
 _GRACE_S = 5.0
 _GONE_S = 10.0
 _TAIL_CHARS = 3000
+ROLES = (
+    ("VLLM::EngineCore", "engine core"),
+    ("VLLM::Worker", "worker"),
+    (":Executor", "executor"),
+    (":Control", "control"),
+    ("CentralScheduler", "control"),
+    ("DriftMonitor", "control"),
+    ("ServeController", "serve controller"),
+    ("ProxyActor", "proxy"),
+    ("raylet/raylet", "raylet and gcs"),
+    ("gcs_server", "raylet and gcs"),
+    ("ray/dashboard", "dashboard and agents"),
+    ("ray.dashboard", "dashboard and agents"),
+    ("ray-dashboard", "dashboard and agents"),
+    ("DashboardAgent", "dashboard and agents"),
+    ("RuntimeEnvAgent", "dashboard and agents"),
+    ("log_monitor", "dashboard and agents"),
+    ("api_server", "executor"),
+    ("/mace serve", "mace serve"),
+)
+"""A part of a command line, and the role in the report; the first that fits. Plain vLLM's front end stands in the line
+of our executor."""
+
 _SPAWNED = "multiprocessing.spawn import spawn_main"
 _WARM = "multiprocessing.forkserver import main"
 
@@ -270,3 +293,63 @@ def title_of(process: psutil.Process) -> str:
     if "ServeReplica" in parent:
         return "VLLM::EngineCore"
     return "VLLM::Worker" if _SPAWNED in parent or "VLLM::EngineCore" in parent else title
+
+
+def role_of(title: str) -> str:
+    """The role of a process by its command line; `other` if it is none that is known."""
+    return next((role for part, role in ROLES if part in title), "other")
+
+
+def cpu_seconds(processes: Iterable[psutil.Process]) -> dict[psutil.Process, float]:
+    """User and system time of each process so far; those that have ended are left out."""
+    times = {}
+    for process in processes:
+        try:
+            spent = process.cpu_times()
+        except psutil.Error:
+            continue
+        times[process] = spent.user + spent.system
+    return times
+
+
+def plain_server(
+    directory: Path, config: Path, model_dir: Path, options: Mapping[str, Any] | None = None
+) -> ServerProcess:
+    """vLLM's own server on the model of a config of ours: as many seats and tokens, and LoRA, eager as ours.
+
+    Args:
+        directory: where its files go; must exist.
+        config: our Serve config.
+        model_dir: of the model.
+        options: vLLM's arguments that differ, by name; False leaves a switch out.
+    """
+    from engine.vllm.compat import make_engine_args, worker_binding
+
+    args = AppArgs.model_validate(yaml.safe_load(config.read_text(encoding="utf-8"))["applications"][0]["args"])
+    ours = make_engine_args(args, str(model_dir))
+    port = free_port()
+    settings = {
+        "model": str(model_dir),
+        "served-model-name": args.model.model_id,
+        "host": "127.0.0.1",
+        "port": port,
+        "dtype": ours.dtype,
+        "max-model-len": ours.max_model_len,
+        "max-num-seqs": ours.max_num_seqs,
+        "max-num-batched-tokens": ours.max_num_batched_tokens,
+        "kv-cache-memory-bytes": ours.kv_cache_memory_bytes or 256 << 20,
+        "enforce-eager": True,
+        "enable-lora": True,
+        "max-lora-rank": ours.max_lora_rank,
+        "max-loras": ours.max_loras,
+        **(options or {}),
+    }
+    path = directory / "plain.yaml"
+    left = {name: value for name, value in settings.items() if value not in (None, False)}
+    path.write_text(yaml.safe_dump(left), encoding="utf-8")
+    # The harness ends the command with the path of its own config, which the shell drops.
+    binding = f"VLLM_CPU_OMP_THREADS_BIND={worker_binding(args, model_dir)}"
+    start = f"{binding} exec {sys.executable} -m vllm.entrypoints.launchers.api_server.entry --config {path}"
+    return ServerProcess(
+        directory, config, port=port, command=("/bin/sh", "-c", start, "sh"), ready_path="/health"
+    )

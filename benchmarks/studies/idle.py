@@ -6,9 +6,7 @@ vLLM's own server on the same model, with LoRA enabled as ours has it.
 """
 
 import asyncio
-import os
 import statistics
-import sys
 import time
 from collections.abc import Iterable
 from pathlib import Path
@@ -23,32 +21,16 @@ from app.commands.connection import read_config
 from benchmarks.harness.client import HttpPort, Load, Request
 from benchmarks.harness.jobs import MeasurementError
 from benchmarks.harness.report import AsJson, Out, StateDir, digits, ms, note, show, table_of
-from benchmarks.harness.server import ServerProcess, free_port, own_servers, title_of
+from benchmarks.harness.server import (
+    ServerProcess,
+    cpu_seconds,
+    own_servers,
+    plain_server,
+    role_of,
+    title_of,
+)
 from benchmarks.studies.chaos.command import new_directories
 from core.config import AppArgs
-
-ROLES = (
-    ("VLLM::EngineCore", "engine core"),
-    ("VLLM::Worker", "worker"),
-    (":Executor", "executor"),
-    (":Control", "control"),
-    ("CentralScheduler", "control"),
-    ("DriftMonitor", "control"),
-    ("ServeController", "serve controller"),
-    ("ProxyActor", "proxy"),
-    ("raylet/raylet", "raylet and gcs"),
-    ("gcs_server", "raylet and gcs"),
-    ("ray/dashboard", "dashboard and agents"),
-    ("ray.dashboard", "dashboard and agents"),
-    ("ray-dashboard", "dashboard and agents"),
-    ("DashboardAgent", "dashboard and agents"),
-    ("RuntimeEnvAgent", "dashboard and agents"),
-    ("log_monitor", "dashboard and agents"),
-    ("api_server", "executor"),
-    ("/mace serve", "mace serve"),
-)
-"""A part of a command line, and the role in the report; the first that fits. Plain vLLM's front end stands in the line
-of our executor."""
 
 MAX_ENGINE_CORES = 0.02
 MAX_CORES = {True: 0.15, False: 0.05}
@@ -86,7 +68,7 @@ def main(
             if name == "mace":
                 server = ServerProcess(directory, config, models=state_dir / "models", ray_dir=ray_dir)
             else:
-                server = _plain_server(directory, config, args, model_dir)
+                server = plain_server(directory, config, model_dir)
             with server.running():
                 note(f"{name}: ready, idle for {settle:.0f} s and measured for {window:.0f} s")
                 reports[name] = measure(server, args.model.model_id, settle, window, requests)
@@ -100,9 +82,9 @@ def measure(
 ) -> dict[str, Any]:
     """Cores by role over the window, resident bytes, and the requests after it."""
     time.sleep(settle_s)
-    before, started_s = _cpu_seconds(server.members()), time.monotonic()
+    before, started_s = cpu_seconds(server.members()), time.monotonic()
     time.sleep(window_s)
-    after, elapsed_s = _cpu_seconds(server.members()), time.monotonic() - started_s
+    after, elapsed_s = cpu_seconds(server.members()), time.monotonic() - started_s
     cores: dict[str, float] = {}
     resident_bytes: dict[str, int] = {}
     for process, cpu_s in after.items():
@@ -117,11 +99,6 @@ def measure(
         "resident_mib": {role: size >> 20 for role, size in resident_bytes.items()},
         "first_request_s": {"p50": statistics.median(ttfts_s), "max": max(ttfts_s), "all": ttfts_s},
     }
-
-
-def role_of(title: str) -> str:
-    """The role of a process by its command line; `other` if it is none that is known."""
-    return next((role for part, role in ROLES if part in title), "other")
 
 
 def make_report(reports: dict[str, dict[str, Any]], has_dashboard: bool) -> dict[str, Any]:
@@ -157,18 +134,6 @@ def _tables(report: dict[str, Any]) -> Iterable[Any]:
         yield f"{verdict}: {check['check']} {check['value']:.4g} (at most {check['at_most']:.4g})"
 
 
-def _cpu_seconds(processes: Iterable[psutil.Process]) -> dict[psutil.Process, float]:
-    """User and system time of each process so far; those that have ended are left out."""
-    times = {}
-    for process in processes:
-        try:
-            spent = process.cpu_times()
-        except psutil.Error:
-            continue
-        times[process] = spent.user + spent.system
-    return times
-
-
 def _resident_bytes(process: psutil.Process) -> int:
     try:
         return int(process.memory_info().rss)
@@ -193,33 +158,3 @@ async def _ask(url: str, model: str, count: int) -> list[float]:
                 raise MeasurementError(f"a request failed: {record.error or 'it has no token'}")
             ttfts_s.append(record.ttft_s)
     return ttfts_s
-
-
-def _plain_server(directory: Path, config: Path, args: AppArgs, model_dir: Path) -> ServerProcess:
-    """vLLM's own server on the same model and port as `ServerProcess` has it."""
-    from engine.vllm.compat import make_engine_args, worker_binding
-
-    ours = make_engine_args(args, str(model_dir))
-    port = free_port()
-    settings = {
-        "model": str(model_dir),
-        "served-model-name": args.model.model_id,
-        "host": "127.0.0.1",
-        "port": port,
-        "dtype": ours.dtype,
-        "max-num-seqs": ours.max_num_seqs,
-        "max-num-batched-tokens": ours.max_num_batched_tokens,
-        "kv-cache-memory-bytes": ours.kv_cache_memory_bytes or 256 << 20,
-        "enforce-eager": True,
-        "enable-lora": True,
-        "max-lora-rank": ours.max_lora_rank,
-        "max-loras": ours.max_loras,
-    }
-    path = directory / "plain.yaml"
-    path.write_text(yaml.safe_dump(settings), encoding="utf-8")
-    os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", worker_binding(args, model_dir))
-    # The harness ends the command with the path of its own config, which the shell drops.
-    start = f"exec {sys.executable} -m vllm.entrypoints.launchers.api_server.entry --config {path}"
-    return ServerProcess(
-        directory, config, port=port, command=("/bin/sh", "-c", start, "sh"), ready_path="/health"
-    )

@@ -380,6 +380,13 @@ def test_a_client_that_leaves_frees_its_seat(server):
     server.call("POST", "/v1/training/resume")
 
 
+def test_an_answer_may_be_large(server):
+    body = {"model": "mace-tiny", "prompt": "Hi", "n": 8, "max_tokens": 1900, "min_tokens": 1900, "logprobs": 20}
+    reply = server.call("POST", "/v1/completions", json=body, timeout=120)
+    assert reply.status_code == 200
+    assert len(reply.content) > 5 << 20
+
+
 def total(server, metric):
     """Of all series of a metric."""
     lines = server.call("GET", "/metrics").text.splitlines()

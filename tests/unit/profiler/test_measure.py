@@ -126,6 +126,8 @@ def test_a_request_that_arrives_aborts_the_point_at_once_and_it_is_repeated():
         await asyncio.sleep(0.2)
         assert len(engine.samples) == seen  # and stays away while the request runs
         engine.foreign = 0
+        await asyncio.sleep(0.25)
+        assert len(engine.samples) == seen  # nor at once when it has ended: the client may have more to ask
         await measuring
         assert len(engine.samples) > seen
         return engine
