@@ -3,7 +3,7 @@ for long contexts."""
 
 import json
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -44,7 +44,7 @@ _SHAPES: dict[str, dict[str, int]] = {
 
 @contextmanager
 def model_directories(
-    names: Sequence[ModelName], state_dir: Path, show_progress: bool
+    names: Collection[ModelName], state_dir: Path, show_progress: bool
 ) -> Iterator[dict[str, Path]]:
     """Yield the directories of the models by name; random ones exist while the context lasts (up to 1 GB)."""
     from engine.model_source import resolve_model

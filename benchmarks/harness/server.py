@@ -312,6 +312,17 @@ def cpu_seconds(processes: Iterable[psutil.Process]) -> dict[psutil.Process, flo
     return times
 
 
+def cores_by_role(
+    before: Mapping[psutil.Process, float], after: Mapping[psutil.Process, float], elapsed_s: float
+) -> dict[str, float]:
+    """Cores that the processes of each role took between two readings of `cpu_seconds`, so many seconds apart."""
+    cores: dict[str, float] = {}
+    for process, spent_s in after.items():
+        role = role_of(title_of(process))
+        cores[role] = cores.get(role, 0.0) + (spent_s - before.get(process, 0.0)) / elapsed_s
+    return cores
+
+
 def plain_server(
     directory: Path, config: Path, model_dir: Path, options: Mapping[str, Any] | None = None
 ) -> ServerProcess:

@@ -23,6 +23,7 @@ from benchmarks.harness.jobs import MeasurementError
 from benchmarks.harness.report import AsJson, Out, StateDir, digits, ms, note, show, table_of
 from benchmarks.harness.server import (
     ServerProcess,
+    cores_by_role,
     cpu_seconds,
     own_servers,
     plain_server,
@@ -85,11 +86,10 @@ def measure(
     before, started_s = cpu_seconds(server.members()), time.monotonic()
     time.sleep(window_s)
     after, elapsed_s = cpu_seconds(server.members()), time.monotonic() - started_s
-    cores: dict[str, float] = {}
+    cores = cores_by_role(before, after, elapsed_s)
     resident_bytes: dict[str, int] = {}
-    for process, cpu_s in after.items():
+    for process in after:
         role = role_of(title_of(process))
-        cores[role] = cores.get(role, 0.0) + (cpu_s - before.get(process, 0.0)) / elapsed_s
         resident_bytes[role] = resident_bytes.get(role, 0) + _resident_bytes(process)
     ttfts_s = asyncio.run(_ask(server.url, model, num_requests))
     return {

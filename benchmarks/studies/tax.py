@@ -12,6 +12,7 @@ import itertools
 import json
 import math
 import os
+import shutil
 import statistics
 import time
 from collections.abc import Iterator, Sequence
@@ -25,7 +26,7 @@ import typer
 from benchmarks.harness.jobs import VERSIONED, MeasurementError
 from benchmarks.harness.models import TITLES, ModelName, model_directories
 from benchmarks.harness.report import AsJson, Column, Out, StateDir, checks_table, digits, note, show, table_of
-from benchmarks.harness.server import ServerProcess, cpu_seconds, own_servers, plain_server, role_of, title_of
+from benchmarks.harness.server import ServerProcess, cores_by_role, cpu_seconds, own_servers, plain_server
 from benchmarks.harness.statistics import ratio_of
 from benchmarks.studies.chaos.command import new_directories
 from profiler.device import installed_versions
@@ -89,10 +90,7 @@ def main(
     model: Annotated[Literal["tiny", "smollm2", "half-b", "all"], typer.Option(help="Which model")] = "all",
     seconds: Annotated[float, typer.Option(min=5, help="Length of each open loop")] = 40.0,
     repeats: Annotated[int, typer.Option(min=1, help="How often each load is repeated")] = 3,
-    quick: Annotated[
-        bool,
-        typer.Option(help="Two models, three servers, one rate and one stream"),
-    ] = False,
+    quick: Annotated[bool, typer.Option(help="Two models, three servers, one rate and one stream")] = False,
     cells: Annotated[Path | None, typer.Option(help="Keep each measured cell here, and go on from there")] = None,
     state_dir: StateDir = Path("state"),
     out: Out = None,
@@ -101,8 +99,13 @@ def main(
     names: list[ModelName] = [model] if model != "all" else ["tiny", "smollm2"] if quick else list(RATES)
     sides = QUICK_SIDES if quick else tuple(SIDES)
     own_servers()
-    found = [json.loads(line) for line in cells.read_text().splitlines()] if cells and cells.exists() else []
-    with model_directories(names, state_dir, show_progress=not as_json) as directories:
+    found = []
+    if cells is not None and cells.exists():
+        found = [json.loads(line) for line in cells.read_text(encoding="utf-8").splitlines()]
+    built = {*names, "smollm2"} if "half-b" in names else names
+    with model_directories(built, state_dir, show_progress=not as_json) as directories:
+        if "half-b" in names:
+            _lend_tokenizer(directories["smollm2"], directories["half-b"])
         for name in names:
             middle = RATES[name][1]
             rates, streams = ((middle,), (1,)) if quick else (RATES[name], STREAMS)
@@ -123,6 +126,12 @@ def main(
     report = make_report([cell for cell in found if cell["model"] in names])
     show(report, _tables(report), as_json, out)
     raise typer.Exit(0 if all(check["passed"] in (True, None) for check in report["checks"]) else 1)
+
+
+def _lend_tokenizer(lender: Path, borrower: Path) -> None:
+    """Random weights have no words of their own, and vLLM's client and servers want a tokenizer."""
+    for path in (*lender.glob("*token*"), *lender.glob("chat_template*")):
+        shutil.copy(path, borrower)
 
 
 def _turned(sides: Sequence[str], repeat: int) -> Sequence[str]:
@@ -190,10 +199,7 @@ def _ask(
     elapsed_s = time.monotonic() - started_s
     if result["failed"] or result["completed"] != num_prompts:
         raise MeasurementError(f"{num_prompts - result['completed']} of {num_prompts} requests failed")
-    cores: dict[str, float] = {}
-    for process, spent_s in cpu_seconds(server.members()).items():
-        role = role_of(title_of(process))
-        cores[role] = cores.get(role, 0.0) + (spent_s - before.get(process, 0.0)) / elapsed_s
+    cores = cores_by_role(before, cpu_seconds(server.members()), elapsed_s)
     return {
         **{key: result[_field(key)] for key in _NUMBERS if key != "tokens_per_s"},
         "tokens_per_s": result["output_throughput"],

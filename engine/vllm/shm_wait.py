@@ -22,14 +22,14 @@ class _SleepCondition:
     missed, as others wait in it; one that is sent before the reader waits ends the wait at once.
     """
 
-    def __init__(self, is_reader: bool, context: Any, notify_address: str, busy_loop_s: float = 0.0) -> None:  # noqa: ARG002
+    local_notify_socket = read_cancel_socket = write_cancel_socket = None
+    """vLLM closes these with the queue; there are none."""
+
+    def __init__(self, is_reader: bool, context: Any, notify_address: str) -> None:  # noqa: ARG002 - vLLM's
         self.is_reader = is_reader
         self._name = notify_address.rpartition("/")[2]
         self._own = b""
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
-        self.local_notify_socket = self.read_cancel_socket = self.write_cancel_socket = (
-            None  # nothing for vLLM to close
-        )
         if is_reader:
             self._bind()
 
