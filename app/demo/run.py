@@ -1,4 +1,4 @@
-"""The demo's course: survey, prefer one style, wait, survey, prefer another, wait, survey.
+"""The demo's course: survey, then for one taste after the other: prefer it, wait until it is learnt, survey again.
 
 A background client keeps asking meanwhile and times what it gets. Time to first token (TTFT) includes queueing and the
 HTTP stack; time between tokens (TBT) is the gap between two streamed chunks. Failed requests are counted, never
@@ -8,7 +8,7 @@ retried.
 import asyncio
 import itertools
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,8 +16,9 @@ from typing import Any
 import numpy as np
 from openai import AsyncOpenAI, OpenAIError
 
-from app.demo.taste import Survey, make_preferences, post_preferences, survey
-from engine.tiny.knowledge import Question, Style, held_out_questions, preference_questions
+from app.demo.guard import MAX_FALL, MAX_LOSS_RISE, MAX_REPETITION_RISE, Guard
+from app.demo.subjects import subject_of
+from app.demo.taste import DemoError, Subject, Survey, User
 
 _QUIET_S = 3.0
 """Learning is over when nothing was queued or running for this long."""
@@ -27,24 +28,25 @@ _TIMED_S = 5.0
 _STREAMS = 2
 """Questions of the background client that are asked at a time."""
 
+_NUM_EXAMPLES = 20
+"""Held-out questions, the first ones, whose answers are shown before and after."""
+
 Say = Callable[[str], None]
-
-
-class DemoError(RuntimeError):
-    """The server does not serve the tiny built-in model, or did not finish learning in time."""
 
 
 @dataclass(frozen=True, slots=True)
 class DemoOptions:
-    """The demo's questions, styles and waiting times."""
+    """The demo's questions, tastes and waiting times."""
 
     base_url: str
-    first: Style
-    second: Style
+    tastes: Sequence[str] = ()
+    """In the order in which they are taught; empty for the course of the model that is served."""
     preferences: int = 60
     questions: int = 60
-    samples: int = 8
-    timeout_s: float = 300.0
+    samples: int = 4
+    timeout_s: float = 600.0
+    guard: bool = True
+    """Whether to measure what the model can besides, where the subject does not judge that itself."""
     api_key: str = "none"
 
 
@@ -73,46 +75,186 @@ async def run_demo(options: DemoOptions, say: Say) -> dict[str, Any]:
 
     Raises:
         openai.OpenAIError: the server is not there or refuses.
-        DemoError: it does not serve the tiny built-in model, or is still learning after `DemoOptions.timeout_s`.
+        DemoError: it serves a model that no program judges, lacks a taste that was asked for, or is still learning
+            after `DemoOptions.timeout_s`.
     """
     async with AsyncOpenAI(base_url=f"{options.base_url}/v1", api_key=options.api_key, max_retries=0) as client:
         card = (await client.models.list()).data[0]
-        model, root = card.id, getattr(card, "root", "")
-        if not str(root).startswith("tiny-assistant"):
+        model, root = card.id, str(getattr(card, "root", ""))
+        subject = subject_of(root)
+        if subject is None:
             raise DemoError(
-                f"the demo judges the answers of the tiny built-in model, but {model} is {root}; "
-                "start `mace serve serve_config.tiny.yaml`"
+                f"the demo judges the answers of the two built-in models, but {model} is {root}; "
+                "start `make serve`, or `mace serve serve_config.tiny.yaml`"
             )
-        asked = held_out_questions()[: options.questions]
-        say(f"{model}: asking {len(asked)} held-out questions, {options.samples} times each")
-        before = await survey(client, model, asked, options.samples)
-        async with _background_client(client, model, asked) as idle:
-            await asyncio.sleep(_TIMED_S)
-        phases: list[dict[str, Any]] = []
-        for style in (options.first, options.second):
-            phases.append(await _teach(client, model, style, options, before if not phases else None, say))
-        return {
-            "model": model,
+        unknown = [taste for taste in options.tastes if taste not in subject.tastes]
+        if unknown:
+            raise DemoError(f"the demo knows no taste {unknown[0]} for {model}, only {', '.join(subject.tastes)}")
+        return await _Demo(client, User(client, model, subject), options, say).run()
+
+
+class _Demo:
+    def __init__(self, client: AsyncOpenAI, user: User, options: DemoOptions, say: Say) -> None:
+        self._client, self._user, self._options, self._say = client, user, options, say
+        self._subject = user.subject
+        knows_truth = user.subject.knows_truth
+        self._guard = Guard(client, user.model) if options.guard and not knows_truth else None
+
+    async def run(self) -> dict[str, Any]:
+        """Every taste, one after the other."""
+        options, subject = self._options, self._subject
+        asked = min(options.questions, len(subject.held_out))
+        self._say(f"{self._user.model}: asking {asked} held-out questions, {options.samples} times each")
+        before = await self._survey()
+        abilities = await self._choose_guard()
+        examples = await self._examples()
+        async with _background_client(self._client, self._user.model, subject) as idle:
+            await asyncio.sleep(_TIMED_S + 2 * subject.pause_s)
+        report: dict[str, Any] = {
+            "model": self._user.model,
             "before": before.to_wire(),
+            "abilities": abilities,
             "without_learning": idle.summary(),
-            "phases": phases,
-            "failed_requests": sum(phase["while_learning"]["failed"] for phase in phases) + len(idle.errors),
+            "phases": [],
         }
+        latest = before
+        for taste in options.tastes or subject.course:
+            phase, latest = await self._teach(taste, latest)
+            if self._guard is not None and abilities is not None:
+                phase["abilities"] = await self._guard.measure()
+                phase["kept"] = _kept(abilities, phase["abilities"], before, latest)
+                self._say(_told(phase["abilities"], latest))
+            report["phases"].append(phase)
+        answers = await self._examples()
+        report["examples"] = [
+            {"question": question, "before": old, "after": new}
+            for question, old, new in zip(subject.held_out, examples, answers, strict=False)
+        ]
+        report["failed_requests"] = len(idle.errors)
+        report["failed_requests"] += sum(phase["while_learning"]["failed"] for phase in report["phases"])
+        return report
+
+    async def _survey(self) -> Survey:
+        return await self._user.survey(self._options.questions, self._options.samples)
+
+    async def _choose_guard(self) -> dict[str, Any] | None:
+        if self._guard is None:
+            return None
+        self._say("looking for questions with one right answer that it knows")
+        num_items = await self._guard.choose()
+        if not num_items:
+            raise DemoError(
+                f"{self._user.model} answers no question of the guard right; --no-guard goes on without it"
+            )
+        abilities = await self._guard.measure()
+        self._say(f"it knows {num_items}; loss on neutral texts {abilities['neutral_loss']:.3f}")
+        return abilities
+
+    async def _examples(self) -> list[str]:
+        if self._guard is None:
+            return []
+        return await self._guard.answers(self._subject.held_out[:_NUM_EXAMPLES], self._subject.max_tokens)
+
+    async def _teach(self, taste: str, before: Survey) -> tuple[dict[str, Any], Survey]:
+        """Prefer a taste until it is learnt: what happened, and how the model answers then."""
+        options, say = self._options, self._say
+        old_live = await self._live_version()
+        say(f"{taste}: {_shares(before, taste)}; drawing {options.preferences} preferences")
+        items = await self._user.preferences(taste, options.preferences)
+        started_s = time.monotonic()
+        async with _background_client(self._client, self._user.model, self._subject) as timings:
+            ids = await self._user.post(items)
+            training = await self._wait_until_learnt(old_live, started_s)
+            learnt_s = time.monotonic() - started_s - _QUIET_S
+        after = await self._survey()
+        new_live = await self._live_version()
+        say(f"{taste}: {_shares(after, taste)}, {new_live} is live after {learnt_s:.0f} s")
+        phase = {
+            "taste": taste,
+            "preferences": len(ids),
+            "from_own_samples": sum(item.get("type") == "preference" for item in items),
+            "before": before.to_wire(),
+            "after": after.to_wire(),
+            "share_before": round(before.shares[taste], 3),
+            "share_after": round(after.shares[taste], 3),
+            "live_before": old_live,
+            "live_after": new_live,
+            "learnt_after_s": round(learnt_s, 1),
+            "training": training,
+            "while_learning": timings.summary(),
+        }
+        return phase, after
+
+    async def _live_version(self) -> str:
+        adapters: Any = await self._client.get("/adapters", cast_to=object)
+        return str(adapters["live"])
+
+    async def _wait_until_learnt(self, old_live: str, started_s: float) -> dict[str, Any]:
+        """Until nothing has been queued, leased or running for a while."""
+        deadline_s = started_s + self._options.timeout_s
+        quiet_since_s: float | None = None
+        steps_said = -1
+        live = old_live
+        versions: list[dict[str, Any]] = []
+        while time.monotonic() < deadline_s:
+            state: Any = await self._client.get("/training", cast_to=object)
+            if not state["enabled"]:
+                raise DemoError("training is disabled on this server")
+            executor, queue = state["executor"], state.get("queue", {"queued_pairs": 1, "leased_batches": 0})
+            busy = executor["phase"] != "idle" or queue["queued_pairs"] or queue["leased_batches"]
+            now_s = time.monotonic()
+            quiet_since_s = None if busy else quiet_since_s or now_s
+            if quiet_since_s is not None and now_s - quiet_since_s >= _QUIET_S:
+                counts = {name: executor[name] for name in ("steps", "pairs", "last")}
+                return counts | {"versions": versions}
+            if (now_live := await self._live_version()) != live:
+                live = now_live
+                versions.append({"version": live, "after_s": round(now_s - started_s, 1)})
+                self._say(f"  {live} is live after {now_s - started_s:.0f} s")
+            if executor["steps"] >= steps_said + 10:
+                steps_said = executor["steps"]
+                last = executor["last"]
+                loss = f": loss {last['loss']:.3f}, margin {last['margin']:.2f}" if last else ""
+                self._say(f"  step {steps_said}{loss}")
+            await asyncio.sleep(_POLL_S)
+        raise DemoError(f"the server was still learning after {self._options.timeout_s:.0f} s")
+
+
+def _shares(survey: Survey, taste: str) -> str:
+    right = "" if survey.right_share is None else f", {survey.right_share:.0%} right"
+    return f"{survey.shares[taste]:.0%} of answers{right}"
+
+
+def _told(abilities: dict[str, Any], survey: Survey) -> str:
+    return (
+        f"  still right: {abilities['right']:.1%} of {abilities['items']}; loss on neutral texts "
+        f"{abilities['neutral_loss']:.3f}; repetition {survey.repetition:.3f}"
+    )
+
+
+def _kept(start: dict[str, Any], now: dict[str, Any], before: Survey, after: Survey) -> bool:
+    """Whether the model still can what it could before it was taught anything."""
+    return bool(
+        now["right"] >= start["right"] - MAX_FALL
+        and now["neutral_loss"] <= start["neutral_loss"] + MAX_LOSS_RISE
+        and after.repetition <= before.repetition + MAX_REPETITION_RISE
+    )
 
 
 @asynccontextmanager
-async def _background_client(client: AsyncOpenAI, model: str, questions: list[Question]) -> AsyncIterator[Timings]:
+async def _background_client(client: AsyncOpenAI, model: str, subject: Subject) -> AsyncIterator[Timings]:
     """Ask question after question in `_STREAMS` streams until the context ends, which drops those in flight."""
     client, timings = client.with_options(max_retries=0), Timings()
 
     async def ask_on(start: int) -> None:
-        for question in itertools.islice(itertools.cycle(questions), start, None, _STREAMS):
+        for question in itertools.islice(itertools.cycle(subject.held_out), start, None, _STREAMS):
             timings.num_requests += 1
             try:
-                await _time_answer(client, model, question.text, timings)
+                await _time_answer(client, model, question, timings)
             except OpenAIError as error:
                 timings.errors.append(f"{type(error).__name__}: {error}")
                 await asyncio.sleep(0.2)
+            await asyncio.sleep(subject.pause_s)
 
     tasks = [asyncio.create_task(ask_on(start)) for start in range(_STREAMS)]
     try:
@@ -143,70 +285,6 @@ async def _time_answer(client: AsyncOpenAI, model: str, question: str, timings: 
         else:
             timings.tbt_s.append(now_s - last_s)
         last_s = now_s
-
-
-async def _teach(
-    client: AsyncOpenAI, model: str, style: Style, options: DemoOptions, before: Survey | None, say: Say
-) -> dict[str, Any]:
-    asked = held_out_questions()[: options.questions]
-    if before is None:
-        before = await survey(client, model, asked, options.samples)
-    old_live = await _live_version(client)
-    say(
-        f"{style.value}: {before.share(style):.0%} of answers, {before.right_share:.0%} right; posting preferences"
-    )
-    items = await make_preferences(client, model, preference_questions()[: options.preferences], style)
-    started_s = time.monotonic()
-    async with _background_client(client, model, asked) as timings:
-        ids = await post_preferences(client, items)
-        training = await _wait_until_learnt(client, options.timeout_s, say)
-        learnt_s = time.monotonic() - started_s - _QUIET_S
-    after = await survey(client, model, asked, options.samples)
-    new_live = await _live_version(client)
-    say(f"{style.value}: {after.share(style):.0%} of answers, {after.right_share:.0%} right, {new_live} is live")
-    return {
-        "style": style.value,
-        "preferences": len(ids),
-        "before": before.to_wire(),
-        "after": after.to_wire(),
-        "share_before": round(before.share(style), 3),
-        "share_after": round(after.share(style), 3),
-        "right_change": round(after.right_share - before.right_share, 3),
-        "live_before": old_live,
-        "live_after": new_live,
-        "learnt_after_s": round(learnt_s, 1),
-        "training": training,
-        "while_learning": timings.summary(),
-    }
-
-
-async def _live_version(client: AsyncOpenAI) -> str:
-    adapters: Any = await client.get("/adapters", cast_to=object)
-    return str(adapters["live"])
-
-
-async def _wait_until_learnt(client: AsyncOpenAI, timeout_s: float, say: Say) -> dict[str, Any]:
-    """Until nothing has been queued, leased or running for a while."""
-    deadline_s = time.monotonic() + timeout_s
-    quiet_since_s: float | None = None
-    steps_said = -1
-    while time.monotonic() < deadline_s:
-        state: Any = await client.get("/training", cast_to=object)
-        if not state["enabled"]:
-            raise DemoError("training is disabled on this server")
-        executor, queue = state["executor"], state.get("queue", {"queued_pairs": 1, "leased_batches": 0})
-        busy = executor["phase"] != "idle" or queue["queued_pairs"] or queue["leased_batches"]
-        now_s = time.monotonic()
-        quiet_since_s = None if busy else quiet_since_s or now_s
-        if quiet_since_s is not None and now_s - quiet_since_s >= _QUIET_S:
-            return {"steps": executor["steps"], "pairs": executor["pairs"], "last": executor["last"]}
-        if executor["steps"] >= steps_said + 10:
-            steps_said = executor["steps"]
-            last = executor["last"]
-            loss = f": loss {last['loss']:.3f}, margin {last['margin']:.2f}" if last else ""
-            say(f"  step {steps_said}{loss}")
-        await asyncio.sleep(_POLL_S)
-    raise DemoError(f"the server was still learning after {timeout_s:.0f} s")
 
 
 def _percentiles(values: list[float]) -> dict[str, float | None]:

@@ -1,18 +1,63 @@
-"""A user with a taste: asks questions, tells how often the answers are right and in the style it likes, and says so.
+"""A user with a taste: asks questions, tells how often the answers are as it likes them, and says which it prefers.
 
-Works with the tiny built-in model, whose replies a program can judge (engine.tiny.knowledge).
+What a program can judge differs by model, so each has a `Subject`: the questions, the tastes, and the judge.
 """
 
 import asyncio
 from collections import Counter
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
 
 from openai import AsyncOpenAI
 
-from engine.tiny.knowledge import Question, Style, judge, render
-
 _CONCURRENCY = 16
+
+
+class DemoError(RuntimeError):
+    """The server serves a model that nobody can judge, lacks answers to prefer, or did not finish learning in time."""
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """What a judge says of one answer."""
+
+    tastes: frozenset[str]
+    """The tastes that it suits."""
+    is_right: bool | None
+    """None where the judge does not know."""
+
+
+class Subject(Protocol):
+    """What a program can ask one model and judge of its answers."""
+
+    knows_truth: bool
+    """Whether `judge` tells right answers from wrong ones."""
+    tastes: tuple[str, ...]
+    course: tuple[str, ...]
+    """The tastes that the demo teaches one after the other unless it is told others."""
+    max_tokens: int
+    """Of an answer."""
+    candidates: int
+    """Answers sampled for each preference; more make it likelier that one suits."""
+    pause_s: float
+    """What the background client waits between an answer and its next question, as a reader does."""
+    held_out: Sequence[str]
+    """Questions on which the effect is measured."""
+    for_preferences: Sequence[str]
+    """Questions on which preferences are posted; none is held out."""
+
+    def judge(self, question: str, answer: str) -> Verdict:
+        """Say which tastes an answer suits, and whether it is right."""
+        ...
+
+    def instruction(self, taste: str) -> str | None:
+        """A system prompt under which the model answers in that taste; None if there is none."""
+        ...
+
+    def written(self, question: str, taste: str) -> str | None:
+        """A right answer in that taste, written by a program; None if no program can."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,96 +65,146 @@ class Survey:
     """How the model answers a set of questions, sampled at temperature 1."""
 
     num_replies: int
-    right_share: float
-    style_shares: dict[str, float]
-
-    def share(self, style: Style) -> float:
-        """Share of replies in that style."""
-        return self.style_shares[style.value]
+    right_share: float | None
+    shares: dict[str, float]
+    """Share of replies that suit a taste, by taste."""
+    repetition: float
+    """Mean share of four words in a row that the same reply has said before."""
+    mean_words: float
 
     def to_wire(self) -> dict[str, Any]:
         """Shares rounded to three digits."""
-        styles = {name: round(share, 3) for name, share in self.style_shares.items()}
-        return {"replies": self.num_replies, "right": round(self.right_share, 3), "styles": styles}
+        return {
+            "replies": self.num_replies,
+            "right": None if self.right_share is None else round(self.right_share, 3),
+            "tastes": {name: round(share, 3) for name, share in self.shares.items()},
+            "repetition": round(self.repetition, 4),
+            "words": round(self.mean_words, 1),
+        }
 
 
 @dataclass(frozen=True, slots=True)
 class _Asked:
-    question: Question
+    question: str
     response_id: str
     texts: list[str]
-    ends: list[str]
-    """The finish reason of each."""
+    is_whole: list[bool]
+    """Whether the model ended the answer itself."""
 
 
-async def survey(client: AsyncOpenAI, model: str, questions: list[Question], samples: int) -> Survey:
-    """Ask every question `samples` times and judge the replies."""
-    asked = await _ask_all(client, model, questions, samples)
-    judged = [judge(one.question, text) for one in asked for text in one.texts]
-    counts = Counter(judgement.style for judgement in judged)
-    return Survey(
-        num_replies=len(judged),
-        right_share=sum(judgement.is_right for judgement in judged) / len(judged),
-        style_shares={style.value: counts[style] / len(judged) for style in Style},
-    )
+def repetition(text: str) -> float:
+    """Share of the runs of four words that stood in the text before, 0 to 1."""
+    words = text.lower().split()
+    runs = [tuple(words[start : start + 4]) for start in range(len(words) - 3)]
+    return 1 - len(set(runs)) / len(runs) if runs else 0.0
 
 
-async def make_preferences(
-    client: AsyncOpenAI, model: str, questions: list[Question], style: Style
-) -> list[dict[str, Any]]:
-    """One preference for `style` on each question, as bodies of `POST /v1/feedback`.
+@dataclass(slots=True)
+class User:
+    """Somebody who asks one model over HTTP, counts how its answers are, and says what is preferred."""
 
-    Where the model gave a right answer in that style, it is chosen over another of its own answers; where it did not,
-    one of its answers is corrected to that style. Where all its answers are in that style, one in another is made up.
-    """
-    return [_feedback_on(one, style) for one in await _ask_all(client, model, questions, samples=8)]
+    client: AsyncOpenAI
+    model: str
+    subject: Subject
+    _room: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(_CONCURRENCY))
 
+    async def survey(self, num_questions: int, samples: int) -> Survey:
+        """Ask the first `num_questions` held-out questions `samples` times each and judge the replies."""
+        questions = self.subject.held_out[:num_questions]
+        asked = await asyncio.gather(*(self._ask(question, samples) for question in questions))
+        answers = [text for one in asked for text in one.texts]
+        verdicts = [self.subject.judge(one.question, text) for one in asked for text in one.texts]
+        counts = Counter(taste for verdict in verdicts for taste in verdict.tastes)
+        known = [verdict.is_right for verdict in verdicts if verdict.is_right is not None]
+        return Survey(
+            num_replies=len(verdicts),
+            right_share=sum(known) / len(known) if known else None,
+            shares={taste: counts[taste] / len(verdicts) for taste in self.subject.tastes},
+            repetition=sum(map(repetition, answers)) / len(answers),
+            mean_words=sum(len(text.split()) for text in answers) / len(answers),
+        )
 
-async def post_preferences(client: AsyncOpenAI, items: list[dict[str, Any]]) -> list[str]:
-    """Post them in one call; returns the ids of the records. A RuntimeError if the server refused one of them."""
-    reply = await client.post("/feedback", body={"items": items}, cast_to=object)
-    outcomes = reply["data"]  # type: ignore[index]
-    refused = [outcome for outcome in outcomes if outcome["status"] == "error"]
-    if refused:
-        raise RuntimeError(f"{len(refused)} preferences were refused, the first: {refused[0]}")
-    return [outcome["id"] for outcome in outcomes]
+    async def preferences(self, taste: str, count: int) -> list[dict[str, Any]]:
+        """`count` preferences for a taste, one on each question, as bodies of `POST /v1/feedback`.
 
+        Where the model gives an answer that suits and one that does not, the first is chosen over the second. Where
+        none suits, one is corrected to an answer that does: the model's own under `Subject.instruction`, or a written
+        one. Questions on which nothing can be said so are passed over.
 
-def _feedback_on(asked: _Asked, style: Style) -> dict[str, Any]:
-    liked, disliked = None, None
-    for index, text in enumerate(asked.texts):
-        judgement = judge(asked.question, text)
-        if judgement.style is not style:
-            disliked = index
-        elif judgement.is_right and asked.ends[index] == "stop":
-            liked = index
-    item: dict[str, Any] = {"source": "demo", "user": "demo"}
-    if disliked is None:  # an answer in another style is the worse one
-        item["prompt"] = [{"role": "user", "content": asked.question.text}]
-        item["chosen"] = render(asked.question, style)
-        item["rejected"] = render(asked.question, next(one for one in Style if one is not style))
-    elif liked is None:
+        Raises:
+            DemoError: the questions do not give that many.
+        """
+        items: list[dict[str, Any]] = []
+        left = list(self.subject.for_preferences)
+        while left and len(items) < count:
+            number = count - len(items)
+            batch, left = left[:number], left[number:]
+            found = await asyncio.gather(*(self._prefer(question, taste) for question in batch))
+            items += [item for item in found if item is not None]
+        if len(items) < count:
+            raise DemoError(
+                f"{self.model}'s answers gave {len(items)} preferences for the taste {taste} instead of {count}; "
+                f"--preferences {len(items)} asks for no more"
+            )
+        return items
+
+    async def post(self, items: list[dict[str, Any]]) -> list[str]:
+        """Post feedback in one call; returns the ids of the records. A DemoError if the server refused one of them."""
+        reply = await self.client.post("/feedback", body={"items": items}, cast_to=object)
+        outcomes = reply["data"]  # type: ignore[index]
+        refused = [outcome for outcome in outcomes if outcome["status"] == "error"]
+        if refused:
+            raise DemoError(f"{len(refused)} preferences were refused, the first: {refused[0]}")
+        return [outcome["id"] for outcome in outcomes]
+
+    async def _prefer(self, question: str, taste: str) -> dict[str, Any] | None:
+        asked = await self._ask(question, self.subject.candidates)
+        liked, disliked = None, None
+        for index, text in enumerate(asked.texts):
+            verdict = self.subject.judge(question, text)
+            if taste not in verdict.tastes:
+                disliked = index
+            elif verdict.is_right is not False and asked.is_whole[index]:
+                liked = index
+        item: dict[str, Any] = {"source": "demo", "user": "demo"}
+        if disliked is None:  # an answer in another taste is the worse one
+            other = next(one for one in self.subject.tastes if one != taste)
+            chosen, rejected = self.subject.written(question, taste), self.subject.written(question, other)
+            if chosen is None or rejected is None:
+                return None
+            item["prompt"] = [{"role": "user", "content": question}]
+            return item | {"chosen": chosen, "rejected": rejected}
+        if liked is not None:
+            item |= {"type": "preference", "chosen_id": asked.response_id, "chosen_choice_index": liked}
+            return item | {"rejected_id": asked.response_id, "rejected_choice_index": disliked}
+        value = await self._wanted(question, taste)
+        if value is None:
+            return None
         item |= {"type": "correction", "response_id": asked.response_id, "choice_index": disliked}
-        item["value"] = render(asked.question, style)
-    else:
-        item |= {"type": "preference", "chosen_id": asked.response_id, "chosen_choice_index": liked}
-        item |= {"rejected_id": asked.response_id, "rejected_choice_index": disliked}
-    return item
+        return item | {"value": value}
 
+    async def _wanted(self, question: str, taste: str) -> str | None:
+        """An answer that suits the taste."""
+        instruction = self.subject.instruction(taste)
+        if instruction is None:
+            return self.subject.written(question, taste)
+        asked = await self._ask(question, self.subject.candidates, instruction)
+        for text, is_whole in zip(asked.texts, asked.is_whole, strict=True):
+            if is_whole and taste in self.subject.judge(question, text).tastes:
+                return text
+        return None
 
-async def _ask_all(client: AsyncOpenAI, model: str, questions: list[Question], samples: int) -> list[_Asked]:
-    room = asyncio.Semaphore(_CONCURRENCY)
-
-    async def ask(question: Question) -> _Asked:
-        async with room:
-            reply = await client.chat.completions.create(
-                model=model,
-                messages=[{"role": "user", "content": question.text}],
+    async def _ask(self, question: str, samples: int, instruction: str | None = None) -> _Asked:
+        messages: list[Any] = [{"role": "user", "content": question}]
+        if instruction is not None:
+            messages.insert(0, {"role": "system", "content": instruction})
+        async with self._room:
+            reply = await self.client.chat.completions.create(
+                model=self.model,
+                messages=messages,
                 n=samples,
                 temperature=1.0,
-                max_tokens=64,
+                max_tokens=self.subject.max_tokens,
             )
         texts = [choice.message.content or "" for choice in reply.choices]
-        return _Asked(question, reply.id, texts, [choice.finish_reason for choice in reply.choices])
-
-    return await asyncio.gather(*map(ask, questions))
+        return _Asked(question, reply.id, texts, [choice.finish_reason == "stop" for choice in reply.choices])

@@ -57,18 +57,20 @@ def check_origin(allowed: Collection[str]) -> Step:
     """A step: refuse a change or a generation that a page of another site asks for.
 
     Browsers send such a page's POST of plain text without asking for leave by CORS, and name the page in `Origin`.
+    They ask leave for other requests, by OPTIONS, and are told the same, with 400 as CORS has it.
     `allowed` are origins that may, `*` for all; the server's own may in any case.
     """
 
     async def check(request: ClientRequest, go_on: GoOn) -> None:
         headers = dict(request.headers)
         origin = headers.get(b"origin")
-        if origin and request.scope["method"] not in _READING_METHODS:
+        asks_for_leave = b"access-control-request-method" in headers
+        if origin and (asks_for_leave or request.scope["method"] not in _READING_METHODS):
             name = origin.decode("latin-1")
             if not {name, "*"} & set(allowed) and origin.rpartition(b"://")[2] != headers.get(b"host"):
                 listed = "engine.frontend_kwargs.allowed_origins lists those that may"
                 message = f"a page of {name[:200]} may not send this; {listed}"
-                raise BadRequestError(message, status=403, reason="origin")
+                raise BadRequestError(message, status=400 if asks_for_leave else 403, reason="origin")
         await go_on()
 
     return check

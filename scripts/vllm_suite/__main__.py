@@ -1,9 +1,10 @@
 """Runs vLLM's own tests of its HTTP server against plain vLLM and against MACE, one server after the other.
 
 Both serve the built-in model, with one adapter that changes nothing, so that a difference is the server's. In MACE
-the adapter is live. CHECKOUT is vLLM's source at the commit that stands in `expected.tsv`: a clone, or what
-`pip download --no-binary vllm vllm==0.32.0` unpacks. Its tests are copied to the work directory, with the names of
-models and adapters replaced by ours; nothing of them is kept in this repository but their ids and how they end.
+the adapter is live. CHECKOUT is vLLM's source at the commit that stands in `expected.tsv`: a clone, or the
+unpacked source distribution of that version from the package index, `vllm-0.32.0.tar.gz`. Its tests are copied to
+the work directory, with the names of models and adapters replaced by ours; nothing of them is kept in this
+repository but their ids and how they end.
 
 The exit code is 1 if a test does not end as `expected.tsv` says; 2 if the checkout is another one.
 """
@@ -37,7 +38,7 @@ from engine.training.trainable import TARGET_MODULES, TrainableModel
 from engine.vllm.compat import worker_binding
 
 _ROOT = Path(__file__).parents[2]
-_CONFIG = _ROOT / "serve_config.yaml"
+_CONFIG = _ROOT / "serve_config.tiny.yaml"
 _EXPECTED = Path(__file__).with_name("expected.tsv")
 _COMMIT = "5df63a720"
 """vLLM v0.32.0."""
@@ -247,7 +248,7 @@ class Suite:
 
 
 def _served_args() -> dict[str, object]:
-    """The settings of `serve_config.yaml`."""
+    """The settings of `serve_config.tiny.yaml`."""
     document = yaml.safe_load(_CONFIG.read_text(encoding="utf-8"))
     args: dict[str, object] = document["applications"][0]["args"]
     return args

@@ -52,7 +52,7 @@ def test_nothing_is_lost_when_an_engine_and_the_store_owner_are_killed(start_cha
     assert report["versions"]["half_written"] == {}
     assert report["left_behind"] == 0
     assert 1 < report["recovery_s"]["engine"]["max"] < 100  # a new engine loads the model, in the same replica
-    assert report["requests"]["sent"] > 50
+    assert report["requests"]["sent"] > 20
 
 
 def test_an_interrupted_run_ends_its_server(start_chaos, tmp_path):

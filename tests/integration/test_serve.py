@@ -22,7 +22,6 @@ from openai import APIError, NotFoundError, OpenAI
 
 from app.demo.run import DemoOptions, run_demo
 from benchmarks.harness.server import ServerError, ServerProcess, title_of
-from engine.tiny.knowledge import Style
 from tests.support.openapi_calls import undocumented
 from tests.support.random_requests import encode, random_request
 
@@ -240,7 +239,7 @@ def test_two_thumbs_on_one_prompt_make_a_pair(server, client):
 
 
 def test_it_learns_a_style_and_then_another(server):
-    options = DemoOptions(server.url, Style.POLITE, Style.EXPLAINED, samples=6)
+    options = DemoOptions(server.url, samples=6)
     report = asyncio.run(run_demo(options, print))
     first, second = report["phases"]
     assert report["failed_requests"] == 0
@@ -361,6 +360,17 @@ def seconds_until_idle(server):
     return time.monotonic() - began_s
 
 
+def leave(server, path, body):
+    """Ask, and go after half a second. Who gets no processor for seconds finds the whole answer: once more."""
+    for _ in range(3):
+        try:
+            reply = server.call("POST", path, json=body, timeout=0.5)
+        except httpx.ReadTimeout:
+            return
+        assert reply.status_code == 200, reply.text
+    pytest.fail(f"{path} answered three times within half a second")
+
+
 def test_a_client_that_leaves_frees_its_seat(server):
     server.call("POST", "/v1/training/pause")  # its sample answers run in the engine too
     seconds_until_idle(server)
@@ -374,8 +384,7 @@ def test_a_client_that_leaves_frees_its_seat(server):
         "/v1/chat/completions": chat,
         "/invocations": {**long, "prompt": "Hi"},
     }.items():
-        with pytest.raises(httpx.ReadTimeout):
-            server.call("POST", path, json=body, timeout=0.5)
+        leave(server, path, body)
         assert seconds_until_idle(server) < whole_s / 2, path
     server.call("POST", "/v1/training/resume")
 

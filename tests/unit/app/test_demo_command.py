@@ -3,7 +3,7 @@ import typer
 from typer.testing import CliRunner
 
 from app.commands import demo
-from app.demo import run
+from app.demo import run, taste
 
 UNREACHABLE = "http://127.0.0.1:9"
 
@@ -25,13 +25,13 @@ def test_the_demo_runs_without_a_sub_command(mace, monkeypatch):
 
     async def remember(options, say):
         seen.append(options)
-        raise run.DemoError("enough")
+        raise taste.DemoError("enough")
 
     monkeypatch.setattr(run, "run_demo", remember)
-    result = mace("--preferences", "7", "--second", "terse", "--url", UNREACHABLE)
+    result = mace("--preferences", "7", "--taste", "polite", "--taste", "terse", "--url", UNREACHABLE)
     assert result.exit_code == 1
     assert "enough" in result.output
-    assert (seen[0].preferences, seen[0].second, seen[0].base_url) == (7, "terse", UNREACHABLE)
+    assert (seen[0].preferences, seen[0].tastes, seen[0].base_url) == (7, ("polite", "terse"), UNREACHABLE)
 
 
 def test_a_sub_command_runs_instead_of_the_demo(mace):

@@ -262,6 +262,13 @@ def test_a_page_of_another_origin_sends_nothing(refused, origin, allowed, status
     assert client.get("/do", headers=headers).status_code == 200
 
 
+def test_a_page_that_asks_leave_of_cors_gets_an_error_of_openais_shape(refused):
+    client = TestClient(RequestChain(FastAPI(), [check_origin(())], 1000, refused.append))
+    headers = {"Origin": "http://evil.example", "Access-Control-Request-Method": "POST"}
+    reply = client.options("/do", headers=headers)
+    assert (reply.status_code, "may not send this" in reply.json()["error"]["message"]) == (400, True)
+
+
 def test_a_stream_in_which_the_server_fails_ends_with_an_error_event():
     async def fails(scope, receive, send):
         headers = [(b"content-type", b"text/event-stream; charset=utf-8")]

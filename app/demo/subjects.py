@@ -1,0 +1,120 @@
+"""The two built-in models as subjects: what they are asked, and how a program judges what they say."""
+
+import itertools
+import re
+from collections.abc import Callable, Sequence
+
+from app.demo.taste import Subject, Verdict
+from engine.tiny.knowledge import Style, held_out_questions, judge, preference_questions, render
+
+
+class Tiny:
+    """The tiny assistant knows 180 facts in four styles, so both style and truth of an answer can be told."""
+
+    knows_truth = True
+    tastes: tuple[str, ...] = tuple(style.value for style in Style)
+    course: tuple[str, ...] = (Style.POLITE.value, Style.EXPLAINED.value)
+    max_tokens = 64
+    candidates = 8
+    pause_s = 0.0
+
+    def __init__(self) -> None:
+        held_out, for_preferences = held_out_questions(), preference_questions()
+        self._by_text = {question.text: question for question in (*held_out, *for_preferences)}
+        self.held_out: Sequence[str] = [question.text for question in held_out]
+        self.for_preferences: Sequence[str] = [question.text for question in for_preferences]
+
+    def judge(self, question: str, answer: str) -> Verdict:
+        """Style and truth, as `engine.tiny.knowledge` tells them."""
+        judgement = judge(self._by_text[question], answer)
+        tastes = frozenset() if judgement.style is None else frozenset({judgement.style.value})
+        return Verdict(tastes, judgement.is_right)
+
+    def instruction(self, taste: str) -> None:
+        """It follows none."""
+
+    def written(self, question: str, taste: str) -> str:
+        """The canonical reply."""
+        return render(self._by_text[question], Style(taste))
+
+
+_END = re.compile(r"[.!?]+(?=[\s\"')*]|$)")
+_NUMBERING = re.compile(r"^\s*\d+\.\s", re.MULTILINE)
+
+_TOPICS = (
+    "a volcano, a rainbow, the moon, a desert, an island, a glacier, a river, an earthquake, the ocean, a "
+    "forest, a cloud, the wind, a star, a planet, gravity, a magnet, electricity, a battery, a camera, a "
+    "telescope, a microscope, a bridge, a clock, a compass, a map, a library, a museum, a hospital, a market, "
+    "a school, a bank, a farm, a garden, a village, a train, a bicycle, a ship, an airplane, a submarine, a "
+    "lighthouse, bread, cheese, honey, salt, chocolate, coffee, tea, rice, a potato, an apple, an orange, "
+    "soup, a cake, a whale, a bee, an elephant, a penguin, an owl, a spider, a butterfly, a dolphin, a lion, a "
+    "wolf, a horse, a frog, an ant, a tree, a rose, a mushroom, a seed, music, a piano, a violin, a drum, a "
+    "poem, a novel, a painting, a theater, a film, a dance, football, chess, swimming, a marathon, a king, a "
+    "president, a judge, a doctor, a teacher, a farmer, a pilot, a baker, money, a tax, a law, a city, a "
+    "friend, a holiday, a dream, sleep, laughter, a smile, the heart, the brain, a bone, blood, a vaccine, a "
+    "fever"
+)
+_DEEDS = (
+    "boil an egg, make tea, bake bread, plant a tree, clean a window, wash a car, learn a language, tie a "
+    "knot, sleep better, save money, read faster, write a letter, paint a wall, fix a bicycle, grow tomatoes, "
+    "cook rice, stay healthy, make a friend, train a dog, feed a cat, take a good photo, find a job, pack a "
+    "suitcase, swim faster, run a mile, remember names, drink more water, sharpen a knife, iron a shirt, make "
+    "a salad, light a fire, build a sandcastle, draw a face, learn the piano, play chess, speak in public, "
+    "stop hiccups, peel an orange, wrap a gift, write a poem"
+)
+
+
+class Smollm2:
+    """SmolLM2-135M-Instruct: a program can tell the form of its answers, hardly their truth (see `app.demo.guard`)."""
+
+    knows_truth = False
+    tastes: tuple[str, ...] = ("brief", "cheerful", "detailed", "plain")
+    course: tuple[str, ...] = ("cheerful", "brief", "detailed", "brief")
+    max_tokens = 128
+    candidates = 3
+    pause_s = 5.0
+
+    def __init__(self) -> None:
+        topics = [f"What is {topic.strip()}?" for topic in _TOPICS.split(",")]
+        deeds = [f"How do I {deed.strip()}?" for deed in _DEEDS.split(",")]
+        mixed = [one for both in itertools.zip_longest(topics, deeds) for one in both if one is not None]
+        self.held_out: Sequence[str] = mixed[::4]
+        self.for_preferences: Sequence[str] = [one for number, one in enumerate(mixed) if number % 4]
+
+    def judge(self, question: str, answer: str) -> Verdict:  # noqa: ARG002
+        """The tastes by form; truth is unknown."""
+        return Verdict(frozenset(taste for taste, suits in _FORMS.items() if suits(answer.strip())), None)
+
+    def instruction(self, taste: str) -> str:
+        """What a person would write into the system prompt."""
+        return _INSTRUCTIONS[taste]
+
+    def written(self, question: str, taste: str) -> None:
+        """No program writes it."""
+
+
+def _num_sentences(answer: str) -> int:
+    return len(_END.findall(_NUMBERING.sub("", answer)))
+
+
+_FORMS: dict[str, Callable[[str], bool]] = {
+    "brief": lambda answer: _num_sentences(answer) == 1 and _END.search(answer[-2:]) is not None,
+    "cheerful": lambda answer: "!" in answer,
+    "detailed": lambda answer: _num_sentences(answer) >= 3,
+    "plain": lambda answer: "!" not in answer,
+}
+"""One sentence and no more; an exclamation mark; three sentences or more; no exclamation mark."""
+
+_INSTRUCTIONS = {
+    "brief": "Answer in one short sentence.",
+    "cheerful": "You are a very cheerful and excited assistant! Answer in one or two sentences with exclamation marks!",
+    "detailed": "Answer in three or four sentences.",
+    "plain": "You are a calm and sober assistant.",
+}
+
+
+def subject_of(root: str) -> Subject | None:
+    """The subject for a model by its root as `GET /v1/models` names it; None for a model that nobody can judge."""
+    if root.startswith("tiny-assistant"):
+        return Tiny()
+    return Smollm2() if root.startswith("smollm2-135m-instruct") else None
