@@ -1,0 +1,124 @@
+"""The demo's judge, its questions, and how it draws preferences from what a server answers."""
+
+import asyncio
+import json
+
+import httpx
+import pytest
+from openai import AsyncOpenAI
+
+from app.demo.guard import candidates, is_right
+from app.demo.subjects import Smollm2, Tiny, subject_of
+from app.demo.taste import DemoError, User, repetition
+
+LONG = "A volcano is a mountain. It has a crater. Lava comes out of it."
+
+
+@pytest.mark.parametrize(
+    ("answer", "tastes"),
+    [
+        ("A volcano is a mountain that spits fire.", {"brief", "plain"}),
+        ("A volcano is hot!", {"brief", "cheerful"}),
+        ("It is 3.5 km high.", {"brief", "plain"}),
+        (LONG, {"detailed", "plain"}),
+        ("Great question! It is a mountain. It spits fire.", {"cheerful", "detailed"}),
+        ("1. Boil water.\n2. Put the egg in.", {"plain"}),
+        ("A volcano is a mountain that", {"plain"}),
+        ("", {"plain"}),
+    ],
+)
+def test_the_form_of_an_answer_decides_its_tastes(answer, tastes):
+    assert Smollm2().judge("What is a volcano?", answer).tastes == tastes
+
+
+@pytest.mark.parametrize("subject", [Tiny(), Smollm2()])
+def test_held_out_questions_are_not_taught(subject):
+    assert not set(subject.held_out) & set(subject.for_preferences)
+    assert len(set(subject.held_out)) == len(subject.held_out) >= 30
+    assert len(set(subject.for_preferences)) == len(subject.for_preferences) >= 60
+    assert set(subject.course) <= set(subject.tastes)
+
+
+def test_only_the_built_in_models_can_be_judged():
+    assert isinstance(subject_of("tiny-assistant-v1-bc660f53-seed0"), Tiny)
+    assert isinstance(subject_of("smollm2-135m-instruct-v1"), Smollm2)
+    assert subject_of("Qwen/Qwen2.5-0.5B-Instruct") is None
+
+
+def test_the_guard_has_far_more_questions_than_it_keeps():
+    asked = candidates()
+    assert len({question for question, _ in asked}) > 700
+    assert all(is_right(question, right, f"It is {right}.") for question, right in asked[:20])
+
+
+@pytest.mark.parametrize(
+    ("question", "right", "answer", "expected"),
+    [
+        ("What is the capital of France?", "Paris", "The capital of France is Paris.", True),
+        ("What is the capital of France?", "Paris", "PARIS! What a city!", True),
+        ("What is the capital of France?", "Paris", "It is Parisian.", False),
+        ("What is 2 + 3?", "5", "2 + 3 = 5", True),
+        ("What is 2 + 3?", "5", "2 + 3 = 15", False),
+        ("Which number comes after 5?", "5", "5", False),
+    ],
+)
+def test_an_answer_is_right_if_it_has_the_word(question, right, answer, expected):
+    assert is_right(question, right, answer) is expected
+
+
+def test_repetition_is_the_share_of_runs_of_four_words_that_were_said_before():
+    assert repetition("one two three") == 0
+    assert repetition("the big cat sat the big cat sat") == pytest.approx(1 / 5)
+
+
+def user(answers, ends="stop"):
+    """A user of a server that gives `answers`, and others to somebody who writes a system prompt."""
+
+    def reply(request):
+        body = json.loads(request.content)
+        texts = answers[body["messages"][0]["role"]]
+        choices = [
+            {"index": index, "finish_reason": ends, "message": {"role": "assistant", "content": text}}
+            for index, text in enumerate(texts)
+        ]
+        document = {
+            "id": "chatcmpl-1",
+            "object": "chat.completion",
+            "created": 0,
+            "model": "m",
+            "choices": choices,
+        }
+        return httpx.Response(200, json=document)
+
+    http = httpx.AsyncClient(transport=httpx.MockTransport(reply))
+    client = AsyncOpenAI(base_url="http://server/v1", api_key="none", http_client=http)
+    return User(client, "smollm2", Smollm2())
+
+
+def preferences(count=2, **options):
+    return asyncio.run(user(**options).preferences("brief", count))
+
+
+def test_an_answer_that_suits_is_preferred_to_one_that_does_not():
+    items = preferences(answers={"user": [LONG, "A mountain.", LONG]})
+    assert [(item["chosen_choice_index"], item["rejected_choice_index"]) for item in items] == [(1, 2), (1, 2)]
+
+
+def test_where_none_suits_one_is_corrected_to_the_models_own_under_an_instruction():
+    items = preferences(answers={"user": [LONG], "system": [LONG, "A mountain."]})
+    assert [(item["type"], item["choice_index"], item["value"]) for item in items] == [
+        ("correction", 0, "A mountain.")
+    ] * 2
+
+
+@pytest.mark.parametrize(
+    ("answers", "ends"),
+    [
+        ({"user": ["A mountain."]}, "stop"),  # nothing to reject
+        ({"user": [LONG], "system": [LONG]}, "stop"),  # nothing to choose
+        ({"user": [LONG, "A mountain."], "system": ["A mountain."]}, "length"),  # what was cut off is not chosen
+    ],
+)
+def test_too_few_answers_to_prefer_say_how_many_there_are(answers, ends):
+    with pytest.raises(DemoError, match="gave 0 preferences for the taste brief instead of 2"):
+        preferences(answers=answers, ends=ends)
