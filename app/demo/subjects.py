@@ -15,6 +15,7 @@ class Tiny:
     tastes: tuple[str, ...] = tuple(style.value for style in Style)
     course: tuple[str, ...] = (Style.POLITE.value, Style.EXPLAINED.value)
     max_tokens = 64
+    temperature = 1.0
     candidates = 8
     pause_s = 0.0
 
@@ -39,6 +40,7 @@ class Tiny:
 
 
 _END = re.compile(r"[.!?]+(?=[\s\"')*]|$)")
+_ITEM = re.compile(r"^\s*(?:[-*•]|\d+[.)])\s", re.MULTILINE)
 _NUMBERING = re.compile(r"^\s*\d+\.\s", re.MULTILINE)
 
 _TOPICS = (
@@ -68,9 +70,10 @@ class Smollm2:
     """SmolLM2-135M-Instruct: a program can tell the form of its answers, hardly their truth (see `app.demo.guard`)."""
 
     knows_truth = False
-    tastes: tuple[str, ...] = ("brief", "cheerful", "detailed", "plain")
-    course: tuple[str, ...] = ("cheerful", "brief", "detailed", "brief")
+    tastes: tuple[str, ...] = ("brief", "detailed", "cheerful", "listed")
+    course: tuple[str, ...] = ("brief", "cheerful")
     max_tokens = 128
+    temperature = 0.7  # its generation_config's
     candidates = 3
     pause_s = 5.0
 
@@ -86,7 +89,7 @@ class Smollm2:
         return Verdict(frozenset(taste for taste, suits in _FORMS.items() if suits(answer.strip())), None)
 
     def instruction(self, taste: str) -> str:
-        """What a person would write into the system prompt."""
+        """What a person would write after the question."""
         return _INSTRUCTIONS[taste]
 
     def written(self, question: str, taste: str) -> None:
@@ -99,17 +102,17 @@ def _num_sentences(answer: str) -> int:
 
 _FORMS: dict[str, Callable[[str], bool]] = {
     "brief": lambda answer: _num_sentences(answer) == 1 and _END.search(answer[-2:]) is not None,
-    "cheerful": lambda answer: "!" in answer,
     "detailed": lambda answer: _num_sentences(answer) >= 3,
-    "plain": lambda answer: "!" not in answer,
+    "cheerful": lambda answer: "!" in answer,
+    "listed": lambda answer: len(_ITEM.findall(answer)) >= 2,
 }
-"""One sentence and no more; an exclamation mark; three sentences or more; no exclamation mark."""
+"""One sentence and no more; three or more; an exclamation mark; two lines or more that begin as those of a list."""
 
 _INSTRUCTIONS = {
     "brief": "Answer in one short sentence.",
-    "cheerful": "You are a very cheerful and excited assistant! Answer in one or two sentences with exclamation marks!",
-    "detailed": "Answer in three or four sentences.",
-    "plain": "You are a calm and sober assistant.",
+    "detailed": "Answer in three sentences.",
+    "cheerful": "Answer in one or two very cheerful, excited sentences with exclamation marks!",
+    "listed": "Answer with a list of three short points.",
 }
 
 

@@ -38,6 +38,8 @@ class Subject(Protocol):
     """The tastes that the demo teaches one after the other unless it is told others."""
     max_tokens: int
     """Of an answer."""
+    temperature: float
+    """At which answers are sampled."""
     candidates: int
     """Answers sampled for each preference; more make it likelier that one suits."""
     pause_s: float
@@ -52,7 +54,7 @@ class Subject(Protocol):
         ...
 
     def instruction(self, taste: str) -> str | None:
-        """A system prompt under which the model answers in that taste; None if there is none."""
+        """What a question has to end with for the model to answer in that taste; None if nothing helps."""
         ...
 
     def written(self, question: str, taste: str) -> str | None:
@@ -62,7 +64,7 @@ class Subject(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Survey:
-    """How the model answers a set of questions, sampled at temperature 1."""
+    """How the model answers a set of questions, sampled."""
 
     num_replies: int
     right_share: float | None
@@ -195,15 +197,13 @@ class User:
         return None
 
     async def _ask(self, question: str, samples: int, instruction: str | None = None) -> _Asked:
-        messages: list[Any] = [{"role": "user", "content": question}]
-        if instruction is not None:
-            messages.insert(0, {"role": "system", "content": instruction})
+        content = question if instruction is None else f"{question} {instruction}"
         async with self._room:
             reply = await self.client.chat.completions.create(
                 model=self.model,
-                messages=messages,
+                messages=[{"role": "user", "content": content}],
                 n=samples,
-                temperature=1.0,
+                temperature=self.subject.temperature,
                 max_tokens=self.subject.max_tokens,
             )
         texts = [choice.message.content or "" for choice in reply.choices]

@@ -17,14 +17,14 @@ LONG = "A volcano is a mountain. It has a crater. Lava comes out of it."
 @pytest.mark.parametrize(
     ("answer", "tastes"),
     [
-        ("A volcano is a mountain that spits fire.", {"brief", "plain"}),
+        ("A volcano is a mountain that spits fire.", {"brief"}),
         ("A volcano is hot!", {"brief", "cheerful"}),
-        ("It is 3.5 km high.", {"brief", "plain"}),
-        (LONG, {"detailed", "plain"}),
+        ("It is 3.5 km high.", {"brief"}),
+        (LONG, {"detailed"}),
         ("Great question! It is a mountain. It spits fire.", {"cheerful", "detailed"}),
-        ("1. Boil water.\n2. Put the egg in.", {"plain"}),
-        ("A volcano is a mountain that", {"plain"}),
-        ("", {"plain"}),
+        ("1. Boil water.\n2. Put the egg in.", {"listed"}),
+        ("A volcano is a mountain that", set()),
+        ("", set()),
     ],
 )
 def test_the_form_of_an_answer_decides_its_tastes(answer, tastes):
@@ -72,11 +72,11 @@ def test_repetition_is_the_share_of_runs_of_four_words_that_were_said_before():
 
 
 def user(answers, ends="stop"):
-    """A user of a server that gives `answers`, and others to somebody who writes a system prompt."""
+    """A user of a server that gives `answers`, and others to somebody who adds an instruction."""
 
     def reply(request):
         body = json.loads(request.content)
-        texts = answers[body["messages"][0]["role"]]
+        texts = answers["plain" if body["messages"][0]["content"].endswith("?") else "told"]
         choices = [
             {"index": index, "finish_reason": ends, "message": {"role": "assistant", "content": text}}
             for index, text in enumerate(texts)
@@ -100,12 +100,12 @@ def preferences(count=2, **options):
 
 
 def test_an_answer_that_suits_is_preferred_to_one_that_does_not():
-    items = preferences(answers={"user": [LONG, "A mountain.", LONG]})
+    items = preferences(answers={"plain": [LONG, "A mountain.", LONG]})
     assert [(item["chosen_choice_index"], item["rejected_choice_index"]) for item in items] == [(1, 2), (1, 2)]
 
 
 def test_where_none_suits_one_is_corrected_to_the_models_own_under_an_instruction():
-    items = preferences(answers={"user": [LONG], "system": [LONG, "A mountain."]})
+    items = preferences(answers={"plain": [LONG], "told": [LONG, "A mountain."]})
     assert [(item["type"], item["choice_index"], item["value"]) for item in items] == [
         ("correction", 0, "A mountain.")
     ] * 2
@@ -114,9 +114,9 @@ def test_where_none_suits_one_is_corrected_to_the_models_own_under_an_instructio
 @pytest.mark.parametrize(
     ("answers", "ends"),
     [
-        ({"user": ["A mountain."]}, "stop"),  # nothing to reject
-        ({"user": [LONG], "system": [LONG]}, "stop"),  # nothing to choose
-        ({"user": [LONG, "A mountain."], "system": ["A mountain."]}, "length"),  # what was cut off is not chosen
+        ({"plain": ["A mountain."]}, "stop"),  # nothing to reject
+        ({"plain": [LONG], "told": [LONG]}, "stop"),  # nothing to choose
+        ({"plain": [LONG, "A mountain."], "told": ["A mountain."]}, "length"),  # what was cut off is not chosen
     ],
 )
 def test_too_few_answers_to_prefer_say_how_many_there_are(answers, ends):
