@@ -2,8 +2,8 @@
 
 A part of the store is a `Part`; its methods that `reads` or `writes` decorates run in a transaction of their own, whose
 connection is their first argument. Any failure of the database is a `StoreUnavailableError`, after which the
-connections are thrown away, so the next call starts clean. Several threads' small writes share one flush of the disk
-(`GroupCommit`).
+connections are thrown away, so the next call starts clean. Writes of several threads share one transaction, and so one
+flush of the disk (`GroupCommit`).
 """
 
 import functools
@@ -19,7 +19,14 @@ from typing import Any, Concatenate, Generic, ParamSpec, TypeVar
 from sqlalchemy import Column, Engine, Table, create_engine, event
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.engine import URL, Connection, make_url
-from sqlalchemy.exc import ArgumentError, NoSuchModuleError, SQLAlchemyError
+from sqlalchemy.exc import (
+    ArgumentError,
+    DataError,
+    IntegrityError,
+    NoSuchModuleError,
+    ProgrammingError,
+    SQLAlchemyError,
+)
 
 from core.errors import ConfigError, StoreUnavailableError
 
@@ -32,6 +39,8 @@ BUSY_TIMEOUT_S = 5.0
 """Time that a writer waits for another process's transaction, which take milliseconds, and for a connection."""
 _WRITE_OPTION = "mace_write"
 _MAX_RACES = 3
+_ERRORS_OF_ONE = (DataError, IntegrityError, ProgrammingError)
+"""Of the database: a statement is wrong, or a value is."""
 
 
 _CHUNK = 400
@@ -44,7 +53,7 @@ class Database:
     def __init__(self, engine: Engine, clock: Callable[[], float] = time.time) -> None:
         self.engine = engine
         self.clock = clock
-        self._writing = threading.Lock()
+        self._writes: GroupCommit[Callable[[Connection], Any], Any] = GroupCommit(self._write_all)
 
     def close(self) -> None:
         """Give all connections back. A later call opens new ones."""
@@ -56,15 +65,22 @@ class Database:
             return work(connection)
 
     def write(self, work: Callable[[Connection], T]) -> T:
-        """Run `work` in a transaction that is on disk on return. It may run several times: see `_lost_a_race`."""
-        with self._writing, _named_errors(self.engine):
+        """Run `work` in a transaction that is on disk on return, perhaps with other threads' and in one of them.
+
+        It may run several times: see `_lost_a_race`, and `GroupCommit` for what fails beside it.
+        """
+        result: T = self._writes.submit(work)
+        return result
+
+    def _write_all(self, works: Sequence[Callable[[Connection], Any]]) -> list[Any]:
+        with _named_errors(self.engine):
             for _ in range(_MAX_RACES):
                 try:
-                    return self._write_once(work)
+                    return self._write_once(lambda connection: [work(connection) for work in works])
                 except SQLAlchemyError as error:
                     if not _lost_a_race(error):
                         raise
-            return self._write_once(work)
+            return self._write_once(lambda connection: [work(connection) for work in works])
 
     def _write_once(self, work: Callable[[Connection], T]) -> T:
         with self.engine.execution_options(**{_WRITE_OPTION: True}).begin() as connection:
@@ -139,7 +155,7 @@ class GroupCommit(Generic[Job, Result]):
         try:
             results = self._commit([job for job, _ in batch])
         except Exception as error:  # noqa: BLE001 - it belongs to the callers, who get it from `submit`
-            is_theirs = len(batch) == 1 or isinstance(error, StoreUnavailableError)
+            is_theirs = len(batch) == 1 or _store_is_away(error)
             for one in batch:
                 if is_theirs:
                     one[1].set_exception(error)
@@ -148,6 +164,11 @@ class GroupCommit(Generic[Job, Result]):
             return
         for (_, future), result in zip(batch, results, strict=True):
             future.set_result(result)
+
+
+def _store_is_away(error: Exception) -> bool:
+    """The store failed, and not what one job asked of it."""
+    return isinstance(error, StoreUnavailableError) and not isinstance(error.__cause__, _ERRORS_OF_ONE)
 
 
 def open_engine(url: str | URL) -> Engine:

@@ -168,6 +168,11 @@ class CheckpointWriter:
             oldest = self._writing or self._waiting
             return oldest is not None and time.monotonic() - oldest.submitted_s < PATIENCE_S
 
+    def is_writing(self) -> bool:
+        """A state is still on its way to disk."""
+        with self._changed:
+            return self._writing is not None or self._waiting is not None
+
     def wait(self, timeout_s: float) -> bool:
         """Wait until every submitted state was written or has failed; False if that takes longer."""
         with self._changed:

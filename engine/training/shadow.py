@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from core.config import TrainingConfig
 from core.errors import AdapterError, DamagedAdapterError, DivergedError
-from core.files import atomic_file, remove_partial_files, write_atomically
+from core.files import remove_partial_files
 from core.types import Checkpoint
 from engine.training.checkpoint import (
     CheckpointWriter,
@@ -26,7 +26,6 @@ from engine.training.checkpoint import (
     random_state,
     read_training_state,
     set_random_state,
-    write_training_state,
 )
 from engine.training.trainable import TrainableModel, training_mode
 
@@ -67,6 +66,8 @@ class ShadowAdapter:
             )
             self._clear_optimizer()
         self.checkpoints = CheckpointWriter()
+        self._saving: tuple[str, dict[str, Any]] | None = None
+        """Path and progress of the state that `save_training_state` has begun to write."""
         self._stand_in = self.read(None)
         """Parameters of the live version, or of the shadow while that one stands in for it."""
         self._live_stands_in = False
@@ -175,16 +176,20 @@ class ShadowAdapter:
             self._stand_in = live
 
     def save_adapter(self, directory: Path | str, base_model: str) -> None:
-        """Write the adapter in PEFT's format, which vLLM loads unchanged; AdapterError if it cannot be written."""
+        """Write the adapter in PEFT's format, which vLLM loads unchanged; AdapterError if it cannot be written.
+
+        Nothing is flushed, for inference would wait: who keeps the directory does that (`AdapterRegistry.commit`).
+        """
         directory = Path(directory)
         fields = self._model.lora_config.to_dict()
         fields["target_modules"] = sorted(fields["target_modules"])
         fields |= {"base_model_name_or_path": base_model, "inference_mode": True}
         try:
             directory.mkdir(parents=True, exist_ok=True)
-            with self._shadow_in_place(), atomic_file(directory / _WEIGHTS_FILE) as path:
-                save_file(self.tensors(), path, metadata={"format": "pt"})
-            write_atomically(directory / _CONFIG_FILE, json.dumps(fields, indent=2, sort_keys=True) + "\n")
+            with self._shadow_in_place():
+                save_file(self.tensors(), directory / _WEIGHTS_FILE, metadata={"format": "pt"})
+            text = json.dumps(fields, indent=2, sort_keys=True) + "\n"
+            (directory / _CONFIG_FILE).write_text(text, encoding="utf-8")
         except (OSError, SafetensorError) as error:
             raise AdapterError(f"adapter cannot be written to {directory}: {error}") from error
 
@@ -239,15 +244,26 @@ class ShadowAdapter:
         else:
             self.checkpoints.submit(Path(checkpoint.path), state, checkpoint.progress)
 
-    def save_training_state(self, path: Path | str, progress: dict[str, Any]) -> None:
-        """Write parameters, optimizer, random numbers and progress now; inference waits for the disk.
+    def save_training_state(self, path: Path | str, progress: dict[str, Any]) -> bool:
+        """Have parameters, optimizer, random numbers and progress written; to be called until it says that they are.
+
+        Nothing waits for the disk here, for inference would wait too. An older state on its way is written first.
 
         Raises:
             AdapterError: The file cannot be written; an older one at `path` is intact.
         """
-        self.checkpoints.wait(_DISK_PATIENCE_S)  # an older state must not come after this one
-        with self._shadow_in_place():
-            write_training_state(Path(path), self.checkpoint(), progress)
+        if self.checkpoints.is_writing():
+            return False
+        if self._saving != (str(path), progress):
+            self.checkpoints.take_error()  # an older state's, and logged
+            with self._shadow_in_place():
+                self.checkpoints.submit(Path(path), self.checkpoint(), progress)
+            self._saving = str(path), progress
+            return False
+        self._saving = None
+        if (error := self.checkpoints.take_error()) is not None:
+            raise AdapterError(error)
+        return True
 
     def load_training_state(self, path: Path | str) -> dict[str, Any] | None:
         """Restore what a step or `save_training_state` wrote and return the progress; None without a usable file."""

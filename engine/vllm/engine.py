@@ -7,6 +7,7 @@ place that knows a prompt's token ids (after the chat template), and it keeps th
 import asyncio
 import copy
 import logging
+import time
 import uuid
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -17,7 +18,7 @@ from typing import Any
 import core.errors
 from core.batch import EdgeReport, IterationSample
 from core.config import AppArgs, SloConfig
-from core.errors import EngineUnavailableError, MaceError, TrainingError
+from core.errors import AdapterError, EngineUnavailableError, MaceError, TrainingError
 from core.types import FineTuneTask, TaskResult
 from engine.training.pair_tokens import Chat
 from engine.vllm import compat as vllm_compat
@@ -36,6 +37,7 @@ OWN_REQUESTS = ("finetune-", "generate-", "profile-")
 AWAY = "the engine died and is being started again; send the request again in a moment"
 
 _SHUTDOWN_S = 2.0
+_DISK_PATIENCE_S, _DISK_POLL_S = 60.0, 0.05
 _MAX_LOOKUPS = 256
 """Waiting prompts that are looked up for one reading, 8 us for a thousand tokens; the others count in full."""
 
@@ -197,10 +199,16 @@ class HybridEngine:
     async def save_training_state(self, path: Path, progress: dict[str, Any]) -> None:
         """Write shadow adapter, optimizer and progress (JSON values) so that training can go on after a restart.
 
-        AdapterError: the file cannot be written; an older one at `path` is intact.
+        Inference goes on while the disk takes it.
+
+        AdapterError: the file cannot be written, or not within a minute; an older one at `path` is intact.
         """
         self._check_restored()
-        await self._call_worker("save_training_state", str(path), progress)
+        give_up_s = time.monotonic() + _DISK_PATIENCE_S
+        while not await self._call_worker("save_training_state", str(path), progress):
+            if time.monotonic() > give_up_s:
+                raise AdapterError(f"training state was not written to {path} within {_DISK_PATIENCE_S:.0f} s")
+            await asyncio.sleep(_DISK_POLL_S)
 
     async def load_training_state(self, path: Path) -> dict[str, Any] | None:
         """Restore what `save_training_state` or a step's checkpoint wrote, and return its progress.

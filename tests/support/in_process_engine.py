@@ -51,7 +51,9 @@ class InProcessEngine:
         self._runner.shadow.set_live(None if directory is None else str(directory))
 
     async def save_training_state(self, path: Path, progress: dict[str, Any]) -> None:
-        self._runner.shadow.save_training_state(str(path), progress)
+        shadow = self._runner.shadow
+        while not shadow.save_training_state(str(path), progress):
+            shadow.checkpoints.wait(1.0)
 
     async def load_training_state(self, path: Path) -> dict[str, Any] | None:
         return self._runner.shadow.load_training_state(str(path))

@@ -8,10 +8,13 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from sqlalchemy import event
+
 from alignment.records.pairs import StoredResponse
 from alignment.store.database import GroupCommit
 from alignment.store.feedback_store import FeedbackStore
 from core.alignment_config import FeedbackConfig
+from core.errors import StoreUnavailableError
 
 CONFIG = FeedbackConfig(holdout_fraction=0.0)
 ROOT = Path(__file__).parents[3]
@@ -143,3 +146,45 @@ def test_one_failing_job_does_not_fail_its_neighbours():
         futures = {name: pool.submit(group.submit, name) for name in ("a", "b", "bad", "c", "d")}
     assert isinstance(futures.pop("bad").exception(), ZeroDivisionError)
     assert {future.result() for future in futures.values()} == {"a", "b", "c", "d"}
+
+
+def test_writes_of_all_kinds_that_wait_together_share_a_transaction(store):
+    database, commits = store.database, []
+    event.listen(database.engine, "commit", commits.append)
+
+    def write(number):
+        if number % 2:
+            return store.feedback.add([{"prompt": f"{number}?", "chosen": "Yes.", "rejected": "No."}])[0].status
+        return store.responses.put([StoredResponse(f"r{number}", 0, [{"role": "user", "content": "Hi?"}], "Hi.")])
+
+    def begin(connection):
+        time.sleep(0.1)  # the others come meanwhile
+        return connection.exec_driver_sql("SELECT 1").scalar()
+
+    with ThreadPoolExecutor(17) as pool:
+        first = pool.submit(database.write, begin)
+        time.sleep(0.02)
+        outcomes = list(pool.map(write, range(16)))
+    assert first.result() == 1
+    assert outcomes[1::2] == ["accepted"] * 8
+    assert store.counts().responses == 8
+    assert len(commits) < 8
+
+
+def test_a_statement_that_fails_fails_alone(store):
+    def good(number):
+        def work(connection):
+            time.sleep(0.02)
+            return connection.exec_driver_sql(f"SELECT {number}").scalar()
+
+        return work
+
+    def bad(connection):
+        connection.exec_driver_sql("INSERT INTO feedback (id) VALUES (NULL)")
+
+    with ThreadPoolExecutor(8) as pool:
+        futures = [pool.submit(store.database.write, good(number)) for number in range(4)]
+        failed = pool.submit(store.database.write, bad)
+        futures += [pool.submit(store.database.write, good(number)) for number in range(4, 7)]
+    assert isinstance(failed.exception(), StoreUnavailableError)
+    assert [future.result() for future in futures] == list(range(7))

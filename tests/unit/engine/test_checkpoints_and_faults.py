@@ -6,12 +6,14 @@ import multiprocessing
 import os
 import random
 import signal
+import threading
 import time
 
 import pytest
 import torch
 
 from core.config import AppArgs
+from core.errors import AdapterError
 from core.types import Checkpoint, SliceKind, TaskKind
 from engine.training.dpo import DpoStep
 from engine.training.runner import FineTuneRunner
@@ -82,11 +84,40 @@ def test_a_checkpointed_step_can_be_gone_on_from_bit_by_bit(runner, model_dir, t
     assert list(tmp_path.iterdir()) == [path]
 
 
+def save(shadow, path, progress):
+    give_up_s = time.monotonic() + WAIT_S
+    while not shadow.save_training_state(path, progress):
+        assert time.monotonic() < give_up_s
+        time.sleep(0.001)
+
+
+def test_nobody_waits_for_the_disk_when_a_state_is_saved(runner, tmp_path, monkeypatch):
+    flushed = threading.Event()
+    monkeypatch.setattr("core.files.sync", lambda path: flushed.wait(WAIT_S))
+    try:
+        assert [runner.shadow.save_training_state(tmp_path / "s", {"step": step}) for step in (1, 1, 2)] == [
+            False
+        ] * 3
+        runner.shadow.save_adapter(tmp_path / "v", "base")
+        assert not (tmp_path / "s").exists()
+    finally:
+        flushed.set()
+    save(runner.shadow, tmp_path / "s", {"step": 2})
+    assert runner.shadow.load_training_state(tmp_path / "s") == {"step": 2}
+
+
+def test_a_state_that_cannot_be_saved_is_an_error_and_the_next_one_is_saved(runner, tmp_path):
+    (tmp_path / "file").write_text("no directory")
+    with pytest.raises(AdapterError, match="training state cannot be written"):
+        save(runner.shadow, tmp_path / "file" / "s", {})
+    save(runner.shadow, tmp_path / "s", {})
+    assert (tmp_path / "s").exists()
+
+
 def test_a_state_saved_now_is_not_overtaken_by_an_older_checkpoint(runner, tmp_path):
     path = tmp_path / "state.safetensors"
     train(runner, 0, path)
-    runner.shadow.save_training_state(str(path), {"published": "v0001"})
-    assert runner.shadow.checkpoints.wait(WAIT_S)
+    save(runner.shadow, path, {"published": "v0001"})
     assert runner.shadow.load_training_state(str(path)) == {"published": "v0001"}
 
 
@@ -139,7 +170,7 @@ def test_loading_and_saving_mean_the_shadow_also_while_live_is_evaluated(runner,
     trained = snapshot(runner)
     runner.submit(dataclasses.replace(make_task(2, TaskKind.EVALUATE), on_live=True).to_wire())
     runner.run(0.0, 1)
-    runner.shadow.save_training_state(str(tmp_path / "s"), {})
+    save(runner.shadow, tmp_path / "s", {})
     runner.shadow.load_adapter(None)
     finish(runner)
     assert not same(snapshot(runner), trained)
