@@ -19,7 +19,7 @@ from deployments.control.drift_monitor import DriftMonitor
 
 logger = logging.getLogger(__name__)
 
-_MONITOR_THREADS = 8
+_MONITOR_THREADS = 32
 _TIMEOUT_S = 30.0
 
 
