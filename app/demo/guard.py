@@ -22,7 +22,7 @@ MAX_REPETITION_RISE = 0.05
 """By which the share of repeated runs of four words may rise in sampled answers."""
 NUM_ITEMS = 320
 _CONCURRENCY = 16
-_MAX_TOKENS = 48
+_MAX_TOKENS = 32
 _WORD = re.compile(r"\w+")
 
 _NEUTRAL = (
@@ -52,6 +52,17 @@ _NEUTRAL = (
     "end.",
     "The market is held in the square every Thursday. Farmers bring cheese, eggs and vegetables, a man "
     "sharpens knives in one corner, and in the middle stands a stall that sells nothing but buttons.",
+)
+
+_NOUNS = (
+    "cat dog book table chair tree car house river lamp bird cow horse apple lemon cloud star planet king queen doctor"
+    " teacher farmer pilot door window garden road bridge ship train plane letter number page song film poem hand arm"
+    " leg finger nose ear shirt hat sock boot spoon fork cup plate pan pot bed clock coin ticket"
+)
+_VERBS = (
+    "walk talk jump play cook paint clean wash open ask answer help work watch look listen laugh call visit start"
+    " finish learn plant pick pull push kick climb rain snow turn wait want need fill fix knock count point touch thank"
+    " miss kiss mix pass press reach return order offer enter follow happen warn"
 )
 
 
@@ -119,13 +130,15 @@ class Guard:
 
 
 def candidates() -> list[tuple[str, str]]:
-    """Questions with their one right answer: facts in three phrasings, sums and differences of small numbers."""
+    """Questions with their one right answer: facts in three phrasings, spelling, sums and differences."""
     facts = [(question.text, question.answer) for question in questions()]
+    plurals = [(f"What is the plural of {noun}?", f"{noun}s") for noun in _NOUNS.split()]
+    pasts = [(f"What is the past tense of {verb}?", f"{verb}ed") for verb in _VERBS.split()]
     sums = [(f"What is {a} + {b}?", str(a + b)) for a in range(1, 13) for b in range(a, 13)]
     differences = [
         (f"What is {a} - {b}?", str(a - b)) for a in range(4, 16) for b in range(1, a - 1) if a != 2 * b
     ]
-    mixed = itertools.zip_longest(facts, sums, differences)
+    mixed = itertools.zip_longest(plurals, pasts, facts, sums, differences)
     return [item for several in mixed for item in several if item is not None]
 
 

@@ -74,7 +74,7 @@ class Smollm2:
     course: tuple[str, ...] = ("brief", "cheerful")
     max_tokens = 128
     temperature = 0.7  # its generation_config's
-    candidates = 3
+    candidates = 2
     pause_s = 5.0
 
     def __init__(self) -> None:
