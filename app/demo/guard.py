@@ -15,12 +15,12 @@ from openai import AsyncOpenAI
 from engine.tiny.knowledge import questions
 
 MAX_FALL = 0.02
-"""Share of the questions answered at the start that may be lost."""
+"""By which the share of right answers may fall."""
 MAX_LOSS_RISE = 0.05
 """Nats per token by which the loss on neutral texts may rise."""
 MAX_REPETITION_RISE = 0.05
 """By which the share of repeated runs of four words may rise in sampled answers."""
-NUM_ITEMS = 320
+NUM_ITEMS = 400
 _CONCURRENCY = 16
 _MAX_TOKENS = 32
 _WORD = re.compile(r"\w+")
@@ -67,7 +67,10 @@ _VERBS = (
 
 
 class Guard:
-    """The questions that a model answers when it is first asked, and what else is measured beside them.
+    """A fixed set of questions, the neutral texts, and what the model made of them when it was first asked.
+
+    The questions are not chosen by whether the model knows the answer. Those that it happens to get right at first are
+    in part luck, for a small model a third of them, and fewer of them are right the second time whatever is taught.
 
     Args:
         client: of the server.
@@ -77,27 +80,23 @@ class Guard:
     def __init__(self, client: AsyncOpenAI, model: str) -> None:
         self._client, self._model = client, model
         self._room = asyncio.Semaphore(_CONCURRENCY)
-        self._items: list[tuple[str, str]] = []
-
-    async def choose(self) -> int:
-        """Keep the questions that are answered right now, at most `NUM_ITEMS`; returns how many of them there are."""
-        left = candidates()
-        while left:
-            batch, left = left[: 4 * _CONCURRENCY], left[4 * _CONCURRENCY :]
-            self._items += [item for item, right in zip(batch, await self._ask(batch), strict=True) if right]
-            if len(self._items) >= NUM_ITEMS:
-                break
-        self._items = self._items[:NUM_ITEMS]
-        return len(self._items)
+        self._items = candidates()[:NUM_ITEMS]
+        self._known: list[bool] = []
 
     async def measure(self) -> dict[str, Any]:
-        """Share of the chosen questions still answered right (greedy), and loss on neutral texts (nats per token)."""
+        """Share of the questions answered right (greedy), and the loss on neutral texts (nats per token).
+
+        `still` is the share of those that were right at the first call and are right now.
+        """
         right = await self._ask(self._items)
+        self._known = self._known or right
+        still = [now for now, before in zip(right, self._known, strict=True) if before]
         losses = await asyncio.gather(*map(self._losses, _NEUTRAL))
         all_losses = [loss for one in losses for loss in one]
         return {
             "items": len(self._items),
             "right": round(sum(right) / len(right), 4),
+            "still": round(sum(still) / max(1, len(still)), 4),
             "neutral_loss": round(sum(all_losses) / len(all_losses), 4),
         }
 

@@ -106,7 +106,7 @@ class _Demo:
         asked = min(options.questions, len(subject.held_out))
         self._say(f"{self._user.model}: asking {asked} held-out questions, {options.samples} times each")
         before = await self._survey()
-        abilities = await self._choose_guard()
+        abilities = await self._abilities()
         examples = await self._examples()
         async with _background_client(self._client, self._user.model, subject) as idle:
             await asyncio.sleep(_TIMED_S + 2 * subject.pause_s)
@@ -137,17 +137,12 @@ class _Demo:
     async def _survey(self) -> Survey:
         return await self._user.survey(self._options.questions, self._options.samples)
 
-    async def _choose_guard(self) -> dict[str, Any] | None:
+    async def _abilities(self) -> dict[str, Any] | None:
         if self._guard is None:
             return None
-        self._say("looking for questions with one right answer that it knows")
-        num_items = await self._guard.choose()
-        if not num_items:
-            raise DemoError(
-                f"{self._user.model} answers no question of the guard right; --no-guard goes on without it"
-            )
+        self._say("asking questions with one right answer, and reading neutral texts")
         abilities = await self._guard.measure()
-        self._say(f"it knows {num_items}; loss on neutral texts {abilities['neutral_loss']:.3f}")
+        self._say(f"{abilities['right']:.1%} right; loss on neutral texts {abilities['neutral_loss']:.3f}")
         return abilities
 
     async def _examples(self) -> list[str]:
@@ -227,7 +222,7 @@ def _shares(survey: Survey, taste: str) -> str:
 
 def _told(abilities: dict[str, Any], survey: Survey) -> str:
     return (
-        f"  still right: {abilities['right']:.1%} of {abilities['items']}; loss on neutral texts "
+        f"  right: {abilities['right']:.1%} of {abilities['items']} questions; loss on neutral texts "
         f"{abilities['neutral_loss']:.3f}; repetition {survey.repetition:.3f}"
     )
 

@@ -75,7 +75,7 @@ class Smollm2:
     max_tokens = 128
     temperature = 0.7  # its generation_config's
     candidates = 2
-    pause_s = 5.0
+    pause_s = 20.0
 
     def __init__(self) -> None:
         topics = [f"What is {topic.strip()}?" for topic in _TOPICS.split(",")]
