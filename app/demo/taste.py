@@ -190,7 +190,7 @@ class User:
         instruction = self.subject.instruction(taste)
         if instruction is None:
             return self.subject.written(question, taste)
-        asked = await self._ask(question, self.subject.candidates, instruction)
+        asked = await self._ask(question, 2 * self.subject.candidates, instruction)  # not all do as they are told
         for text, is_whole in zip(asked.texts, asked.is_whole, strict=True):
             if is_whole and taste in self.subject.judge(question, text).tastes:
                 return text
