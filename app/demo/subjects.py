@@ -71,7 +71,7 @@ class Smollm2:
 
     knows_truth = False
     tastes: tuple[str, ...] = ("brief", "detailed", "cheerful", "listed")
-    course: tuple[str, ...] = ("brief", "cheerful")
+    course: tuple[str, ...] = ("brief", "detailed")
     max_tokens = 128
     temperature = 0.7  # its generation_config's
     candidates = 2
