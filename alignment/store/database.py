@@ -76,15 +76,15 @@ class Database:
         with _named_errors(self.engine):
             for _ in range(_MAX_RACES):
                 try:
-                    return self._write_once(lambda connection: [work(connection) for work in works])
+                    return self._write_once(works)
                 except SQLAlchemyError as error:
                     if not _lost_a_race(error):
                         raise
-            return self._write_once(lambda connection: [work(connection) for work in works])
+            return self._write_once(works)
 
-    def _write_once(self, work: Callable[[Connection], T]) -> T:
+    def _write_once(self, works: Sequence[Callable[[Connection], Any]]) -> list[Any]:
         with self.engine.execution_options(**{_WRITE_OPTION: True}).begin() as connection:
-            return work(connection)
+            return [work(connection) for work in works]
 
 
 class Part:

@@ -12,8 +12,8 @@ from sqlalchemy.engine import Connection
 
 from alignment.records.feedback import FEEDBACK_TYPES
 from alignment.records.json_checks import is_storable
-from alignment.store.database import Database, GroupCommit, Part, reads, writes
-from alignment.store.intake import ItemOutcome, Prepared, prepare, write_items
+from alignment.store.database import Database, Part, reads, writes
+from alignment.store.intake import ItemOutcome, prepare, write_items
 from alignment.store.pairs import drop_pair
 from alignment.store.ratings import REPLACED, drop_rating
 from alignment.store.schema import feedback, ratings
@@ -62,7 +62,6 @@ class FeedbackLog(Part):
     def __init__(self, database: Database, config: FeedbackConfig) -> None:
         super().__init__(database)
         self._config = config
-        self._intake = GroupCommit(self._commit)
 
     def add(self, items: Sequence[object], *, idempotency_key: str | None = None) -> list[ItemOutcome]:
         """Take in feedback items (decoded JSON); one outcome per item, committed together before this returns.
@@ -81,7 +80,7 @@ class FeedbackLog(Part):
         prepared = [prepare(item, key, self._config) for item, key in zip(items, keys, strict=True)]
         if all(one.error for one in prepared):
             return [one.outcome() for one in prepared]
-        return self._intake.submit(prepared)
+        return self.database.write(lambda c: write_items(c, prepared, self._config, self.database.clock()))
 
     def rehearse(self, work: Callable[[Add], T]) -> T:
         """Let `work` add items as by `add`, in one transaction that is undone; returns what `work` does."""
@@ -164,11 +163,6 @@ class FeedbackLog(Part):
             up, down = counts.get(adapter, (0, 0))
             counts[adapter] = (up + number, down) if direction > 0 else (up, down + number)
         return counts
-
-    def _commit(self, jobs: Sequence[list[Prepared]]) -> list[list[ItemOutcome]]:
-        batch = [prepared for job in jobs for prepared in job]
-        outcomes = iter(self.database.write(lambda c: write_items(c, batch, self._config, self.database.clock())))
-        return [[next(outcomes) for _ in job] for job in jobs]
 
 
 def _find(connection: Connection, feedback_id: str) -> FeedbackEntry | None:

@@ -368,11 +368,11 @@ def report_generation(
     )
 
 
-def repetition(answers: Sequence[Sequence[int]]) -> float:
-    """Share of the 3-grams of all answers that came before in the same answer; 0 if there is none."""
+def repetition(answers: Sequence[Sequence[int | str]], length: int = _GRAM) -> float:
+    """Share of the runs of `length` tokens or words in all answers that came before in the same answer, 0 to 1."""
     total = distinct = 0
     for answer in answers:
-        grams = [tuple(answer[i : i + _GRAM]) for i in range(len(answer) - _GRAM + 1)]
+        grams = [tuple(answer[i : i + length]) for i in range(len(answer) - length + 1)]
         total += len(grams)
         distinct += len(set(grams))
     return (total - distinct) / total if total else 0.0

@@ -59,7 +59,7 @@ def demo(
 def _show(report: dict[str, Any], console: Console) -> None:
     headings = ("preferred", "share before", "after", "right before", "after", "live version", "learnt in")
     table = _table(f"What {report['phases'][0]['preferences']} preferences did", headings)
-    start = report["abilities"] or report["before"]
+    start = report["abilities"]
     for phase in report["phases"]:
         right = [phase["before"]["right"], phase["after"]["right"]]
         if "abilities" in phase:

@@ -11,6 +11,8 @@ from typing import Any, Protocol
 
 from openai import AsyncOpenAI
 
+from alignment.versions import gate
+
 _CONCURRENCY = 16
 
 
@@ -96,9 +98,7 @@ class _Asked:
 
 def repetition(text: str) -> float:
     """Share of the runs of four words that stood in the text before, 0 to 1."""
-    words = text.lower().split()
-    runs = [tuple(words[start : start + 4]) for start in range(len(words) - 3)]
-    return 1 - len(set(runs)) / len(runs) if runs else 0.0
+    return gate.repetition([text.lower().split()], length=4)
 
 
 @dataclass(slots=True)
