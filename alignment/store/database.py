@@ -8,6 +8,7 @@ flush of the disk (`GroupCommit`).
 
 import functools
 import json
+import sqlite3
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -37,6 +38,7 @@ Job = TypeVar("Job")
 Result = TypeVar("Result")
 BUSY_TIMEOUT_S = 5.0
 """Time that a writer waits for another process's transaction, which take milliseconds, and for a connection."""
+_WAL_PAUSE_S = 0.01
 _WRITE_OPTION = "mace_write"
 _MAX_RACES = 3
 _ERRORS_OF_ONE = (DataError, IntegrityError, ProgrammingError)
@@ -258,8 +260,21 @@ def _lost_a_race(error: SQLAlchemyError) -> bool:
 def _prepare_sqlite(connection: Any, _record: object) -> None:
     connection.isolation_level = None  # the driver would delay BEGIN until the first write
     connection.execute(f"PRAGMA busy_timeout = {int(BUSY_TIMEOUT_S * 1000)}")
-    connection.execute("PRAGMA journal_mode = WAL")
+    _turn_on_wal(connection)
     connection.execute("PRAGMA synchronous = FULL")
+
+
+def _turn_on_wal(connection: Any) -> None:
+    """Wait for another process that reads, writes or does the same: SQLite's busy timeout leaves this statement out."""
+    give_up_s = time.monotonic() + BUSY_TIMEOUT_S
+    while True:
+        try:
+            connection.execute("PRAGMA journal_mode = WAL")
+            return
+        except sqlite3.OperationalError as error:
+            if error.sqlite_errorcode & 0xFF != sqlite3.SQLITE_BUSY or time.monotonic() > give_up_s:
+                raise
+            time.sleep(_WAL_PAUSE_S)
 
 
 def _prepare_postgres(connection: Any, _record: object) -> None:

@@ -184,9 +184,13 @@ class CoreProcesses:
             with contextlib.suppress(psutil.Error):
                 process = psutil.Process(core.pid)
                 for member in (process, *process.children(recursive=True)):
-                    self._family.append(member)
-                    self._workers += [member] if " ".join(member.cmdline()).startswith("VLLM::Worker") else []
-                    self._memory |= {Path(one.path).name for one in member.memory_maps() if "/psm_" in one.path}
+                    self._note(member)
+
+    def _note(self, member: psutil.Process) -> None:
+        self._family.append(member)
+        with contextlib.suppress(psutil.Error):  # it has ended already: a helper that lives for an instant
+            self._workers += [member] if " ".join(member.cmdline()).startswith("VLLM::Worker") else []
+            self._memory |= {Path(one.path).name for one in member.memory_maps() if "/psm_" in one.path}
 
     def has_lost_worker(self) -> bool:
         """A worker has ended; EngineCore says so only some seconds later."""

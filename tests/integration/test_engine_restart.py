@@ -107,7 +107,7 @@ def test_an_engine_that_is_killed_comes_back_in_the_same_replica(server, bodies,
         until(lambda: begun, 30, 0.01)
         old[victim].kill()
         died_s = time.monotonic()
-        until(lambda: at_once(server, "GET", "/ready").status_code == 503, 5, 0.02)
+        until(lambda: at_once(server, "GET", "/ready").status_code == 503, 15, 0.02)
         refused = at_once(server, "POST", "/v1/chat/completions", json={"model": "mace-tiny", **QUESTION})
         assert refused.status_code == 503
         assert int(refused.headers["Retry-After"]) > 0

@@ -4,6 +4,7 @@ import os
 import sqlite3
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -94,6 +95,18 @@ def test_every_commit_is_flushed_to_the_disk(local_store):
             lambda c, name=name: c.exec_driver_sql(f"PRAGMA {name}").scalar()
         )
     assert pragmas == {"journal_mode": "wal", "synchronous": 2, "busy_timeout": 200}
+
+
+def test_a_database_that_another_program_writes_is_opened(tmp_path):
+    """SQLite does not wait by itself where the file leaves its older journal, as a file of another program's has."""
+    file = tmp_path / "theirs.db"
+    writer = sqlite3.connect(file, check_same_thread=False)
+    writer.executescript("CREATE TABLE theirs (x); BEGIN IMMEDIATE;")
+    done = threading.Timer(0.3, writer.rollback)
+    done.start()
+    FeedbackStore.open(FeedbackConfig(database_url=f"sqlite:///{file}"), tmp_path).close()
+    done.join()
+    writer.close()
 
 
 def test_a_full_database_is_unavailable_and_works_again_after(local_store):
