@@ -43,6 +43,11 @@ _ONEDNN_KERNELS = 128
 takes 0.24 GiB more, and replacing the oldest left holes in the heap that kept growing (docs/measurements/memory.md).
 Fewer cost nothing that could be measured: pairs/s x 1.06 (0.98 to 1.13) under memory pressure (at commit 8d7ce55)."""
 
+_OPENMP_SPINS = 3000
+"""Turns that a thread of the CPU worker waits for the others before it sleeps. GNU OpenMP's own 300,000 keep each core
+for a millisecond after each product; with them Linux 6.18 let other processes wait for up to 3 s
+(docs/measurements/tax.md)."""
+
 _CPU_KV_SHARE = 0.1
 """Share of the main memory that the KV cache takes at most on CPU, within `_CPU_KV_BOUNDS`."""
 _CPU_KV_BOUNDS = (256 << 20, 8 << 30)
@@ -238,6 +243,7 @@ def configure_environment(args: AppArgs, model_dir: Path) -> None:
     os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")  # stdout belongs to --json
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", str(_ONEDNN_KERNELS))
+    os.environ.setdefault("GOMP_SPINCOUNT", str(_OPENMP_SPINS))
 
 
 def app_args_of(vllm_config: Any) -> AppArgs:
