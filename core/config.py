@@ -130,7 +130,7 @@ class TrainingConfig(Section):
     max_age_s: float = Field(20.0, gt=0)
     """A pair that waited this long is trained even if the batch is not full."""
     steps_per_candidate: int = Field(8, ge=1)
-    """Optimizer steps between two candidates that are offered to the gate."""
+    """Optimizer steps between two candidates for the gate; four once a step's mean DPO loss is below 0.1."""
     arena_bytes: int | None = Field(None, ge=1 << 20)
     """Memory for activations and gradients of a step. None: half of what is free on the device once it serves."""
     seed: int = 0

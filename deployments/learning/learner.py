@@ -48,6 +48,10 @@ _REFUSALS_PER_GENERATION = 4
 Nothing good may be within a few steps of a version: one that was taught by too few pairs passed the gate, and every
 candidate made from it repeated itself.
 """
+_LEARNT_LOSS = 0.1
+"""Mean DPO loss of a step, in nats, from which on more steps teach little: what was learnt is offered early."""
+_FEWEST_STEPS = 4
+"""Of a candidate that is offered for its small loss."""
 _DRAINED_S = 1.0
 """The queue counts as empty after so long without a batch; then what was learnt is offered early."""
 _SMOOTHING = 0.2
@@ -245,8 +249,10 @@ class Learner:
         return True
 
     def _is_candidate_due(self) -> bool:
-        steps = self.shadow.progress.steps_since_candidate
-        return steps >= self.args.training.steps_per_candidate or (steps > 0 and self._is_drained)
+        steps, enough = self.shadow.progress.steps_since_candidate, self.args.training.steps_per_candidate
+        if self.status.last is not None and self.status.last.loss < _LEARNT_LOSS:
+            enough = min(enough, _FEWEST_STEPS)
+        return steps >= enough or (steps > 0 and self._is_drained)
 
     def _headroom(self) -> Headroom:
         busy = 1.0 if self.engine.num_unfinished_requests() else 0.0

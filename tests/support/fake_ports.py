@@ -38,6 +38,7 @@ class FakeEngine:
         self.error = None
         self.evaluation_error = None
         self.shadow_margin = 1.0
+        self.train_loss = 0.5
         self.live_margin = 0.0
         self.saved = {}
         self.in_use = set()
@@ -63,7 +64,7 @@ class FakeEngine:
             self.saved[Path(task.checkpoint.path)] = task.checkpoint.progress
         margin = self.live_margin if task.on_live else self.shadow_margin
         scores = tuple(PairScore(p.pair_id, 0.0, 0.0, 0.0, 0.0, 0.5, margin) for p in task.pairs)
-        return TaskResult(task.task_id, task.kind, StepMetrics(0.5, margin, 1.0), scores, busy_s=0.1)
+        return TaskResult(task.task_id, task.kind, StepMetrics(self.train_loss, margin, 1.0), scores, busy_s=0.1)
 
     async def save_adapter(self, directory, base_model):
         write_peft(directory)

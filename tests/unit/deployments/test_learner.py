@@ -111,6 +111,14 @@ def test_a_candidate_is_offered_every_so_many_steps(tmp_path):
     assert world.registry.get("v0002").manifest.parent == "v0001"
 
 
+def test_a_candidate_is_offered_early_where_little_is_left_to_learn(tmp_path):
+    world = World(tmp_path, FakeControl([batch(i) for i in range(8)]), steps_per_candidate=8)
+    world.engine.train_loss = 0.02
+    world.run()
+    steps = [version.manifest.optimizer_steps for version in world.registry.list()]
+    assert steps == [4, 4]
+
+
 def test_a_worse_candidate_is_kept_but_not_published_and_training_returns_to_live(tmp_path):
     world = World(tmp_path, FakeControl([batch(1)], held_out=[TrainingPair("h", "q", "a", "b")]))
     world.engine.live_margin, world.engine.shadow_margin = 2.0, -1.0
