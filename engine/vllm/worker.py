@@ -23,7 +23,7 @@ from engine.training.base_weights import huggingface_views, is_shared, unpacked_
 from engine.training.runner import FineTuneRunner, free_memory_bytes
 from engine.training.shadow import ShadowAdapter
 from engine.vllm.arrivals import ArrivalCount
-from engine.vllm.compat import app_args_of, exit_with_parent
+from engine.vllm.compat import app_args_of, exit_with_parent, share_gloo_device
 from engine.vllm.directive import (
     DIRECTIVE_ATTRIBUTE,
     REPORT_ATTRIBUTE,
@@ -58,6 +58,12 @@ class HybridWorkerMixin:
     _directive: Directive
     _finetune_report: SliceReport
     _timer: ForwardTimer
+
+    def init_device(self) -> None:
+        """vLLM's, but that the process groups of a single rank do with one thread."""
+        if self.vllm_config.parallel_config.world_size == 1:  # type: ignore[attr-defined]
+            share_gloo_device()
+        super().init_device()  # type: ignore[misc]
 
     def load_model(self, **kwargs: Any) -> None:
         """Load the inference model, then the trainable model beside it (or on its very weights)."""
