@@ -6,7 +6,6 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[3]
 GROUPS = """
-import sys
 from datetime import timedelta
 from pathlib import Path
 import torch
