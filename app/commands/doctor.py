@@ -74,7 +74,7 @@ def examine(state_dir: Path, database_url: str | None = None, config: Path | Non
         "torchvision": _torchvision,
         "ray": _ray_version,
         "packages": _own_packages,
-        "threads": _threads,
+        "threads": lambda: _threads(config, state_dir),
         "memory": _memory,
         "kv cache": lambda: _kv_cache(config, state_dir),
         "gpu": _gpu,
@@ -150,10 +150,23 @@ def _own_packages() -> Outcome:
     return "ok", f"mace-serve {importlib.metadata.version('mace-serve')}", ""
 
 
-def _threads() -> Outcome:
+def _threads(config: Path | None, state_dir: Path) -> Outcome:
+    """Cores, and where the CPU worker's threads go with these settings."""
+    import torch
+
+    from engine.model_source import find_model
+    from engine.vllm.compat import worker_binding
+
     usable = len(os.sched_getaffinity(0))
-    bound = os.environ.get("VLLM_CPU_OMP_THREADS_BIND")
-    found = f"{usable} cores" + (f", VLLM_CPU_OMP_THREADS_BIND={bound}" if bound else "")
+    found = f"{usable} cores"
+    args = _settings(config)
+    model_dir = None if args is None else find_model(args.model, state_dir)
+    if args is not None and model_dir is not None and not torch.cuda.is_available():
+        found += f"; the engine's worker on {worker_binding(args, model_dir)}"
+    niceness = os.getpriority(os.PRIO_PROCESS, 0)
+    if niceness > 0:
+        found += f", at niceness {niceness}"
+        return "warning", found, "start mace without `nice`: all else of this machine goes before the engine"
     return "warning" if usable < 2 else "ok", found, "with one core, training and serving slow each other down"
 
 
@@ -164,15 +177,22 @@ def _memory() -> Outcome:
     return status, found, "6 GiB are needed for the three engine processes and Ray"
 
 
+def _settings(config: Path | None) -> AppArgs | None:
+    """Settings of a config file, or the defaults without one; None if they are wrong."""
+    try:
+        return AppArgs.model_validate(read_config(config)["applications"][0].get("args", {}) if config else {})
+    except (ConfigError, ValueError, LookupError, TypeError, AttributeError):
+        return None
+
+
 def _kv_cache(config: Path | None, state_dir: Path) -> Outcome:
     import torch
 
     from engine.model_source import find_model
     from engine.vllm.compat import cpu_kv_bytes
 
-    try:
-        args = AppArgs.model_validate(read_config(config)["applications"][0].get("args", {}) if config else {})
-    except (ConfigError, ValueError, LookupError, TypeError, AttributeError):
+    args = _settings(config)
+    if args is None:
         return "ok", "not known: `mace serve` says what is wrong with the config file", ""
     size_bytes = args.engine.kv_cache_memory_bytes
     if size_bytes is None:

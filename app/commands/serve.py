@@ -72,6 +72,17 @@ _RAY_SETTINGS = {
     "EVENT_AGENT_REPORT_INTERVAL_SECONDS": "2",
 }
 """Environment of a Ray of our own, where it says nothing else."""
+_DIRECT_SETTINGS = {
+    "RAY_SERVE_ENABLE_DIRECT_INGRESS": "1",
+    # One event loop for HTTP and engine: a thread between them costs each chunk of a stream two wake-ups.
+    "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",
+    "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "0",
+    # No load balancer has to hear of an end first, and the port is free for the next replica at once.
+    "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "0",
+    "RAY_SERVE_PORT_QUARANTINE_S": "0",
+}
+"""The same where one executor answers its clients itself (docs/measurements/tax.md)."""
+_DEFAULT_PORT = 8000
 _WILDCARDS = {"0.0.0.0": "127.0.0.1", "::": "::1"}
 
 
@@ -136,6 +147,8 @@ class _Server:
         self._is_deployed = False
         """Our application is there, or on its way."""
         self._handle: Any = None
+        self._direct_port: int | None = None
+        """Where the one executor listens; None with a proxy between it and its clients."""
 
     @property
     def _owns_ray(self) -> bool:
@@ -155,9 +168,7 @@ class _Server:
         if unknown := overrides.keys() - {"Executor", "Control"}:
             names = ", ".join(map(repr, unknown))
             raise _DeployError(f"deployments: there is no {names}, only Executor and Control")
-        for name, value in _RAY_SETTINGS.items() if self._owns_ray else ():
-            os.environ.setdefault(name, value)
-        os.environ.setdefault(CALLBACK_VARIABLE, CALLBACK)
+        self._set_environment(overrides.get("Executor", {}))
         typer.echo("mace: starting Ray and the engine ...")
         logging.getLogger("ray.serve").setLevel(logging.WARNING)
         from ray import serve as ray_serve
@@ -179,6 +190,30 @@ class _Server:
         except Exception as error:
             raise _DeployError(f"the application did not start:\n{error}") from error
         return self._url(_get_global_client().http_config)
+
+    def _set_environment(self, executor: dict[str, Any]) -> None:
+        """What Ray and Serve read from the environment, for their processes and ours.
+
+        One executor listens at the configured port itself, since Serve's proxy is only in the way of its clients: it
+        listens elsewhere then. Several are behind the proxy, which knows who has a request's prefix.
+        """
+        settings = {}
+        if self._owns_ray:
+            settings |= _RAY_SETTINGS
+            http = self._document.setdefault("http_options", {})
+            is_alone = executor.get("num_replicas", 1) == 1 and not executor.get("autoscaling_config")
+            if is_alone and self._document.get("proxy_location") != "Disabled":
+                port = int(http.get("port", _DEFAULT_PORT))
+                settings |= _DIRECT_SETTINGS | {
+                    "RAY_SERVE_DIRECT_INGRESS_MIN_HTTP_PORT": str(port),
+                    "RAY_SERVE_DIRECT_INGRESS_MAX_HTTP_PORT": str(port + 1),  # the first that is not in the range
+                }
+                self._direct_port = port
+                http["port"] = _free_port(http.get("host"))
+        if self._direct_port is None:
+            settings[CALLBACK_VARIABLE] = CALLBACK
+        for name, value in settings.items():
+            os.environ.setdefault(name, value)
 
     def _start_ray(self) -> None:
         import ray
@@ -221,7 +256,7 @@ class _Server:
             raise _DeployError(f"Serve did not start: {_first_line(error)}") from error
 
     def _url(self, http: Any) -> str:
-        """Where Serve's proxies listen; of a Serve that was there before, the config file does not know it."""
+        """Where clients are answered; of a Serve that was there before, the config file does not know it."""
         import ray
 
         host = http.host or "127.0.0.1"
@@ -229,7 +264,7 @@ class _Server:
             head = ray.get_runtime_context().gcs_address.rpartition(":")[0].strip("[]")
             host = _WILDCARDS[host] if self._owns_ray or _is_here(f"{head}:0") else head
         prefix = self._document["applications"][0].get("route_prefix", "/").rstrip("/")
-        return f"http://{bracketed(host)}:{http.port}{http.root_path}{prefix}"
+        return f"http://{bracketed(host)}:{self._direct_port or http.port}{http.root_path}{prefix}"
 
     def wait_while_alive(self) -> NoReturn:
         """Wait for a signal; Ray does not tell us that its head is dead, and without it nothing is served.
@@ -293,16 +328,12 @@ def _read(path: Path) -> dict[str, Any]:
 
 def check_port(http: dict[str, Any]) -> None:
     """Raise a ConfigError if we cannot listen: Serve's proxy would share a taken port, and get every other request."""
-    from ray._common.network_utils import is_ipv6
-
-    host, port = http.get("host") or "127.0.0.1", int(http.get("port", 8000))
+    host, port = http.get("host") or "127.0.0.1", int(http.get("port", _DEFAULT_PORT))
     where = f"{bracketed(host)}:{port}"
     if not 0 < port < 1 << 16:
         raise ConfigError(f"http_options.port: {port} is no port")
     try:
-        family = socket.AF_INET6 if is_ipv6(host) else socket.AF_INET
-        with socket.socket(family) as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        with _probe(host) as probe:
             probe.bind((host, port))
     except OSError as error:
         if error.errno == errno.EADDRINUSE:
@@ -310,6 +341,21 @@ def check_port(http: dict[str, Any]) -> None:
         else:
             text = f"cannot listen at {where} ({error.strerror or error}); set http_options.host and port"
         raise ConfigError(text) from error
+
+
+def _free_port(host: str | None) -> int:
+    host = host or "127.0.0.1"
+    with _probe(host) as probe:
+        probe.bind((host, 0))
+        return int(probe.getsockname()[1])
+
+
+def _probe(host: str) -> socket.socket:
+    from ray._common.network_utils import is_ipv6
+
+    probe = socket.socket(socket.AF_INET6 if is_ipv6(host) else socket.AF_INET)
+    probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    return probe
 
 
 def bracketed(host: str) -> str:

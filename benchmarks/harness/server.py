@@ -25,6 +25,7 @@ from core.config import AppArgs
 from core.errors import MaceError
 
 _START_S = 400.0
+_PROFILE_S = 600.0
 _PROBE_S = 0.25
 _STOP_S = 90.0
 _GRACE_S = 5.0
@@ -165,6 +166,18 @@ class ServerProcess:
             if self.has_exited or time.monotonic() > give_up_s:
                 raise ServerError(f"the server did not start:\n{self.log_tail()}")
             await asyncio.sleep(_PROBE_S)
+
+    def wait_for_profile(self) -> None:
+        """Wait for the profile that a first start measures while nobody asks, so that no measurement pays for it.
+
+        Raises:
+            ServerError: it is not there after ten minutes.
+        """
+        give_up_s = time.monotonic() + _PROFILE_S
+        while not any(self.state_dir.glob("profiles/*/*.json")):
+            if time.monotonic() > give_up_s:
+                raise ServerError(f"the profile of the first start was not there after {_PROFILE_S:.0f} s")
+            time.sleep(1)
 
     def is_ready(self) -> bool:
         """Ask `ready_path`; False also if nobody answers."""

@@ -71,6 +71,8 @@ def main(
             else:
                 server = plain_server(directory, config, model_dir)
             with server.running():
+                if name == "mace":
+                    server.wait_for_profile()
                 note(f"{name}: ready, idle for {settle:.0f} s and measured for {window:.0f} s")
                 reports[name] = measure(server, args.model.model_id, settle, window, requests)
     report = make_report(reports, dashboard)

@@ -65,7 +65,6 @@ MAX_OTHER_CORES = 0.15
 
 _ENGINE_ROLES = frozenset({"worker", "engine core"})
 _SETTLE_S = 3.0
-_PROFILE_S = 600.0
 _LATENCIES = ("ttft", "tpot", "itl", "e2el")
 _NUMBERS = (
     *(f"{latency}_p{percent}_ms" for latency in _LATENCIES for percent in (50, 90, 99)),
@@ -160,7 +159,7 @@ def measure(
                 servers[side] = _server(stack, name, model_dir, state_dir, side)
             with servers[side].running():
                 if side.startswith("MACE"):
-                    _wait_for_profile(servers[side])
+                    servers[side].wait_for_profile()
                 _ask(servers[side], model_dir, Load(streams=4), name, -1, seconds)
                 time.sleep(_SETTLE_S)
                 for _, _, load in cells:
@@ -172,15 +171,6 @@ def measure(
                         f"TPOT {cell['tpot_p50_ms']:.2f}, ITL p99 {cell['itl_p99_ms']:.1f} ms"
                     )
                     yield cell
-
-
-def _wait_for_profile(server: ServerProcess) -> None:
-    """A first start measures the device while nobody asks. What it costs is over once and not compared."""
-    give_up_s = time.monotonic() + _PROFILE_S
-    while not any(server.state_dir.glob("profiles/*/*.json")):
-        if time.monotonic() > give_up_s:
-            raise MeasurementError(f"the profile of the first start was not there after {_PROFILE_S:.0f} s")
-        time.sleep(1)
 
 
 def _server(

@@ -415,7 +415,7 @@ def test_a_client_does_not_wait_for_anothers_hundred(server):
         while total(server, "vllm:num_requests_running") < 16 and time.monotonic() < deadline_s:
             time.sleep(0.05)
         assert server.call("POST", "/v1/chat/completions", json=lone).status_code == 200
-        # Behind the others the lone one waits until 33 of the 64 have ended; a slow machine ends some of the first round anyway.
+        # Behind the others the lone one waits until 33 of the 64 have ended; on a slow machine some have anyway.
         assert total(server, "vllm:request_success_total") - before < 32
         assert len(answers.result().json()["choices"]) == 64
     server.call("POST", "/v1/training/resume")
