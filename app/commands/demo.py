@@ -3,6 +3,7 @@
 import asyncio
 import json
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -10,6 +11,7 @@ from rich.console import Console
 from rich.table import Column, Table
 
 from app.commands.connection import URL_OPTION, api_key, fail
+from core.errors import ConfigError
 
 app = typer.Typer(invoke_without_command=True)
 """`mace demo` by itself is the demo below; packages above `app` add sub-commands (`app.cli`)."""
@@ -25,12 +27,16 @@ def demo(
     guard: Annotated[bool, typer.Option(help="Measure what else the model can (SmolLM2; some minutes)")] = True,
     timeout_s: Annotated[float, typer.Option(help="Seconds to wait for each lesson")] = 600.0,
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON")] = False,
+    plot: Annotated[
+        Path | None, typer.Option(help="Draw what was learnt, and when, to this PNG or SVG file")
+    ] = None,
 ) -> None:
     """Teach a built-in model one taste after the other, while a background client measures TTFT and TBT."""
     if context.invoked_subcommand is not None:
         return
     from openai import APIConnectionError, OpenAIError
 
+    from app.demo.plot import write_plot
     from app.demo.run import DemoOptions, run_demo
     from app.demo.taste import DemoError
 
@@ -54,6 +60,11 @@ def demo(
         typer.echo(json.dumps(report, indent=2))
     else:
         _show(report, console)
+    if plot is not None:
+        try:
+            write_plot(report, plot)
+        except ConfigError as error:
+            fail(error)
 
 
 def _show(report: dict[str, Any], console: Console) -> None:

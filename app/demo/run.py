@@ -51,22 +51,44 @@ class DemoOptions:
 
 
 @dataclass(slots=True)
-class Timings:
-    """Everything that the background client measured so far, in seconds."""
+class Answer:
+    """What the background client measured of one answer, in seconds."""
 
-    ttft_s: list[float] = field(default_factory=list)
-    tbt_s: list[float] = field(default_factory=list)
-    num_requests: int = 0
+    sent_s: float
+    """When it was asked for, since the client started."""
+    ttft_s: float | None = None
+    gaps_s: list[float] = field(default_factory=list)
+
+
+@dataclass(slots=True)
+class Timings:
+    """Everything that the background client measured so far."""
+
+    started_s: float = field(default_factory=time.perf_counter)
+    answers: list[Answer] = field(default_factory=list)
     errors: list[str] = field(default_factory=list)
 
     def summary(self) -> dict[str, Any]:
-        """Percentiles in milliseconds; None without samples."""
+        """Percentiles of all answers, and the answers themselves, in milliseconds; None without samples."""
+        answers = []
+        for answer in self.answers:
+            gaps = _percentiles(answer.gaps_s)
+            ttft_ms = None if answer.ttft_s is None else round(1e3 * answer.ttft_s, 2)
+            answers.append(
+                {
+                    "sent_s": round(answer.sent_s, 2),
+                    "ttft_ms": ttft_ms,
+                    "gap_p50_ms": gaps["p50"],
+                    "gap_max_ms": gaps["max"],
+                }
+            )
         return {
-            "requests": self.num_requests,
+            "requests": len(self.answers),
             "failed": len(self.errors),
             "errors": self.errors[:5],
-            "ttft_ms": _percentiles(self.ttft_s),
-            "tbt_ms": _percentiles(self.tbt_s),
+            "ttft_ms": _percentiles([answer.ttft_s for answer in self.answers if answer.ttft_s is not None]),
+            "tbt_ms": _percentiles([gap_s for answer in self.answers for gap_s in answer.gaps_s]),
+            "answers": answers,
         }
 
 
@@ -176,6 +198,7 @@ class _Demo:
             "live_after": new_live,
             "learnt_after_s": round(learnt_s, 1),
             "training": training,
+            "targets_ms": await self._targets(),
             "while_learning": timings.summary(),
         }
         return phase, after
@@ -183,6 +206,12 @@ class _Demo:
     async def _live_version(self) -> str:
         adapters: Any = await self._client.get("/adapters", cast_to=object)
         return str(adapters["live"])
+
+    async def _targets(self) -> dict[str, float]:
+        """The server's latency targets in milliseconds."""
+        state: Any = await self._client.get("/training", cast_to=object)
+        slo = state["executor"]["slo"]
+        return {"ttft": 1e3 * slo["ttft_s"], "tbt": 1e3 * slo["tbt_s"]}
 
     async def _wait_until_learnt(self, old_live: str, started_s: float) -> dict[str, Any]:
         """Until nothing has been queued, leased or running for a while."""
@@ -243,9 +272,9 @@ async def _background_client(client: AsyncOpenAI, model: str, subject: Subject) 
 
     async def ask_on(start: int) -> None:
         for question in itertools.islice(itertools.cycle(subject.held_out), start, None, _STREAMS):
-            timings.num_requests += 1
+            timings.answers.append(answer := Answer(time.perf_counter() - timings.started_s))
             try:
-                await _time_answer(client, model, question, timings)
+                await _time_answer(client, model, question, answer)
             except OpenAIError as error:
                 timings.errors.append(f"{type(error).__name__}: {error}")
                 await asyncio.sleep(0.2)
@@ -260,9 +289,8 @@ async def _background_client(client: AsyncOpenAI, model: str, subject: Subject) 
         await asyncio.gather(*tasks, return_exceptions=True)
 
 
-async def _time_answer(client: AsyncOpenAI, model: str, question: str, timings: Timings) -> None:
-    sent_s = last_s = time.perf_counter()
-    is_first = True
+async def _time_answer(client: AsyncOpenAI, model: str, question: str, answer: Answer) -> None:
+    last_s = time.perf_counter()
     stream = await client.chat.completions.create(
         model=model,
         messages=[{"role": "user", "content": question}],
@@ -274,11 +302,10 @@ async def _time_answer(client: AsyncOpenAI, model: str, question: str, timings: 
         if not chunk.choices or not chunk.choices[0].delta.content:
             continue
         now_s = time.perf_counter()
-        if is_first:
-            timings.ttft_s.append(now_s - sent_s)
-            is_first = False
+        if answer.ttft_s is None:
+            answer.ttft_s = now_s - last_s
         else:
-            timings.tbt_s.append(now_s - last_s)
+            answer.gaps_s.append(now_s - last_s)
         last_s = now_s
 
 
