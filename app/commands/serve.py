@@ -197,7 +197,7 @@ class _Server:
         One executor listens at the configured port itself, since Serve's proxy is only in the way of its clients: it
         listens elsewhere then. Several are behind the proxy, which knows who has a request's prefix.
         """
-        settings = {}
+        settings: dict[str, str] = {}
         if self._owns_ray:
             settings |= _RAY_SETTINGS
             http = self._document.setdefault("http_options", {})
