@@ -5,7 +5,7 @@ The planner makes a `Plan`. It rides in the engine's directive to the worker, an
 crosses process borders; units are in the names.
 """
 
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from operator import attrgetter
 from typing import Any, Literal
 
@@ -78,6 +78,20 @@ class Plan:
     """Time that training and prompts do without, because clients saw gaps above the target."""
     first_token_share: float = 1.0
     """Share of the slack that training may use, because clients waited too long for first tokens."""
+
+    @property
+    def runs_slices(self) -> bool:
+        """Slices may run in this iteration."""
+        return self.has_to_run_slices or self.finetune_budget_s > 0
+
+    @property
+    def has_to_run_slices(self) -> bool:
+        """At least one slice runs, however little time there is."""
+        return self.is_blocking or self.min_slices > 0
+
+    def without_slices(self) -> "Plan":
+        """The same for inference and memory; slices have to wait for another iteration."""
+        return replace(self, finetune_budget_s=0.0, min_slices=0, is_blocking=False)
 
 
 @dataclass(frozen=True, slots=True)

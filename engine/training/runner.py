@@ -88,15 +88,16 @@ class FineTuneRunner:
     def run(self, budget_s: float, min_slices: int, is_wanted: Callable[[], bool] = lambda: False) -> SliceReport:
         """Run slices for at most `budget_s` seconds, but at least `min_slices` if there is work that may run.
 
+        The seconds begin when the device has done what it was given before.
+
         Beyond `min_slices` none starts once `is_wanted`: somebody waits for the device.
 
         An optimizer slice waits while the checkpoint of the step before is on its way to disk, so that a killed
         process loses one step at most. Nothing else waits for the disk.
         """
         report = SliceReport()
-        started_s = time.perf_counter()
         if budget_s > 0 or min_slices > 0:
-            _synchronize(self.model.device)
+            started_s = settled_s(self.model.device)
             while (spec := self._next_slice(report)) is not None:
                 left_s = budget_s - (time.perf_counter() - started_s)
                 if self._waits_for_disk(spec):
@@ -118,6 +119,7 @@ class FineTuneRunner:
     def run_step(self) -> SliceReport:
         """Run the step in progress, or the next one, to its end: the blocking baselines."""
         report = SliceReport()
+        settled_s(self.model.device)
         while (spec := self._next_slice(report)) is not None and not report.finished:
             self._run_slice(spec, report)
             if self._running is not None and self._running.step.done:
@@ -191,8 +193,8 @@ class FineTuneRunner:
         except Exception as error:  # noqa: BLE001 - any failure is the task's result; serving goes on
             self._stop()
             self._fail(running.task, error, report)
-        _synchronize(self.model.device)
-        latency_s, activation_bytes = time.perf_counter() - started_s, running.step.activation_bytes
+        latency_s = settled_s(self.model.device) - started_s
+        activation_bytes = running.step.activation_bytes
         cost = running.result
         cost.num_slices += 1
         cost.busy_s += latency_s
@@ -248,7 +250,8 @@ def free_memory_bytes(device: torch.device) -> int:
     return int(psutil.virtual_memory().available)
 
 
-def _synchronize(device: torch.device) -> None:
-    """Wait for the device, so that the clock measures slices and not their launches."""
+def settled_s(device: torch.device) -> float:
+    """`time.perf_counter` once the device has done all that it was given: slices are timed, and not their launches."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+    return time.perf_counter()

@@ -61,9 +61,9 @@ class Directive:
     epoch: int = 0
     """Counts the times that all requests were sent back after a failure (`engine.vllm.recovery`)."""
     started_s: float = 0.0
-    """`time.perf_counter` of the scheduler's process."""
+    """When the iteration began, as `time.perf_counter` of the scheduler's process."""
     overhead_s: float = 0.0
-    """Overhead of the iteration before; the last one is not over when its slices run."""
+    """Overhead of the newest iteration whose output had come; that of this one is known when it is over."""
 
 
 @dataclass(slots=True)

@@ -222,9 +222,9 @@ class HybridEngine:
     async def iterations(self, after: int = 0) -> tuple[int, list[IterationSample]]:
         """Measured iterations since number `after`, oldest first, and the number to ask for next.
 
-        The worker keeps the last 4096. `overhead_s` of a sample is the iteration's before it. The worker is not asked
-        again while nothing has entered an engine at rest: vLLM's worker spins for a second after each question. An
-        iteration that only ends an aborted request is then told with the next ones.
+        The worker keeps the last 4096. `overhead_s` of a sample is that of an iteration before it. The worker is not
+        asked again while nothing has entered an engine at rest: vLLM's worker spins for a second after each question.
+        An iteration that only ends an aborted request is then told with the next ones.
         """
         num_added, is_at_rest = self._num_added, not self.num_unfinished_requests()
         if is_at_rest and self._read is not None and self._read[0] == num_added and after >= self._read[1]:

@@ -6,6 +6,10 @@ takes that to the worker. A request whose `extra_args` hold `TASK_KEY` is a fine
 keeps it aside, and it ends as an `EngineCoreOutput` whose `kv_transfer_params` carry the `TaskResult`. One with
 `NOTE_KEY` is a message to the planner (what clients saw, other targets), and is gone once it is read.
 
+With async scheduling vLLM sends an iteration to the worker while the output of the one before is still to come. Slices
+would hold that output back, and begin before the device is free. So they run only in an iteration that is alone in
+flight: one that is due makes vLLM take in all outputs first (`has_requests`). Pure serving keeps its overlap.
+
 Invariant: nothing in here may raise because of a fine-tune task; an exception would end the engine. What the worker's
 forward pass raises comes here as a report, and `engine.vllm.recovery` finds the request that it belongs to.
 """
@@ -49,6 +53,9 @@ from scheduler.view import IterationView
 
 logger = logging.getLogger(__name__)
 
+_MOST_SKIPPED = 8
+"""Overlapping iterations at most between two tries to run a slice in too little time."""
+
 
 class HybridSchedulerMixin:
     """Adds plans and fine-tune tasks to a vLLM scheduler; see the module docstring."""
@@ -78,6 +85,12 @@ class HybridSchedulerMixin:
         """The newest one that reserved memory for slices, until its report is here."""
         self._arrivals = ArrivalCount()
         self._num_arrived = 0
+        self._num_in_flight = 0
+        """Iterations that were scheduled and whose outputs are still to come."""
+        self._slices_are_due = False
+        """The newest plan has time for slices, and the next iteration waits for all outputs so that they can run."""
+        self._num_vain = self._num_to_skip = 0
+        """Iterations in a row that were alone for slices and ran none, and how many more may overlap for that."""
         self._last_ended_s = 0.0
         self._overhead_s = 0.0
 
@@ -118,7 +131,12 @@ class HybridSchedulerMixin:
         return [*super().finish_requests(ids, finished_status), *ended]  # type: ignore[misc]
 
     def has_requests(self) -> bool:
-        """Keeps the engine stepping while fine-tune work may run, or an abort must reach the worker."""
+        """Keeps the engine stepping while fine-tune work may run, or an abort must reach the worker.
+
+        False while slices are due and outputs are still to come: vLLM takes these in before it asks again.
+        """
+        if self._num_in_flight and self._slices_are_due:
+            return False
         if super().has_requests():  # type: ignore[misc]
             return True
         if self.pause_state != PauseState.UNPAUSED:  # type: ignore[attr-defined]
@@ -129,7 +147,8 @@ class HybridSchedulerMixin:
 
     def schedule(self, throttle_prefills: bool = False) -> SchedulerOutput:
         """vLLM's schedule within the plan's limits, with this iteration's fine-tune part attached."""
-        self._directive.started_s = time.perf_counter()
+        # While somebody is served one iteration follows the other: what is between them is overhead, too.
+        self._directive.started_s = self._last_ended_s if self.running else time.perf_counter()  # type: ignore[attr-defined]
         self._directive.num_arrived, self._num_arrived = self._num_arrived, self._arrivals.read()
         view = self._view(time.time())
         plan = self.planner.plan(view)
@@ -142,11 +161,12 @@ class HybridSchedulerMixin:
         self._note_scheduled(output, plan)
         shape = shape_of(output.num_scheduled_tokens, self.requests, self._num_absent_tokens)  # type: ignore[attr-defined]
         directive, self._directive = self._directive, Directive()
-        directive.plan, directive.shape = self.planner.settle(plan, view, shape), shape
+        directive.plan, directive.shape = self._in_turn(self.planner.settle(plan, view, shape)), shape
         directive.overhead_s, directive.epoch = self._overhead_s, self._recovery.epoch
         if plan.reserves_arena:
             self._last_training = directive
         setattr(output, DIRECTIVE_ATTRIBUTE, directive)
+        self._num_in_flight += 1
         return output
 
     def update_from_output(
@@ -157,6 +177,7 @@ class HybridSchedulerMixin:
         Raises:
             UnexplainedFailureError: iterations fail, and not because of a request. vLLM then ends the engine.
         """
+        self._num_in_flight -= 1
         report: IterationReport | None = getattr(model_runner_output, REPORT_ATTRIBUTE, None)
         directive: Directive = getattr(scheduler_output, DIRECTIVE_ATTRIBUTE)
         if report is not None:
@@ -177,6 +198,16 @@ class HybridSchedulerMixin:
         for result in report.finetune.finished if report is not None else ():
             self._emit(result, outputs)
         return outputs
+
+    def _in_turn(self, plan: Plan) -> Plan:
+        """The plan, whose slices wait for the next iteration while outputs are still to come.
+
+        Where the time is too short for the slice that comes next, being alone costs the overlap for nothing. So the
+        more often in a row none ran, the more iterations pass before the next try.
+        """
+        self._slices_are_due = plan.runs_slices and (plan.has_to_run_slices or not self._num_to_skip)
+        self._num_to_skip = max(0, self._num_to_skip - 1)
+        return plan.without_slices() if self._num_in_flight else plan
 
     def _view(self, now_s: float) -> IterationView:
         self.waiting.now_s = now_s
@@ -275,14 +306,20 @@ class HybridSchedulerMixin:
             self._pruner.note_scores(report.kv_scores, self.requests)  # type: ignore[attr-defined]
         slices_s = sum(s.latency_s for s in report.finetune.slices)
         now_s = time.perf_counter()
-        # With two iterations in flight the time since the last one ended is this one's.
+        # With two iterations in flight the time since the last one ended is this one's. No slices of the next one are
+        # in it (`_in_turn`).
         wall_s = now_s - max(directive.started_s, self._last_ended_s)
         self._last_ended_s = now_s
-        self._overhead_s = max(0.0, wall_s - report.forward_s - slices_s)
+        if report.failure is None:  # of a pass that failed there is no time to take off
+            self._overhead_s = max(0.0, wall_s - report.forward_s - slices_s)
         shape = directive.shape if report.failure is None else ForwardShape()
         self.planner.observe(
             IterationSample(shape, report.forward_s, self._overhead_s, report.finetune, directive.plan)
         )
+        if directive.plan.runs_slices:
+            has_run = bool(report.finetune.slices or report.finetune.finished)
+            self._num_vain = 0 if has_run else min(self._num_vain + 1, _MOST_SKIPPED)
+            self._num_to_skip = self._num_vain
         self._tasks.note_progress(report.finetune, time.time())
         if directive is self._last_training:
             self._last_training = None

@@ -5,7 +5,6 @@ is made up: a token for each request that has one coming, and what a fine-tune s
 """
 
 import copy
-import os
 import time
 from collections import deque
 
@@ -13,45 +12,27 @@ import pytest
 import torch
 from vllm import SamplingParams
 from vllm.sampling_params import StructuredOutputsParams
-from vllm.utils.hashing import sha256
-from vllm.v1.core.kv_cache_utils import (
-    get_kv_cache_config_from_groups,
-    get_request_block_hasher,
-    init_none_hash,
-)
+from vllm.v1.core.kv_cache_utils import get_kv_cache_config_from_groups
 from vllm.v1.engine import FinishReason
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheGroupSpec, SlidingWindowSpec
 from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import Request, RequestStatus
 from vllm.v1.structured_output import StructuredOutputManager
 
-from core.config import AppArgs
-from core.types import FineTuneTask, SliceReport, TaskKind, TokenizedPair
-from engine.vllm.compat import make_engine_args
+from core.types import SliceReport
 from engine.vllm.culprit import UnexplainedFailureError
-from engine.vllm.directive import CLIENT_KEY, DIRECTIVE_ATTRIBUTE, REPORT_ATTRIBUTE, TASK_KEY, IterationReport
+from engine.vllm.directive import DIRECTIVE_ATTRIBUTE, REPORT_ATTRIBUTE, IterationReport
 from engine.vllm.grammars import contain_failures
 from engine.vllm.planning import KvPool
-from engine.vllm.scheduler import AsyncHybridScheduler
 from scheduler.memory.ledger import Pool
-
-BLOCK_TOKENS = 16
-ARENA_BYTES = 64 << 20
+from tests.support.async_scheduler import BLOCK_TOKENS, async_config, make_request, make_scheduler, make_task
+from tests.support.clock import Clock
 
 
 @pytest.fixture(scope="module")
 def vllm_config(tiny_assistant):
-    before = dict(os.environ)
-    args = AppArgs.model_validate({"model": {"max_model_len": 256}, "training": {"arena_bytes": ARENA_BYTES}})
-    config = make_engine_args(args, str(tiny_assistant)).create_engine_config()
-    config.scheduler_config.async_scheduling = True
-    init_none_hash(sha256)
-    config.cache_config.block_size = BLOCK_TOKENS
-    config.cache_config.kv_cache_layout = "LBNHC"
-    config.kv_events_config = None
-    yield config
-    os.environ.clear()
-    os.environ.update(before)
+    with async_config(tiny_assistant) as config:
+        yield config
 
 
 def position_of_next(request):
@@ -63,46 +44,19 @@ class Engine:
     """`EngineCore.step_with_batch_queue` without its processes."""
 
     def __init__(self, vllm_config, num_blocks=200):
-        spec = FullAttentionSpec(block_size=BLOCK_TOKENS, num_kv_heads=1, head_size=8, dtype=torch.float32)
-        kv_cache = get_kv_cache_config_from_groups(
-            vllm_config, [KVCacheGroupSpec(["layer"], spec)], num_blocks * spec.page_size_bytes
-        )
-        vllm_config.cache_config.num_gpu_blocks = num_blocks
-        self.scheduler = AsyncHybridScheduler(
-            vllm_config=vllm_config,
-            kv_cache_config=kv_cache,
-            structured_output_manager=StructuredOutputManager(vllm_config),
-            block_size=BLOCK_TOKENS,
-            hash_block_size=BLOCK_TOKENS,
-        )
+        self.scheduler = make_scheduler(vllm_config, num_blocks)
         self.in_flight = deque()
         self.answers = {}
-        self._hasher = get_request_block_hasher(BLOCK_TOKENS, sha256)
 
     @property
     def arena_bytes(self):
         return self.scheduler.planner.memory.pool_used_bytes(Pool.ARENA)
 
     def add(self, name, num_prompt, max_tokens, client=None):
-        self.scheduler.add_request(
-            Request(
-                request_id=name,
-                prompt_token_ids=[sum(map(ord, name)) + position for position in range(num_prompt)],
-                sampling_params=SamplingParams(
-                    max_tokens=max_tokens, ignore_eos=True, extra_args={CLIENT_KEY: client} if client else None
-                ),
-                pooling_params=None,
-                arrival_time=time.time(),
-                block_hasher=self._hasher,
-            )
-        )
+        self.scheduler.add_request(make_request(name, num_prompt, max_tokens, time.time(), client))
 
     def add_task(self, name):
-        task = FineTuneTask(name, TaskKind.TRAIN, [TokenizedPair("p", [1, 2], [3, 4], [5, 6])])
-        params = SamplingParams(max_tokens=1, extra_args={TASK_KEY: task.to_wire()})
-        self.scheduler.add_request(
-            Request(request_id=name, prompt_token_ids=[0], sampling_params=params, pooling_params=None)
-        )
+        self.scheduler.add_request(make_task(name))
 
     def schedule(self):
         """Send one more iteration off."""
@@ -313,6 +267,17 @@ def test_no_slices_run_while_a_culprit_is_searched(vllm_config):
         device.land()
     device.launch()
     assert device.num_slices > 0
+
+
+def test_an_iteration_that_failed_tells_nothing_of_the_overhead(vllm_config, monkeypatch):
+    clock = Clock(1000.0)
+    monkeypatch.setattr("engine.vllm.scheduler.time", clock)
+    device = Device(Engine(vllm_config), lambda names: True)
+    device.engine.add("r0", 20, 6)
+    device.launch()
+    clock.sleep(5.0)
+    device.land()
+    assert device.engine.scheduler.planner.predictor.overhead_s == 0.0
 
 
 def test_a_device_that_fails_for_everybody_ends_the_engine_with_the_reason(vllm_config):

@@ -10,6 +10,7 @@ from engine.training import dpo
 from engine.training.runner import FineTuneRunner
 from engine.training.trainable import TrainableModel
 from engine.vllm.task_table import TaskTable
+from tests.support.clock import Clock
 from tests.support.trainable_models import make_task, make_training, save_model
 
 
@@ -54,6 +55,34 @@ def test_without_work_nothing_runs(runner):
 def test_without_budget_nothing_runs(runner):
     runner.submit(make_task().to_wire())
     assert runner.run(0.0, 0).slices == []
+
+
+@pytest.fixture
+def pass_s(monkeypatch):
+    """Seconds of a forward pass that is on the device; slices take none, for the clock stands still meanwhile."""
+    clock, left_s = Clock(), [60.0]
+
+    def settled_s(device):
+        clock.sleep(left_s.pop() if left_s else 0.0)
+        return clock.now_s
+
+    monkeypatch.setattr("engine.training.runner.time", clock)
+    monkeypatch.setattr("engine.training.runner.settled_s", settled_s)
+    return left_s[0]
+
+
+def test_the_budget_does_not_pay_for_the_forward_pass_in_flight(runner, pass_s):
+    runner.submit(make_task().to_wire())
+    report = runner.run(pass_s / 2, 0)
+    assert report.slices
+    assert {timing.latency_s for timing in report.slices} == {0.0}
+
+
+def test_the_first_slice_of_a_blocking_step_is_not_timed_with_the_forward_pass_in_flight(runner, pass_s):
+    runner.submit(make_task().to_wire())
+    report = runner.run_step()
+    assert {timing.latency_s for timing in report.slices} == {0.0}
+    assert report.finished[0].busy_s == 0.0
 
 
 def test_slices_end_as_soon_as_somebody_waits_for_the_device(runner):
