@@ -1,9 +1,9 @@
 """Will a model and its settings fit into the memory of a GPU? Computed from sizes alone, before anything is loaded.
 
 vLLM takes `gpu_memory_utilization` of the memory for weights, adapter slots, activations and, with what is left of
-that, the KV cache; the trainer's state is made before vLLM measures, so it counts there too. The arena of the training
-steps lives in the rest. Nothing here is measured: activations are upper estimates by the model's dimensions, and what CUDA
-takes for itself is an allowance.
+that, the KV cache; the trainer's state is made before vLLM measures, so it counts there too. The arena of the
+training steps lives in the rest. Nothing here is measured: activations are upper estimates by the model's dimensions,
+and what CUDA takes for itself is an allowance.
 """
 
 from collections.abc import Iterator
