@@ -65,7 +65,7 @@ class EngineConfig(Section):
     """None: vLLM's rule on GPU (`gpu_memory_utilization`); on CPU what `max_num_seqs` requests of `max_model_len`
     tokens can use and half as much for cached prefixes, but a tenth of the memory (256 MiB to 8 GiB) at most."""
     gpu_memory_utilization: float = Field(0.8, gt=0, lt=1)
-    """vLLM's setting of that name. Training needs part of the rest."""
+    """vLLM's setting of that name. Training needs part of the rest; `mace doctor --plan` computes how much."""
     num_threads: int = Field(0, ge=0)
     """CPU threads of the worker. 0: every core that this process may use, or one if the weights are below 64 MiB."""
     share_base_weights: Literal["auto", "always", "never"] = "auto"
@@ -132,7 +132,8 @@ class TrainingConfig(Section):
     steps_per_candidate: int = Field(8, ge=1)
     """Optimizer steps between two candidates for the gate; four once a step's mean DPO loss is below 0.1."""
     arena_bytes: int | None = Field(None, ge=1 << 20)
-    """Memory for activations and gradients of a step. None: half of what is free on the device once it serves."""
+    """Memory for activations and gradients of a step, as far as the device has it. None: half of what is free once the
+    engine serves, without what forward passes take for their duration."""
     seed: int = 0
     """Seed of a fresh adapter."""
 

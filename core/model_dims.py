@@ -24,6 +24,10 @@ class ModelDims:
     vocab_size: int
     dtype_bytes: int
     """Bytes of one value of weights and activations."""
+    is_tied: bool = False
+    """The head's matrix is the embedding's."""
+    context_tokens: int | None = None
+    """Longest sequence that the position embeddings were made for; None: the configuration does not say."""
 
     @classmethod
     def of(cls, config: Mapping[str, Any], *, dtype_bytes: int) -> "ModelDims":
@@ -41,6 +45,8 @@ class ModelDims:
             head_dim=int(config.get("head_dim") or hidden // heads),
             vocab_size=vocabulary,
             dtype_bytes=dtype_bytes,
+            is_tied=bool(config.get("tie_word_embeddings")),
+            context_tokens=config.get("max_position_embeddings"),
         )
 
     @classmethod
@@ -79,6 +85,12 @@ class ModelDims:
     def head_weights(self) -> int:
         """Parameters of the language model head."""
         return self.hidden_size * self.vocab_size
+
+    @property
+    def num_weights(self) -> int:
+        """Parameters of the model but for biases and the norms of heads, a thousandth of them at most."""
+        layers = self.num_layers * (self.layer_weights + 2 * self.hidden_size)
+        return layers + self.hidden_size + self.head_weights * (1 if self.is_tied else 2)
 
     @property
     def kv_bytes_per_token(self) -> int:

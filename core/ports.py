@@ -43,11 +43,14 @@ class ControlPort(Protocol):
 class EnginePort(Protocol):
     """The engine as learning, publishing and measuring see it; `engine.vllm.engine.HybridEngine` is the real one."""
 
-    free_memory_bytes: float
     is_away: bool
     """The engine died and is not back yet: calls raise EngineUnavailableError."""
     generation: int
     """Times that the engine came back. After each the shadow adapter must be restored before it is used."""
+
+    @property
+    def free_memory_bytes(self) -> float:
+        """Free device memory for training; infinite if that is not known."""
 
     @property
     def kv_cache_tokens(self) -> int | None:

@@ -132,8 +132,8 @@ class TaskResult:
     longest_slice_s: float = 0.0
     peak_bytes: int = 0
     """Most memory between two slices of the step: activations and gradients."""
-    free_bytes: int = 0
-    """Free device memory when the task ended; 0 if unknown."""
+    free_bytes: int | None = None
+    """Free device memory for training when the task ended; None: nobody looked."""
     optimizer_steps: int = 0
     """Steps applied to the shadow adapter since it was last reset, this one included."""
     checkpoint_error: str | None = None

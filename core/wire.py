@@ -130,8 +130,8 @@ class Headroom:
     """Device seconds that inference is expected to leave free within the next `HORIZON_S`."""
     load: ExecutorLoad | None = None
     """Its state as request routers see it; None until it was measured."""
-    may_train: bool = True
-    """False: it takes pairs to score, and none to train."""
+    refusal: str = ""
+    """The reason for which it takes pairs to score, and none to train; empty: it trains."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,10 +1,12 @@
 """`mace doctor`: is this environment sound, and if not, what to do."""
 
+import contextlib
 import importlib.metadata
 import importlib.util
 import json
 import os
 import platform
+import re
 import resource
 import shutil
 import subprocess
@@ -20,11 +22,13 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from app.commands.connection import read_config
+from app.commands.connection import fail, read_config
 from app.commands.host import SHARED_MEMORY, choose_folders, files_problem, home_problem, shared_memory_problem
 from core.checks import CheckResult
 from core.config import AppArgs
-from core.errors import ConfigError
+from core.errors import ConfigError, MaceError
+from core.model_dims import ModelDims
+from scheduler.memory.plan import MemoryPlan
 
 _GIB = 1 << 30
 _MIN_MEMORY_BYTES = 6 * _GIB
@@ -54,8 +58,24 @@ def doctor(
         Path, typer.Option(help="Ray Serve config file that says where the feedback store is")
     ] = Path("serve_config.yaml"),
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON")] = False,
+    plan: Annotated[
+        str | None,
+        typer.Option(
+            help="Only compute whether a model fits on a GPU: a directory, a config.json, or a builtin: name"
+        ),
+    ] = None,
+    memory: Annotated[
+        str | None,
+        typer.Option(help="With --plan: the GPU's memory, as in 24GiB; default is that of the GPU here"),
+    ] = None,
 ) -> None:
-    """Check Python, packages, the machine and the feedback store. Exits with 1 if anything is broken."""
+    """Check Python, packages, the machine and the feedback store. Exits with 1 if anything is broken.
+
+    With --plan: what a model takes of a GPU's memory under the settings of the config file, and what to change if that
+    is too much. Exits with 1 if it does not fit.
+    """
+    if plan is not None:
+        _plan(plan, memory, config, as_json=as_json)
     configured_dir, database_url = _read_store_settings(config)
     findings = examine(state_dir or configured_dir, database_url, config)
     if as_json:
@@ -97,6 +117,103 @@ def examine(state_dir: Path, database_url: str | None = None, config: Path | Non
     except Exception as error:  # noqa: BLE001 - as above
         findings.append(CheckResult("store", "error", f"check failed: {error}"))
     return findings
+
+
+def memory_plan(args: AppArgs, config_file: Path, memory_bytes: int) -> MemoryPlan:
+    """The plan of a model, by its `config.json` or the directory that has it, on a GPU of so much memory.
+
+    Raises:
+        ConfigError: The file cannot be read, lacks a size, or is of quantized weights.
+    """
+    from engine.vllm.compat import lora_rank_of_vllm
+
+    _refuse_quantized(config_file)
+    is_wide = "float32" in (args.model.dtype, args.engine.engine_kwargs.get("dtype"))
+    dims = ModelDims.load(config_file, dtype_bytes=4 if is_wide else 2)
+    return MemoryPlan(args, dims, memory_bytes, lora_rank_of_vllm(args.lora.rank))
+
+
+def _refuse_quantized(config_file: Path) -> None:
+    with contextlib.suppress(OSError, ValueError):  # `ModelDims` says what is wrong
+        path = config_file / "config.json" if config_file.is_dir() else config_file
+        if json.loads(path.read_text(encoding="utf-8")).get("quantization_config"):
+            raise ConfigError(f"{config_file} has quantized weights, which are not planned and not trained on")
+
+
+def read_bytes(text: str) -> int:
+    """A size such as `24GiB`, `22.5 GB` or `25769803776`; ConfigError if it is none."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]i?)?B?", text.strip(), re.IGNORECASE)
+    if found is None:
+        raise ConfigError(f"{text!r} is no size of memory; write 24GiB")
+    unit = (found[2] or "").lower()
+    base = 1024 if unit.endswith("i") else 1000
+    return int(float(found[1]) * base ** (" kmgt".index(unit[:1]) if unit else 0))
+
+
+def _plan(model: str, memory: str | None, config: Path, *, as_json: bool) -> None:
+    try:
+        args = AppArgs.model_validate(read_config(config)["applications"][0].get("args", {}))
+        size = read_bytes(memory) if memory is not None else _device_bytes()
+        plan = memory_plan(args, _model_config(model, args), size)
+    except (MaceError, ValueError) as error:
+        fail(error)
+    problems = plan.problems()
+    changes = plan.changes() if problems else []
+    needed = plan.least_memory_bytes() if problems else None
+    if as_json:
+        told = {"fits": not problems, "memory": size, **plan.parts(), "problems": problems}
+        typer.echo(json.dumps({**told, "changes": changes, "least_memory": needed}, indent=2))
+    else:
+        _show_plan(plan, problems, changes, needed)
+    raise typer.Exit(1 if problems else 0)
+
+
+def _device_bytes() -> int:
+    import torch
+
+    if not torch.cuda.is_available():
+        raise ConfigError("there is no GPU here: name the memory of the one that is meant, --memory 24GiB")
+    return int(torch.cuda.get_device_properties(0).total_memory)
+
+
+def _model_config(model: str, args: AppArgs) -> Path:
+    from engine.model_source import find_model
+
+    if not model.startswith("builtin:"):
+        return Path(model).expanduser()
+    found = find_model(args.model.model_copy(update={"model_source": model}), args.state_dir)
+    if found is None:
+        raise ConfigError(f"{model} is not in {args.state_dir} yet: `mace serve` puts it there")
+    return found
+
+
+def _show_plan(plan: MemoryPlan, problems: list[str], changes: list[str], needed: int | None) -> None:
+    kv_tokens = max(0, plan.kv_bytes) // plan.dims.kv_bytes_per_token
+    notes = {
+        "lora_slots": f"{plan.args.lora.max_loaded} adapter versions at once",
+        "trainer_state": "adapter, optimizer, their two copies, the live version",
+        "activations": "upper estimate",
+        "cuda_graphs": "allowance",
+        "cuda_context": "allowance",
+        "kv_cache": f"{kv_tokens:,} tokens; one sequence of full length has {plan.longest_tokens:,}",
+        "arena": f"a step takes up to {plan.least_arena_bytes / _GIB:.2f}",
+    }
+    table = Table(box=None, pad_edge=False)
+    table.add_column("part")
+    table.add_column("GiB", justify="right")
+    table.add_column("")
+    for name, num_bytes in plan.parts().items():
+        if num_bytes or name in ("kv_cache", "arena"):
+            table.add_row(name.replace("_", " "), f"{num_bytes / _GIB:.2f}", notes.get(name, ""))
+    Console().print(table)
+    for problem in problems:
+        typer.echo(f"does not fit: {problem}")
+    for change in changes:
+        typer.echo(f"fits with {change}")
+    if needed is not None:
+        typer.echo(f"fits as it is, but for engine.gpu_memory_utilization, into {needed / _GIB:.1f} GiB")
+    else:
+        typer.echo("fits")
 
 
 def _python() -> Outcome:
@@ -218,8 +335,10 @@ def _nvidia_devices() -> str:
 def _gpu() -> Outcome:
     import torch
 
+    from engine.training.device_memory import free_memory_bytes
+
     if torch.cuda.is_available():
-        free, total = torch.cuda.mem_get_info()
+        free, total = free_memory_bytes(torch.device("cuda", 0)), _device_bytes()
         return "ok", f"{torch.cuda.get_device_name()}, {free / _GIB:.1f} of {total / _GIB:.1f} GiB free", ""
     if Path("/etc/nv_tegra_release").exists() or "nvgpu" in _nvidia_devices():
         found = "a Jetson board; serving on CPU"

@@ -10,6 +10,8 @@ from app.commands.connection import URL_OPTION, call, fail
 
 _POLL_S = 1.0
 _PATIENCE_S = 120.0
+_LONG_S = 30.0
+"""Work that waits for so long with none of it leased is worth a warning."""
 _ENDS = {"published": "went live, or on trial", "held": "passed the gate and was held back"}
 
 
@@ -34,6 +36,12 @@ def training(
     typer.echo(json.dumps(status, indent=2))
     for warning in status.get("executor", {}).get("slo", {}).get("warnings", ()):
         typer.echo(f"warning: {warning}", err=True)
+    standstill = (status.get("queue") or {}).get("standstill") or {}
+    if standstill.get("for_s", 0.0) >= _LONG_S:
+        reasons = "; ".join(standstill["reasons"])
+        typer.echo(
+            f"warning: nothing has been trained or scored for {standstill['for_s']:.0f} s: {reasons}", err=True
+        )
 
 
 def _rebuild(url: str, without_users: list[str]) -> None:

@@ -15,6 +15,7 @@ makes it a Ray actor.
 
 import asyncio
 import contextlib
+import logging
 import math
 import time
 import uuid
@@ -30,6 +31,8 @@ from scheduler.packing import Bin, Demand, best_fit, first_fit
 from scheduler.placement import RankedExecutor, choose_executor
 from scheduler.queues.finetune import MixedQueue, QueuedTask, ScoringQueue
 
+logger = logging.getLogger(__name__)
+
 LEASE_S = 60.0
 """A batch goes to another executor when its own has not been heard of for so long; see `heartbeat`."""
 MAX_ATTEMPTS = 3
@@ -40,6 +43,9 @@ _AGEING_S = 1.0
 """While pairs wait, which of them is first is looked at this often: priorities age at different rates."""
 _SCORE_STEPS = 2
 """A batch to score has at most so many steps' worth of pairs: a forward pass each, about a third of training them."""
+_LONG_S = 60.0
+"""While work waits for so long and none is leased, the log says why."""
+_GIB = 1 << 30
 _UNKNOWN_MEMORY_BYTES = float(1 << 60)
 """Stands for the infinite free memory that executors report until they know; f has no value at infinity."""
 
@@ -75,6 +81,11 @@ class CentralScheduler:
         self._scored_last = False
         self._gamma = config.scheduler.gamma
         self._leases: dict[str, _Lease] = {}
+        self._standing_since_s: float | None = None
+        """Since then there is work and none of it is leased."""
+        self._is_logged = False
+        self._refusals: dict[str, str] = {}
+        """What kept work from each executor that asked last, by its id."""
 
     def enqueue(self, pairs: list[TrainingPair]) -> None:
         """Add pairs; those already queued or leased are left as they are."""
@@ -83,6 +94,7 @@ class CentralScheduler:
         for pair in pairs:
             if pair.pair_id not in self._queue and pair.pair_id not in leased:
                 self._queue.push(QueuedTask(pair.pair_id, pair, now_s, pair.dpo_loss), pair.role)
+        self._note_standing()
         self._changed.set()
         self._meter.set_gauge("finetune_queue_pairs", len(self._queue))
 
@@ -96,6 +108,7 @@ class CentralScheduler:
         for pair in pairs:
             if pair.pair_id not in leased:
                 self._to_score.push(pair.pair_id, pair)
+        self._note_standing()
         self._changed.set()
 
     def set_gamma(self, gamma: float) -> None:
@@ -178,6 +191,7 @@ class CentralScheduler:
         """Close a lease. A failed batch goes back with one more attempt, which lowers its priority."""
         failed_for_good = set(self.failed_for_good(outcome))
         lease = self._leases.pop(outcome.task_id, None)
+        self._note_standing()
         self._changed.set()
         self._meter.count("finetune_batches", outcome="failed" if outcome.error else "trained")
         if lease is None:
@@ -200,6 +214,7 @@ class CentralScheduler:
             "pairs_to_score": len(self._to_score),
             "gamma": self._gamma,
             "leased_batches": len(self._leases),
+            "standstill": self._standstill(),
             "executors": sorted(self._headrooms),
             "placement": [_to_wire(ranked) for ranked in choose_executor(1, loads, {}, tau_mem)],
             "top_priority": None if top is None else top.priority_at(self._clock(), self._gamma, experiments),
@@ -210,10 +225,25 @@ class CentralScheduler:
         now_s = self._clock()
         self._headrooms[headroom.executor_id] = (now_s, headroom)
         size = min(len(self._queue), self._config.training.pairs_per_step)
-        is_due = headroom.may_train and self._is_due(size, now_s) and self._is_best_fit(headroom, size, now_s)
-        if self._to_score and not (is_due and self._scored_last):  # alternately, if both wait
-            return TaskKind.EVALUATE, size
-        return TaskKind.TRAIN if is_due else None, size
+        refusal = self._refusal(headroom, size, now_s)
+        kind = TaskKind.TRAIN if not refusal else None
+        # Alternately, if both wait; without any memory nothing runs.
+        if self._to_score and headroom.memory_bytes > 0 and (refusal or not self._scored_last):
+            kind = TaskKind.EVALUATE
+        self._refusals[headroom.executor_id] = refusal if kind is None else ""
+        self._note_standing()
+        return kind, size
+
+    def _refusal(self, headroom: Headroom, size: int, now_s: float) -> str:
+        """What keeps a training batch from an executor that is free; empty: nothing does."""
+        if headroom.memory_bytes <= 0:
+            return "it has no memory left for training; `mace doctor --plan` says what to change"
+        if headroom.refusal:
+            return headroom.refusal
+        if not self._is_due(size, now_s):
+            training = self._config.training
+            return f"{size} of {training.pairs_per_step} pairs, and none has waited {training.max_age_s:g} s"
+        return self._misfit(headroom, size, now_s)
 
     def _is_due(self, size: int, now_s: float) -> bool:
         if size >= self._config.training.pairs_per_step:
@@ -223,20 +253,60 @@ class CentralScheduler:
             top.payload.times_trained > 0 or now_s - top.arrived_s >= self._config.training.max_age_s
         )
 
-    def _is_best_fit(self, headroom: Headroom, size: int, now_s: float) -> bool:
+    def _misfit(self, headroom: Headroom, size: int, now_s: float) -> str:
+        """Why best fit over all free executors does not choose this one; empty: it does."""
         tau_mem = self._config.scheduler.tau_mem
         busy = {lease.executor_id for lease in self._leases.values()}
-        free = [room for room in self._fresh_headrooms(now_s) if room.executor_id not in busy]
-        # Memory is a hard limit. Time is not: a step can be interrupted, so it may be longer than any free window.
-        longest_s = max(room.latency_s for room in free)
-        demand = Demand(self._bytes_per_batch, min(self._busy_s_per_pair * size, longest_s))
         bins = [
             Bin(room.executor_id, tau_mem * min(room.memory_bytes, _UNKNOWN_MEMORY_BYTES), room.latency_s)
-            for room in free
+            for room in self._fresh_headrooms(now_s)
+            if room.executor_id not in busy
         ]
+        # Memory is a hard limit. Time is not: a step can be interrupted, so it may be longer than any free window.
+        able = [one for one in bins if one.memory_capacity_bytes >= self._bytes_per_batch]
+        longest_s = max((one.latency_capacity_s for one in able), default=0.0)
+        demand = Demand(self._bytes_per_batch, min(self._busy_s_per_pair * size, longest_s))
         fit = first_fit if self._config.experiments.packing == "first_fit" else best_fit
         chosen = fit(demand, bins)
-        return chosen is not None and chosen.bin_id == headroom.executor_id
+        if chosen is not None and chosen.bin_id == headroom.executor_id:
+            return ""
+        if chosen is None:
+            may_have, wanted = tau_mem * headroom.memory_bytes / _GIB, self._bytes_per_batch / _GIB
+            return f"a batch takes {wanted:.2f} GiB of device memory, and it may have {may_have:.2f} GiB"
+        return f"{chosen.bin_id} fits better, and has not asked for it yet"
+
+    def _note_standing(self) -> None:
+        """Start or stop the clock of a standstill; after a while the log has its reasons, once."""
+        if self._leases or not (self._queue or self._to_score):
+            self._standing_since_s, self._is_logged = None, False
+            return
+        now_s = self._clock()
+        if self._standing_since_s is None:
+            self._standing_since_s = now_s
+        if not self._is_logged and now_s - self._standing_since_s >= _LONG_S:
+            self._is_logged = True
+            logger.warning("no work has been leased for %.0f s: %s", _LONG_S, "; ".join(self._reasons(now_s)))
+
+    def _standstill(self) -> dict[str, Any] | None:
+        """How long there has been work without any of it leased, and why; None while some is, or there is none."""
+        self._return_leases()
+        self._note_standing()
+        if self._standing_since_s is None:
+            return None
+        now_s = self._clock()
+        return {"for_s": now_s - self._standing_since_s, "reasons": self._reasons(now_s)}
+
+    def _reasons(self, now_s: float) -> list[str]:
+        if not self._headrooms:
+            return ["no executor has asked for work yet"]
+        fresh = {room.executor_id for room in self._fresh_headrooms(now_s)}
+        silent = {
+            name: f"it has not asked for work for {now_s - seen_s:.0f} s"
+            for name, (seen_s, _) in self._headrooms.items()
+            if name not in fresh
+        }
+        reasons = silent | {name: self._refusals.get(name, "") for name in fresh}
+        return [f"{name}: {reason or 'it is about to ask again'}" for name, reason in sorted(reasons.items())]
 
     def _fresh_headrooms(self, now_s: float) -> list[Headroom]:
         """Reports that are young enough to count, ordered by executor id."""

@@ -164,6 +164,17 @@ class Learner:
             "last_publish": self.versions.last_publish.to_wire(),
         }
 
+    def silence(self) -> str:
+        """The reason for which it asks Control for no work; empty if it does."""
+        status = self.status
+        if status.paused:
+            return f"training is paused: {status.pause_reason}"
+        if status.phase == WAITING_PHASE:
+            return WAITING_PHASE
+        if status.phase == "backing off":
+            return f"it rests after a failed task: {status.last_error}"
+        return ""
+
     async def restore(self) -> None:
         """Put the shadow adapter where training left off."""
         generation = self.engine.generation
@@ -261,8 +272,10 @@ class Learner:
         self._busy_share += (1.0 - math.exp(-gone_s / _BUSY_WINDOW_S)) * (busy - self._busy_share)
         free_s = HORIZON_S * (1.0 - self._busy_share)
         # While a version is pinned nothing new can go live: what comes in is scored, and trained after the release.
-        may_train = not self.versions.pinned and self.shadow.progress.rebuild is None
-        return Headroom(self.executor_id, self.engine.free_memory_bytes, free_s, self.current_load(), may_train)
+        refusal = f"{self.versions.pinned} is pinned" if self.versions.pinned else ""
+        if self.shadow.progress.rebuild is not None:
+            refusal = "it learns anew"
+        return Headroom(self.executor_id, self.engine.free_memory_bytes, free_s, self.current_load(), refusal)
 
     async def _begin_rebuild(self) -> None:
         """Begin what was asked for, once the one that a restart fell into has ended."""
@@ -285,6 +298,9 @@ class Learner:
         batch = TrainingBatch(f"rebuild-{rebuild.passes}-{after.after_seq}", tuple(pairs))
         self.status.phase = "rebuilding"
         result, outcome = await self._run(batch, after)
+        if _lacked_device(result):
+            await self._rest(_WAIT_S)
+            return
         if result.error is not None and self.status.failures_in_a_row % MAX_ATTEMPTS:
             return  # again, after a rest
         self.rebuilder.take_scores(result.scores)
@@ -298,8 +314,9 @@ class Learner:
         """Score or train a batch and report it."""
         self.status.phase = "training" if batch.kind is TaskKind.TRAIN else "scoring"
         live = self.versions.live
-        _, outcome = await self._run(batch)
-        await self._report(outcome, live)
+        result, outcome = await self._run(batch)
+        if not _lacked_device(result):  # else the next poll gives the batch back, without a failure of its pairs
+            await self._report(outcome, live)
 
     async def _run(self, batch: TrainingBatch, rebuild: Rebuild | None = None) -> tuple[TaskResult, BatchOutcome]:
         """Score or train a batch; `rebuild` is how far a rebuild is once it is trained."""
@@ -327,7 +344,10 @@ class Learner:
                 result.error = f"{type(error).__name__}: {error}"
             if not is_training and self.versions.live != live:
                 result.scores = ()  # whose they are is not known: the pairs are asked for again
-            self._note_outcome(result)
+            if _lacked_device(result):
+                self.status.last_error = result.error
+            else:
+                self._note_outcome(result)
             if is_training and result.error is None:
                 self.shadow.progress = after
                 self._note_step(result, len(pairs), time.perf_counter() - started_s)
@@ -426,3 +446,8 @@ class Learner:
     async def _end_rebuild(self, rebuild: Rebuild | None, state: str, version: str, reason: str) -> None:
         if rebuild is not None:
             await self._insist(lambda: self.rebuilder.tell(rebuild, state, version=version, reason=reason))
+
+
+def _lacked_device(result: TaskResult) -> bool:
+    """The task failed on a device without memory left, whatever was in it."""
+    return result.error is not None and result.free_bytes == 0

@@ -14,11 +14,14 @@ them.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import torch
+from vllm.v1.core.kv_cache_utils import get_kv_cache_groups
 
 from core.errors import ConfigError
+from engine.pruning.pruner import unsupported
 from engine.pruning.scores import score_blocks, summarize
 
 Scores = dict[str, tuple[list[int], torch.Tensor]]
@@ -30,12 +33,21 @@ _NULL_BLOCK = 0
 class KeyStatistics:
     """Running statistics per block and layer: `[num_blocks + 1, heads, head_size]` fp32; the last row is for pads."""
 
-    def __init__(self, num_layers: int, num_blocks: int, block_tokens: int, device: torch.device) -> None:
-        self._num_layers = num_layers
+    def __init__(
+        self, num_layers: int, num_blocks: int, block_tokens: int, key_shape: tuple[int, int], device: torch.device
+    ) -> None:
+        """`key_shape` is that of one token's key, heads and head size. All memory is taken here."""
         self._num_blocks = num_blocks
         self._block_tokens = block_tokens
         self._device = device
-        self._stats: dict[int, torch.Tensor] = {}
+        self._stats = torch.zeros((num_layers, num_blocks + 1, *key_shape), dtype=torch.float32, device=device)
+        self._written: set[int] = set()
+        """Layers that have written keys."""
+
+    @property
+    def num_bytes(self) -> int:
+        """Device memory of the statistics."""
+        return self._stats.nbytes
 
     def attach(self, attention_layers: Sequence[Any]) -> None:
         """Hook into the cache update of vLLM's attention layers, in the order of the model."""
@@ -48,11 +60,8 @@ class KeyStatistics:
         `keys` are [T, heads, head_size], rotary positions applied; rows beyond `slots` are padding. `slots` are
         int64 [T'], block * block_tokens + offset; negative for padding.
         """
-        keys = keys[: slots.shape[0]]
-        stats = self._stats.get(layer)
-        if stats is None:
-            shape = (self._num_blocks + 1, *keys.shape[1:])
-            stats = self._stats[layer] = torch.zeros(shape, dtype=torch.float32, device=self._device)
+        keys, stats = keys[: slots.shape[0]], self._stats[layer]
+        self._written.add(layer)
         blocks = torch.where(slots >= 0, slots // self._block_tokens, self._num_blocks)
         first = torch.where(slots % self._block_tokens == 0, blocks, self._num_blocks)
         stats.index_fill_(0, first, 0.0)
@@ -61,8 +70,7 @@ class KeyStatistics:
     def scores(self, block_ids: Sequence[int]) -> torch.Tensor:
         """Scores [m] fp32 on the host (on CUDA: on its way there) of one request's full blocks; higher is kept."""
         index = torch.tensor(block_ids, dtype=torch.int64).to(self._device, non_blocking=True)
-        stats = torch.stack([self._stats[layer][index] for layer in range(self._num_layers)])
-        scores = score_blocks(stats, len(block_ids) * self._block_tokens)
+        scores = score_blocks(self._stats[:, index], len(block_ids) * self._block_tokens)
         if scores.device.type == "cpu":
             return scores
         host = torch.empty(scores.shape, dtype=scores.dtype, pin_memory=True)
@@ -71,7 +79,7 @@ class KeyStatistics:
     @property
     def has_all_layers(self) -> bool:
         """Every layer has written something, so there are scores."""
-        return len(self._stats) == self._num_layers
+        return len(self._written) == len(self._stats)
 
 
 class WorkerPruning:
@@ -93,10 +101,16 @@ class WorkerPruning:
         context = runner.compilation_config.static_forward_context
         layers = [context[name] for name in group.layer_names]
         num_blocks = int(runner.kv_cache_config.num_blocks)
-        self._statistics = KeyStatistics(len(layers), num_blocks, self._block_tokens, runner.device)
+        shape = (int(group.kv_cache_spec.num_kv_heads), int(group.kv_cache_spec.head_size))
+        self._statistics = KeyStatistics(len(layers), num_blocks, self._block_tokens, shape, runner.device)
         self._statistics.attach(layers)
         for attention in runner.attn_groups[0]:
             attention.build_metadata = _with_closed_rows(attention.build_metadata, self)
+
+    @property
+    def statistics_bytes(self) -> int:
+        """Device memory that is taken beside the KV cache."""
+        return self._statistics.num_bytes
 
     def drop(self, blocks: Mapping[str, Sequence[int]]) -> None:
         """Put the null block in place of blocks, given as positions in the row by request; before the forward pass.
@@ -172,6 +186,19 @@ class WorkerPruning:
             kept.append(left)
             dropped.append(len(ids) - len(left))
         return rows, kept, dropped
+
+
+def statistics_share(vllm_config: Any, kv_cache_specs: dict[str, Any]) -> float:
+    """Share of a KV cache's memory to leave to the statistics of its blocks; 0 if this model cannot be pruned.
+
+    `kv_cache_specs` are the layers' by name. The share is a sixteenth of the cache with blocks of 16 tokens in 16 bits.
+    """
+    groups = get_kv_cache_groups(vllm_config, dict(kv_cache_specs))
+    if unsupported(vllm_config, SimpleNamespace(kv_cache_groups=groups)) is not None:
+        return 0.0
+    spec = groups[0].kv_cache_spec
+    statistics = spec.num_kv_heads * spec.head_size * torch.float32.itemsize
+    return float(statistics / (spec.page_size_bytes + statistics))
 
 
 def to_wire(scores: Scores) -> dict[str, list[tuple[int, float]]]:

@@ -162,6 +162,16 @@ class CheckpointWriter:
                 self._thread.start()
             self._changed.notify_all()
 
+    def take_back(self) -> TrainingState | None:
+        """Give up the write that has not begun, and return its state; None if none waits."""
+        with self._changed:
+            job, self._waiting = self._waiting, None
+            if job is None:
+                return None
+            job.state.is_leased = False
+            self._changed.notify_all()
+            return job.state
+
     def is_behind(self) -> bool:
         """A state is still on its way to disk, and not for longer than `PATIENCE_S`."""
         with self._changed:

@@ -5,6 +5,8 @@ input is kept), policy head chunks, loss, backward layers (each recomputed from 
 micro-batch one optimizer slice. If the reference log-probabilities of a micro-batch's pairs are known, everything up
 to the second embed is left out. Nothing but the object itself is needed between two slices, so the same thread may
 run inference in between; parameters change in the optimizer slice only. `core.dpo_slices` has the order as data.
+Where slices are interrupted changes no bit of the result on CPU. On CUDA two runs of the same step differ by rounding,
+interrupted or not: the backward kernels of SDPA add with atomics, in whatever order they come.
 
 Each head chunk computes d logp_t / d hidden_t at once. The loss's derivative is one scalar per sequence, known
 only after the last chunk; the loss slice multiplies it in. So the head, the widest matrix, runs once, not twice.
@@ -21,6 +23,7 @@ from core.config import TrainingConfig
 from core.dpo_slices import SliceSpec, step_slices
 from core.errors import DeviceMemoryError, DivergedError, TrainingError
 from core.types import FineTuneTask, PairScore, SliceKind, StepMetrics, TaskKind
+from engine.training.device_memory import is_out_of_memory
 from engine.training.dpo_loss import sigmoid_dpo, sum_per_row, token_log_probs, token_log_probs_and_grad
 from engine.training.micro_batch import MicroBatch, cut_pair, make_micro_batches
 from engine.training.shadow import ShadowAdapter
@@ -70,6 +73,8 @@ class DpoStep:
         groups = [batch.group for batch in self.batches]
         self.largest_batch_pairs = max(len(group.members) for group in groups)
         """Most pairs that go through a slice together."""
+        self.largest_batch_tokens = max(group.num_tokens for group in groups)
+        """Most tokens that do, padding included."""
         self._program = deque(step_slices(groups, model, trains=self._trains))
         self._gradients: torch.Tensor | None = None
         self._gradient_views: list[list[torch.Tensor]] = []
@@ -116,8 +121,7 @@ class DpoStep:
                 self._run(spec)
         except RuntimeError as error:
             self.discard()
-            # CUDA has a class for it; the CPU allocator only has words.
-            if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
+            if not is_out_of_memory(error):
                 raise
             raise DeviceMemoryError(f"out of device memory in a {spec.kind} slice: {error}") from error
         except BaseException:

@@ -13,13 +13,13 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import psutil
 import torch
 
 from core.config import AppArgs
 from core.dpo_slices import SliceSpec
 from core.errors import ConfigError, DeviceMemoryError
 from core.types import FineTuneTask, SliceKind, SliceReport, SliceTiming, TaskKind, TaskResult, TokenizedPair
+from engine.training.device_memory import free_memory_bytes, release_cached_memory
 from engine.training.dpo import DpoStep
 from engine.training.shadow import ShadowAdapter
 from engine.training.trainable import TrainableModel
@@ -68,6 +68,10 @@ class FineTuneRunner:
         self._running: _RunningStep | None = None
         self.warm_up_slices: list[SliceTiming] = []
         """Every kind of slice, measured once before anything was served."""
+        self.kept_free_bytes = 0
+        """Free memory that is not for training: forward passes take it and give it back."""
+        self._wanted_by = ""
+        """What has run out of memory beside the step in progress, until that gives way; see `make_room`."""
         self._warm_up()
 
     def submit(self, task: dict[str, Any]) -> None:
@@ -80,6 +84,13 @@ class FineTuneRunner:
         if self._running is not None and self._running.task.task_id == task_id:
             self._running.step.discard()
             self._stop()
+
+    def make_room(self, wanted_by: str) -> None:
+        """Before the next slice, drop what the step in progress holds and start it again with smaller micro-batches.
+
+        `wanted_by` is the error of the forward pass that found no memory.
+        """
+        self._wanted_by = wanted_by
 
     def set_slice_tokens(self, num_tokens: int) -> None:
         """Set the padded tokens of micro-batches of steps that start from now on; 0: as configured."""
@@ -96,6 +107,8 @@ class FineTuneRunner:
         process loses one step at most. Nothing else waits for the disk.
         """
         report = SliceReport()
+        if self._gives_way(report):
+            return report
         if budget_s > 0 or min_slices > 0:
             started_s = settled_s(self.model.device)
             while (spec := self._next_slice(report)) is not None:
@@ -119,6 +132,8 @@ class FineTuneRunner:
     def run_step(self) -> SliceReport:
         """Run the step in progress, or the next one, to its end: the blocking baselines."""
         report = SliceReport()
+        if self._gives_way(report):
+            return report
         settled_s(self.model.device)
         while (spec := self._next_slice(report)) is not None and not report.finished:
             self._run_slice(spec, report)
@@ -153,6 +168,8 @@ class FineTuneRunner:
             task = FineTuneTask.from_wire(wire)
             if task.on_live and task.kind is TaskKind.TRAIN:
                 raise ConfigError("the live adapter is never trained in place")
+            if not self._free_bytes():
+                raise DeviceMemoryError("no memory is left for training; `mace doctor --plan` says what to change")
             step = self._new_step(task, self._slice_tokens)
         except Exception as error:  # noqa: BLE001 - any failure is the task's result; serving goes on
             self._fail(task, error, report)
@@ -169,7 +186,7 @@ class FineTuneRunner:
         result = running.result
         result.metrics, result.scores = running.step.result()
         self._stop()
-        result.free_bytes = free_memory_bytes(self.model.device)
+        result.free_bytes = self._free_bytes()
         result.optimizer_steps = self.shadow.num_steps
         result.checkpoint_error = self.shadow.checkpoints.take_error()
         report.finished.append(result)
@@ -183,16 +200,18 @@ class FineTuneRunner:
         running = self._running
         assert running is not None  # whose slice it is
         started_s = time.perf_counter()
+        shortage = ""
         try:
             running.step.run_slice()
             if spec.kind is SliceKind.OPTIMIZER and running.task.checkpoint is not None:
                 self.shadow.keep(running.task.checkpoint)
         except DeviceMemoryError as error:
-            report.out_of_memory = True
-            self._shrink(running, error, report)
+            shortage = str(error)  # the error itself holds, by its frames, all that the slice had allocated
         except Exception as error:  # noqa: BLE001 - any failure is the task's result; serving goes on
             self._stop()
             self._fail(running.task, error, report)
+        if shortage:
+            self._shrink(running, shortage, report)
         latency_s = settled_s(self.model.device) - started_s
         activation_bytes = running.step.activation_bytes
         cost = running.result
@@ -205,29 +224,51 @@ class FineTuneRunner:
             self.admission.observe(spec.kind, spec.num_tokens, latency_s)
             report.slices.append(SliceTiming(spec.kind, spec.num_tokens, latency_s))
 
-    def _shrink(self, running: _RunningStep, error: DeviceMemoryError, report: SliceReport) -> None:
-        """Start the step again with micro-batches of half the size; a single pair cannot be halved."""
-        if self.model.device.type == "cuda":
-            torch.cuda.empty_cache()
-        failure: Exception = error
+    def _free_bytes(self) -> int:
+        return max(0, free_memory_bytes(self.model.device) - self.kept_free_bytes)
+
+    def _gives_way(self, report: SliceReport) -> bool:
+        """Do what `make_room` asked for; False if it asked for nothing, or no step is in progress."""
+        wanted_by, self._wanted_by = self._wanted_by, ""
+        if not wanted_by or self._running is None:
+            return False
+        self._running.step.discard()
+        self._start_again(self._running, f"a forward pass found no memory beside the step: {wanted_by}", report)
+        return True
+
+    def _shrink(self, running: _RunningStep, shortage: str, report: SliceReport) -> None:
+        """Start a step again whose slice found no memory; a single pair cannot be halved, and fails."""
         if running.step.largest_batch_pairs > 1:
-            running.slice_tokens = max(1, running.slice_tokens // 2)
-            self._slice_tokens = min(self._slice_tokens, running.slice_tokens)
-            logger.warning("%s; the step starts again with slices of %d tokens", error, running.slice_tokens)
-            try:
-                running.step = self._new_step(running.task, running.slice_tokens)
-                return
-            except Exception as again:  # noqa: BLE001 - the device may be full of something else
-                failure = again
+            self._start_again(running, shortage, report)
+            return
+        report.out_of_memory = True
         self._stop()
-        self._fail(running.task, failure, report)
+        release_cached_memory(self.model.device)
+        self._fail(running.task, DeviceMemoryError(shortage), report)
+
+    def _start_again(self, running: _RunningStep, shortage: str, report: SliceReport) -> None:
+        """Start a discarded step again with micro-batches of half the size.
+
+        No exception is being handled here: its frames would hold the memory that is to be released.
+        """
+        report.out_of_memory = True
+        release_cached_memory(self.model.device)
+        running.slice_tokens = max(1, min(running.slice_tokens, running.step.largest_batch_tokens) // 2)
+        self._slice_tokens = min(self._slice_tokens, running.slice_tokens)
+        logger.warning("%s; the step starts again with slices of %d tokens", shortage, running.slice_tokens)
+        try:
+            running.step = self._new_step(running.task, running.slice_tokens)
+        except Exception as again:  # noqa: BLE001 - the device may be full of something else
+            self._stop()
+            self._fail(running.task, again, report)
 
     def _fail(self, task: FineTuneTask, error: Exception, report: SliceReport) -> None:
         """A task that did not end well has a result all the same."""
         logger.warning("fine-tune task %s failed: %s", task.task_id, error, exc_info=error)
         words = f"{type(error).__name__}: {error}"
-        checkpoint_error = self.shadow.checkpoints.take_error()
-        report.finished.append(TaskResult(task.task_id, task.kind, error=words, checkpoint_error=checkpoint_error))
+        result = TaskResult(task.task_id, task.kind, error=words, free_bytes=self._free_bytes())
+        result.checkpoint_error = self.shadow.checkpoints.take_error()
+        report.finished.append(result)
 
     def _warm_up(self) -> None:
         """Run one step of a made-up pair, so that no kind of slice is unknown; leaves no trace in the adapter."""
@@ -241,13 +282,6 @@ class FineTuneRunner:
             self.shadow.reset()
             if result.error is not None:
                 logger.warning("warm-up step failed: %s", result.error)
-
-
-def free_memory_bytes(device: torch.device) -> int:
-    """Memory that the device could still give."""
-    if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
-    return int(psutil.virtual_memory().available)
 
 
 def settled_s(device: torch.device) -> float:

@@ -35,6 +35,8 @@ _CONFIG_FILE = "adapter_config.json"
 _WEIGHTS_FILE = "adapter_model.safetensors"
 _DISK_PATIENCE_S = 60.0
 """Wait so long for a checkpoint that is on its way to disk before another one is written or read."""
+_NUM_COPIES = 2
+"""Copies of the training state: one that is being written to disk, one to go back to from the step in progress."""
 
 
 class ShadowAdapter:
@@ -54,7 +56,6 @@ class ShadowAdapter:
         self._parameters = model.lora_parameters()
         self.num_steps = 0
         """Optimizer steps since the last reset or load."""
-        self._copies: list[TrainingState] = []
         self._latest: TrainingState | None = None
         """The copy that equals parameters and optimizer as they are, if one does."""
         with training_mode(model.device):
@@ -65,6 +66,8 @@ class ShadowAdapter:
                 [self._flat], lr=config.learning_rate, weight_decay=config.weight_decay, fused=True
             )
             self._clear_optimizer()
+            # Made now, so that no later one surprises a device whose free memory is given out.
+            self._copies = [self._empty_copy() for _ in range(_NUM_COPIES)]
         self.checkpoints = CheckpointWriter()
         self._saving: tuple[str, dict[str, Any]] | None = None
         """Path and progress of the state that `save_training_state` has begun to write."""
@@ -76,6 +79,12 @@ class ShadowAdapter:
         """The LoRA matrices by PEFT name, copied to the CPU."""
         with training_mode(self._model.device):
             return self.named_views(self._flat.detach().to("cpu", copy=True))
+
+    def memory(self) -> dict[str, int]:
+        """Device bytes of the adapter with its optimizer and the live version, and of the copies of that state."""
+        state = sum(tensor.nbytes for tensor in self.state_tensors().values()) + self._stand_in.nbytes
+        copies = sum(tensor.nbytes for copy in self._copies for tensor in copy.tensors.values())
+        return {"trainer": state, "state_copies": copies}
 
     def new_gradients(self) -> tuple[torch.Tensor, list[list[torch.Tensor]]]:
         """A zeroed flat gradient buffer and, per layer, its views in the order of `layer_parameters`."""
@@ -131,6 +140,8 @@ class ShadowAdapter:
 
     def restore(self, state: TrainingState) -> None:
         """Take over a state that `checkpoint` made; further steps are bit-equal to those of an uninterrupted run.
+
+        On CUDA they are equal but for rounding: the backward pass of SDPA adds in no fixed order.
 
         Raises:
             DamagedAdapterError: It is of another LoRA shape, or holds values that are not finite; nothing changed.
@@ -303,19 +314,24 @@ class ShadowAdapter:
         return {"flat": self._flat.detach(), **self._optimizer.state[self._flat]}
 
     def _copy(self) -> TrainingState:
-        """A copy that equals parameters and optimizer: the latest one, or a new one in memory that nobody reads."""
+        """A copy that equals parameters and optimizer: the latest one, or one made in memory that nobody reads.
+
+        While the disk hangs, both may be on their way to it. Then the one that waits is given up for a newer one.
+        """
         if self._latest is None:
-            live = self.state_tensors()
-            free = next((copy for copy in self._copies if not copy.is_leased), None)
-            if free is None:
-                empty = {name: torch.empty_like(tensor) for name, tensor in live.items()}
-                free = TrainingState(empty, 0, self._layout())
-                self._copies.append(free)
-            for name, tensor in live.items():
+            free = None
+            while free is None:  # the writer may end, or take up the one that waits, at any moment
+                unread = (copy for copy in self._copies if not copy.is_leased)
+                free = next(unread, None) or self.checkpoints.take_back()
+            for name, tensor in self.state_tensors().items():
                 free.tensors[name].copy_(tensor)
             free.num_steps = self.num_steps
             self._latest = free
         return self._latest
+
+    def _empty_copy(self) -> TrainingState:
+        tensors = {name: torch.empty_like(tensor) for name, tensor in self.state_tensors().items()}
+        return TrainingState(tensors, 0, self._layout())
 
     def _put_back(self, copy: TrainingState) -> None:
         for name, tensor in self.state_tensors().items():

@@ -299,7 +299,7 @@ def make_engine_args(args: AppArgs, model_dir: str) -> Any:
         "kv_events_config": kv_events_config(),
         "scheduling_policy": "priority",  # lets requests carry one; the order is ours (engine.vllm.waiting_queue)
         "enable_lora": True,
-        "max_lora_rank": _lora_rank_of_vllm(args.lora.rank),
+        "max_lora_rank": lora_rank_of_vllm(args.lora.rank),
         # What our adapters change, and no more: a LoRA head would cost each token a product with the vocabulary, and
         # it fails on log-probabilities of the prompt (vllm #16668), which have no row in its mapping.
         "lora_target_modules": list(TARGET_MODULES),
@@ -358,7 +358,7 @@ def cpu_kv_bytes(args: AppArgs, model_dir: Path) -> int:
     return min(int((1 + _PREFIX_ROOM) * num_tokens * token_bytes), bound)
 
 
-def _lora_rank_of_vllm(rank: int) -> int:
+def lora_rank_of_vllm(rank: int) -> int:
     """vLLM allows a fixed set of maximum ranks: the smallest that holds ours."""
     return next(allowed for allowed in (1, 8, 16, 32, 64, 128, 256, 320, 512) if allowed >= rank)
 

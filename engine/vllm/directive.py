@@ -36,6 +36,8 @@ class MemoryCounters:
     preemptions: int = 0
     arena_capacity_bytes: int = 0
     arena_used_bytes: int = 0
+    entries: dict[str, int] = field(default_factory=dict)
+    """Bytes beside KV cache and arena by what they are for (`MemoryLedger.entries`)."""
     ledger_error: str | None = None
     """The finding of `MemoryLedger.check_integrity`; None if the books balance."""
 
@@ -73,7 +75,11 @@ class WorkerFacts:
     warm_up: list[SliceTiming]
     """Every kind of slice, measured once."""
     free_bytes: int
-    """Device memory beside weights and KV cache."""
+    """Device memory that could still be allocated, once the engine is ready to serve."""
+    kept: dict[str, int] = field(default_factory=dict)
+    """Bytes of that which are not for training, by what takes them back (`MemoryLedger.note_device`)."""
+    held: dict[str, int] = field(default_factory=dict)
+    """Bytes that MACE holds beside weights and KV cache, by what for."""
 
 
 @dataclass(slots=True)

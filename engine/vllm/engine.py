@@ -7,6 +7,7 @@ place that knows a prompt's token ids (after the chat template), and it keeps th
 import asyncio
 import copy
 import logging
+import math
 import time
 import uuid
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
@@ -38,6 +39,8 @@ AWAY = "the engine died and is being started again; send the request again in a 
 
 _SHUTDOWN_S = 2.0
 _DISK_PATIENCE_S, _DISK_POLL_S = 60.0, 0.05
+_FREE_MEMORY_TTL_S = 60.0
+"""A reading of the free memory counts for so long."""
 _MAX_LOOKUPS = 256
 """Waiting prompts that are looked up for one reading, 8 us for a thousand tokens; the others count in full."""
 
@@ -73,8 +76,8 @@ class HybridEngine:
         """The shadow adapter is what training left, and not the beginning that a new worker makes."""
         self.chat: Chat | None = None
         """How this server makes tokens of chats; None before `build_openai_app`, or if it uses no chat template."""
-        self.free_memory_bytes = float("inf")
-        """Free device memory as the worker saw it last; infinite before the first report."""
+        self._free_memory = (float("inf"), -math.inf)
+        """Free device memory as the worker saw it last, and when (`time.monotonic`)."""
         self.num_failed_requests = 0
         """Requests that the engine ended because the forward pass or the sampling failed on them."""
         self.last_failed_request: str | None = None
@@ -115,6 +118,15 @@ class HybridEngine:
         """EngineCore has ended, or has said that it will."""
         return bool(self.client.errored)
 
+    @property
+    def free_memory_bytes(self) -> float:
+        """Free device memory for training as the last task left it; infinite if that is not known, or not any more.
+
+        Only tasks look, and too little keeps them away: it must not be held against them for ever.
+        """
+        num_bytes, seen_s = self._free_memory
+        return num_bytes if time.monotonic() - seen_s < _FREE_MEMORY_TTL_S else float("inf")
+
     def has_lost_worker(self) -> bool:
         """A process of the worker has ended, so that EngineCore will. Costs some system calls."""
         return self._processes is not None and self._processes.has_lost_worker()
@@ -153,7 +165,7 @@ class HybridEngine:
         vllm_compat.attach_core(self.client)
         count_arrivals(self.client)
         self._processes = await asyncio.to_thread(vllm_compat.CoreProcesses, self.client)
-        self.free_memory_bytes, self._read = float("inf"), None
+        self._free_memory, self._read = (float("inf"), -math.inf), None
         self.generation += 1
 
     async def run_task(self, task: FineTuneTask) -> TaskResult:
@@ -172,7 +184,8 @@ class HybridEngine:
         if final is None or not final.kv_transfer_params:
             raise TrainingError(f"task {task.task_id} was aborted by the engine")
         result = TaskResult.from_wire({**final.kv_transfer_params, "task_id": task.task_id})
-        self.free_memory_bytes = result.free_bytes or self.free_memory_bytes
+        if result.free_bytes is not None:
+            self._free_memory = result.free_bytes, time.monotonic()
         return result
 
     async def save_adapter(self, directory: Path, base_model: str) -> None:

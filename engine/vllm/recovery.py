@@ -15,6 +15,7 @@ from vllm import SamplingParams
 from vllm.v1.request import Request, RequestStatus
 from vllm.v1.sample.logits_processor import BatchUpdate
 
+from engine.training.device_memory import release_cached_memory
 from engine.vllm.culprit import PROBE, CulpritSearch
 
 logger = logging.getLogger(__name__)
@@ -110,6 +111,9 @@ class Recovery:
 def empty_batch(runner: Any) -> None:
     """Take all requests out of a model runner's batch, in whatever state a failed iteration has left it.
 
+    What the iteration had allocated goes back to the driver. That is for here and not for where the exception is
+    caught: while it is handled, the frames that it came through hold their tensors, and the runner its last output.
+
     Runner V1 keeps what it knows of each request beside the batch; those that go on there are added again by it.
     """
     runner.execute_model_state = None
@@ -117,8 +121,12 @@ def empty_batch(runner: Any) -> None:
     if hasattr(runner, "req_states"):  # runner V2, to which all requests come as new ones
         for name in list(runner.req_states.req_id_to_index):
             runner._remove_request(name)  # noqa: SLF001
-        return
-    batch = runner.input_batch
+    else:
+        _empty_v1_batch(runner.input_batch)
+    release_cached_memory(runner.device)
+
+
+def _empty_v1_batch(batch: Any) -> None:
     batch.batch_update_builder.reset()
     for name in list(batch.req_id_to_index):
         batch.remove_request(name)

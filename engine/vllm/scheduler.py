@@ -268,6 +268,7 @@ class HybridSchedulerMixin:
             preemptions=self._num_preemptions,
             arena_capacity_bytes=memory.pool_capacity_bytes(Pool.ARENA),
             arena_used_bytes=memory.pool_used_bytes(Pool.ARENA),
+            entries=memory.entries,
             ledger_error=_ledger_error(memory),
         )
         if pruner is None:
@@ -299,8 +300,8 @@ class HybridSchedulerMixin:
 
     def _observe(self, directive: Directive, report: IterationReport) -> None:
         if report.facts is not None:  # the warm-up slices: no kind is unknown to the planner from here on
-            arena_bytes = self._args.training.arena_bytes or report.facts.free_bytes // 2
-            self.planner.memory.set_capacity(Pool.ARENA, arena_bytes)
+            facts, wanted = report.facts, self._args.training.arena_bytes
+            self.planner.memory.note_device(facts.free_bytes, facts.kept, facts.held, wanted)
             self.planner.observe(IterationSample(ForwardShape(), 0.0, report=SliceReport(report.facts.warm_up)))
         if self._pruner is not None:
             self._pruner.note_scores(report.kv_scores, self.requests)  # type: ignore[attr-defined]

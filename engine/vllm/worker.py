@@ -18,9 +18,16 @@ from core.batch import IterationSample
 from core.errors import ConfigError, MaceError
 from core.types import SliceReport
 from engine.pruning.pruner import unsupported
-from engine.pruning.worker import Scores, WorkerPruning, to_wire
+from engine.pruning.worker import Scores, WorkerPruning, statistics_share, to_wire
 from engine.training.base_weights import huggingface_views, is_shared, unpacked_cpu_weights
-from engine.training.runner import FineTuneRunner, free_memory_bytes
+from engine.training.device_memory import (
+    begin_peak,
+    free_memory_bytes,
+    graph_pool_bytes,
+    is_out_of_memory,
+    peak_above_now,
+)
+from engine.training.runner import FineTuneRunner
 from engine.training.shadow import ShadowAdapter
 from engine.vllm.arrivals import ArrivalCount
 from engine.vllm.compat import app_args_of, exit_with_parent, share_gloo_device
@@ -51,8 +58,12 @@ class HybridWorkerMixin:
     _epoch = 0
     _failure: str | None = None
     """What the last forward pass raised, until the scheduler begins a new epoch; nothing runs meanwhile."""
+    _found_no_memory = False
+    """That was a lack of memory."""
     _logged: str | None = None
     _weights: dict[str, int] = {}  # noqa: RUF012 - replaced, never changed
+    _activation_bytes = 0
+    """Memory that vLLM's largest forward pass takes for its duration, as measured before the KV cache was laid out."""
     _log: IterationLog
     _arrivals: ArrivalCount
     _directive: Directive
@@ -85,6 +96,20 @@ class HybridWorkerMixin:
             )
             self._weights = self._runner.describe()
 
+    def determine_available_memory(self) -> int:
+        """vLLM's bytes for the KV cache, less what the statistics of KV pruning take beside it.
+
+        A size that the settings name stays: the statistics then come out of what is left on the device.
+        """
+        device, config = self.device, self.vllm_config  # type: ignore[attr-defined]
+        is_set = config.cache_config.kv_cache_memory_bytes is not None
+        begin_peak(device)
+        available: int = super().determine_available_memory()  # type: ignore[misc]
+        self._activation_bytes = peak_above_now(device)
+        if is_set or app_args_of(config).kv_pruning.start == "off":
+            return available
+        return int(available * (1 - statistics_share(config, self.get_kv_cache_spec())))  # type: ignore[attr-defined]
+
     def compile_or_warm_up_model(self) -> Any:
         """vLLM's last preparation before it serves; what is free on the device after it, training may use."""
         if app_args_of(self.vllm_config).kv_pruning.start != "off":  # type: ignore[attr-defined]
@@ -93,8 +118,13 @@ class HybridWorkerMixin:
             self._pruning = WorkerPruning(runner) if self._pruning_refusal is None else None
         result = super().compile_or_warm_up_model()  # type: ignore[misc]
         if self._runner is not None:
-            free_bytes = free_memory_bytes(self.device)  # type: ignore[attr-defined]
-            self._facts = WorkerFacts(self._runner.warm_up_slices, free_bytes)
+            device = self.device  # type: ignore[attr-defined]
+            kept = {"activations": self._activation_bytes, "graph_pools": graph_pool_bytes(device)}
+            held = self._runner.shadow.memory()
+            if self._pruning is not None:
+                held["pruning_statistics"] = self._pruning.statistics_bytes
+            self._runner.kept_free_bytes = sum(kept.values())
+            self._facts = WorkerFacts(self._runner.warm_up_slices, free_memory_bytes(device), kept, held)
         return result
 
     def execute_model(self, scheduler_output: Any) -> Any:
@@ -107,6 +137,9 @@ class HybridWorkerMixin:
         if directive.epoch != self._epoch:
             empty_batch(self.model_runner)  # type: ignore[attr-defined]
             self._epoch, self._failure = directive.epoch, None
+            if self._found_no_memory and self._runner is not None:
+                self._runner.make_room(self._logged or "")
+            self._found_no_memory = False
         self._finetune_report = self._run_slices(directive)
         self._timer = ForwardTimer(self.device)  # type: ignore[attr-defined]
         self._memory = directive.memory
@@ -151,8 +184,7 @@ class HybridWorkerMixin:
             self._logged = text
         if self.device.type == "cuda":  # type: ignore[attr-defined]
             torch.cuda.synchronize(self.device)  # type: ignore[attr-defined] # raises if the device is lost
-            torch.cuda.empty_cache()
-        self._failure = text
+        self._failure, self._found_no_memory = text, is_out_of_memory(error)
         return _failed(text, finetune)
 
     def mace_call(self, method: str, *args: Any) -> dict[str, Any]:

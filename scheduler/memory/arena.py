@@ -8,7 +8,7 @@ Per padded token of a micro-batch, with d bytes a value, H hidden size and L lay
 - in the backward slice of one layer, for its duration: what autograd keeps of attention and MLP, and their gradients;
 - in a head chunk: a block of logits in fp32, its copy in the weights' dtype, and rows of H.
 
-The optimizer's moments (8 bytes a parameter) are there whether a step runs or not and no part of the arena. Attention
+The adapter, its optimizer and their copies are there whether a step runs or not and no part of the arena. Attention
 is taken as computed in tiles: a kernel that keeps the T x T scores needs more.
 """
 

@@ -2,12 +2,20 @@
 
 Inference uses the KV pool, the fine-tune step in progress the arena. Each pool has a hard limit of its own (on a device
 they are separate allocations); `tau_mem` of their sum is what packing may fill. A reservation that does not fit changes
-nothing.
+nothing. What else lives on the device has an entry: bytes by name, which belong to no pool.
 """
 
+import logging
+from collections.abc import Mapping
 from enum import StrEnum
 
 from core.errors import LedgerError
+
+logger = logging.getLogger(__name__)
+
+ARENA_SHARE = 0.5
+"""Share of the memory left for training that the arena takes, unless a size is set: the predictions of a step are upper
+estimates of what it asks for, and an allocator has holes."""
 
 
 class Pool(StrEnum):
@@ -26,6 +34,8 @@ class MemoryLedger:
         self._capacity = {Pool.KV: kv_bytes, Pool.ARENA: arena_bytes}
         self._used = {Pool.KV: 0, Pool.ARENA: 0}
         self._tau_mem = tau_mem
+        self.entries: dict[str, int] = {}
+        """Bytes of the device that neither pool may use, by what they are for."""
 
     @property
     def capacity_bytes(self) -> int:
@@ -75,6 +85,26 @@ class MemoryLedger:
     def set_capacity(self, pool: Pool, num_bytes: int) -> None:
         """Set a pool's hard limit, as soon as it is known; never below what is used."""
         self._capacity[pool] = max(self._used[pool], num_bytes)
+
+    def note_device(
+        self, free_bytes: int, kept: Mapping[str, int], held: Mapping[str, int], arena_bytes: int | None = None
+    ) -> None:
+        """Size the arena by what was found on the device, and enter what is beside it.
+
+        Args:
+            free_bytes: what could still be allocated.
+            kept: bytes of that which others take back for a while: the arena must not have them.
+            held: bytes that are taken already.
+            arena_bytes: the size that the settings ask for; None: `ARENA_SHARE` of what is left. Never more than is.
+        """
+        self.entries = {**held, **kept}
+        left_bytes = max(0, free_bytes - sum(kept.values()))
+        if arena_bytes is not None and arena_bytes > left_bytes:
+            logger.warning(
+                "training.arena_bytes is %d, but only %d are left on the device", arena_bytes, left_bytes
+            )
+        wanted = int(ARENA_SHARE * left_bytes) if arena_bytes is None else arena_bytes
+        self.set_capacity(Pool.ARENA, min(wanted, left_bytes))
 
     def check_integrity(self) -> None:
         """Raise LedgerError if a pool uses less than nothing, or more than it has."""

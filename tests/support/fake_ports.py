@@ -36,6 +36,7 @@ class FakeEngine:
         self.tasks = []
         self.calls = []
         self.error = None
+        self.free_bytes = None
         self.evaluation_error = None
         self.shadow_margin = 1.0
         self.train_loss = 0.5
@@ -57,7 +58,7 @@ class FakeEngine:
         if task.kind is TaskKind.TRAIN:
             self.trained.append([pair.pair_id for pair in task.pairs])
         if self.error is not None and task.kind is TaskKind.TRAIN:
-            return TaskResult(task.task_id, task.kind, error=self.error)
+            return TaskResult(task.task_id, task.kind, error=self.error, free_bytes=self.free_bytes)
         if self.evaluation_error is not None and task.kind is TaskKind.EVALUATE:
             return TaskResult(task.task_id, task.kind, error=self.evaluation_error)
         if task.checkpoint is not None:

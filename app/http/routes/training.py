@@ -30,6 +30,10 @@ async def show_training(executor: ExecutorOf) -> dict[str, Any]:
         control: dict[str, Any] = await executor.control.stats()
     except MaceError as error:
         control = {"error": {"message": str(error), "type": type(error).__name__}}
+    if standstill := control.get("queue", {}).get("standstill"):
+        silence = "training is switched off" if executor.learner is None else executor.learner.silence()
+        if silence:
+            standstill["reasons"].insert(0, f"{executor.executor_id}: {silence}")
     return {"enabled": executor.learner is not None, "executor": await executor.status(), **control}
 
 

@@ -25,6 +25,7 @@ class World:
         self.users = None
         self.refusal = None
         self.reports = [RUNNING, None, PUBLISHED]
+        self.queue = {}
 
     def check_rebuild(self):
         if self.refusal:
@@ -35,7 +36,8 @@ class World:
         return Rebuild(tuple(users), 5, 5)
 
     async def stats(self):
-        return {"rebuild": self.reports.pop(0) if len(self.reports) > 1 else self.reports[0]}
+        report = self.reports.pop(0) if len(self.reports) > 1 else self.reports[0]
+        return {"rebuild": report, "queue": self.queue}
 
     async def status(self):
         return {"executor_id": "e", "paused": False}
@@ -49,7 +51,9 @@ def world():
 @pytest.fixture
 def learner(world):
     begun = []
-    return SimpleNamespace(begun=begun, begin_rebuild=begun.append, check_rebuild=world.check_rebuild)
+    return SimpleNamespace(
+        begun=begun, begin_rebuild=begun.append, check_rebuild=world.check_rebuild, silence=lambda: ""
+    )
 
 
 @pytest.fixture
@@ -151,3 +155,26 @@ def test_the_reason_of_an_unfit_version_can_be_read_on_any_terminal(width):
     assert [line[3].strip() for line in lines if line[1].strip()] == ["unfit", "published"]
     told = " ".join(line[-2].strip() for line in lines)
     assert told == f"{reason} accuracy"
+
+
+def stand_still(for_s):
+    return {"standstill": {"for_s": for_s, "reasons": ["e: a batch takes 3.00 GiB, and it may have 0.95 GiB"]}}
+
+
+def test_a_long_standstill_is_a_warning_with_its_reasons(mace, world, learner):
+    world.queue = stand_still(for_s=20.0)
+    assert "warning" not in mace("show").output
+    world.queue = stand_still(for_s=312.0)
+    told = mace("show").output
+    assert "warning: nothing has been trained or scored for 312 s: e: a batch takes 3.00 GiB" in told
+
+
+def test_an_executor_that_does_not_ask_for_work_says_why_first(client, world, learner):
+    world.queue = stand_still(for_s=90.0)
+    learner.silence = lambda: "training is paused: asked for"
+    reasons = client.get("/v1/training").json()["queue"]["standstill"]["reasons"]
+    assert reasons == ["e: training is paused: asked for", "e: a batch takes 3.00 GiB, and it may have 0.95 GiB"]
+    client.app.state.executor.learner = None
+    world.queue = stand_still(for_s=90.0)
+    reasons = client.get("/v1/training").json()["queue"]["standstill"]["reasons"]
+    assert reasons[0] == "e: training is switched off"

@@ -29,7 +29,7 @@ def pairs(*names, loss=None, times_trained=0):
 
 
 def room(executor="e1", memory_bytes=1e9, latency_s=HORIZON_S, may_train=True):
-    return Headroom(executor, memory_bytes, latency_s, may_train=may_train)
+    return Headroom(executor, memory_bytes, latency_s, refusal="" if may_train else "v0001 is pinned")
 
 
 def known(scheduler, what="train"):
@@ -276,7 +276,7 @@ def test_scoring_does_not_wait_for_a_full_batch_and_knows_its_pairs(scheduler):
 def test_an_executor_that_may_not_train_still_scores(scheduler):
     scheduler.enqueue(pairs(*"abcd"))
     scheduler.enqueue_scoring(pairs("s1"))
-    pinned = Headroom("e1", 1e9, HORIZON_S, may_train=False)
+    pinned = Headroom("e1", 1e9, HORIZON_S, refusal="v0001 is pinned")
     batch = scheduler.poll(pinned)
     assert batch.kind is TaskKind.EVALUATE
     scheduler.complete(BatchOutcome(batch.task_id, "e1", kind=batch.kind))
@@ -408,3 +408,74 @@ def test_all_who_wait_are_woken_and_the_best_fit_has_work():
             return await asyncio.gather(*waits)
 
     assert sorted(asyncio.run(scenario())) == [False, True]
+
+
+def standstill(scheduler):
+    return scheduler.stats()["standstill"]
+
+
+def test_nothing_to_do_is_no_standstill_and_neither_is_work_under_way(scheduler):
+    assert standstill(scheduler) is None
+    scheduler.enqueue(pairs(*"abcd"))
+    assert standstill(scheduler) == {"for_s": 0.0, "reasons": ["no executor has asked for work yet"]}
+    batch = scheduler.poll(room())
+    assert standstill(scheduler) is None
+    scheduler.complete(BatchOutcome(batch.task_id, "e1"))
+    assert standstill(scheduler) is None
+
+
+def test_work_that_nobody_gets_for_lack_of_memory_says_so_and_since_when(scheduler, clock):
+    scheduler.enqueue(pairs(*"abcd"))
+    batch = scheduler.poll(room())
+    scheduler.complete(BatchOutcome(batch.task_id, "e1", busy_s=1.0, peak_bytes=3 << 30))
+    scheduler.enqueue(pairs(*"efgh"))
+    clock.now_s += 90
+    assert scheduler.poll(room(memory_bytes=1 << 30)) is None
+    (reason,) = standstill(scheduler)["reasons"]
+    assert reason == "e1: a batch takes 3.00 GiB of device memory, and it may have 0.95 GiB"
+    assert standstill(scheduler)["for_s"] == 90
+    assert scheduler.poll(room(memory_bytes=4 << 30)) is not None
+    assert standstill(scheduler) is None
+
+
+def test_without_any_memory_nothing_is_leased_not_even_pairs_to_score(scheduler):
+    scheduler.enqueue(pairs(*"abcd"))
+    scheduler.enqueue_scoring(pairs("s"))
+    assert scheduler.poll(room(memory_bytes=0)) is None
+    assert "it has no memory left for training" in standstill(scheduler)["reasons"][0]
+    assert scheduler.poll(room(memory_bytes=1)) is not None
+
+
+def test_every_executor_has_its_reason(scheduler, clock):
+    scheduler.enqueue(pairs("a"))
+    for name in ("gone", "pinned", "waits"):
+        assert scheduler.poll(room(name, may_train=name != "pinned")) is None
+        clock.now_s += 4
+    assert standstill(scheduler)["reasons"] == [
+        "gone: it has not asked for work for 12 s",
+        "pinned: it has not asked for work for 8 s",
+        f"waits: 1 of {BATCH} pairs, and none has waited {MAX_AGE_S:g} s",
+    ]
+    scheduler.poll(room("pinned", may_train=False))
+    assert "pinned: v0001 is pinned" in standstill(scheduler)["reasons"]
+
+
+def test_a_long_standstill_is_logged_once_with_its_reason(scheduler, clock, caplog):
+    scheduler.enqueue(pairs(*"abcd"))
+    for _ in range(40):
+        scheduler.poll(room(may_train=False))
+        clock.now_s += 4
+    assert [record.message for record in caplog.records] == [
+        "no work has been leased for 60 s: e1: v0001 is pinned"
+    ]
+
+
+def test_a_batch_goes_to_the_executor_with_the_memory_however_little_time_it_has(scheduler):
+    """The one with the time lacks the memory: neither fits alone, and the batch would wait for ever."""
+    scheduler.enqueue(pairs(*"abcd"))
+    batch = scheduler.poll(room("roomy"))
+    scheduler.complete(BatchOutcome(batch.task_id, "roomy", busy_s=5.0, peak_bytes=800_000))
+    scheduler.poll(room("idle", memory_bytes=100_000, latency_s=HORIZON_S))
+    scheduler.enqueue(pairs(*"efgh"))
+    assert scheduler.poll(room("idle", memory_bytes=100_000, latency_s=HORIZON_S)) is None
+    assert scheduler.poll(room("roomy", latency_s=0.1)) is not None

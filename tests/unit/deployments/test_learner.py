@@ -394,8 +394,8 @@ def test_while_a_version_is_pinned_nothing_is_trained(tmp_path):
         task.cancel()
 
     asyncio.run(pinned())
-    assert world.control.headrooms[0].may_train
-    assert not world.control.headrooms[-1].may_train
+    assert world.control.headrooms[0].refusal == ""
+    assert world.control.headrooms[-1].refusal == "base is pinned"
     assert world.learner.status.phase == "pinned"
 
 
@@ -583,3 +583,35 @@ def test_a_resumed_learner_does_not_wait_any_longer(tmp_path, monkeypatch):
                 await asyncio.sleep(0.001)
 
     asyncio.run(world.work(turns=0, during=watch))
+
+
+def test_a_batch_for_which_no_memory_was_left_goes_back_without_a_failure(tmp_path):
+    """Its pairs are not to blame: three such reports would park them for good. The next poll gives the batch back."""
+    world = World(tmp_path, FakeControl([batch(1)]))
+    world.engine.error, world.engine.free_bytes = "DeviceMemoryError: no memory is left for training", 0
+    status = world.run()
+    assert world.engine.trained == [["p1-0", "p1-1"]]
+    assert world.control.completed == []
+    assert (status.failed_steps, status.paused) == (0, False)
+    assert status.last_error == "DeviceMemoryError: no memory is left for training"
+    assert len(world.control.headrooms) > 1
+
+
+def test_a_learner_that_asks_for_no_work_says_why(tmp_path, monkeypatch):
+    monkeypatch.setattr(learner_module, "_FAILURE_BACKOFF_S", 60.0)
+    world = World(tmp_path, FakeControl([batch(1)]))
+    world.run()
+    assert world.learner.silence() == ""
+    world.learner.pause()
+    assert world.learner.silence() == "training is paused: asked for"
+
+    async def fail():
+        world.engine.error = "DivergedError: loss is nan"
+        world.control.batches.append(batch(2))
+        await asyncio.sleep(0.05)
+
+    asyncio.run(world.work(0, during=fail))
+    assert world.learner.silence() == "it rests after a failed task: DivergedError: loss is nan"
+    world.engine.is_away = True
+    asyncio.run(world.learner.turn())
+    assert world.learner.silence() == "waiting for the engine"

@@ -132,7 +132,7 @@ def test_a_pair_that_cannot_be_tokenized_is_parked_and_the_rest_goes_on(world, m
 def test_new_pairs_are_scored_meanwhile_and_no_other_training_runs(world, monkeypatch):
     before = len(world.control.headrooms)
     rebuild(world, monkeypatch)
-    assert [room.may_train for room in world.control.headrooms[before:]][:7] == [False] * 7
+    assert [room.refusal for room in world.control.headrooms[before:]][:7] == ["it learns anew"] * 7
 
 
 def test_a_restart_goes_on_from_the_last_step_though_another_version_went_live(world, monkeypatch):

@@ -21,7 +21,7 @@ from vllm.v1.structured_output import StructuredOutputManager
 
 from core.types import SliceReport
 from engine.vllm.culprit import UnexplainedFailureError
-from engine.vllm.directive import DIRECTIVE_ATTRIBUTE, REPORT_ATTRIBUTE, IterationReport
+from engine.vllm.directive import DIRECTIVE_ATTRIBUTE, REPORT_ATTRIBUTE, IterationReport, WorkerFacts
 from engine.vllm.grammars import contain_failures
 from engine.vllm.planning import KvPool
 from scheduler.memory.ledger import Pool
@@ -346,3 +346,18 @@ def test_a_client_without_a_seat_gets_one_while_anothers_long_answers_hold_all(v
         engine.finish()
     assert {len(answer) for name, answer in engine.answers.items() if "flood" in name} == {60}
     assert len(engine.answers) == 22
+
+
+def test_the_arena_is_what_forward_passes_leave_and_what_is_beside_it_is_told(vllm_config):
+    """128 MiB are free, of which vLLM's largest forward pass takes 96 back; the settings ask for 64."""
+    engine = Engine(vllm_config)
+    engine.add("a", 20, 4)
+    output = engine.schedule()
+    _, named, samples = engine.in_flight.popleft()
+    facts = WorkerFacts([], 128 << 20, {"activations": 96 << 20}, {"trainer": 5, "state_copies": 3})
+    answer = ModelRunnerOutput(named, {"a": 0}, samples)
+    setattr(answer, REPORT_ATTRIBUTE, IterationReport(SliceReport(), 0.01, facts))
+    engine.scheduler.update_from_output(output, answer)
+    counters = getattr(engine.schedule(), DIRECTIVE_ATTRIBUTE).memory
+    assert counters.arena_capacity_bytes == 32 << 20
+    assert counters.entries == {"activations": 96 << 20, "trainer": 5, "state_copies": 3}

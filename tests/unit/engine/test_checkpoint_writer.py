@@ -94,3 +94,18 @@ def test_an_error_is_kept_for_one_asker_and_the_next_state_is_tried(tmp_path, er
             assert "disk full" in writer.take_error()
     assert writer.take_error() is None
     assert sum("disk full" in record.message for record in caplog.records) == 1  # not once for each step
+
+
+def test_a_write_that_has_not_begun_can_be_taken_back_and_one_that_has_cannot(tmp_path):
+    disk = SlowDisk()
+    writer, begun, waiting = CheckpointWriter(disk), state(1), state(2)
+    assert writer.take_back() is None
+    writer.submit(tmp_path / "begun", begun, {})
+    assert disk.started.acquire(timeout=WAIT_S)
+    writer.submit(tmp_path / "waiting", waiting, {})
+    assert writer.take_back() is waiting
+    assert (begun.is_leased, waiting.is_leased) == (True, False)
+    assert writer.take_back() is None
+    disk.may_write.release(1)
+    assert writer.wait(WAIT_S)
+    assert [name for name, *_ in disk.written] == ["begun"]

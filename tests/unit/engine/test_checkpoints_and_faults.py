@@ -84,6 +84,28 @@ def test_a_checkpointed_step_can_be_gone_on_from_bit_by_bit(runner, model_dir, t
     assert list(tmp_path.iterdir()) == [path]
 
 
+def test_a_disk_that_hangs_costs_no_memory_and_the_newest_state_is_written(runner, tmp_path, monkeypatch):
+    """Memory for two copies is taken at the start; a third would come out of what inference was promised."""
+    may_write, path = threading.Event(), tmp_path / "state"
+    monkeypatch.setattr("core.files.sync", lambda path: may_write.wait(WAIT_S))
+    monkeypatch.setattr(runner.shadow.checkpoints, "is_behind", lambda: False)  # patience has ended
+    made = []
+    empty_like = torch.empty_like
+    monkeypatch.setattr(torch, "empty_like", lambda *args, **kwargs: made.append(1) or empty_like(*args, **kwargs))
+    before = runner.shadow.memory()
+    try:
+        for step in range(4):
+            assert train(runner, step, path).error is None
+    finally:
+        may_write.set()
+    assert made == []
+    assert runner.shadow.memory() == before
+    assert runner.shadow.checkpoints.wait(WAIT_S)
+    at_4, other = snapshot(runner), make_runner(runner.model.hf_config.name_or_path)
+    assert other.shadow.load_training_state(str(path)) == {"step": 4}
+    assert same(snapshot(other), at_4)
+
+
 def save(shadow, path, progress):
     give_up_s = time.monotonic() + WAIT_S
     while not shadow.save_training_state(path, progress):

@@ -1,5 +1,7 @@
 """The load of an engine, read from vLLM's own output processor."""
 
+import asyncio
+import math
 from types import SimpleNamespace
 
 import pytest
@@ -10,8 +12,10 @@ from vllm.v1.engine import EngineCoreOutput, EngineCoreRequest
 from vllm.v1.engine.output_processor import OutputProcessor
 
 from core.config import AppArgs
+from core.types import FineTuneTask, TaskKind, TaskResult
 from engine.vllm import engine as engine_module
 from engine.vllm.engine import HybridEngine
+from tests.support.clock import Clock
 
 TOKEN_BYTES = 2 * 2 * 3 * 16 * 4
 
@@ -75,3 +79,27 @@ def test_in_a_very_long_queue_only_the_first_prompts_are_looked_up(client, monke
     for number in range(5):
         add(client, f"r{number}", 10)
     assert HybridEngine(client, AppArgs()).load(lambda *_: 8).waiting_tokens == 3 * 2 + 2 * 10
+
+
+def test_a_reading_of_the_free_memory_does_not_count_for_ever(client, monkeypatch):
+    """Only tasks read it, and with too little no task comes: a low reading would keep training away for good."""
+    clock = Clock(50.0)
+    monkeypatch.setattr(engine_module.time, "monotonic", clock)
+    engine = HybridEngine(client, AppArgs())
+    assert engine.free_memory_bytes == math.inf
+    client.generate = answer_with(TaskResult("t", TaskKind.TRAIN, error="no", free_bytes=0))
+    asyncio.run(engine.run_task(FineTuneTask("t", TaskKind.TRAIN, ())))
+    assert engine.free_memory_bytes == 0
+    clock.now_s += 59
+    client.generate = answer_with(TaskResult("t", TaskKind.TRAIN, error="malformed"))
+    asyncio.run(engine.run_task(FineTuneTask("t", TaskKind.TRAIN, ())))
+    assert engine.free_memory_bytes == 0, "a task after which nobody looked says nothing"
+    clock.now_s += 1
+    assert engine.free_memory_bytes == math.inf
+
+
+def answer_with(result):
+    async def generate(prompt, params, request_id):
+        yield SimpleNamespace(kv_transfer_params=result.to_wire())
+
+    return generate

@@ -47,6 +47,26 @@ def test_a_pool_never_shrinks_below_what_is_used():
     assert ledger.pool_capacity_bytes(Pool.ARENA) == 60
 
 
+def test_the_arena_is_half_of_what_nobody_takes_back_and_all_else_has_an_entry():
+    ledger = MemoryLedger(kv_bytes=100, arena_bytes=0, tau_mem=1.0)
+    ledger.note_device(1000, {"activations": 300, "graph_pools": 100}, {"trainer": 50, "state_copies": 60})
+    assert ledger.pool_capacity_bytes(Pool.ARENA) == 300
+    assert ledger.entries == {"activations": 300, "graph_pools": 100, "trainer": 50, "state_copies": 60}
+
+
+@pytest.mark.parametrize(("asked", "given"), [(500, 500), (600, 600), (601, 600), (5000, 600)])
+def test_an_arena_that_is_asked_for_is_never_more_than_what_is_left(asked, given):
+    ledger = MemoryLedger(kv_bytes=100, arena_bytes=asked, tau_mem=1.0)
+    ledger.note_device(1000, {"activations": 400}, {}, asked)
+    assert ledger.pool_capacity_bytes(Pool.ARENA) == given
+
+
+def test_where_forward_passes_need_all_that_is_free_there_is_no_arena():
+    ledger = MemoryLedger(kv_bytes=100, arena_bytes=0, tau_mem=1.0)
+    ledger.note_device(1000, {"activations": 1001}, {})
+    assert ledger.pool_capacity_bytes(Pool.ARENA) == 0
+
+
 def test_impossible_capacities_are_refused():
     with pytest.raises(LedgerError, match="tau_mem"):
         MemoryLedger(kv_bytes=1, arena_bytes=1, tau_mem=1.5)

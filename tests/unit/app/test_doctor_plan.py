@@ -1,0 +1,125 @@
+"""`mace doctor --plan`, and the documented examples: the command that stands above each says that it fits."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import typer
+import yaml
+from typer.testing import CliRunner
+
+from app.commands.doctor import doctor, read_bytes
+from core.errors import ConfigError
+
+GIB = 1 << 30
+PAGE = Path(__file__).parents[3] / "docs" / "configure.md"
+KEYS = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
+MODELS = {
+    "Qwen2.5-7B-Instruct": (3584, 18944, 28, 28, 4, 152064, 32768),
+    "Llama-3.1-8B-Instruct": (4096, 14336, 32, 32, 8, 128256, 131072),
+}
+"""Sizes in their `config.json`: those of `KEYS`, the vocabulary and the context."""
+
+
+def write_model(directory, name, **changes):
+    *sizes, vocabulary, context = MODELS[name]
+    config = {**dict(zip(KEYS, sizes, strict=True)), "vocab_size": vocabulary, "max_position_embeddings": context}
+    directory.mkdir(exist_ok=True)
+    (directory / "config.json").write_text(json.dumps({**config, "tie_word_embeddings": False, **changes}))
+    return directory
+
+
+def write_settings(path, args):
+    path.write_text(yaml.safe_dump({"applications": [{"name": "mace", "args": args}]}))
+    return path
+
+
+@pytest.fixture
+def mace(tmp_path):
+    app = typer.Typer()
+    app.command()(doctor)
+
+    def run(model, memory, args=None, *words):
+        config = write_settings(tmp_path / "serve.yaml", args or {})
+        options = ["--plan", str(model), "--config", str(config), *words]
+        return CliRunner().invoke(app, [*options, *(["--memory", memory] if memory else [])])
+
+    return run
+
+
+def examples():
+    blocks = re.findall(r"^```yaml\n(.*?)^```", PAGE.read_text(), re.M | re.S)
+    return [block for block in blocks if "num_gpus" in block or "gpu_memory_utilization" in block]
+
+
+def test_there_are_examples_for_gpus():
+    assert len(examples()) >= 2
+
+
+@pytest.mark.parametrize("block", examples())
+def test_the_documented_examples_fit_by_the_command_above_them(mace, tmp_path, block):
+    command = re.match(r"# mace doctor --plan (\S+) --memory (\S+)\n", block)
+    assert command is not None, "no command says that it fits"
+    args = yaml.safe_load(block)["args"]
+    assert args["model"]["model_source"].endswith(command[1])
+    result = mace(write_model(tmp_path / command[1], command[1]), command[2], args)
+    assert result.exit_code == 0, result.output
+    assert result.output.splitlines()[-1] == "fits"
+
+
+def test_a_plan_says_where_the_memory_goes_and_what_to_change(mace, tmp_path):
+    model = write_model(tmp_path / "m", "Qwen2.5-7B-Instruct")
+    args = {"model": {"max_model_len": 16384}, "engine": {"gpu_memory_utilization": 0.7}}
+    result = mace(model, "24GiB", args)
+    assert result.exit_code == 1
+    for part in ("weights", "lora slots", "trainer state", "activations", "kv cache", "arena"):
+        assert part in result.output
+    assert "does not fit: the KV cache would have" in result.output
+    assert "fits with engine.gpu_memory_utilization: 0.8" in result.output
+
+
+def test_the_plan_as_json(mace, tmp_path):
+    model = write_model(tmp_path / "m", "Qwen2.5-7B-Instruct")
+    told = json.loads(mace(model / "config.json", "80GiB", {}, "--json").output)
+    assert (told["fits"], told["problems"], told["changes"], told["memory"]) == (True, [], [], 80 * GIB)
+    assert told["weights"] == pytest.approx(15.23e9, rel=1e-3)  # 7.62 billion parameters in 16 bits
+    assert told["kv_cache"] > 30 * GIB
+
+
+def test_what_cannot_be_planned_says_why(mace, tmp_path):
+    assert "cannot be read" in mace(tmp_path / "nothing", "24GiB").output
+    assert "is no size of memory; write 24GiB" in mace(tmp_path, "much").output
+    assert "is not in state yet: `mace serve` puts it there" in mace(
+        "builtin:smollm2", "8GiB", {"state_dir": "state"}
+    ).output.replace("\n", " ")
+    quantized = write_model(tmp_path / "q", "Qwen2.5-7B-Instruct", quantization_config={"quant_method": "awq"})
+    assert "quantized" in mace(quantized, "24GiB").output
+
+
+def test_without_a_gpu_here_its_memory_has_to_be_named(mace, tmp_path, monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    result = mace(write_model(tmp_path / "m", "Qwen2.5-7B-Instruct"), None)
+    assert result.exit_code == 1
+    assert "--memory 24GiB" in result.output
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [
+        ("24GiB", 24 * GIB),
+        ("22.5 gib", 22.5 * GIB),
+        ("24GB", 24e9),
+        ("512M", 512e6),
+        ("1024", 1024),
+        ("8Gi", 8 * GIB),
+    ],
+)
+def test_sizes_of_memory(text, size):
+    assert read_bytes(text) == size
+
+
+@pytest.mark.parametrize("text", ["", "GiB", "-3GiB", "24 bananas", "24GiBs"])
+def test_words_that_are_no_size(text):
+    with pytest.raises(ConfigError, match="is no size"):
+        read_bytes(text)
