@@ -128,7 +128,7 @@ def flags() -> str:
         tried = f"`{json.dumps(flag.example)}`" if flag.example else f"not run: {flag.not_run}"
         section = "" if flag.section == ENGINE else f" (`{flag.section}`)"
         rows.append(f"| {names}{section} | {flag.effect} | {_markdown(flag.why)} | {tried} |")
-    return "\n".join(["| argument | | | what the test starts |", "|---|---|---|---|", *rows, ""])
+    return "\n".join(["| argument | here | what to know | what the test starts |", "|---|---|---|---|", *rows, ""])
 
 
 PAGES = {ROOT / "docs" / "configure.md": tables, ROOT / "docs" / "vllm_flags.md": flags}

@@ -55,6 +55,8 @@ _CPU_KV_SHARE = 0.1
 _CPU_KV_BOUNDS = (256 << 20, 8 << 30)
 _PREFIX_ROOM = 0.5
 """Room for cached prefixes beside full seats, as a share of what the seats hold."""
+_READ_BY_TRAINER = ("auto", "hf", "safetensors")
+"""vLLM's names for the format of weights that the trainer reads too, when it has a copy of its own."""
 _CPU_BLOCK_TOKENS = 128
 """vLLM's default on CPU."""
 
@@ -318,11 +320,7 @@ def make_config(args: AppArgs, model_dir: str) -> tuple[Any, Any]:
     scheduler = config.scheduler_config  # vLLM knows only now: some features turn async scheduling off
     scheduler.scheduler_cls = _scheduler_class(is_async=scheduler.async_scheduling)
     _check_lora_dtype(config)
-    if args.training.enabled and (quantization := config.model_config.quantization):
-        raise ConfigError(
-            f"model.model_source: the model is quantized ({quantization}), and training computes with unquantized "
-            "weights only. It is served with training.enabled: false"
-        )
+    _check_weights(args, config)
     return engine_args, config
 
 
@@ -345,6 +343,25 @@ def _check_lora_dtype(config: Any) -> None:
         "model.dtype: on this device model and adapters are both in bfloat16 or both in float16; they would be in "
         f"{names}. Set it to auto, or to one of the two (before Ampere: float16)"
     )
+
+
+def _check_weights(args: AppArgs, config: Any) -> None:
+    """Refuse to train beside weights that the trainer cannot compute with, or would read from elsewhere."""
+    from vllm.platforms import current_platform
+
+    way_out = "It is served with training.enabled: false"
+    if args.training.enabled and (quantization := config.model_config.quantization):
+        raise ConfigError(
+            f"model.model_source: the model is quantized ({quantization}), and training computes with unquantized "
+            f"weights only. {way_out}"
+        )
+    has_copy = {"auto": current_platform.is_cpu(), "always": False, "never": True}[args.engine.share_base_weights]
+    load_format = config.load_config.load_format
+    if args.training.enabled and has_copy and load_format not in _READ_BY_TRAINER:
+        raise ConfigError(
+            f"engine.engine_kwargs.load_format: {load_format}, but the trainer's copy of the weights is read from "
+            f"safetensors. {way_out}, or with one copy: engine.share_base_weights: always"
+        )
 
 
 def make_engine_args(args: AppArgs, model_dir: str) -> Any:

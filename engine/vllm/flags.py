@@ -86,7 +86,13 @@ FLAGS = (
         "with KV pruning, which sets both on CUDA, they are the user's risk",
         not_run=_CUDA,
     ),
-    Flag(("enable_sleep_mode",), "serves", "weights that sleep are not there for the trainer", not_run=_CUDA),
+    Flag(("enable_sleep_mode",), "trains", "nothing is trained while the engine sleeps", not_run=_CUDA),
+    Flag(
+        ("load_format",),
+        "trains",
+        "only on one copy of the weights (`share_base_weights`): a copy of the trainer's own is read from safetensors",
+        example={"load_format": "dummy"},
+    ),
     Flag(
         ("quantization",),
         "serves",
@@ -99,13 +105,6 @@ FLAGS = (
         "the trainer reads the model's own configuration and would compute another model",
         unless=(None, {}),
         example={"hf_overrides": {"rope_parameters": {"rope_type": "default", "rope_theta": 5000.0}}},
-    ),
-    Flag(
-        ("load_format",),
-        "serves",
-        "the trainer reads safetensors from the model's directory, and other formats may hold other weights",
-        unless=(None, "auto", "safetensors"),
-        example={"load_format": "dummy"},
     ),
     Flag(
         ("tensor_parallel_size", "pipeline_parallel_size", "prefill_context_parallel_size"),

@@ -33,6 +33,9 @@ SEEN_AS = {"speculative_config": "ngram", "hf_overrides": 5000.0}
 OTHER_NUMBERS = {"kv_cache_dtype", "hf_overrides", "load_format"}
 """With these the model says something else."""
 
+BESIDE = {"load_format": {"share_base_weights": "always"}}
+"""Settings of ours that an argument needs."""
+
 _ids = (f"flag-{i}" for i in itertools.count())
 
 
@@ -63,7 +66,7 @@ def test_an_engine_with_it_serves_and_trains_as_the_table_says(flag, model_dir, 
     engine = EngineThread(
         model_dir,
         model={"model_source": str(model_dir), "dtype": "float32"},
-        engine={flag.section: flag.example},
+        engine={flag.section: flag.example, **BESIDE.get(flag.names[0], {})},
         training={"enabled": flag.effect == "trains"},
     )
     try:

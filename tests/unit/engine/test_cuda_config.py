@@ -1,6 +1,8 @@
 """What vLLM is asked for on a CUDA device, from the settings to its own resolved configuration."""
 
 import dataclasses
+import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -126,6 +128,26 @@ def test_a_format_that_the_kernels_do_not_take_is_refused_before_anything_starts
 ):
     with pytest.raises(ConfigError, match=rf"model\.dtype: .* would be in {found}\."):
         cuda(sections, str(tiny_assistant))
+
+
+def test_weights_of_another_origin_are_trained_on_only_where_there_is_one_copy(cuda, tiny_assistant):
+    dummy = {"engine_kwargs": {"load_format": "dummy"}}
+    assert cuda({"engine": dummy}, str(tiny_assistant)).takes_lora
+    own_copy = {"engine": {**dummy, "share_base_weights": "never"}}
+    with pytest.raises(ConfigError, match=r"load_format: dummy, but .* safetensors"):
+        cuda(own_copy, str(tiny_assistant))
+    assert cuda({**own_copy, "training": {"enabled": False}}, str(tiny_assistant)).takes_lora
+
+
+def test_a_quantized_checkpoint_is_not_trained_on(cuda, tmp_path, tiny_assistant):
+    quantized = tmp_path / "quantized"
+    shutil.copytree(tiny_assistant, quantized)
+    config = json.loads((quantized / "config.json").read_text())
+    scheme = {"quant_method": "gptq", "bits": 4, "group_size": 64, "desc_act": False, "sym": True}
+    (quantized / "config.json").write_text(json.dumps({**config, "quantization_config": scheme}))
+    with pytest.raises(ConfigError, match=r"the model is quantized \(\w*gptq\w*\).* training\.enabled: false"):
+        cuda({}, str(quantized))
+    assert cuda({"training": {"enabled": False}}, str(quantized)).takes_lora
 
 
 def test_it_runs_as_the_newer_runner_with_async_scheduling(cuda, tiny_assistant):
