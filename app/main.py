@@ -21,6 +21,7 @@ from core.errors import ConfigError
 from deployments.control.deployment import Control
 from deployments.executor import Executor
 from deployments.routing.router import REPORT_PERIOD_S
+from engine.vllm.flags import check_flags
 
 _MAX_QUEUED = 1024
 _DRAIN_LOOK_S = 0.2
@@ -28,19 +29,22 @@ _DRAIN_LOOK_S = 0.2
 
 
 def parse_args(raw: dict[str, Any]) -> AppArgs:
-    """Validate what stands under `args:`; a ConfigError names every wrong key.
+    """Validate what stands under `args:`; a ConfigError names every wrong key, and arguments of vLLM's that fail here.
 
     Relative paths become absolute, since replicas have another directory.
     """
     try:
-        return _with_absolute_paths(AppArgs.model_validate(raw))
+        args = _with_absolute_paths(AppArgs.model_validate(raw))
     except ValidationError as error:
         lines = [f"  {'.'.join(map(str, issue['loc']))}: {issue['msg']}" for issue in error.errors()]
         raise ConfigError("args of serve_config.yaml are wrong:\n" + "\n".join(lines)) from error
+    check_flags(args)
+    return args
 
 
 def build_app(args: AppArgs) -> Application:
     """The Serve application: one Executor replica for each device, one Control replica."""
+    check_flags(args)
     return bind_deployments(_with_absolute_paths(args), {})
 
 

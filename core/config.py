@@ -44,7 +44,7 @@ class ModelConfig(Section):
     """`builtin:smollm2` (downloaded once, 93 MB), `builtin:tiny-assistant` (trained once, for tests and the demo), a
     Hugging Face id, or a local directory with `config.json` and safetensors."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Number format of weights and activations, the trainer's too; `auto` is vLLM's choice."""
+    """Number format of model and trainer; `auto` is vLLM's choice. GPUs: 16 bits."""
     max_model_len: int | None = Field(None, ge=64)
     """Longest prompt plus answer, in tokens; one such sequence must fit into the KV cache. None: the model's own
     limit."""
@@ -71,7 +71,7 @@ class EngineConfig(Section):
     share_base_weights: Literal["auto", "always", "never"] = "auto"
     """`auto`: on CUDA the trainer uses vLLM's weights, on CPU a copy of its own, for decode speed."""
     engine_kwargs: dict[str, Any] = Field(default_factory=dict)
-    """Passed to vLLM's `AsyncEngineArgs`; overrides what MACE sets there."""
+    """Arguments of vLLM's engine, over MACE's own (docs/vllm_flags.md)."""
     frontend_kwargs: dict[str, Any] = Field(default_factory=dict)
     """Options of vLLM's OpenAI server by their names there, in the types that vLLM uses inside: `api_key` is a
     list of keys."""

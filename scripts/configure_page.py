@@ -1,6 +1,6 @@
-"""Writes the tables of docs/configure.md from the settings in the code, between its two markers.
+"""Writes the tables of docs/configure.md and docs/vllm_flags.md from the code, between their two markers.
 
-`.venv/bin/python -m scripts.configure_page` rewrites the page; a test compares it with what this would write.
+`.venv/bin/python -m scripts.configure_page` rewrites the pages; a test compares them with what this would write.
 """
 
 import ast
@@ -17,18 +17,18 @@ from pydantic.fields import FieldInfo
 
 from core.alignment_config import Section
 from core.config import AppArgs
+from engine.vllm.flags import ENGINE, FLAGS
 
 ROOT = Path(__file__).parent.parent
-PAGE = ROOT / "docs" / "configure.md"
 BEGIN = "<!-- generated from the settings: begin -->\n"
 END = "<!-- generated from the settings: end -->\n"
 
 
-def page(text: str) -> str:
-    """The page with its generated part made anew; `text` is the page as it is."""
-    before, _, rest = text.partition(BEGIN)
+def page(path: Path) -> str:
+    """The page of `PAGES` as it stands in the file, with its generated part made anew."""
+    before, _, rest = path.read_text().partition(BEGIN)
     _, _, after = rest.partition(END)
-    return f"{before}{BEGIN}\n{tables()}\n{END}{after}"
+    return f"{before}{BEGIN}\n{PAGES[path]()}\n{END}{after}"
 
 
 def tables() -> str:
@@ -120,5 +120,19 @@ def _markdown(text: str) -> str:
     return " ".join(text.split()).replace("|", "\\|")
 
 
+def flags() -> str:
+    """One row for each of vLLM's arguments that MACE has something to say of."""
+    rows = []
+    for flag in FLAGS:
+        names = ", ".join(f"`{name}`" for name in flag.names)
+        tried = f"`{json.dumps(flag.example)}`" if flag.example else f"not run: {flag.not_run}"
+        section = "" if flag.section == ENGINE else f" (`{flag.section}`)"
+        rows.append(f"| {names}{section} | {flag.effect} | {_markdown(flag.why)} | {tried} |")
+    return "\n".join(["| argument | here | what to know | what the test starts |", "|---|---|---|---|", *rows, ""])
+
+
+PAGES = {ROOT / "docs" / "configure.md": tables, ROOT / "docs" / "vllm_flags.md": flags}
+
 if __name__ == "__main__":
-    PAGE.write_text(page(PAGE.read_text()))
+    for one in PAGES:
+        one.write_text(page(one))

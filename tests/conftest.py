@@ -7,6 +7,8 @@ import pytest
 
 from engine.tiny.build import ensure_tiny_assistant
 
+pytest.register_assert_rewrite("tests.support.shared_weights")  # tests that two modules inherit
+
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     # A shell ignores Ctrl-C for what it starts in the background; the commands under test must not inherit that.
     signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -5,6 +5,7 @@ route that this module relies on.
 """
 
 import contextlib
+import dataclasses
 import json
 import multiprocessing
 import os
@@ -27,13 +28,14 @@ from core.model_dims import ModelDims
 from engine.prefix_cache import kv_events_config
 from scheduler.queues.waiting import guest_seats
 
-CONFIG_KEY = "mace"
-"""Our key in vLLM's `additional_config`, which reaches the scheduler and the worker."""
-
 _SMALL_MODEL_BYTES = 64 << 20
 """Below this, splitting a layer over threads costs more than it saves."""
 
 _BINDING_VARIABLE = "VLLM_CPU_OMP_THREADS_BIND"
+_CHOICES_VARIABLE = "VLLM_MAX_N_SEQUENCES"
+_RUNNER_VARIABLE = "VLLM_USE_V2_MODEL_RUNNER"
+_CHOSEN_RUNNER = os.environ.get(_RUNNER_VARIABLE)
+"""What the user says of it; None: nothing."""
 
 CPU_PRUNING_BLOCK_TOKENS = 32
 """The least that vLLM's CPU attention takes; its default of 128 leaves little to choose from."""
@@ -53,6 +55,8 @@ _CPU_KV_SHARE = 0.1
 _CPU_KV_BOUNDS = (256 << 20, 8 << 30)
 _PREFIX_ROOM = 0.5
 """Room for cached prefixes beside full seats, as a share of what the seats hold."""
+_READ_BY_TRAINER = ("auto", "hf", "safetensors")
+"""vLLM's names for the format of weights that the trainer reads too, when it has a copy of its own."""
 _CPU_BLOCK_TOKENS = 128
 """vLLM's default on CPU."""
 
@@ -255,9 +259,7 @@ def share_gloo_device() -> None:
 def configure_environment(args: AppArgs, model_dir: Path) -> None:
     """Set the environment variables that vLLM reads at import; call before any vLLM import."""
     os.environ[_BINDING_VARIABLE] = worker_binding(args, model_dir)
-    if args.kv_pruning.start != "off":
-        os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "0"  # rows of the block table are V1's (engine.pruning.worker)
-    os.environ["VLLM_MAX_N_SEQUENCES"] = str(args.engine.max_choices)
+    os.environ[_CHOICES_VARIABLE] = str(args.engine.max_choices)
     os.environ.setdefault("VLLM_WORKER_SHUTDOWN_TIMEOUT_SECONDS", "1")  # a worker has nothing to save
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
@@ -267,16 +269,107 @@ def configure_environment(args: AppArgs, model_dir: Path) -> None:
     os.environ.setdefault("GOMP_SPINCOUNT", str(_OPENMP_SPINS))
 
 
+def keep_out_of_compile_key() -> None:
+    """In the worker, once its threads are bound: forget variables of `configure_environment` that have done their work.
+
+    vLLM makes every variable of its own that it does not know to be harmless part of the key of its compile cache, and
+    neither the cores of threads nor the answers of a request are seen by a compiled graph.
+    """
+    for name in (_BINDING_VARIABLE, _CHOICES_VARIABLE):
+        os.environ.pop(name, None)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Settings:
+    """`AppArgs` as JSON values in vLLM's `additional_config`, which reaches the scheduler and the worker.
+
+    No dict, because vLLM makes what stands in a dict part of the key of its compile cache. None of our settings changes
+    a compiled graph but through a setting of vLLM's, which has its own part in that key.
+    """
+
+    values: dict[str, Any]
+
+    def compute_hash(self) -> str:
+        """Our part of the key, by vLLM's protocol: always the same."""
+        return "mace"
+
+
 def app_args_of(vllm_config: Any) -> AppArgs:
     """Our configuration, as it travels inside vLLM's."""
-    return AppArgs.model_validate(vllm_config.additional_config[CONFIG_KEY])
+    return AppArgs.model_validate(vllm_config.additional_config.values)
+
+
+def make_config(args: AppArgs, model_dir: str) -> tuple[Any, Any]:
+    """`make_engine_args`, and vLLM's whole configuration made of them: what an engine is started with.
+
+    `args` are those after the pruning gate, since pruning needs vLLM's first model runner (rows of the block table in
+    `engine.pruning.worker` are its own), and everything else runs on the one that vLLM chooses.
+
+    Raises:
+        ConfigError: the device cannot compute adapters in the model's number format, or training cannot read the
+            model's weights; and as `make_engine_args` does.
+        ValueError, TypeError: as `make_engine_args` does, and from vLLM, for a model that it cannot serve.
+    """
+    runner = "0" if args.kv_pruning.start != "off" else _CHOSEN_RUNNER
+    if runner is None:
+        os.environ.pop(_RUNNER_VARIABLE, None)
+    else:
+        os.environ[_RUNNER_VARIABLE] = runner
+    engine_args = make_engine_args(args, model_dir)
+    config = engine_args.create_engine_config()
+    scheduler = config.scheduler_config  # vLLM knows only now: some features turn async scheduling off
+    scheduler.scheduler_cls = _scheduler_class(is_async=scheduler.async_scheduling)
+    _check_lora_dtype(config)
+    _check_weights(args, config)
+    return engine_args, config
+
+
+def _scheduler_class(*, is_async: bool) -> str:
+    return f"engine.vllm.scheduler.{'AsyncHybridScheduler' if is_async else 'HybridScheduler'}"
+
+
+def _check_lora_dtype(config: Any) -> None:
+    """Refuse what vLLM's LoRA kernels of GPUs would fail on while the engine starts: anything but 16 bits."""
+    from vllm.platforms import current_platform
+
+    if current_platform.is_cpu() or config.lora_config is None:
+        return
+    formats = (config.model_config.dtype, config.lora_config.lora_dtype)
+    dtypes = {str(one).removeprefix("torch.") for one in formats}
+    if dtypes in ({"bfloat16"}, {"float16"}):
+        return
+    names = " and ".join(sorted(dtypes))
+    raise ConfigError(
+        "model.dtype: on this device model and adapters are both in bfloat16 or both in float16; they would be in "
+        f"{names}. Set it to auto, or to one of the two (before Ampere: float16)"
+    )
+
+
+def _check_weights(args: AppArgs, config: Any) -> None:
+    """Refuse to train beside weights that the trainer cannot compute with, or would read from elsewhere."""
+    from vllm.platforms import current_platform
+
+    way_out = "It is served with training.enabled: false"
+    if args.training.enabled and (quantization := config.model_config.quantization):
+        raise ConfigError(
+            f"model.model_source: the model is quantized ({quantization}), and training computes with unquantized "
+            f"weights only. {way_out}"
+        )
+    has_copy = {"auto": current_platform.is_cpu(), "always": False, "never": True}[args.engine.share_base_weights]
+    load_format = config.load_config.load_format
+    if args.training.enabled and has_copy and load_format not in _READ_BY_TRAINER:
+        raise ConfigError(
+            f"engine.engine_kwargs.load_format: {load_format}, but the trainer's copy of the weights is read from "
+            f"safetensors. {way_out}, or with one copy: engine.share_base_weights: always"
+        )
 
 
 def make_engine_args(args: AppArgs, model_dir: str) -> Any:
     """`AsyncEngineArgs` that plug our scheduler and worker into an unforked vLLM.
 
     Raises:
-        ValueError, TypeError: from vLLM, for unknown or contradictory `engine_kwargs`.
+        ConfigError: vLLM does not know one of `engine_kwargs`.
+        ValueError, TypeError: from vLLM, for contradictory ones.
     """
     from vllm.engine.arg_utils import AsyncEngineArgs
     from vllm.platforms import current_platform
@@ -287,7 +380,7 @@ def make_engine_args(args: AppArgs, model_dir: str) -> Any:
     kwargs: dict[str, Any] = {
         "model": model_dir,
         "served_model_name": [args.model.model_id],
-        "dtype": _dtype(args.model),
+        "dtype": _dtype(args.model, on_cpu=on_cpu),
         "max_model_len": args.model.max_model_len,
         "max_num_seqs": min(seats + guest_seats(seats), max(seats, args.engine.max_num_batched_tokens)),
         "max_num_active_seqs": seats,
@@ -306,8 +399,8 @@ def make_engine_args(args: AppArgs, model_dir: str) -> Any:
         "max_loras": args.lora.max_loaded,
         "max_cpu_loras": 2 * args.lora.max_loaded,
         "enforce_eager": on_cpu,
-        "additional_config": {CONFIG_KEY: args.model_dump(mode="json")},
-        "scheduler_cls": f"engine.vllm.scheduler.{'HybridScheduler' if on_cpu else 'AsyncHybridScheduler'}",
+        "additional_config": _Settings(args.model_dump(mode="json")),
+        "scheduler_cls": _scheduler_class(is_async=not on_cpu),
         "worker_cls": (
             "engine.vllm.worker_cpu.HybridCpuWorker" if on_cpu else "engine.vllm.worker_gpu.HybridGpuWorker"
         ),
@@ -317,7 +410,17 @@ def make_engine_args(args: AppArgs, model_dir: str) -> Any:
     elif args.kv_pruning.start != "off":  # attention outside of captured graphs, on closed-up rows
         kwargs.update(attention_backend="FLASH_ATTN", compilation_config={"cudagraph_mode": "PIECEWISE"})
     kwargs.update(args.engine.engine_kwargs)
+    if unknown := kwargs.keys() - _engine_arguments():
+        names = ", ".join(map(repr, sorted(unknown)))
+        raise ConfigError(f"engine.engine_kwargs: vLLM's engine has no argument {names}")
     return AsyncEngineArgs(**kwargs)
+
+
+def _engine_arguments() -> set[str]:
+    """Names of the arguments of vLLM's engine."""
+    from vllm.engine.arg_utils import AsyncEngineArgs
+
+    return {field.name for field in dataclasses.fields(AsyncEngineArgs)}
 
 
 def pruning_block_tokens(args: AppArgs) -> int | None:
@@ -328,9 +431,13 @@ def pruning_block_tokens(args: AppArgs) -> int | None:
     return args.engine.engine_kwargs.get("block_size", default)
 
 
-def _dtype(model: ModelConfig) -> str:
-    """`auto` is the model's own type; vLLM would halve fp32, which the built-in model is too small to bear."""
-    return "float32" if model.dtype == "auto" and model.model_source == TINY_ASSISTANT else model.dtype
+def _dtype(model: ModelConfig, *, on_cpu: bool) -> str:
+    """`auto` is the model's own type. vLLM halves fp32, which the built-in model is too small to bear.
+
+    On GPUs it must: vLLM's LoRA kernels there take 16 bits only.
+    """
+    is_small = on_cpu and model.dtype == "auto" and model.model_source == TINY_ASSISTANT
+    return "float32" if is_small else model.dtype
 
 
 def cpu_kv_bytes(args: AppArgs, model_dir: Path) -> int:
@@ -344,8 +451,12 @@ def cpu_kv_bytes(args: AppArgs, model_dir: Path) -> int:
     least, most = _CPU_KV_BOUNDS
     bound = min(max(int(_CPU_KV_SHARE * psutil.virtual_memory().total), least), most)
     kwargs = args.engine.engine_kwargs
-    # What is not 32 bits wide is 16; `auto` halves the width of fp32.
-    num_bytes = 4 if str(kwargs.get("dtype", _dtype(args.model))) in ("float32", "torch.float32") else 2
+    # What is not 32 bits wide is 16; `auto` halves the width of fp32. A quantized cache has 8.
+    num_bytes = (
+        4 if str(kwargs.get("dtype", _dtype(args.model, on_cpu=True))) in ("float32", "torch.float32") else 2
+    )
+    if str(kwargs.get("kv_cache_dtype", "auto")).startswith("fp8"):
+        num_bytes = 1
     try:
         config = json.loads((model_dir / "config.json").read_text(encoding="utf-8"))
         token_bytes = ModelDims.of(config, dtype_bytes=num_bytes).kv_bytes_per_token
@@ -356,6 +467,13 @@ def cpu_kv_bytes(args: AppArgs, model_dir: Path) -> int:
     seats = int(kwargs.get("max_num_seqs", args.engine.max_num_seqs))
     num_tokens = seats * block * (-(-longest // block) + 1)
     return min(int((1 + _PREFIX_ROOM) * num_tokens * token_bytes), bound)
+
+
+def kv_value_bytes(kv_cache_dtype: str, model_config: Any) -> int:
+    """Bytes of one number in the KV cache; `auto` is the model's own format."""
+    from vllm.utils.torch_utils import kv_cache_dtype_str_to_dtype
+
+    return kv_cache_dtype_str_to_dtype(kv_cache_dtype, model_config).itemsize
 
 
 def lora_rank_of_vllm(rank: int) -> int:
@@ -469,7 +587,7 @@ async def build_openai_app(engine: Any, base_names: list[str], options: dict[str
 
     The base model answers under `base_names`, of which responses report the first;
     `app.state.openai_serving_models.lora_requests` maps further names to adapters. ConfigError: vLLM's server does not
-    have an option.
+    have an option, or it is the engine's.
     """
     from vllm.entrypoints.launchers.api_server.app_state import init_app_state
     from vllm.entrypoints.launchers.app import build_app
@@ -481,9 +599,16 @@ async def build_openai_app(engine: Any, base_names: list[str], options: dict[str
     for name, value in options.items():
         if name == "api_key" and not isinstance(value, list):
             raise ConfigError("engine.frontend_kwargs: api_key is a list of keys")
+        if name in _engine_arguments():
+            raise ConfigError(
+                f"engine.frontend_kwargs: {name!r} is an argument of the engine and belongs under engine.engine_kwargs"
+            )
         if not hasattr(namespace, name):
             raise ConfigError(f"engine.frontend_kwargs: vLLM's server has no option {name!r}")
         setattr(namespace, name, value)
+    namespace.structured_outputs_config = (
+        engine.vllm_config.structured_outputs_config
+    )  # it names a reasoning parser
     namespace.model = engine.model_config.model
     namespace.served_model_name = base_names
     namespace.enable_log_requests = False

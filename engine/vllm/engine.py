@@ -95,8 +95,7 @@ class HybridEngine:
         vllm_compat.start_warm_process()
         from vllm.v1.engine.async_llm import AsyncLLM
 
-        engine_args = vllm_compat.make_engine_args(args, model_dir)
-        vllm_config = engine_args.create_engine_config()
+        engine_args, vllm_config = vllm_compat.make_config(args, model_dir)
         unused_config = copy.deepcopy(vllm_config)
         offer_count()
         client = AsyncLLM.from_vllm_config(
@@ -428,10 +427,12 @@ class HybridEngine:
 
     @property
     def kv_bytes_per_token(self) -> int:
-        """Keys and values of one token in all layers, in the model's own precision."""
-        model, parallel = self.client.vllm_config.model_config, self.client.vllm_config.parallel_config
+        """Keys and values of one token in all layers, in the number format of the cache."""
+        config = self.client.vllm_config
+        model, parallel = config.model_config, config.parallel_config
         heads = model.get_num_kv_heads(parallel) * model.get_num_layers(parallel)
-        return int(2 * heads * model.get_head_size() * model.dtype.itemsize)
+        value_bytes = vllm_compat.kv_value_bytes(config.cache_config.cache_dtype, model)
+        return int(2 * heads * model.get_head_size() * value_bytes)
 
     def num_unfinished_requests(self) -> int:
         """Requests in the engine, fine-tune tasks included."""

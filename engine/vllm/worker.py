@@ -30,7 +30,7 @@ from engine.training.device_memory import (
 from engine.training.runner import FineTuneRunner
 from engine.training.shadow import ShadowAdapter
 from engine.vllm.arrivals import ArrivalCount
-from engine.vllm.compat import app_args_of, exit_with_parent, share_gloo_device
+from engine.vllm.compat import app_args_of, exit_with_parent, keep_out_of_compile_key, share_gloo_device
 from engine.vllm.directive import (
     DIRECTIVE_ATTRIBUTE,
     REPORT_ATTRIBUTE,
@@ -75,6 +75,7 @@ class HybridWorkerMixin:
         if self.vllm_config.parallel_config.world_size == 1:  # type: ignore[attr-defined]
             share_gloo_device()
         super().init_device()  # type: ignore[misc]
+        keep_out_of_compile_key()
 
     def load_model(self, **kwargs: Any) -> None:
         """Load the inference model, then the trainable model beside it (or on its very weights)."""

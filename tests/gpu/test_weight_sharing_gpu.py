@@ -1,10 +1,12 @@
-"""On CUDA the trainer's weights are views of vLLM's fused ones. Run with `pytest -m gpu` on a GPU machine."""
+"""On CUDA the trainer's weights are views of vLLM's fused ones, in the number format that the default settings give.
+
+Run with `pytest -m gpu` on a GPU machine. `tests/integration/test_weight_sharing.py` is the same on CPU.
+"""
 
 import pytest
 import torch
 
-from core.types import FineTuneTask, TaskKind, TokenizedPair
-from tests.support.engine_thread import EngineThread
+from tests.support.shared_weights import SharedWeights, shared_engine
 
 pytestmark = [
     pytest.mark.gpu,
@@ -15,24 +17,13 @@ pytestmark = [
 
 @pytest.fixture(scope="module")
 def engine(tiny_assistant):
-    thread = EngineThread(tiny_assistant, model={"dtype": "bfloat16"}, engine={"gpu_memory_utilization": 0.3})
+    thread = shared_engine(tiny_assistant, engine={"gpu_memory_utilization": 0.3, "share_base_weights": "auto"})
     yield thread
     thread.close()
 
 
-def test_no_weight_exists_twice(engine):
-    description = engine.run(engine.engine.memory_status())
-    assert description["shared_bytes"] == description["base_weight_bytes"] > 0
-
-
-def test_async_scheduling_stays_on(engine):
-    assert engine.engine.client.vllm_config.scheduler_config.async_scheduling
-
-
-def test_training_and_serving_work_together(engine):
-    pair = TokenizedPair("p", tuple(range(10, 30)), (40, 41, 42), (50, 51))
-    long_task = engine.start(engine.engine.run_task(FineTuneTask("t", TaskKind.TRAIN, (pair,) * 500)))
-    assert len(engine.run(engine.generate(range(10, 40), "r", 16))) == 16
-    result = long_task.result(240)
-    assert result.error is None
-    assert result.metrics.loss == pytest.approx(0.6931, abs=1e-2)
+class TestOnCuda(SharedWeights):
+    def test_async_scheduling_and_the_newer_runner_stay_on(self, engine):
+        config = engine.engine.client.vllm_config
+        assert config.scheduler_config.async_scheduling
+        assert config.use_v2_model_runner

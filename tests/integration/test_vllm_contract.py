@@ -519,3 +519,29 @@ def test_the_engine_and_its_worker_sleep_between_messages(monkeypatch):
     for process, _ in readers:
         process.join(10)
         assert process.exitcode == 0
+
+
+def test_what_is_no_dict_says_itself_what_the_compile_cache_knows_of_it():
+    """Our settings travel so, and two models look into a dict only: their flags are refused (engine.vllm.flags)."""
+    from vllm import envs
+    from vllm.config import VllmConfig
+
+    source = inspect.getsource(VllmConfig.compute_hash)
+    assert "additional_config.compute_hash()" in source
+    for name in ("VLLM_MAX_N_SEQUENCES", "VLLM_CPU_OMP_THREADS_BIND"):
+        assert f'"{name}"' not in inspect.getsource(envs.compile_factors)  # so it is part of the key
+        assert name in envs.environment_variables
+
+
+def test_the_scheduler_is_named_before_the_engine_starts_and_read_after():
+    from vllm.config import SchedulerConfig
+    from vllm.v1.engine.core import EngineCore
+
+    assert "resolve_obj_by_qualname(self.scheduler_cls)" in inspect.getsource(SchedulerConfig.get_scheduler_cls)
+    assert "vllm_config.scheduler_config.get_scheduler_cls()" in inspect.getsource(EngineCore.__init__)
+
+
+def test_the_server_reads_its_reasoning_parser_from_the_engines_configuration():
+    from vllm.entrypoints.launchers.api_server.app_state import init_app_state
+
+    assert "args.structured_outputs_config.reasoning_parser" in inspect.getsource(init_app_state)

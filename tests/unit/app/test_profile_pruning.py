@@ -1,6 +1,7 @@
 """`mace profile pruning` from the config file to the verdict."""
 
 import json
+import os
 import random
 
 import pytest
@@ -11,6 +12,7 @@ from typer.testing import CliRunner
 
 from app.commands.profile import app
 from core.config import KvPruningConfig, ModelConfig
+from core.errors import ConfigError
 from engine.pruning.gate import PruningReport, decide
 from engine.pruning.tasks import make_passage
 from tests.support.trainable_models import save_model
@@ -110,3 +112,28 @@ def test_wrong_options_end_with_one_clear_line(config, tmp_path, options, said):
     assert result.exit_code in (1, 2), result.output
     assert said in result.stderr
     assert not (tmp_path / "r.json").exists()
+
+
+def test_a_profile_of_latencies_is_measured_as_the_server_will_run(config, tmp_path, monkeypatch):
+    """With pruning only if the gate lets it through: it is another runner of vLLM's and another attention."""
+    from engine.vllm.engine import HybridEngine
+
+    class Started(ConfigError):
+        pass
+
+    started = []
+
+    async def start(args, model_dir):
+        started.append(args.kv_pruning.start)
+        raise Started("no engine in this test")
+
+    monkeypatch.setattr(HybridEngine, "start", start)
+    monkeypatch.setattr(os, "environ", dict(os.environ))
+    document = yaml.safe_load(config.read_text())
+    for require_gate in (True, False):
+        settings = {"start": "always", "require_gate": require_gate}
+        document["applications"][0]["args"] |= {"kv_pruning": settings, "state_dir": str(tmp_path / "new")}
+        (tmp_path / "serve.yaml").write_text(yaml.safe_dump(document))
+        result = CLI.invoke(app, ["measure", "--config", str(tmp_path / "serve.yaml")])
+        assert "no engine in this test" in result.stderr
+    assert started == ["off", "always"]

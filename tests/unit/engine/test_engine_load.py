@@ -26,9 +26,8 @@ def client():
     model = SimpleNamespace(
         get_num_kv_heads=lambda _: 2, get_num_layers=lambda _: 3, get_head_size=lambda: 16, dtype=torch.float32
     )
-    config = SimpleNamespace(
-        model_config=model, parallel_config=None, cache_config=SimpleNamespace(kv_cache_size_tokens=1000)
-    )
+    cache = SimpleNamespace(kv_cache_size_tokens=1000, cache_dtype="auto")
+    config = SimpleNamespace(model_config=model, parallel_config=None, cache_config=cache)
     processor = OutputProcessor(tokenizer=None, log_stats=False)
     return SimpleNamespace(vllm_config=config, output_processor=processor)
 
@@ -54,6 +53,13 @@ def test_waiting_prompts_and_running_requests_are_told_apart(client):
     assert load.kv_bytes_per_token == TOKEN_BYTES
     assert load.kv_capacity_bytes == 1000 * TOKEN_BYTES
     assert load.free_kv_bytes == (1000 - 100 - 30 - 1) * TOKEN_BYTES
+
+
+def test_a_quantized_cache_holds_four_times_the_tokens_of_a_float32_one(client):
+    client.vllm_config.cache_config.cache_dtype = "fp8"
+    load = HybridEngine(client, AppArgs()).load()
+    assert load.kv_bytes_per_token == TOKEN_BYTES / 4
+    assert load.kv_capacity_bytes == 1000 * TOKEN_BYTES / 4
 
 
 def test_a_waiting_prompt_counts_what_is_not_in_the_prefix_cache_and_at_least_its_last_token(client):

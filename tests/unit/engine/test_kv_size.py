@@ -48,6 +48,11 @@ def test_what_the_engine_gets_by_name_decides(model_dir):
     assert sized(model_dir, engine_kwargs=kwargs) == 1.5 * 2 * 128 * 2 * TOKEN_BYTES
 
 
+def test_a_quantized_cache_is_half_as_large(model_dir):
+    quantized = {"kv_cache_dtype": "fp8"}
+    assert 2 * sized(model_dir, engine_kwargs=quantized) == sized(model_dir)
+
+
 def test_a_large_model_gets_a_tenth_of_the_memory(model_dir):
     (model_dir / "config.json").write_text(json.dumps({**CONFIG, "num_hidden_layers": 300}))
     assert sized(model_dir) == int(0.1 * 32 * GIB)
