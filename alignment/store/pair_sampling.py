@@ -38,14 +38,23 @@ class PairSampling(Part):
         exclude: Collection[str] = (),
         order: NewOrder = "newest",
         since_seq: int = 0,
+        min_loss: float = 0.0,
     ) -> list[StoredPair]:
-        """Pairs that were scored but never trained: the newest behind `since_seq`, or the highest loss of all."""
+        """Pairs that were scored but never trained, of loss `min_loss` or more (nats).
+
+        The newest behind `since_seq`, or the highest loss of all. Among the newest a loss that is not finite counts as
+        high, and with a `min_loss` they are looked for among `_HARD_SCAN` and as many as are wanted.
+        """
         query = select(pairs).where(TRAINABLE, pairs.c.times_trained == 0)
+        scanned = limit + len(exclude)
         if order == "newest":
             query = query.where(pairs.c.seq > since_seq).order_by(pairs.c.seq.desc())
         else:
-            query = query.where(pairs.c.last_loss.is_not(None)).order_by(pairs.c.last_loss.desc())
-        rows = connection.execute(query.limit(limit + len(exclude)))
+            query = query.where(pairs.c.last_loss >= min_loss).order_by(pairs.c.last_loss.desc())
+        if order == "newest" and min_loss:
+            scanned += _HARD_SCAN
+        rows: Iterable[Row[Any]] = connection.execute(query.limit(scanned))
+        rows = (row for row in rows if row.last_loss is None or row.last_loss >= min_loss)
         return [stored_pair(row) for row in _first(rows, limit, exclude)]
 
     @reads

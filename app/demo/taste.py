@@ -186,22 +186,25 @@ class User:
         return item | {"value": value}
 
     async def _wanted(self, question: str, taste: str) -> str | None:
-        """An answer that suits the taste."""
+        """An answer that suits the taste; the bare model's, since one that was taught another taste may give none."""
         instruction = self.subject.instruction(taste)
         if instruction is None:
             return self.subject.written(question, taste)
-        asked = await self._ask(question, 2 * self.subject.candidates, instruction)  # not all do as they are told
+        asked = await self._ask(
+            f"{question} {instruction}",
+            2 * self.subject.candidates,  # not all do as they are told
+            f"{self.model}@base",
+        )
         for text, is_whole in zip(asked.texts, asked.is_whole, strict=True):
             if is_whole and taste in self.subject.judge(question, text).tastes:
                 return text
         return None
 
-    async def _ask(self, question: str, samples: int, instruction: str | None = None) -> _Asked:
-        content = question if instruction is None else f"{question} {instruction}"
+    async def _ask(self, question: str, samples: int, model: str | None = None) -> _Asked:
         async with self._room:
             reply = await self.client.chat.completions.create(
-                model=self.model,
-                messages=[{"role": "user", "content": content}],
+                model=model or self.model,
+                messages=[{"role": "user", "content": question}],
                 n=samples,
                 temperature=self.subject.temperature,
                 max_tokens=self.subject.max_tokens,

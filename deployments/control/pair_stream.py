@@ -3,6 +3,9 @@
 New pairs are scored first; then each earns training slots at the retrain rate. A slot goes to a new pair, to one that
 the live adapter still gets wrong, or to a replayed one, in fixed shares. So a quiet stream costs next to nothing, a
 change of taste calls for as much training as it needs, and fixing today does not forget yesterday.
+
+What one lesson taught holds for pairs that were not in it. So when another version goes live nothing is trained on that
+only an older one got wrong: such pairs are scored again first, unless the live version gets the newest ones wrong too.
 """
 
 from collections.abc import Collection
@@ -30,7 +33,8 @@ class PairStream:
         self.judge = judge
         self._queue = queue
         self._draw = 0
-        self._followed_change_seq = judge.appetite().last_change_seq
+        wanted = judge.appetite()
+        self._followed_change_seq, self._followed_version = wanted.last_change_seq, wanted.live_version
         self._ahead = _QUEUE_AHEAD_BATCHES * config.training.pairs_per_step
 
     def stream_once(self) -> int:
@@ -41,6 +45,11 @@ class PairStream:
         if wanted.last_change_seq != self._followed_change_seq:
             self._drop_old_taste(known["train"], wanted.last_change_seq)
             known = self._queue.known_pair_ids()
+        if wanted.live_version != self._followed_version:
+            if _looks_again(wanted):
+                self.judge.credit.refund(self._queue.withdraw(sorted(known["train"])))
+                known = self._queue.known_pair_ids()
+            self._followed_version = wanted.live_version
         num_to_score = self._stream_scoring(known["score"], wanted)
         is_busy = bool(known["train"] or known["score"] or num_to_score)
         return num_to_score + self._stream_training(known["train"], wanted, is_busy=is_busy)
@@ -81,24 +90,36 @@ class PairStream:
         granted = credit.spend(room)
         if granted <= 0:
             return 0
-        chosen = self._choose(granted, set(known), wanted)
+        chosen, stale = self._choose(granted, set(known), wanted)
         credit.refund(granted - len(chosen))
+        num_stale = self._enqueue_scoring(stale)
         if chosen:
             self._queue.enqueue(chosen)
         elif was_not_enough:  # a refused candidate may have learnt what the live version has not
             version = stored_version(wanted.live_version)
             return self._enqueue_scoring(self.store.sampling.stale_pairs(room, version))
-        return len(chosen)
+        return len(chosen) + num_stale
 
-    def _choose(self, limit: int, exclude: set[str], wanted: Appetite) -> list[TrainingPair]:
-        """Up to `limit` pairs of all roles. Replay keeps its share of what is trained: alone it would teach nothing."""
+    def _choose(
+        self, limit: int, exclude: set[str], wanted: Appetite
+    ) -> tuple[list[TrainingPair], list[StoredPair]]:
+        """Up to `limit` pairs of all roles, and those that only an older version has got wrong.
+
+        Replay keeps its share of what is trained: alone it would teach nothing.
+        """
         sampling, since_seq = self.store.sampling, wanted.last_change_seq
         epochs = self._config.training.max_epochs
         order: NewOrder = "newest" if wanted.is_alarmed else "loss"
-        fresh = sampling.new_pairs(limit, exclude, order, since_seq)
+        fresh = sampling.new_pairs(limit, exclude, order, since_seq, wanted.min_new_loss)
         exclude = exclude | {pair.pair_id for pair in fresh}
         hard = sampling.hard_pairs(limit, epochs, exclude, wanted.min_hard_loss, since_seq)
         exclude = exclude | {pair.pair_id for pair in hard}
+        stale: list[StoredPair] = []
+        if _looks_again(wanted):
+            # The shadow adapter's scores, which are named with a plus, are of what is live and later.
+            current = (stored_version(wanted.live_version), f"{wanted.live_version}+")
+            stale = [pair for pair in (*fresh, *hard) if pair.scored_version not in current]
+            fresh, hard = ([pair for pair in pairs if pair.scored_version in current] for pairs in (fresh, hard))
         share = ROLE_SHARES["replay"]
         num_replayed = round(min(limit * share, (len(fresh) + len(hard)) * share / (1.0 - share)))
         replay: list[StoredPair] = []
@@ -114,7 +135,12 @@ class PairStream:
             (hard[: room - num_new], "hard"),
             (replay, "replay"),
         )
-        return [training_pair(pair, role) for pairs, role in roles for pair in pairs]
+        return [training_pair(pair, role) for pairs, role in roles for pair in pairs], stale[:limit]
+
+
+def _looks_again(wanted: Appetite) -> bool:
+    """Whether a score of another version than the live one is too old to train on; for a baseline none is."""
+    return wanted.min_new_loss > 0 and wanted.live_version is not None
 
 
 def training_pair(pair: StoredPair, role: PairRole = "new") -> TrainingPair:

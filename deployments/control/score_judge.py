@@ -34,7 +34,8 @@ _CHANGE_SLOTS = 128
 _ALARM_LEVEL = 0.5
 """Drift levels from here on count as an alarm."""
 _ALARM_LOSS = 0.25
-"""While alarmed, a pair is trained again until its loss (nats) is below this; while not, `drift.max_loss`."""
+"""While alarmed, a pair is trained again until its loss (nats) is below this; while not, `drift.max_loss`. Below it a
+new pair teaches nothing, unless the live adapter gets the newest ones wrong."""
 
 
 class Appetite(NamedTuple):
@@ -46,6 +47,8 @@ class Appetite(NamedTuple):
     """New pairs are trained newest first and old lessons repeated, instead of only where the loss is high."""
     is_complaining: bool
     """The live adapter gets the newest preferences wrong, and it is ours to do something about it."""
+    min_new_loss: float
+    """A pair is worth its first training from this loss on (nats)."""
     min_hard_loss: float
     """A pair is worth another pass from this loss on (nats); the baselines repeat whatever they have."""
     last_change_seq: int
@@ -78,10 +81,12 @@ class ScoreJudge:
         with self._lock:
             tracker, drift = self._tracker, self._config.drift
             is_alarmed = self._is_baseline or tracker.level >= _ALARM_LEVEL
+            is_complaining = tracker.complains and not self._is_baseline
             return Appetite(
                 gamma=self._gamma,
                 is_alarmed=is_alarmed,
-                is_complaining=tracker.complains and not self._is_baseline,
+                is_complaining=is_complaining,
+                min_new_loss=0.0 if self._is_baseline or is_complaining else _ALARM_LOSS,
                 min_hard_loss=0.0 if self._is_baseline else _ALARM_LOSS if is_alarmed else drift.max_loss,
                 last_change_seq=tracker.last_change_seq,
                 unscored_ids=tracker.unscored_ids,
