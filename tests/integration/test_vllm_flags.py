@@ -79,20 +79,23 @@ def test_an_engine_with_it_serves_and_trains_as_the_table_says(flag, model_dir, 
         if not OTHER_NUMBERS & set(flag.example):
             assert said == expected
         if flag.effect == "trains":
-            train_beside(engine, prompt)
+            steps = train_beside(engine, prompt)
+            assert min(step.metrics.grad_norm for step in steps) > 0
+            if "load_format" not in flag.example:  # the weights that it makes up are too small for a loss to move
+                assert steps[1].metrics.loss < steps[0].metrics.loss
     finally:
         engine.close()
 
 
 def train_beside(engine, prompt):
-    """Two steps while a request runs; both change the adapter."""
+    """The results of two steps while a request runs."""
     running = engine.start(engine.generate(prompt, next(_ids), 64))
     steps = [
         engine.run(engine.engine.run_task(FineTuneTask(next(_ids), TaskKind.TRAIN, (PAIR,) * 4))) for _ in range(2)
     ]
     assert [step.error for step in steps] == [None, None]
-    assert steps[1].metrics.loss < steps[0].metrics.loss
     assert len(running.result(240)) == 64
+    return steps
 
 
 def test_the_server_has_the_parsers_that_are_named(model_dir, answer):
