@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import pytest
 from core.config import SMOLLM2, TINY_ASSISTANT, AppArgs
 from core.errors import ConfigError
 from engine.smollm2.build import WHEEL, convert
+from engine.vllm.compat import make_config
 from tests.support.cuda_platform import cuda_process
 from tests.support.small_llama import save_small_llama
 from tests.support.smollm2_wheel import make_wheel
@@ -33,7 +35,7 @@ def resolve(sections, model_dir, with_gate=False) -> Resolved:
     from vllm.config.utils import hash_factors
 
     from deployments.monitors.profiling import with_pruning_gate
-    from engine.vllm.compat import configure_environment, keep_out_of_compile_key, make_config
+    from engine.vllm.compat import configure_environment, keep_out_of_compile_key
 
     args = AppArgs.model_validate(sections)
     configure_environment(args, Path(model_dir))
@@ -139,15 +141,18 @@ def test_weights_of_another_origin_are_trained_on_only_where_there_is_one_copy(c
     assert cuda({**own_copy, "training": {"enabled": False}}, str(tiny_assistant)).takes_lora
 
 
-def test_a_quantized_checkpoint_is_not_trained_on(cuda, tmp_path, tiny_assistant):
+def test_a_quantized_checkpoint_is_served_and_not_trained_on(tmp_path, tiny_assistant, monkeypatch):
+    monkeypatch.setattr(os, "environ", dict(os.environ))  # vLLM writes there
     quantized = tmp_path / "quantized"
     shutil.copytree(tiny_assistant, quantized)
     config = json.loads((quantized / "config.json").read_text())
     scheme = {"quant_method": "gptq", "bits": 4, "group_size": 64, "desc_act": False, "sym": True}
     (quantized / "config.json").write_text(json.dumps({**config, "quantization_config": scheme}))
     with pytest.raises(ConfigError, match=r"the model is quantized \(\w*gptq\w*\).* training\.enabled: false"):
-        cuda({}, str(quantized))
-    assert cuda({"training": {"enabled": False}}, str(quantized)).takes_lora
+        make_config(AppArgs.model_validate({"model": {"dtype": "bfloat16"}}), str(quantized))
+    serving = AppArgs.model_validate({"training": {"enabled": False}, "model": {"dtype": "bfloat16"}})
+    _, resolved = make_config(serving, str(quantized))
+    assert "gptq" in resolved.model_config.quantization
 
 
 def test_it_runs_as_the_newer_runner_with_async_scheduling(cuda, tiny_assistant):
@@ -213,7 +218,7 @@ def travelled(sections, model_dir):
     import copy
     from multiprocessing.reduction import ForkingPickler
 
-    from engine.vllm.compat import app_args_of, make_config
+    from engine.vllm.compat import app_args_of
 
     _, config = make_config(AppArgs.model_validate(sections), model_dir)
     return app_args_of(copy.deepcopy(config)), app_args_of(ForkingPickler.loads(ForkingPickler.dumps(config)))
