@@ -82,7 +82,7 @@ class PairTooLongError(TrainingError):
 
 
 class UnsupportedModelError(TrainingError):
-    """The model architecture cannot be trained layer by layer."""
+    """The model's architecture cannot be trained layer by layer, or its weights are quantized in an unknown way."""
 
 
 class LedgerError(MaceError):

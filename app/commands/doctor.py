@@ -137,7 +137,7 @@ def _refuse_quantized(config_file: Path) -> None:
     with contextlib.suppress(OSError, ValueError):  # `ModelDims` says what is wrong
         path = config_file / "config.json" if config_file.is_dir() else config_file
         if json.loads(path.read_text(encoding="utf-8")).get("quantization_config"):
-            raise ConfigError(f"{config_file} has quantized weights, which are not planned and not trained on")
+            raise ConfigError(f"{config_file} has quantized weights, which are not planned")
 
 
 def read_bytes(text: str) -> int:

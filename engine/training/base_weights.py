@@ -4,6 +4,9 @@ vLLM fuses q, k, v into `qkv_proj` and gate, up into `gate_up_proj` by concatena
 is a slice of rows of a fused one and needs no copy. On CUDA this is always so. On CPU vLLM packs linear weights for
 its kernels and drops the originals; sharing there means to leave them unpacked, which costs decode speed, so
 `share_base_weights: auto` gives the trainer its own copy on CPU (docs/measurements/index.md).
+
+Quantized weights are never shared: vLLM repacks them for its kernels, and the trainer has them as the checkpoint does,
+a quarter of 16 bits with W4A16.
 """
 
 from collections.abc import Iterator
@@ -12,7 +15,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from vllm.model_executor.layers.linear import UnquantizedLinearMethod
+from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
 
 from core.config import EngineConfig
 from core.errors import UnsupportedModelError
@@ -44,8 +47,10 @@ def unpacked_cpu_weights() -> Iterator[None]:
 def huggingface_views(model: nn.Module, hf_config: Any) -> dict[str, torch.Tensor]:
     """Views of a loaded vLLM decoder's parameters under their Hugging Face names, with or without LoRA wrappers.
 
+    Those of quantized layers are left out, their biases too, which some kernels want in another order.
+
     Raises:
-        UnsupportedModelError: a fused weight has unexpected rows (quantized, sharded or another architecture).
+        UnsupportedModelError: a fused weight has unexpected rows (sharded or another architecture).
     """
     head_dim = getattr(hf_config, "head_dim", None) or hf_config.hidden_size // hf_config.num_attention_heads
     query_rows = hf_config.num_attention_heads * head_dim
@@ -54,8 +59,15 @@ def huggingface_views(model: nn.Module, hf_config: Any) -> dict[str, torch.Tenso
         "qkv_proj": {"q_proj": query_rows, "k_proj": key_rows, "v_proj": key_rows},
         "gate_up_proj": {"gate_proj": hf_config.intermediate_size, "up_proj": hf_config.intermediate_size},
     }
+    quantized = tuple(
+        f"{name}."
+        for name, layer in model.named_modules()
+        if isinstance(layer, LinearBase) and not isinstance(layer.quant_method, UnquantizedLinearMethod)
+    )
     views: dict[str, torch.Tensor] = {}
     for vllm_name, parameter in model.named_parameters():
+        if vllm_name.startswith(quantized):
+            continue
         name, tensor = vllm_name.replace(".base_layer", ""), parameter.detach()
         fused_name = next((one for one in fused if f".{one}." in name), None)
         if fused_name is not None:
@@ -63,7 +75,7 @@ def huggingface_views(model: nn.Module, hf_config: Any) -> dict[str, torch.Tenso
             if tensor.shape[0] != sum(parts.values()):
                 raise UnsupportedModelError(
                     f"{name} has {tensor.shape[0]} rows, expected {sum(parts.values())}: "
-                    "quantized or sharded weights cannot be shared with the trainer"
+                    "sharded weights cannot be shared with the trainer"
                 )
             slices = torch.split(tensor, list(parts.values()))
             views |= {name.replace(fused_name, part): rows for part, rows in zip(parts, slices, strict=True)}

@@ -2,14 +2,15 @@
 
 The base weights are either views of another owner's storage (vLLM's, on CUDA) or an own copy read from the model
 directory. They are adopted, never copied, and need no gradient; only the LoRA matrices do. Those are fp32,
-whatever the base is, and live on all seven linear layers of every decoder layer, not on the LM head.
+whatever the base is, and live on all seven linear layers of every decoder layer, not on the LM head. Linear layers
+that the checkpoint has quantized are read from it packed, and stay so (`engine.training.quantized`).
 
 Shapes: B sequences, T tokens, H hidden size, V vocabulary. Sequences are padded on the right: under causal
 attention no real token sees a pad, so no mask is needed. Or B is 1 and the row holds pairs (`SharedPrompts`).
 """
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from core.config import LoraConfig, TrainingConfig
 from core.errors import ConfigError, ModelNotFoundError, UnsupportedModelError
 from engine.training.attention import ATTENTION, SharedPrompts
+from engine.training.quantized import num_weights, pack_linears, unpacked_bytes
 
 SUPPORTED_MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
 TARGET_MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -60,8 +62,10 @@ class TrainableModel:
         """The LM head's matrix [V, H]."""
         self.device, self.dtype = self._embed_tokens.weight.device, self._embed_tokens.weight.dtype
         self.num_layers = len(self._layers)
-        self.layer_weights = sum(w.numel() for w in self._layers[0].parameters() if not w.requires_grad)
+        self.layer_weights = num_weights(self._layers[0])
         """Base weights of one decoder layer, the measure of its work per token."""
+        self.unpacked_bytes = max(unpacked_bytes(layer, self.dtype) for layer in self._layers)
+        """Memory that the weights of a quantized layer take within a slice, and no longer; 0 if none is quantized."""
         self.head_weights = self.head_weight.numel()
         self.vocab_size = self._embed_tokens.num_embeddings
         """Rows of the embedding, V."""
@@ -95,25 +99,32 @@ class TrainableModel:
         """Make an empty decoder, adopt the base weights, add a fresh LoRA.
 
         `weights` are tensors by Hugging Face name, adopted without a copy, inference tensors too (`lm_head.weight` may
-        be missing if it is tied to the embedding); None: read from the directory's safetensors. `dtype` is theirs and
-        that of the activations. The LoRA's A matrices are drawn from `seed`; B is zero.
+        be missing if it is tied to the embedding); None: read from the directory's safetensors, as quantized layers
+        always are. `dtype` is that of weights and activations. The LoRA's A matrices are drawn from `seed`; B is zero.
 
         Raises:
-            UnsupportedModelError: The architecture is not one of `SUPPORTED_MODEL_TYPES`.
+            UnsupportedModelError: The architecture is not one of `SUPPORTED_MODEL_TYPES`, or training does not know
+                how the weights are quantized.
             ModelNotFoundError: The directory has no readable config or weights.
             ConfigError: A weight is missing or has another shape, dtype or device.
         """
         device = torch.device(device)
         config = _read_config(model_dir)
+        quantization = config.__dict__.pop("quantization_config", None)
         with training_mode(device):
             with torch.device("meta"):
                 causal_lm: Any = AutoModelForCausalLM.from_config(config, attn_implementation=ATTENTION)
             with torch.device(device):  # the only buffers of a decoder
                 causal_lm.model.rotary_emb = type(causal_lm.model.rotary_emb)(config=causal_lm.config)
+            packed: dict[str, torch.dtype] = {}
+            if quantization:
+                packed = pack_linears(causal_lm, quantization, _stored_tensors(Path(model_dir)), dtype)
+            names = dict.fromkeys((name for name, _ in causal_lm.named_parameters(remove_duplicate=False)), dtype)
             if weights is None:
-                names = {name for name, _ in causal_lm.named_parameters(remove_duplicate=False)}
-                weights = _read_weights(Path(model_dir), names, dtype, device)
-            _adopt_weights(causal_lm, weights, dtype, device)
+                weights = _read_weights(Path(model_dir), names | packed, device)
+            elif packed:
+                weights = {**weights, **_read_weights(Path(model_dir), packed, device)}
+            _adopt_weights(causal_lm, weights, names | packed, device)
             lora_config = peft.LoraConfig(
                 r=lora.rank,
                 lora_alpha=int(lora.alpha) if float(lora.alpha).is_integer() else lora.alpha,
@@ -220,31 +231,42 @@ def _read_config(model_dir: str) -> Any:
     return config
 
 
-def _read_weights(
-    directory: Path, names: set[str], dtype: torch.dtype, device: torch.device
-) -> dict[str, torch.Tensor]:
-    """Copy the named parameters out of the directory's safetensors files, not their unaligned pages."""
+def _mapped_tensors(directory: Path, wanted: Callable[[str], bool]) -> Iterator[tuple[str, torch.Tensor]]:
+    """Name and tensor of what is wanted of the directory's safetensors files; contents are read when they are used."""
     files = sorted(directory.glob("*.safetensors"))
     if not files:
         raise ModelNotFoundError(f"{directory} has no .safetensors file")
-    weights: dict[str, torch.Tensor] = {}
     for path in files:
         try:
             with safe_open(path, framework="pt") as file:
-                for name in names.intersection(file.keys()):
-                    weights[name] = file.get_tensor(name).to(device=device, dtype=dtype, copy=True)
+                for name in filter(wanted, file.keys()):
+                    yield name, file.get_tensor(name)
         except (OSError, SafetensorError) as error:
             raise ModelNotFoundError(f"{path} cannot be read: {error}") from error
-    return weights
+
+
+def _stored_tensors(directory: Path) -> dict[str, torch.Tensor]:
+    """All tensors of the directory's files, on the meta device: names, shapes and types."""
+    return {name: tensor.to("meta") for name, tensor in _mapped_tensors(directory, lambda _: True)}
+
+
+def _read_weights(
+    directory: Path, dtypes: Mapping[str, torch.dtype], device: torch.device
+) -> dict[str, torch.Tensor]:
+    """Copy the named parameters out of the directory's files, not their unaligned pages, in the types given."""
+    return {
+        name: tensor.to(device=device, dtype=dtypes[name], copy=True)
+        for name, tensor in _mapped_tensors(directory, dtypes.__contains__)
+    }
 
 
 def _adopt_weights(
-    causal_lm: Any, weights: Mapping[str, torch.Tensor], dtype: torch.dtype, device: torch.device
+    causal_lm: Any, weights: Mapping[str, torch.Tensor], dtypes: Mapping[str, torch.dtype], device: torch.device
 ) -> None:
     """Put every tensor in its parameter's place without a copy."""
     tied = bool(causal_lm.config.tie_word_embeddings)
     for name, empty in list(causal_lm.named_parameters(remove_duplicate=False)):
-        source = "model.embed_tokens.weight" if tied and name == "lm_head.weight" else name
+        source, dtype = "model.embed_tokens.weight" if tied and name == "lm_head.weight" else name, dtypes[name]
         tensor = weights.get(source)
         if tensor is None:
             raise ConfigError(f"the base model has no weight {source}")

@@ -23,7 +23,7 @@ from typing import Any
 import psutil
 
 from core.config import TINY_ASSISTANT, AppArgs, ModelConfig
-from core.errors import ConfigError, MaceError
+from core.errors import ConfigError, MaceError, UnsupportedModelError
 from core.model_dims import ModelDims
 from engine.prefix_cache import kv_events_config
 from scheduler.queues.waiting import guest_seats
@@ -349,12 +349,19 @@ def _check_weights(args: AppArgs, config: Any) -> None:
     """Refuse to train beside weights that the trainer cannot compute with, or would read from elsewhere."""
     from vllm.platforms import current_platform
 
+    from engine.training.quantized import check_quantization
+
     way_out = "It is served with training.enabled: false"
-    if args.training.enabled and (quantization := config.model_config.quantization):
-        raise ConfigError(
-            f"model.model_source: the model is quantized ({quantization}), and training computes with unquantized "
-            f"weights only. {way_out}"
-        )
+    if args.training.enabled and (method := config.model_config.quantization):
+        stored = getattr(config.model_config.hf_config, "quantization_config", None)
+        if not stored:
+            raise ConfigError(
+                f"vLLM quantizes the model while it loads ({method}), and training does not. {way_out}"
+            )
+        try:
+            check_quantization(stored)
+        except UnsupportedModelError as error:
+            raise ConfigError(f"model.model_source: {error}. {way_out}") from error
     has_copy = {"auto": current_platform.is_cpu(), "always": False, "never": True}[args.engine.share_base_weights]
     load_format = config.load_config.load_format
     if args.training.enabled and has_copy and load_format not in _READ_BY_TRAINER:

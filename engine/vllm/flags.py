@@ -96,7 +96,7 @@ FLAGS = (
     Flag(
         ("quantization",),
         "serves",
-        "the trainer computes with unquantized weights only; a quantized checkpoint is refused in the same way",
+        "the trainer computes with the checkpoint's weights, whose own quantization needs no argument",
         not_run="needs a quantized checkpoint",
     ),
     Flag(

@@ -120,7 +120,11 @@ class HybridWorkerMixin:
         result = super().compile_or_warm_up_model()  # type: ignore[misc]
         if self._runner is not None:
             device = self.device  # type: ignore[attr-defined]
-            kept = {"activations": self._activation_bytes, "graph_pools": graph_pool_bytes(device)}
+            kept = {
+                "activations": self._activation_bytes,
+                "graph_pools": graph_pool_bytes(device),
+                "unpacked_layer": self._runner.model.unpacked_bytes,
+            }
             held = self._runner.shadow.memory()
             if self._pruning is not None:
                 held["pruning_statistics"] = self._pruning.statistics_bytes

@@ -1,6 +1,7 @@
 """What must hold wherever the trainer computes with vLLM's own weights: the same tests for CPU and CUDA.
 
-A test class inherits `SharedWeights` and has a module fixture `engine` made by `shared_engine`. Nothing here compares
+A test class inherits `SharedWeights` and has a module fixture `engine` made by `shared_engine`. Where weights are not
+shared, it inherits `SameModel`. Nothing here compares
 the trainer with itself: vLLM's log-probabilities judge the trainer's, and pointers are taken from vLLM's model anew.
 """
 
@@ -109,8 +110,8 @@ def scored(engine, pairs, on_live=True):
     return result.scores
 
 
-class SharedWeights:
-    """The tests."""
+class SameModel:
+    """The trainer computes the model that vLLM serves, whatever its weights are."""
 
     @pytest.fixture
     def pairs(self, engine):
@@ -119,17 +120,6 @@ class SharedWeights:
     @pytest.fixture
     def tolerance(self, engine):
         return TOLERANCE[engine.engine.client.model_config.dtype]
-
-    def test_the_memory_was_profiled(self, engine):
-        asked_bytes, kv_bytes = ask(engine, "probe_sizes")
-        weight_bytes = engine.run(engine.engine.memory_status())["base_weight_bytes"]
-        assert engine.engine.client.vllm_config.cache_config.kv_cache_memory_bytes is None
-        assert 0 < kv_bytes < asked_bytes - weight_bytes
-
-    def test_every_weight_of_the_trainer_is_where_vllm_has_it_now(self, engine):
-        count, strangers = ask(engine, "probe_strangers")
-        assert count >= len(KINDS)
-        assert strangers == []
 
     def test_the_references_log_probabilities_are_vllms(self, engine, pairs, tolerance):
         for pair, score in zip(pairs, scored(engine, pairs), strict=True):
@@ -152,22 +142,6 @@ class SharedWeights:
         assert sum(differences) / len(differences) < tolerance
         assert max(differences) < 5 * tolerance
 
-    @pytest.mark.parametrize("name", KINDS)
-    def test_a_weight_that_one_of_them_changes_has_changed_for_the_other(self, engine, pairs, name):
-        pair = pairs[0]
-        reference = TokenizedPair("changed", pair.prompt_ids, pair.chosen_ids, pair.rejected_ids)
-        before = judged(engine, pair.prompt_ids, pair.chosen_ids)
-        ours_before = scored(engine, (reference,))[0].reference_chosen_logp
-        assert ask(engine, "probe_scale", name, 2.0, True) == 0.0
-        try:
-            assert judged(engine, pair.prompt_ids, pair.chosen_ids) != before  # vLLM computes with it
-            assert scored(engine, (reference,))[0].reference_chosen_logp != ours_before
-        finally:
-            assert ask(engine, "probe_scale", name, 0.5, False) == 0.0
-            engine.run(engine.engine.client.reset_prefix_cache())
-        assert judged(engine, pair.prompt_ids, pair.chosen_ids) == pytest.approx(before, abs=1e-6)
-        assert scored(engine, (reference,))[0].reference_chosen_logp == ours_before
-
     def test_a_trained_adapter_means_the_same_to_both(self, engine, pairs, tolerance, tmp_path):
         base = judged(engine, pairs[0].prompt_ids, pairs[0].rejected_ids)
         running = engine.start(engine.generate(range(10, 40), next(_ids), 64))
@@ -186,6 +160,37 @@ class SharedWeights:
         assert moved > 4 * tolerance  # it is the adapter that was compared
         assert judged(engine, pairs[0].prompt_ids, pairs[0].rejected_ids) == pytest.approx(base, abs=1e-6)
         engine.run(engine.engine.load_adapter(None))
+
+
+class SharedWeights(SameModel):
+    """And has one copy of the weights."""
+
+    def test_the_memory_was_profiled(self, engine):
+        asked_bytes, kv_bytes = ask(engine, "probe_sizes")
+        weight_bytes = engine.run(engine.engine.memory_status())["base_weight_bytes"]
+        assert engine.engine.client.vllm_config.cache_config.kv_cache_memory_bytes is None
+        assert 0 < kv_bytes < asked_bytes - weight_bytes
+
+    def test_every_weight_of_the_trainer_is_where_vllm_has_it_now(self, engine):
+        count, strangers = ask(engine, "probe_strangers")
+        assert count >= len(KINDS)
+        assert strangers == []
+
+    @pytest.mark.parametrize("name", KINDS)
+    def test_a_weight_that_one_of_them_changes_has_changed_for_the_other(self, engine, pairs, name):
+        pair = pairs[0]
+        reference = TokenizedPair("changed", pair.prompt_ids, pair.chosen_ids, pair.rejected_ids)
+        before = judged(engine, pair.prompt_ids, pair.chosen_ids)
+        ours_before = scored(engine, (reference,))[0].reference_chosen_logp
+        assert ask(engine, "probe_scale", name, 2.0, True) == 0.0
+        try:
+            assert judged(engine, pair.prompt_ids, pair.chosen_ids) != before  # vLLM computes with it
+            assert scored(engine, (reference,))[0].reference_chosen_logp != ours_before
+        finally:
+            assert ask(engine, "probe_scale", name, 0.5, False) == 0.0
+            engine.run(engine.engine.client.reset_prefix_cache())
+        assert judged(engine, pair.prompt_ids, pair.chosen_ids) == pytest.approx(before, abs=1e-6)
+        assert scored(engine, (reference,))[0].reference_chosen_logp == ours_before
 
 
 @cache

@@ -1,9 +1,6 @@
 """What vLLM is asked for on a CUDA device, from the settings to its own resolved configuration."""
 
 import dataclasses
-import json
-import os
-import shutil
 from pathlib import Path
 
 import pytest
@@ -139,20 +136,6 @@ def test_weights_of_another_origin_are_trained_on_only_where_there_is_one_copy(c
     with pytest.raises(ConfigError, match=r"load_format: dummy, but .* safetensors"):
         cuda(own_copy, str(tiny_assistant))
     assert cuda({**own_copy, "training": {"enabled": False}}, str(tiny_assistant)).takes_lora
-
-
-def test_a_quantized_checkpoint_is_served_and_not_trained_on(tmp_path, tiny_assistant, monkeypatch):
-    monkeypatch.setattr(os, "environ", dict(os.environ))  # vLLM writes there
-    quantized = tmp_path / "quantized"
-    shutil.copytree(tiny_assistant, quantized)
-    config = json.loads((quantized / "config.json").read_text())
-    scheme = {"quant_method": "gptq", "bits": 4, "group_size": 64, "desc_act": False, "sym": True}
-    (quantized / "config.json").write_text(json.dumps({**config, "quantization_config": scheme}))
-    with pytest.raises(ConfigError, match=r"the model is quantized \(\w*gptq\w*\).* training\.enabled: false"):
-        make_config(AppArgs.model_validate({"model": {"dtype": "bfloat16"}}), str(quantized))
-    serving = AppArgs.model_validate({"training": {"enabled": False}, "model": {"dtype": "bfloat16"}})
-    _, resolved = make_config(serving, str(quantized))
-    assert "gptq" in resolved.model_config.quantization
 
 
 def test_it_runs_as_the_newer_runner_with_async_scheduling(cuda, tiny_assistant):

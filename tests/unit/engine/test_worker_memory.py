@@ -26,6 +26,7 @@ class FakeRunner:
         self.shadow = SimpleNamespace(memory=lambda: {"trainer": 40, "state_copies": 24})
         self.warm_up_slices = []
         self.kept_free_bytes = 0
+        self.model = SimpleNamespace(unpacked_bytes=7)
         self.wanted_by = []
 
     def describe(self):
@@ -145,9 +146,9 @@ def test_the_first_report_tells_what_is_free_what_is_taken_back_and_what_is_held
     worker.determine_available_memory()
     assert worker.compile_or_warm_up_model() == "compiled"
     facts = iterate(worker).facts
-    assert (facts.free_bytes, facts.kept) == (1000, {"activations": 300, "graph_pools": 20})
+    assert (facts.free_bytes, facts.kept) == (1000, {"activations": 300, "graph_pools": 20, "unpacked_layer": 7})
     assert facts.held == {"trainer": 40, "state_copies": 24}
-    assert worker.trainer.kept_free_bytes == 320
+    assert worker.trainer.kept_free_bytes == 327
 
 
 @pytest.mark.parametrize(
