@@ -11,6 +11,8 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 _BEFORE, _AFTER, _TARGET = "0.75", "tab:blue", "tab:red"
+_HEADROOM = 12.0
+"""Factor of the larger target up to which the axis of times goes, for the legend above it."""
 
 
 def write_plot(report: dict[str, Any], path: Path) -> None:
@@ -66,5 +68,6 @@ def _draw_times(axes: Axes, phase: dict[str, Any]) -> None:
         ylabel="ms",
         yscale="log",
     )
+    axes.set_ylim(top=_HEADROOM * max(targets.values()))
     axes.grid(alpha=0.3)
-    axes.legend(fontsize=8, loc="lower right")
+    axes.legend(fontsize=8, loc="upper right", ncols=2)
