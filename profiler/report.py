@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from core.batch import ForwardShape
 from core.errors import ProfileError
+from core.figures import new_figure
 from profiler.profile import Profile
 
 if TYPE_CHECKING:
@@ -31,11 +32,7 @@ def draw_report(profile: Profile, path: Path) -> None:
 
     ProfileError: the picture cannot be written.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(13, 10), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure((13, 10))
     origin, error = profile.origin, profile.forward_error
     figure.suptitle(
         f"{origin.model} on {origin.device}\nforward: median error {error.median:.1%}, p95 {error.p95:.1%} "

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from core.errors import ConfigError
+from core.figures import new_figure, save_figure
 from simulator.statistics import Histogram, Result
 
 if TYPE_CHECKING:
@@ -21,11 +21,7 @@ def write_plot(result: Result, path: Path) -> None:
     Raises:
         ConfigError: the file cannot be written.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(11, 7), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure((11, 7))
     axes = figure.subplots(2, 2)
     attained = "" if result.slo_attainment is None else f", SLO attainment {result.slo_attainment:.2%}"
     trace, slo = result.trace, result.trace.args.slo
@@ -35,10 +31,7 @@ def write_plot(result: Result, path: Path) -> None:
     _draw_cdf(axes[0][0], "time to first token", result.ttft, slo.ttft_s)
     _draw_cdf(axes[0][1], "time between tokens", result.statistics.tbt, slo.tbt_s)
     _draw_work(axes[1][0], axes[1][1], result)
-    try:
-        figure.savefig(path, dpi=110)
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"cannot write plot {path}: {error}") from error
+    save_figure(figure, path)
 
 
 def _draw_cdf(axes: Axes, title: str, histogram: Histogram, target_s: float) -> None:

@@ -49,13 +49,12 @@ class PairSampling(Part):
         scanned = limit + len(exclude)
         if order == "newest":
             query = query.where(pairs.c.seq > since_seq).order_by(pairs.c.seq.desc())
+            scanned += _HARD_SCAN if min_loss else 0
         else:
-            query = query.where(pairs.c.last_loss >= min_loss).order_by(pairs.c.last_loss.desc())
-        if order == "newest" and min_loss:
-            scanned += _HARD_SCAN
-        rows: Iterable[Row[Any]] = connection.execute(query.limit(scanned))
-        rows = (row for row in rows if row.last_loss is None or row.last_loss >= min_loss)
-        return [stored_pair(row) for row in _first(rows, limit, exclude)]
+            query = query.where(pairs.c.last_loss.is_not(None)).order_by(pairs.c.last_loss.desc())
+        rows = connection.execute(query.limit(scanned))
+        wanted = (row for row in rows if row.last_loss is None or row.last_loss >= min_loss)
+        return [stored_pair(row) for row in _first(wanted, limit, exclude)]
 
     @reads
     def hard_pairs(

@@ -152,7 +152,7 @@ def read_bytes(text: str) -> int:
 
 def _plan(model: str, memory: str | None, config: Path, *, as_json: bool) -> None:
     try:
-        args = AppArgs.model_validate(read_config(config)["applications"][0].get("args", {}))
+        args = _read_args(config)
         size = read_bytes(memory) if memory is not None else _device_bytes()
         plan = memory_plan(args, _model_config(model, args), size)
     except (MaceError, ValueError) as error:
@@ -294,10 +294,14 @@ def _memory() -> Outcome:
     return status, found, "6 GiB are needed for the three engine processes and Ray"
 
 
+def _read_args(config: Path) -> AppArgs:
+    return AppArgs.model_validate(read_config(config)["applications"][0].get("args", {}))
+
+
 def _settings(config: Path | None) -> AppArgs | None:
     """Settings of a config file, or the defaults without one; None if they are wrong."""
     try:
-        return AppArgs.model_validate(read_config(config)["applications"][0].get("args", {}) if config else {})
+        return _read_args(config) if config else AppArgs()
     except (ConfigError, ValueError, LookupError, TypeError, AttributeError):
         return None
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from core.errors import ConfigError
+from core.figures import new_figure, save_figure
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -21,18 +21,11 @@ def write_plot(report: dict[str, Any], path: Path) -> None:
     Raises:
         ConfigError: the file cannot be written.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(10, 3.6), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure((10, 3.6))
     shares, times = figure.subplots(1, 2, width_ratios=(1, 1.4))
     _draw_shares(shares, report)
     _draw_times(times, report["phases"][0])
-    try:
-        figure.savefig(path, dpi=110)
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"cannot write plot {path}: {error}") from error
+    save_figure(figure, path)
 
 
 def _draw_shares(axes: Axes, report: dict[str, Any]) -> None:

@@ -12,6 +12,7 @@ from benchmarks.harness.report import Column, checks_table, digits, ms, percent,
 from benchmarks.studies.drift.plan import POLICIES, DriftPlan, Policy
 from benchmarks.studies.drift.record import BASE, Run, write_csv
 from benchmarks.studies.drift.summary import summarize
+from core.figures import new_figure
 
 _TARGET_STYLE: dict[str, Any] = {"color": "#222222", "linewidth": 1, "linestyle": (0, (1, 2))}
 _SHADES = ("#f3f3f3", "#e2e8ef")
@@ -102,14 +103,11 @@ def draw(runs: Sequence[Run], targets: Sequence[float | None], path: Path) -> No
         targets: accuracy that counts as recovered, by phase.
         path: of the PNG.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
 
     plan = runs[0].plan
     policies = [policy for policy in Policy if any(run.policy == policy for run in runs)]
-    figure = Figure(figsize=_SIZE_IN, layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(_SIZE_IN)
     grid = figure.subplots(3, 2, sharex=True)
     for axes, (column, title) in zip(grid.T.flat, _PANELS.items(), strict=True):
         _shade(axes, plan)

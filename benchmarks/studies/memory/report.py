@@ -8,6 +8,7 @@ from rich.table import Table
 
 from benchmarks.harness.report import SERVED, Column, checks_table, digits, interval_of, ms, percent, table_of
 from core.errors import ConfigError
+from core.figures import new_figure
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -109,11 +110,7 @@ def draw(report: dict[str, Any], path: Path) -> None:
     Raises:
         ConfigError: the file cannot be written.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=_SIZE_IN, layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(_SIZE_IN)
     panels = (
         ("prefix", _prefix, "prefix sharing: on / off, 95 % intervals"),
         ("pruning", _pruning, "requests that run at once in the same KV cache"),

@@ -87,7 +87,8 @@ def test_the_plan_as_json(mace, tmp_path):
     assert told["kv_cache"] > 30 * GIB
 
 
-def test_what_cannot_be_planned_says_why(mace, tmp_path):
+def test_what_cannot_be_planned_says_why(mace, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # where nothing was ever served
     assert "cannot be read" in mace(tmp_path / "nothing", "24GiB").output
     assert "is no size of memory; write 24GiB" in mace(tmp_path, "much").output
     assert "is not in state yet: `mace serve` puts it there" in mace(
