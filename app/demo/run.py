@@ -28,6 +28,8 @@ _TIMED_S = 5.0
 _STREAMS = 2
 """Questions of the background client that are asked at a time."""
 
+_REQUEST_LIMIT_S = 600.0
+"""For each step of a request, the connection too: a machine that is at its limit may need seconds to take one."""
 _NUM_EXAMPLES = 20
 """Held-out questions, the first ones, whose answers are shown before and after."""
 
@@ -100,7 +102,9 @@ async def run_demo(options: DemoOptions, say: Say) -> dict[str, Any]:
         DemoError: it serves a model that no program judges, lacks a taste that was asked for, or is still learning
             after `DemoOptions.timeout_s`.
     """
-    async with AsyncOpenAI(base_url=f"{options.base_url}/v1", api_key=options.api_key, max_retries=0) as client:
+    async with AsyncOpenAI(
+        base_url=f"{options.base_url}/v1", api_key=options.api_key, max_retries=0, timeout=_REQUEST_LIMIT_S
+    ) as client:
         card = (await client.models.list()).data[0]
         model, root = card.id, str(getattr(card, "root", ""))
         subject = subject_of(root)

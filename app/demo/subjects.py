@@ -31,17 +31,17 @@ class Tiny:
         tastes = frozenset() if judgement.style is None else frozenset({judgement.style.value})
         return Verdict(tastes, judgement.is_right)
 
-    def instruction(self, taste: str) -> None:
-        """It follows none."""
-
-    def written(self, question: str, taste: str) -> str:
+    def edited(self, question: str, answer: str, taste: str) -> str:  # noqa: ARG002
         """The canonical reply."""
         return render(self._by_text[question], Style(taste))
 
 
-_END = re.compile(r"[.!?]+(?=[\s\"')*]|$)")
+_SENTENCE = re.compile(r"[^\s].*?[.!?]+(?=[\s\"')*]|$)", re.DOTALL)
 _ITEM = re.compile(r"^\s*(?:[-*•]|\d+[.)])\s", re.MULTILINE)
-_NUMBERING = re.compile(r"^\s*\d+\.\s", re.MULTILINE)
+_WORD = re.compile(r"\w+")
+_MIN_NEW_WORDS = 3
+"""That an answer has to say and its question does not: "A volcano is a volcano." has none."""
+_OFFER = "Would you like to know more?"
 
 _TOPICS = (
     "a volcano, a rainbow, the moon, a desert, an island, a glacier, a river, an earthquake, the ocean, a "
@@ -70,8 +70,8 @@ class Smollm2:
     """SmolLM2-135M-Instruct: a program can tell the form of its answers, hardly their truth (see `app.demo.guard`)."""
 
     knows_truth = False
-    tastes: tuple[str, ...] = ("brief", "detailed", "cheerful", "listed")
-    course: tuple[str, ...] = ("brief", "detailed")
+    tastes: tuple[str, ...] = ("brief", "inviting", "listed", "detailed")
+    course: tuple[str, ...] = ("brief", "inviting")
     max_tokens = 128
     temperature = 0.7  # its generation_config's
     candidates = 2
@@ -85,34 +85,40 @@ class Smollm2:
         self.for_preferences: Sequence[str] = [one for number, one in enumerate(mixed) if number % 4]
 
     def judge(self, question: str, answer: str) -> Verdict:  # noqa: ARG002
-        """The tastes by form; truth is unknown."""
+        """The tastes by form; truth is unknown. What says nothing suits nobody."""
+        said = set(_WORD.findall(answer.lower())) - set(_WORD.findall(question.lower()))
+        if len(said) < _MIN_NEW_WORDS:
+            return Verdict(frozenset(), None)
         return Verdict(frozenset(taste for taste, suits in _FORMS.items() if suits(answer.strip())), None)
 
-    def instruction(self, taste: str) -> str:
-        """What a person would write after the question."""
-        return _INSTRUCTIONS[taste]
-
-    def written(self, question: str, taste: str) -> None:
-        """No program writes it."""
+    def edited(self, question: str, answer: str, taste: str) -> str | None:
+        """Its sentences, cut, put into a list, or followed by an offer; none is written anew."""
+        edit = _EDITS[taste](_sentences(answer))
+        return edit if taste in self.judge(question, edit).tastes else None
 
 
-def _num_sentences(answer: str) -> int:
-    return len(_END.findall(_NUMBERING.sub("", answer)))
+def _sentences(answer: str) -> list[str]:
+    """Whole sentences; what was cut off at the end is none."""
+    return [" ".join(sentence.split()) for sentence in _SENTENCE.findall(_ITEM.sub("", answer))]
+
+
+def _ends(answer: str) -> bool:
+    return answer[-1:] in set(".!?\"')*") and bool(_sentences(answer))
 
 
 _FORMS: dict[str, Callable[[str], bool]] = {
-    "brief": lambda answer: _num_sentences(answer) == 1 and _END.search(answer[-2:]) is not None,
-    "detailed": lambda answer: _num_sentences(answer) >= 3,
-    "cheerful": lambda answer: "!" in answer,
+    "brief": lambda answer: len(_sentences(answer)) == 1 and _ends(answer) and not answer.endswith("?"),
+    "inviting": lambda answer: len(_sentences(answer)) >= 2 and answer.endswith("?"),
     "listed": lambda answer: len(_ITEM.findall(answer)) >= 2,
+    "detailed": lambda answer: len(_sentences(answer)) >= 3,
 }
-"""One sentence and no more; three or more; an exclamation mark; two lines or more that begin as those of a list."""
+"""One sentence and no more; a question back at the end; two lines or more that begin as those of a list; three sentences or more."""
 
-_INSTRUCTIONS = {
-    "brief": "Answer in one short sentence.",
-    "detailed": "Answer in three sentences.",
-    "cheerful": "Answer in one or two very cheerful, excited sentences with exclamation marks!",
-    "listed": "Answer with a list of three short points.",
+_EDITS: dict[str, Callable[[list[str]], str]] = {
+    "brief": lambda sentences: "".join(sentences[:1]),
+    "inviting": lambda sentences: " ".join([*sentences[:2], _OFFER]),
+    "listed": lambda sentences: "\n".join(f"- {sentence}" for sentence in sentences[:4]),
+    "detailed": lambda sentences: " ".join(sentences),
 }
 
 

@@ -55,12 +55,8 @@ class Subject(Protocol):
         """Say which tastes an answer suits, and whether it is right."""
         ...
 
-    def instruction(self, taste: str) -> str | None:
-        """What a question has to end with for the model to answer in that taste; None if nothing helps."""
-        ...
-
-    def written(self, question: str, taste: str) -> str | None:
-        """A right answer in that taste, written by a program; None if no program can."""
+    def edited(self, question: str, answer: str, taste: str) -> str | None:
+        """What a user of that taste would make of an answer; None if it gives too little to go on."""
         ...
 
 
@@ -130,8 +126,9 @@ class User:
         """`count` preferences for a taste, one on each question, as bodies of `POST /v1/feedback`.
 
         Where the model gives an answer that suits and one that does not, the first is chosen over the second. Where
-        none suits, one is corrected to an answer that does: the model's own under `Subject.instruction`, or a written
-        one. Questions on which nothing can be said so are passed over.
+        none suits, one is corrected: edited by `Subject.edited`, or replaced by the bare model's, edited. Where all
+        suit, the first is chosen over what a user of another taste would make of it. Questions on which nothing can
+        be said so are passed over.
 
         Raises:
             DemoError: the questions do not give that many.
@@ -169,36 +166,31 @@ class User:
             elif verdict.is_right is not False and asked.is_whole[index]:
                 liked = index
         item: dict[str, Any] = {"source": "demo", "user": "demo"}
-        if disliked is None:  # an answer in another taste is the worse one
-            other = next(one for one in self.subject.tastes if one != taste)
-            chosen, rejected = self.subject.written(question, taste), self.subject.written(question, other)
-            if chosen is None or rejected is None:
-                return None
-            item["prompt"] = [{"role": "user", "content": question}]
-            return item | {"chosen": chosen, "rejected": rejected}
-        if liked is not None:
+        if liked is not None and disliked is not None:
             item |= {"type": "preference", "chosen_id": asked.response_id, "chosen_choice_index": liked}
             return item | {"rejected_id": asked.response_id, "rejected_choice_index": disliked}
-        value = await self._wanted(question, taste)
-        if value is None:
+        if disliked is not None:
+            item |= {"type": "correction", "response_id": asked.response_id, "choice_index": disliked}
+            value = await self._wanted(question, asked.texts[disliked], taste)
+            return None if value is None else item | {"value": value}
+        if liked is None:
             return None
-        item |= {"type": "correction", "response_id": asked.response_id, "choice_index": disliked}
-        return item | {"value": value}
+        worse = self._worse(question, asked.texts[liked], taste)
+        item["prompt"] = [{"role": "user", "content": question}]
+        return None if worse is None else item | {"chosen": asked.texts[liked], "rejected": worse}
 
-    async def _wanted(self, question: str, taste: str) -> str | None:
-        """An answer that suits the taste; the bare model's, since one that was taught another taste may give none."""
-        instruction = self.subject.instruction(taste)
-        if instruction is None:
-            return self.subject.written(question, taste)
-        asked = await self._ask(
-            f"{question} {instruction}",
-            2 * self.subject.candidates,  # not all do as they are told
-            f"{self.model}@base",
-        )
-        for text, is_whole in zip(asked.texts, asked.is_whole, strict=True):
-            if is_whole and taste in self.subject.judge(question, text).tastes:
-                return text
-        return None
+    async def _wanted(self, question: str, answer: str, taste: str) -> str | None:
+        """The answer, edited to the taste; or the bare model's, since one that was taught another may say too little."""
+        if edited := self.subject.edited(question, answer, taste):
+            return edited
+        asked = await self._ask(question, self.subject.candidates, f"{self.model}@base")
+        edits = (self.subject.edited(question, text, taste) for text in asked.texts)
+        return next((edit for edit in edits if edit is not None), None)
+
+    def _worse(self, question: str, answer: str, taste: str) -> str | None:
+        """The answer, edited to another taste."""
+        edits = (self.subject.edited(question, answer, other) for other in self.subject.tastes)
+        return next((edit for edit in edits if edit and taste not in self.subject.judge(question, edit).tastes), None)
 
     async def _ask(self, question: str, samples: int, model: str | None = None) -> _Asked:
         async with self._room:

@@ -183,14 +183,16 @@ def test_a_stream_that_was_left_cannot_be_rated_and_one_that_runs_not_yet(server
         "ignore_eos": True,
         "stream": True,
     }
-    with httpx.stream("POST", f"{server.url}/v1/chat/completions", json=body, timeout=60) as reply:
-        lines = reply.iter_lines()  # the connection is closed with it
-        line = next(line for line in lines if line.startswith("data: {"))
-        ident = json.loads(line[6:])["id"]
-        assert (
-            say(server, 409, type="rating", response_id=ident, value=True)["error"]["type"]
-            == "ResponseNotReadyError"
-        )
+    for _ in range(5):  # a machine that stands still for seconds lets a stream end before it is rated
+        with httpx.stream("POST", f"{server.url}/v1/chat/completions", json=body, timeout=60) as reply:
+            lines = reply.iter_lines()  # the connection is closed with it
+            line = next(line for line in lines if line.startswith("data: {"))
+            ident = json.loads(line[6:])["id"]
+            early = {"type": "rating", "response_id": ident, "value": True}
+            refusal = server.call("POST", "/v1/feedback", json=early)
+        if refusal.status_code != 202:
+            break
+    assert (refusal.status_code, refusal.json()["error"]["type"]) == (409, "ResponseNotReadyError")
     deadline_s = time.monotonic() + 10
     rating = {"type": "rating", "response_id": ident, "choice_index": 1, "value": True}
     while server.call("POST", "/v1/feedback", json=rating).status_code == 409 and time.monotonic() < deadline_s:
@@ -408,16 +410,19 @@ def test_a_client_does_not_wait_for_anothers_hundred(server):
     prompts = [f"What is number {number}?" for number in range(64)]
     many = {"model": "mace-tiny", "user": "many", "prompt": prompts, "max_tokens": 1500, "ignore_eos": True}
     lone = {"model": "mace-tiny", "user": "lone", "messages": QUESTION, "max_tokens": 8}
-    before = total(server, "vllm:request_success_total")
     with ThreadPoolExecutor(1) as others:
+        started_s = time.monotonic()
         answers = others.submit(server.call, "POST", "/v1/completions", json=many, timeout=300)
-        deadline_s = time.monotonic() + 60
-        while total(server, "vllm:num_requests_running") < 16 and time.monotonic() < deadline_s:
+        while total(server, "vllm:num_requests_running") < 16:
+            assert not answers.done()
             time.sleep(0.05)
+        asked_s = time.monotonic()
         assert server.call("POST", "/v1/chat/completions", json=lone).status_code == 200
-        # Behind the others it waits for 33 of them or more; the 32 that were seated first may all have ended meanwhile.
-        assert total(server, "vllm:request_success_total") - before <= 32 + 1
+        lone_s = time.monotonic() - asked_s
         assert len(answers.result().json()["choices"]) == 64
+        many_s = time.monotonic() - started_s
+    # There are 32 seats: behind the others it waits for half of them at least.
+    assert lone_s < 0.3 * many_s, f"{lone_s:.1f} of {many_s:.1f} s; asked after {asked_s - started_s:.1f} s"
     server.call("POST", "/v1/training/resume")
 
 

@@ -11,19 +11,20 @@ from app.demo.guard import NUM_ITEMS, candidates, is_right
 from app.demo.subjects import Smollm2, Tiny, subject_of
 from app.demo.taste import DemoError, User, repetition
 
-LONG = "A volcano is a mountain. It has a crater. Lava comes out of it."
+LONG = "A volcano is a mountain with fire. It has a crater. Lava comes out of it."
 
 
 @pytest.mark.parametrize(
     ("answer", "tastes"),
     [
         ("A volcano is a mountain that spits fire.", {"brief"}),
-        ("A volcano is hot!", {"brief", "cheerful"}),
         ("It is 3.5 km high.", {"brief"}),
         (LONG, {"detailed"}),
-        ("Great question! It is a mountain. It spits fire.", {"cheerful", "detailed"}),
+        ("It is a mountain. It spits fire. Shall I go on?", {"inviting", "detailed"}),
         ("1. Boil water.\n2. Put the egg in.", {"listed"}),
         ("A volcano is a mountain that", set()),
+        ("A volcano is a volcano.", set()),
+        ("Do you want to know what it is?", set()),
         ("", set()),
     ],
 )
@@ -71,12 +72,29 @@ def test_repetition_is_the_share_of_runs_of_four_words_that_were_said_before():
     assert repetition("the big cat sat the big cat sat") == pytest.approx(1 / 5)
 
 
+@pytest.mark.parametrize(
+    ("taste", "answer", "edit"),
+    [
+        ("brief", LONG, "A volcano is a mountain with fire."),
+        ("brief", "A volcano is a mountain that", None),
+        ("brief", "A volcano is a volcano. It has a crater.", None),
+        ("inviting", LONG, "A volcano is a mountain with fire. It has a crater. Would you like to know more?"),
+        ("listed", LONG, "- A volcano is a mountain with fire.\n- It has a crater.\n- Lava comes out of it."),
+        ("listed", "A volcano is a mountain with fire.", None),
+        ("listed", "1. Boil water.\n2. Put the egg in.", "- Boil water.\n- Put the egg in."),
+        ("detailed", f"{LONG} It is", LONG),
+    ],
+)
+def test_a_users_edit_cuts_an_answer_or_adds_to_it(taste, answer, edit):
+    assert Smollm2().edited("What is a volcano?", answer, taste) == edit
+
+
 def user(answers, ends="stop"):
-    """A user of a server that gives `answers`, and others to somebody who adds an instruction."""
+    """A user of a server whose models give `answers`: the live one, and the bare one."""
 
     def reply(request):
         body = json.loads(request.content)
-        texts = answers["plain" if body["messages"][0]["content"].endswith("?") else "told"]
+        texts = answers["bare" if body["model"].endswith("@base") else "live"]
         choices = [
             {"index": index, "finish_reason": ends, "message": {"role": "assistant", "content": text}}
             for index, text in enumerate(texts)
@@ -95,28 +113,38 @@ def user(answers, ends="stop"):
     return User(client, "smollm2", Smollm2())
 
 
-def preferences(count=2, **options):
-    return asyncio.run(user(**options).preferences("brief", count))
+def preferences(taste="brief", count=2, **options):
+    return asyncio.run(user(**options).preferences(taste, count))
 
 
 def test_an_answer_that_suits_is_preferred_to_one_that_does_not():
-    items = preferences(answers={"plain": [LONG, "A mountain.", LONG]})
+    items = preferences(answers={"live": [LONG, "It is a mountain with fire.", LONG]})
     assert [(item["chosen_choice_index"], item["rejected_choice_index"]) for item in items] == [(1, 2), (1, 2)]
 
 
-def test_where_none_suits_one_is_corrected_to_the_models_own_under_an_instruction():
-    items = preferences(answers={"plain": [LONG], "told": [LONG, "A mountain."]})
-    assert [(item["type"], item["choice_index"], item["value"]) for item in items] == [
-        ("correction", 0, "A mountain.")
-    ] * 2
+@pytest.mark.parametrize(
+    ("taste", "answers", "value"),
+    [
+        ("brief", {"live": [LONG]}, "A volcano is a mountain with fire."),
+        ("listed", {"live": ["It is a mountain with fire."], "bare": ["Lava?", LONG]}, LONG.replace(". ", ".\n- ")),
+    ],
+)
+def test_where_none_suits_one_is_corrected_to_an_edit_of_it_or_of_the_bare_models(taste, answers, value):
+    items = preferences(taste, answers=answers)
+    assert [(item["type"], item["choice_index"]) for item in items] == [("correction", 0)] * 2
+    assert {item["value"].removeprefix("- ") for item in items} == {value}
+
+
+def test_where_all_suit_one_is_chosen_over_an_edit_to_another_taste():
+    items = preferences("detailed", answers={"live": [LONG]})
+    assert [(item["chosen"], item["rejected"]) for item in items] == [(LONG, "A volcano is a mountain with fire.")] * 2
 
 
 @pytest.mark.parametrize(
     ("answers", "ends"),
     [
-        ({"plain": ["A mountain."]}, "stop"),  # nothing to reject
-        ({"plain": [LONG], "told": [LONG]}, "stop"),  # nothing to choose
-        ({"plain": [LONG, "A mountain."], "told": ["A mountain."]}, "length"),  # what was cut off is not chosen
+        ({"live": ["A mountain."], "bare": ["A mountain."]}, "stop"),  # says nothing
+        ({"live": ["It is a mountain with fire."]}, "length"),  # what was cut off is not chosen
     ],
 )
 def test_too_few_answers_to_prefer_say_how_many_there_are(answers, ends):
