@@ -74,7 +74,7 @@ class Smollm2:
     course: tuple[str, ...] = ("brief", "inviting")
     max_tokens = 128
     temperature = 0.7  # its generation_config's
-    candidates = 2
+    candidates = 1
     pause_s = 20.0
 
     def __init__(self) -> None:
