@@ -81,8 +81,8 @@ class Smollm2:
         topics = [f"What is {topic.strip()}?" for topic in _TOPICS.split(",")]
         deeds = [f"How do I {deed.strip()}?" for deed in _DEEDS.split(",")]
         mixed = [one for both in itertools.zip_longest(topics, deeds) for one in both if one is not None]
-        self.held_out: Sequence[str] = mixed[::4]
-        self.for_preferences: Sequence[str] = [one for number, one in enumerate(mixed) if number % 4]
+        self.held_out: Sequence[str] = mixed[::5]
+        self.for_preferences: Sequence[str] = [one for number, one in enumerate(mixed) if number % 5]
 
     def judge(self, question: str, answer: str) -> Verdict:  # noqa: ARG002
         """The tastes by form; truth is unknown. What says nothing suits nobody."""
