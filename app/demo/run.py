@@ -23,6 +23,7 @@ from app.demo.taste import DemoError, Subject, Survey, User
 _QUIET_S = 3.0
 """Learning is over when nothing was queued or running for this long."""
 _POLL_S = 0.5
+_SAY_EVERY_S = 10.0
 _TIMED_S = 5.0
 """Time that the server is timed for before it learns."""
 _STREAMS = 2
@@ -185,6 +186,7 @@ class _Demo:
         started_s = time.monotonic()
         async with _background_client(self._client, self._user.model, self._subject) as timings:
             ids = await self._user.post(items)
+            say(f"  {len(ids)} preferences are posted")
             training = await self._wait_until_learnt(old_live, started_s)
             learnt_s = time.monotonic() - started_s - _QUIET_S
         after = await self._survey()
@@ -221,7 +223,7 @@ class _Demo:
         """Until nothing has been queued, leased or running for a while."""
         deadline_s = started_s + self._options.timeout_s
         quiet_since_s: float | None = None
-        steps_said = -1
+        steps_said, said_s = -1, started_s
         live = old_live
         versions: list[dict[str, Any]] = []
         while time.monotonic() < deadline_s:
@@ -239,8 +241,8 @@ class _Demo:
                 live = now_live
                 versions.append({"version": live, "after_s": round(now_s - started_s, 1)})
                 self._say(f"  {live} is live after {now_s - started_s:.0f} s")
-            if executor["steps"] >= steps_said + 10:
-                steps_said = executor["steps"]
+            if executor["steps"] != steps_said and now_s - said_s >= _SAY_EVERY_S:
+                steps_said, said_s = executor["steps"], now_s
                 last = executor["last"]
                 loss = f": loss {last['loss']:.3f}, margin {last['margin']:.2f}" if last else ""
                 self._say(f"  step {steps_said}{loss}")
