@@ -1,7 +1,8 @@
 """One copy of the base weights: the trainer's linear weights are views of vLLM's.
 
 vLLM fuses q, k, v into `qkv_proj` and gate, up into `gate_up_proj` by concatenating rows, so each Hugging Face weight
-is a slice of rows of a fused one and needs no copy. On CUDA this is always so. On CPU vLLM packs linear weights for
+is a slice of rows of a fused one and needs no copy. Where Hugging Face fuses them too (Phi), and in the stacks of a
+mixture's experts, the whole tensor is the weight. On CUDA this is always so. On CPU vLLM packs linear weights for
 its kernels and drops the originals; sharing there means to leave them unpacked, which costs decode speed, so
 `share_base_weights: auto` gives the trainer its own copy on CPU (docs/measurements/index.md).
 

@@ -15,7 +15,7 @@ def _forward(model, ids):
     with torch.no_grad():
         hidden = model.embed(ids)
         for i in range(model.num_layers):
-            hidden = model.run_layer(i, hidden, model.rotary(ids.shape[1]))
+            hidden = model.run_layer(i, hidden, model.rotary(i, ids.shape[1]))
         return functional.linear(model.final_norm(hidden), model.head_weight)
 
 
@@ -130,7 +130,7 @@ def test_half_precision_trains(tmp_path):
 
 def test_unsupported_architectures_are_named(tmp_path):
     GPT2Config(architectures=["GPT2LMHeadModel"]).save_pretrained(tmp_path)
-    with pytest.raises(UnsupportedModelError, match=r"gpt2.*llama, mistral, qwen2, qwen3"):
+    with pytest.raises(UnsupportedModelError, match=r"gpt2.*llama, mistral, phi3, qwen2, qwen3, qwen3_moe"):
         build(str(tmp_path))
     config = json.loads(Path(save_model(tmp_path / "m", "llama"), "config.json").read_text())
     config["architectures"] = ["LlamaForSequenceClassification"]

@@ -72,7 +72,7 @@ def test_what_autograd_keeps_of_a_layer_is_near_the_prediction(saved, num_tokens
 
     with torch.inference_mode(False), torch.enable_grad():
         hidden = torch.randn(2, num_tokens // 2, model.hf_config.hidden_size, requires_grad=True)
-        rotary = model.rotary(num_tokens // 2)
+        rotary = model.rotary(1, num_tokens // 2)
         weights = {p.untyped_storage().data_ptr() for p in model.causal_lm.parameters()}
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
             output = model.run_layer(1, hidden, rotary)
