@@ -87,8 +87,8 @@ class TrainableModel:
         """The LM head's matrix [V, H]."""
         self.device, self.dtype = self._embed_tokens.weight.device, self._embed_tokens.weight.dtype
         self.num_layers = len(self._layers)
-        self.layer_weights = num_weights(self._layers[0])
-        """Base weights of one decoder layer, the measure of its work per token."""
+        self.layer_weights = num_weights(self._layers[0]) - _idle_weights(self._layers[0])
+        """Base weights of one decoder layer that a token goes through, the measure of its work per token."""
         self.unpacked_bytes = max(unpacked_bytes(layer, self.dtype) for layer in self._layers)
         """Memory that the weights of a quantized layer take within a slice, and no longer; 0 if none is quantized."""
         self.head_weights = self.head_weight.numel()
@@ -240,6 +240,12 @@ class TrainableModel:
             if ".lora_A." in name:
                 nn.init.kaiming_uniform_(values, a=math.sqrt(5), generator=generator)
             parameter.copy_(values)
+
+
+def _idle_weights(layer: nn.Module) -> int:
+    """Weights of the experts that a token does not go through."""
+    gate = getattr(layer.mlp, "gate", None)
+    return 0 if gate is None else num_weights(layer.mlp.experts) * (gate.num_experts - gate.top_k) // gate.num_experts
 
 
 def _read_config(model_dir: str) -> Any:

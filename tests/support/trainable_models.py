@@ -62,9 +62,8 @@ LONGROPE = {
     "partial_rotary_factor": 0.5,
     "short_factor": [1.0, 1.5],
     "long_factor": [2.0, 6.0],
-    "original_max_position_embeddings": 32,
 }
-"""Of Phi; it depends on whether a sequence is longer than 32 tokens."""
+"""Of Phi."""
 
 
 def make_config(kind: str, **changes: Any) -> PreTrainedConfig:

@@ -32,7 +32,7 @@ def _small_head_chunks(monkeypatch) -> None:
     monkeypatch.setattr(dpo_slices, "HEAD_CHUNK_TOKENS", 7)
 
 
-@pytest.fixture(scope="module", params=["llama", "qwen3"])
+@pytest.fixture(scope="module", params=["gemma3_text", "llama", "phi3", "qwen3", "qwen3_moe"])
 def saved(request, tmp_path_factory) -> str:
     directory: Path = tmp_path_factory.mktemp(request.param)
     return save_model(directory, request.param)
