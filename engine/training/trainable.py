@@ -27,7 +27,7 @@ from core.config import LoraConfig, TrainingConfig
 from core.errors import ConfigError, ModelNotFoundError, UnsupportedModelError
 from engine.training.attention import ATTENTION, SharedPrompts
 from engine.training.experts import put_into, stack_name
-from engine.training.quantized import num_weights, pack_linears, unpacked_bytes
+from engine.training.quantized import check_quantization, num_weights, pack_linears, unpacked_bytes
 
 _ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 _LINEAR = (*_ATTENTION, "gate_proj", "up_proj", "down_proj")
@@ -246,6 +246,21 @@ def _idle_weights(layer: nn.Module) -> int:
     """Weights of the experts that a token does not go through."""
     gate = getattr(layer.mlp, "gate", None)
     return 0 if gate is None else num_weights(layer.mlp.experts) * (gate.num_experts - gate.top_k) // gate.num_experts
+
+
+def lora_targets(model_dir: str) -> tuple[str, ...]:
+    """The linear layers with a LoRA; of a model that cannot be trained, those of most."""
+    try:
+        return TARGET_MODULES[_read_config(model_dir).model_type]
+    except (ModelNotFoundError, UnsupportedModelError):
+        return _LINEAR
+
+
+def check_trainable(model_dir: str) -> None:
+    """Raise UnsupportedModelError or ModelNotFoundError if its configuration alone shows that it cannot be trained."""
+    config = _read_config(model_dir)
+    if quantization := getattr(config, "quantization_config", None):
+        check_quantization(quantization)
 
 
 def _read_config(model_dir: str) -> Any:

@@ -381,7 +381,7 @@ def make_engine_args(args: AppArgs, model_dir: str) -> Any:
     from vllm.engine.arg_utils import AsyncEngineArgs
     from vllm.platforms import current_platform
 
-    from engine.training.trainable import TARGET_MODULES
+    from engine.training.trainable import lora_targets
 
     on_cpu, seats = current_platform.is_cpu(), args.engine.max_num_seqs
     kwargs: dict[str, Any] = {
@@ -402,7 +402,7 @@ def make_engine_args(args: AppArgs, model_dir: str) -> Any:
         "max_lora_rank": lora_rank_of_vllm(args.lora.rank),
         # What our adapters change, and no more: a LoRA head would cost each token a product with the vocabulary, and
         # it fails on log-probabilities of the prompt (vllm #16668), which have no row in its mapping.
-        "lora_target_modules": list(TARGET_MODULES),
+        "lora_target_modules": list(lora_targets(model_dir)),
         "max_loras": args.lora.max_loaded,
         "max_cpu_loras": 2 * args.lora.max_loaded,
         "enforce_eager": on_cpu,
