@@ -2,8 +2,10 @@
 
 import psutil
 import pytest
+from transformers import AutoTokenizer
 
-from tests.support.shared_weights import SharedWeights, shared_engine
+from tests.support.shared_weights import SameModel, SharedWeights, shared_engine
+from tests.support.trainable_models import LONGROPE, save_model
 
 pytestmark = pytest.mark.vllm
 
@@ -23,3 +25,32 @@ def engine(request, tiny_assistant):
 
 class TestOnCpu(SharedWeights):
     pass
+
+
+_SIZES = {"hidden_size": 128, "head_dim": 32, "intermediate_size": 128, "max_position_embeddings": 512}
+_LONGROPE = {**LONGROPE, "short_factor": [1.0, 1.2] * 4, "long_factor": [1.5, 8.0] * 4}
+OTHERS = {
+    "gemma3_text": {"sliding_window": 12},
+    "phi3": {"sliding_window": 12, "rope_parameters": _LONGROPE, "original_max_position_embeddings": 256},
+}
+
+
+@pytest.fixture(scope="module", params=OTHERS)
+def other_engine(request, tiny_assistant, tmp_path_factory):
+    """An engine with random weights of another architecture, whose windows are shorter than the pairs."""
+    directory = tmp_path_factory.mktemp(request.param)
+    tokenizer = AutoTokenizer.from_pretrained(tiny_assistant)
+    save_model(directory, request.param, **_SIZES, **OTHERS[request.param], vocab_size=len(tokenizer))
+    tokenizer.save_pretrained(directory)
+    share = _ASKED_BYTES / psutil.virtual_memory().total
+    thread = shared_engine(directory, model={"dtype": "float32"}, engine={"gpu_memory_utilization": share})
+    yield thread
+    thread.close()
+
+
+class TestOtherArchitectures(SameModel):
+    @pytest.fixture
+    def engine(self, other_engine):
+        return other_engine
+
+    test_every_weight_is_shared = SharedWeights.test_every_weight_of_the_trainer_is_where_vllm_has_it_now
