@@ -313,8 +313,9 @@ def _read_weights(
     """
     weights: dict[str, torch.Tensor] = {}
     sizes: Counter[str] = Counter()
-    for stored_name, tensor in _mapped_tensors(directory, lambda name: stack_name(name) in dtypes):
-        name = stack_name(stored_name)
+    stored = _mapped_tensors(directory, lambda name: name in dtypes or stack_name(name) in dtypes)
+    for stored_name, tensor in stored:
+        name = stored_name if stored_name in dtypes else stack_name(stored_name)
         sizes[name] += tensor.numel()
         if name == stored_name:
             weights[name] = tensor.to(device=device, dtype=dtypes[name], copy=True)
