@@ -118,7 +118,7 @@ def attention(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    attention_mask: torch.Tensor | None,
+    _mask: None,
     dropout: float = 0.0,
     *,
     shared_prompts: SharedPrompts | None = None,

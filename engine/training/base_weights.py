@@ -107,6 +107,6 @@ def _check_experts(model: nn.Module) -> None:
             continue
         if method.unquantized_backend is not UnquantizedMoeBackend.TRITON:
             raise UnsupportedModelError(
-                f"vLLM's kernel for experts ({method.unquantized_backend.value}) orders their weights anew: they cannot "
-                "be shared with the trainer. engine.share_base_weights: never gives it a copy"
+                f"vLLM's kernel for experts ({method.unquantized_backend.value}) orders their weights anew, so that "
+                "they cannot be shared with the trainer; engine.share_base_weights: never gives it a copy"
             )

@@ -157,7 +157,8 @@ def pack_linears(
         layer, _, leaf = name.rpartition(".")
         by_layer.setdefault(layer, {})[leaf] = tensor
     for name, module in list(causal_lm.named_modules()):
-        if isinstance(getattr(module, "gate_up_proj", None), nn.Parameter) and _is_packed(by_layer, f"{name}.0.up_proj"):
+        has_stacks = isinstance(getattr(module, "gate_up_proj", None), nn.Parameter)
+        if has_stacks and _is_packed(by_layer, f"{name}.0.up_proj"):
             _split_experts(module)
     wanted: dict[str, torch.dtype] = {}
     linears = [(name, one) for name, one in causal_lm.named_modules() if isinstance(one, nn.Linear)]
@@ -205,7 +206,7 @@ def _stack_experts(experts: Any, _: Any) -> None:
             for part in parts:
                 linear = experts.get_submodule(f"{i}.{part}")
                 weights.append(linear.unpacked() if isinstance(linear, PackedLinear) else linear.weight)
-        setattr(experts, stack, torch.cat(weights).unflatten(0, (experts.num_experts, -1)))
+        setattr(experts, stack, torch.cat(weights).view(experts.num_experts, -1, weights[0].shape[1]))
 
 
 def _drop_stacks(experts: Any, _inputs: Any, _output: Any) -> None:

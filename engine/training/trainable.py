@@ -23,7 +23,7 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from core.config import LoraConfig, TrainingConfig
+from core.config import LoraConfig
 from core.errors import ConfigError, ModelNotFoundError, UnsupportedModelError
 from engine.training.attention import ATTENTION, SharedPrompts
 from engine.training.experts import put_into, stack_name
@@ -242,10 +242,12 @@ class TrainableModel:
             parameter.copy_(values)
 
 
-def _idle_weights(layer: nn.Module) -> int:
+def _idle_weights(layer: Any) -> int:
     """Weights of the experts that a token does not go through."""
     gate = getattr(layer.mlp, "gate", None)
-    return 0 if gate is None else num_weights(layer.mlp.experts) * (gate.num_experts - gate.top_k) // gate.num_experts
+    return (
+        0 if gate is None else num_weights(layer.mlp.experts) * (gate.num_experts - gate.top_k) // gate.num_experts
+    )
 
 
 def lora_targets(model_dir: str) -> tuple[str, ...]:

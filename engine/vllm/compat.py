@@ -13,6 +13,7 @@ import threading
 import time
 import uuid
 from argparse import Namespace
+from collections.abc import Iterator
 from multiprocessing import forkserver
 from multiprocessing.context import ForkServerContext, ForkServerProcess
 from multiprocessing.shared_memory import SharedMemory
@@ -486,6 +487,28 @@ def kv_value_bytes(kv_cache_dtype: str, model_config: Any) -> int:
 def lora_rank_of_vllm(rank: int) -> int:
     """vLLM allows a fixed set of maximum ranks: the smallest that holds ours."""
     return next(allowed for allowed in (1, 8, 16, 32, 64, 128, 256, 320, 512) if allowed >= rank)
+
+
+@contextlib.contextmanager
+def cpu_experts() -> Iterator[None]:
+    """While it lasts, experts are created with a kernel of the CPU, not with Triton's.
+
+    That one vLLM takes wherever adapters are on, for it adds those of experts too; ours have none there
+    (`TARGET_MODULES`).
+    """
+    from vllm.model_executor.layers.fused_moe import unquantized_fused_moe_method as method
+
+    select = method.select_unquantized_moe_backend
+
+    def select_without_adapters(moe_config: Any) -> Any:
+        moe_config.is_lora_enabled = False
+        return select(moe_config=moe_config)
+
+    method.select_unquantized_moe_backend = select_without_adapters
+    try:
+        yield
+    finally:
+        method.select_unquantized_moe_backend = select
 
 
 def speed_up_cpu_model(model: Any, vllm_config: Any, device: Any) -> None:

@@ -4,7 +4,7 @@ import psutil
 import pytest
 from transformers import AutoTokenizer
 
-from tests.support.shared_weights import SameModel, SharedWeights, shared_engine
+from tests.support.shared_weights import SameModel, SharedWeights, ask, shared_engine
 from tests.support.trainable_models import LONGROPE, save_model
 
 pytestmark = pytest.mark.vllm
@@ -32,18 +32,23 @@ _LONGROPE = {**LONGROPE, "short_factor": [1.0, 1.2] * 4, "long_factor": [1.5, 8.
 OTHERS = {
     "gemma3_text": {"sliding_window": 12},
     "phi3": {"sliding_window": 12, "rope_parameters": _LONGROPE, "original_max_position_embeddings": 256},
+    "qwen3_moe": {"moe_intermediate_size": 64},
 }
 
 
 @pytest.fixture(scope="module", params=OTHERS)
 def other_engine(request, tiny_assistant, tmp_path_factory):
-    """An engine with random weights of another architecture, whose windows are shorter than the pairs."""
-    directory = tmp_path_factory.mktemp(request.param)
+    """An engine with random weights of another architecture; windows are shorter than the pairs.
+
+    Of experts the trainer has a copy: the CPU's kernel has them packed.
+    """
+    kind, directory = request.param, tmp_path_factory.mktemp(request.param)
     tokenizer = AutoTokenizer.from_pretrained(tiny_assistant)
-    save_model(directory, request.param, **_SIZES, **OTHERS[request.param], vocab_size=len(tokenizer))
+    save_model(directory, kind, **_SIZES, **OTHERS[kind], vocab_size=len(tokenizer))
     tokenizer.save_pretrained(directory)
-    share = _ASKED_BYTES / psutil.virtual_memory().total
-    thread = shared_engine(directory, model={"dtype": "float32"}, engine={"gpu_memory_utilization": share})
+    engine = {"gpu_memory_utilization": _ASKED_BYTES / psutil.virtual_memory().total}
+    engine["share_base_weights"] = "auto" if kind == "qwen3_moe" else "always"
+    thread = shared_engine(directory, model={"dtype": "float32"}, engine=engine)
     yield thread
     thread.close()
 
@@ -53,4 +58,10 @@ class TestOtherArchitectures(SameModel):
     def engine(self, other_engine):
         return other_engine
 
-    test_every_weight_is_shared = SharedWeights.test_every_weight_of_the_trainer_is_where_vllm_has_it_now
+    def test_weights_are_shared_where_they_can_be(self, engine):
+        memory = engine.run(engine.engine.memory_status())
+        if engine.args.engine.share_base_weights == "auto":
+            assert memory["shared_bytes"] == 0
+        else:
+            assert memory["shared_bytes"] == memory["base_weight_bytes"]
+            assert ask(engine, "probe_strangers")[1] == []

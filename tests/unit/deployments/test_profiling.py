@@ -118,7 +118,9 @@ def test_a_model_that_can_be_trained_is(args, tmp_path, kind):
     ("quantization", "said"),
     [(None, r"cannot train gpt2 \(GPT2LMHeadModel\).*supported.*llama"), ({"quant_method": "hqq"}, "with hqq")],
 )
-def test_one_that_cannot_be_is_served_with_training_off_and_that_is_said(args, tmp_path, caplog, quantization, said):
+def test_one_that_cannot_be_is_served_with_training_off_and_that_is_said(
+    args, tmp_path, caplog, quantization, said
+):
     GPT2Config(architectures=["GPT2LMHeadModel"]).save_pretrained(tmp_path)
     if quantization:
         make_config("llama", architectures=["LlamaForCausalLM"]).save_pretrained(tmp_path)
