@@ -35,9 +35,12 @@ def _fused(directory: str) -> dict[str, torch.Tensor]:
     return weights
 
 
-@pytest.mark.parametrize("kind", CONFIGS)
-def test_layer_by_layer_equals_hugging_face(tmp_path, kind):
-    directory = save_model(tmp_path, kind)
+@pytest.mark.parametrize(
+    ("kind", "changes"),
+    [*((kind, {}) for kind in CONFIGS), ("qwen3_moe", {"norm_topk_prob": False, "mlp_only_layers": [0]})],
+)
+def test_layer_by_layer_equals_hugging_face(tmp_path, kind, changes):
+    directory = save_model(tmp_path, kind, **changes)
     model = build(directory)
     ids = torch.randint(0, 61, (2, 9), generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
@@ -151,8 +154,9 @@ def test_lora_is_seeded_fp32_and_only_on_layers(tmp_path):
     assert len(trained) == len(parameters)
 
 
-def test_half_precision_trains(tmp_path):
-    directory = save_model(tmp_path, "llama")
+@pytest.mark.parametrize("kind", ["gemma3_text", "llama", "phi3", "qwen3_moe"])
+def test_half_precision_trains(tmp_path, kind):
+    directory = save_model(tmp_path, kind)
     exact = start(directory, make_task())[2]
     expected = run(exact).result()[0]
     for dtype in (torch.bfloat16, torch.float16):
