@@ -1,4 +1,4 @@
-"""Sizes of a decoder of Llama's kind (Llama, Mistral, Qwen), from its `config.json`."""
+"""Sizes of a decoder of Llama's kind, from its `config.json`."""
 
 import json
 from collections.abc import Mapping
@@ -18,6 +18,7 @@ class ModelDims:
     num_layers: int
     hidden_size: int
     intermediate_size: int
+    """Inner size of the MLP, or of one expert."""
     num_heads: int
     num_kv_heads: int
     head_dim: int
@@ -28,6 +29,12 @@ class ModelDims:
     """The head's matrix is the embedding's."""
     context_tokens: int | None = None
     """Longest sequence that the position embeddings were made for; None: the configuration does not say."""
+    num_experts: int = 0
+    """Experts of each layer, with a router over them; 0: an MLP."""
+    experts_per_token: int = 1
+    """Experts that a token goes through; 1 for an MLP."""
+    is_fused: bool = False
+    """q, k and v are one linear layer, gate and up another."""
 
     @classmethod
     def of(cls, config: Mapping[str, Any], *, dtype_bytes: int) -> "ModelDims":
@@ -36,10 +43,11 @@ class ModelDims:
             hidden, intermediate, layers, heads, vocabulary = (int(config[name]) for name in _SIZES)
         except (KeyError, TypeError, ValueError) as error:
             raise ConfigError(f"the model's config.json lacks a size: {error}") from error
+        experts = int(config.get("num_experts") or config.get("num_local_experts") or 0)
         return cls(
             num_layers=layers,
             hidden_size=hidden,
-            intermediate_size=intermediate,
+            intermediate_size=int(config["moe_intermediate_size"]) if experts else intermediate,
             num_heads=heads,
             num_kv_heads=int(config.get("num_key_value_heads") or heads),
             head_dim=int(config.get("head_dim") or hidden // heads),
@@ -47,6 +55,9 @@ class ModelDims:
             dtype_bytes=dtype_bytes,
             is_tied=bool(config.get("tie_word_embeddings")),
             context_tokens=config.get("max_position_embeddings"),
+            num_experts=experts,
+            experts_per_token=int(config["num_experts_per_tok"]) if experts else 1,
+            is_fused=config.get("model_type") == "phi3",
         )
 
     @classmethod
@@ -70,16 +81,24 @@ class ModelDims:
         return self.num_kv_heads * self.head_dim
 
     @property
-    def linear_layers(self) -> tuple[tuple[int, int], ...]:
-        """Inputs and outputs of q, k, v, o, gate, up and down."""
+    def inner_size(self) -> int:
+        """Width of all that a token goes through within the MLP or the experts."""
+        return self.experts_per_token * self.intermediate_size
+
+    @property
+    def adapted_layers(self) -> tuple[tuple[int, int], ...]:
+        """Inputs and outputs of the linear layers with a LoRA: q, k, v, o, gate, up and down; no experts."""
         hidden, inner, query, kv = self.hidden_size, self.intermediate_size, self.query_size, self.kv_size
+        if self.is_fused:
+            return (hidden, query + 2 * kv), (query, hidden), (hidden, 2 * inner), (inner, hidden)
         attention = ((hidden, query), (hidden, kv), (hidden, kv), (query, hidden))
-        return (*attention, (hidden, inner), (hidden, inner), (inner, hidden))
+        return attention if self.num_experts else (*attention, (hidden, inner), (hidden, inner), (inner, hidden))
 
     @property
     def layer_weights(self) -> int:
-        """Parameters of one layer's linear maps."""
-        return sum(i * o for i, o in self.linear_layers)
+        """Parameters of one layer's linear maps that a token goes through."""
+        attention = 2 * self.hidden_size * (self.query_size + self.kv_size)
+        return attention + self.hidden_size * (3 * self.inner_size + self.num_experts)
 
     @property
     def head_weights(self) -> int:
@@ -89,7 +108,8 @@ class ModelDims:
     @property
     def num_weights(self) -> int:
         """Parameters of the model but for biases and the norms of heads, a thousandth of them at most."""
-        layers = self.num_layers * (self.layer_weights + 2 * self.hidden_size)
+        other_experts = max(0, self.num_experts - self.experts_per_token) * 3 * self.intermediate_size
+        layers = self.num_layers * (self.layer_weights + (other_experts + 2) * self.hidden_size)
         return layers + self.hidden_size + self.head_weights * (1 if self.is_tied else 2)
 
     @property

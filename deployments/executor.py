@@ -28,6 +28,7 @@ from deployments.monitors.profiling import (
     target_warnings,
     with_profile_path,
     with_pruning_gate,
+    with_trainable_model,
 )
 from deployments.monitors.response_log import ResponseLog
 from deployments.monitors.targets import kept_targets, measure_targets, targets_path
@@ -78,6 +79,8 @@ class Executor:
         """The names of prefixes in the cache; None if the engine's KV events are off."""
         self._kv_events: KvEventStream | None = None
         self._profiling: asyncio.Task[None] | None = None
+        self.training_off = ""
+        """The reason why this executor does not train; empty if it does."""
         self.kv_pruning = ""
         """The reason why KV pruning is on or off."""
         self.base_model = ""
@@ -99,6 +102,7 @@ class Executor:
         """
         state_dir = self.args.state_dir
         model_dir = await asyncio.to_thread(resolve_model, self.args.model, state_dir)
+        self.args, self.training_off = with_trainable_model(self.args, model_dir)
         configure_environment(self.args, model_dir)
         self.args, self.kv_pruning = with_pruning_gate(with_profile_path(self.args, model_dir), model_dir)
         kept = self.args.slo.auto and kept_targets(targets_path(self.args))
@@ -122,7 +126,7 @@ class Executor:
         self.trial = CanaryTrial(self.versions, self.args.versions, self.args.slo, self.control.rating_counts)
         await self.versions.attach(app.state.openai_serving_models.lora_requests)
         self.prefixes, self._kv_events = follow_prefixes(self.engine, lambda: self.versions.live_adapter)
-        if self.args.training.enabled and self.args.scheduler.policy != "inference_only":
+        if not self.training_off:
             self.learner = await self._make_learner(model_dir, registry)
         application = self._attach_routes(app, self)
         self.keeper = EngineKeeper(self.engine, self._lose_engine, self._resume)

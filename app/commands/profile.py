@@ -208,7 +208,13 @@ def _read_args(config: Path, model: str | None, state_dir: Path | None) -> AppAr
 
 async def _measure(args: AppArgs, seconds: float, seed: int, *, show_progress: bool) -> tuple[Profile, Path]:
     """A profile of this device, and where `mace serve` looks for it."""
-    from deployments.monitors.profiling import measure_plan, origin_of, with_profile_path, with_pruning_gate
+    from deployments.monitors.profiling import (
+        measure_plan,
+        origin_of,
+        with_profile_path,
+        with_pruning_gate,
+        with_trainable_model,
+    )
     from engine.model_source import resolve_model
     from engine.vllm.compat import configure_environment
     from engine.vllm.engine import HybridEngine
@@ -220,6 +226,7 @@ async def _measure(args: AppArgs, seconds: float, seed: int, *, show_progress: b
             typer.echo(f"{done}, {measurement.measured_s:.0f} s", err=True)
 
     model_dir = resolve_model(args.model, args.state_dir, show_progress=show_progress)
+    args, _ = with_trainable_model(args, model_dir)
     configure_environment(args, model_dir)
     args, _ = with_pruning_gate(with_profile_path(args, model_dir), model_dir)  # what is measured is what serves
     assert args.profile.path is not None  # filled in

@@ -1,4 +1,4 @@
-"""The device's measurements at an executor's start: where its profile is, how it is made, and the pruning gate."""
+"""What is settled at an executor's start: the device's profile and its measuring, the pruning gate, what is trained."""
 
 import asyncio
 import logging
@@ -7,9 +7,10 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from core.config import AppArgs
-from core.errors import ProfileError
+from core.errors import MaceError, ProfileError
 from engine.fingerprint import fingerprint
 from engine.pruning.gate import decide_from_file, find_report
+from engine.training.trainable import check_trainable
 from engine.vllm.compat import pruning_block_tokens, worker_binding
 from engine.vllm.engine import HybridEngine
 from profiler.device import describe_device, git_commit, software_versions, worker_threads
@@ -49,6 +50,23 @@ def with_pruning_gate(args: AppArgs, model_dir: Path) -> tuple[AppArgs, str]:
     logger.warning(decision.reason)
     switched_off = args.kv_pruning.model_copy(update={"start": "off"})
     return args.model_copy(update={"kv_pruning": switched_off}), decision.reason
+
+
+def with_trainable_model(args: AppArgs, model_dir: Path) -> tuple[AppArgs, str]:
+    """Set `training.enabled: false` if the model cannot be trained; also returns why nothing is trained, or "".
+
+    A model that cannot be trained is a warning: it is served.
+    """
+    if not args.training.enabled:
+        return args, "training.enabled is false"
+    try:
+        check_trainable(str(model_dir))
+    except MaceError as error:
+        logger.warning("training is off: %s", error)
+        switched_off = args.training.model_copy(update={"enabled": False})
+        return args.model_copy(update={"training": switched_off}), str(error)
+    is_off = args.scheduler.policy == "inference_only"
+    return args, "scheduler.policy is inference_only" if is_off else ""
 
 
 def engine_device(args: AppArgs, model_dir: Path) -> str:

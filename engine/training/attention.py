@@ -3,6 +3,7 @@
 With shared prompts the tokens of a micro-batch lie in one row without padding: all prompts, all chosen completions,
 all rejected ones. Only attention knows which belong together: prompts attend causally to themselves, completions to
 their own prompt and causally to themselves. Every other operation of a layer is per token, given each token's position.
+In a layer with a sliding window of W tokens, each sees of these only the last W, itself among them.
 
 For attention the tokens are laid out in padded cells: n prompts of P cells, then 2n completions of C cells, chosen
 first. Pads are copies of a real token that no real token attends to, and what they compute is dropped.
@@ -58,14 +59,23 @@ class SharedPrompts:
         placed = (x.to(device) for x in (cells, tokens, prompt_lengths, position_ids))
         return cls(count, width, completion_width, *placed)
 
-    def mask(self) -> torch.Tensor:
+    def mask(self, window: int | None = None) -> torch.Tensor:
         """Bool [2n, 1, C, P + C]: what a completion's token sees. Made anew in each slice, so that none is kept."""
         size, device = self.completion_width, self.cells.device
-        own = torch.ones(size, size, dtype=torch.bool, device=device).tril_()
-        in_prompt = torch.arange(self.prompt_width, device=device) < self.prompt_lengths.repeat(2).unsqueeze(1)
+        own = _causal(size, window, device)
+        lengths = self.prompt_lengths.repeat(2).view(-1, 1, 1)
+        keys = torch.arange(self.prompt_width, device=device)
+        in_prompt = keys < lengths
+        if window is not None:
+            in_prompt = in_prompt & (keys > lengths + torch.arange(size, device=device).unsqueeze(1) - window)
         rows = len(in_prompt)
-        parts = in_prompt.unsqueeze(1).expand(rows, size, -1), own.expand(rows, size, size)
-        return torch.cat(parts, dim=2).unsqueeze(1)
+        return torch.cat((in_prompt.expand(rows, size, -1), own.expand(rows, size, size)), dim=2).unsqueeze(1)
+
+
+def _causal(num_tokens: int, window: int | None, device: torch.device) -> torch.Tensor:
+    """Bool [T, T]: each token sees itself and those before it, `window` in all."""
+    mask = torch.ones(num_tokens, num_tokens, dtype=torch.bool, device=device).tril_()
+    return mask if window is None else mask.triu_(1 - window)
 
 
 class _Pad(torch.autograd.Function):
@@ -108,10 +118,11 @@ def attention(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    attention_mask: torch.Tensor | None,
+    _mask: None,
     dropout: float = 0.0,
     *,
     shared_prompts: SharedPrompts | None = None,
+    sliding_window: int | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
     """Torch's SDPA, over rows or over pairs with one prompt; in fp32 where a CPU is to give half-precision gradients.
@@ -124,10 +135,11 @@ def attention(
     dtype = query.dtype
     if query.requires_grad and query.device.type == "cpu" and dtype != torch.float32:
         query, key, value = query.float(), key.float(), value.float()
+    kwargs["dropout"] = dropout
     if shared_prompts is None:
-        output, _ = sdpa_attention_forward(module, query, key, value, attention_mask, dropout, **kwargs)
+        output = _causal_attention(module, [query, key, value], sliding_window, **kwargs)
     else:
-        output = _shared_attention(module, query, key, value, shared_prompts, dropout=dropout, **kwargs)
+        output = _shared_attention(module, query, key, value, shared_prompts, sliding_window, **kwargs)
     return output.to(dtype), None
 
 
@@ -140,6 +152,7 @@ def _shared_attention(
     key: torch.Tensor,
     value: torch.Tensor,
     shared: SharedPrompts,
+    window: int | None,
     **kwargs: Any,
 ) -> torch.Tensor:
     """Torch's SDPA twice, over prompts and over completions: [1, heads, N, head_dim] -> [1, N, heads, head_dim].
@@ -156,7 +169,7 @@ def _shared_attention(
     outputs = []
     if width:
         heads_first = [x.transpose(1, 2) for x in prompts]
-        outputs.append(sdpa_attention_forward(module, *heads_first, None, **kwargs)[0].flatten(0, 1))
+        outputs.append(_causal_attention(module, heads_first, window, **kwargs).flatten(0, 1))
     if size:
         completions = [x[split:].view(2 * count, size, *x.shape[1:]) for x in padded]
         # Copies of the prompts' keys, one for each side of a pair.
@@ -165,8 +178,18 @@ def _shared_attention(
             for prompt, own in zip(prompts[1:], completions[1:], strict=True)
         ]
         heads_first = [x.transpose(1, 2) for x in (completions[0], *keys)]
-        outputs.append(_masked_attention(module, heads_first, shared.mask(), **kwargs).flatten(0, 1))
+        outputs.append(_masked_attention(module, heads_first, shared.mask(window), **kwargs).flatten(0, 1))
     return unpad(torch.cat(outputs), shared).unsqueeze(0)
+
+
+def _causal_attention(
+    module: nn.Module, heads_first: list[torch.Tensor], window: int | None, **kwargs: Any
+) -> torch.Tensor:
+    """SDPA of rows [rows, heads, tokens, head_dim]; to [rows, tokens, heads, head_dim]. A window needs a mask."""
+    num_tokens = heads_first[0].shape[2]
+    if window is None or num_tokens <= window:
+        return sdpa_attention_forward(module, *heads_first, None, **kwargs)[0]
+    return _masked_attention(module, heads_first, _causal(num_tokens, window, heads_first[0].device), **kwargs)
 
 
 def _masked_attention(
@@ -176,7 +199,7 @@ def _masked_attention(
     scaling: float | None = None,
     **kwargs: Any,
 ) -> torch.Tensor:
-    """SDPA of query, key and value [2n, heads, tokens, head_dim] under a mask; to [2n, C, heads, head_dim].
+    """SDPA of query, key and value [rows, heads, tokens, head_dim] under a mask; to [rows, tokens, heads, head_dim].
 
     With a mask transformers repeats keys for each query head, which CUDA's kernels need. A CPU's does not: 20 % less
     time and a third of the memory with 14 heads on 2.

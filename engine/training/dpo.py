@@ -38,7 +38,6 @@ class DpoStep:
 
     Raises (constructor):
         PairTooLongError: A pair does not fit the configured lengths.
-        ConfigError: The configured length exceeds the model's sliding window.
         TrainingError: No pairs, or a token id outside the vocabulary.
     """
 
@@ -52,7 +51,6 @@ class DpoStep:
         share_prompt: bool = True,
     ) -> None:
         """`share_prompt` is `experiments.share_prompt`."""
-        model.check_lengths(config)
         self.task = task
         self._model, self._shadow, self._config = model, shadow, config
         self._trains = task.kind is TaskKind.TRAIN
@@ -187,7 +185,8 @@ class DpoStep:
         batch.hidden = hidden.flatten(0, 1)[batch.positions] if last else hidden
 
     def _run_layer(self, i: int, hidden: torch.Tensor, batch: MicroBatch) -> torch.Tensor:
-        rotary = self._model.rotary(batch.group.row_tokens, batch.shared.position_ids if batch.shared else None)
+        position_ids = batch.shared.position_ids if batch.shared else None
+        rotary = self._model.rotary(i, batch.group.row_tokens, position_ids)
         return self._model.run_layer(i, hidden, rotary, batch.shared)
 
     def _reference_layer(self, batch: MicroBatch, i: int) -> None:

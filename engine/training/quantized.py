@@ -3,6 +3,7 @@
 A packed layer computes its weights when it runs and keeps them no longer than its result needs them: until the end
 of the layer without gradients, until the end of the backward slice with them. So at most one decoder layer's weights
 exist beside the packed ones, and reference and policy, which run the same layers, compute with the same weights.
+The experts of a mixture are packed one by one, as a checkpoint has them, and unpacked together.
 
 What packs a layer is read off the tensors that the checkpoint has for it; the configuration only says what tensors
 cannot (`_READERS`). Scales and zero points are constants: gradients flow to the LoRA and through the weights, as
@@ -155,12 +156,16 @@ def pack_linears(
     for name, tensor in stored.items():
         layer, _, leaf = name.rpartition(".")
         by_layer.setdefault(layer, {})[leaf] = tensor
+    for name, module in list(causal_lm.named_modules()):
+        has_stacks = isinstance(getattr(module, "gate_up_proj", None), nn.Parameter)
+        if has_stacks and _is_packed(by_layer, f"{name}.0.up_proj"):
+            _split_experts(module)
     wanted: dict[str, torch.dtype] = {}
     linears = [(name, one) for name, one in causal_lm.named_modules() if isinstance(one, nn.Linear)]
     for name, linear in linears:
-        tensors = {leaf: one for leaf, one in by_layer.get(name, {}).items() if leaf != "bias"}
-        if not tensors or (tensors.keys() == {"weight"} and tensors["weight"].dtype in PLAIN_DTYPES):
+        if not _is_packed(by_layer, name):
             continue
+        tensors = {leaf: one for leaf, one in by_layer[name].items() if leaf != "bias"}
         reader = _reader_of(name, tensors, quantization)
         forms = {**reader.needs, **reader.may_have}
         empty = {leaf: _empty(one, forms[leaf] or dtype) for leaf, one in tensors.items() if leaf in forms}
@@ -172,6 +177,40 @@ def pack_linears(
         setattr(causal_lm.get_submodule(owner), leaf, packed)
         wanted |= {f"{name}.{one}": form for one, form in _dtypes(packed, dtype).items()}
     return wanted
+
+
+def _is_packed(by_layer: Mapping[str, Tensors], name: str) -> bool:
+    types = {leaf: one.dtype for leaf, one in by_layer.get(name, {}).items() if leaf != "bias"}
+    return bool(types) and not (types.keys() == {"weight"} and types["weight"] in PLAIN_DTYPES)
+
+
+def _split_experts(experts: Any) -> None:
+    """Make linear layers of the stacked weights; the stacks exist while the module runs, and for its backward pass."""
+    with torch.device("meta"):
+        for i in range(experts.num_experts):
+            expert: Any = nn.Module()
+            for name in ("gate_proj", "up_proj"):
+                setattr(expert, name, nn.Linear(experts.hidden_dim, experts.intermediate_dim, bias=False))
+            expert.down_proj = nn.Linear(experts.intermediate_dim, experts.hidden_dim, bias=False)
+            experts.add_module(str(i), expert)
+    del experts.gate_up_proj, experts.down_proj
+    experts.register_forward_pre_hook(_stack_experts)
+    experts.register_forward_hook(_drop_stacks)
+
+
+@torch.no_grad()
+def _stack_experts(experts: Any, _: Any) -> None:
+    for stack, parts in (("gate_up_proj", ("gate_proj", "up_proj")), ("down_proj", ("down_proj",))):
+        weights: list[torch.Tensor] = []
+        for i in range(experts.num_experts):
+            for part in parts:
+                linear = experts.get_submodule(f"{i}.{part}")
+                weights.append(linear.unpacked() if isinstance(linear, PackedLinear) else linear.weight)
+        setattr(experts, stack, torch.cat(weights).view(experts.num_experts, -1, weights[0].shape[1]))
+
+
+def _drop_stacks(experts: Any, _inputs: Any, _output: Any) -> None:
+    del experts.gate_up_proj, experts.down_proj
 
 
 def num_weights(module: nn.Module) -> int:

@@ -53,12 +53,19 @@ class FineTuneRunner:
         dtype: torch.dtype,
         device: torch.device,
         weights: Mapping[str, torch.Tensor] | None,
+        served_tokens: int | None = None,
     ) -> None:
         """Build the trainable model (raises as `TrainableModel.build` does) and measure every kind of slice once."""
         self._config = args.training
         self._share_prompt = args.experiments.share_prompt
         self.model = TrainableModel.build(
-            model_dir, args.lora, dtype=dtype, device=device, seed=self._config.seed, weights=weights
+            model_dir,
+            args.lora,
+            dtype=dtype,
+            device=device,
+            seed=self._config.seed,
+            weights=weights,
+            served_tokens=served_tokens,
         )
         self._shared_pointers = frozenset(tensor.data_ptr() for tensor in (weights or {}).values())
         self.shadow = ShadowAdapter(self.model, self._config)

@@ -193,7 +193,7 @@ class ShadowAdapter:
         """
         directory = Path(directory)
         fields = self._model.lora_config.to_dict()
-        fields["target_modules"] = sorted(fields["target_modules"])
+        fields = {name: sorted(value) if isinstance(value, set) else value for name, value in fields.items()}
         fields |= {"base_model_name_or_path": base_model, "inference_mode": True}
         try:
             directory.mkdir(parents=True, exist_ok=True)

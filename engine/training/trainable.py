@@ -2,14 +2,16 @@
 
 The base weights are either views of another owner's storage (vLLM's, on CUDA) or an own copy read from the model
 directory. They are adopted, never copied, and need no gradient; only the LoRA matrices do. Those are fp32,
-whatever the base is, and live on all seven linear layers of every decoder layer, not on the LM head. Linear layers
-that the checkpoint has quantized are read from it packed, and stay so (`engine.training.quantized`).
+whatever the base is, and live on the linear layers of every decoder layer (`TARGET_MODULES`), not on the LM head, nor
+on the router and the experts of a mixture. Linear layers that the checkpoint has quantized are read from it packed,
+and stay so (`engine.training.quantized`).
 
 Shapes: B sequences, T tokens, H hidden size, V vocabulary. Sequences are padded on the right: under causal
 attention no real token sees a pad, so no mask is needed. Or B is 1 and the row holds pairs (`SharedPrompts`).
 """
 
 import math
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,13 +23,24 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from core.config import LoraConfig, TrainingConfig
+from core.config import LoraConfig
 from core.errors import ConfigError, ModelNotFoundError, UnsupportedModelError
 from engine.training.attention import ATTENTION, SharedPrompts
-from engine.training.quantized import num_weights, pack_linears, unpacked_bytes
+from engine.training.experts import put_into, stack_name
+from engine.training.quantized import check_quantization, num_weights, pack_linears, unpacked_bytes
 
-SUPPORTED_MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
-TARGET_MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+_ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
+_LINEAR = (*_ATTENTION, "gate_proj", "up_proj", "down_proj")
+TARGET_MODULES = {
+    "gemma3_text": _LINEAR,
+    "llama": _LINEAR,
+    "mistral": _LINEAR,
+    "phi3": ("qkv_proj", "o_proj", "gate_up_proj", "down_proj"),
+    "qwen2": _LINEAR,
+    "qwen3": _LINEAR,
+    "qwen3_moe": _ATTENTION,
+}
+"""The linear layers with a LoRA, by the model types that can be trained."""
 _ADAPTER_NAME = "shadow"
 
 Rotary = tuple[torch.Tensor, torch.Tensor]
@@ -47,7 +60,13 @@ class TrainableModel:
     pass, the policy pass and the recomputation for backward.
     """
 
-    def __init__(self, causal_lm: Any, lora: LoraConfig, lora_config: peft.LoraConfig) -> None:
+    def __init__(
+        self,
+        causal_lm: Any,
+        lora: LoraConfig,
+        lora_config: peft.LoraConfig,
+        served_tokens: int | None = None,
+    ) -> None:
         self.causal_lm = causal_lm
         self.hf_config: Any = causal_lm.config
         self.lora = lora
@@ -57,13 +76,19 @@ class TrainableModel:
         self._layers: list[nn.Module] = list(decoder.layers)
         self._norm: nn.Module = decoder.norm
         self._rotary_emb: nn.Module = decoder.rotary_emb
-        self._rotary_cache: Rotary | None = None
+        self._rotary_cache: dict[tuple[str | bool, ...], Rotary] = {}
+        """By the type of a layer, and whether the factors are those of long sequences."""
+        self._has_rotary_types = hasattr(self._rotary_emb, "layer_types")
+        rope = self.hf_config.rope_parameters
+        is_longrope = rope.get("rope_type") == "longrope"
+        self._short_tokens: float = rope["original_max_position_embeddings"] if is_longrope else math.inf
+        self._served_tokens = served_tokens or 0
         self.head_weight: torch.Tensor = causal_lm.lm_head.weight
         """The LM head's matrix [V, H]."""
         self.device, self.dtype = self._embed_tokens.weight.device, self._embed_tokens.weight.dtype
         self.num_layers = len(self._layers)
-        self.layer_weights = num_weights(self._layers[0])
-        """Base weights of one decoder layer, the measure of its work per token."""
+        self.layer_weights = num_weights(self._layers[0]) - _idle_weights(self._layers[0])
+        """Base weights of one decoder layer that a token goes through, the measure of its work per token."""
         self.unpacked_bytes = max(unpacked_bytes(layer, self.dtype) for layer in self._layers)
         """Memory that the weights of a quantized layer take within a slice, and no longer; 0 if none is quantized."""
         self.head_weights = self.head_weight.numel()
@@ -95,15 +120,18 @@ class TrainableModel:
         device: torch.device | str,
         seed: int,
         weights: Mapping[str, torch.Tensor] | None = None,
+        served_tokens: int | None = None,
     ) -> "TrainableModel":
         """Make an empty decoder, adopt the base weights, add a fresh LoRA.
 
         `weights` are tensors by Hugging Face name, adopted without a copy, inference tensors too (`lm_head.weight` may
         be missing if it is tied to the embedding); None: read from the directory's safetensors, as quantized layers
         always are. `dtype` is that of weights and activations. The LoRA's A matrices are drawn from `seed`; B is zero.
+        `served_tokens` is the longest sequence that vLLM serves, by which it chooses the factors of LongRoPE; None:
+        by the sequence, as transformers does.
 
         Raises:
-            UnsupportedModelError: The architecture is not one of `SUPPORTED_MODEL_TYPES`, or training does not know
+            UnsupportedModelError: The architecture is not one of `TARGET_MODULES`, or training does not know
                 how the weights are quantized.
             ModelNotFoundError: The directory has no readable config or weights.
             ConfigError: A weight is missing or has another shape, dtype or device.
@@ -114,58 +142,57 @@ class TrainableModel:
         with training_mode(device):
             with torch.device("meta"):
                 causal_lm: Any = AutoModelForCausalLM.from_config(config, attn_implementation=ATTENTION)
+            decoder = causal_lm.model
             with torch.device(device):  # the only buffers of a decoder
-                causal_lm.model.rotary_emb = type(causal_lm.model.rotary_emb)(config=causal_lm.config)
+                decoder.rotary_emb = type(decoder.rotary_emb)(config=causal_lm.config)
+                if hasattr(decoder.embed_tokens, "embed_scale"):
+                    decoder.embed_tokens.embed_scale = torch.tensor(decoder.embed_tokens.scalar_embed_scale)
             packed: dict[str, torch.dtype] = {}
             if quantization:
                 packed = pack_linears(causal_lm, quantization, _stored_tensors(Path(model_dir)), dtype)
-            names = dict.fromkeys((name for name, _ in causal_lm.named_parameters(remove_duplicate=False)), dtype)
+            empty = dict(causal_lm.named_parameters(remove_duplicate=False))
+            dtypes = dict.fromkeys(empty, dtype) | packed
             if weights is None:
-                weights = _read_weights(Path(model_dir), names | packed, device)
+                weights = _read_weights(Path(model_dir), empty, dtypes, device)
             elif packed:
-                weights = {**weights, **_read_weights(Path(model_dir), packed, device)}
-            _adopt_weights(causal_lm, weights, names | packed, device)
+                weights = {**weights, **_read_weights(Path(model_dir), empty, packed, device)}
+            _adopt_weights(causal_lm, weights, dtypes, device)
             lora_config = peft.LoraConfig(
                 r=lora.rank,
                 lora_alpha=int(lora.alpha) if float(lora.alpha).is_integer() else lora.alpha,
-                target_modules=list(TARGET_MODULES),
+                target_modules=list(TARGET_MODULES[config.model_type]),
                 lora_dropout=0.0,
                 bias="none",
                 task_type="CAUSAL_LM",
             )
             peft.inject_adapter_in_model(lora_config, causal_lm, adapter_name=_ADAPTER_NAME)
             causal_lm.eval()
-            model = cls(causal_lm, lora, lora_config)
+            model = cls(causal_lm, lora, lora_config, served_tokens)
             for parameter in model.lora_parameters().values():
                 parameter.data = parameter.data.to(device=device, dtype=torch.float32)
             model.reset_lora(seed)
         return model
 
-    def check_lengths(self, config: TrainingConfig) -> None:
-        """Raise ConfigError if a sequence could exceed the sliding window, which the layers here do not apply."""
-        window = getattr(self.hf_config, "sliding_window", None)
-        if window is not None and min(config.max_length_tokens, self.context_tokens) > window:
-            raise ConfigError(
-                f"training.max_length_tokens is {config.max_length_tokens}, but the model attends to a sliding "
-                f"window of {window} tokens; set it to at most {window}"
-            )
-
     def embed(self, ids: torch.Tensor) -> torch.Tensor:
         """Token ids [B, T] to hidden states [B, T, H]."""
         return self._embed_tokens(ids)
 
-    def rotary(self, num_tokens: int, position_ids: torch.Tensor | None = None) -> Rotary:
-        """Cosine and sine [1, T, head_dim] of positions 0..T-1, or of the given positions [N] below T.
+    def rotary(self, i: int, num_tokens: int, position_ids: torch.Tensor | None = None) -> Rotary:
+        """Layer i's cosine and sine [1, T, rotary size] of positions 0..T-1, or of the given positions [N] below T.
 
         Cached, so a slice pays for a slice only.
         """
-        if self._rotary_cache is None or self._rotary_cache[0].shape[1] < num_tokens:
+        kind = (self.hf_config.layer_types[i],) if self._has_rotary_types else ()
+        is_long = max(num_tokens, self._served_tokens) > self._short_tokens
+        cos, sin = self._rotary_cache.get((*kind, is_long), (None, None))
+        if cos is None or sin is None or cos.shape[1] < num_tokens:
             size = min(max(64, 1 << (num_tokens - 1).bit_length()), max(self.context_tokens, num_tokens))
+            # Of LongRoPE's two sets of factors transformers takes that of the last position.
+            size = int(max(size, self._short_tokens + 1) if is_long else min(size, self._short_tokens))
             with training_mode(self.device):
                 positions = torch.arange(size, device=self.device).unsqueeze(0)
                 like = torch.empty(0, dtype=self.dtype, device=self.device)
-                self._rotary_cache = self._rotary_emb(like, positions)
-        cos, sin = self._rotary_cache
+                cos, sin = self._rotary_cache[*kind, is_long] = self._rotary_emb(like, positions, *kind)
         if position_ids is not None:
             return cos.index_select(1, position_ids), sin.index_select(1, position_ids)
         return cos[:, :num_tokens], sin[:, :num_tokens]
@@ -215,6 +242,29 @@ class TrainableModel:
             parameter.copy_(values)
 
 
+def _idle_weights(layer: Any) -> int:
+    """Weights of the experts that a token does not go through."""
+    gate = getattr(layer.mlp, "gate", None)
+    return (
+        0 if gate is None else num_weights(layer.mlp.experts) * (gate.num_experts - gate.top_k) // gate.num_experts
+    )
+
+
+def lora_targets(model_dir: str) -> tuple[str, ...]:
+    """The linear layers with a LoRA; of a model that cannot be trained, those of most."""
+    try:
+        return TARGET_MODULES[_read_config(model_dir).model_type]
+    except (ModelNotFoundError, UnsupportedModelError):
+        return _LINEAR
+
+
+def check_trainable(model_dir: str) -> None:
+    """Raise UnsupportedModelError or ModelNotFoundError if its configuration alone shows that it cannot be trained."""
+    config = _read_config(model_dir)
+    if quantization := getattr(config, "quantization_config", None):
+        check_quantization(quantization)
+
+
 def _read_config(model_dir: str) -> Any:
     """Read the model's configuration."""
     try:
@@ -223,11 +273,14 @@ def _read_config(model_dir: str) -> Any:
         raise ModelNotFoundError(f"no usable model configuration in {model_dir}: {error}") from error
     architectures = config.architectures or []
     causal = all(name.endswith("ForCausalLM") for name in architectures)
-    if config.model_type not in SUPPORTED_MODEL_TYPES or not causal:
+    if config.model_type not in TARGET_MODULES or not causal:
         raise UnsupportedModelError(
             f"cannot train {config.model_type} ({', '.join(architectures) or 'no architecture named'}) layer by "
-            f"layer; supported: causal language models of type {', '.join(SUPPORTED_MODEL_TYPES)}"
+            f"layer; supported: causal language models of type {', '.join(TARGET_MODULES)}"
         )
+    for name in ("final_logit_softcapping", "use_bidirectional_attention"):
+        if getattr(config, name, None):
+            raise UnsupportedModelError(f"cannot train {config.model_type} with {name}")
     return config
 
 
@@ -251,13 +304,28 @@ def _stored_tensors(directory: Path) -> dict[str, torch.Tensor]:
 
 
 def _read_weights(
-    directory: Path, dtypes: Mapping[str, torch.dtype], device: torch.device
+    directory: Path,
+    empty: Mapping[str, torch.Tensor],
+    dtypes: Mapping[str, torch.dtype],
+    device: torch.device,
 ) -> dict[str, torch.Tensor]:
-    """Copy the named parameters out of the directory's files, not their unaligned pages, in the types given."""
-    return {
-        name: tensor.to(device=device, dtype=dtypes[name], copy=True)
-        for name, tensor in _mapped_tensors(directory, dtypes.__contains__)
-    }
+    """Copy the parameters named in `dtypes` out of the directory's files, not their unaligned pages.
+
+    `empty` has their shapes. Those that the files do not have, or not whole, are left out.
+    """
+    weights: dict[str, torch.Tensor] = {}
+    sizes: Counter[str] = Counter()
+    stored = _mapped_tensors(directory, lambda name: name in dtypes or stack_name(name) in dtypes)
+    for stored_name, tensor in stored:
+        name = stored_name if stored_name in dtypes else stack_name(stored_name)
+        sizes[name] += tensor.numel()
+        if name == stored_name:
+            weights[name] = tensor.to(device=device, dtype=dtypes[name], copy=True)
+            continue
+        if name not in weights:
+            weights[name] = torch.empty(empty[name].shape, dtype=dtypes[name], device=device)
+        put_into(weights[name], stored_name, tensor)
+    return {name: weight for name, weight in weights.items() if sizes[name] == weight.numel()}
 
 
 def _adopt_weights(

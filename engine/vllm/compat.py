@@ -13,6 +13,7 @@ import threading
 import time
 import uuid
 from argparse import Namespace
+from collections.abc import Iterator
 from multiprocessing import forkserver
 from multiprocessing.context import ForkServerContext, ForkServerProcess
 from multiprocessing.shared_memory import SharedMemory
@@ -381,7 +382,7 @@ def make_engine_args(args: AppArgs, model_dir: str) -> Any:
     from vllm.engine.arg_utils import AsyncEngineArgs
     from vllm.platforms import current_platform
 
-    from engine.training.trainable import TARGET_MODULES
+    from engine.training.trainable import lora_targets
 
     on_cpu, seats = current_platform.is_cpu(), args.engine.max_num_seqs
     kwargs: dict[str, Any] = {
@@ -402,7 +403,7 @@ def make_engine_args(args: AppArgs, model_dir: str) -> Any:
         "max_lora_rank": lora_rank_of_vllm(args.lora.rank),
         # What our adapters change, and no more: a LoRA head would cost each token a product with the vocabulary, and
         # it fails on log-probabilities of the prompt (vllm #16668), which have no row in its mapping.
-        "lora_target_modules": list(TARGET_MODULES),
+        "lora_target_modules": list(lora_targets(model_dir)),
         "max_loras": args.lora.max_loaded,
         "max_cpu_loras": 2 * args.lora.max_loaded,
         "enforce_eager": on_cpu,
@@ -486,6 +487,28 @@ def kv_value_bytes(kv_cache_dtype: str, model_config: Any) -> int:
 def lora_rank_of_vllm(rank: int) -> int:
     """vLLM allows a fixed set of maximum ranks: the smallest that holds ours."""
     return next(allowed for allowed in (1, 8, 16, 32, 64, 128, 256, 320, 512) if allowed >= rank)
+
+
+@contextlib.contextmanager
+def cpu_experts() -> Iterator[None]:
+    """While it lasts, experts are created with a kernel of the CPU, not with Triton's.
+
+    That one vLLM takes wherever adapters are on, for it adds those of experts too; ours have none there
+    (`TARGET_MODULES`).
+    """
+    from vllm.model_executor.layers.fused_moe import unquantized_fused_moe_method as method
+
+    select = method.select_unquantized_moe_backend
+
+    def select_without_adapters(moe_config: Any) -> Any:
+        moe_config.is_lora_enabled = False
+        return select(moe_config=moe_config)
+
+    method.select_unquantized_moe_backend = select_without_adapters
+    try:
+        yield
+    finally:
+        method.select_unquantized_moe_backend = select
 
 
 def speed_up_cpu_model(model: Any, vllm_config: Any, device: Any) -> None:

@@ -94,6 +94,7 @@ class HybridWorkerMixin:
                 dtype=model_config.dtype,
                 device=self.device,  # type: ignore[attr-defined]
                 weights=huggingface_views(self.get_model(), model_config.hf_text_config) if shared else None,  # type: ignore[attr-defined]
+                served_tokens=model_config.max_model_len,
             )
             self._weights = self._runner.describe()
 

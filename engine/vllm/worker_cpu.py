@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 from vllm.v1.worker.cpu_worker import CPUWorker
 
-from engine.vllm.compat import speed_up_cpu_model
+from engine.vllm.compat import cpu_experts, speed_up_cpu_model
 from engine.vllm.heap_trim import HeapTrimmer, heap_use
 from engine.vllm.worker import HybridWorkerMixin
 
@@ -17,7 +17,8 @@ class HybridCpuWorker(HybridWorkerMixin, CPUWorker):
 
     def load_model(self, **kwargs: Any) -> None:
         """Load the models; vLLM's computes in faster ways than its own where there are some."""
-        super().load_model(**kwargs)
+        with cpu_experts():
+            super().load_model(**kwargs)
         speed_up_cpu_model(self.get_model(), self.vllm_config, self.device)
 
     def execute_model(self, scheduler_output: Any) -> Any:

@@ -29,13 +29,13 @@ class ArenaNeed:
 
     dims: ModelDims
     lora_rank: int
-    """Rank of the LoRA on each of the seven linear maps of a layer."""
+    """Rank of the LoRA on each of the adapted linear maps of a layer."""
     head_chunk_tokens: int
 
     @property
     def num_lora_parameters(self) -> int:
         """Trained parameters of all layers."""
-        return self.dims.num_layers * self.lora_rank * sum(i + o for i, o in self.dims.linear_layers)
+        return self.dims.num_layers * self.lora_rank * sum(i + o for i, o in self.dims.adapted_layers)
 
     def activation_bytes(self, num_tokens: int) -> int:
         """Most that is held between two slices (`DpoStep.activation_bytes`): an upper bound."""
@@ -55,13 +55,16 @@ class ArenaNeed:
         """Bytes that autograd keeps for the backward pass of one layer.
 
         Two norms keep their input and its fp32 copy; attention keeps queries and keys before and after rotation,
-        values and its output; the MLP keeps gate, its activation, up and their product; a LoRA keeps its input in
-        fp32 (a copy unless the model is fp32) and the narrow product.
+        values and its output; the MLP keeps gate, its activation, up and their product, an expert its input and its
+        output too; a LoRA keeps its input in fp32 (a copy unless the model is fp32) and the narrow product.
         """
         dims = self.dims
-        inputs = dims.hidden_size * 2 + dims.query_size + dims.intermediate_size
-        kept = 6 * dims.hidden_size + 3 * dims.query_size + 3 * dims.kv_size + 4 * dims.intermediate_size
-        lora = (_FP32 * inputs if dims.dtype_bytes < _FP32 else 0) + _FP32 * 7 * self.lora_rank
+        inputs = dims.hidden_size + dims.query_size
+        inputs += 0 if dims.num_experts else dims.hidden_size + dims.inner_size
+        kept = 6 * dims.hidden_size + 3 * dims.query_size + 3 * dims.kv_size + 4 * dims.inner_size
+        kept += 2 * dims.experts_per_token * dims.hidden_size if dims.num_experts else 0
+        narrow = len(dims.adapted_layers) * self.lora_rank
+        lora = (_FP32 * inputs if dims.dtype_bytes < _FP32 else 0) + _FP32 * narrow
         return dims.dtype_bytes * kept + 2 * _FP32 * 2 * dims.hidden_size + lora
 
 

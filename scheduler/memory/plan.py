@@ -73,7 +73,7 @@ class MemoryPlan:
         """Most that a forward pass takes: one layer on all its tokens, and the sampler on a row of each request."""
         dims, tokens = self.dims, int(self._engine("max_num_batched_tokens"))
         # Hidden state, residual, and a norm's input and output; fused q, k and v; fused gate and up, and their product.
-        widths = 4 * dims.hidden_size + dims.query_size + 2 * dims.kv_size + 3 * dims.intermediate_size
+        widths = 4 * dims.hidden_size + dims.query_size + 2 * dims.kv_size + 3 * dims.inner_size
         seats = int(self._engine("max_num_seqs"))
         rows = min(seats + guest_seats(seats), max(seats, tokens))
         return tokens * widths * dims.dtype_bytes + rows * dims.vocab_size * (dims.dtype_bytes + _SAMPLER_BYTES)

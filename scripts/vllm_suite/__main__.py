@@ -184,7 +184,7 @@ class Suite:
         command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", _MODEL]
         command += ["--lora-modules", f"{_ADAPTER}={self._adapter}"]
         # Of all modules, vLLM would put LoRA on the head, and then its engine ends at log-probabilities of a prompt.
-        command += ["--lora-target-modules", *TARGET_MODULES]
+        command += ["--lora-target-modules", *TARGET_MODULES["llama"]]
         command += ["--enable-lora", "--max-lora-rank", str(lora.rank), "--host", "127.0.0.1", "--port", str(port)]
         command += ["--dtype", "float32", "--enforce-eager", "--kv-cache-memory-bytes", str(_KV_CACHE_BYTES)]
         command += ["--max-num-seqs", str(engine.max_num_seqs)]

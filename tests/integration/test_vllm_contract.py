@@ -545,3 +545,29 @@ def test_the_server_reads_its_reasoning_parser_from_the_engines_configuration():
     from vllm.entrypoints.launchers.api_server.app_state import init_app_state
 
     assert "args.structured_outputs_config.reasoning_parser" in inspect.getsource(init_app_state)
+
+
+def test_experts_have_the_names_and_the_choice_of_kernel_that_we_rely_on():
+    from vllm.model_executor.layers.fused_moe import unquantized_fused_moe_method as method
+    from vllm.model_executor.layers.fused_moe.config import FusedMoEConfig
+    from vllm.model_executor.layers.fused_moe.oracle.unquantized import UnquantizedMoeBackend
+
+    assert parameters(method.select_unquantized_moe_backend) == ["moe_config"]
+    assert "select_unquantized_moe_backend(\n            moe_config=" in inspect.getsource(method)
+    assert "is_lora_enabled" in {field.name for field in dataclasses.fields(FusedMoEConfig)}
+    assert UnquantizedMoeBackend.TRITON
+    source = inspect.getsource(method.UnquantizedFusedMoEMethod.create_weights)
+    assert 'register_parameter("w13_weight"' in source
+    assert 'register_parameter("w2_weight"' in source
+
+
+def test_lora_takes_the_linear_layers_that_we_train():
+    from vllm.model_executor.models.gemma3 import Gemma3ForCausalLM
+    from vllm.model_executor.models.phi3 import Phi3ForCausalLM
+    from vllm.model_executor.models.qwen3_moe import Qwen3MoeForCausalLM
+
+    attention = {"qkv_proj": ["q_proj", "k_proj", "v_proj"]}
+    assert Qwen3MoeForCausalLM.packed_modules_mapping.items() >= attention.items()
+    mlp = {"gate_up_proj": ["gate_proj", "up_proj"]}
+    assert Gemma3ForCausalLM.packed_modules_mapping == attention | mlp
+    assert Phi3ForCausalLM.packed_modules_mapping == {name: [name] for name in ("qkv_proj", "gate_up_proj")}

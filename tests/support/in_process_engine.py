@@ -94,7 +94,7 @@ class InProcessEngine:
             while len(ids) - start < max_tokens and (len(ids) == start or ids[-1] not in self._eos_token_ids):
                 hidden = model.embed(torch.tensor([ids]))
                 for layer in range(model.num_layers):
-                    hidden = model.run_layer(layer, hidden, model.rotary(len(ids)))
+                    hidden = model.run_layer(layer, hidden, model.rotary(layer, len(ids)))
                 logits = functional.linear(model.final_norm(hidden[0, -1:]), model.head_weight)
                 ids.append(int(logits.argmax()))
         return ids[start:]

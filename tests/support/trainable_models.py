@@ -7,11 +7,14 @@ from typing import Any
 import torch
 from transformers import (
     AutoModelForCausalLM,
+    Gemma3TextConfig,
     LlamaConfig,
     MistralConfig,
+    Phi3Config,
     PreTrainedConfig,
     Qwen2Config,
     Qwen3Config,
+    Qwen3MoeConfig,
 )
 
 from core.config import LoraConfig, TrainingConfig
@@ -21,7 +24,46 @@ from engine.training.shadow import ShadowAdapter
 from engine.training.trainable import TrainableModel
 
 VOCAB = 61
-CONFIGS = {"llama": LlamaConfig, "mistral": MistralConfig, "qwen2": Qwen2Config, "qwen3": Qwen3Config}
+WINDOW = 6
+CONFIGS = {
+    "gemma3_text": Gemma3TextConfig,
+    "llama": LlamaConfig,
+    "mistral": MistralConfig,
+    "phi3": Phi3Config,
+    "qwen2": Qwen2Config,
+    "qwen3": Qwen3Config,
+    "qwen3_moe": Qwen3MoeConfig,
+}
+_OWN_FIELDS: dict[str, dict[str, Any]] = {
+    "gemma3_text": {
+        "sliding_window": WINDOW,
+        "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+        "query_pre_attn_scalar": 12,
+        "rope_parameters": {
+            "sliding_attention": {"rope_type": "default", "rope_theta": 100.0},
+            "full_attention": {"rope_type": "linear", "factor": 2.0, "rope_theta": 5000.0},
+        },
+    },
+    "mistral": {"sliding_window": WINDOW},
+    "phi3": {
+        "sliding_window": WINDOW,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 5000.0, "partial_rotary_factor": 0.5},
+    },
+    "qwen3_moe": {
+        "moe_intermediate_size": 24,
+        "num_experts": 8,
+        "num_experts_per_tok": 2,
+        "norm_topk_prob": True,
+    },
+}
+LONGROPE = {
+    "rope_type": "longrope",
+    "rope_theta": 5000.0,
+    "partial_rotary_factor": 0.5,
+    "short_factor": [1.0, 1.5],
+    "long_factor": [2.0, 6.0],
+}
+"""Of Phi."""
 
 
 def make_config(kind: str, **changes: Any) -> PreTrainedConfig:
@@ -39,9 +81,7 @@ def make_config(kind: str, **changes: Any) -> PreTrainedConfig:
         "eos_token_id": 2,
         "initializer_range": 0.2,
     }
-    if kind == "mistral":
-        fields["sliding_window"] = 64
-    return CONFIGS[kind](**(fields | changes))
+    return CONFIGS[kind](**(fields | _OWN_FIELDS.get(kind, {}) | changes))
 
 
 def save_model(directory: Path, kind: str, seed: int = 3, **changes: Any) -> str:

@@ -31,10 +31,12 @@ async def show_training(executor: ExecutorOf) -> dict[str, Any]:
     except MaceError as error:
         control = {"error": {"message": str(error), "type": type(error).__name__}}
     if standstill := control.get("queue", {}).get("standstill"):
-        silence = "training is switched off" if executor.learner is None else executor.learner.silence()
+        learner = executor.learner
+        silence = f"training is off: {executor.training_off}" if learner is None else learner.silence()
         if silence:
             standstill["reasons"].insert(0, f"{executor.executor_id}: {silence}")
-    return {"enabled": executor.learner is not None, "executor": await executor.status(), **control}
+    off = {} if executor.learner is not None else {"reason": executor.training_off}
+    return {"enabled": not off, **off, "executor": await executor.status(), **control}
 
 
 @router.post("/v1/training/pause", tags=["training"], responses={409: {}})
@@ -80,5 +82,5 @@ async def show_drift(
 
 def _learner(executor: Executor) -> Learner:
     if executor.learner is None:
-        raise BadRequestError("training is disabled in this deployment (training.enabled: false)", status=409)
+        raise BadRequestError(f"training is off in this deployment: {executor.training_off}", status=409)
     return executor.learner

@@ -61,6 +61,7 @@ def executor(kept):
         engine=SimpleNamespace(max_model_len=512),
         base_model="tiny",
         learner=None,
+        training_off="training.enabled is false",
         is_ready=True,
         can_serve=True,
         status=nothing,

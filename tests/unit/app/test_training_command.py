@@ -60,7 +60,13 @@ def learner(world):
 def client(world, learner):
     app = FastAPI()
     app.include_router(route.router)
-    app.state.executor = SimpleNamespace(control=world, learner=learner, executor_id="e", status=world.status)
+    app.state.executor = SimpleNamespace(
+        control=world,
+        learner=learner,
+        training_off="cannot train gpt2",
+        executor_id="e",
+        status=world.status,
+    )
     install_error_handlers(app)
     return TestClient(app)
 
@@ -174,7 +180,11 @@ def test_an_executor_that_does_not_ask_for_work_says_why_first(client, world, le
     learner.silence = lambda: "training is paused: asked for"
     reasons = client.get("/v1/training").json()["queue"]["standstill"]["reasons"]
     assert reasons == ["e: training is paused: asked for", "e: a batch takes 3.00 GiB, and it may have 0.95 GiB"]
+    assert "reason" not in client.get("/v1/training").json()
     client.app.state.executor.learner = None
     world.queue = stand_still(for_s=90.0)
-    reasons = client.get("/v1/training").json()["queue"]["standstill"]["reasons"]
-    assert reasons[0] == "e: training is switched off"
+    shown = client.get("/v1/training").json()
+    assert (shown["enabled"], shown["reason"]) == (False, "cannot train gpt2")
+    assert shown["queue"]["standstill"]["reasons"][0] == "e: training is off: cannot train gpt2"
+    reply = client.post("/v1/training/pause")
+    assert (reply.status_code, "cannot train gpt2" in reply.json()["error"]["message"]) == (409, True)

@@ -1,6 +1,8 @@
 import logging
+import re
 
 import pytest
+from transformers import GPT2Config
 
 from core.batch import ForwardShape, IterationSample
 from core.config import AppArgs
@@ -11,9 +13,12 @@ from deployments.monitors.profiling import (
     target_warnings,
     with_profile_path,
     with_pruning_gate,
+    with_trainable_model,
 )
 from engine.pruning.gate import pruning_report_path
 from profiler.fit import fit_profile
+from tests.support.quantized_models import change_config
+from tests.support.trainable_models import CONFIGS, make_config
 
 
 @pytest.fixture
@@ -100,3 +105,37 @@ def test_without_the_gate_pruning_switches_on(pruning_args, tmp_path):
     gated, reason = with_pruning_gate(pruning_args(require_gate=False), tmp_path)
     assert gated.kv_pruning.start == "always"
     assert "require_gate" in reason
+
+
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_a_model_that_can_be_trained_is(args, tmp_path, kind):
+    config = make_config(kind, architectures=["SomeForCausalLM"])
+    config.save_pretrained(tmp_path)
+    assert with_trainable_model(args, tmp_path) == (args, "")
+
+
+@pytest.mark.parametrize(
+    ("quantization", "said"),
+    [(None, r"cannot train gpt2 \(GPT2LMHeadModel\).*supported.*llama"), ({"quant_method": "hqq"}, "with hqq")],
+)
+def test_one_that_cannot_be_is_served_with_training_off_and_that_is_said(
+    args, tmp_path, caplog, quantization, said
+):
+    GPT2Config(architectures=["GPT2LMHeadModel"]).save_pretrained(tmp_path)
+    if quantization:
+        make_config("llama", architectures=["LlamaForCausalLM"]).save_pretrained(tmp_path)
+        change_config(tmp_path, quantization_config=quantization)
+    with caplog.at_level(logging.WARNING):
+        served, reason = with_trainable_model(args, tmp_path)
+    assert not served.training.enabled
+    assert args.training.enabled
+    assert re.search(said, reason)
+    assert f"training is off: {reason}" in caplog.text
+
+
+def test_settings_that_switch_training_off_are_named(args, tmp_path):
+    off = AppArgs(training={"enabled": False})
+    assert with_trainable_model(off, tmp_path) == (off, "training.enabled is false")
+    make_config("llama", architectures=["LlamaForCausalLM"]).save_pretrained(tmp_path)
+    only = AppArgs(scheduler={"policy": "inference_only"})
+    assert with_trainable_model(only, tmp_path) == (only, "scheduler.policy is inference_only")

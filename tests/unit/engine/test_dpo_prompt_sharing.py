@@ -84,7 +84,7 @@ UNEVEN = [(40, 9, 3), (25, 4, 12), (33, 1, 7), (12, 20, 2), (50, 1, 1)]
 @pytest.mark.parametrize("kind", CONFIGS)
 @pytest.mark.parametrize("max_slice_tokens", [64, 1024], ids=["micro_batches", "one_batch"])
 def test_equals_the_plain_step(tmp_path, kind, max_slice_tokens):
-    directory = save_model(tmp_path, kind, **LONG, **({"sliding_window": 256} if kind == "mistral" else {}))
+    directory = save_model(tmp_path, kind, **LONG)
     task = task_of(UNEVEN)
     config = make_training(max_slice_tokens=max_slice_tokens, beta=0.3, sft_weight=0.7, max_length_tokens=200)
     assert all(layouts(start(directory, task, config)[2]))
@@ -199,8 +199,8 @@ def test_these_comparisons_notice_a_wrong_mask(llama, monkeypatch, wrong):
     task, config = task_of(UNEVEN), make_training()
     expected, right = outcome(llama, task, config, share_prompt=False), SharedPrompts.mask
 
-    def mask(self):
-        seen = right(self).clone()
+    def mask(self, window):
+        seen = right(self, window).clone()
         seen[..., : None if wrong == "everything is seen" else self.prompt_width] = True
         return seen
 

@@ -17,7 +17,13 @@ from tests.support.quantized_models import FORMS, change_config, quantize
 from tests.support.trainable_models import build, make_config, make_task, make_training, run, run_to_loss, start
 from tests.support.trainable_models import save_model as save
 
-FORMS_OF_BOTH_KINDS = [(form, "llama") for form in FORMS] + [("compressed_zeros", "qwen2"), ("awq", "qwen2")]
+FORMS_OF_KINDS = [
+    *((form, "llama") for form in FORMS),
+    *((form, "qwen2") for form in ("compressed_zeros", "awq")),
+    *((form, "phi3") for form in ("compressed_zeros", "gptq", "awq", "fp8_block")),
+    ("gptq", "gemma3_text"),
+    *((form, "qwen3_moe") for form in ("compressed", "gptq", "awq", "fp8_block")),
+]
 
 
 @pytest.fixture
@@ -33,9 +39,9 @@ def edit(directory, change):
     save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
 
 
-@pytest.mark.parametrize(("form", "kind"), FORMS_OF_BOTH_KINDS)
+@pytest.mark.parametrize(("form", "kind"), FORMS_OF_KINDS)
 def test_loss_and_gradients_equal_those_on_the_dequantized_model(tmp_path, form, kind):
-    save(tmp_path / "plain", kind)
+    save(tmp_path / "plain", kind, **({"moe_intermediate_size": 32} if kind == "qwen3_moe" else {}))
     meant = quantize(tmp_path / "plain", tmp_path / "packed", FORMS[form])
     found = []
     for directory in (tmp_path / "packed", meant, tmp_path / "plain"):

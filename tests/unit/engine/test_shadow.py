@@ -10,7 +10,9 @@ from core.errors import AdapterError, DamagedAdapterError, DivergedError
 from engine.training.checkpoint import read_training_state, write_training_state
 from engine.training.dpo import DpoStep
 from engine.training.shadow import ShadowAdapter
+from engine.training.trainable import TARGET_MODULES
 from tests.support.trainable_models import (
+    CONFIGS,
     build,
     make_task,
     make_training,
@@ -65,20 +67,19 @@ def test_step_equals_torch_adamw_with_clipping(qwen):
         torch.testing.assert_close(parameter.detach(), tensor, rtol=1e-5, atol=1e-6)
 
 
-def test_save_loads_in_peft_with_equal_logits(qwen, tmp_path):
-    config = make_training()
-    model, shadow, _ = start(qwen, make_task(), config)
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_save_loads_in_peft_with_equal_logits(tmp_path, kind):
+    config, directory = make_training(), save_model(tmp_path / "model", kind)
+    model, shadow, _ = start(directory, make_task(), config)
     _train(model, shadow, config, range(2))
     shadow.save_adapter(tmp_path / "v0001", base_model="org/base")
     ids = torch.tensor([[5, 6, 7, 8, 9]])
-    loaded = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(qwen), tmp_path / "v0001")
+    loaded = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(directory), tmp_path / "v0001")
     with torch.no_grad():
-        torch.testing.assert_close(loaded(ids).logits, model.causal_lm(ids).logits, rtol=0, atol=1e-6)
+        torch.testing.assert_close(loaded(ids).logits, model.causal_lm(ids).logits, rtol=0, atol=1e-5)
     fields = json.loads((tmp_path / "v0001" / "adapter_config.json").read_text())
     assert fields["base_model_name_or_path"] == "org/base"
-    assert fields["target_modules"] == sorted(
-        ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-    )
+    assert fields["target_modules"] == sorted(TARGET_MODULES[kind])
     assert (fields["r"], fields["lora_alpha"], fields["inference_mode"]) == (4, 8, True)
     assert str(tmp_path) not in json.dumps(fields)
     assert sorted(path.name for path in (tmp_path / "v0001").iterdir()) == [

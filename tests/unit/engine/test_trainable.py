@@ -3,19 +3,19 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch.nn import functional
 from transformers import AutoModelForCausalLM, GPT2Config
 
 from core.errors import ConfigError, ModelNotFoundError, UnsupportedModelError
-from tests.support.trainable_models import CONFIGS, build, make_task, make_training, run, save_model, start
+from tests.support.trainable_models import CONFIGS, LONGROPE, build, make_task, run, save_model, start
 
 
 def _forward(model, ids):
     with torch.no_grad():
         hidden = model.embed(ids)
         for i in range(model.num_layers):
-            hidden = model.run_layer(i, hidden, model.rotary(ids.shape[1]))
+            hidden = model.run_layer(i, hidden, model.rotary(i, ids.shape[1]))
         return functional.linear(model.final_norm(hidden), model.head_weight)
 
 
@@ -35,9 +35,12 @@ def _fused(directory: str) -> dict[str, torch.Tensor]:
     return weights
 
 
-@pytest.mark.parametrize("kind", CONFIGS)
-def test_layer_by_layer_equals_hugging_face(tmp_path, kind):
-    directory = save_model(tmp_path, kind)
+@pytest.mark.parametrize(
+    ("kind", "changes"),
+    [*((kind, {}) for kind in CONFIGS), ("qwen3_moe", {"norm_topk_prob": False, "mlp_only_layers": [0]})],
+)
+def test_layer_by_layer_equals_hugging_face(tmp_path, kind, changes):
+    directory = save_model(tmp_path, kind, **changes)
     model = build(directory)
     ids = torch.randint(0, 61, (2, 9), generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
@@ -47,16 +50,50 @@ def test_layer_by_layer_equals_hugging_face(tmp_path, kind):
     assert not torch.allclose(_forward(model, ids), expected, atol=1e-3)
 
 
-def test_rotary_of_scaled_rope_and_growing_length(tmp_path):
-    scaling = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
-    scaling |= {"original_max_position_embeddings": 32, "rope_theta": 10000.0}
-    directory = save_model(tmp_path, "llama", max_position_embeddings=256, rope_parameters=scaling)
+LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+LLAMA3 |= {"original_max_position_embeddings": 32, "rope_theta": 10000.0}
+LONG = {"max_position_embeddings": 256, "original_max_position_embeddings": 32}
+
+
+@pytest.mark.parametrize(("kind", "scaling"), [("llama", LLAMA3), ("phi3", LONGROPE)])
+def test_rotary_of_scaled_rope_and_growing_length(tmp_path, kind, scaling):
+    directory = save_model(tmp_path, kind, **LONG, rope_parameters=scaling)
     model = build(directory, warm=False)
     reference = AutoModelForCausalLM.from_pretrained(directory)
-    for length in (5, 130, 256):
+    for length in (5, 32, 33, 130, 256, 20):
         ids = torch.arange(length).remainder(61).unsqueeze(0)
         with torch.no_grad():
             torch.testing.assert_close(_forward(model, ids), reference(ids).logits, rtol=1e-4, atol=1e-4)
+
+
+def test_factors_of_longrope_are_those_of_the_longest_sequence_that_is_served(tmp_path):
+    """As in vLLM, where a sequence that grows must not change what it has computed."""
+    directory = save_model(tmp_path / "m", "phi3", **LONG, rope_parameters=LONGROPE)
+    only_long = {**LONGROPE, "short_factor": LONGROPE["long_factor"]}
+    reference = AutoModelForCausalLM.from_pretrained(
+        save_model(tmp_path / "long", "phi3", **LONG, rope_parameters=only_long)
+    )
+    ids = torch.arange(20).unsqueeze(0)
+    with torch.no_grad():
+        found = {served: _forward(build(directory, warm=False, served_tokens=served), ids) for served in (32, 33)}
+        torch.testing.assert_close(found[33], reference(ids).logits, rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(found[32], found[33], atol=1e-3)
+
+
+def test_experts_that_a_checkpoint_lacks_or_has_otherwise_are_named(tmp_path):
+    directory = save_model(tmp_path, "qwen3_moe")
+    path = tmp_path / "model.safetensors"
+    weights = load_file(path)
+    experts = "model.layers.1.mlp.experts"
+    for name, tensor, error in (
+        (f"{experts}.3.up_proj.weight", None, f"no weight {experts}.gate_up_proj"),
+        (f"{experts}.3.up_proj.weight", torch.ones(1, 32), f"{experts}.3.up_proj.weight is"),
+        (f"{experts}.8.down_proj.weight", torch.ones(32, 24), f"{experts}.8.down_proj.weight is of an expert"),
+    ):
+        changed = {**weights, name: tensor}
+        save_file({name: one for name, one in changed.items() if one is not None}, path, metadata={"format": "pt"})
+        with pytest.raises(ConfigError, match=error):
+            build(directory)
 
 
 @pytest.mark.parametrize("inference", [False, True], ids=["normal", "inference_tensors"])
@@ -117,8 +154,9 @@ def test_lora_is_seeded_fp32_and_only_on_layers(tmp_path):
     assert len(trained) == len(parameters)
 
 
-def test_half_precision_trains(tmp_path):
-    directory = save_model(tmp_path, "llama")
+@pytest.mark.parametrize("kind", ["gemma3_text", "llama", "phi3", "qwen3_moe"])
+def test_half_precision_trains(tmp_path, kind):
+    directory = save_model(tmp_path, kind)
     exact = start(directory, make_task())[2]
     expected = run(exact).result()[0]
     for dtype in (torch.bfloat16, torch.float16):
@@ -130,13 +168,16 @@ def test_half_precision_trains(tmp_path):
 
 def test_unsupported_architectures_are_named(tmp_path):
     GPT2Config(architectures=["GPT2LMHeadModel"]).save_pretrained(tmp_path)
-    with pytest.raises(UnsupportedModelError, match=r"gpt2.*llama, mistral, qwen2, qwen3"):
+    with pytest.raises(UnsupportedModelError, match=r"gpt2.*llama, mistral, phi3, qwen2, qwen3, qwen3_moe"):
         build(str(tmp_path))
     config = json.loads(Path(save_model(tmp_path / "m", "llama"), "config.json").read_text())
     config["architectures"] = ["LlamaForSequenceClassification"]
     (tmp_path / "m" / "config.json").write_text(json.dumps(config))
     with pytest.raises(UnsupportedModelError, match="SequenceClassification"):
         build(str(tmp_path / "m"))
+    save_model(tmp_path / "g", "gemma3_text", final_logit_softcapping=30.0)
+    with pytest.raises(UnsupportedModelError, match="final_logit_softcapping"):
+        build(str(tmp_path / "g"))
 
 
 def test_missing_and_misfit_weights(tmp_path):
@@ -157,10 +198,3 @@ def test_missing_and_misfit_weights(tmp_path):
         build(directory)
     with pytest.raises(ModelNotFoundError):
         build(str(tmp_path / "absent"))
-
-
-def test_sliding_window_must_cover_a_sequence(tmp_path):
-    directory = save_model(tmp_path, "mistral", sliding_window=16)
-    with pytest.raises(ConfigError, match=r"max_length_tokens is 1024.*window of 16"):
-        start(directory, make_task())
-    start(directory, make_task(), make_training(max_length_tokens=16))

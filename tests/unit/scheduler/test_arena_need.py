@@ -32,7 +32,7 @@ def _small_head_chunks(monkeypatch) -> None:
     monkeypatch.setattr(dpo_slices, "HEAD_CHUNK_TOKENS", 7)
 
 
-@pytest.fixture(scope="module", params=["llama", "qwen3"])
+@pytest.fixture(scope="module", params=["gemma3_text", "llama", "phi3", "qwen3", "qwen3_moe"])
 def saved(request, tmp_path_factory) -> str:
     directory: Path = tmp_path_factory.mktemp(request.param)
     return save_model(directory, request.param)
@@ -72,7 +72,7 @@ def test_what_autograd_keeps_of_a_layer_is_near_the_prediction(saved, num_tokens
 
     with torch.inference_mode(False), torch.enable_grad():
         hidden = torch.randn(2, num_tokens // 2, model.hf_config.hidden_size, requires_grad=True)
-        rotary = model.rotary(num_tokens // 2)
+        rotary = model.rotary(1, num_tokens // 2)
         weights = {p.untyped_storage().data_ptr() for p in model.causal_lm.parameters()}
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
             output = model.run_layer(1, hidden, rotary)
