@@ -9,13 +9,12 @@ import platform
 import re
 import resource
 import shutil
-import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import psutil
 import typer
@@ -23,8 +22,9 @@ from rich.console import Console
 from rich.table import Table
 
 from app.commands.connection import fail, read_config
+from app.commands.device import gpu_code_problem, is_jetson, jetson_checks
 from app.commands.host import SHARED_MEMORY, choose_folders, files_problem, home_problem, shared_memory_problem
-from core.checks import CheckResult
+from core.checks import CheckResult, Outcome, Status
 from core.config import AppArgs
 from core.errors import ConfigError, MaceError
 from core.model_dims import ModelDims
@@ -44,10 +44,6 @@ _OWN_PACKAGES = (
     "profiler",
     "core",
 )
-
-Status = Literal["ok", "warning", "error"]
-Outcome = tuple[Status, str, str]
-"""Status, what was found, and what to do if that is not well."""
 
 
 def doctor(
@@ -98,6 +94,7 @@ def examine(state_dir: Path, database_url: str | None = None, config: Path | Non
         "memory": _memory,
         "kv cache": lambda: _kv_cache(config, state_dir),
         "gpu": _gpu,
+        **jetson_checks(_settings(config)),
         "files": _files,
         "folders": _folders,
         "shared memory": _shared_memory,
@@ -328,29 +325,20 @@ def _kv_cache(config: Path | None, state_dir: Path) -> Outcome:
     return "warning" if is_too_large else "ok", found, "free some memory, or set engine.kv_cache_memory_bytes"
 
 
-def _nvidia_devices() -> str:
-    """What `nvidia-smi -L` lists; empty without the command."""
-    try:
-        return subprocess.run(("nvidia-smi", "-L"), capture_output=True, text=True, timeout=20, check=False).stdout
-    except (OSError, subprocess.SubprocessError):
-        return ""
-
-
 def _gpu() -> Outcome:
     import torch
 
     from engine.training.device_memory import free_memory_bytes
 
     if torch.cuda.is_available():
+        found, _, fix = gpu_code_problem().partition("; ")
+        if found:
+            return "error", found, fix
         free, total = free_memory_bytes(torch.device("cuda", 0)), _device_bytes()
         return "ok", f"{torch.cuda.get_device_name()}, {free / _GIB:.1f} of {total / _GIB:.1f} GiB free", ""
-    if Path("/etc/nv_tegra_release").exists() or "nvgpu" in _nvidia_devices():
-        found = "a Jetson board; serving on CPU"
-        return (
-            "warning",
-            found,
-            "for its GPU install NVIDIA's builds of torch and vLLM for JetPack in place of ours",
-        )
+    if is_jetson():
+        fix = "scripts/setup jetson --torch WHEEL, with code for its GPU (docs/edge.md)"
+        return "warning", "a Jetson board; torch sees no GPU", fix
     if shutil.which("nvidia-smi"):
         return "warning", "an NVIDIA driver, but torch sees no GPU", "scripts/setup gpu"
     return "ok", "none; serving on CPU", ""

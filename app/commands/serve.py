@@ -24,6 +24,7 @@ import psutil
 import typer
 
 from app.commands.connection import fail, read_config
+from app.commands.device import gpu_code_problem
 from app.commands.host import prepare_host
 from app.commands.processes import (
     ENDING_SIGNALS,
@@ -430,12 +431,14 @@ def _first_line(error: Exception) -> str:
 
 
 def _prepare(application: dict[str, Any]) -> AppArgs:
-    """Validate our settings and make sure that the model is there, before Ray starts."""
+    """Validate our settings, and make sure that torch runs here and the model is there, before Ray starts."""
     from app.main import parse_args
     from deployments.monitors.profiling import target_warnings, with_profile_path
     from engine.model_source import resolve_model
 
     args = parse_args(application.get("args", {}))
+    if problem := gpu_code_problem():
+        raise ConfigError(problem)
     try:
         _claim(args.state_dir)
         model_dir = resolve_model(args.model, args.state_dir, show_progress=sys.stderr.isatty())
