@@ -1,6 +1,5 @@
 """`mace doctor`: is this environment sound, and if not, what to do."""
 
-import contextlib
 import importlib.metadata
 import importlib.util
 import json
@@ -120,21 +119,29 @@ def memory_plan(args: AppArgs, config_file: Path, memory_bytes: int) -> MemoryPl
     """The plan of a model, by its `config.json` or the directory that has it, on a GPU of so much memory.
 
     Raises:
-        ConfigError: The file cannot be read, lacks a size, or is of quantized weights.
+        ConfigError: The file cannot be read, lacks a size, or is of weights quantized in an unknown way.
     """
     from engine.vllm.compat import lora_rank_of_vllm
 
-    _refuse_quantized(config_file)
     is_wide = "float32" in (args.model.dtype, args.engine.engine_kwargs.get("dtype"))
     dims = ModelDims.load(config_file, dtype_bytes=4 if is_wide else 2)
-    return MemoryPlan(args, dims, memory_bytes, lora_rank_of_vllm(args.lora.rank))
+    return MemoryPlan(args, dims, memory_bytes, lora_rank_of_vllm(args.lora.rank), _packed_bits(config_file))
 
 
-def _refuse_quantized(config_file: Path) -> None:
-    with contextlib.suppress(OSError, ValueError):  # `ModelDims` says what is wrong
-        path = config_file / "config.json" if config_file.is_dir() else config_file
-        if json.loads(path.read_text(encoding="utf-8")).get("quantization_config"):
-            raise ConfigError(f"{config_file} has quantized weights, which are not planned")
+def _packed_bits(config_file: Path) -> float | None:
+    """Bits of a quantized weight with 32 of scale and zero point for each group; None: the weights are plain."""
+    path = config_file / "config.json" if config_file.is_dir() else config_file
+    quantization = json.loads(path.read_text(encoding="utf-8")).get("quantization_config")
+    if not quantization:
+        return None
+    groups = (quantization.get("config_groups") or {}).values()
+    schemes = [group.get("weights") or {} for group in groups] or [quantization]
+    default = 8 if quantization.get("quant_method") == "fp8" else None
+    bits = [one.get("num_bits", one.get("bits", one.get("w_bit", default))) for one in schemes]
+    if None in bits:
+        raise ConfigError(f"{config_file} has weights quantized in a way that is not planned")
+    sizes = [one.get("group_size", one.get("q_group_size")) or 0 for one in schemes]
+    return max(width + (32 / size if size > 0 else 0) for width, size in zip(bits, sizes, strict=True))
 
 
 def read_bytes(text: str) -> int:
@@ -189,6 +196,7 @@ def _show_plan(plan: MemoryPlan, problems: list[str], changes: list[str], needed
     notes = {
         "lora_slots": f"{plan.args.lora.max_loaded} adapter versions at once",
         "trainer_state": "adapter, optimizer, their two copies, the live version",
+        "weights": "" if plan.packed_bits is None else "packed layers, for vLLM and for the trainer",
         "activations": "upper estimate",
         "cuda_graphs": "allowance",
         "cuda_context": "allowance",
