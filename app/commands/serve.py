@@ -36,6 +36,7 @@ from app.commands.processes import (
 )
 from core.config import AppArgs
 from core.errors import ConfigError
+from core.files import make_directory
 from deployments.routing.prefix_names import CALLBACK, CALLBACK_VARIABLE
 
 _OWN_LIMIT_S = 9.0
@@ -457,7 +458,7 @@ def _claim(state_dir: Path) -> None:
     Raises:
         ConfigError: another server has it, also after the time that one needs to stop.
     """
-    state_dir.mkdir(parents=True, exist_ok=True)
+    make_directory(state_dir)
     lock = os.open(state_dir / ".serve.lock", os.O_CREAT | os.O_RDWR, 0o644)
     give_up_s = time.monotonic() + _OWN_LIMIT_S
     while True:
