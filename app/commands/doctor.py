@@ -136,12 +136,12 @@ def _packed_bits(config_file: Path) -> float | None:
         return None
     groups = (quantization.get("config_groups") or {}).values()
     schemes = [group.get("weights") or {} for group in groups] or [quantization]
-    default = 8 if quantization.get("quant_method") == "fp8" else None
-    bits = [one.get("num_bits", one.get("bits", one.get("w_bit", default))) for one in schemes]
-    if None in bits:
+    default = 8 if quantization.get("quant_method") == "fp8" else 0
+    widths = [int(one.get("num_bits", one.get("bits", one.get("w_bit", default)))) for one in schemes]
+    if 0 in widths:
         raise ConfigError(f"{config_file} has weights quantized in a way that is not planned")
-    sizes = [one.get("group_size", one.get("q_group_size")) or 0 for one in schemes]
-    return max(width + (32 / size if size > 0 else 0) for width, size in zip(bits, sizes, strict=True))
+    sizes = [int(one.get("group_size", one.get("q_group_size")) or 0) for one in schemes]
+    return max(width + (32 / size if size > 0 else 0.0) for width, size in zip(widths, sizes, strict=True))
 
 
 def read_bytes(text: str) -> int:

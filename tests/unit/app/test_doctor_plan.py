@@ -11,6 +11,7 @@ from typer.testing import CliRunner
 
 from app.commands.doctor import doctor, read_bytes
 from core.errors import ConfigError
+from engine.training.quantized import check_quantization
 
 GIB = 1 << 30
 PAGE = Path(__file__).parents[3] / "docs" / "configure.md"
@@ -137,6 +138,7 @@ def test_the_settings_for_an_orin_fit_and_have_explicit_memory(mace, tmp_path, m
     args = yaml.safe_load(ORIN.read_text())["applications"][0]["args"]
     assert args["model"]["model_source"].endswith("w4a16")
     assert (args["engine"]["max_num_seqs"], args["engine"]["kv_cache_memory_bytes"]) == (8, 4 * GIB)
+    check_quantization(W4A16)  # the trainer knows it
     model = write_model(tmp_path / "m", "Llama-3.1-8B-Instruct", quantization_config=W4A16)
     result = mace(model, memory, args)
     assert result.exit_code == 0, result.output
