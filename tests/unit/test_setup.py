@@ -63,6 +63,7 @@ def test_a_jetson_board_takes_the_python_of_its_wheels(tmp_path, source):
         (["jetson", "--torch", "torch-2.9.1-cp312-cp312-linux_aarch64.whl"], None, "is no wheel of torch==2.13.0"),
         (["jetson", "--torch", "torchvision-2.13.0-cp312-none-any.whl"], None, "is no wheel of torch==2.13.0"),
         (["--torch", WHEEL], "# R36 (release), REVISION: 4.3, GCID: 1, BOARD: generic", "R36 has CUDA 12"),
+        (["jetson", "--wheelhouse", "house"], None, "name a wheel of torch==2.13"),
         (["--offline"], None, "--offline needs a value"),
         (["--fast", "now"], None, "there is no option --fast"),
         (["tpu"], None, "no such closure: requirements/tpu.txt (use cpu, gpu or jetson)"),
@@ -240,4 +241,6 @@ def run_setup(directory, commands, *words):
         (tools / name).chmod(0o755)
     environment = {"PATH": f"{tools}:{os.defpath}"}
     command = ["sh", str(directory / "scripts" / "setup"), *words]
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, check=False)
+    return subprocess.run(
+        command, cwd=directory, env=environment, capture_output=True, text=True, timeout=60, check=False
+    )

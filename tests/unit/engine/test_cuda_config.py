@@ -10,6 +10,7 @@ from core.config import SMOLLM2, TINY_ASSISTANT, AppArgs
 from core.errors import ConfigError
 from engine.smollm2.build import WHEEL, convert
 from engine.vllm.compat import make_config
+from scheduler.queues.waiting import guest_seats
 from tests.support.cuda_platform import cuda_process
 from tests.support.small_llama import save_small_llama
 from tests.support.smollm2_wheel import make_wheel
@@ -231,4 +232,4 @@ def test_the_settings_for_an_orin_are_settings_of_vllm(tmp_path, tiny_assistant)
     with cuda_process((8, 7)) as process:
         resolved, sizes = process.submit(resolve_orin, args, str(tmp_path / "model")).result()
     assert (resolved.dtype, resolved.takes_lora) == ("torch.bfloat16", True)
-    assert sizes == (4 << 30, 8, 8192)
+    assert sizes == (4 << 30, 8 + guest_seats(8), 8192)
