@@ -50,6 +50,14 @@ def atomic_directory(target: Path) -> Iterator[Path]:
         raise
 
 
+def make_directory(path: Path) -> None:
+    """Create a directory and its parents, if need be; on disk on return, so that what is flushed in it can be found."""
+    missing = [one for one in (path, *path.parents) if not one.exists()]
+    path.mkdir(parents=True, exist_ok=True)
+    for one in missing:
+        sync(one.parent)
+
+
 def remove_partial_directories(target: Path) -> None:
     """Delete what a killed process left of a half-filled `target`; only while nobody fills it."""
     for staging in target.parent.glob(f".{target.name}.*/"):

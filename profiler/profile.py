@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from core.batch import ForwardShape
 from core.errors import ProfileError
-from core.files import write_atomically
+from core.files import make_directory, write_atomically
 from core.types import SliceKind
 
 QUANTILE_LEVELS = (*(step / 20 for step in range(20)), 0.99, 1.0)
@@ -64,7 +64,7 @@ class MeasuredFile(FrozenModel):
     def save(self, path: Path) -> None:
         """Write as JSON, all of it or nothing; ProfileError if the file cannot be written."""
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
+            make_directory(path.parent)
             write_atomically(path, self.model_dump_json(indent=1))
         except OSError as error:
             raise ProfileError(f"cannot write {self.title} {path}: {error.strerror}") from error

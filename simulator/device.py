@@ -73,8 +73,7 @@ class Device:
             kind: NoiseStream(slice_noise.get(kind, _NO_NOISE), slice_seed)
             for kind, slice_seed in zip(SliceKind, slice_seeds, strict=True)
         }
-        self._slow_at_s = float("inf") if slow_down is None else slow_down.at_s
-        self._slow_factor = 1.0 if slow_down is None else slow_down.factor
+        self._slow_down = slow_down
 
     def take(self, count: int) -> None:
         """Use up the overheads and the noise of `count` iterations, which have happened."""
@@ -84,7 +83,7 @@ class Device:
     def forward_s(self, shape: ForwardShape, start_s: float, factor: float) -> float:
         """Latency of a forward pass that starts at `start_s`, with a factor from `factors`; 0 if it is empty."""
         latency_s = (self._model.forward_s(shape) or 0.0) * factor
-        return latency_s * self._slow_factor if start_s >= self._slow_at_s else latency_s
+        return latency_s * self._slowness(start_s)
 
     def slice_s(self, kind: SliceKind, num_tokens: int, start_s: float) -> float:
         """Latency of a slice that starts at `start_s`; takes a noise factor.
@@ -98,4 +97,12 @@ class Device:
         factors = self._slice_factors[kind]
         latency_s *= factors.ahead(1)[0]
         factors.take()
-        return latency_s * self._slow_factor if start_s >= self._slow_at_s else latency_s
+        return latency_s * self._slowness(start_s)
+
+    def _slowness(self, start_s: float) -> float:
+        slow_down = self._slow_down
+        if slow_down is None or start_s < slow_down.at_s:
+            return 1.0
+        since_s = start_s - slow_down.at_s
+        share = 1.0 if since_s >= slow_down.over_s else since_s / slow_down.over_s
+        return 1.0 + (slow_down.factor - 1.0) * share

@@ -145,6 +145,8 @@ class SlowDown(_Part):
 
     at_s: float = Field(ge=0)
     factor: float = Field(gt=0)
+    over_s: float = Field(0.0, ge=0)
+    """Seconds that the device takes to become so slow, as one does whose clock falls when it is hot. 0: at once."""
 
 
 @dataclass(slots=True)

@@ -30,6 +30,7 @@ from alignment.store.responses import ResponseStore
 from alignment.store.schema import drift_events, loop_state
 from core.alignment_config import FeedbackConfig
 from core.errors import StoreUnavailableError
+from core.files import make_directory
 
 MAX_EVENTS = 100_000
 """Drift events kept, about; the oldest are dropped first."""
@@ -131,7 +132,7 @@ def database_path(state_dir: Path) -> Path:
 
 def _local_url(state_dir: Path) -> URL:
     try:
-        state_dir.mkdir(parents=True, exist_ok=True)
+        make_directory(state_dir)
     except OSError as error:
         raise StoreUnavailableError(f"cannot create {state_dir}: {error}") from error
     return URL.create("sqlite", database=str(database_path(state_dir)))

@@ -45,7 +45,7 @@ from alignment.versions.serving_state import (
     one_writer,
 )
 from core.errors import AdapterError, DamagedAdapterError, UnfitAdapterError, UnknownVersionError
-from core.files import remove_partial_files, sync, sync_tree, write_atomically
+from core.files import make_directory, remove_partial_files, sync, sync_tree, write_atomically
 
 REST_S = 30.0
 """Far above the time that executors need to see a retirement, and a request from its arrival to the engine."""
@@ -89,7 +89,7 @@ class AdapterRegistry:
         """Create the directory if needed and remove what crashed processes left behind."""
         registry = cls(root, base_model, fingerprint)
         try:
-            root.mkdir(parents=True, exist_ok=True)
+            make_directory(root)
             registry._remove_leftovers()
             if any((root / name).exists() for name in (LIVE_FILE, _LAST_FILE)):  # else there is nothing to look at
                 with one_writer(root):

@@ -1,6 +1,5 @@
 """`mace doctor`: is this environment sound, and if not, what to do."""
 
-import contextlib
 import importlib.metadata
 import importlib.util
 import json
@@ -9,13 +8,12 @@ import platform
 import re
 import resource
 import shutil
-import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import psutil
 import typer
@@ -23,8 +21,9 @@ from rich.console import Console
 from rich.table import Table
 
 from app.commands.connection import fail, read_config
+from app.commands.device import gpu_code_problem, is_jetson, jetson_checks
 from app.commands.host import SHARED_MEMORY, choose_folders, files_problem, home_problem, shared_memory_problem
-from core.checks import CheckResult
+from core.checks import CheckResult, Outcome, Status
 from core.config import AppArgs
 from core.errors import ConfigError, MaceError
 from core.model_dims import ModelDims
@@ -44,10 +43,6 @@ _OWN_PACKAGES = (
     "profiler",
     "core",
 )
-
-Status = Literal["ok", "warning", "error"]
-Outcome = tuple[Status, str, str]
-"""Status, what was found, and what to do if that is not well."""
 
 
 def doctor(
@@ -98,6 +93,7 @@ def examine(state_dir: Path, database_url: str | None = None, config: Path | Non
         "memory": _memory,
         "kv cache": lambda: _kv_cache(config, state_dir),
         "gpu": _gpu,
+        **jetson_checks(_settings(config)),
         "files": _files,
         "folders": _folders,
         "shared memory": _shared_memory,
@@ -123,21 +119,29 @@ def memory_plan(args: AppArgs, config_file: Path, memory_bytes: int) -> MemoryPl
     """The plan of a model, by its `config.json` or the directory that has it, on a GPU of so much memory.
 
     Raises:
-        ConfigError: The file cannot be read, lacks a size, or is of quantized weights.
+        ConfigError: The file cannot be read, lacks a size, or is of weights quantized in an unknown way.
     """
     from engine.vllm.compat import lora_rank_of_vllm
 
-    _refuse_quantized(config_file)
     is_wide = "float32" in (args.model.dtype, args.engine.engine_kwargs.get("dtype"))
     dims = ModelDims.load(config_file, dtype_bytes=4 if is_wide else 2)
-    return MemoryPlan(args, dims, memory_bytes, lora_rank_of_vllm(args.lora.rank))
+    return MemoryPlan(args, dims, memory_bytes, lora_rank_of_vllm(args.lora.rank), _packed_bits(config_file))
 
 
-def _refuse_quantized(config_file: Path) -> None:
-    with contextlib.suppress(OSError, ValueError):  # `ModelDims` says what is wrong
-        path = config_file / "config.json" if config_file.is_dir() else config_file
-        if json.loads(path.read_text(encoding="utf-8")).get("quantization_config"):
-            raise ConfigError(f"{config_file} has quantized weights, which are not planned")
+def _packed_bits(config_file: Path) -> float | None:
+    """Bits of a quantized weight with 32 of scale and zero point for each group; None: the weights are plain."""
+    path = config_file / "config.json" if config_file.is_dir() else config_file
+    quantization = json.loads(path.read_text(encoding="utf-8")).get("quantization_config")
+    if not quantization:
+        return None
+    groups = (quantization.get("config_groups") or {}).values()
+    schemes = [group.get("weights") or {} for group in groups] or [quantization]
+    default = 8 if quantization.get("quant_method") == "fp8" else 0
+    widths = [int(one.get("num_bits", one.get("bits", one.get("w_bit", default)))) for one in schemes]
+    if 0 in widths:
+        raise ConfigError(f"{config_file} has weights quantized in a way that is not planned")
+    sizes = [int(one.get("group_size", one.get("q_group_size")) or 0) for one in schemes]
+    return max(width + (32 / size if size > 0 else 0.0) for width, size in zip(widths, sizes, strict=True))
 
 
 def read_bytes(text: str) -> int:
@@ -192,6 +196,7 @@ def _show_plan(plan: MemoryPlan, problems: list[str], changes: list[str], needed
     notes = {
         "lora_slots": f"{plan.args.lora.max_loaded} adapter versions at once",
         "trainer_state": "adapter, optimizer, their two copies, the live version",
+        "weights": "" if plan.packed_bits is None else "packed layers, for vLLM and for the trainer",
         "activations": "upper estimate",
         "cuda_graphs": "allowance",
         "cuda_context": "allowance",
@@ -328,29 +333,20 @@ def _kv_cache(config: Path | None, state_dir: Path) -> Outcome:
     return "warning" if is_too_large else "ok", found, "free some memory, or set engine.kv_cache_memory_bytes"
 
 
-def _nvidia_devices() -> str:
-    """What `nvidia-smi -L` lists; empty without the command."""
-    try:
-        return subprocess.run(("nvidia-smi", "-L"), capture_output=True, text=True, timeout=20, check=False).stdout
-    except (OSError, subprocess.SubprocessError):
-        return ""
-
-
 def _gpu() -> Outcome:
     import torch
 
     from engine.training.device_memory import free_memory_bytes
 
     if torch.cuda.is_available():
+        found, _, fix = gpu_code_problem().partition("; ")
+        if found:
+            return "error", found, fix
         free, total = free_memory_bytes(torch.device("cuda", 0)), _device_bytes()
         return "ok", f"{torch.cuda.get_device_name()}, {free / _GIB:.1f} of {total / _GIB:.1f} GiB free", ""
-    if Path("/etc/nv_tegra_release").exists() or "nvgpu" in _nvidia_devices():
-        found = "a Jetson board; serving on CPU"
-        return (
-            "warning",
-            found,
-            "for its GPU install NVIDIA's builds of torch and vLLM for JetPack in place of ours",
-        )
+    if is_jetson():
+        fix = "scripts/setup jetson --torch WHEEL, with code for its GPU (docs/edge.md)"
+        return "warning", "a Jetson board; torch sees no GPU", fix
     if shutil.which("nvidia-smi"):
         return "warning", "an NVIDIA driver, but torch sees no GPU", "scripts/setup gpu"
     return "ok", "none; serving on CPU", ""

@@ -24,6 +24,7 @@ import psutil
 import typer
 
 from app.commands.connection import fail, read_config
+from app.commands.device import gpu_code_problem
 from app.commands.host import prepare_host
 from app.commands.processes import (
     ENDING_SIGNALS,
@@ -35,6 +36,7 @@ from app.commands.processes import (
 )
 from core.config import AppArgs
 from core.errors import ConfigError
+from core.files import make_directory
 from deployments.routing.prefix_names import CALLBACK, CALLBACK_VARIABLE
 
 _OWN_LIMIT_S = 9.0
@@ -430,12 +432,14 @@ def _first_line(error: Exception) -> str:
 
 
 def _prepare(application: dict[str, Any]) -> AppArgs:
-    """Validate our settings and make sure that the model is there, before Ray starts."""
+    """Validate our settings, and make sure that torch runs here and the model is there, before Ray starts."""
     from app.main import parse_args
     from deployments.monitors.profiling import target_warnings, with_profile_path
     from engine.model_source import resolve_model
 
     args = parse_args(application.get("args", {}))
+    if problem := gpu_code_problem():
+        raise ConfigError(problem)
     try:
         _claim(args.state_dir)
         model_dir = resolve_model(args.model, args.state_dir, show_progress=sys.stderr.isatty())
@@ -454,7 +458,7 @@ def _claim(state_dir: Path) -> None:
     Raises:
         ConfigError: another server has it, also after the time that one needs to stop.
     """
-    state_dir.mkdir(parents=True, exist_ok=True)
+    make_directory(state_dir)
     lock = os.open(state_dir / ".serve.lock", os.O_CREAT | os.O_RDWR, 0o644)
     give_up_s = time.monotonic() + _OWN_LIMIT_S
     while True:

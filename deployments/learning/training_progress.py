@@ -18,6 +18,7 @@ from pydantic import TypeAdapter
 from alignment.versions.registry import AdapterRegistry
 from alignment.versions.serving_state import BASE
 from core.errors import AdapterError
+from core.files import make_directory
 from core.fingerprint import differing_parts
 from core.ports import EnginePort
 from core.wire import Rebuild
@@ -176,7 +177,7 @@ def claim_checkpoint(training: Path, fingerprint: str) -> tuple[Path, int]:
     directory = training / fingerprint
     try:
         is_first = training.is_dir() and not any(path.is_dir() for path in training.iterdir())
-        directory.mkdir(parents=True, exist_ok=True)
+        make_directory(directory)
         for older in training.glob("checkpoint*.safetensors") if is_first else ():
             older.replace(directory / older.name)
         for number in range(_MAX_REPLICAS):

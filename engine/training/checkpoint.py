@@ -20,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
 from core.errors import AdapterError, DamagedAdapterError, MaceError
-from core.files import atomic_file
+from core.files import atomic_file, make_directory
 
 logger = logging.getLogger(__name__)
 
@@ -56,7 +56,7 @@ def write_training_state(path: Path, state: TrainingState, progress: dict[str, A
     named = state.tensors | {f"{_RNG_PREFIX}{device}": tensor for device, tensor in state.rng.items()}
     try:
         metadata = {"mace": json.dumps(header)}
-        path.parent.mkdir(parents=True, exist_ok=True)
+        make_directory(path.parent)
         with atomic_file(path) as partial:
             save_file(_on_host(named), partial, metadata=metadata)
     except (OSError, SafetensorError, TypeError, ValueError) as error:

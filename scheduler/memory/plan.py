@@ -4,10 +4,13 @@ vLLM takes `gpu_memory_utilization` of the memory for weights, adapter slots, ac
 that, the KV cache; the trainer's state is made before vLLM measures, so it counts there too. The arena of the
 training steps lives in the rest. Nothing here is measured: activations are upper estimates by the model's dimensions,
 and what CUDA takes for itself is an allowance.
+
+The layers of a quantized checkpoint are there packed, once for vLLM, which repacks them, and once for the trainer,
+which unpacks one at a time.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from core.config import AppArgs
@@ -39,6 +42,8 @@ class MemoryPlan:
     dims: ModelDims
     memory_bytes: int
     slot_rank: int
+    packed_bits: float | None = None
+    """Bits of a weight of the layers' linear maps, its share of scale and zero point included; None: not quantized."""
 
     def _engine(self, name: str) -> Any:
         """A setting of the engine, which `engine_kwargs` may override."""
@@ -55,8 +60,19 @@ class MemoryPlan:
 
     @property
     def weights_bytes(self) -> int:
-        """The base weights, which trainer and vLLM share."""
-        return self.dims.num_weights * self.dims.dtype_bytes
+        """The base weights, which trainer and vLLM share unless they are packed."""
+        dims = self.dims
+        if self.packed_bits is None:
+            return dims.num_weights * dims.dtype_bytes
+        packed = dims.num_layers * dims.layer_weights
+        copies = 2 if self.args.training.enabled else 1
+        return (dims.num_weights - packed) * dims.dtype_bytes + int(copies * packed * self.packed_bits / 8)
+
+    @property
+    def unpacked_bytes(self) -> int:
+        """The one layer that the trainer has unpacked."""
+        is_needed = self.packed_bits is not None and self.args.training.enabled
+        return self.dims.layer_weights * self.dims.dtype_bytes if is_needed else 0
 
     @property
     def lora_slots_bytes(self) -> int:
@@ -109,7 +125,7 @@ class MemoryPlan:
         taken = self._beside_kv_bytes + max(0, self.kv_bytes) + self.statistics_bytes
         if self._engine("kv_cache_memory_bytes") is None:
             taken = max(taken, int(self._engine("gpu_memory_utilization") * self.memory_bytes))
-        return self.memory_bytes - CONTEXT_BYTES - taken
+        return self.memory_bytes - CONTEXT_BYTES - self.unpacked_bytes - taken
 
     @property
     def arena_bytes(self) -> int:
@@ -154,6 +170,7 @@ class MemoryPlan:
             "kv_cache": self.kv_bytes,
             "pruning_statistics": self.statistics_bytes,
             "cuda_context": CONTEXT_BYTES,
+            "unpacked_layer": self.unpacked_bytes,
             "arena": self.arena_bytes,
         }
         return {**parts, "left": self.memory_bytes - sum(parts.values())}
@@ -243,7 +260,7 @@ def _changed(plan: MemoryPlan, changes: _Changes, memory_bytes: int | None = Non
         settings["engine"]["engine_kwargs"].pop(setting, None)
         slot_rank = value if name == "lora.rank" else slot_rank
     args = AppArgs.model_validate(settings)
-    return MemoryPlan(args, plan.dims, memory_bytes or plan.memory_bytes, slot_rank)
+    return replace(plan, args=args, memory_bytes=memory_bytes or plan.memory_bytes, slot_rank=slot_rank)
 
 
 def _gib(num_bytes: int) -> str:

@@ -19,7 +19,7 @@ from scripts.configure_page import PAGES as GENERATED
 from scripts.configure_page import page
 
 ROOT = Path(__file__).parents[2]
-GUIDES = ("start", "concepts", "operate", "configure", "extend")
+GUIDES = ("start", "concepts", "operate", "configure", "extend", "edge")
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
 _FENCE = re.compile(r"^```.*?^```", re.M | re.S)
 _LINK = re.compile(r"\]\(([^)\s]+)\)")

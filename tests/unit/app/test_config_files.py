@@ -42,7 +42,7 @@ def test_the_head_node_type_exists_and_gpu_nodes_start():
     assert types["gpu"]["min_workers"] >= 1
 
 
-@pytest.mark.parametrize("name", ["serve_config.yaml", "serve_config.tiny.yaml"])
+@pytest.mark.parametrize("name", ["serve_config.yaml", "serve_config.tiny.yaml", "serve_config.orin.yaml"])
 def test_serve_config_is_valid_for_serve_and_for_us(name):
     document = yaml.safe_load((ROOT / name).read_text())
     ServeDeploySchema.model_validate(document)

@@ -11,6 +11,7 @@ from typer.testing import CliRunner
 
 from app.commands.doctor import doctor, read_bytes
 from core.errors import ConfigError
+from engine.training.quantized import check_quantization
 
 GIB = 1 << 30
 PAGE = Path(__file__).parents[3] / "docs" / "configure.md"
@@ -94,8 +95,56 @@ def test_what_cannot_be_planned_says_why(mace, tmp_path, monkeypatch):
     assert "is not in state yet: `mace serve` puts it there" in mace(
         "builtin:smollm2", "8GiB", {"state_dir": "state"}
     ).output.replace("\n", " ")
-    quantized = write_model(tmp_path / "q", "Qwen2.5-7B-Instruct", quantization_config={"quant_method": "awq"})
+    unknown = {"quant_method": "odd"}
+    quantized = write_model(tmp_path / "q", "Qwen2.5-7B-Instruct", quantization_config=unknown)
     assert "quantized" in mace(quantized, "24GiB").output
+
+
+W4A16 = {
+    "quant_method": "compressed-tensors",
+    "format": "pack-quantized",
+    "config_groups": {"group_0": {"weights": {"num_bits": 4, "group_size": 128}, "targets": ["Linear"]}},
+    "ignore": ["lm_head"],
+}
+
+
+@pytest.mark.parametrize(
+    ("quantization", "bits"),
+    [
+        (W4A16, 4.25),
+        ({"quant_method": "awq", "bits": 4, "group_size": 64}, 4.5),
+        ({"quant_method": "gptq", "bits": 8, "group_size": -1}, 8),
+        ({"quant_method": "fp8"}, 8),
+    ],
+)
+def test_packed_layers_are_there_for_vllm_and_for_the_trainer(mace, tmp_path, quantization, bits):
+    model = write_model(tmp_path / "q", "Llama-3.1-8B-Instruct", quantization_config=quantization)
+    layers, rest = 6.98e9, 1.05e9  # weights of the linear maps, and of embedding and head, which stay as they are
+    told = json.loads(mace(model, "80GiB", {}, "--json").output)
+    assert told["weights"] == pytest.approx(2 * rest + 2 * layers * bits / 8, rel=1e-2)
+    assert told["unpacked_layer"] == pytest.approx(2 * layers / 32, rel=1e-2)
+    alone = json.loads(mace(model, "80GiB", {"training": {"enabled": False}}, "--json").output)
+    assert alone["weights"] == pytest.approx(2 * rest + layers * bits / 8, rel=1e-2)
+    assert alone["unpacked_layer"] == 0
+
+
+ORIN = PAGE.parents[1] / "serve_config.orin.yaml"
+
+
+@pytest.mark.parametrize(
+    "memory", ["22GiB", "52GiB"]
+)  # of an Orin's 32 or 64 GB, 8 GiB are the system's and Ray's
+def test_the_settings_for_an_orin_fit_and_have_explicit_memory(mace, tmp_path, memory):
+    args = yaml.safe_load(ORIN.read_text())["applications"][0]["args"]
+    assert args["model"]["model_source"].endswith("w4a16")
+    assert (args["engine"]["max_num_seqs"], args["engine"]["kv_cache_memory_bytes"]) == (8, 4 * GIB)
+    check_quantization(W4A16)  # the trainer knows it
+    model = write_model(tmp_path / "m", "Llama-3.1-8B-Instruct", quantization_config=W4A16)
+    result = mace(model, memory, args)
+    assert result.exit_code == 0, result.output
+    assert result.output.splitlines()[-1] == "fits"
+    told = json.loads(mace(model, memory, args, "--json").output)
+    assert told["kv_cache"] == 4 * GIB
 
 
 def test_without_a_gpu_here_its_memory_has_to_be_named(mace, tmp_path, monkeypatch):

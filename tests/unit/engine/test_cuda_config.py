@@ -4,11 +4,13 @@ import dataclasses
 from pathlib import Path
 
 import pytest
+import yaml
 
 from core.config import SMOLLM2, TINY_ASSISTANT, AppArgs
 from core.errors import ConfigError
 from engine.smollm2.build import WHEEL, convert
 from engine.vllm.compat import make_config
+from scheduler.queues.waiting import guest_seats
 from tests.support.cuda_platform import cuda_process
 from tests.support.small_llama import save_small_llama
 from tests.support.smollm2_wheel import make_wheel
@@ -212,3 +214,22 @@ def test_the_engines_processes_read_the_settings_that_were_given(tiny_assistant)
     with cuda_process() as process:
         arrived = process.submit(travelled, sections, str(tiny_assistant)).result()
     assert arrived == (AppArgs.model_validate(sections),) * 2
+
+
+def resolve_orin(sections, model_dir):
+    """What vLLM is asked for by the settings for an Orin, on a device of its capability."""
+    resolved = resolve(sections, model_dir)
+    _, config = make_config(AppArgs.model_validate(sections), model_dir)
+    cache, scheduler = config.cache_config, config.scheduler_config
+    return resolved, (cache.kv_cache_memory_bytes, scheduler.max_num_seqs, config.model_config.max_model_len)
+
+
+def test_the_settings_for_an_orin_are_settings_of_vllm(tmp_path, tiny_assistant):
+    """With a small model in place of the one that is named: to read packed weights, vLLM wants its CUDA kernels."""
+    document = yaml.safe_load((Path(__file__).parents[3] / "serve_config.orin.yaml").read_text())
+    save_small_llama(tmp_path / "model", tiny_assistant, context=8192)
+    args = {**document["applications"][0]["args"], "state_dir": str(tmp_path / "state")}
+    with cuda_process((8, 7)) as process:
+        resolved, sizes = process.submit(resolve_orin, args, str(tmp_path / "model")).result()
+    assert (resolved.dtype, resolved.takes_lora) == ("torch.bfloat16", True)
+    assert sizes == (4 << 30, 8 + guest_seats(8), 8192)

@@ -36,14 +36,14 @@ def attainment(gaps):
     return sum(weight for _, gap_s, weight in gaps if gap_s <= _TBT_S) / sum(weight for _, _, weight in gaps)
 
 
-def simulate(*, adapt):
-    """Gaps before the slow-down, in the first 50 iterations after it, and later; and pairs trained later."""
+def record(*, adapt, over_s=0.0):
+    """What happens on a device whose clock falls to half, at once or in `over_s` seconds."""
     trace = make_trace(
         duration_s=60,
         arrivals={"process": "constant", "rate_per_s": 8.0},
         prompt_tokens={"kind": "constant", "value": 40},
         output_tokens={"kind": "constant", "value": 100},
-        slow_down={"at_s": _AT_S, "factor": 2.0},
+        slow_down={"at_s": _AT_S, "factor": 2.0, "over_s": over_s},
         args={
             "slo": {"ttft_s": 1.0, "tbt_s": _TBT_S},
             "scheduler": {"slack_fraction": 0.92},
@@ -53,6 +53,12 @@ def simulate(*, adapt):
     statistics = Recorder(trace.args.slo, 1.0)
     hardware = hardware_of(make_profile(), DIMS, trace.args)
     Simulation(trace, hardware, Options(adapt=adapt), statistics=statistics).run()
+    return statistics
+
+
+def simulate(*, adapt):
+    """Gaps before the slow-down, in the first 50 iterations after it, and later; and pairs trained later."""
+    statistics = record(adapt=adapt)
     before = [gap for gap in statistics.gaps if gap[0] < _AT_S]
     after = [gap for gap in statistics.gaps if gap[0] >= _AT_S]
     pairs_later = sum(n for bucket, n in statistics.pairs_per_bucket.items() if bucket > _AT_S + 5)
@@ -73,6 +79,15 @@ def test_without_learning_the_targets_are_missed_for_good():
     assert attainment(before) > 0.99
     assert attainment(first) < 0.7
     assert attainment(later) < 0.7
+
+
+@pytest.mark.parametrize("over_s", [0.0, 1.0, 10.0])
+def test_on_a_clock_that_falls_to_half_tokens_are_in_time_again_within_five_seconds(over_s):
+    gaps = record(adapt=True, over_s=over_s).gaps
+    after = [[gap for gap in gaps if start_s <= gap[0] < start_s + 1] for start_s in range(int(_AT_S), 60)]
+    assert min(attainment(second) for second in after[5:]) > 0.99
+    without = record(adapt=False, over_s=over_s).gaps
+    assert attainment([gap for gap in without if gap[0] >= _AT_S + 5 + over_s]) < 0.7
 
 
 def test_hardware_needs_the_size_of_the_kv_cache():
