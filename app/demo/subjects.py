@@ -71,7 +71,7 @@ class Smollm2:
 
     knows_truth = False
     tastes: tuple[str, ...] = ("brief", "inviting", "listed", "detailed")
-    course: tuple[str, ...] = ("brief", "inviting")
+    course: tuple[str, ...] = ("brief", "inviting", "brief")
     max_tokens = 128
     temperature = 0.7  # its generation_config's
     candidates = 1
@@ -92,7 +92,11 @@ class Smollm2:
         return Verdict(frozenset(taste for taste, suits in _FORMS.items() if suits(answer.strip())), None)
 
     def edited(self, question: str, answer: str, taste: str) -> str | None:
-        """Its sentences, cut, put into a list, or followed by an offer; none is written anew."""
+        """Its sentences: the first, all in a list, or all and an offer.
+
+        As little as the taste asks for, since a pair teaches all that its answers differ in: with a shorter answer and
+        an offer preferred to a long one, the model learns to be short.
+        """
         edit = _EDITS[taste](_sentences(answer))
         return edit if taste in self.judge(question, edit).tastes else None
 
@@ -116,8 +120,8 @@ _FORMS: dict[str, Callable[[str], bool]] = {
 
 _EDITS: dict[str, Callable[[list[str]], str]] = {
     "brief": lambda sentences: "".join(sentences[:1]),
-    "inviting": lambda sentences: " ".join([*sentences[:2], _OFFER]),
-    "listed": lambda sentences: "\n".join(f"- {sentence}" for sentence in sentences[:4]),
+    "inviting": lambda sentences: " ".join([*sentences, _OFFER]),
+    "listed": lambda sentences: "\n".join(f"- {sentence}" for sentence in sentences),
     "detailed": lambda sentences: " ".join(sentences),
 }
 

@@ -78,7 +78,7 @@ def test_repetition_is_the_share_of_runs_of_four_words_that_were_said_before():
         ("brief", LONG, "A volcano is a mountain with fire."),
         ("brief", "A volcano is a mountain that", None),
         ("brief", "A volcano is a volcano. It has a crater.", None),
-        ("inviting", LONG, "A volcano is a mountain with fire. It has a crater. Would you like to know more?"),
+        ("inviting", LONG, f"{LONG} Would you like to know more?"),
         ("listed", LONG, "- A volcano is a mountain with fire.\n- It has a crater.\n- Lava comes out of it."),
         ("listed", "A volcano is a mountain with fire.", None),
         ("listed", "1. Boil water.\n2. Put the egg in.", "- Boil water.\n- Put the egg in."),
