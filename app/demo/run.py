@@ -223,7 +223,8 @@ class _Demo:
         """Until nothing has been queued, leased or running for a while."""
         deadline_s = started_s + self._options.timeout_s
         quiet_since_s: float | None = None
-        steps_said, said_s = -1, started_s
+        steps_said: int | None = None
+        said_s = started_s
         live = old_live
         versions: list[dict[str, Any]] = []
         while time.monotonic() < deadline_s:
@@ -241,6 +242,7 @@ class _Demo:
                 live = now_live
                 versions.append({"version": live, "after_s": round(now_s - started_s, 1)})
                 self._say(f"  {live} is live after {now_s - started_s:.0f} s")
+            steps_said = executor["steps"] if steps_said is None else steps_said
             if executor["steps"] != steps_said and now_s - said_s >= _SAY_EVERY_S:
                 steps_said, said_s = executor["steps"], now_s
                 last = executor["last"]
