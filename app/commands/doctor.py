@@ -98,6 +98,7 @@ def examine(state_dir: Path, database_url: str | None = None, config: Path | Non
         "memory": _memory,
         "kv cache": lambda: _kv_cache(config, state_dir),
         "gpu": _gpu,
+        "energy": _energy,
         "files": _files,
         "folders": _folders,
         "shared memory": _shared_memory,
@@ -354,6 +355,15 @@ def _gpu() -> Outcome:
     if shutil.which("nvidia-smi"):
         return "warning", "an NVIDIA driver, but torch sees no GPU", "scripts/setup gpu"
     return "ok", "none; serving on CPU", ""
+
+
+def _energy() -> Outcome:
+    from engine.vllm.compat import gpu_nvml
+    from profiler.energy import find_meter
+
+    meter = find_meter(gpu_nvml())
+    missing = "; ".join(meter.missing.values())
+    return "ok", f"no joules: {missing}" if meter.reason else f"joules from {' and '.join(meter.sensors)}", ""
 
 
 def _files() -> Outcome:
