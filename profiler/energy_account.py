@@ -52,7 +52,7 @@ class EnergyAccount:
         """Mean power of idle periods; None until there were enough of them."""
         return self._idle.joules / self._idle.seconds if self._idle.seconds >= _MIN_IDLE_S else None
 
-    def to_wire(self, meter: EnergyMeter, num_tokens: int, num_pairs: int) -> dict[str, Any]:
+    def to_wire(self, meter: EnergyMeter, num_tokens: float, num_pairs: float) -> dict[str, Any]:
         """Joules per 1,000 tokens and per pair; None where there are none yet, or nothing is measured (`reason`)."""
         idle_w = self.idle_w
         reason = meter.reason
