@@ -247,6 +247,19 @@ class Result:
         """Share of virtual time that forward passes and slices take."""
         return self._share(self.statistics.forward_s + self.statistics.slices_s)
 
+    def energy(self) -> dict[str, float | None] | None:
+        """Mean power of all executors; joules over idle per 1,000 generated tokens and per pair. None without power."""
+        found, power = self.statistics, self.trace.power
+        if power is None:
+            return None
+        spent = power.spent(self.virtual_s * self.trace.executors, found.forward_s, found.slices_s)
+        tokens, pairs = found.output_tokens, found.pairs
+        return {
+            "mean_w": spent.total_j / self.virtual_s,
+            "joules_per_1000_tokens": 1000 * spent.serving_j / tokens if tokens else None,
+            "joules_per_pair": spent.training_j / pairs if pairs else None,
+        }
+
     def to_json(self) -> dict[str, Any]:
         """Built-in types only; the same for the same trace, profile and seed."""
         found = self.statistics
@@ -282,6 +295,7 @@ class Result:
             "slices": found.slices,
             "preemptions": found.preemptions,
             "pruned_blocks": found.pruned_blocks,
+            "energy": self.energy(),
         }
 
     def _share(self, busy_s: float) -> float:

@@ -56,5 +56,15 @@ def told(energy: dict[str, Any]) -> str:
     """The energy of a report in words."""
     if energy["reason"] is not None:
         return f"energy is not known: {energy['reason']}"
-    names = {"idle_w": "W idle", "joules_per_1000_tokens": "J/1,000 tokens", "joules_per_pair": "J/pair"}
-    return ", ".join(f"{energy[key]:.3g} {name}" for key, name in names.items() if energy[key] is not None)
+    return joules_of(energy)
+
+
+def joules_of(energy: dict[str, Any]) -> str:
+    """Its numbers, as far as they are known."""
+    names = {
+        "mean_w": "W",
+        "idle_w": "W idle",
+        "joules_per_1000_tokens": "J/1,000 tokens",
+        "joules_per_pair": "J/pair",
+    }
+    return ", ".join(f"{energy[key]:.3g} {name}" for key, name in names.items() if energy.get(key) is not None)
