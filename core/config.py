@@ -19,6 +19,7 @@ from core.alignment_config import (
     constants,
     moved,
 )
+from core.offload import Offload
 
 Policy = Literal["mace", "inference_only", "periodic", "continuous"]
 """Names of the policies that say when training may run."""
@@ -241,6 +242,14 @@ class KvPruningConfig(Section):
     """False: switch on without a passed `mace profile pruning`."""
 
 
+class OffloadConfig(Section):
+    """Background work that may run on the CPU of a GPU server; an engine on the CPU has nothing to move. `auto` takes
+    the device of least energy within the SLO, by `mace profile measure`."""
+
+    optimizer: Offload = "auto"
+    """AdamW, its state and checkpoint copies."""
+
+
 class ProfileConfig(Section):
     """The latency and memory profile of this device and model."""
 
@@ -263,6 +272,7 @@ class AppArgs(Section):
     scheduler: SchedulerConfig = SchedulerConfig()
     experiments: ExperimentsConfig = ExperimentsConfig()
     kv_pruning: KvPruningConfig = KvPruningConfig()
+    offload: OffloadConfig = OffloadConfig()
     profile: ProfileConfig = ProfileConfig()
     feedback: FeedbackConfig = FeedbackConfig()
     drift: DriftConfig = DriftConfig()

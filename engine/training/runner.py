@@ -18,11 +18,14 @@ import torch
 from core.config import AppArgs
 from core.dpo_slices import SliceSpec
 from core.errors import ConfigError, DeviceMemoryError
+from core.offload import WorkKind
 from core.types import FineTuneTask, SliceKind, SliceReport, SliceTiming, TaskKind, TaskResult, TokenizedPair
 from engine.training.device_memory import free_memory_bytes, release_cached_memory
 from engine.training.dpo import DpoStep
+from engine.training.offload import Costs, measure_optimizer, place_optimizer, settled_s
 from engine.training.shadow import ShadowAdapter
 from engine.training.trainable import TrainableModel
+from profiler.energy import EnergyMeter
 from scheduler.iteration.slices import SliceAdmission
 
 logger = logging.getLogger(__name__)
@@ -61,7 +64,11 @@ class FineTuneRunner:
             model_dir, args.lora, dtype=dtype, device=device, seed=self._config.seed, weights=weights
         )
         self._shared_pointers = frozenset(tensor.data_ptr() for tensor in (weights or {}).values())
-        self.shadow = ShadowAdapter(self.model, self._config)
+        self._args = args
+        self.placement = place_optimizer(args, self.model.device)
+        """Where the optimizer is, and the reason."""
+        elsewhere = torch.device("cpu") if self.placement.place == "cpu" else None
+        self.shadow = ShadowAdapter(self.model, self._config, elsewhere)
         self.admission = SliceAdmission()
         self._slice_tokens = self._config.max_slice_tokens
         self._waiting: deque[dict[str, Any]] = deque()
@@ -146,6 +153,13 @@ class FineTuneRunner:
         weights = {p.data_ptr(): p.nbytes for p in self.model.causal_lm.parameters() if not p.requires_grad}
         shared = sum(size for pointer, size in weights.items() if pointer in self._shared_pointers)
         return {"base_weight_bytes": sum(weights.values()), "shared_bytes": shared}
+
+    def measure_work(self, meter: EnergyMeter) -> Costs:
+        """What movable work costs on either device; takes seconds. Empty on the CPU, where there is one device."""
+        if self.model.device.type == "cpu":
+            return {}
+        flat = torch.cat([parameter.detach().flatten() for parameter in self.model.lora_parameters().values()])
+        return {WorkKind.OPTIMIZER: measure_optimizer(flat, self._args, meter)}
 
     def _waits_for_disk(self, spec: SliceSpec) -> bool:
         is_kept = self._running is not None and self._running.task.checkpoint is not None
@@ -282,10 +296,3 @@ class FineTuneRunner:
             self.shadow.reset()
             if result.error is not None:
                 logger.warning("warm-up step failed: %s", result.error)
-
-
-def settled_s(device: torch.device) -> float:
-    """`time.perf_counter` once the device has done all that it was given: slices are timed, and not their launches."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()

@@ -1,0 +1,91 @@
+"""Where the trainer's movable work runs, and what it costs on the engine's device and on the CPU."""
+
+import time
+from collections.abc import Callable
+
+import torch
+
+from core.batch import ForwardShape
+from core.config import AppArgs
+from core.errors import ProfileError
+from core.offload import Place, WorkCost, WorkKind
+from engine.training.optimizer import FlatAdamW
+from engine.training.trainable import training_mode
+from profiler.energy import EnergyMeter
+from profiler.profile import Profile
+from scheduler.offload import Placement, place_work
+
+_MEASURE_S = 1.0
+"""Long enough for sensors that count ten times a second."""
+_WARM_UPS = 3
+Costs = dict[WorkKind, dict[Place, WorkCost]]
+
+
+def place_optimizer(args: AppArgs, device: torch.device) -> Placement:
+    """Where AdamW runs, by the setting and by the profile of `args.profile.path` if there is one."""
+    if device.type == "cpu":
+        return Placement("engine", "the engine runs on the CPU: there is nothing to move")
+    costs, slack_s = _known(args)
+    return place_work(args.offload.optimizer, costs.get(WorkKind.OPTIMIZER, {}), slack_s)
+
+
+def measure_optimizer(
+    like: torch.Tensor, args: AppArgs, meter: EnergyMeter, measure_s: float = _MEASURE_S
+) -> dict[Place, WorkCost]:
+    """What AdamW on as many parameters as `like` costs on its device and on the CPU; nothing is changed."""
+    device = like.device
+    places: dict[Place, torch.device | None] = {"engine": None, "cpu": torch.device("cpu")}
+    costs: dict[Place, WorkCost] = {}
+    with training_mode(device):
+        gradients = torch.full_like(like, 1e-3)
+        _, idle_w = _cost(lambda: time.sleep(measure_s), device, meter, 0.0)
+        for place, where in places.items():
+            optimizer = FlatAdamW(like.clone(), args.training, where)
+            copies = {name: torch.empty_like(tensor) for name, tensor in optimizer.tensors().items()}
+
+            def step(optimizer: FlatAdamW = optimizer, copies: dict[str, torch.Tensor] = copies) -> None:
+                """As `ShadowAdapter.apply`: a copy to go back to, the step, the new parameters."""
+                for name, tensor in optimizer.tensors().items():
+                    copies[name].copy_(tensor)
+                optimizer.step(gradients)
+                optimizer.give_out()
+
+            for _ in range(_WARM_UPS):
+                step()
+            seconds, watts = _cost(step, device, meter, measure_s)
+            over_idle_w = None if watts is None or idle_w is None else max(0.0, watts - idle_w)
+            costs[place] = WorkCost(seconds, over_idle_w)
+    return costs
+
+
+def _cost(
+    work: Callable[[], None], device: torch.device, meter: EnergyMeter, measure_s: float
+) -> tuple[float, float | None]:
+    """Seconds of a piece of work, which is done again and again for `measure_s`, and the machine's power meanwhile."""
+    count, before_j, started_s = 0, sum(meter.read().values()), settled_s(device)
+    while not count or time.perf_counter() - started_s < measure_s:
+        work()
+        ended_s = settled_s(device)
+        count += 1
+    taken_j = sum(meter.read().values()) - before_j
+    return (ended_s - started_s) / count, taken_j / (ended_s - started_s) if meter.sensors else None
+
+
+def _known(args: AppArgs) -> tuple[Costs, float]:
+    """Costs of the profile, and what a forward pass of one token leaves of the TBT target."""
+    target_s = args.scheduler.slack_fraction * args.slo.tbt_s
+    path = args.profile.path
+    if path is None or not path.exists():
+        return {}, target_s
+    try:
+        profile = Profile.load(path)
+    except ProfileError:  # the executor's start says so
+        return {}, target_s
+    return profile.work, target_s - profile.latency.forward_s(ForwardShape(num_decode=1))
+
+
+def settled_s(device: torch.device) -> float:
+    """`time.perf_counter` once the device has done all that it was given: work is timed, and not its launch."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
