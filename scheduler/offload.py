@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from core.config import AppArgs
 from core.offload import Offload, Place, WorkCost
 
 
@@ -38,6 +39,11 @@ def place_work(setting: Offload, costs: Mapping[Place, WorkCost], slack_s: float
         return Placement("engine", "its energy was not measured: there was no sensor")
     best: Place = "cpu" if joules["cpu"] < joules["engine"] else "engine"
     return Placement(best, f"it takes {joules['engine']:.3g} J here and {joules['cpu']:.3g} J on the CPU")
+
+
+def slack_of(args: AppArgs, forward_s: float) -> float:
+    """What a forward pass of this length leaves of an iteration's part of the TBT target."""
+    return args.scheduler.slack_fraction * args.slo.tbt_s - forward_s
 
 
 def _ms(seconds: float) -> str:

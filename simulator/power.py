@@ -1,7 +1,8 @@
 """Power of an executor's devices, and the joules that a run takes by it.
 
-While one device works the other idles. `E = Σ idle_w·T + (forward_w - idle_w)·F + (training_w - idle_w)·S` over the
-devices, with `T` the length of the run and `F`, `S` the seconds for which a device ran forward passes and slices.
+While one device works the other idles; of slices only AdamW's may be the CPU's beside a GPU.
+`E = Σ idle_w·T + (forward_w - idle_w)·F + (training_w - idle_w)·S` over the devices, with `T` the length of the run and
+`F`, `S` the seconds for which a device ran forward passes and slices.
 """
 
 from dataclasses import dataclass
@@ -10,7 +11,12 @@ from pathlib import Path
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from core.batch import ForwardShape
+from core.config import AppArgs
 from core.errors import ConfigError
+from core.offload import Place, WorkCost, WorkKind
+from profiler.profile import Profile
+from scheduler.offload import Placement, place_work, slack_of
 
 
 class DevicePower(BaseModel):
@@ -62,14 +68,33 @@ class Power(BaseModel):
         """All devices at rest."""
         return self.cpu.idle_w + (self.gpu.idle_w if self.gpu else 0.0)
 
-    def spent(self, virtual_s: float, forward_s: float, slices_s: float) -> "Spent":
-        """Joules of executors that together ran for so long, with so many seconds of forward passes and of slices."""
-        engine = self.engine
+    def spent(self, virtual_s: float, forward_s: float, slices_s: float, moved_s: float) -> "Spent":
+        """Joules of executors that together ran for so long, with so many seconds of forward passes and of slices.
+
+        `moved_s` are those of slices that the CPU ran beside the engine's device.
+        """
+        engine, cpu = self.engine, self.cpu
+        here_j = (engine.training_w - engine.idle_w) * (slices_s - moved_s)
         return Spent(
             idle_j=self.idle_w * virtual_s,
             serving_j=(engine.forward_w - engine.idle_w) * forward_s,
-            training_j=(engine.training_w - engine.idle_w) * slices_s,
+            training_j=here_j + (cpu.training_w - cpu.idle_w) * moved_s,
         )
+
+
+def place_optimizer(power: Power | None, profile: Profile, args: AppArgs) -> Placement:
+    """Where AdamW runs, as in `engine.training.offload`; power that is given replaces what the profile measured."""
+    costs = dict(profile.work.get(WorkKind.OPTIMIZER, {}))
+    if not costs:
+        return Placement("engine", "the profile has no GPU and CPU to choose from")
+    if power is not None:
+        devices: dict[Place, DevicePower] = {"engine": power.engine, "cpu": power.cpu}
+        costs = {
+            place: WorkCost(cost.seconds, devices[place].training_w - devices[place].idle_w)
+            for place, cost in costs.items()
+        }
+    slack_s = slack_of(args, profile.latency.forward_s(ForwardShape(num_decode=1)))
+    return place_work(args.offload.optimizer, costs, slack_s)
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from core.config import SloConfig
+from scheduler.offload import Placement
 from simulator.running import SimRequest
 from simulator.trace import Trace
 
@@ -92,6 +93,8 @@ class Statistics:
         self.bucket_s = bucket_s
         self.forward_s = 0.0
         self.slices_s = 0.0
+        self.moved_s = 0.0
+        """Those of `slices_s` that the CPU ran beside the engine's device."""
         self.iterations = 0
         self.slices = 0
         self.preemptions = 0
@@ -217,6 +220,10 @@ class Result:
     num_requests: int
     virtual_s: float
     statistics: Statistics
+    placement: Placement
+    """Where AdamW ran, and the reason."""
+    can_move: bool
+    """The profile knows it on two devices."""
 
     @property
     def ttft(self) -> Histogram:
@@ -252,7 +259,7 @@ class Result:
         found, power = self.statistics, self.trace.power
         if power is None:
             return None
-        spent = power.spent(self.virtual_s * self.trace.executors, found.forward_s, found.slices_s)
+        spent = power.spent(self.virtual_s * self.trace.executors, found.forward_s, found.slices_s, found.moved_s)
         tokens, pairs = found.output_tokens, found.pairs
         return {
             "mean_w": spent.total_j / self.virtual_s,
@@ -296,6 +303,7 @@ class Result:
             "preemptions": found.preemptions,
             "pruned_blocks": found.pruned_blocks,
             "energy": self.energy(),
+            "optimizer": {"place": self.placement.place, "reason": self.placement.reason},
         }
 
     def _share(self, busy_s: float) -> float:

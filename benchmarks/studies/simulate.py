@@ -122,12 +122,21 @@ def _with_policy(args: AppArgs, policy: Policy | None) -> AppArgs:
 
 
 def _compare(trace: Trace, known: Result, run: Callable[[Trace], Result]) -> Iterator[dict[str, Any]]:
-    """What each policy gives and takes on this trace; `known` is the result of the trace's own."""
-    for policy in get_args(Policy):
-        args = _with_policy(trace.args, policy)
+    """What each policy gives and takes on this trace, and the trace's own with AdamW on either device if that is known.
+
+    `known` is the result of the trace's settings.
+    """
+    choices = [(policy, _with_policy(trace.args, policy)) for policy in get_args(Policy)]
+    if known.can_move:
+        for setting in ("never", "always"):
+            offload = trace.args.offload.model_copy(update={"optimizer": setting})
+            label = f"{trace.args.scheduler.policy}, offload {setting}"
+            choices.append((label, trace.args.model_copy(update={"offload": offload})))
+    for label, args in choices:
         result = known if args == trace.args else run(trace.model_copy(update={"args": args}))
         yield {
-            "policy": policy,
+            "policy": label,
+            "offload": result.placement.place,
             "slo_attainment": result.slo_attainment,
             "pairs_per_s": result.pairs_per_s,
             **(result.energy() or {}),
@@ -157,7 +166,14 @@ def _tables(found: dict[str, Any], slo: SloConfig) -> Iterator[Table]:
         yield table_of(
             "What the policies take",
             policies,
-            [("policy", "policy", str), attained, pairs, ("W", "mean_w", digits(1)), *JOULES],
+            [
+                ("policy", "policy", str),
+                ("AdamW on", "offload", str),
+                attained,
+                pairs,
+                ("W", "mean_w", digits(1)),
+                *JOULES,
+            ],
         )
 
 
@@ -177,6 +193,7 @@ def _lines(found: dict[str, Any]) -> list[tuple[str, str]]:
         ("utilisation", f"{found['utilisation']:.1%}: {shares}"),
         ("output tokens/s", f"{found['output_tokens_per_s']:,.0f}"),
         ("energy", energy),
+        ("AdamW", f"on the {found['optimizer']['place']}: {found['optimizer']['reason']}"),
         ("iterations", f"{found['iterations']:,} with {found['slices']:,} slices"),
         ("preemptions", f"{found['preemptions']:,}"),
         (

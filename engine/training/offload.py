@@ -13,7 +13,7 @@ from engine.training.optimizer import FlatAdamW
 from engine.training.trainable import training_mode
 from profiler.energy import EnergyMeter
 from profiler.profile import Profile
-from scheduler.offload import Placement, place_work
+from scheduler.offload import Placement, place_work, slack_of
 
 _MEASURE_S = 1.0
 """Long enough for sensors that count ten times a second."""
@@ -73,15 +73,14 @@ def _cost(
 
 def _known(args: AppArgs) -> tuple[Costs, float]:
     """Costs of the profile, and what a forward pass of one token leaves of the TBT target."""
-    target_s = args.scheduler.slack_fraction * args.slo.tbt_s
     path = args.profile.path
     if path is None or not path.exists():
-        return {}, target_s
+        return {}, 0.0
     try:
         profile = Profile.load(path)
     except ProfileError:  # the executor's start says so
-        return {}, target_s
-    return profile.work, target_s - profile.latency.forward_s(ForwardShape(num_decode=1))
+        return {}, 0.0
+    return profile.work, slack_of(args, profile.latency.forward_s(ForwardShape(num_decode=1)))
 
 
 def settled_s(device: torch.device) -> float:

@@ -86,6 +86,7 @@ def test_with_power_every_policy_is_told_what_it_takes(files):
     assert outcome.exit_code == 0, outcome.output
     found = json.loads(outcome.stdout)
     rows = {row.pop("policy"): row for row in found["policies"]}
+    assert {row.pop("offload") for row in rows.values()} == {"engine"}
     assert list(rows) == ["mace", "inference_only", "periodic", "continuous"]
     assert rows["mace"] == {name: found.get(name, found["energy"].get(name)) for name in rows["mace"]}
     assert rows["inference_only"]["joules_per_pair"] is None
@@ -95,6 +96,42 @@ def test_with_power_every_policy_is_told_what_it_takes(files):
     assert found["energy"]["joules_per_pair"] == pytest.approx(300 * slices_s / found["pairs"])
     assert found["energy"]["mean_w"] == pytest.approx(60 + (200 * forward_s + 300 * slices_s) / found["virtual_s"])
     assert rows["mace"]["mean_w"] > rows["inference_only"]["mean_w"]
+
+
+def with_costs(files, *, engine_s, cpu_s):
+    work = {
+        "optimizer": {name: {"seconds": s, "watts": None} for name, s in (("engine", engine_s), ("cpu", cpu_s))}
+    }
+    make_profile().with_work(work).save(files / "profile.json")
+
+
+_THRIFTY_CPU = "{cpu: {idle_w: 2, forward_w: 5, training_w: 5}, gpu: {idle_w: 3, forward_w: 20, training_w: 20}}"
+_THRIFTY_GPU = (
+    "{cpu: {idle_w: 20, forward_w: 90, training_w: 90}, gpu: {idle_w: 40, forward_w: 99, training_w: 99}}"
+)
+
+
+def test_two_power_profiles_place_the_optimizer_on_opposite_devices(files):
+    with_costs(files, engine_s=0.002, cpu_s=0.004)
+    found = {}
+    for name, text in (("cpu", _THRIFTY_CPU), ("engine", _THRIFTY_GPU)):
+        (files / "power.yaml").write_text(text)
+        report = json.loads(run("small.yaml", *_DEVICE, "--json", "--power", "power.yaml").stdout)
+        found[name] = report["optimizer"]["place"]
+        here, there = (row for row in report["policies"] if "offload" in row["policy"])
+        assert (here["offload"], there["offload"]) == ("engine", "cpu")
+        cheaper = min((here, there), key=lambda row: row["joules_per_pair"])
+        assert cheaper["offload"] == name
+        assert report["energy"]["joules_per_pair"] == pytest.approx(cheaper["joules_per_pair"])
+    assert found == {"cpu": "cpu", "engine": "engine"}
+
+
+def test_an_optimizer_that_the_targets_leave_no_time_stays(files):
+    with_costs(files, engine_s=0.002, cpu_s=0.5)
+    (files / "power.yaml").write_text(_THRIFTY_CPU)
+    report = json.loads(run("small.yaml", *_DEVICE, "--json", "--power", "power.yaml").stdout)
+    assert report["optimizer"]["place"] == "engine"
+    assert "only there it fits" in report["optimizer"]["reason"]
 
 
 def test_the_trade_off_is_printed(files):
