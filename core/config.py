@@ -243,11 +243,10 @@ class KvPruningConfig(Section):
 
 
 class OffloadConfig(Section):
-    """Background work that may run on the CPU of a GPU server; an engine on the CPU has nothing to move. `auto` takes
-    the device of least energy within the SLO, by `mace profile measure`."""
+    """What a GPU server may leave to its CPU (docs/energy.md)."""
 
     optimizer: Offload = "auto"
-    """AdamW, its state and checkpoint copies."""
+    """AdamW, its state and the copies for checkpoints. `auto`: where they take the least energy within the SLO."""
 
 
 class ProfileConfig(Section):
