@@ -147,7 +147,7 @@ class Executor:
         if not self.can_serve:
             return {}
         samples = await self.monitor.read(self.engine.iterations)
-        self.energy.observe(samples)
+        self.energy.observe(samples, is_at_rest=not self.engine.num_unfinished_requests())
         num_cached = None if self.prefixes is None else self.prefixes.num_cached
         load = self.load.measure(self.engine.load(num_cached), samples)
         state = (load, self.versions.live, self.prefixes and self.prefixes.num_changes)

@@ -28,31 +28,40 @@ class EnergyMonitor:
         self._read_tokens, self._clock = read_tokens, clock
         self._account = EnergyAccount()
         self._joules: dict[str, float] = {}
+        self._period_j = 0.0
+        """Since the period in progress began."""
         self._tokens: int | None = None
         self._num_tokens = 0
-        self._read_s: float | None = None
+        self._begun_s: float | None = None
         self._metrics = Meter("executor")
 
     def begin_anew(self) -> None:
         """What the engine does until the next reading is not known: that period is nobody's."""
-        self._read_s = None
+        self._begun_s = None
 
-    def observe(self, samples: Sequence[IterationSample]) -> None:
-        """Read the sensors; `samples` are the iterations since the last call."""
+    def observe(self, samples: Sequence[IterationSample], *, is_at_rest: bool) -> None:
+        """Read the sensors; `samples` are the iterations since the last call.
+
+        `is_at_rest`: the engine has nothing to do. If it has, but no iteration has ended, the period goes on.
+        """
         if not self._meter.sensors:
             return
         now_s, before, self._joules = self._clock(), self._joules, self._meter.read()
         new = {name: joules - before.get(name, 0.0) for name, joules in self._joules.items()}
         for sensor, joules in new.items():
             self._metrics.count("energy_joules", joules, sensor=sensor)
-        before_s, self._read_s = self._read_s, now_s
+        self._period_j += sum(new.values())
+        if self._begun_s is not None and not samples and not is_at_rest:
+            return
+        begun_s, self._begun_s = self._begun_s, now_s
+        period_j, self._period_j = self._period_j, 0.0
         tokens, self._tokens = self._tokens, self._read_tokens()
-        if before_s is None:
+        if begun_s is None:
             return
         self._num_tokens += max(0, (self._tokens or 0) - (tokens or 0))
         forward_s = sum(sample.forward_s for sample in samples if sample.shape.num_tokens)
         slices_s = sum(sample.slices_s for sample in samples)
-        self._account.add(now_s - before_s, sum(new.values()), forward_s, slices_s)
+        self._account.add(now_s - begun_s, period_j, forward_s, slices_s)
 
     def to_wire(self, num_pairs: int) -> dict[str, Any]:
         """See `EnergyAccount.to_wire`, with the joules of each sensor since the start."""

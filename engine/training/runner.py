@@ -20,7 +20,7 @@ from core.dpo_slices import SliceSpec
 from core.errors import ConfigError, DeviceMemoryError
 from core.offload import WorkKind
 from core.types import FineTuneTask, SliceKind, SliceReport, SliceTiming, TaskKind, TaskResult, TokenizedPair
-from engine.training.device_memory import free_memory_bytes, release_cached_memory
+from engine.training.device_memory import free_memory_bytes, is_out_of_memory, release_cached_memory
 from engine.training.dpo import DpoStep
 from engine.training.offload import Costs, measure_optimizer, place_optimizer, settled_s
 from engine.training.shadow import ShadowAdapter
@@ -155,11 +155,20 @@ class FineTuneRunner:
         return {"base_weight_bytes": sum(weights.values()), "shared_bytes": shared}
 
     def measure_work(self, meter: EnergyMeter) -> Costs:
-        """What movable work costs on either device; takes seconds. Empty on the CPU, where there is one device."""
+        """What movable work costs on either device; takes seconds.
+
+        Empty on the CPU, where there is one device, and if the device has no memory for a second optimizer.
+        """
         if self.model.device.type == "cpu":
             return {}
         flat = torch.cat([parameter.detach().flatten() for parameter in self.model.lora_parameters().values()])
-        return {WorkKind.OPTIMIZER: measure_optimizer(flat, self._args, meter)}
+        try:
+            return {WorkKind.OPTIMIZER: measure_optimizer(flat, self._args, meter)}
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            logger.warning("no memory is left to measure the optimizer in: %s", error)
+            return {}
 
     def _waits_for_disk(self, spec: SliceSpec) -> bool:
         is_kept = self._running is not None and self._running.task.checkpoint is not None

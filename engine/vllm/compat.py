@@ -486,9 +486,12 @@ def kv_value_bytes(kv_cache_dtype: str, model_config: Any) -> int:
 def gpu_nvml() -> Any:
     """The module `pynvml` that vLLM brings along; None where torch has no CUDA, and the engine thus no GPU."""
     import torch
+
+    if not torch.version.cuda:
+        return None
     from vllm.third_party import pynvml
 
-    return pynvml if torch.version.cuda else None
+    return pynvml
 
 
 def lora_rank_of_vllm(rank: int) -> int:

@@ -40,7 +40,7 @@ def counted(sensor):
 def test_readings_become_joules_per_token_and_per_pair_and_a_counter():
     monitor = monitor_of((0, 5, 100), (10, 105, 100), (11, 165, 350), (12, 195, 350))
     for samples in ([], [], [iteration(0.5)], [iteration(0.0, 0.4)]):
-        monitor.observe(samples)
+        monitor.observe(samples, is_at_rest=not samples)
     found = monitor.to_wire(num_pairs=4)
     assert found["idle_w"] == pytest.approx(10)
     assert found["joules_per_1000_tokens"] == pytest.approx(50 / 0.25)
@@ -52,17 +52,26 @@ def test_readings_become_joules_per_token_and_per_pair_and_a_counter():
 def test_what_happened_around_a_death_is_nobodys():
     monitor = monitor_of((0, 0, 0), (10, 100, 0), (70, 9000, 0), (71, 9010, 0))
     for _ in range(2):
-        monitor.observe([])
+        monitor.observe([], is_at_rest=True)
     monitor.begin_anew()
     for _ in range(2):
-        monitor.observe([])
+        monitor.observe([], is_at_rest=True)
     assert monitor.to_wire(0)["idle_w"] == pytest.approx(10)
+
+
+def test_an_iteration_that_lasts_over_readings_is_no_idling():
+    monitor = monitor_of((0, 0, 0), (10, 100, 0), (11, 190, 0), (12, 280, 5))
+    for samples, is_at_rest in (([], True), ([], True), ([], False), ([iteration(1.9)], False)):
+        monitor.observe(samples, is_at_rest=is_at_rest)
+    found = monitor.to_wire(0)
+    assert found["idle_w"] == pytest.approx(10)
+    assert found["joules_per_1000_tokens"] == pytest.approx((180 - 20) / 0.005)
 
 
 def test_counters_of_tokens_that_begin_anew_take_nothing_away():
     monitor = monitor_of((0, 0, 900), (10, 0, 1000), (11, 100, 10), (12, 100, 110))
     for samples in ([], [], [iteration(1.0)], []):
-        monitor.observe(samples)
+        monitor.observe(samples, is_at_rest=not samples)
     assert monitor.to_wire(0)["joules_per_1000_tokens"] == pytest.approx(100 / 0.2)
 
 
@@ -71,6 +80,6 @@ def test_without_a_sensor_nothing_is_read_and_the_reason_is_shown():
         raise AssertionError("nobody needs this")
 
     monitor = EnergyMonitor(EnergyMeter([], {"rapl": "no RAPL here"}), fail, fail)
-    monitor.observe([iteration(1.0)])
+    monitor.observe([iteration(1.0)], is_at_rest=False)
     found = monitor.to_wire(3)
     assert (found["reason"], found["joules"], found["joules_per_pair"]) == ("no RAPL here", {}, None)
