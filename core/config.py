@@ -246,7 +246,9 @@ class OffloadConfig(Section):
     """What a GPU server may leave to its CPU (docs/energy.md)."""
 
     optimizer: Offload = "auto"
-    """AdamW, its state and the copies for checkpoints. `auto`: where they take the least energy within the SLO."""
+    """AdamW and its state. `auto`: where it takes the least energy within the SLO."""
+    checkpoint: Offload = "auto"
+    """The same for its copies, for checkpoints."""
 
 
 class ProfileConfig(Section):

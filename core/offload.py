@@ -14,7 +14,9 @@ class WorkKind(StrEnum):
     """Kinds of background work that can be moved."""
 
     OPTIMIZER = "optimizer"
-    """AdamW, its state, and the copies of both that a checkpoint is written from."""
+    """AdamW and its state, and with them the copies below."""
+    CHECKPOINT = "checkpoint"
+    """The copy of a step's state, from which a failed step is undone and a checkpoint is written."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,6 +24,6 @@ class WorkCost:
     """One piece of work on one device."""
 
     seconds: float
-    """From its start to its end; inference waits for it."""
+    """From its start to its end; inference waits for most of it."""
     watts: float | None
     """Power of the whole machine over idle meanwhile; None: there is no sensor."""

@@ -223,7 +223,9 @@ async def _measure(args: AppArgs, seconds: float, seed: int, *, show_progress: b
     model_dir = resolve_model(args.model, args.state_dir, show_progress=show_progress)
     configure_environment(args, model_dir)
     # The slices of a profile are those of the engine's device; what moving them changes is measured beside.
-    args = args.model_copy(update={"offload": args.offload.model_copy(update={"optimizer": "never"})})
+    args = args.model_copy(
+        update={"offload": args.offload.model_copy(update={"optimizer": "never", "checkpoint": "never"})}
+    )
     args, _ = with_pruning_gate(with_profile_path(args, model_dir), model_dir)  # what is measured is what serves
     assert args.profile.path is not None  # filled in
     origin = origin_of(args, seed=seed)

@@ -21,41 +21,69 @@ _WARM_UPS = 3
 Costs = dict[WorkKind, dict[Place, WorkCost]]
 
 
-def place_optimizer(args: AppArgs, device: torch.device) -> Placement:
-    """Where AdamW runs, by the setting and by the profile of `args.profile.path` if there is one."""
+def place_all(args: AppArgs, device: torch.device) -> dict[WorkKind, Placement]:
+    """Where each kind runs, by its setting and by the profile of `args.profile.path` if there is one."""
     if device.type == "cpu":
-        return Placement("engine", "the engine runs on the CPU: there is nothing to move")
+        nothing = Placement("engine", "the engine runs on the CPU: there is nothing to move")
+        return dict.fromkeys(WorkKind, nothing)
     costs, slack_s = _known(args)
-    return place_work(args.offload.optimizer, costs.get(WorkKind.OPTIMIZER, {}), slack_s)
+    placed = {kind: place_work(getattr(args.offload, kind), costs.get(kind, {}), slack_s) for kind in WorkKind}
+    if placed[WorkKind.OPTIMIZER].place == "cpu":
+        placed[WorkKind.CHECKPOINT] = Placement("cpu", "the optimizer is there")
+    return placed
 
 
-def measure_optimizer(
-    like: torch.Tensor, args: AppArgs, meter: EnergyMeter, measure_s: float = _MEASURE_S
-) -> dict[Place, WorkCost]:
-    """What AdamW on as many parameters as `like` costs on its device and on the CPU; nothing is changed."""
-    device = like.device
-    places: dict[Place, torch.device | None] = {"engine": None, "cpu": torch.device("cpu")}
-    costs: dict[Place, WorkCost] = {}
+def measure_work(like: torch.Tensor, args: AppArgs, meter: EnergyMeter, measure_s: float = _MEASURE_S) -> Costs:
+    """What each kind costs with as many parameters as `like` on its device and on the CPU; nothing is changed."""
+    device, cpu = like.device, torch.device("cpu")
     with training_mode(device):
-        gradients = torch.full_like(like, 1e-3)
         _, idle_w = _cost(lambda: time.sleep(measure_s), device, meter, 0.0)
-        for place, where in places.items():
-            optimizer = FlatAdamW(like.clone(), args.training, where)
-            copies = {name: torch.empty_like(tensor) for name, tensor in optimizer.tensors().items()}
 
-            def step(optimizer: FlatAdamW = optimizer, copies: dict[str, torch.Tensor] = copies) -> None:
-                """As `ShadowAdapter.apply`: a copy to go back to, the step, the new parameters."""
-                for name, tensor in optimizer.tensors().items():
-                    copies[name].copy_(tensor)
-                optimizer.step(gradients)
-                optimizer.give_out()
-
+        def cost(work: Callable[[], None]) -> WorkCost:
             for _ in range(_WARM_UPS):
-                step()
-            seconds, watts = _cost(step, device, meter, measure_s)
-            over_idle_w = None if watts is None or idle_w is None else max(0.0, watts - idle_w)
-            costs[place] = WorkCost(seconds, over_idle_w)
-    return costs
+                work()
+            seconds, watts = _cost(work, device, meter, measure_s)
+            return WorkCost(seconds, None if watts is None or idle_w is None else max(0.0, watts - idle_w))
+
+        gradients = torch.full_like(like, 1e-3)
+        steps: dict[Place, WorkCost] = {
+            "engine": cost(_step(like, args, None, gradients)),
+            "cpu": cost(_step(like, args, cpu, gradients)),
+        }
+        copies: dict[Place, WorkCost] = {
+            "engine": cost(_copy(like, args, None)),
+            "cpu": cost(_copy(like, args, cpu)),
+        }
+    return {WorkKind.OPTIMIZER: steps, WorkKind.CHECKPOINT: copies}
+
+
+def _step(
+    like: torch.Tensor, args: AppArgs, device: torch.device | None, gradients: torch.Tensor
+) -> Callable[[], None]:
+    """As in `ShadowAdapter.apply`: a copy to go back to, the step, the new parameters."""
+    optimizer = FlatAdamW(like.clone(), args.training, device)
+    copies = optimizer.empty_tensors()
+
+    def step() -> None:
+        for name, tensor in optimizer.tensors().items():
+            copies[name].copy_(tensor)
+        optimizer.step(gradients)
+        optimizer.give_out()
+
+    return step
+
+
+def _copy(like: torch.Tensor, args: AppArgs, device: torch.device | None) -> Callable[[], None]:
+    """A copy of the state of an optimizer on the engine's device, and what the file is written from, on the CPU."""
+    optimizer = FlatAdamW(like.clone(), args.training)
+    copies = optimizer.empty_tensors(device)
+
+    def copy() -> None:
+        for name, tensor in optimizer.tensors().items():
+            copies[name].copy_(tensor)
+            copies[name].cpu()  # nothing to do if it is there
+
+    return copy
 
 
 def _cost(

@@ -21,10 +21,7 @@ class FlatAdamW:
         """Parameters and moments that are trained are a copy of their own."""
         master, self._gradients = flat, None
         if device is not None:
-            is_pinned = flat.is_cuda and device.type == "cpu"
-            master, self._gradients = (
-                torch.zeros(flat.shape, dtype=flat.dtype, device=device, pin_memory=is_pinned) for _ in range(2)
-            )
+            master, self._gradients = (_empty_like(flat, device) for _ in range(2))
             master.copy_(flat)
         self._master = torch.nn.Parameter(master)
         self._optimizer = torch.optim.AdamW(
@@ -35,6 +32,10 @@ class FlatAdamW:
     def tensors(self) -> dict[str, torch.Tensor]:
         """`flat`, `step`, `exp_avg` and `exp_avg_sq` as they are in use, not copied."""
         return {"flat": self._master.detach(), **self._optimizer.state[self._master]}
+
+    def empty_tensors(self, device: torch.device | None = None) -> dict[str, torch.Tensor]:
+        """Room for a copy of `tensors`, where they are or on another device."""
+        return {name: _empty_like(tensor, device or tensor.device) for name, tensor in self.tensors().items()}
 
     def step(self, gradients: torch.Tensor) -> None:
         """One AdamW step on the trained parameters; `give_out` shows it to the model."""
@@ -63,3 +64,9 @@ class FlatAdamW:
         """Give the model the trained parameters."""
         if self.is_elsewhere:
             self._flat.copy_(self._master.detach())
+
+
+def _empty_like(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """Room for a tensor; pinned if it is CPU memory for what a GPU holds."""
+    is_pinned = tensor.is_cuda and device.type == "cpu"
+    return torch.empty(tensor.shape, dtype=tensor.dtype, device=device, pin_memory=is_pinned)

@@ -22,7 +22,7 @@ from core.offload import WorkKind
 from core.types import FineTuneTask, SliceKind, SliceReport, SliceTiming, TaskKind, TaskResult, TokenizedPair
 from engine.training.device_memory import free_memory_bytes, is_out_of_memory, release_cached_memory
 from engine.training.dpo import DpoStep
-from engine.training.offload import Costs, measure_optimizer, place_optimizer, settled_s
+from engine.training.offload import Costs, measure_work, place_all, settled_s
 from engine.training.shadow import ShadowAdapter
 from engine.training.trainable import TrainableModel
 from profiler.energy import EnergyMeter
@@ -65,10 +65,14 @@ class FineTuneRunner:
         )
         self._shared_pointers = frozenset(tensor.data_ptr() for tensor in (weights or {}).values())
         self._args = args
-        self.placement = place_optimizer(args, self.model.device)
-        """Where the optimizer is, and the reason."""
-        elsewhere = torch.device("cpu") if self.placement.place == "cpu" else None
-        self.shadow = ShadowAdapter(self.model, self._config, elsewhere)
+        self.placements = place_all(args, self.model.device)
+        """Where movable work runs, and the reason."""
+        places = {kind: placed.place for kind, placed in self.placements.items()}
+        optimizer, copies = (
+            torch.device("cpu") if places[kind] == "cpu" else None
+            for kind in (WorkKind.OPTIMIZER, WorkKind.CHECKPOINT)
+        )
+        self.shadow = ShadowAdapter(self.model, self._config, optimizer, copies)
         self.admission = SliceAdmission()
         self._slice_tokens = self._config.max_slice_tokens
         self._waiting: deque[dict[str, Any]] = deque()
@@ -163,7 +167,7 @@ class FineTuneRunner:
             return {}
         flat = torch.cat([parameter.detach().flatten() for parameter in self.model.lora_parameters().values()])
         try:
-            return {WorkKind.OPTIMIZER: measure_optimizer(flat, self._args, meter)}
+            return measure_work(flat, self._args, meter)
         except RuntimeError as error:
             if not is_out_of_memory(error):
                 raise

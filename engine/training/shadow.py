@@ -52,9 +52,16 @@ class ShadowAdapter:
     )
 
     def __init__(
-        self, model: TrainableModel, config: TrainingConfig, optimizer_device: torch.device | None = None
+        self,
+        model: TrainableModel,
+        config: TrainingConfig,
+        optimizer_device: torch.device | None = None,
+        copies_device: torch.device | None = None,
     ) -> None:
-        """`optimizer_device` is where AdamW, its state and the copies of that live; None: where the model is."""
+        """`optimizer_device` is where AdamW and its state live; None: where the model is.
+
+        `copies_device` is where copies of that state are kept; None: where the optimizer is.
+        """
         self._model = model
         self._config = config
         self._parameters = model.lora_parameters()
@@ -67,6 +74,7 @@ class ShadowAdapter:
             for parameter, view in zip(self._parameters.values(), self._views(self._flat), strict=True):
                 parameter.data = view
             self._optimizer = FlatAdamW(self._flat, config, optimizer_device)
+            self._copies_device = copies_device
             # Made now, so that no later one surprises a device whose free memory is given out.
             self._copies = [self._empty_copy() for _ in range(_NUM_COPIES)]
         self.checkpoints = CheckpointWriter()
@@ -84,13 +92,13 @@ class ShadowAdapter:
     def memory(self) -> dict[str, int]:
         """Device bytes of the adapter with its optimizer and the live version, and of the copies of that state.
 
-        An optimizer that is elsewhere takes none.
+        What is elsewhere takes none.
         """
         if self._optimizer.is_elsewhere:
             return {"trainer": self._flat.nbytes + self._stand_in.nbytes, "state_copies": 0}
         state = sum(tensor.nbytes for tensor in self.state_tensors().values()) + self._stand_in.nbytes
         copies = sum(tensor.nbytes for copy in self._copies for tensor in copy.tensors.values())
-        return {"trainer": state, "state_copies": copies}
+        return {"trainer": state, "state_copies": 0 if self._copies_device else copies}
 
     def new_gradients(self) -> tuple[torch.Tensor, list[list[torch.Tensor]]]:
         """A zeroed flat gradient buffer and, per layer, its views in the order of `layer_parameters`."""
@@ -130,7 +138,7 @@ class ShadowAdapter:
         return norm
 
     def checkpoint(self) -> TrainingState:
-        """A copy, on the optimizer's device, of everything that `restore` needs.
+        """A copy of everything that `restore` needs.
 
         It stays as it is while it `is_leased`. The next step uses it as the state to go back to, so that a checkpoint
         after each step costs no copy more than none.
@@ -335,8 +343,7 @@ class ShadowAdapter:
         return self._latest
 
     def _empty_copy(self) -> TrainingState:
-        tensors = {name: torch.empty_like(tensor) for name, tensor in self.state_tensors().items()}
-        return TrainingState(tensors, 0, self._layout())
+        return TrainingState(self._optimizer.empty_tensors(self._copies_device), 0, self._layout())
 
     def _put_back(self, copy: TrainingState) -> None:
         for name, tensor in self.state_tensors().items():

@@ -97,7 +97,8 @@ class HybridWorkerMixin:
                 weights=huggingface_views(self.get_model(), model_config.hf_text_config) if shared else None,  # type: ignore[attr-defined]
             )
             self._weights = self._runner.describe()
-            logger.info("the optimizer is on the %(place)s: %(reason)s", asdict(self._runner.placement))
+            for kind, placed in self._runner.placements.items():
+                logger.info("offload.%s: on the %s, %s", kind, placed.place, placed.reason)
 
     def determine_available_memory(self) -> int:
         """vLLM's bytes for the KV cache, less what the statistics of KV pruning take beside it.
@@ -209,14 +210,18 @@ class HybridWorkerMixin:
             return {"error": type(error).__name__, "message": str(error)}
 
     def memory_status(self) -> dict[str, Any]:
-        """`MemoryCounters` of the last iteration, the trainer's weights, and where its optimizer is."""
-        placed = {} if self._runner is None else {"offload": {"optimizer": asdict(self._runner.placement)}}
-        return {**asdict(self._memory), **self._weights, **placed}
+        """`MemoryCounters` of the last iteration, the trainer's weights, and where its movable work runs."""
+        status: dict[str, Any] = {**asdict(self._memory), **self._weights}
+        if self._runner is not None:
+            status["offload"] = {kind.value: asdict(placed) for kind, placed in self._runner.placements.items()}
+        return status
 
     def measure_work(self) -> dict[str, Any]:
         """What movable work of the trainer costs on either device (`FineTuneRunner.measure_work`); takes seconds."""
         costs = {} if self._runner is None else self._runner.measure_work(find_meter(gpu_nvml()))
-        return {kind: {place: asdict(cost) for place, cost in found.items()} for kind, found in costs.items()}
+        return {
+            kind.value: {place: asdict(cost) for place, cost in found.items()} for kind, found in costs.items()
+        }
 
     def _method(self, name: str) -> Callable[..., Any]:
         if name == "iterations":

@@ -8,7 +8,7 @@ from core.config import AppArgs
 from core.errors import DivergedError
 from engine.training.checkpoint import read_training_state, write_training_state
 from engine.training.dpo import DpoStep
-from engine.training.offload import measure_optimizer, place_optimizer
+from engine.training.offload import measure_work, place_all
 from engine.training.runner import FineTuneRunner
 from engine.training.shadow import ShadowAdapter
 from profiler.energy import EnergyMeter
@@ -24,10 +24,10 @@ def qwen(tmp_path_factory):
     return save_model(tmp_path_factory.mktemp("qwen"), "qwen2")
 
 
-def trained(directory, device, steps=3, **config):
-    config = make_training(max_grad_norm=0.05, weight_decay=0.01, **config)
+def trained(directory, optimizer=None, steps=3, copies=None):
+    config = make_training(max_grad_norm=0.05, weight_decay=0.01)
     model = build(directory)
-    shadow = ShadowAdapter(model, config, device)
+    shadow = ShadowAdapter(model, config, optimizer, copies)
     results = [run(DpoStep(model, shadow, make_task(seed=seed), config)).result() for seed in range(steps)]
     return model, shadow, config, results
 
@@ -36,9 +36,10 @@ def is_same(a, b):
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
-def test_steps_are_bit_equal_on_one_device_and_the_model_sees_them(qwen):
+@pytest.mark.parametrize("elsewhere", [{"optimizer": CPU}, {"copies": CPU}, {"optimizer": CPU, "copies": CPU}])
+def test_steps_are_bit_equal_on_one_device_and_the_model_sees_them(qwen, elsewhere):
     here_model, here, _, here_results = trained(qwen, None)
-    there_model, there, _, there_results = trained(qwen, CPU)
+    there_model, there, _, there_results = trained(qwen, **elsewhere)
     assert here_results == there_results
     assert is_same(snapshot(here), snapshot(there))
     for mine, theirs in zip(
@@ -53,6 +54,8 @@ def test_only_parameters_are_left_on_the_models_device(qwen):
     size = here.state_tensors()["flat"].nbytes
     assert sum(here.memory().values()) > 9 * size
     assert there.memory() == {"trainer": 2 * size, "state_copies": 0}
+    _, half, _, _ = trained(qwen, copies=CPU, steps=0)
+    assert half.memory() == {**here.memory(), "state_copies": 0}
 
 
 def test_a_step_that_diverges_leaves_model_and_optimizer_as_they_were(qwen):
@@ -126,19 +129,26 @@ class Counter:
 def test_both_devices_are_measured_over_idle_and_nothing_is_changed():
     flat = torch.randn(1000, generator=torch.Generator().manual_seed(1))
     before = flat.clone()
-    # Idle, here, there: before and after. One piece of work each, and it takes as long as it takes.
-    meter = EnergyMeter([Counter(0, 0, 5, 1005, 1005, 1006)])
-    costs = measure_optimizer(flat, AppArgs(), meter, measure_s=0.0)
-    assert list(costs) == ["engine", "cpu"]
-    assert costs["engine"].seconds * costs["engine"].watts == pytest.approx(1000)
-    assert costs["cpu"].seconds * costs["cpu"].watts == pytest.approx(1)
+    # Readings before and after idling, and each kind here and there. One piece of work each, however long it takes.
+    meter = EnergyMeter([Counter(0, 0, 5, 1005, 1005, 1006, 1006, 1008, 1008, 1508)])
+    costs = measure_work(flat, AppArgs(), meter, measure_s=0.0)
+    joules = {
+        kind: {place: cost.seconds * cost.watts for place, cost in found.items()} for kind, found in costs.items()
+    }
+    assert joules["optimizer"] == pytest.approx({"engine": 1000, "cpu": 1})
+    assert joules["checkpoint"] == pytest.approx({"engine": 2, "cpu": 500})
     assert torch.equal(flat, before)
 
 
 def test_without_a_sensor_seconds_are_measured_all_the_same():
-    costs = measure_optimizer(torch.zeros(10), AppArgs(), EnergyMeter([]), measure_s=0.0)
-    assert [cost.watts for cost in costs.values()] == [None, None]
-    assert all(cost.seconds > 0 for cost in costs.values())
+    costs = measure_work(torch.zeros(10), AppArgs(), EnergyMeter([]), measure_s=0.0)
+    known = [cost for found in costs.values() for cost in found.values()]
+    assert [cost.watts for cost in known] == [None] * 4
+    assert all(cost.seconds > 0 for cost in known)
+
+
+def optimizer_of(args, device):
+    return place_all(args, device)["optimizer"]
 
 
 def profiled(tmp_path, engine, cpu, **offload):
@@ -150,10 +160,13 @@ def profiled(tmp_path, engine, cpu, **offload):
 
 
 def test_the_profile_places_the_optimizer_of_an_engine_on_a_gpu(tmp_path):
-    assert place_optimizer(profiled(tmp_path, (0.004, 250.0), (0.030, 60.0)), CUDA).place == "engine"
-    assert place_optimizer(profiled(tmp_path, (0.020, 15.0), (0.040, 4.0)), CUDA).place == "cpu"
+    assert optimizer_of(profiled(tmp_path, (0.004, 250.0), (0.030, 60.0)), CUDA).place == "engine"
+    assert optimizer_of(profiled(tmp_path, (0.020, 15.0), (0.040, 4.0)), CUDA).place == "cpu"
+    both = place_all(profiled(tmp_path, (0.020, 15.0), (0.040, 4.0)), CUDA)
+    assert both["checkpoint"].place == "cpu"
+    assert both["checkpoint"].reason == "the optimizer is there"
     never = profiled(tmp_path, (0.020, 15.0), (0.040, 4.0), optimizer="never")
-    assert place_optimizer(never, CUDA).place == "engine"
+    assert optimizer_of(never, CUDA).place == "engine"
 
 
 def test_a_forward_pass_has_its_time_before_the_optimizer(tmp_path):
@@ -162,7 +175,7 @@ def test_a_forward_pass_has_its_time_before_the_optimizer(tmp_path):
 
     def placed(tbt_s):
         slo = args.slo.model_copy(update={"tbt_s": tbt_s / args.scheduler.slack_fraction})
-        return place_optimizer(args.model_copy(update={"slo": slo}), CUDA).place
+        return optimizer_of(args.model_copy(update={"slo": slo}), CUDA).place
 
     assert placed(forward_s + 0.101) == "cpu"
     assert placed(forward_s + 0.099) == "engine"
@@ -173,7 +186,7 @@ def test_without_a_usable_profile_nothing_moves(tmp_path, content):
     path = tmp_path / "profile.json"
     if content:
         path.write_text(content)
-    found = place_optimizer(AppArgs.model_validate({"profile": {"path": path}}), CUDA)
+    found = optimizer_of(AppArgs.model_validate({"profile": {"path": path}}), CUDA)
     assert found.place == "engine"
     assert "mace profile measure" in found.reason
 
@@ -181,6 +194,7 @@ def test_without_a_usable_profile_nothing_moves(tmp_path, content):
 def test_on_the_cpu_there_is_nothing_to_move_and_nothing_to_measure(qwen):
     args = AppArgs.model_validate({"offload": {"optimizer": "always"}, "lora": {"rank": 4}})
     runner = FineTuneRunner(model_dir=qwen, args=args, dtype=torch.float32, device=CPU, weights=None)
-    assert runner.placement.place == "engine"
-    assert "nothing to move" in runner.placement.reason
+    for placed in runner.placements.values():
+        assert placed.place == "engine"
+        assert "nothing to move" in placed.reason
     assert runner.measure_work(EnergyMeter([])) == {}
