@@ -67,6 +67,8 @@ class FineTuneRunner:
         self._args = args
         self.placements = place_all(args, self.model.device)
         """Where movable work runs, and the reason."""
+        for kind, placed in self.placements.items():
+            logger.info("offload.%s: on the %s, %s", kind, placed.place, placed.reason)
         places = {kind: placed.place for kind, placed in self.placements.items()}
         optimizer, copies = (
             torch.device("cpu") if places[kind] == "cpu" else None

@@ -97,8 +97,6 @@ class HybridWorkerMixin:
                 weights=huggingface_views(self.get_model(), model_config.hf_text_config) if shared else None,  # type: ignore[attr-defined]
             )
             self._weights = self._runner.describe()
-            for kind, placed in self._runner.placements.items():
-                logger.info("offload.%s: on the %s, %s", kind, placed.place, placed.reason)
 
     def determine_available_memory(self) -> int:
         """vLLM's bytes for the KV cache, less what the statistics of KV pruning take beside it.
