@@ -19,6 +19,7 @@ from core.alignment_config import (
     constants,
     moved,
 )
+from core.offload import Offload
 
 Policy = Literal["mace", "inference_only", "periodic", "continuous"]
 """Names of the policies that say when training may run."""
@@ -241,6 +242,15 @@ class KvPruningConfig(Section):
     """False: switch on without a passed `mace profile pruning`."""
 
 
+class OffloadConfig(Section):
+    """What a GPU server may leave to its CPU (docs/energy.md)."""
+
+    optimizer: Offload = "auto"
+    """AdamW and its state. `auto`: where it takes the least energy within the SLO."""
+    checkpoint: Offload = "auto"
+    """The same for its copies, for checkpoints."""
+
+
 class ProfileConfig(Section):
     """The latency and memory profile of this device and model."""
 
@@ -263,6 +273,7 @@ class AppArgs(Section):
     scheduler: SchedulerConfig = SchedulerConfig()
     experiments: ExperimentsConfig = ExperimentsConfig()
     kv_pruning: KvPruningConfig = KvPruningConfig()
+    offload: OffloadConfig = OffloadConfig()
     profile: ProfileConfig = ProfileConfig()
     feedback: FeedbackConfig = FeedbackConfig()
     drift: DriftConfig = DriftConfig()

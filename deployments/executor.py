@@ -21,6 +21,7 @@ from deployments.control.client import ControlClient
 from deployments.learning.learner import Learner
 from deployments.learning.training_progress import claim_checkpoint
 from deployments.monitors.edge import EdgeMeter
+from deployments.monitors.energy import EnergyMonitor
 from deployments.monitors.engine_keeper import EngineKeeper
 from deployments.monitors.engine_monitor import EngineMonitor
 from deployments.monitors.profiling import (
@@ -41,8 +42,9 @@ from engine.fingerprint import fingerprint
 from engine.model_source import base_model_name, resolve_model
 from engine.prefix_cache import KvEventStream
 from engine.training.pair_tokens import PairTokenizer
-from engine.vllm.compat import configure_environment
+from engine.vllm.compat import configure_environment, gpu_nvml
 from engine.vllm.engine import AWAY, HybridEngine
+from profiler.energy import find_meter
 
 logger = logging.getLogger(__name__)
 
@@ -71,6 +73,7 @@ class Executor:
         self._reported_state: Any = None
         self._routing_stats: dict[str, Any] = {}
         self.monitor = EngineMonitor()
+        self.energy: EnergyMonitor
         self.edge: EdgeMeter
         """What clients see, against the targets."""
         self.slo_warnings: list[str] = []
@@ -121,6 +124,7 @@ class Executor:
         app = await self.engine.build_openai_app(base_names)
         if self.args.slo.auto and not kept:
             await self._measure_targets(app, base_names[0])
+        self.energy = EnergyMonitor(await asyncio.to_thread(lambda: find_meter(gpu_nvml())))
         self.edge = EdgeMeter(self.args.slo, self.engine.tell_edge)
         self.load = LoadMeter(self.executor_id, self.args.slo.ttft_s)
         self.trial = CanaryTrial(self.versions, self.args.versions, self.args.slo, self.control.rating_counts)
@@ -147,6 +151,7 @@ class Executor:
         if not self.can_serve:
             return {}
         samples = await self.monitor.read(self.engine.iterations)
+        self.energy.observe(samples, is_at_rest=not self.engine.num_unfinished_requests())
         num_cached = None if self.prefixes is None else self.prefixes.num_cached
         load = self.load.measure(self.engine.load(num_cached), samples)
         state = (load, self.versions.live, self.prefixes and self.prefixes.num_changes)
@@ -172,6 +177,7 @@ class Executor:
             },
             "scheduler": {"policy": self.args.scheduler.policy, **self.monitor.iterations_to_wire()},
             "prefix_cache": self.monitor.prefix_cache_to_wire(),
+            "energy": self.energy.to_wire(0 if self.learner is None else self.learner.status.pairs),
             "engine": self.keeper.to_wire(),
             "failed_requests": {
                 "count": self.engine.num_failed_requests,
@@ -233,6 +239,7 @@ class Executor:
         """The engine has died: what it was working on ends, and what is known of it is out of date."""
         self.lose_requests(EngineUnavailableError(AWAY))
         self.monitor.begin_anew()
+        self.energy.begin_anew()
         if self._kv_events is not None:
             self._kv_events.begin_anew()
         if self._profiling is not None:

@@ -32,6 +32,7 @@ logger = logging.getLogger(__name__)
 
 _QUERIED = "vllm:prefix_cache_queries_total"
 _HIT = "vllm:prefix_cache_hits_total"
+_GENERATED = "vllm:generation_tokens_total"
 
 _MAX_PARENT_BYTES = 60
 _SILENCE_S = 5.0
@@ -217,11 +218,23 @@ class PrefixCounts:
 
 def read_prefix_counts() -> PrefixCounts | None:
     """The counts of all engines of this process; None if vLLM keeps no statistics (`disable_log_stats`)."""
+    totals = _totals(_QUERIED, _HIT)
+    return PrefixCounts(int(totals[_QUERIED]), int(totals.get(_HIT, 0))) if _QUERIED in totals else None
+
+
+def read_generated_tokens() -> int | None:
+    """Tokens that all engines of this process have generated; None as above."""
+    total = _totals(_GENERATED).get(_GENERATED)
+    return None if total is None else int(total)
+
+
+def _totals(*names: str) -> dict[str, float]:
+    """Counters of vLLM, each summed over its labels."""
     totals: dict[str, float] = {}
-    for metric in prometheus_client.REGISTRY.restricted_registry([_QUERIED, _HIT]).collect():
+    for metric in prometheus_client.REGISTRY.restricted_registry(names).collect():
         for sample in metric.samples:
             totals[sample.name] = totals.get(sample.name, 0.0) + sample.value
-    return PrefixCounts(int(totals[_QUERIED]), int(totals.get(_HIT, 0))) if _QUERIED in totals else None
+    return totals
 
 
 @cache

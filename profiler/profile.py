@@ -7,14 +7,16 @@ feature. A linear form is what the roofline of a transformer gives: reading the 
 
 import json
 import re
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, ClassVar, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from core.batch import ForwardShape
 from core.errors import ProfileError
 from core.files import make_directory, write_atomically
+from core.offload import Place, WorkCost, WorkKind
 from core.types import SliceKind
 
 QUANTILE_LEVELS = (*(step / 20 for step in range(20)), 0.99, 1.0)
@@ -181,7 +183,13 @@ class Profile(MeasuredFile):
     overhead_s: _Seconds
     """Median time of an iteration that was neither forward pass nor slices."""
     overhead_quantiles_s: _Quantiles
+    work: dict[WorkKind, dict[Place, WorkCost]] = Field(default_factory=dict)
+    """Costs of background work on the engine's device and on the CPU; empty where there is one device only."""
     samples: RawSamples
+
+    def with_work(self, work: Mapping[Any, Any]) -> Self:
+        """A copy with these costs of background work."""
+        return self.model_validate({**self.model_dump(), "work": work})
 
 
 def profile_path(state_dir: Path, device: str, model_id: str) -> Path:

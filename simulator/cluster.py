@@ -16,6 +16,7 @@ import numpy as np
 from core.errors import ConfigError
 from simulator.executor import Options, SimulatedExecutor
 from simulator.hardware import Hardware
+from simulator.power import place_optimizer
 from simulator.routing import LeastLoadedRouter, PlacementRouter
 from simulator.running import SimRequest
 from simulator.statistics import Result, Statistics
@@ -103,6 +104,8 @@ class Simulation:
             num_requests=self._num_arrived,
             virtual_s=max(self._now_s, duration_s),
             statistics=self._statistics,
+            placement=place_optimizer(self._trace.power, self._hardware.profile, self._trace.args),
+            can_move=bool(self._hardware.profile.work),
         )
 
     def _push(self, time_s: float, kind: EventKind, happen: Callable[[], None]) -> None:

@@ -141,6 +141,7 @@ class SimulatedExecutor:
         trained = work.planned.trained if work.planned else Trained()
         self._statistics.iterations += len(work.ends_s)
         self._statistics.slices += len(trained.slices)
+        self._statistics.moved_s += trained.moved_s
         self._statistics.add_work(work.start_s, work.ends_s[-1], sum(work.forwards_s), trained.busy_s)
         self._device.take(len(work.ends_s))
         if work.planned is None:

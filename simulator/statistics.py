@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from core.config import SloConfig
+from scheduler.offload import Placement
 from simulator.running import SimRequest
 from simulator.trace import Trace
 
@@ -92,6 +93,8 @@ class Statistics:
         self.bucket_s = bucket_s
         self.forward_s = 0.0
         self.slices_s = 0.0
+        self.moved_s = 0.0
+        """Those of `slices_s` that the CPU ran beside the engine's device."""
         self.iterations = 0
         self.slices = 0
         self.preemptions = 0
@@ -217,6 +220,10 @@ class Result:
     num_requests: int
     virtual_s: float
     statistics: Statistics
+    placement: Placement
+    """Where AdamW ran, and the reason."""
+    can_move: bool
+    """The profile knows it on two devices."""
 
     @property
     def ttft(self) -> Histogram:
@@ -246,6 +253,19 @@ class Result:
     def utilisation(self) -> float:
         """Share of virtual time that forward passes and slices take."""
         return self._share(self.statistics.forward_s + self.statistics.slices_s)
+
+    def energy(self) -> dict[str, float | None] | None:
+        """Mean power of all executors; joules over idle per 1,000 generated tokens and per pair. None without power."""
+        found, power = self.statistics, self.trace.power
+        if power is None:
+            return None
+        spent = power.spent(self.virtual_s * self.trace.executors, found.forward_s, found.slices_s, found.moved_s)
+        tokens, pairs = found.output_tokens, found.pairs
+        return {
+            "mean_w": spent.total_j / self.virtual_s,
+            "joules_per_1000_tokens": 1000 * spent.serving_j / tokens if tokens else None,
+            "joules_per_pair": spent.training_j / pairs if pairs else None,
+        }
 
     def to_json(self) -> dict[str, Any]:
         """Built-in types only; the same for the same trace, profile and seed."""
@@ -282,6 +302,8 @@ class Result:
             "slices": found.slices,
             "preemptions": found.preemptions,
             "pruned_blocks": found.pruned_blocks,
+            "energy": self.energy(),
+            "optimizer": {"place": self.placement.place, "reason": self.placement.reason},
         }
 
     def _share(self, busy_s: float) -> float:

@@ -17,6 +17,7 @@ from pydantic import AliasChoices, BaseModel, ConfigDict, Field, ValidationError
 from core.config import AppArgs
 from core.errors import ConfigError
 from scheduler.priority import BACKGROUND_PRIORITY
+from simulator.power import Power
 
 _BLOCK = 8192
 """Requests drawn at a time."""
@@ -181,6 +182,8 @@ class Trace(_Part):
     profile: Path | None = None
     """Profile of the device; None: given on the command line."""
     slow_down: SlowDown | None = None
+    power: Power | None = None
+    """Watts of an executor's devices; None: joules are not told (simulator only)."""
 
     @model_validator(mode="after")
     def _one_end(self) -> "Trace":

@@ -8,11 +8,13 @@ from dataclasses import dataclass, field
 
 from core.batch import Plan
 from core.dpo_slices import PairGroup, PairLengths, SliceSpec, group_pairs, step_slices
+from core.offload import WorkKind
 from core.types import SliceKind, SliceTiming
 from scheduler.iteration.slices import SliceAdmission
 from scheduler.view import FineTuneState
 from simulator.device import Device
 from simulator.hardware import Hardware
+from simulator.power import place_optimizer
 from simulator.trace import Trace
 
 _WARM_UP_TOKENS = 16
@@ -26,6 +28,8 @@ class Trained:
 
     slices: list[SliceTiming] = field(default_factory=list)
     busy_s: float = 0.0
+    moved_s: float = 0.0
+    """Of that, what the CPU ran beside the engine's device."""
     num_pairs: int = 0
     """Pairs of the steps that ended."""
 
@@ -42,6 +46,11 @@ class Trainer:
         self._has_backlog = self._config.enabled and finetune.pairs_per_s is None
         self._share_prompt = trace.args.experiments.share_prompt
         self._admission = SliceAdmission()
+        self._moved: float | None = None
+        """How many times as long AdamW takes on the CPU, if it runs there."""
+        if place_optimizer(trace.power, hardware.profile, trace.args).place == "cpu":
+            costs = hardware.profile.work.get(WorkKind.OPTIMIZER, {})
+            self._moved = costs["cpu"].seconds / costs["engine"].seconds
         self._arrived_s: list[float] = []
         self._slice_tokens = self._config.max_slice_tokens
         self._step_tokens = 0
@@ -108,6 +117,8 @@ class Trainer:
             timing = self._run_slice(work, start_s + done.busy_s)
             done.slices.append(timing)
             done.busy_s += timing.latency_s
+            if self._is_moved(work):
+                done.moved_s += timing.latency_s
             self._advance(done)
         if done.slices:
             self._last_progress_s = start_s + done.busy_s
@@ -115,8 +126,13 @@ class Trainer:
 
     def _run_slice(self, work: SliceSpec, start_s: float) -> SliceTiming:
         latency_s = self._device.slice_s(work.kind, work.num_tokens, start_s)
+        if self._is_moved(work):
+            latency_s *= self._moved or 1.0
         self._admission.observe(work.kind, work.num_tokens, latency_s)
         return SliceTiming(work.kind, work.num_tokens, latency_s)
+
+    def _is_moved(self, work: SliceSpec) -> bool:
+        return self._moved is not None and work.kind is SliceKind.OPTIMIZER
 
     def _may_run(self, work: SliceSpec, plan: Plan, done: Trained, wanted_in_s: float) -> bool:
         left_s = plan.finetune_budget_s - done.busy_s

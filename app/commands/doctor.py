@@ -94,6 +94,7 @@ def examine(state_dir: Path, database_url: str | None = None, config: Path | Non
         "kv cache": lambda: _kv_cache(config, state_dir),
         "gpu": _gpu,
         **jetson_checks(_settings(config)),
+        "energy": _energy,
         "files": _files,
         "folders": _folders,
         "shared memory": _shared_memory,
@@ -350,6 +351,15 @@ def _gpu() -> Outcome:
     if shutil.which("nvidia-smi"):
         return "warning", "an NVIDIA driver, but torch sees no GPU", "scripts/setup gpu"
     return "ok", "none; serving on CPU", ""
+
+
+def _energy() -> Outcome:
+    from engine.vllm.compat import gpu_nvml
+    from profiler.energy import find_meter
+
+    meter = find_meter(gpu_nvml())
+    missing = "; ".join(meter.missing.values())
+    return "ok", f"no joules: {missing}" if meter.reason else f"joules from {' and '.join(meter.sensors)}", ""
 
 
 def _files() -> Outcome:

@@ -85,6 +85,7 @@ def fit(
         old = Profile.load(path)
         origin = old.origin if seed is None else old.origin.model_copy(update={"seed": seed})
         profile = fit_raw(old.samples, origin, kv_bytes_per_token=old.memory.kv_bytes_per_token)
+        profile = profile.with_work(old.work)
         if out is not None:
             profile.save(out)
     _show(profile, out or path, as_json)
@@ -228,6 +229,10 @@ async def _measure(args: AppArgs, seconds: float, seed: int, *, show_progress: b
     model_dir = resolve_model(args.model, args.state_dir, show_progress=show_progress)
     args, _ = with_trainable_model(args, model_dir)
     configure_environment(args, model_dir)
+    # The slices of a profile are those of the engine's device; what moving them changes is measured beside.
+    args = args.model_copy(
+        update={"offload": args.offload.model_copy(update={"optimizer": "never", "checkpoint": "never"})}
+    )
     args, _ = with_pruning_gate(with_profile_path(args, model_dir), model_dir)  # what is measured is what serves
     assert args.profile.path is not None  # filled in
     origin = origin_of(args, seed=seed)
@@ -235,6 +240,7 @@ async def _measure(args: AppArgs, seconds: float, seed: int, *, show_progress: b
     try:
         plan = measure_plan(engine, args, budget_s=seconds, seed=seed)
         profile = await measure_profile(engine, plan, origin, engine.kv_bytes_per_token, note)
+        profile = profile.with_work(await engine.measure_work())
     finally:
         engine.shutdown()
     return profile, args.profile.path
@@ -253,6 +259,12 @@ def _show(profile: Profile, path: Path, as_json: bool) -> None:
     for name, num_rows, error in rows:
         table.add_row(name, str(num_rows), str(error.num_rows), f"{error.median:.1%}", f"{error.p95:.1%}")
     Console().print(table)
+    for work, costs in profile.work.items():
+        for place, cost in costs.items():
+            joules = (
+                "no sensor of energy" if cost.watts is None else f"{cost.seconds * cost.watts:.3g} J over idle"
+            )
+            typer.echo(f"{work} on the {place}: {1e3 * cost.seconds:.3g} ms, {joules}")
     typer.echo(f"overhead {1e3 * profile.overhead_s:.2f} ms an iteration; profile: {path}")
 
 

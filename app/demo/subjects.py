@@ -84,7 +84,7 @@ class Smollm2:
         self.held_out: Sequence[str] = mixed[::5]
         self.for_preferences: Sequence[str] = [one for number, one in enumerate(mixed) if number % 5]
 
-    def judge(self, question: str, answer: str) -> Verdict:  # noqa: ARG002
+    def judge(self, question: str, answer: str) -> Verdict:
         """The tastes by form; truth is unknown. What says nothing suits nobody."""
         said = set(_WORD.findall(answer.lower())) - set(_WORD.findall(question.lower()))
         if len(said) < _MIN_NEW_WORDS:
@@ -116,7 +116,8 @@ _FORMS: dict[str, Callable[[str], bool]] = {
     "listed": lambda answer: len(_ITEM.findall(answer)) >= 2,
     "detailed": lambda answer: len(_sentences(answer)) >= 3,
 }
-"""One sentence and no more; a question back at the end; two lines or more that begin as those of a list; three sentences or more."""
+"""One sentence and no more; a question back at the end; two lines or more that begin as those of a list; three
+sentences or more."""
 
 _EDITS: dict[str, Callable[[list[str]], str]] = {
     "brief": lambda sentences: "".join(sentences[:1]),

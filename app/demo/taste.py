@@ -180,7 +180,7 @@ class User:
         return None if worse is None else item | {"chosen": asked.texts[liked], "rejected": worse}
 
     async def _wanted(self, question: str, answer: str, taste: str) -> str | None:
-        """The answer, edited to the taste; or the bare model's, since one that was taught another may say too little."""
+        """The answer, edited to the taste; or the bare model's: one that was taught another may say too little."""
         if edited := self.subject.edited(question, answer, taste):
             return edited
         asked = await self._ask(question, self.subject.candidates, f"{self.model}@base")
@@ -190,7 +190,9 @@ class User:
     def _worse(self, question: str, answer: str, taste: str) -> str | None:
         """The answer, edited to another taste."""
         edits = (self.subject.edited(question, answer, other) for other in self.subject.tastes)
-        return next((edit for edit in edits if edit and taste not in self.subject.judge(question, edit).tastes), None)
+        return next(
+            (edit for edit in edits if edit and taste not in self.subject.judge(question, edit).tastes), None
+        )
 
     async def _ask(self, question: str, samples: int, model: str | None = None) -> _Asked:
         async with self._room:

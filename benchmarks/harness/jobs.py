@@ -17,6 +17,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from benchmarks.harness.client import MeasuredEngine
+from benchmarks.harness.energy import EnergyWatch
 from benchmarks.harness.feeder import FineTuneFeeder
 from benchmarks.harness.models import ModelName, args_for, start_engine, vocab_size
 from benchmarks.harness.results import RunMetrics, summarize
@@ -203,6 +204,7 @@ async def serve(engine: MeasuredEngine, job: Job, vocabulary: int) -> RunMetrics
         WindowOptions(window_s=job.window_s, vocab_size=vocabulary, seed=trace.seed, drain_s=job.drain_s),
         feeder_of(engine, trace, vocabulary) if job.with_training else None,
         warm_up_requests(trace, job.warm_up_s) if job.with_requests else [],
+        EnergyWatch(),
     )
     return summarize(run, trace.args.slo)
 

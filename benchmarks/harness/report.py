@@ -117,3 +117,9 @@ SERVED: tuple[Column, ...] = (
     ("pairs/s", "pairs_per_s", digits(2)),
 )
 """Columns of what requests and training got, from `results.summary_row`."""
+
+JOULES: tuple[Column, ...] = (
+    ("J/1,000 tokens", "joules_per_1000_tokens", digits(1)),
+    ("J/pair", "joules_per_pair", digits(1)),
+)
+"""Columns of what it took, left out without a sensor."""

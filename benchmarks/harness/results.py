@@ -59,6 +59,11 @@ class RunMetrics(BaseModel):
     """Tokens that came in one output with an earlier one: 0 if the client kept up."""
     send_lag_p99_s: float | None
     """How late the client sent; it counts into TTFT."""
+    idle_w: float | None = None
+    """Power of the machine before any load. None, as are the joules, without a sensor."""
+    joules_per_1000_tokens: float | None = None
+    """Over idle, of generated tokens; `profiler.energy_account` has the formula."""
+    joules_per_pair: float | None = None
 
     @property
     def idle_share(self) -> float:
@@ -72,6 +77,8 @@ def summarize(run: WindowRecord, slo: SloConfig) -> RunMetrics:
     gaps = [gap for record in run.requests for gap in record.gaps_s]
     lags = [record.sent_s - record.scheduled_s for record in run.requests if record.sent_s is not None]
     num_tokens = len(ttfts) + len(gaps)
+    training = _training_metrics(run)
+    energy = {} if run.energy is None else run.energy.to_wire(num_tokens, training["pairs_per_s"] * run.covered_s)
     return RunMetrics(
         num_requests=len(run.requests),
         num_errors=sum(record.error is not None for record in run.requests),
@@ -85,7 +92,8 @@ def summarize(run: WindowRecord, slo: SloConfig) -> RunMetrics:
         tbt_token_attainment=mean(gap <= slo.tbt_s for gap in gaps),
         merged_token_share=sum(record.num_merged_tokens for record in run.requests) / max(1, num_tokens),
         send_lag_p99_s=percentile(lags, 99),
-        **_training_metrics(run),
+        **training,
+        **{name: energy.get(name) for name in ("idle_w", "joules_per_1000_tokens", "joules_per_pair")},
         **_device_metrics(run),
     )
 

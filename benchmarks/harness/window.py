@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from benchmarks.harness.client import Clock, EnginePort, Load, MeasuredEngine, Request, RequestRecord
+from benchmarks.harness.energy import EnergyWatch
 from benchmarks.harness.feeder import FineTuneFeeder, TaskRecord
 from core.batch import IterationSample
 from core.errors import TrainingError
@@ -55,6 +56,8 @@ class WindowRecord:
     divided by this, not by the nominal length of the window."""
     num_lost: int = 0
     """Iterations that the engine had forgotten when it was asked."""
+    energy: EnergyWatch | None = None
+    """None: nobody watched."""
 
 
 async def run_window(
@@ -63,6 +66,7 @@ async def run_window(
     options: WindowOptions,
     feeder: FineTuneFeeder | None = None,
     warm_up: Sequence[TraceRequest] = (),
+    energy: EnergyWatch | None = None,
 ) -> WindowRecord:
     """Measure one window; see the module docstring.
 
@@ -72,13 +76,16 @@ async def run_window(
         options: lengths and limits.
         feeder: fine-tune work, if there is any. It is started and stopped here.
         warm_up: requests that are sent, awaited and forgotten before the window.
+        energy: what watches the sensors. If there are any, the engine idles for some seconds first.
 
     Raises:
         TrainingError: no fine-tune step succeeds in the warm-up.
     """
     # Drawn ahead, so that the client does nothing but send.
     prompts = list(with_prompts(requests, options.vocab_size, options.seed, "window"))
-    record = WindowRecord(options.window_s)
+    record = WindowRecord(options.window_s, energy=energy)
+    if energy is not None:
+        await asyncio.to_thread(energy.idle)
     if feeder is not None:
         feeder.start()
     try:
@@ -133,12 +140,17 @@ async def _watch(
 ) -> None:
     """Collect the engine's iterations from now to the end of the window."""
     opened_s = clock()
+    if record.energy is not None:
+        record.energy.skip()
     while clock() < record.window_s:
         await clock.sleep_until(min(clock() + poll_s, record.window_s))
         newest, samples = await engine.iterations(last_seen)
         record.covered_s = clock() - opened_s
         record.num_lost += newest - last_seen - len(samples)
         record.samples.extend(samples)
+        if record.energy is not None:
+            forward_s = sum(sample.forward_s for sample in samples if sample.shape.num_tokens)
+            record.energy.add(forward_s, sum(sample.slices_s for sample in samples))
         last_seen = newest
 
 

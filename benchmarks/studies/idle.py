@@ -18,7 +18,8 @@ import yaml
 from openai import AsyncOpenAI
 
 from app.commands.connection import read_config
-from benchmarks.harness.client import HttpPort, Load, Request
+from benchmarks.harness.client import HttpPort, Load, Request, RequestRecord
+from benchmarks.harness.energy import EnergyWatch, told
 from benchmarks.harness.jobs import MeasurementError
 from benchmarks.harness.report import AsJson, Out, StateDir, digits, ms, note, show, table_of
 from benchmarks.harness.server import (
@@ -83,22 +84,27 @@ def main(
 def measure(
     server: ServerProcess, model: str, settle_s: float, window_s: float, num_requests: int
 ) -> dict[str, Any]:
-    """Cores by role over the window, resident bytes, and the requests after it."""
+    """Cores by role over the window, resident bytes, the requests after it, and the machine's energy in both."""
     time.sleep(settle_s)
+    energy = EnergyWatch()
     before, started_s = cpu_seconds(server.members()), time.monotonic()
     time.sleep(window_s)
     after, elapsed_s = cpu_seconds(server.members()), time.monotonic() - started_s
+    energy.add()
     cores = cores_by_role(before, after, elapsed_s)
     resident_bytes: dict[str, int] = {}
     for process in after:
         role = role_of(title_of(process))
         resident_bytes[role] = resident_bytes.get(role, 0) + _resident_bytes(process)
-    ttfts_s = asyncio.run(_ask(server.url, model, num_requests))
+    answers = asyncio.run(_ask(server.url, model, num_requests))
+    ttfts_s = [record.ttft_s for record in answers if record.ttft_s is not None]
+    energy.add(forward_s=sum((record.ended_s or 0.0) - record.scheduled_s for record in answers))
     return {
         "cores": {role: round(share, 4) for role, share in sorted(cores.items(), key=lambda item: -item[1])},
         "all_cores": round(sum(cores.values()), 4),
         "processes": len(after),
         "resident_mib": {role: size >> 20 for role, size in resident_bytes.items()},
+        "energy": energy.to_wire(sum(record.num_tokens for record in answers), 0),
         "first_request_s": {"p50": statistics.median(ttfts_s), "max": max(ttfts_s), "all": ttfts_s},
     }
 
@@ -131,6 +137,7 @@ def _tables(report: dict[str, Any]) -> Iterable[Any]:
     for name in servers:
         first = report[name]["first_request_s"]
         yield f"{name}: first token after a silence p50 {ms(first['p50'])}, at most {ms(first['max'])}"
+        yield f"{name}: {told(report[name]['energy'])}"
     for check in report["checks"]:
         verdict = "met" if check["passed"] else "missed"
         yield f"{verdict}: {check['check']} {check['value']:.4g} (at most {check['at_most']:.4g})"
@@ -143,20 +150,20 @@ def _resident_bytes(process: psutil.Process) -> int:
         return 0
 
 
-async def _ask(url: str, model: str, count: int) -> list[float]:
-    """Seconds to the first token of requests with a silence before each.
+async def _ask(url: str, model: str, count: int) -> list[RequestRecord]:
+    """Requests with a silence before each.
 
     Raises:
         MeasurementError: a request failed.
     """
     async with AsyncOpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0) as client:
         load = Load(HttpPort(client, model))
-        ttfts_s = []
+        answers = []
         for number in range(count):
             await asyncio.sleep(_PAUSE_S)
             prompt = [{"role": "user", "content": f"What is {number} plus 2?"}]
             record = await load.ask(Request(f"idle-{number}", prompt, max_tokens=8))
             if record.ttft_s is None:
                 raise MeasurementError(f"a request failed: {record.error or 'it has no token'}")
-            ttfts_s.append(record.ttft_s)
-    return ttfts_s
+            answers.append(record)
+    return answers

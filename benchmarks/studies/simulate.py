@@ -6,16 +6,18 @@ mace simulate agreement --json
 
 import contextlib
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import typer
 from rich.table import Table
 
-from benchmarks.harness.report import Out, show, table_of
+from benchmarks.harness.energy import joules_of
+from benchmarks.harness.report import JOULES, Column, Out, digits, show, table_of
 from benchmarks.studies.agreement import run_agreement
-from core.config import Policy, SloConfig
+from core.config import AppArgs, Policy, SloConfig
 from core.errors import ConfigError, MaceError
 from core.model_dims import ModelDims
 from profiler.profile import Profile
@@ -23,6 +25,7 @@ from simulator.cluster import Simulation
 from simulator.executor import Options
 from simulator.hardware import hardware_of
 from simulator.plot import write_plot
+from simulator.power import Power
 from simulator.statistics import Result
 from simulator.trace import Trace
 
@@ -37,6 +40,9 @@ def simulate(
     plot: Annotated[Path | None, typer.Option(help="File of the picture; default: <trace>.png here")] = None,
     log: Annotated[Path | None, typer.Option(help="Write every event as a line of JSON")] = None,
     policy: Annotated[Policy | None, typer.Option(help="Instead of the trace's")] = None,
+    power: Annotated[
+        Path | None, typer.Option(help="Watts of CPU and GPU (YAML): compares what each policy takes")
+    ] = None,
     seed: Annotated[int | None, typer.Option(min=0, help="Instead of the trace's")] = None,
     executors: Annotated[int | None, typer.Option(min=1, max=1000, help="Instead of the trace's")] = None,
     noise: Annotated[bool, typer.Option(help="Draw latencies from the profile's noise")] = True,
@@ -56,18 +62,21 @@ def simulate(
             return
         described = Trace.load(Path(trace))
         args = described.args
-        scheduler = args.scheduler.model_copy(update={"policy": policy or args.scheduler.policy})
-        given = {"seed": seed, "executors": executors, "args": args.model_copy(update={"scheduler": scheduler})}
+        watts = None if power is None else Power.load(power)
+        given = {"seed": seed, "executors": executors, "args": _with_policy(args, policy), "power": watts}
         described = described.model_copy(update={key: value for key, value in given.items() if value is not None})
         options = Options(noise=noise, adapt=adapt, observe_every=adapt_every, router=router)
         started_s, started_cpu_s = time.perf_counter(), time.process_time()
-        result = run_trace(described, profile=profile, model_config=model_config, options=options, log=log)
+        run = partial(run_trace, profile=profile, model_config=model_config, options=options)
+        result = run(described, log=log)
         wall_s, cpu_s = time.perf_counter() - started_s, time.process_time() - started_cpu_s
         if plot is None and not as_json:
             plot = Path(f"{described.name}.png")
         if plot is not None:
             write_plot(result, plot)
         report = {**result.to_json(), "wall_s": wall_s, "cpu_s": cpu_s}
+        if described.power is not None and policy is None:
+            report["policies"] = list(_compare(described, result, run))
         picture = [] if plot is None else [f"picture: {plot}"]
         show(report, [*_tables(report, described.args.slo), *picture], as_json, out)
     except MaceError as error:
@@ -107,6 +116,33 @@ def run_trace(
         return Simulation(trace, hardware, options, write_log=None if file is None else file.write).run()
 
 
+def _with_policy(args: AppArgs, policy: Policy | None) -> AppArgs:
+    scheduler = args.scheduler.model_copy(update={"policy": policy or args.scheduler.policy})
+    return args.model_copy(update={"scheduler": scheduler})
+
+
+def _compare(trace: Trace, known: Result, run: Callable[[Trace], Result]) -> Iterator[dict[str, Any]]:
+    """What each policy gives and takes on this trace, and the trace's own with AdamW on either device if that is known.
+
+    `known` is the result of the trace's settings.
+    """
+    choices = [(policy, _with_policy(trace.args, policy)) for policy in get_args(Policy)]
+    if known.can_move:
+        for setting in ("never", "always"):
+            offload = trace.args.offload.model_copy(update={"optimizer": setting})
+            label = f"{trace.args.scheduler.policy}, offload {setting}"
+            choices.append((label, trace.args.model_copy(update={"offload": offload})))
+    for label, args in choices:
+        result = known if args == trace.args else run(trace.model_copy(update={"args": args}))
+        yield {
+            "policy": label,
+            "offload": result.placement.place,
+            "slo_attainment": result.slo_attainment,
+            "pairs_per_s": result.pairs_per_s,
+            **(result.energy() or {}),
+        }
+
+
 def _tables(found: dict[str, Any], slo: SloConfig) -> Iterator[Table]:
     rows: list[dict[str, Any]] = [
         {"": "TTFT", **found["ttft"], "target_s": slo.ttft_s},
@@ -124,6 +160,21 @@ def _tables(found: dict[str, Any], slo: SloConfig) -> Iterator[Table]:
     for name, value in _lines(found):
         table.add_row(name, value)
     yield table
+    if policies := found.get("policies"):
+        attained: Column = ("SLO attainment", "slo_attainment", lambda share: f"{share:.3%}")
+        pairs: Column = ("pairs/s", "pairs_per_s", lambda rate: f"{rate:.3g}")
+        yield table_of(
+            "What the policies take",
+            policies,
+            [
+                ("policy", "policy", str),
+                ("AdamW on", "offload", str),
+                attained,
+                pairs,
+                ("W", "mean_w", digits(1)),
+                *JOULES,
+            ],
+        )
 
 
 def _lines(found: dict[str, Any]) -> list[tuple[str, str]]:
@@ -131,6 +182,7 @@ def _lines(found: dict[str, Any]) -> list[tuple[str, str]]:
     classes = ", ".join(
         f"{row['requests']:,} {name} ({row['slo_attainment']:.2%})" for name, row in found["classes"].items()
     )
+    energy = "not known: give --power" if found["energy"] is None else joules_of(found["energy"])
     shares = f"forward passes {found['forward_share']:.1%}, slices {found['slices_share']:.1%}"
     return [
         ("policy", found["policy"]),
@@ -140,6 +192,8 @@ def _lines(found: dict[str, Any]) -> list[tuple[str, str]]:
         ("fine-tune pairs/s", f"{found['pairs_per_s']:.3g} ({found['pairs']:,} pairs)"),
         ("utilisation", f"{found['utilisation']:.1%}: {shares}"),
         ("output tokens/s", f"{found['output_tokens_per_s']:,.0f}"),
+        ("energy", energy),
+        ("AdamW", f"on the {found['optimizer']['place']}: {found['optimizer']['reason']}"),
         ("iterations", f"{found['iterations']:,} with {found['slices']:,} slices"),
         ("preemptions", f"{found['preemptions']:,}"),
         (

@@ -17,9 +17,11 @@ from typing import Annotated, Any, Literal
 import typer
 from rich.table import Table
 
+from benchmarks.harness.energy import EnergyWatch
 from benchmarks.harness.jobs import TRACES, VERSIONED, Job, JobResult, run_job, with_rate, with_section
 from benchmarks.harness.models import TITLES, ModelName, model_directories
 from benchmarks.harness.report import (
+    JOULES,
     SERVED,
     AsJson,
     Column,
@@ -85,7 +87,13 @@ def main(
 
 def _tables(report: dict[str, Any]) -> Iterator[Table]:
     shares = (("of ideal", "pairs_of_ideal", digits(2)), ("forward", "forward_share", percent))
-    columns: list[Column] = [("policy", "policy", str), *SERVED, *shares, ("slices", "slices_share", percent)]
+    columns: list[Column] = [
+        ("policy", "policy", str),
+        *SERVED,
+        *shares,
+        ("slices", "slices_share", percent),
+        *JOULES,
+    ]
     yield table_of(report["model"], report["rows"], columns)
     yield checks_table(report["model"], report["checks"])
 
@@ -144,6 +152,7 @@ def measure_model(
         "training": trace.args.training.model_dump(mode="json"),
         "profile": "measured before" if profile is not None else str(trace.args.profile.path),
         "worker_cores": result.threads,
+        "energy": EnergyWatch().told(),
         "cores": len(os.sched_getaffinity(0)),
         "versions": installed_versions(VERSIONED),
         "baseline_goal_pairs_per_s": _goal_pairs_per_s(runs),

@@ -23,9 +23,21 @@ from typing import Annotated, Any, Literal
 import httpx
 import typer
 
+from benchmarks.harness.energy import EnergyWatch
 from benchmarks.harness.jobs import VERSIONED, MeasurementError
 from benchmarks.harness.models import TITLES, ModelName, model_directories
-from benchmarks.harness.report import AsJson, Column, Out, StateDir, checks_table, digits, note, show, table_of
+from benchmarks.harness.report import (
+    JOULES,
+    AsJson,
+    Column,
+    Out,
+    StateDir,
+    checks_table,
+    digits,
+    note,
+    show,
+    table_of,
+)
 from benchmarks.harness.server import ServerProcess, cores_by_role, cpu_seconds, own_servers, plain_server
 from benchmarks.harness.statistics import ratio_of
 from benchmarks.studies.chaos.command import new_directories
@@ -196,9 +208,12 @@ def _ask(
         if load.rate_per_s is not None
         else (load.streams or 1) * (8 if name == "tiny" else 3)
     )
+    energy = EnergyWatch()
+    energy.idle()
     before, started_s = cpu_seconds(server.members()), time.monotonic()
     result = run_client(server.url, model_dir, load, num_prompts, seed=repeat + 1)
     elapsed_s = time.monotonic() - started_s
+    energy.add(forward_s=elapsed_s)
     if result["failed"] or result["completed"] != num_prompts:
         raise MeasurementError(f"{num_prompts - result['completed']} of {num_prompts} requests failed")
     cores = cores_by_role(before, cpu_seconds(server.members()), elapsed_s)
@@ -206,6 +221,7 @@ def _ask(
         **{key: result[_field(key)] for key in _NUMBERS if key != "tokens_per_s"},
         "tokens_per_s": result["output_throughput"],
         "requests": num_prompts,
+        "energy": energy.to_wire(result["total_output_tokens"], 0),
         "cores": {role: round(share, 3) for role, share in cores.items()},
     }
 
@@ -253,6 +269,9 @@ def make_report(cells: Sequence[dict[str, Any]]) -> dict[str, Any]:
                 row[key] = statistics.median(cell[key] for cell in repeats)
                 ratio = ratio_of(_pairs(repeats, sides.get(BASE, []), key))
                 row[f"{key}_ratio"] = None if side == BASE or ratio is None else ratio.ratio
+            joules = [cell.get("energy", {}).get("joules_per_1000_tokens") for cell in repeats]
+            known = [value for value in joules if value is not None]
+            row["joules_per_1000_tokens"] = statistics.median(known) if known else None
             roles = dict.fromkeys(role for cell in repeats for role in cell["cores"])
             row["cores"] = {
                 role: round(statistics.median(cell["cores"].get(role, 0.0) for cell in repeats), 3)
@@ -310,7 +329,7 @@ def _tables(report: dict[str, Any]) -> Iterator[Any]:
         ("tokens/s", "tokens_per_s", 0),
     ):
         columns += [(heading, key, digits(number)), ("ratio", f"{key}_ratio", digits(2))]
-    columns.append(("cores beside the engine", "other_cores", digits(2)))
+    columns += [("cores beside the engine", "other_cores", digits(2)), *JOULES]
     for model in dict.fromkeys(row["model"] for row in report["rows"]):
         rows = [row for row in report["rows"] if row["model"] == model]
         yield table_of(f"{TITLES[model]} (ms)", rows, columns)

@@ -45,6 +45,7 @@ _DESCRIPTIONS = {
     "e2e_request_latency_seconds": "From a request's arrival to the end of its answer leaving the server",
     "slo_observations": "First tokens (objective ttft) and gaps (tbt) that clients saw, by whether the target was met",
     "engine_deaths": "Times that the engine died and was started again",
+    "energy_joules": "Energy that this machine has taken since the start, by sensor",
     "control_unreachable": "Calls to Control that failed",
 }
 

@@ -18,11 +18,14 @@ import torch
 from core.config import AppArgs
 from core.dpo_slices import SliceSpec
 from core.errors import ConfigError, DeviceMemoryError
+from core.offload import WorkKind
 from core.types import FineTuneTask, SliceKind, SliceReport, SliceTiming, TaskKind, TaskResult, TokenizedPair
-from engine.training.device_memory import free_memory_bytes, release_cached_memory
+from engine.training.device_memory import free_memory_bytes, is_out_of_memory, release_cached_memory
 from engine.training.dpo import DpoStep
+from engine.training.offload import Costs, measure_work, place_all, settled_s
 from engine.training.shadow import ShadowAdapter
 from engine.training.trainable import TrainableModel
+from profiler.energy import EnergyMeter
 from scheduler.iteration.slices import SliceAdmission
 
 logger = logging.getLogger(__name__)
@@ -68,7 +71,17 @@ class FineTuneRunner:
             served_tokens=served_tokens,
         )
         self._shared_pointers = frozenset(tensor.data_ptr() for tensor in (weights or {}).values())
-        self.shadow = ShadowAdapter(self.model, self._config)
+        self._args = args
+        self.placements = place_all(args, self.model.device)
+        """Where movable work runs, and the reason."""
+        for kind, placed in self.placements.items():
+            logger.info("offload.%s: on the %s, %s", kind, placed.place, placed.reason)
+        places = {kind: placed.place for kind, placed in self.placements.items()}
+        optimizer, copies = (
+            torch.device("cpu") if places[kind] == "cpu" else None
+            for kind in (WorkKind.OPTIMIZER, WorkKind.CHECKPOINT)
+        )
+        self.shadow = ShadowAdapter(self.model, self._config, optimizer, copies)
         self.admission = SliceAdmission()
         self._slice_tokens = self._config.max_slice_tokens
         self._waiting: deque[dict[str, Any]] = deque()
@@ -153,6 +166,22 @@ class FineTuneRunner:
         weights = {p.data_ptr(): p.nbytes for p in self.model.causal_lm.parameters() if not p.requires_grad}
         shared = sum(size for pointer, size in weights.items() if pointer in self._shared_pointers)
         return {"base_weight_bytes": sum(weights.values()), "shared_bytes": shared}
+
+    def measure_work(self, meter: EnergyMeter) -> Costs:
+        """What movable work costs on either device; takes seconds.
+
+        Empty on the CPU, where there is one device, and if the device has no memory for a second optimizer.
+        """
+        if self.model.device.type == "cpu":
+            return {}
+        flat = torch.cat([parameter.detach().flatten() for parameter in self.model.lora_parameters().values()])
+        try:
+            return measure_work(flat, self._args, meter)
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            logger.warning("no memory is left to measure the optimizer in: %s", error)
+            return {}
 
     def _waits_for_disk(self, spec: SliceSpec) -> bool:
         is_kept = self._running is not None and self._running.task.checkpoint is not None
@@ -289,10 +318,3 @@ class FineTuneRunner:
             self.shadow.reset()
             if result.error is not None:
                 logger.warning("warm-up step failed: %s", result.error)
-
-
-def settled_s(device: torch.device) -> float:
-    """`time.perf_counter` once the device has done all that it was given: slices are timed, and not their launches."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()

@@ -27,6 +27,7 @@ from engine.training.checkpoint import (
     read_training_state,
     set_random_state,
 )
+from engine.training.optimizer import FlatAdamW
 from engine.training.trainable import TrainableModel, training_mode
 
 logger = logging.getLogger(__name__)
@@ -50,7 +51,17 @@ class ShadowAdapter:
         {"save_adapter", "load_adapter", "set_live", "save_training_state", "load_training_state"}
     )
 
-    def __init__(self, model: TrainableModel, config: TrainingConfig) -> None:
+    def __init__(
+        self,
+        model: TrainableModel,
+        config: TrainingConfig,
+        optimizer_device: torch.device | None = None,
+        copies_device: torch.device | None = None,
+    ) -> None:
+        """`optimizer_device` is where AdamW and its state live; None: where the model is.
+
+        `copies_device` is where copies of that state are kept; None: where the optimizer is.
+        """
         self._model = model
         self._config = config
         self._parameters = model.lora_parameters()
@@ -59,13 +70,11 @@ class ShadowAdapter:
         self._latest: TrainingState | None = None
         """The copy that equals parameters and optimizer as they are, if one does."""
         with training_mode(model.device):
-            self._flat = torch.nn.Parameter(torch.cat([p.detach().flatten() for p in self._parameters.values()]))
-            for parameter, view in zip(self._parameters.values(), self._views(self._flat.detach()), strict=True):
+            self._flat = torch.cat([p.detach().flatten() for p in self._parameters.values()])
+            for parameter, view in zip(self._parameters.values(), self._views(self._flat), strict=True):
                 parameter.data = view
-            self._optimizer = torch.optim.AdamW(
-                [self._flat], lr=config.learning_rate, weight_decay=config.weight_decay, fused=True
-            )
-            self._clear_optimizer()
+            self._optimizer = FlatAdamW(self._flat, config, optimizer_device)
+            self._copies_device = copies_device
             # Made now, so that no later one surprises a device whose free memory is given out.
             self._copies = [self._empty_copy() for _ in range(_NUM_COPIES)]
         self.checkpoints = CheckpointWriter()
@@ -78,17 +87,22 @@ class ShadowAdapter:
     def tensors(self) -> dict[str, torch.Tensor]:
         """The LoRA matrices by PEFT name, copied to the CPU."""
         with training_mode(self._model.device):
-            return self.named_views(self._flat.detach().to("cpu", copy=True))
+            return self.named_views(self._flat.to("cpu", copy=True))
 
     def memory(self) -> dict[str, int]:
-        """Device bytes of the adapter with its optimizer and the live version, and of the copies of that state."""
+        """Device bytes of the adapter with its optimizer and the live version, and of the copies of that state.
+
+        What is elsewhere takes none.
+        """
+        if self._optimizer.is_elsewhere:
+            return {"trainer": self._flat.nbytes + self._stand_in.nbytes, "state_copies": 0}
         state = sum(tensor.nbytes for tensor in self.state_tensors().values()) + self._stand_in.nbytes
         copies = sum(tensor.nbytes for copy in self._copies for tensor in copy.tensors.values())
-        return {"trainer": state, "state_copies": copies}
+        return {"trainer": state, "state_copies": 0 if self._copies_device else copies}
 
     def new_gradients(self) -> tuple[torch.Tensor, list[list[torch.Tensor]]]:
         """A zeroed flat gradient buffer and, per layer, its views in the order of `layer_parameters`."""
-        flat = torch.zeros_like(self._flat, requires_grad=False)
+        flat = torch.zeros_like(self._flat)
         views = iter(self._views(flat))
         return flat, [
             [next(views) for _ in self._model.layer_parameters(i)] for i in range(self._model.num_layers)
@@ -114,19 +128,17 @@ class ShadowAdapter:
             before = self._copy()
             self._latest = None
             try:
-                self._flat.grad = gradients
-                self._optimizer.step()
+                self._optimizer.step(gradients)
                 self._check_finite()
+                self._optimizer.give_out()
             except BaseException:
                 self._put_back(before)
                 raise
-            finally:
-                self._flat.grad = None
         self.num_steps += 1
         return norm
 
     def checkpoint(self) -> TrainingState:
-        """A copy on the device of everything that `restore` needs.
+        """A copy of everything that `restore` needs.
 
         It stays as it is while it `is_leased`. The next step uses it as the state to go back to, so that a checkpoint
         after each step costs no copy more than none.
@@ -153,6 +165,7 @@ class ShadowAdapter:
             check_tensors(state.tensors, {name: tensor.shape for name, tensor in mine.items()}, "training state")
             for name, tensor in mine.items():
                 tensor.copy_(state.tensors[name])
+            self._optimizer.give_out()
         self.num_steps, self._latest = state.num_steps, None
         set_random_state(state.rng, self._model.device)
 
@@ -165,8 +178,8 @@ class ShadowAdapter:
     def exchange(self, flat: torch.Tensor) -> None:
         """Swap the parameters with those in `flat`, in place; optimizer state stays. Twice is no change."""
         with training_mode(self._model.device):
-            mine = self._flat.detach().clone()
-            self._flat.detach().copy_(flat)
+            mine = self._flat.clone()
+            self._flat.copy_(flat)
             flat.copy_(mine)
 
     def put_live_in(self) -> None:
@@ -215,7 +228,7 @@ class ShadowAdapter:
             return
         flat = self.read(directory)
         with self._shadow_in_place(), training_mode(self._model.device):
-            self._flat.detach().copy_(flat)
+            self._flat.copy_(flat)
             self._clear_optimizer()
 
     def read(self, directory: Path | str | None) -> torch.Tensor:
@@ -225,7 +238,7 @@ class ShadowAdapter:
             DamagedAdapterError: Files are missing or unreadable, or rank, alpha, names or shapes differ.
         """
         with training_mode(self._model.device):
-            flat = torch.zeros_like(self._flat, requires_grad=False)
+            flat = torch.zeros_like(self._flat)
         if directory is None:
             return flat
         directory = Path(directory)
@@ -311,7 +324,7 @@ class ShadowAdapter:
 
     def state_tensors(self) -> dict[str, torch.Tensor]:
         """The tensors of a `TrainingState` as they are in use, not copied."""
-        return {"flat": self._flat.detach(), **self._optimizer.state[self._flat]}
+        return self._optimizer.tensors()
 
     def _copy(self) -> TrainingState:
         """A copy that equals parameters and optimizer: the latest one, or one made in memory that nobody reads.
@@ -330,12 +343,12 @@ class ShadowAdapter:
         return self._latest
 
     def _empty_copy(self) -> TrainingState:
-        tensors = {name: torch.empty_like(tensor) for name, tensor in self.state_tensors().items()}
-        return TrainingState(tensors, 0, self._layout())
+        return TrainingState(self._optimizer.empty_tensors(self._copies_device), 0, self._layout())
 
     def _put_back(self, copy: TrainingState) -> None:
         for name, tensor in self.state_tensors().items():
             tensor.copy_(copy.tensors[name])
+        self._optimizer.give_out()
         self._latest = copy
 
     def _check_finite(self) -> None:
@@ -345,10 +358,7 @@ class ShadowAdapter:
             raise DivergedError("a parameter or its moments are not finite after the optimizer step")
 
     def _clear_optimizer(self) -> None:
-        """Zero moments, made now: the first step then allocates nothing and takes no longer than the others."""
+        """The parameters are new: the optimizer forgets all."""
         self.num_steps, self._latest = 0, None
-        self._optimizer.state[self._flat] = {
-            "step": torch.zeros((), dtype=torch.float32, device=self._flat.device),
-            "exp_avg": torch.zeros_like(self._flat, requires_grad=False),
-            "exp_avg_sq": torch.zeros_like(self._flat, requires_grad=False),
-        }
+        self._optimizer.take_in()
+        self._optimizer.forget()

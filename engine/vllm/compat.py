@@ -484,6 +484,17 @@ def kv_value_bytes(kv_cache_dtype: str, model_config: Any) -> int:
     return kv_cache_dtype_str_to_dtype(kv_cache_dtype, model_config).itemsize
 
 
+def gpu_nvml() -> Any:
+    """The module `pynvml` that vLLM brings along; None where torch has no CUDA, and the engine thus no GPU."""
+    import torch
+
+    if not torch.version.cuda:
+        return None
+    from vllm.third_party import pynvml
+
+    return pynvml
+
+
 def lora_rank_of_vllm(rank: int) -> int:
     """vLLM allows a fixed set of maximum ranks: the smallest that holds ours."""
     return next(allowed for allowed in (1, 8, 16, 32, 64, 128, 256, 320, 512) if allowed >= rank)

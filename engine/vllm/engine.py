@@ -253,6 +253,10 @@ class HybridEngine:
         """
         return await self._call_worker("memory")
 
+    async def measure_work(self) -> dict[str, Any]:
+        """Costs of the trainer's movable work, as in `Profile.work`. Nothing else runs meanwhile, for seconds."""
+        return await self._call_worker("measure_work")
+
     async def tell_edge(self, report: EdgeReport) -> None:
         """Tell the planner what clients saw. Asks nothing of the worker; MaceError: the engine is dead."""
         await vllm_compat.send_note(self.client, {"edge": asdict(report)}, NOTE_KEY)

@@ -30,7 +30,7 @@ from engine.training.device_memory import (
 from engine.training.runner import FineTuneRunner
 from engine.training.shadow import ShadowAdapter
 from engine.vllm.arrivals import ArrivalCount
-from engine.vllm.compat import app_args_of, exit_with_parent, keep_out_of_compile_key, share_gloo_device
+from engine.vllm.compat import app_args_of, exit_with_parent, gpu_nvml, keep_out_of_compile_key, share_gloo_device
 from engine.vllm.directive import (
     DIRECTIVE_ATTRIBUTE,
     REPORT_ATTRIBUTE,
@@ -41,6 +41,7 @@ from engine.vllm.directive import (
 )
 from engine.vllm.iteration_log import ForwardTimer, IterationLog
 from engine.vllm.recovery import empty_batch
+from profiler.energy import find_meter
 
 logger = logging.getLogger(__name__)
 
@@ -196,8 +197,8 @@ class HybridWorkerMixin:
     def mace_call(self, method: str, *args: Any) -> dict[str, Any]:
         """Answer `HybridEngine` between two iterations (through `collective_rpc`).
 
-        `iterations` (`IterationLog.since`), `memory` (`memory_status`), `pruning_refusal` (the reason why KV blocks
-        cannot be dropped although the settings ask for it, or None), and the methods of `ShadowAdapter`.
+        `iterations` (`IterationLog.since`), `memory` (`memory_status`), `measure_work`, `pruning_refusal` (the reason
+        why KV blocks cannot be dropped although the settings ask for it, or None), and the methods of `ShadowAdapter`.
 
         Returns `{"value": ...}`, or `{"error": class name, "message": ...}` for errors of our tree: vLLM would turn
         an exception into text.
@@ -208,14 +209,26 @@ class HybridWorkerMixin:
             return {"error": type(error).__name__, "message": str(error)}
 
     def memory_status(self) -> dict[str, Any]:
-        """`MemoryCounters` of the last iteration, and the trainer's weights."""
-        return {**asdict(self._memory), **self._weights}
+        """`MemoryCounters` of the last iteration, the trainer's weights, and where its movable work runs."""
+        status: dict[str, Any] = {**asdict(self._memory), **self._weights}
+        if self._runner is not None:
+            status["offload"] = {kind.value: asdict(placed) for kind, placed in self._runner.placements.items()}
+        return status
+
+    def measure_work(self) -> dict[str, Any]:
+        """What movable work of the trainer costs on either device (`FineTuneRunner.measure_work`); takes seconds."""
+        costs = {} if self._runner is None else self._runner.measure_work(find_meter(gpu_nvml()))
+        return {
+            kind.value: {place: asdict(cost) for place, cost in found.items()} for kind, found in costs.items()
+        }
 
     def _method(self, name: str) -> Callable[..., Any]:
         if name == "iterations":
             return self._log.since
         if name == "memory":
             return self.memory_status
+        if name == "measure_work":
+            return self.measure_work
         if name == "pruning_refusal":
             return lambda: self._pruning_refusal
         if self._runner is None:

@@ -27,6 +27,10 @@ GRAPHS_BYTES = _GIB
 """Allowance for captured CUDA graphs, within it."""
 STATE_BYTES = 40
 """Bytes of a LoRA parameter in fp32: itself, two moments, two copies of the three, and the live version."""
+_MOVED_COPIES_BYTES = 16
+"""What stays of them with the copies on the CPU."""
+_MOVED_STATE_BYTES = 8
+"""What stays beside an optimizer on the CPU: the parameter, and the live version's."""
 _SAMPLER_BYTES = 20
 """Bytes of a word and request beside its logit: in fp32 itself, its probability, and its value and index in order."""
 _BLOCK_TOKENS = 16
@@ -82,7 +86,14 @@ class MemoryPlan:
     @property
     def trainer_bytes(self) -> int:
         """The adapter in training, its optimizer, the copies of both, and the live version."""
-        return STATE_BYTES * self._lora_parameters(self.args.lora.rank) if self.args.training.enabled else 0
+        if not self.args.training.enabled:
+            return 0
+        offload, held_bytes = self.args.offload, STATE_BYTES
+        if offload.optimizer == "always":
+            held_bytes = _MOVED_STATE_BYTES
+        elif offload.checkpoint == "always":
+            held_bytes = _MOVED_COPIES_BYTES
+        return held_bytes * self._lora_parameters(self.args.lora.rank)
 
     @property
     def activation_bytes(self) -> int:

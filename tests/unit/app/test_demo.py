@@ -126,7 +126,11 @@ def test_an_answer_that_suits_is_preferred_to_one_that_does_not():
     ("taste", "answers", "value"),
     [
         ("brief", {"live": [LONG]}, "A volcano is a mountain with fire."),
-        ("listed", {"live": ["It is a mountain with fire."], "bare": ["Lava?", LONG]}, LONG.replace(". ", ".\n- ")),
+        (
+            "listed",
+            {"live": ["It is a mountain with fire."], "bare": ["Lava?", LONG]},
+            LONG.replace(". ", ".\n- "),
+        ),
     ],
 )
 def test_where_none_suits_one_is_corrected_to_an_edit_of_it_or_of_the_bare_models(taste, answers, value):
@@ -137,7 +141,9 @@ def test_where_none_suits_one_is_corrected_to_an_edit_of_it_or_of_the_bare_model
 
 def test_where_all_suit_one_is_chosen_over_an_edit_to_another_taste():
     items = preferences("detailed", answers={"live": [LONG]})
-    assert [(item["chosen"], item["rejected"]) for item in items] == [(LONG, "A volcano is a mountain with fire.")] * 2
+    assert [(item["chosen"], item["rejected"]) for item in items] == [
+        (LONG, "A volcano is a mountain with fire.")
+    ] * 2
 
 
 @pytest.mark.parametrize(

@@ -3,15 +3,17 @@
 import json
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import typer
 import yaml
 from typer.testing import CliRunner
 
-from app.commands.doctor import doctor, read_bytes
+from app.commands.doctor import doctor, examine, read_bytes
 from core.errors import ConfigError
 from engine.training.quantized import check_quantization
+from profiler.energy import EnergyMeter
 
 GIB = 1 << 30
 PAGE = Path(__file__).parents[3] / "docs" / "configure.md"
@@ -173,3 +175,16 @@ def test_sizes_of_memory(text, size):
 def test_words_that_are_no_size(text):
     with pytest.raises(ConfigError, match="is no size"):
         read_bytes(text)
+
+
+@pytest.mark.parametrize(
+    ("meter", "found"),
+    [
+        (EnergyMeter([], {"rapl": "RAPL is for root"}), "no joules: RAPL is for root"),
+        (EnergyMeter([SimpleNamespace(name="rapl"), SimpleNamespace(name="nvml")]), "joules from rapl and nvml"),
+    ],
+)
+def test_one_line_says_which_sensor_counts_joules(tmp_path, monkeypatch, meter, found):
+    monkeypatch.setattr("profiler.energy.find_meter", lambda nvml: meter)
+    line = next(finding for finding in examine(tmp_path) if finding.check == "energy")
+    assert (line.status, line.found) == ("ok", found)

@@ -20,9 +20,9 @@ def requests_at(*arrivals_s, tokens=3):
     return [TraceRequest(f"r{i}", arrival_s, 5, tokens, 1) for i, arrival_s in enumerate(arrivals_s)]
 
 
-def measure(engine, requests, *, window_s=0.3, feeder=None, warm_up=(), drain_s=1.0):
+def measure(engine, requests, *, window_s=0.3, feeder=None, warm_up=(), drain_s=1.0, energy=None):
     options = WindowOptions(window_s, vocab_size=50, drain_s=drain_s, poll_s=0.05)
-    return asyncio.run(run_window(engine, requests, options, feeder, warm_up))
+    return asyncio.run(run_window(engine, requests, options, feeder, warm_up, energy))
 
 
 def feeder_of(engine, load=LOAD):
@@ -42,6 +42,35 @@ def test_requests_are_sent_at_their_arrival_times_however_slow_the_engine_is():
     assert about(sent[2] - sent[0], 0.2 - 0.05)
     assert sent[2] - sent[0] < 0.5  # before any answer
     assert all(record.error is None for record in run.requests)
+
+
+class SpyWatch:
+    """Stands for an `EnergyWatch`."""
+
+    def __init__(self, engine):
+        self.engine, self.calls = engine, []
+
+    def idle(self):
+        self.calls.append(("idle", len(self.engine.seen)))
+
+    def skip(self):
+        self.calls.append(("skip", len(self.engine.seen)))
+
+    def add(self, forward_s, slices_s):
+        self.calls.append(("add", forward_s, slices_s))
+
+
+def test_energy_is_watched_in_the_window_alone_and_idling_before_any_load():
+    engine = FakeEngine()
+    spy = SpyWatch(engine)
+    run = measure(engine, requests_at(0.0, 0.1), warm_up=requests_at(0.0), energy=spy)
+    kinds = [call[0] for call in spy.calls]
+    assert kinds[:2] == ["idle", "skip"]
+    assert set(kinds[2:]) == {"add"}
+    assert spy.calls[0][1] == 0  # before the warm-up
+    assert spy.calls[1][1] >= 1
+    forward_s = sum(sample.forward_s for sample in run.samples if sample.shape.num_tokens)
+    assert sum(call[1] for call in spy.calls[2:]) == pytest.approx(forward_s)
 
 
 def test_first_token_and_gaps_are_what_the_engine_took():

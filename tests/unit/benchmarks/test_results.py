@@ -137,3 +137,27 @@ def test_medians_leave_out_repeats_without_a_value():
     found = summary_row(runs)
     assert found["ttft_p50_s"] == pytest.approx(0.4)
     assert found["num_requests"] == 1
+
+
+class Spent:
+    """Stands for an `EnergyWatch` of a window that took 100 J for serving and 50 J for training."""
+
+    def to_wire(self, num_tokens, num_pairs):
+        per = {"joules_per_1000_tokens": 1e5 / num_tokens, "joules_per_pair": 50 / num_pairs}
+        return {"idle_w": 7.0, **per, "sensors": ["rapl"], "reason": None}
+
+
+def test_joules_are_of_the_tokens_and_pairs_of_the_window():
+    tasks = [TaskRecord("t", 8, 1.0, 4.0)]
+    run = WindowRecord(10.0, [request()], tasks, [iteration(slices_s=(8.0,))], covered_s=10.0, energy=Spent())
+    metrics = summarize(run, SLO)
+    assert metrics.joules_per_1000_tokens == pytest.approx(100 / 0.003)
+    assert metrics.joules_per_pair == pytest.approx(50 / (metrics.pairs_per_s * 10))
+    assert metrics.idle_w == 7.0
+    row = summary_row([metrics, metrics.model_copy(update={"joules_per_pair": None})])
+    assert row["joules_per_pair"] == metrics.joules_per_pair
+
+
+def test_without_a_watch_joules_are_not_known():
+    metrics = summarize(WindowRecord(10.0, [request()]), SLO)
+    assert (metrics.idle_w, metrics.joules_per_1000_tokens, metrics.joules_per_pair) == (None, None, None)

@@ -6,7 +6,7 @@ from prometheus_client import REGISTRY, Counter
 from core.batch import ForwardShape, IterationSample, Plan
 from core.types import SliceKind, SliceReport, SliceTiming
 from deployments.monitors.engine_monitor import EngineMonitor
-from engine.prefix_cache import PrefixCounts, read_prefix_counts
+from engine.prefix_cache import PrefixCounts, read_generated_tokens, read_prefix_counts
 
 
 def sample(forward_s, predicted_s, *, slices_s=0.0, budget_s=0.0, tokens=1):
@@ -74,6 +74,7 @@ def test_the_sharing_ratio_is_of_all_tokens_and_of_the_last_minute():
 def test_counts_are_read_from_vllms_counters_of_all_engines():
     if read_prefix_counts() is not None:
         pytest.skip("vLLM's own counters live in this process")
+    generated = Counter("vllm:generation_tokens", "tokens", ["engine"])
     queries = Counter("vllm:prefix_cache_queries", "tokens", ["engine"])
     hits = Counter("vllm:prefix_cache_hits", "tokens", ["engine"])
     try:
@@ -81,6 +82,11 @@ def test_counts_are_read_from_vllms_counters_of_all_engines():
         queries.labels("1").inc(50)
         hits.labels("0").inc(30)
         assert read_prefix_counts() == PrefixCounts(150, 30)
+        assert read_generated_tokens() is None
+        generated.labels("0").inc(7)
+        generated.labels("1").inc(5)
+        assert read_generated_tokens() == 12
     finally:
+        REGISTRY.unregister(generated)
         REGISTRY.unregister(queries)
         REGISTRY.unregister(hits)

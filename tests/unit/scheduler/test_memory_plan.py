@@ -51,6 +51,16 @@ def test_the_trainers_state_is_what_the_trainer_makes(tmp_path, kind):
     assert made - planned == 3 * 4  # the optimizer's count of steps, in the state and its two copies
 
 
+@pytest.mark.parametrize("kind", ["optimizer", "checkpoint"])
+def test_the_plan_knows_what_the_cpu_holds(tmp_path, kind):
+    model, cpu = build(save_model(tmp_path, "qwen2"), rank=8), torch.device("cpu")
+    places = {"optimizer_device": cpu} if kind == "optimizer" else {"copies_device": cpu}
+    made = sum(ShadowAdapter(model, make_training(), **places).memory().values())
+    dims = ModelDims.of(model.hf_config.to_dict(), dtype_bytes=4)
+    planned = plan(24, dims, lora={"rank": 8}, offload={kind: "always"}).trainer_bytes
+    assert made - planned == (0 if kind == "optimizer" else 4)  # the count of steps
+
+
 def test_all_parts_add_up_to_the_memory():
     for settings in ({}, {"kv_pruning": {"start": "always"}}, {"engine": {"kv_cache_memory_bytes": 2 * GIB}}):
         assert sum(plan(80, **settings).parts().values()) == 80 * GIB

@@ -74,9 +74,95 @@ def test_the_policy_can_be_overridden(files):
     assert json.loads(outcome.stdout)["pairs"] == 0
 
 
+_POWER = """
+cpu: {idle_w: 20, forward_w: 50, training_w: 60}
+gpu: {idle_w: 40, forward_w: 240, training_w: 340}
+"""
+
+
+def test_with_power_every_policy_is_told_what_it_takes(files):
+    (files / "power.yaml").write_text(_POWER)
+    outcome = run("small.yaml", *_DEVICE, "--json", "--power", "power.yaml")
+    assert outcome.exit_code == 0, outcome.output
+    found = json.loads(outcome.stdout)
+    rows = {row.pop("policy"): row for row in found["policies"]}
+    assert {row.pop("offload") for row in rows.values()} == {"engine"}
+    assert list(rows) == ["mace", "inference_only", "periodic", "continuous"]
+    assert rows["mace"] == {name: found.get(name, found["energy"].get(name)) for name in rows["mace"]}
+    assert rows["inference_only"]["joules_per_pair"] is None
+    forward_s, slices_s = (found[f"{name}_share"] * found["virtual_s"] for name in ("forward", "slices"))
+    tokens = found["output_tokens_per_s"] * found["virtual_s"]
+    assert found["energy"]["joules_per_1000_tokens"] == pytest.approx(1000 * 200 * forward_s / tokens)
+    assert found["energy"]["joules_per_pair"] == pytest.approx(300 * slices_s / found["pairs"])
+    assert found["energy"]["mean_w"] == pytest.approx(60 + (200 * forward_s + 300 * slices_s) / found["virtual_s"])
+    assert rows["mace"]["mean_w"] > rows["inference_only"]["mean_w"]
+
+
+def with_costs(files, *, engine_s, cpu_s):
+    work = {
+        "optimizer": {name: {"seconds": s, "watts": None} for name, s in (("engine", engine_s), ("cpu", cpu_s))}
+    }
+    make_profile().with_work(work).save(files / "profile.json")
+
+
+_THRIFTY_CPU = "{cpu: {idle_w: 2, forward_w: 5, training_w: 5}, gpu: {idle_w: 3, forward_w: 20, training_w: 20}}"
+_THRIFTY_GPU = (
+    "{cpu: {idle_w: 20, forward_w: 90, training_w: 90}, gpu: {idle_w: 40, forward_w: 99, training_w: 99}}"
+)
+
+
+def test_two_power_profiles_place_the_optimizer_on_opposite_devices(files):
+    with_costs(files, engine_s=0.002, cpu_s=0.004)
+    found = {}
+    for name, text in (("cpu", _THRIFTY_CPU), ("engine", _THRIFTY_GPU)):
+        (files / "power.yaml").write_text(text)
+        report = json.loads(run("small.yaml", *_DEVICE, "--json", "--power", "power.yaml").stdout)
+        found[name] = report["optimizer"]["place"]
+        here, there = (row for row in report["policies"] if "offload" in row["policy"])
+        assert (here["offload"], there["offload"]) == ("engine", "cpu")
+        cheaper = min((here, there), key=lambda row: row["joules_per_pair"])
+        assert cheaper["offload"] == name
+        assert report["energy"]["joules_per_pair"] == pytest.approx(cheaper["joules_per_pair"])
+    assert found == {"cpu": "cpu", "engine": "engine"}
+
+
+def test_an_optimizer_that_the_targets_leave_no_time_stays(files):
+    with_costs(files, engine_s=0.002, cpu_s=0.5)
+    (files / "power.yaml").write_text(_THRIFTY_CPU)
+    report = json.loads(run("small.yaml", *_DEVICE, "--json", "--power", "power.yaml").stdout)
+    assert report["optimizer"]["place"] == "engine"
+    assert "only there it fits" in report["optimizer"]["reason"]
+    here, there = (row for row in report["policies"] if "offload" in row["policy"])
+    assert there["pairs_per_s"] < 0.5 * here["pairs_per_s"]  # AdamW takes the CPU 250 times as long
+
+
+def test_the_trade_off_is_printed(files):
+    (files / "power.yaml").write_text(_POWER)
+    outcome = run("small.yaml", *_DEVICE, "--power", "power.yaml")
+    assert "What the policies take" in outcome.stdout
+    assert "J/pair" in outcome.stdout
+    assert "energy is" not in outcome.stdout
+    assert "not known: give --power" in run("small.yaml", *_DEVICE).stdout
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("gpu: {idle_w: 1, forward_w: 2, training_w: 3}", "cpu: Field required"),
+        ("cpu: {idle_w: 9, forward_w: 2, training_w: 3}", "idle_w must not be above"),
+    ],
+)
+def test_power_that_is_wrong_is_named(files, text, message):
+    (files / "power.yaml").write_text(text)
+    outcome = run("small.yaml", *_DEVICE, "--power", "power.yaml")
+    assert outcome.exit_code == 1
+    assert message in outcome.stderr
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (("small.yaml", *_DEVICE, "--power", "none.yaml"), "power none.yaml cannot be read"),
         (("missing.yaml", *_DEVICE), "missing.yaml cannot be read"),
         (("config.json", *_DEVICE), "config.json is wrong: name: Field required"),
         (("small.yaml",), "no profile: measure one"),
