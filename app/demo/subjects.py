@@ -1,6 +1,5 @@
 """The two built-in models as subjects: what they are asked, and how a program judges what they say."""
 
-import itertools
 import re
 from collections.abc import Callable, Sequence
 
@@ -56,14 +55,6 @@ _TOPICS = (
     "friend, a holiday, a dream, sleep, laughter, a smile, the heart, the brain, a bone, blood, a vaccine, a "
     "fever"
 )
-_DEEDS = (
-    "boil an egg, make tea, bake bread, plant a tree, clean a window, wash a car, learn a language, tie a "
-    "knot, sleep better, save money, read faster, write a letter, paint a wall, fix a bicycle, grow tomatoes, "
-    "cook rice, stay healthy, make a friend, train a dog, feed a cat, take a good photo, find a job, pack a "
-    "suitcase, swim faster, run a mile, remember names, drink more water, sharpen a knife, iron a shirt, make "
-    "a salad, light a fire, build a sandcastle, draw a face, learn the piano, play chess, speak in public, "
-    "stop hiccups, peel an orange, wrap a gift, write a poem"
-)
 
 
 class Smollm2:
@@ -78,11 +69,9 @@ class Smollm2:
     pause_s = 20.0
 
     def __init__(self) -> None:
-        topics = [f"What is {topic.strip()}?" for topic in _TOPICS.split(",")]
-        deeds = [f"How do I {deed.strip()}?" for deed in _DEEDS.split(",")]
-        mixed = [one for both in itertools.zip_longest(topics, deeds) for one in both if one is not None]
-        self.held_out: Sequence[str] = mixed[::5]
-        self.for_preferences: Sequence[str] = [one for number, one in enumerate(mixed) if number % 5]
+        asked = [f"What is {topic.strip()}?" for topic in _TOPICS.split(",")]
+        self.held_out: Sequence[str] = asked[::3]
+        self.for_preferences: Sequence[str] = [one for number, one in enumerate(asked) if number % 3]
 
     def judge(self, question: str, answer: str) -> Verdict:
         """The tastes by form; truth is unknown. What says nothing suits nobody."""
