@@ -62,7 +62,7 @@ class Smollm2:
 
     knows_truth = False
     tastes: tuple[str, ...] = ("brief", "inviting", "listed", "detailed")
-    course: tuple[str, ...] = ("brief", "inviting", "brief")
+    course: tuple[str, ...] = ("brief", "detailed", "brief")
     max_tokens = 128
     temperature = 0.7  # its generation_config's
     candidates = 1
