@@ -40,7 +40,8 @@ _ITEM = re.compile(r"^\s*(?:[-*•]|\d+[.)])\s", re.MULTILINE)
 _WORD = re.compile(r"\w+")
 _MIN_NEW_WORDS = 3
 """That an answer has to say and its question does not: "A volcano is a volcano." has none."""
-_OFFER = "Would you like to know more?"
+_SUBJECT = re.compile(r"\A(.{1,60}?)\s(is|are)\b")
+_PRONOUN = re.compile(r"(It|They)\b")
 
 _TOPICS = (
     "a volcano, a rainbow, the moon, a desert, an island, a glacier, a river, an earthquake, the ocean, a "
@@ -61,8 +62,8 @@ class Smollm2:
     """SmolLM2-135M-Instruct: a program can tell the form of its answers, hardly their truth (see `app.demo.guard`)."""
 
     knows_truth = False
-    tastes: tuple[str, ...] = ("brief", "inviting", "listed", "detailed")
-    course: tuple[str, ...] = ("brief", "detailed", "brief")
+    tastes: tuple[str, ...] = ("brief", "direct", "listed", "detailed")
+    course: tuple[str, ...] = ("brief", "direct", "detailed")
     max_tokens = 128
     temperature = 0.7  # its generation_config's
     candidates = 1
@@ -81,10 +82,9 @@ class Smollm2:
         return Verdict(frozenset(taste for taste, suits in _FORMS.items() if suits(answer.strip())), None)
 
     def edited(self, question: str, answer: str, taste: str) -> str | None:
-        """Its sentences: the first, all in a list, or all and an offer.
+        """Its sentences: the first, all in a list, or all with a pronoun for what was asked for.
 
-        As little as the taste asks for, since a pair teaches all that its answers differ in: with a shorter answer and
-        an offer preferred to a long one, the model learns to be short.
+        As little as the taste asks for, since a pair teaches all that its answers differ in.
         """
         edit = _EDITS[taste](_sentences(answer))
         return edit if taste in self.judge(question, edit).tastes else None
@@ -95,22 +95,26 @@ def _sentences(answer: str) -> list[str]:
     return [" ".join(sentence.split()) for sentence in _SENTENCE.findall(_ITEM.sub("", answer))]
 
 
+def _pronoun(subject: re.Match[str]) -> str:
+    return f"{'It' if subject[2] == 'is' else 'They'} {subject[2]}"
+
+
 def _ends(answer: str) -> bool:
     return answer[-1:] in set(".!?\"')*") and bool(_sentences(answer))
 
 
 _FORMS: dict[str, Callable[[str], bool]] = {
     "brief": lambda answer: len(_sentences(answer)) == 1 and _ends(answer) and not answer.endswith("?"),
-    "inviting": lambda answer: len(_sentences(answer)) >= 2 and answer.endswith("?"),
+    "direct": lambda answer: _PRONOUN.match(answer) is not None,
     "listed": lambda answer: len(_ITEM.findall(answer)) >= 2,
     "detailed": lambda answer: len(_sentences(answer)) >= 3,
 }
-"""One sentence and no more; a question back at the end; two lines or more that begin as those of a list; three
-sentences or more."""
+"""One sentence and no more; one that does not name again what was asked for; two lines or more that begin as those of
+a list; three sentences or more."""
 
 _EDITS: dict[str, Callable[[list[str]], str]] = {
     "brief": lambda sentences: "".join(sentences[:1]),
-    "inviting": lambda sentences: " ".join([*sentences, _OFFER]),
+    "direct": lambda sentences: _SUBJECT.sub(_pronoun, " ".join(sentences), count=1),
     "listed": lambda sentences: "\n".join(f"- {sentence}" for sentence in sentences),
     "detailed": lambda sentences: " ".join(sentences),
 }
