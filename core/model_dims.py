@@ -47,7 +47,7 @@ class ModelDims:
         return cls(
             num_layers=layers,
             hidden_size=hidden,
-            intermediate_size=int(config["moe_intermediate_size"]) if experts else intermediate,
+            intermediate_size=int((experts and config.get("moe_intermediate_size")) or intermediate),
             num_heads=heads,
             num_kv_heads=int(config.get("num_key_value_heads") or heads),
             head_dim=int(config.get("head_dim") or hidden // heads),
@@ -56,7 +56,7 @@ class ModelDims:
             is_tied=bool(config.get("tie_word_embeddings")),
             context_tokens=config.get("max_position_embeddings"),
             num_experts=experts,
-            experts_per_token=int(config["num_experts_per_tok"]) if experts else 1,
+            experts_per_token=int((experts and config.get("num_experts_per_tok")) or 1),
             is_fused=config.get("model_type") == "phi3",
         )
 
@@ -101,6 +101,12 @@ class ModelDims:
         return attention + self.hidden_size * (3 * self.inner_size + self.num_experts)
 
     @property
+    def stored_layer_weights(self) -> int:
+        """The same with all experts."""
+        other_experts = max(0, self.num_experts - self.experts_per_token)
+        return self.layer_weights + other_experts * 3 * self.intermediate_size * self.hidden_size
+
+    @property
     def head_weights(self) -> int:
         """Parameters of the language model head."""
         return self.hidden_size * self.vocab_size
@@ -108,8 +114,7 @@ class ModelDims:
     @property
     def num_weights(self) -> int:
         """Parameters of the model but for biases and the norms of heads, a thousandth of them at most."""
-        other_experts = max(0, self.num_experts - self.experts_per_token) * 3 * self.intermediate_size
-        layers = self.num_layers * (self.layer_weights + (other_experts + 2) * self.hidden_size)
+        layers = self.num_layers * (self.stored_layer_weights + 2 * self.hidden_size)
         return layers + self.hidden_size + self.head_weights * (1 if self.is_tied else 2)
 
     @property

@@ -145,27 +145,20 @@ def checked_text(text: str, param: str, max_chars: int, name: str = "") -> str:
 
 
 def checked_pair(
-    draft: PairDraft,
-    max_chars: int,
-    params: tuple[str, str, str],
-    names: tuple[str, str, str] | None = None,
-    *,
-    rejects_ours: bool = False,
+    draft: PairDraft, max_chars: int, params: tuple[str, str, str], names: tuple[str, str, str] | None = None
 ) -> PairDraft:
     """`draft`, if nothing in it is empty or too long, and the answers differ in more than surrounding space.
 
     `params` are the keys of prompt, chosen and rejected, and `names` what messages call them. A prompt that ends with
-    the assistant's words is refused. With `rejects_ours` the rejected answer is one that we gave, which may be empty.
+    the assistant's words is refused.
     """
     if isinstance(draft.prompt, list) and draft.prompt and draft.prompt[-1]["role"] == "assistant":
         raise InvalidFeedbackError("the prompt must not end with an assistant message", params[0])
     chosen = answer_text(draft.chosen, draft.chosen_calls)
     rejected = answer_text(draft.rejected, draft.rejected_calls)
     texts = (whole_text(draft.prompt, draft.tools), chosen, rejected)
-    may_be_empty = (False, False, rejects_ours)
-    for text, param, name, may_be in zip(texts, params, names or params, may_be_empty, strict=True):
-        if not may_be or text.strip():
-            checked_text(text, param, max_chars, name)
+    for text, param, name in zip(texts, params, names or params, strict=True):
+        checked_text(text, param, max_chars, name)
     if chosen.strip() == rejected.strip():
         message = f"{params[1]} and {params[2]} are the same text, so there is nothing to prefer"
         raise InvalidFeedbackError(message, params[2])
@@ -213,7 +206,7 @@ def pair_from_ids(item: PreferenceByIds, find: FindResponse, config: FeedbackCon
         raise InvalidFeedbackError(message, "chosen_id")
     params = ("chosen_id", "chosen_id", "rejected_id")
     names = ("the prompt of chosen_id", "the answer chosen_id", "the answer rejected_id")
-    return checked_pair(pair_of(chosen, rejected), config.max_text_chars, params, names, rejects_ours=True)
+    return checked_pair(pair_of(chosen, rejected), config.max_text_chars, params, names)
 
 
 def pair_of(chosen: StoredResponse, rejected: StoredResponse) -> PairDraft:
@@ -249,8 +242,7 @@ def pair_from_correction(value: str | list[Message], original: StoredResponse, m
         raise InvalidFeedbackError(message, "value")
     better = StoredResponse("", 0, original.prompt, text, tools=original.tools, tool_calls=calls)
     names = ("the prompt of response_id", "value", "the answer response_id")
-    params = ("response_id", "value", "response_id")
-    return checked_pair(pair_of(better, original), max_chars, params, names, rejects_ours=True)
+    return checked_pair(pair_of(better, original), max_chars, ("response_id", "value", "response_id"), names)
 
 
 def found_response(ref: ResponseRef, find: FindResponse, param: str) -> StoredResponse:

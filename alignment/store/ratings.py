@@ -105,12 +105,11 @@ def _row(
 def _is_usable(response: StoredResponse, item: Rating, config: FeedbackConfig) -> bool:
     """True if this response can ever be its half of a pair. Checked against a dummy that differs from it."""
     other = StoredResponse("", 0, response.prompt, "-" if response.text.strip() != "-" else "+")
-    is_liked = item.value > 0
-    if is_liked and not may_be_chosen(response, config):
+    probe = pair_of(response, other)
+    if item.value > 0 and not may_be_chosen(response, config):
         return False
-    probe = pair_of(response, other) if is_liked else pair_of(other, response)
     try:
-        checked_pair(probe, config.max_text_chars, ("prompt", "chosen", "rejected"), rejects_ours=True)
+        checked_pair(probe, config.max_text_chars, ("prompt", "text", "probe"))
     except InvalidFeedbackError:
         return False
     return True

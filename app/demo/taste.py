@@ -161,6 +161,8 @@ class User:
         liked, disliked = None, None
         for index, text in enumerate(asked.texts):
             verdict = self.subject.judge(question, text)
+            if not text.strip():
+                continue  # feedback on an answer that says nothing is refused
             if taste not in verdict.tastes:
                 disliked = index
             elif verdict.is_right is not False and asked.is_whole[index]:

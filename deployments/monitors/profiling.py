@@ -10,7 +10,6 @@ from core.config import AppArgs
 from core.errors import MaceError, ProfileError
 from engine.fingerprint import fingerprint
 from engine.pruning.gate import decide_from_file, find_report
-from engine.training.trainable import check_trainable
 from engine.vllm.compat import pruning_block_tokens, worker_binding
 from engine.vllm.engine import HybridEngine
 from profiler.device import describe_device, git_commit, software_versions, worker_threads
@@ -59,6 +58,8 @@ def with_trainable_model(args: AppArgs, model_dir: Path) -> tuple[AppArgs, str]:
     """
     if not args.training.enabled:
         return args, "training.enabled is false"
+    from engine.training.trainable import check_trainable  # brings peft, for which `mace serve` itself has no use
+
     try:
         check_trainable(str(model_dir))
     except MaceError as error:

@@ -89,14 +89,18 @@ def _copy(like: torch.Tensor, args: AppArgs, device: torch.device | None) -> Cal
 def _cost(
     work: Callable[[], None], device: torch.device, meter: EnergyMeter, measure_s: float
 ) -> tuple[float, float | None]:
-    """Seconds of a piece of work, which is done again and again for `measure_s`, and the machine's power meanwhile."""
+    """Seconds of a piece of work, which is done again and again for `measure_s`, and the machine's power meanwhile.
+
+    The power is None unless sensors see CPU and GPU: with one of them alone the other would seem to work for nothing.
+    """
     count, before_j, started_s = 0, sum(meter.read().values()), settled_s(device)
     while not count or time.perf_counter() - started_s < measure_s:
         work()
         ended_s = settled_s(device)
         count += 1
     taken_j = sum(meter.read().values()) - before_j
-    return (ended_s - started_s) / count, taken_j / (ended_s - started_s) if meter.sensors else None
+    sees_all = "ina" in meter.sensors or {"rapl", "nvml"} <= set(meter.sensors)
+    return (ended_s - started_s) / count, taken_j / (ended_s - started_s) if sees_all else None
 
 
 def _known(args: AppArgs) -> tuple[Costs, float]:

@@ -195,22 +195,26 @@ def _split_experts(experts: Any) -> None:
             experts.add_module(str(i), expert)
     del experts.gate_up_proj, experts.down_proj
     experts.register_forward_pre_hook(_stack_experts)
-    experts.register_forward_hook(_drop_stacks)
+    experts.register_forward_hook(_drop_stacks, always_call=True)
 
 
 @torch.no_grad()
 def _stack_experts(experts: Any, _: Any) -> None:
+    """One expert after the other, so that hardly more exists than the stacks."""
     for stack, parts in (("gate_up_proj", ("gate_proj", "up_proj")), ("down_proj", ("down_proj",))):
-        weights: list[torch.Tensor] = []
+        stacked = None
         for i in range(experts.num_experts):
-            for part in parts:
-                linear = experts.get_submodule(f"{i}.{part}")
-                weights.append(linear.unpacked() if isinstance(linear, PackedLinear) else linear.weight)
-        setattr(experts, stack, torch.cat(weights).view(experts.num_experts, -1, weights[0].shape[1]))
+            linears = [experts.get_submodule(f"{i}.{part}") for part in parts]
+            own = torch.cat([one.unpacked() if isinstance(one, PackedLinear) else one.weight for one in linears])
+            stacked = own.new_empty(experts.num_experts, *own.shape) if stacked is None else stacked
+            stacked[i] = own
+        setattr(experts, stack, stacked)
 
 
 def _drop_stacks(experts: Any, _inputs: Any, _output: Any) -> None:
-    del experts.gate_up_proj, experts.down_proj
+    """Also after an error, which may have come before there was a stack."""
+    for stack in ("gate_up_proj", "down_proj"):
+        vars(experts).pop(stack, None)
 
 
 def num_weights(module: nn.Module) -> int:

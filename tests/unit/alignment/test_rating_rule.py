@@ -74,8 +74,9 @@ def test_the_newest_open_counterpart_is_taken(store):
         (USER, " good\n", (None, None)),
         (USER, "bad", ("ann", "bob")),
         (USER, "bad", ("ann", None)),
+        (USER, "", (None, None)),
     ],
-    ids=["other prompt", "same text", "other user", "no user"],
+    ids=["other prompt", "same text", "other user", "no user", "empty text"],
 )
 def test_ratings_that_do_not_belong_together_stay_alone(store, second_prompt, second_text, users):
     answer(store, "a", "good")
@@ -83,14 +84,6 @@ def test_ratings_that_do_not_belong_together_stay_alone(store, second_prompt, se
     rate(store, "a", "up", users[0])
     assert rate(store, "b", "down", users[1]).pair_id is None
     assert store.counts().pairs["train"] == 0
-
-
-def test_an_answer_that_says_nothing_may_be_the_worse_one_and_not_the_better(store):
-    for prompt, liked in ((USER, "good"), ("Else?", "")):
-        answer(store, f"{prompt} a", liked, prompt)
-        answer(store, f"{prompt} b", "" if liked else "bad", prompt)
-        rate(store, f"{prompt} a", "up")
-        assert (rate(store, f"{prompt} b", "down").pair_id is not None) is bool(liked)
 
 
 def test_so_many_ratings_may_lie_between_the_two(store, monkeypatch):

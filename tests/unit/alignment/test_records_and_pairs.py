@@ -272,13 +272,6 @@ def test_ids_bring_prompt_texts_and_adapter_versions():
     assert by_ids(chosen_id="a", rejected_id="b") == expected
 
 
-def test_our_own_answer_that_says_nothing_may_be_rejected():
-    assert by_ids(chosen_id="a", rejected_id="e").rejected == " "
-    assert pair_from_correction("better", stored("e", "", [USER]), 100).rejected == ""
-    with pytest.raises(InvalidFeedbackError, match="same text"):
-        pair_from_correction("-", stored("e", "-", [USER]), 100)
-
-
 def test_the_choice_index_may_be_a_key_an_alias_or_a_suffix():
     for raw in ({"chosen_choice_index": 1}, {"chosen_index": 1}):
         assert by_ids(chosen_id="b", rejected_id="b", **raw).chosen == "third"
@@ -293,7 +286,7 @@ def test_the_choice_index_may_be_a_key_an_alias_or_a_suffix():
         ({"chosen_id": "a#7", "rejected_id": "b"}, UnknownResponseError, "'a#7'"),
         ({"chosen_id": "a", "rejected_id": "a"}, InvalidFeedbackError, "choice indices"),
         ({"chosen_id": "a", "rejected_id": "c"}, InvalidFeedbackError, "different prompts"),
-        ({"chosen_id": "e", "rejected_id": "a"}, InvalidFeedbackError, "chosen_id is empty"),
+        ({"chosen_id": "a", "rejected_id": "e"}, InvalidFeedbackError, "rejected_id is empty"),
     ],
 )
 def test_ids_that_cannot_be_compared_are_refused(raw, kind, words):

@@ -117,10 +117,8 @@ CUDA = torch.device("cuda")
 class Counter:
     """A sensor whose joules grow by the same amount with each reading."""
 
-    name = "rapl"
-
-    def __init__(self, *joules):
-        self.readings = iter(joules)
+    def __init__(self, *joules, name="ina"):
+        self.readings, self.name = iter(joules), name
 
     def read_j(self):
         return next(self.readings)
@@ -140,8 +138,10 @@ def test_both_devices_are_measured_over_idle_and_nothing_is_changed():
     assert torch.equal(flat, before)
 
 
-def test_without_a_sensor_seconds_are_measured_all_the_same():
-    costs = measure_work(torch.zeros(10), AppArgs(), EnergyMeter([]), measure_s=0.0)
+@pytest.mark.parametrize("seen", [[], ["rapl"], ["nvml"]])
+def test_without_sensors_of_both_devices_there_are_seconds_and_no_watts(seen):
+    meter = EnergyMeter([Counter(*range(100), name=name) for name in seen])
+    costs = measure_work(torch.zeros(10), AppArgs(), meter, measure_s=0.0)
     known = [cost for found in costs.values() for cost in found.values()]
     assert [cost.watts for cost in known] == [None] * 4
     assert all(cost.seconds > 0 for cost in known)

@@ -43,12 +43,6 @@ def test_a_plain_text_pair_has_no_template(tokenizer, hub_tokenizer):
     assert hub_tokenizer.decode(pair.chosen_ids[:-1]) == " a time"
 
 
-@pytest.mark.parametrize("prompt", [MESSAGES, "Once upon"])
-def test_an_answer_that_says_nothing_is_the_end_of_the_turn(tokenizer, hub_tokenizer, prompt):
-    pair = tokenizer.tokenize(TrainingPair("p", prompt, "It is Paris.", ""))
-    assert pair.rejected_ids == (hub_tokenizer.eos_token_id,)
-
-
 def test_pairs_that_differ_only_beyond_the_limit_are_named(tokenizer):
     long = "word " * 200
     with pytest.raises(PairTooLongError, match=r"equal|empty"):
