@@ -327,7 +327,7 @@ def test_a_structured_output_is_given_or_refused_and_nobody_waits_for_it(server,
     is_done.set()
     watcher.join()
     assert reply.status_code == status, reply.text
-    assert max(waits_s) < 3  # with much else on the machine; on the event loop it was minutes
+    assert max(waits_s) < 15  # on a machine that stands still for seconds; on the event loop it was minutes
     assert all(process.is_running() for process in before)
 
 
