@@ -114,7 +114,9 @@ W4A16 = {
 def test_a_mixture_holds_all_its_experts_packed_and_one_layer_unpacked(mace, tmp_path, name):
     sizes = {"hidden_size": 2048, "num_hidden_layers": 48, "num_attention_heads": 32, "num_key_value_heads": 4}
     sizes |= {"vocab_size": 151_936, "intermediate_size": 768, "torch_dtype": "bfloat16", "model_type": name}
-    sizes |= {"moe_intermediate_size": 768, "num_experts": 128} if name == "qwen3_moe" else {"num_local_experts": 128}
+    sizes |= (
+        {"moe_intermediate_size": 768, "num_experts": 128} if name == "qwen3_moe" else {"num_local_experts": 128}
+    )
     model = tmp_path / "m"
     model.mkdir()
     config = {**sizes, "num_experts_per_tok": 8, "head_dim": 128, "max_position_embeddings": 4096}
