@@ -63,7 +63,7 @@ class Smollm2:
 
     knows_truth = False
     tastes: tuple[str, ...] = ("brief", "direct", "listed", "detailed")
-    course: tuple[str, ...] = ("brief", "direct", "detailed")
+    course: tuple[str, ...] = ("brief", "detailed")
     max_tokens = 128
     temperature = 0.7  # its generation_config's
     candidates = 1
