@@ -26,4 +26,4 @@ class WorkCost:
     seconds: float
     """From its start to its end; inference waits for most of it."""
     watts: float | None
-    """Power of the whole machine over idle meanwhile; None: there is no sensor."""
+    """Power of the whole machine over idle meanwhile; None: no sensors see CPU and GPU."""
